@@ -1,0 +1,1 @@
+"""Making shards: read, tokenize, split, write, verify."""

@@ -1,0 +1,67 @@
+"""The seam between the loop and whatever runs a training step."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from llmtrain.checkpoint.fragments import Fragment, FragmentSource
+from llmtrain.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. On rank 0 `loss` is that of the whole step.
+
+    `loss` is the main objective only: summed over the step's valid target tokens and divided by their number.
+    `grad_norm` is the global norm before clipping. `skipped` says that a gradient was not finite and that neither
+    weights nor moments changed.
+    """
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    skipped: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Sum of the loss over valid target tokens, and their number, over all ranks."""
+
+    loss_sum: float
+    num_tokens: int
+
+
+class Engine(Protocol):
+    """Runs whole optimizer steps. The unit is a step because pipeline schedules pull micro-batches themselves."""
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        """Forward, backward and update for this rank's micro-batches of step `step` (from 1)."""
+        ...
+
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+        """Loss without update and without dropout."""
+        ...
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of weights and moments, each element of the run on exactly one rank.
+
+        The tensors are the live ones: copy them before the next step.
+        """
+        ...
+
+    def load(self, source: FragmentSource) -> None:
+        """Replace weights and moments by what `source` holds. Raises CheckpointError where it does not fit."""
+        ...
+
+    def load_weights(self, source: FragmentSource) -> None:
+        """Replace the weights only, as at the start of a run from imported weights."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What else must be restored, as JSON: loss scale, good steps, Adam's update count."""
+        ...
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        ...

@@ -1,0 +1,75 @@
+"""Errors that a user can cause, each with the exit code that the command ends with.
+
+A message says what is wrong, where (file, line, or dotted key), the value, what is allowed, and what to do.
+The command prints the message and no traceback. Everything else that is raised is a defect of llmtrain.
+"""
+
+from dataclasses import dataclass
+
+
+class LlmtrainError(Exception):
+    """Base of every error that is shown to the user without a traceback."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a configuration.
+
+    `key` is the dotted path, `value` the offending value as the user wrote it (None: the key is absent),
+    `where` is `file:line`, or "command line" for an override.
+    """
+
+    key: str
+    message: str
+    value: object = None
+    where: str = ""
+    uses: tuple[str, ...] = ()
+    """Other keys that the message rests on; when one of them is itself wrong, this problem is not reported."""
+
+    def __str__(self) -> str:
+        value = "" if self.value is None else f" = {self.value!s}"
+        where = f" ({self.where})" if self.where else ""
+        return f"{self.key}{value}{where}: {self.message}"
+
+
+class ConfigError(LlmtrainError):
+    """The configuration or the command line is wrong; carries every problem that was found."""
+
+    exit_code = 2
+
+    def __init__(self, problems: "list[Problem] | str") -> None:
+        self.problems = problems if isinstance(problems, list) else []
+        super().__init__(problems if isinstance(problems, str) else "\n".join(str(problem) for problem in problems))
+
+
+class DataError(LlmtrainError):
+    """A data set on storage is damaged or is not what its manifest says."""
+
+    exit_code = 3
+
+
+class CheckpointError(LlmtrainError):
+    """A checkpoint is damaged, incomplete, or does not fit the model."""
+
+    exit_code = 3
+
+
+class RunFolderInUseError(LlmtrainError):
+    """Another process is writing to the run folder."""
+
+    exit_code = 4
+
+
+class ExportError(LlmtrainError):
+    """An exported model does not reproduce the numbers of the trained one."""
+
+    exit_code = 1
+
+
+EXIT_PREEMPTED = 75
+"""The run saved and stopped because it was told to: start it again (sysexits.h, EX_TEMPFAIL)."""
+
+EXIT_TOLD_TWICE = 143
+"""The run was told twice to stop and did so at once, without saving (128 + SIGTERM)."""

@@ -1,0 +1,160 @@
+"""Plain PyTorch on one device: the readable reference that every other engine is compared with."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.checkpoint.fragments import Box, Fragment, FragmentSource
+from llmtrain.config.schema import RunConfig
+from llmtrain.data.batch import Batch
+from llmtrain.engines.base import EvalResult, StepResult
+from llmtrain.errors import CheckpointError
+from llmtrain.models.build import build_model, materialize
+from llmtrain.optim.groups import parameter_groups
+from llmtrain.optim.scaler import build_loss_scale
+from llmtrain.parallel.draws import Draws
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchEngine:
+    """Weights in the training precision, and fp32 masters, gradients and moments beside them.
+
+    In fp32 the weights are their own masters. In lower precisions each gradient is added to its master's fp32
+    gradient as soon as it is complete, and freed.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.model = build_model(config.model, config.train.recompute)
+        materialize(self.model, config.seed, device)
+        self.masters = self._build_masters(DTYPES[config.train.precision])
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.masters.values(), optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+        )
+        for master in self.masters.values():
+            self.optimizer.state[master] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+        self.loss_scale = build_loss_scale(config.train.precision, optim)
+        if config.train.compile:
+            for layer in self.model.decoder.layers.values():
+                layer.compile()
+
+    def _build_masters(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        parameters = dict(self.model.named_parameters())
+        if dtype == torch.float32:
+            return dict(parameters)
+        masters = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.model.to(dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(_accumulator_into(masters[name]))
+        return masters
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        self.model.train()
+        num_tokens = sum(batch.num_valid_tokens for batch in micro_batches)
+        loss_scale = self.loss_scale.scale if self.loss_scale else 1.0
+        loss_sum = torch.zeros((), device=self.device)
+        for number, batch in enumerate(micro_batches):
+            draws = Draws.of_micro_batch(self.config.seed, step, number, self.device)
+            objective, batch_loss_sum = self._loss(batch, draws, loss_scale / max(1, num_tokens))
+            objective.backward()
+            loss_sum += batch_loss_sum
+        grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        loss, grad_norm = torch.stack((loss_sum / max(1, num_tokens), norm / loss_scale)).tolist()  # the host waits here
+        finite = math.isfinite(grad_norm) and math.isfinite(loss)
+        if finite:
+            self._update(grads, grad_norm, loss_scale, lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {"loss_scale": loss_scale} if self.loss_scale else {}
+        if self.loss_scale:
+            self.loss_scale.update(finite)
+        return StepResult(loss, grad_norm, num_tokens, skipped=not finite, metrics=metrics)
+
+    def _loss(self, batch: Batch, draws: Draws | None, scale: float) -> tuple[Tensor, Tensor]:
+        batch = batch.to(self.device)
+        hidden_SBH = self.model(batch.tokens_BS, batch.positions_BS, batch.segments_BS, draws)
+        return self.model.loss(hidden_SBH, batch.labels_BS, scale, self.config.train.loss_chunk_tokens)
+
+    @torch.no_grad()
+    def _update(self, grads: list[Tensor], grad_norm: float, loss_scale: float, lr: float) -> None:
+        clip = self.config.optim.grad_clip
+        factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) / loss_scale
+        if factor != 1.0:
+            torch._foreach_mul_(grads, factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self._round_weights()
+
+    def _round_weights(self) -> None:
+        """Low-precision weights are the masters, rounded."""
+        for name, parameter in self.model.named_parameters():
+            if parameter is not self.masters[name]:
+                parameter.data.copy_(self.masters[name])
+
+    @torch.no_grad()
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+        self.model.eval()
+        losses = [self._loss(batch, None, 1.0)[1] for batch in micro_batches]
+        return EvalResult(float(torch.stack(losses).sum()), sum(batch.num_valid_tokens for batch in micro_batches))
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, master in self.masters.items():
+            yield Fragment.whole(name, "master", master.detach())
+            for kind in ("exp_avg", "exp_avg_sq"):
+                yield Fragment.whole(name, kind, self.optimizer.state[master][kind])
+
+    def load(self, source: FragmentSource) -> None:
+        self.load_weights(source)
+        for name, master in self.masters.items():
+            for kind in ("exp_avg", "exp_avg_sq"):
+                _fill(self.optimizer.state[master][kind], name, kind, source)
+
+    @torch.no_grad()
+    def load_weights(self, source: FragmentSource) -> None:
+        for name, master in self.masters.items():
+            _fill(master.data, name, "master", source)
+        self._round_weights()
+
+    def state(self) -> dict[str, Any]:
+        adam_steps = int(self.optimizer.state[next(iter(self.masters.values()))]["step"])
+        return {"adam_steps": adam_steps, "loss_scale": self.loss_scale.state() if self.loss_scale else None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for master in self.masters.values():
+            self.optimizer.state[master]["step"].fill_(state["adam_steps"])
+        if self.loss_scale and state["loss_scale"]:
+            self.loss_scale.load_state(state["loss_scale"])
+
+
+def _accumulator_into(master: Tensor) -> Any:
+    """A hook that adds a complete low-precision gradient to the master's fp32 one, and frees it."""
+
+    def accumulate(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            grad = parameter.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            parameter.grad = None
+
+    return accumulate
+
+
+def _fill(target: Tensor, name: str, kind: str, source: FragmentSource) -> None:
+    shape = source.global_shape(name, kind)
+    if shape != tuple(target.shape):
+        found = "no such tensor" if shape is None else f"shape {list(shape)}"
+        raise CheckpointError(
+            f"{kind} of {name}: the model needs shape {list(target.shape)}, the checkpoint has {found}. "
+            "It was written by another architecture: train with the model section of its config.yaml."
+        )
+    target.copy_(source.read(name, kind, Box.whole(shape)))

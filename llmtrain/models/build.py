@@ -1,0 +1,21 @@
+"""From a configuration to a model with weights."""
+
+import torch
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.models.init import initial_tensor
+from llmtrain.models.transformer import Transformer
+
+
+def build_model(config: ModelConfig, recompute: str = "none") -> Transformer:
+    """The model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return Transformer(config, recompute)
+
+
+@torch.no_grad()
+def materialize(model: Transformer, seed: int, device: torch.device) -> None:
+    """Give a meta model memory on a device and its initial weights in fp32."""
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_tensor(name, tuple(parameter.shape), model.config, seed))

@@ -1,0 +1,38 @@
+"""The learning rate as a function of the step. Pure arithmetic."""
+
+import math
+from collections.abc import Callable
+
+from llmtrain.config.schema import OptimConfig
+
+
+def cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    return 1 - progress
+
+
+DECAYS: dict[str, Callable[[float], float]] = {"cosine": cosine, "linear": linear, "wsd": linear}
+
+
+def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
+    """Rate of step `step`, counted from 1: linear warm-up to `lr`, then the schedule down to `min_lr`."""
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    if optim.schedule == "inverse_sqrt":
+        return max(optim.min_lr, optim.lr * math.sqrt(max(1, optim.warmup_steps) / step))
+    first, last = decay_window(optim, total_steps)
+    progress = min(1.0, max(0.0, (step - first) / max(1, last - first)))
+    return optim.min_lr + (optim.lr - optim.min_lr) * DECAYS[optim.schedule](progress)
+
+
+def decay_window(optim: OptimConfig, total_steps: int) -> tuple[int, int]:
+    """The steps between which the rate falls: lr at the first, min_lr at the last."""
+    if optim.schedule == "wsd":
+        length = optim.decay_steps or max(1, total_steps // 10)
+        return max(optim.warmup_steps, total_steps - length), total_steps
+    return optim.warmup_steps, optim.decay_steps or total_steps

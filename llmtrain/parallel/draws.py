@@ -1,0 +1,80 @@
+"""Random numbers that depend on where they are used and not on who draws them.
+
+A draw is a hash of a key (seed, step, micro-batch, layer, site) and of the element's index in the whole, unsharded
+tensor. So every layout, a recomputed forward pass and a resumed run draw the same numbers, and there is no generator
+state to save.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+GOLDEN_GAMMA = -0x61C8864680B583EB
+"""The odd increment of splitmix64 (Steele, Lea and Flood 2014), as a signed 64-bit number."""
+
+
+def derived_key(*parts: int | str) -> int:
+    """A signed 64-bit key that depends on every part and on their order."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """The output function of splitmix64 on int64 tensors; multiplication wraps, shifts are made logical by masks."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of one dimension that a rank holds: `start` of `length` in all."""
+
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The source of one micro-batch's draws.
+
+    `key` is a 0-dim int64 tensor, so that a compiled layer is not compiled again for every step. `sequence` says which
+    part of the sequence this rank's activations hold; None: all of it.
+    """
+
+    key: Tensor
+    sequence: Span | None = None
+
+    @staticmethod
+    def of_micro_batch(seed: int, step: int, micro_batch: int, device: torch.device) -> "Draws":
+        """Draws of micro-batch number `micro_batch` of step `step`, both counted over the whole run and all ranks."""
+        return Draws(torch.tensor(derived_key(seed, "draws", step, micro_batch), device=device))
+
+    def with_sequence(self, sequence: Span) -> "Draws":
+        return replace(self, sequence=sequence)
+
+    def keep_mask(self, site: int, probability: float, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+        """True where an element is kept. `spans` places each dimension of `shape` in the whole tensor."""
+        key = mixed(self.key + site)
+        index = torch.zeros((), dtype=torch.int64, device=self.key.device)
+        stride = 1
+        for dim in reversed(range(len(shape))):
+            place = torch.arange(spans[dim].start, spans[dim].start + shape[dim], device=self.key.device)
+            index = index + (place * stride).view(-1, *[1] * (len(shape) - 1 - dim))
+            stride *= spans[dim].length
+        bits = (mixed(key + index * GOLDEN_GAMMA) >> 32) & 0xFFFFFFFF
+        return bits >= int(probability * 2**32)
+
+
+def dropout_hidden(x_SBH: Tensor, probability: float, site: int, draws: Draws | None) -> Tensor:
+    """Dropout on activations whose sequence may be split over ranks. Without draws (evaluation) it does nothing."""
+    if draws is None or probability == 0.0:
+        return x_SBH
+    spans = [Span(0, size) for size in x_SBH.shape]
+    if draws.sequence is not None:
+        spans[0] = draws.sequence
+    keep = draws.keep_mask(site, probability, x_SBH.shape, spans)
+    return torch.where(keep, x_SBH * (1 / (1 - probability)), 0.0)

@@ -1,0 +1,34 @@
+"""Being told to stop: the step is finished and saved; told twice, the process ends at once."""
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+
+from llmtrain.errors import EXIT_TOLD_TWICE
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""TERM from schedulers and supervisors, INT from a keyboard, USR1 as Slurm's warning before the time limit."""
+
+
+class StopSignal:
+    """A flag that the loop reads once per step. As a context manager it listens to SIGNALS and then restores them."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(EXIT_TOLD_TWICE)
+        self.requested = True
+        name = signal.Signals(number).name
+        sys.stderr.write(f"\n{name}: saving after this step, then stopping. Once more stops at once, unsaved.\n")

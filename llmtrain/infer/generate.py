@@ -1,0 +1,73 @@
+"""Text from a model, one token at a time, with a cache of keys and values.
+
+Shape suffixes: B batch, S sequence, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmtrain.errors import ConfigError
+from llmtrain.models.attention import LayerCache
+from llmtrain.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest one at temperature 0, else drawn from what top_k and top_p leave.
+
+    `top_k` 0 and `top_p` 1 leave everything. Raises ConfigError for values outside their ranges.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = (
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            ("top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
+            ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+        )
+        faults = [f"--{name} {value}: must be {allowed}." for name, value, legal, allowed in ranges if not legal]
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token. top_p keeps the smallest set of likeliest tokens with that much probability (Holtzman et al. 2020)."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    probabilities, order = (logits_V.float() / sampling.temperature).softmax(-1).sort(descending=True)
+    if sampling.top_k:
+        probabilities[sampling.top_k :] = 0
+    if sampling.top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= sampling.top_p * probabilities.sum()] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+@torch.no_grad()
+def iter_tokens(model: Transformer, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
+    """Up to `max_tokens` new tokens after the prompt; ends earlier where the model's longest sequence is reached.
+
+    The caller stops at an end-of-text token by no longer asking. Raises ConfigError for a prompt that is empty or
+    leaves no room.
+    """
+    longest = model.config.max_seq_len
+    if not 0 < len(prompt) < longest:
+        raise ConfigError(f"The prompt has {len(prompt)} tokens: give it at least 1 and fewer than {longest} (model.max_seq_len).")
+    device = model.embeddings.word.weight.device
+    generator = torch.Generator(device=device).manual_seed(sampling.seed)
+    length = min(longest, len(prompt) + max_tokens)
+    caches = [LayerCache(length) for _ in model.decoder.layers]
+    tokens_BS = torch.tensor([list(prompt)], device=device)
+    for start in range(len(prompt), length):
+        positions_BS = torch.arange(start - tokens_BS.shape[1], start, device=device)[None]
+        hidden_SBH = model(tokens_BS, positions_BS, caches=caches)
+        token = choose(model.logits(hidden_SBH[-1:])[0, -1], sampling, generator)
+        yield token
+        tokens_BS = torch.tensor([[token]], device=device)

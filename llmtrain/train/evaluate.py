@@ -1,0 +1,27 @@
+"""Evaluation during training: the loss over the same first samples every time."""
+
+from dataclasses import dataclass
+from itertools import islice
+
+from llmtrain.data.loader import BatchLoader
+from llmtrain.engines.base import Engine
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every `every_steps` steps (0: never), the mean loss over `num_batches` global batches, weighted by tokens."""
+
+    loader: BatchLoader | None
+    every_steps: int
+    num_batches: int
+
+    def due(self, step: int) -> bool:
+        return self.loader is not None and self.every_steps > 0 and step % self.every_steps == 0
+
+    def run(self, engine: Engine) -> tuple[float, int]:
+        """(mean loss, number of target tokens)."""
+        assert self.loader is not None
+        steps = self.loader.steps(first_sample=0)
+        results = [engine.eval_step(micro_batches) for micro_batches in islice(steps, self.num_batches)]
+        num_tokens = sum(result.num_tokens for result in results)
+        return sum(result.loss_sum for result in results) / max(1, num_tokens), num_tokens

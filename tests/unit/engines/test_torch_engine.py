@@ -1,0 +1,186 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmtrain.checkpoint.fragments import Box, Fragment
+from llmtrain.data.batch import IGNORED_LABEL, Batch
+from llmtrain.engines.torch_engine import TorchEngine
+from llmtrain.errors import CheckpointError
+from llmtrain.models.build import build_model, materialize
+from tests.support.samples import random_batch, tiny_model, tiny_run
+
+CPU = torch.device("cpu")
+
+
+def engine(model: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **optim: Any) -> TorchEngine:
+    return TorchEngine(tiny_run(tiny_model(**(model or {})), train, optim), CPU)
+
+
+def unequal_batches() -> list[Batch]:
+    """Two micro-batches with different numbers of targets."""
+    batches = [random_batch(seed=1), random_batch(seed=2)]
+    batches[1].labels_BS[:, :20] = IGNORED_LABEL
+    return batches
+
+
+class Fragments:
+    """A source that holds an engine's fragments in memory."""
+
+    def __init__(self, fragments: list[Fragment]) -> None:
+        self.tensors = {(f.name, f.kind): f.tensor.clone() for f in fragments}
+
+    def read(self, name: str, kind: str, box: Box) -> torch.Tensor:
+        return self.tensors[name, kind]
+
+    def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        tensor = self.tensors.get((name, kind))
+        return None if tensor is None else tuple(tensor.shape)
+
+
+def test_training_equals_a_plain_pytorch_loop() -> None:
+    """Loss, norm and weights after five steps with clipping, decay and unequal numbers of targets."""
+    ours = engine(lr=1e-2, weight_decay=0.1, grad_clip=0.5)
+    model = build_model(tiny_model())
+    materialize(model, seed=1234, device=CPU)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    batches = unequal_batches()
+    for step in range(1, 6):
+        result = ours.train_step(step, batches, lr=1e-2)
+        losses = []
+        for batch in batches:
+            logits_BSV = model.logits(model(batch.tokens_BS, batch.positions_BS))
+            losses.append(F.cross_entropy(logits_BSV.flatten(0, 1), batch.labels_BS.flatten(), reduction="sum"))
+        loss = torch.stack(losses).sum() / sum(batch.num_valid_tokens for batch in batches)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+        assert result.num_tokens == 64 + 24
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours.masters[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_of_micro_batch_means_would_be_wrong() -> None:
+    batches = unequal_batches()
+    ours = engine()
+    losses = [ours.eval_step([batch]) for batch in batches]
+    mean_of_means = sum(r.loss_sum / r.num_tokens for r in losses) / 2
+    right = engine().train_step(1, batches, 1e-3).loss
+    assert right == pytest.approx(sum(r.loss_sum for r in losses) / sum(r.num_tokens for r in losses), rel=1e-6)
+    assert abs(mean_of_means - right) > 1e-4
+
+
+def test_splitting_into_micro_batches_changes_nothing() -> None:
+    whole = random_batch(num_samples=4, seed=3)
+    parts = [Batch(whole.tokens_BS[i : i + 1], whole.labels_BS[i : i + 1], whole.positions_BS[i : i + 1]) for i in range(4)]
+    one, four = engine().train_step(1, [whole], 1e-3), engine().train_step(1, parts, 1e-3)
+    assert one.loss == pytest.approx(four.loss, rel=1e-6)
+    assert one.grad_norm == pytest.approx(four.grad_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_same_seed_same_bits(precision: str) -> None:
+    def run() -> list[tuple[float, float]]:
+        e = engine({"dropout": 0.1, "attention_dropout": 0.1}, {"precision": precision})
+        results = [e.train_step(step, [random_batch(seed=step)], 1e-2) for step in range(1, 4)]
+        return [(result.loss, result.grad_norm) for result in results]
+
+    assert run() == run()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_follows_fp32_and_weights_are_rounded_masters(precision: str) -> None:
+    exact, low = engine(), engine(train={"precision": precision})
+    for step in range(1, 11):
+        batch = random_batch(seed=step % 3)
+        a, b = exact.train_step(step, [batch], 1e-2), low.train_step(step, [batch], 1e-2)
+        assert b.loss == pytest.approx(a.loss, rel=0.02)
+    for name, parameter in low.model.named_parameters():
+        assert low.masters[name].dtype == torch.float32
+        assert torch.equal(parameter, low.masters[name].to(parameter.dtype)), name
+        assert parameter.grad is None
+
+
+def test_gradients_of_micro_batches_add_up_in_fp32() -> None:
+    """Many tiny gradients beside a large one: added in bf16 they would vanish."""
+    low = engine(train={"precision": "bf16"})
+    parameter, master = low.model.decoder.final_norm.weight, low.masters["decoder.final_norm.weight"]  # type: ignore[union-attr]
+    for value in (1.0, *[2.0**-10] * 64):
+        (parameter * value).sum().backward()
+    assert master.grad is not None
+    assert torch.equal(master.grad, torch.full_like(master, 1 + 64 * 2.0**-10))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_scale() -> None:
+    e = engine(train={"precision": "fp16"}, loss_scale={"initial": 65536.0, "growth_interval": 2})
+    e.train_step(1, [random_batch()], 1e-2)
+    before = {(f.name, f.kind): f.tensor.clone() for f in e.fragments()}
+    state = e.state()
+    with torch.no_grad():
+        e.model.embeddings.word.weight[5] = float("inf")
+    tokens = random_batch().tokens_BS.clone()
+    tokens[0, 0] = 5
+    poisoned = Batch(tokens, random_batch().labels_BS, random_batch().positions_BS)
+    result = e.train_step(2, [poisoned], 1e-2)
+    assert result.skipped
+    assert e.state()["adam_steps"] == state["adam_steps"] == 1
+    assert e.state()["loss_scale"] == {"scale": 32768.0, "good_steps": 0}
+    for fragment in e.fragments():
+        assert torch.equal(fragment.tensor, before[fragment.name, fragment.kind]), fragment.name
+
+
+def test_fp16_recovers_from_an_overflow_by_lowering_the_scale() -> None:
+    e = engine(train={"precision": "fp16"}, loss_scale={"initial": 2.0**40})
+    results = [e.train_step(step, [random_batch()], 1e-2) for step in range(1, 41)]
+    assert results[0].skipped
+    assert not results[-1].skipped
+    assert e.state()["adam_steps"] == sum(not result.skipped for result in results)
+    assert results[-1].loss < results[0].loss or math.isnan(results[0].loss)
+
+
+def test_restoring_fragments_and_state_continues_bit_for_bit() -> None:
+    settings: dict[str, Any] = {"train": {"precision": "fp16"}, "loss_scale": {"growth_interval": 2}}
+    first = engine(**settings)
+    for step in (1, 2, 3):
+        first.train_step(step, [random_batch(seed=step)], 1e-2)
+    second = engine(**settings)
+    second.load(Fragments(list(first.fragments())))
+    second.load_state(first.state())
+    for step in (4, 5, 6):
+        batch = [random_batch(seed=step)]
+        assert first.train_step(step, batch, 1e-2) == second.train_step(step, batch, 1e-2)
+    for a, b in zip(first.fragments(), second.fragments(), strict=True):
+        assert torch.equal(a.tensor, b.tensor), a.name
+
+
+def test_a_checkpoint_of_another_shape_is_refused() -> None:
+    source = Fragments(list(engine({"ffn_hidden_size": 64}).fragments()))
+    with pytest.raises(CheckpointError, match=r"decoder\.layers\.0\.mlp\.gate\.weight: the model needs shape"):
+        engine().load(source)
+
+
+def test_a_tiny_model_memorizes_a_text() -> None:
+    text = b"Every weight, gradient, moment and draw has a layout-free global coordinate."
+    ids = torch.tensor([list(text)])
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.arange(len(text) - 1)[None])
+    e = engine({"max_seq_len": 128})
+    losses = [e.train_step(step, [batch], 1e-2).loss for step in range(1, 101)]
+    assert losses[0] > 5
+    assert losses[-1] < 0.05
+
+
+def test_compiled_layers_give_the_same_numbers() -> None:
+    plain, compiled = engine({"num_layers": 1, "dropout": 0.1}), engine({"num_layers": 1, "dropout": 0.1}, {"compile": True})
+    for step in (1, 2):
+        batch = [random_batch(seed=step)]
+        a, b = plain.train_step(step, batch, 1e-3), compiled.train_step(step, batch, 1e-3)
+        assert b.loss == pytest.approx(a.loss, rel=1e-5)
+        assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-4)

@@ -1,0 +1,67 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llmtrain.models.cross_entropy import head_cross_entropy
+
+
+def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(37, 8, dtype=dtype).requires_grad_()
+    weight = torch.randn(11, 8, dtype=dtype).requires_grad_()
+    labels = torch.randint(0, 11, (37,))
+    labels[[0, 5, 36]] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 37, 100])
+def test_loss_and_gradients_equal_pytorchs(chunk_tokens: int) -> None:
+    hidden, weight, labels = case(torch.float32)
+    objective, loss_sum = head_cross_entropy(hidden, weight, labels, 0.25, chunk_tokens)
+    grads = torch.autograd.grad(objective, (hidden, weight))
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    expected_grads = torch.autograd.grad(expected * 0.25, (hidden, weight))
+    torch.testing.assert_close(loss_sum, expected.detach())
+    torch.testing.assert_close(objective, expected * 0.25)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, reference)
+
+
+def test_no_targets_is_a_loss_of_zero_and_no_gradient() -> None:
+    hidden, weight, labels = case(torch.float32)
+    objective, loss_sum = head_cross_entropy(hidden, weight, torch.full_like(labels, -100), 1.0, 8)
+    grads = torch.autograd.grad(objective, (hidden, weight))
+    assert loss_sum == 0
+    assert all(not grad.any() for grad in grads)
+
+
+def test_fp32_logits_of_all_tokens_never_exist() -> None:
+    """The largest tensor that the call makes is a chunk's logits, counted by watching every allocation it dispatches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001  # the mode's own signature
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    hidden, weight = torch.randn(256, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
+    with Largest() as largest:
+        head_cross_entropy(hidden, weight, torch.randint(0, 512, (256,)), 1.0, 32)[0].backward()
+    assert largest.numel == 32 * 512
+
+
+def test_fp16_gradients_are_scaled_before_they_are_rounded() -> None:
+    """Each gradient is around 1e-7, below what fp16 holds: they survive only because the scale comes first."""
+    torch.manual_seed(0)
+    hidden = (torch.randn(16, 8) * 1e-2).half().requires_grad_()
+    weight = (torch.randn(4096, 8) * 1e-2).half().requires_grad_()
+    labels = torch.randint(0, 4096, (16,))
+    objective, _ = head_cross_entropy(hidden, weight, labels, 1024.0, 8)
+    grad = torch.autograd.grad(objective, weight)[0].float() / 1024
+    exact_hidden, exact_weight = hidden.detach().float(), weight.detach().float().requires_grad_()
+    exact = torch.autograd.grad(F.cross_entropy(exact_hidden @ exact_weight.T, labels, reduction="sum"), exact_weight)[0]
+    torch.testing.assert_close(grad, exact, rtol=0.02, atol=1e-8)

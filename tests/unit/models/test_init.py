@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+
+from llmtrain.models.build import build_model, materialize
+from llmtrain.models.init import BLOCK_ELEMENTS, distribution, drawn_block, initial_tensor
+from tests.support.samples import tiny_model
+
+OUT = "decoder.layers.3.attention.out.weight"
+UP = "decoder.layers.3.mlp.up.weight"
+
+
+def test_weights_depend_on_seed_and_name() -> None:
+    config = tiny_model()
+    weights = {(seed, name): initial_tensor(name, (32, 32), config, seed) for seed in (1, 2) for name in (OUT, UP)}
+    assert torch.equal(weights[1, UP], initial_tensor(UP, (32, 32), config, 1))
+    flat = [weight.flatten().tolist() for weight in weights.values()]
+    assert len({tuple(values) for values in flat}) == 4
+
+
+def test_a_tensor_is_its_blocks_in_order() -> None:
+    config, shape = tiny_model(), (3, 50_000)
+    flat = initial_tensor(UP, shape, config, 7).flatten()
+    rule = distribution(UP, shape, config)
+    for block in range(3):
+        expected = torch.from_numpy(drawn_block(UP, block, 7, rule))
+        part = flat[block * BLOCK_ELEMENTS : (block + 1) * BLOCK_ELEMENTS]
+        assert torch.equal(part, expected[: len(part)])
+    assert not torch.equal(flat[:1000], flat[BLOCK_ELEMENTS : BLOCK_ELEMENTS + 1000])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "std"),
+    [
+        ("normal", (512, 256), 0.02),
+        ("small_normal", (512, 256), math.sqrt(2 / (5 * 32))),
+        ("xavier_normal", (512, 256), math.sqrt(2 / 768)),
+        ("xavier_uniform", (512, 256), math.sqrt(2 / 768)),
+    ],
+)
+def test_schemes_have_the_papers_deviation(scheme: str, shape: tuple[int, int], std: float) -> None:
+    config = tiny_model(init={"scheme": scheme})
+    weight = initial_tensor(UP, shape, config, 0)
+    assert weight.std().item() == pytest.approx(std, rel=0.01)
+    assert abs(weight.mean().item()) < std / 100
+    if scheme == "xavier_uniform":
+        assert weight.abs().max().item() == pytest.approx(math.sqrt(6 / 768), rel=1e-3)
+    residual = initial_tensor(OUT, shape, config, 0)
+    assert residual.std().item() == pytest.approx(std / math.sqrt(2 * 2), rel=0.01)
+
+
+def test_depth_scaling_can_be_turned_off() -> None:
+    config = tiny_model(init={"depth_scaled": False})
+    assert initial_tensor(OUT, (512, 256), config, 0).std().item() == pytest.approx(0.02, rel=0.01)
+
+
+def test_every_parameter_is_set() -> None:
+    config = tiny_model(position="learned", norm="layernorm", bias=True, tie_embeddings=False)
+    model = build_model(config)
+    materialize(model, seed=3, device=torch.device("cpu"))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, initial_tensor(name, tuple(parameter.shape), config, 3)), name
+        if "norm" in name:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+        elif name.endswith("bias"):
+            assert not parameter.any(), name
+    assert not model.embeddings.word.weight[307:].any()
+    assert model.embeddings.word.weight[:307].any(dim=1).all()

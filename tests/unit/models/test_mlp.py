@@ -1,0 +1,46 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmtrain.models.mlp import MLP
+from tests.support.samples import tiny_model
+
+FORMULAS = {
+    "relu": lambda x: x.clamp(min=0),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "none": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
+}
+"""ReLU, SiLU, and GELU's approximation and exact form (Hendrycks and Gimpel 2016)."""
+
+
+def formula(activation: str, approximate: str) -> str:
+    return {"relu": "relu", "reglu": "relu", "swiglu": "silu"}.get(activation, approximate)
+
+
+CASES = [("relu", "tanh"), ("reglu", "tanh"), ("swiglu", "tanh")]
+CASES += [(a, approximate) for a in ("gelu", "geglu") for approximate in ("tanh", "none")]
+
+
+@pytest.mark.parametrize(("activation", "approximate"), CASES)
+def test_mlp_equals_its_formula_and_gradient(activation: str, approximate: str) -> None:
+    torch.manual_seed(0)
+    config = tiny_model(hidden_size=6, num_heads=1, num_kv_heads=1, ffn_hidden_size=10, activation=activation, gelu_approximate=approximate, bias=True)
+    mlp = MLP(config).double()
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        layer = getattr(mlp, name)
+        return torch.einsum("sbh,fh->sbf", x, layer.weight) + layer.bias
+
+    f = FORMULAS[formula(activation, approximate)]
+    inner = f(linear("gate", x)) * linear("up", x) if config.gated else f(linear("up", x))
+    torch.testing.assert_close(mlp(x), linear("down", inner))
+    assert torch.autograd.gradcheck(lambda x, *_: mlp(x), (x, *mlp.parameters()))
+
+
+def test_default_inner_width() -> None:
+    assert tiny_model(hidden_size=128, activation="gelu").ffn_size == 512
+    assert tiny_model(hidden_size=4096, activation="swiglu").ffn_size == 10944  # 8/3 * 4096 = 10922.7, to a multiple of 64

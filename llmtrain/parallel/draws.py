@@ -12,10 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-GOLDEN_GAMMA = -0x61C8864680B583EB
-"""The odd increment of splitmix64 (Steele, Lea and Flood 2014), as a signed 64-bit number."""
-
-
 def derived_key(*parts: int | str) -> int:
     """A signed 64-bit key that depends on every part and on their order."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -23,7 +19,7 @@ def derived_key(*parts: int | str) -> int:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """The output function of splitmix64 on int64 tensors; multiplication wraps, shifts are made logical by masks."""
+    """The output function of splitmix64 (Steele, Lea and Flood 2014) on int64: products wrap, masks make shifts logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
@@ -65,7 +61,7 @@ class Draws:
             place = torch.arange(spans[dim].start, spans[dim].start + shape[dim], device=self.key.device)
             index = index + (place * stride).view(-1, *[1] * (len(shape) - 1 - dim))
             stride *= spans[dim].length
-        bits = (mixed(key + index * GOLDEN_GAMMA) >> 32) & 0xFFFFFFFF
+        bits = (mixed(key ^ index) >> 32) & 0xFFFFFFFF
         return bits >= int(probability * 2**32)
 
 

@@ -161,3 +161,12 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; a budget in tokens is rounded up to whole steps."""
+        if self.train.steps is not None:
+            return self.train.steps
+        if self.train.tokens is None:
+            raise ValueError("neither train.steps nor train.tokens is set")
+        return -(-self.train.tokens // (self.train.global_batch_size * self.data.seq_len))

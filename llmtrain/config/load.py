@@ -1,0 +1,182 @@
+"""Reading a run's configuration: a YAML file, the files it rests on, and overrides, with every problem at once."""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from llmtrain.config.document import COMMAND_LINE, Node, dotted, iter_places, merge, plain, read_document, read_text
+from llmtrain.config.names import SECRET_WORD, shown
+from llmtrain.config.rules import arithmetic_problems
+from llmtrain.config.schema import RunConfig
+from llmtrain.config.validation import validate
+from llmtrain.errors import ConfigError, Problem
+
+OVERRIDE_FORM = "write key.path=value, for example optim.lr=1e-4 or data.train.0.path=data/shards/train."
+OVERRIDE = re.compile(r"([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)", re.DOTALL)
+
+Rules = Callable[[RunConfig], list[Problem]]
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A valid configuration, and for each dotted key that somebody wrote, `file:line` or "command line"."""
+
+    config: RunConfig
+    locations: Mapping[str, str]
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), storage_rules: Rules | None = None) -> LoadedConfig:
+    """Read a run's configuration and check it: schema, arithmetic and, where given, storage.
+
+    Later overrides win over earlier ones, and all of them over files. Raises ConfigError with every problem of all
+    stages; its note says how many there are.
+    """
+    reading = _Reading()
+    root = reading.file(path, "", ())
+    if root is None:
+        raise _error(path, reading.problems)
+    for text in overrides:
+        root = _overridden(root, text, reading.problems)
+    locations = dict(iter_places(root))
+    told = {problem.key for problem in reading.problems}
+    checked = validate(plain(root), reading.unread | told)
+    found = arithmetic_problems(checked.config, checked.config.launch.num_workers)
+    if storage_rules is not None:
+        found += storage_rules(checked.config)
+    problems = reading.problems + [
+        _placed(problem, locations, path)
+        for problem in [problem for problem in checked.problems if problem.key not in told]
+        + [problem for problem in found if checked.is_sound(problem)]
+    ]
+    if problems:
+        raise _error(path, problems)
+    return LoadedConfig(checked.config, locations)
+
+
+def _error(path: Path, problems: list[Problem]) -> ConfigError:
+    error = ConfigError(problems)
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    error.add_note(f"{count} in {path}; nothing was started.")
+    return error
+
+
+def _placed(problem: Problem, locations: Mapping[str, str], path: Path) -> Problem:
+    """The problem with the place of its key; a key that nobody wrote stands where its section does, or nowhere."""
+    if problem.where:
+        return problem
+    if problem.key in locations:
+        return replace(problem, where=locations[problem.key])
+    if problem.value is not None:
+        return replace(problem, where="default")
+    section = problem.key
+    while "." in section:
+        section = section.rpartition(".")[0]
+        if section in locations:
+            return replace(problem, where=locations[section])
+    return replace(problem, where=str(path))
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Follows `base:` from file to file. `unread` collects the sections whose base could not be read."""
+
+    problems: list[Problem] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
+
+    def file(self, path: Path, key: str, chain: tuple[Path, ...]) -> Node | None:
+        """The tree of a file with its bases below it, to stand at the dotted `key`."""
+        node = read_document(path, key, self.problems)
+        return None if node is None else self._with_bases(node, key, (*chain, path))
+
+    def _with_bases(self, node: Node, key: str, chain: tuple[Path, ...]) -> Node:
+        if isinstance(node.value, list):
+            entries = [self._with_bases(child, dotted(key, i), chain) for i, child in enumerate(node.value)]
+            return Node(entries, node.where)
+        if not isinstance(node.value, dict):
+            return node
+        own = {
+            name: self._with_bases(child, dotted(key, name), chain)
+            for name, child in node.value.items()
+            if name != "base"
+        }
+        if "base" not in node.value:
+            return Node(own, node.where)
+        below = Node({}, node.where)
+        for entry in self._base_entries(node.value["base"], dotted(key, "base")):
+            found = self._base(entry, key, chain)
+            if found is None:
+                self.unread.add(key)
+            else:
+                below = merge(below, found)
+        return merge(below, Node(own, node.where))
+
+    def _base_entries(self, node: Node, key: str) -> list[Node]:
+        entries = node.value if isinstance(node.value, list) else [node]
+        good = [entry for entry in entries if isinstance(entry.value, str) and entry.value]
+        if len(good) < len(entries):
+            self.unread.add(key.removesuffix("base").removesuffix("."))
+            message = "must be a file or a list of files, relative to this one."
+            self.problems.append(Problem(key, message, shown(key, plain(node)), node.where))
+        return good
+
+    def _base(self, entry: Node, key: str, chain: tuple[Path, ...]) -> Node | None:
+        name = dotted(key, "base")
+        target = chain[-1].parent / entry.value
+        shortest = Path(os.path.normpath(target))
+        target = shortest if shortest.exists() else target
+        if target.resolve() in [file.resolve() for file in chain]:
+            circle = " -> ".join(str(file) for file in (*chain, target))
+            self.problems.append(Problem(name, f"goes in a circle: {circle}. Remove one.", entry.value, entry.where))
+            return None
+        before = len(self.problems)
+        found = self.file(target, key, chain)
+        if found is None and not target.is_file():
+            missing = self.problems.pop()
+            assert len(self.problems) == before
+            message = f"{missing.key}: {missing.message}"
+            self.problems.append(Problem(name, message, entry.value, entry.where))
+        return found
+
+
+def _overridden(root: Node, text: str, problems: list[Problem]) -> Node:
+    """The tree with one `key.path=value` set; the same tree, and a problem, where that is impossible."""
+    match = OVERRIDE.fullmatch(text)
+    if match is None:
+        hidden = "(hidden)" if SECRET_WORD.search(text) else text
+        problems.append(Problem(f"override '{hidden}'", OVERRIDE_FORM, where=COMMAND_LINE))
+        return root
+    key, value_text = match.groups()
+    found: list[Problem] = []
+    value = read_text(value_text, key, found, lambda line: COMMAND_LINE)
+    if value is None:
+        message = f"{found[0].message} Quote the value, or {OVERRIDE_FORM}"
+        problems.append(Problem(key, message, shown(key, value_text), COMMAND_LINE))
+        return root
+    problems.extend(found)
+    return _set(root, key.split("."), 0, value, problems)
+
+
+def _set(node: Node, parts: list[str], depth: int, value: Node, problems: list[Problem]) -> Node:
+    if depth == len(parts):
+        return value
+    part, key, above = parts[depth], dotted(*parts), dotted(*parts[:depth])
+    if isinstance(node.value, list):
+        if not part.isdecimal() or int(part) >= len(node.value):
+            last = len(node.value) - 1
+            allowed = f"its entries are numbered 0 to {last}" if last >= 0 else "it is empty"
+            message = f"{above} is a list and {allowed}."
+            problems.append(Problem(key, message, shown(key, plain(value)), COMMAND_LINE))
+            return node
+        entries = list(node.value)
+        entries[int(part)] = _set(entries[int(part)], parts, depth + 1, value, problems)
+        return Node(entries, node.where)
+    if node.value is not None and not isinstance(node.value, dict):
+        message = f"{above} = {shown(above, node.value)} ({node.where}) is a single value and has no keys."
+        problems.append(Problem(key, message, shown(key, plain(value)), COMMAND_LINE))
+        return node
+    children = dict(node.value or {})
+    child = children.get(part, Node(None, COMMAND_LINE))
+    children[part] = _set(child, parts, depth + 1, value, problems)
+    return Node(children, node.where)

@@ -1,0 +1,139 @@
+"""The frame of the command: its verbs, how they are found, and how an error reaches the user.
+
+A verb's module is imported when the verb is called, not before, so that `--help` stays fast and a module that
+cannot be imported harms only its own verbs. Verb modules import only light things at their top.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError, LlmtrainError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """Where a verb's function, or its group of verbs, is found, and the line about it in `--help`."""
+
+    module: str
+    attribute: str
+    summary: str
+    panel: str
+
+
+TRAINING, DATA, RESULTS = "Training", "Data", "Results"
+
+VERBS = {
+    "train": Verb("llmtrain.cli.train", "train", "Train a model, or go on where the run stopped.", TRAINING),
+    "schema": Verb("llmtrain.cli.schema", "schema", "Print the JSON schema of run files, for editors.", TRAINING),
+    "data": Verb("llmtrain.cli.data", "app", "Make, look at and check data sets.", DATA),
+    "checkpoint": Verb("llmtrain.cli.checkpoint", "app", "List, inspect, verify and compare checkpoints.", RESULTS),
+    "report": Verb("llmtrain.cli.report", "report", "Write one HTML page about one run or several.", RESULTS),
+    "generate": Verb("llmtrain.cli.generate", "generate", "Continue a text with a trained model.", RESULTS),
+    "export": Verb("llmtrain.cli.interop", "export", "Write a model as a Hugging Face folder.", RESULTS),
+    "import": Verb("llmtrain.cli.interop", "import_", "Read a Hugging Face folder as a checkpoint.", RESULTS),
+}
+"""Every verb of the command. The summary stands here too, so that `--help` need not import the module."""
+
+
+class Verbs(TyperGroup):
+    """The root of the command: lists verbs from the table, loads one when it is called, and reports errors."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        # What help, completion and "did you mean" show of a verb: its name and summary, nothing imported.
+        self.commands = {
+            name: TyperCommand(name, help=verb.summary, rich_help_panel=verb.panel) for name, verb in VERBS.items()
+        }
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb itself, in place of what the table says of it."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load_verb(str(name)), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb. An error that a user can mend becomes a message and its exit code, without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except LlmtrainError as error:
+            if wants_traceback():
+                raise
+            report_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            if wants_traceback():
+                raise
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(EXIT_TOLD_TWICE) from None
+
+
+def load_verb(name: str) -> Any:
+    """Import a verb's module and make its command."""
+    verb = VERBS[name]
+    found = getattr(import_module(verb.module), verb.attribute)
+    if isinstance(found, typer.Typer):
+        group = typer.main.get_group(found)
+        group.name = name
+        return group
+    single = typer.Typer(add_completion=False)
+    single.command(name)(found)
+    return typer.main.get_command(single)
+
+
+def wants_traceback() -> bool:
+    """LLMTRAIN_TRACEBACK=1 shows where an error was raised, for whoever looks for a defect."""
+    return os.environ.get("LLMTRAIN_TRACEBACK", "") not in ("", "0")
+
+
+def report_error(error: LlmtrainError) -> None:
+    """Write an error to stderr: every problem of a configuration on a line of its own, notes at the end."""
+    lines = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else []
+    for line in lines or [str(error)]:
+        typer.echo(f"{_error_mark()} {line}", err=True)
+    for note in getattr(error, "__notes__", ()):
+        typer.echo(note, err=True)
+
+
+def _error_mark() -> str:
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    return typer.style("error:", fg="red", bold=True) if coloured else "error:"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"llmtrain {version('llmtrain')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Verbs,
+    name="llmtrain",
+    help="Train transformers at scale, with the same numbers in every layout.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command with the given arguments, or the process's, and end the process with its exit code."""
+    typer.main.get_command(app).main(args=args, prog_name="llmtrain")
+    sys.exit(0)

@@ -1,0 +1,76 @@
+"""`llmtrain train`: check a configuration in every way that needs no device, then run it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from llmtrain.train.outline import Outline
+
+ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Keys set over the file's, such as optim.lr=1e-4.", metavar="[KEY=VALUE]..."),
+]
+
+
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, and stop.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved configuration as YAML, and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
+) -> None:
+    """Train a model. The same command goes on where the run stopped.
+
+    All problems of the configuration are reported together, before anything is started.
+    """
+    from llmtrain.config.load import load_config
+
+    if as_json and not dry_run:
+        raise typer.BadParameter("goes with --dry-run", param_hint="--json")
+    if print_config:
+        from llmtrain.config.rendering import to_yaml
+
+        typer.echo(to_yaml(load_config(config, overrides or []).config), nl=False)
+        return
+
+    from llmtrain.train.preflight import storage_problems, with_vocab_size
+
+    run = with_vocab_size(load_config(config, overrides or [], storage_problems).config)
+    if dry_run:
+        from llmtrain.train.outline import plan_outline
+
+        _print_outline(plan_outline(run, run.launch.num_workers), as_json)
+        return
+
+    from launch.local import launch
+
+    raise typer.Exit(launch(run))
+
+
+def _print_outline(outline: "Outline", as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    if as_json:
+        typer.echo(json.dumps(asdict(outline), indent=2))
+        return
+    evaluate, checkpoint = outline.evaluate_every_steps, outline.checkpoint_every_steps
+    lines = {
+        "run folder": outline.run_folder,
+        "model": f"{outline.parameters:,} parameters, {outline.vocab_size:,} tokens in the vocabulary",
+        "precision": outline.precision,
+        "ranks": f"{outline.world_size}, of which data parallel {outline.data_parallel_size}",
+        "batch": f"{outline.global_batch_size} sequences = {outline.data_parallel_size} ranks x "
+        f"{outline.micro_batches_per_rank} micro-batches x {outline.micro_batch_size}, "
+        f"of {outline.seq_len} tokens each",
+        "steps": f"{outline.steps:,} of {outline.tokens_per_step:,} tokens, {outline.tokens:,} tokens in all",
+        "evaluation": f"every {evaluate} steps" if evaluate else "never",
+        "checkpoints": f"every {checkpoint} steps and at the end" if checkpoint else "at the end",
+    }
+    for name, text in lines.items():
+        typer.echo(f"{name:<12} {text}")

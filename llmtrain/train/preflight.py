@@ -1,0 +1,144 @@
+"""The last look before a run takes any device: is what the configuration names really on storage?
+
+Reads manifests only, no shard and no token. Imports no torch, so that a mistake is told within a second.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmtrain.config.schema import RunConfig, SourceConfig
+from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, read_manifest
+from llmtrain.errors import Problem
+
+SHARDS_HINT = "Write it with `llmtrain data shards INPUT... OUT --tokenizer MODEL`."
+TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
+
+
+def storage_problems(config: RunConfig) -> list[Problem]:
+    """What the run would miss on storage. Raises DataError where a manifest is there but damaged."""
+    manifests: dict[str, Manifest] = {}
+    problems: list[Problem] = []
+    for key, source in _iter_sources(config):
+        problem = _source_problem(key, source)
+        if problem is not None:
+            problems.append(problem)
+            continue
+        manifests[key] = read_manifest(Path(source.path))
+        problems.extend(_too_short(config, key, source, manifests[key]))
+    problems.extend(_disagreements(config, manifests))
+    problems.extend(_vocabulary_problems(config, manifests))
+    problems.extend(_tokenizer_problems(config, manifests))
+    problems.extend(_resume_problems(config))
+    problems.extend(_output_problems(config))
+    return problems
+
+
+def with_vocab_size(config: RunConfig) -> RunConfig:
+    """The configuration with model.vocab_size from the first training source, where it does not say one."""
+    if config.model.vocab_size is not None:
+        return config
+    vocab_size = read_manifest(Path(config.data.train[0].path)).vocab_size
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def _iter_sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:
+    for split, sources in (("train", config.data.train), ("valid", config.data.valid)):
+        for number, source in enumerate(sources):
+            yield f"data.{split}.{number}.path", source
+
+
+def _source_problem(key: str, source: SourceConfig) -> Problem | None:
+    folder = Path(source.path)
+    if not folder.exists():
+        return Problem(key, f"no such folder. {_seen_from(folder)}{SHARDS_HINT}", source.path)
+    if not folder.is_dir():
+        return Problem(key, f"is a file; a data set is a folder of shards. {SHARDS_HINT}", source.path)
+    if not (folder / MANIFEST_NAME).is_file():
+        below = sorted(entry.parent.name for entry in folder.glob(f"*/{MANIFEST_NAME}"))
+        hint = f"Try {folder / below[0]}." if below else SHARDS_HINT
+        return Problem(key, f"the folder has no {MANIFEST_NAME}, so it is no data set. {hint}", source.path)
+    return None
+
+
+def _seen_from(path: Path) -> str:
+    return "" if path.is_absolute() else f"Looked from {Path.cwd()}. "
+
+
+def _too_short(config: RunConfig, key: str, source: SourceConfig, manifest: Manifest) -> Iterator[Problem]:
+    seq_len = config.data.seq_len
+    if manifest.num_windows(seq_len) > 0:
+        return
+    longest = max((shard.tokens + shard.samples - 1 for shard in manifest.shards), default=0)
+    advice = f"Try data.seq_len={longest} or less, or more text." if longest > 0 else "It needs more text."
+    message = f"holds no shard with the {seq_len + 1} tokens of one sample (data.seq_len = {seq_len}). {advice}"
+    yield Problem(key, message, source.path, uses=("data.seq_len",))
+
+
+def _disagreements(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
+    """Sources whose ids do not mean the same tokens as those of the first readable source."""
+    if not manifests:
+        return
+    first_key, first = next(iter(manifests.items()))
+    paths = {key: source.path for key, source in _iter_sources(config)}
+    for key, manifest in manifests.items():
+        if manifest.tokenizer_sha256 != first.tokenizer_sha256 or manifest.vocab_size != first.vocab_size:
+            message = (
+                f"was written with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}, "
+                f"{manifest.vocab_size} tokens) than {first_key} = {paths[first_key]} "
+                f"({first.tokenizer_sha256[:12]}, {first.vocab_size}). Write both with one tokenizer."
+            )
+            yield Problem(key, message, paths[key], uses=(first_key,))
+
+
+def _vocabulary_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
+    size, first_key = config.model.vocab_size, "data.train.0.path"
+    if size is not None and first_key in manifests and size != manifests[first_key].vocab_size:
+        message = (
+            f"the data's tokenizer has {manifests[first_key].vocab_size} tokens ({config.data.train[0].path}). "
+            f"Try model.vocab_size={manifests[first_key].vocab_size}, or null to take it from the data."
+        )
+        yield Problem("model.vocab_size", message, size, uses=(first_key,))
+
+
+def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
+    """The named tokenizer is there, and is the one that the first training source was written with."""
+    named = config.data.tokenizer
+    if named is None:
+        return
+    path = Path(named)
+    if path.is_file():
+        first_key = "data.train.0.path"
+        wanted = manifests[first_key].tokenizer_sha256 if first_key in manifests else None
+        if wanted is not None and file_sha256(path) != wanted:
+            message = (
+                f"is not the tokenizer that {config.data.train[0].path} was written with (sha256 "
+                f"{file_sha256(path)[:12]} instead of {wanted[:12]}). Name that one, or write the shards again."
+            )
+            yield Problem("data.tokenizer", message, named, uses=(first_key,))
+        return
+    source = Path(config.data.train[0].path)
+    near = [folder / name for folder in (path, path.parent, source, source.parent) for name in TOKENIZER_NAMES]
+    found = [candidate for candidate in near if candidate.is_file()]
+    advice = f"Try {found[0]}." if found else "Train one with `llmtrain data tokenizer INPUT... OUT.model`."
+    kind = "is a folder" if path.is_dir() else "no such file"
+    yield Problem("data.tokenizer", f"{kind}. {_seen_from(path)}{advice}", named)
+
+
+def _resume_problems(config: RunConfig) -> Iterator[Problem]:
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "none") and not Path(resume).exists():
+        message = f"no such checkpoint. {_seen_from(Path(resume))}Write auto, none, or the path of a checkpoint."
+        yield Problem("checkpoint.resume", message, resume)
+
+
+def _output_problems(config: RunConfig) -> Iterator[Problem]:
+    """The run folder must be a folder that can be written, or one that can be made."""
+    wanted = (Path(config.output_dir) / config.name).absolute()
+    existing = next(path for path in (wanted, *wanted.parents) if path.exists())
+    if not existing.is_dir():
+        message = f"{existing} is a file, so the run folder {wanted} cannot be made. Choose another output_dir."
+        yield Problem("output_dir", message, config.output_dir, uses=("name",))
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        message = f"{existing} may not be written by this user. Choose another output_dir, or change its rights."
+        yield Problem("output_dir", message, config.output_dir, uses=("name",))

@@ -1,0 +1,28 @@
+"""How far a run is, kept in its status.json for whoever watches from outside."""
+
+import time
+
+from llmtrain.observe.tracker import Row
+from llmtrain.train.run_folder import RunFolder
+
+SECONDS_BETWEEN_WRITES = 1.0
+
+
+class ProgressTracker:
+    """Writes the step of each row into the run folder's status, at most once a second. The end is written by the worker."""
+
+    def __init__(self, folder: RunFolder, total_steps: int) -> None:
+        self._folder = folder
+        self._total_steps = total_steps
+        self._written_at = -SECONDS_BETWEEN_WRITES
+
+    def log(self, row: Row) -> None:
+        if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
+            self._folder.write_status("running", row["step"], self._total_steps, "training")
+            self._written_at = time.monotonic()
+
+    def flush(self) -> None:
+        """Nothing to do: what is written is there."""
+
+    def close(self, status: str) -> None:
+        """Nothing to do."""

@@ -1,0 +1,44 @@
+"""When a run is saved, and what of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmtrain.checkpoint.manager import CheckpointManager
+from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.engines.base import Engine
+from llmtrain.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Saves every `every_steps` steps (0: never) and after the last one.
+
+    `before_publish` makes the metrics durable before a checkpoint of the same step becomes visible.
+    """
+
+    manager: CheckpointManager
+    every_steps: int
+    last_step: int
+    before_publish: Callable[[], object]
+
+    def due(self, step: int) -> bool:
+        return step == self.last_step or (self.every_steps > 0 and step % self.every_steps == 0)
+
+    def save(self, state: TrainState, engine: Engine, valid_loss: float | None) -> None:
+        """Write a checkpoint of what `restore` needs."""
+        contents = {"train": state.to_json(), "engine": engine.state()}
+        self.manager.save(state.step, engine.fragments(), contents, self.before_publish, valid_loss)
+
+    def finish(self) -> None:
+        """Return once the last save is complete."""
+        self.manager.finish()
+
+
+def restore(checkpoint: CheckpointReader, engine: Engine) -> TrainState:
+    """Continue a checkpoint: weights, moments and counts. Imported weights have no history: training begins with them."""
+    if "train" not in checkpoint.state:
+        engine.load_weights(checkpoint)
+        return TrainState()
+    engine.load(checkpoint)
+    engine.load_state(checkpoint.state["engine"])
+    return TrainState.from_json(checkpoint.state["train"])

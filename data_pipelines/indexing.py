@@ -1,0 +1,157 @@
+"""Finding the documents in tar shards, strictly: making sidecars and manifests for tars that are already there."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrain.data.shards import (
+    DTYPES,
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Manifest,
+    ShardEntry,
+    check_file,
+    dtype_name,
+    file_sha256,
+    index_bytes,
+    read_manifest,
+    write_manifest,
+)
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.errors import DataError
+
+TOKEN_SUFFIX = ".bin"
+_TAR_BLOCK_BYTES = 512
+
+
+def scan_tar(path: Path) -> NDArray[np.uint64]:
+    """Offset and size [documents, 2] of each `.bin` member of a tar, found by reading headers only.
+
+    Members of other kinds are passed over unread. Raises DataError where the archive is cut or damaged anywhere: the
+    usual readers take a damaged header for the end, and lose the rest without a word.
+    """
+    payloads: list[tuple[int, int]] = []
+    last_key = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                # The library would keep every header in memory.
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  documented, but not in typeshed
+                if not member.name.endswith(TOKEN_SUFFIX):
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise DataError(f"{path}: member {member.name} is not a plain file. Write the shard again.")
+                key = _key(member.name)
+                if key == last_key:
+                    raise DataError(f"{path}: {key} has two {TOKEN_SUFFIX} members; a document has one.")
+                payloads.append((member.offset_data, member.size))
+                last_key = key
+            end = tar.offset
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise DataError(f"{path}: not a whole tar archive ({error}). Copy the file again.") from None
+    _check_end(path, end)
+    return np.array(payloads, np.uint64).reshape(-1, 2)
+
+
+def _key(name: str) -> str:
+    """What webdataset groups members by: the path up to the first dot of the last part."""
+    folder, _, last = name.rpartition("/")
+    return f"{folder}/{last.partition('.')[0]}"
+
+
+def _check_end(path: Path, end: int) -> None:
+    """An archive ends with two blocks of zeros, and nothing but zeros follows."""
+    with path.open("rb") as file:
+        # The reader stands behind the first block that it took for the end, or before it: both lie in the zeros.
+        file.seek(min(end, path.stat().st_size))
+        rest = file.read()
+    if rest.strip(b"\0"):
+        raise DataError(
+            f"{path}: expected the end of the archive at byte {end}, actual {len(rest)} bytes follow that are no valid "
+            "member: a header is damaged or cut. Copy the file again."
+        )
+    if len(rest) < 2 * _TAR_BLOCK_BYTES:
+        raise DataError(
+            f"{path}: expected {2 * _TAR_BLOCK_BYTES} bytes of zeros at the end of the archive, actual {len(rest)}: "
+            "it is cut short. Copy the file again."
+        )
+
+
+def rebuild_sidecars(folder: Path) -> int:
+    """Write the sidecars that are missing or damaged, from shards that are as the manifest says; return how many.
+
+    Raises DataError where a shard itself is damaged.
+    """
+    manifest = read_manifest(folder)
+    rebuilt = 0
+    for entry in manifest.shards:
+        index_path = folder / entry.index_file
+        if index_path.is_file() and file_sha256(index_path) == entry.index_sha256:
+            continue
+        check_file(folder / entry.file, entry.bytes, entry.sha256)
+        index_path.write_bytes(index_bytes(scan_tar(folder / entry.file)))
+        check_file(index_path, None, entry.index_sha256)
+        rebuilt += 1
+    return rebuilt
+
+
+def index_folder(folder: Path, tokenizer: Tokenizer) -> Manifest:
+    """Write sidecars and a manifest for a folder of tars whose `.bin` members hold ids of this tokenizer.
+
+    The ids are uint16 for vocabularies up to 65,536, else uint32. Raises DataError where the folder has no tar, or a
+    tar is damaged or holds other ids.
+    """
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise DataError(f"{folder}: holds no .tar file. Name a folder of tar shards.")
+    dtype = dtype_name(tokenizer.vocab_size)
+    entries = tuple(_index_shard(path, DTYPES[dtype], tokenizer) for path in paths)
+    manifest = Manifest(SCHEMA_VERSION, tokenizer.sha256, tokenizer.vocab_size, dtype, tokenizer.eos_id, entries)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _index_shard(path: Path, dtype: np.dtype[np.unsignedinteger], tokenizer: Tokenizer) -> ShardEntry:
+    payloads = scan_tar(path)
+    if not len(payloads):
+        raise DataError(f"{path}: has no {TOKEN_SUFFIX} member. Documents are members named KEY{TOKEN_SUFFIX}.")
+    odd = np.flatnonzero(payloads[:, 1] % dtype.itemsize)
+    if odd.size:
+        raise DataError(
+            f"{path}: document {odd[0]} has {payloads[odd[0], 1]} bytes, no multiple of {dtype.itemsize}: its ids are "
+            f"not {dtype.name}, as a vocabulary of {tokenizer.vocab_size} wants."
+        )
+    if problems := token_problems(path, payloads, dtype, tokenizer.vocab_size):
+        raise DataError(problems[0])
+    index_path = path.with_suffix(".idx")
+    index_path.write_bytes(index_bytes(payloads))
+    return ShardEntry(
+        path.name,
+        path.stat().st_size,
+        file_sha256(path),
+        index_path.name,
+        file_sha256(index_path),
+        len(payloads),
+        int(payloads[:, 1].sum()) // dtype.itemsize,
+    )
+
+
+def token_problems(path: Path, payloads: NDArray[np.uint64], dtype: np.dtype, vocab_size: int) -> list[str]:
+    """One line for each document with an id that the vocabulary does not have."""
+    problems = []
+    tokens = np.memmap(path, np.uint8, mode="r")
+    for number, (offset, size) in enumerate(payloads.tolist()):
+        largest = int(tokens[offset : offset + size // dtype.itemsize * dtype.itemsize].view(dtype).max(initial=0))
+        if largest >= vocab_size:
+            problems.append(
+                f"{path}: document {number} has token id {largest}, but the vocabulary has {vocab_size}. "
+                "Write the shards again with their own tokenizer."
+            )
+    return problems
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a folder is a data set."""
+    return (folder / MANIFEST_NAME).is_file()

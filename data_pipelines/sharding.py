@@ -1,0 +1,213 @@
+"""From documents to a data set: tokens in tar shards, split into train and valid, with index and manifest."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.writer import TarWriter
+
+from llmtrain.data.shards import (
+    DTYPES,
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Manifest,
+    ShardEntry,
+    dtype_name,
+    file_sha256,
+    index_bytes,
+    write_manifest,
+)
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.errors import ConfigError, DataError
+
+SPLITS = ("train", "valid")
+
+_TAR_BLOCK_BYTES = 512
+_BATCH_CHARACTERS = 4_000_000
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How a data set is cut. Shards hold about `shard_tokens` tokens: one ends with the document that reaches that."""
+
+    valid_fraction: float = 0.1
+    shard_tokens: int = 50_000_000
+    num_workers: int = 1
+    overwrite: bool = False
+
+
+def write_shards(
+    documents: Iterable[str], out: Path, tokenizer: Tokenizer, config: ShardingConfig
+) -> dict[str, Manifest]:
+    """Tokenize documents into OUT/train and OUT/valid and return their manifests.
+
+    The files depend only on documents, tokenizer and sizes, not on the number of workers. OUT appears whole or not
+    at all. Raises ConfigError where OUT is in use, DataError where a split would be empty.
+    """
+    if not 0 < config.valid_fraction < 1:
+        raise ConfigError(f"--valid-fraction {config.valid_fraction}: must lie between 0 and 1, such as 0.1")
+    _check_output(out, config.overwrite)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.absolute().with_name(f".{out.name}.writing-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        manifests = _write_splits(documents, temporary, tokenizer, config)
+        shutil.copyfile(tokenizer.path, temporary / f"tokenizer{tokenizer.path.suffix}")
+        _publish(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifests
+
+
+def in_valid(text: str, valid_fraction: float) -> bool:
+    """Whether a document belongs to the valid split: by its content, so that a copy of it never lands in the other."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()
+    return int.from_bytes(digest, "little") < valid_fraction * 2.0**64
+
+
+def _write_splits(
+    documents: Iterable[str], folder: Path, tokenizer: Tokenizer, config: ShardingConfig
+) -> dict[str, Manifest]:
+    with (
+        _DatasetWriter(folder / "train", tokenizer, config.shard_tokens) as train,
+        _DatasetWriter(folder / "valid", tokenizer, config.shard_tokens) as valid,
+    ):
+        for texts in _batches(documents):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts, config.num_workers), strict=True):
+                (valid if in_valid(text, config.valid_fraction) else train).add(ids)
+        if not (train.num_documents and valid.num_documents):
+            raise DataError(
+                f"of {train.num_documents + valid.num_documents} documents, {train.num_documents} fall into train and "
+                f"{valid.num_documents} into valid with --valid-fraction {config.valid_fraction}; both need one. "
+                "Documents are never cut: give more of them (a .jsonl holds one per line), or another fraction."
+            )
+        return {"train": train.finish(), "valid": valid.finish()}
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents in lists large enough to share among threads."""
+    batch: list[str] = []
+    characters = 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _check_output(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; the shards need a folder. Name another one.")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"{out}: is not empty. Name another folder, or replace what it holds with --overwrite.")
+    # What is replaced is deleted: never anything but shards.
+    if not (out / SPLITS[0] / MANIFEST_NAME).is_file():
+        raise ConfigError(f"{out}: holds no shards written before, so it is not overwritten. Name another folder.")
+
+
+def _publish(temporary: Path, out: Path) -> None:
+    """Put the finished folder in place of `out`."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = temporary.with_name(f"{temporary.name}.old")
+    out.rename(old)
+    temporary.rename(out)
+    shutil.rmtree(old)
+
+
+class _DatasetWriter:
+    """Writes one split: cuts its documents into shards and keeps the manifest's entries."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
+        folder.mkdir()
+        self.num_documents = 0
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._shard_tokens = shard_tokens
+        self._dtype = dtype_name(tokenizer.vocab_size)
+        self._entries: list[ShardEntry] = []
+        self._shard: ShardWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._shard is not None:
+            self._shard.abandon()
+
+    def add(self, ids: NDArray[Any]) -> None:
+        if self._shard is None:
+            name = f"shard-{len(self._entries):06d}"
+            self._shard = ShardWriter(self._folder, name, DTYPES[self._dtype])
+        self._shard.add(f"{self.num_documents:09d}", ids)
+        self.num_documents += 1
+        if self._shard.num_tokens >= self._shard_tokens:
+            self._entries.append(self._shard.finish())
+            self._shard = None
+
+    def finish(self) -> Manifest:
+        if self._shard is not None:
+            self._entries.append(self._shard.finish())
+            self._shard = None
+        manifest = Manifest(
+            SCHEMA_VERSION,
+            self._tokenizer.sha256,
+            self._tokenizer.vocab_size,
+            self._dtype,
+            self._tokenizer.eos_id,
+            tuple(self._entries),
+        )
+        write_manifest(self._folder, manifest)
+        return manifest
+
+
+class ShardWriter:
+    """Writes one tar and its sidecar. The same documents give the same bytes: members carry no time and no owner."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+        self.num_tokens = 0
+        self._path = folder / f"{name}.tar"
+        self._index_path = folder / f"{name}.idx"
+        self._dtype = dtype
+        self._payloads: list[tuple[int, int]] = []
+        self._file = self._path.open("wb")
+        self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
+
+    def add(self, key: str, ids: NDArray[Any]) -> None:
+        """Append a document as the member `key`.bin."""
+        payload = ids.astype(self._dtype).tobytes()
+        self._tar.write({"__key__": key, "bin": payload})
+        padded_bytes = -(-len(payload) // _TAR_BLOCK_BYTES) * _TAR_BLOCK_BYTES
+        self._payloads.append((self._tar.tarstream.offset - padded_bytes, len(payload)))
+        self.num_tokens += len(ids)
+
+    def finish(self) -> ShardEntry:
+        """Close the files and say what the manifest needs to know of them."""
+        self._tar.close()
+        self._file.close()
+        self._index_path.write_bytes(index_bytes(np.array(self._payloads, np.uint64).reshape(-1, 2)))
+        return ShardEntry(
+            self._path.name,
+            self._path.stat().st_size,
+            file_sha256(self._path),
+            self._index_path.name,
+            file_sha256(self._index_path),
+            len(self._payloads),
+            self.num_tokens,
+        )
+
+    def abandon(self) -> None:
+        """Close the files as they are, after an error."""
+        self._file.close()

@@ -1,0 +1,119 @@
+"""Training a sentencepiece tokenizer that gives every text back unchanged."""
+
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import sentencepiece
+
+from llmtrain.data.tokenizer import SPACE_MARK, SentencePieceTokenizer
+from llmtrain.errors import ConfigError
+
+Kind = Literal["bpe", "unigram"]
+
+SPECIAL_PIECES = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>"}
+MASK_PIECES = ("<mask>", "<cls>", "<sep>")
+
+_NUM_THREADS = 8  # fixed: sums over threads depend on their number
+_CHUNK_CHARACTERS = 8192
+_LONGEST_CHUNK_BYTES = 1 << 20  # far above 4 bytes a character: sentencepiece leaves out longer ones without an error
+# sentencepiece leaves out a whole chunk for one NUL or U+2585, and takes U+2581 for a space. None becomes a piece.
+_NOT_LEARNED = re.compile(f"[\0\u2585{SPACE_MARK}]")
+_LIMIT = re.compile(r"value <= (\d+)|required_chars\. \d+ vs (\d+)")
+
+
+def train_tokenizer(documents: Iterable[str], out: Path, vocab_size: int, kind: Kind = "bpe") -> SentencePieceTokenizer:
+    """Train a tokenizer on documents and write it to `out`, which ends with .model.
+
+    The same documents in the same order give the same file. Raises ConfigError where the vocabulary size does not
+    suit the text.
+    """
+    if out.suffix != ".model":
+        raise ConfigError(f"{out}: the tokenizer's name must end with .model")
+    source = _Chunks(documents)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(source), model_writer=model, model_type=kind, vocab_size=vocab_size, **_settings()
+        )
+    except RuntimeError as error:
+        if source.error is not None:
+            raise source.error from None
+        raise _training_error(error, source.count, vocab_size) from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.write_bytes(model.getvalue())
+    temporary.replace(out)
+    return SentencePieceTokenizer(out)
+
+
+def _settings() -> dict[str, Any]:
+    """The settings without which `decode(encode(text)) == text` does not hold, and the special pieces."""
+    special = {f"{name}_id": number for number, name in enumerate(SPECIAL_PIECES)}
+    pieces = {f"{name}_piece": piece for name, piece in SPECIAL_PIECES.items()}
+    return {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "add_dummy_prefix": False,
+        "byte_fallback": True,
+        "split_digits": False,
+        "control_symbols": list(MASK_PIECES),
+        "shuffle_input_sentence": False,
+        "max_sentence_length": _LONGEST_CHUNK_BYTES,
+        "num_threads": _NUM_THREADS,
+        "minloglevel": 2,
+        **special,
+        **pieces,
+    }
+
+
+class _Chunks:
+    """Pieces of documents for sentencepiece, which reports an error of its source without its type."""
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self._documents = documents
+        self.error: Exception | None = None
+        self.count = 0
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for document in self._documents:
+                for text in _NOT_LEARNED.split(document):
+                    for chunk in iter_chunks(text):
+                        self.count += 1
+                        yield chunk
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def iter_chunks(text: str) -> Iterator[str]:
+    """Cut a text after the ends of lines, which stay in it, so that newlines and indentation become pieces."""
+    begin = 0
+    while begin < len(text):
+        end = begin + _CHUNK_CHARACTERS
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        yield text[begin:end]
+        begin = end
+
+
+def _training_error(error: RuntimeError, num_chunks: int, vocab_size: int) -> ConfigError:
+    if not num_chunks:
+        return ConfigError("the inputs hold no text to train a tokenizer on. Name files with text.")
+    limit = _LIMIT.search(str(error))
+    if limit is None:
+        return ConfigError(f"--vocab-size {vocab_size}: sentencepiece refuses to train: {error}")
+    most, fewest = limit.groups()
+    if most:
+        return ConfigError(
+            f"--vocab-size {vocab_size}: the text yields at most {most} pieces. Try {most}, or give more text."
+        )
+    return ConfigError(
+        f"--vocab-size {vocab_size}: must be at least {fewest}, for 256 bytes, the special pieces and the text's "
+        f"characters. Try {max(512, 2 * int(fewest))}."
+    )

@@ -1,0 +1,176 @@
+"""`llmtrain data ...`: making, looking at and checking data sets."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmtrain.errors import DataError
+
+if TYPE_CHECKING:
+    from data_pipelines.read import ReadReport
+
+app = typer.Typer(help="Make, look at and check data sets.", no_args_is_help=True)
+
+Inputs = Annotated[list[str], typer.Argument(help="Text files, .jsonl files, folders or glob patterns.")]
+Dataset = Annotated[Path, typer.Argument(help="Folder of a data set, or the folder that holds its train and valid.")]
+Field = Annotated[str, typer.Option("--field", help="Key of the text in a .jsonl line.")]
+
+
+class TokenizerKind(StrEnum):
+    """How pieces are found."""
+
+    BPE = "bpe"
+    UNIGRAM = "unigram"
+
+
+@app.command()
+def tokenizer(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Argument(help="The tokenizer to write; its name ends with .model.")],
+    vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens, special ones and 256 bytes included.")],
+    kind: Annotated[TokenizerKind, typer.Option(help="Byte-pair merges, or a unigram model.")] = TokenizerKind.BPE,
+    field: Field = "text",
+) -> None:
+    """Train a sentencepiece tokenizer that gives every text back unchanged."""
+    from data_pipelines.read import ReadReport, iter_documents
+    from data_pipelines.tokenizer_training import train_tokenizer
+
+    report = ReadReport()
+    documents = _with_progress(iter_documents(inputs, report, field), report)
+    trained = train_tokenizer(documents, out, vocab_size, kind.value)
+    _say(report.summary())
+    _say(f"wrote {out}: {trained.vocab_size:,} tokens, sha256 {trained.sha256}")
+
+
+@app.command()
+def shards(
+    inputs: Inputs,
+    out: Annotated[Path, typer.Argument(help="Folder to write: OUT/train, OUT/valid and a copy of the tokenizer.")],
+    tokenizer: Annotated[Path, typer.Option(help="sentencepiece .model or tokenizer.json.")],
+    valid_fraction: Annotated[float, typer.Option(help="Share of the documents that go to valid, by content.")] = 0.1,
+    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a shard ends.")] = 50_000_000,
+    num_workers: Annotated[int, typer.Option(min=1, help="Threads that tokenize; the result is the same.")] = 1,
+    field: Field = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that OUT already holds.")] = False,
+) -> None:
+    """Turn text into tokenized WebDataset shards with manifest, index and a train/valid split."""
+    from data_pipelines.read import ReadReport, iter_documents
+    from data_pipelines.sharding import ShardingConfig, write_shards
+    from llmtrain.data.tokenizer import load_tokenizer
+
+    report = ReadReport()
+    documents = _with_progress(iter_documents(inputs, report, field), report)
+    config = ShardingConfig(valid_fraction, shard_tokens, num_workers, overwrite)
+    manifests = write_shards(documents, out, load_tokenizer(tokenizer), config)
+    _say(report.summary())
+    for name, manifest in manifests.items():
+        _say(
+            f"wrote {out / name}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, "
+            f"{len(manifest.shards):,} shards"
+        )
+
+
+@app.command()
+def index(
+    folder: Dataset,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer of the ids; absent: the one in the folder or beside it.")
+    ] = None,
+) -> None:
+    """Make sidecars and a manifest for a folder of tars, or rebuild sidecars that were lost."""
+    from data_pipelines.indexing import has_manifest, index_folder, rebuild_sidecars
+    from data_pipelines.verification import datasets_in
+    from llmtrain.data.tokenizer import find_tokenizer, load_tokenizer
+
+    for dataset in datasets_in(folder):
+        if has_manifest(dataset):
+            _say(f"{dataset}: rebuilt {rebuild_sidecars(dataset)} sidecars; the manifest is unchanged")
+        else:
+            manifest = index_folder(dataset, load_tokenizer(tokenizer or find_tokenizer(dataset)))
+            _say(f"{dataset}: indexed {len(manifest.shards)} shards, {manifest.num_documents:,} documents")
+
+
+@app.command()
+def inspect(
+    folder: Dataset,
+    seq_len: Annotated[int, typer.Option(min=1, help="Length that samples are counted for.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON list, one object per data set.")] = False,
+) -> None:
+    """Summarize data sets: shards, documents, tokens, lengths, samples."""
+    from data_pipelines.summary import summarize
+    from data_pipelines.verification import datasets_in
+
+    summaries = [summarize(dataset, seq_len) for dataset in datasets_in(folder)]
+    if as_json:
+        typer.echo(json.dumps([summary.to_json() for summary in summaries], indent=1))
+        return
+    for summary in summaries:
+        quantiles = ", ".join(f"{value:,}" for value in summary.length_quantiles.values())
+        typer.echo(
+            f"{summary.path}\n"
+            f"  {summary.shards:,} shards, {summary.size_bytes / 1e6:,.1f} MB, {summary.dtype}, "
+            f"vocabulary {summary.vocab_size:,}, tokenizer {summary.tokenizer_sha256[:12]}\n"
+            f"  {summary.documents:,} documents, {summary.tokens:,} tokens, {summary.mean_length:,.1f} per document "
+            f"(min, 10%, median, 90%, max: {quantiles})\n"
+            f"  {summary.samples:,} samples of {summary.seq_len} tokens per epoch"
+        )
+
+
+@app.command()
+def verify(folder: Dataset) -> None:
+    """Check everything: hashes, tar structure, counts, token ids. Lists every problem; exit code 3 if there is one."""
+    from data_pipelines.verification import datasets_in, verify_dataset
+
+    problems: list[str] = []
+    for dataset in datasets_in(folder):
+        found = verify_dataset(dataset)
+        _say(f"{dataset}: {f'{len(found)} problems' if found else 'whole'}")
+        problems += found
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+@app.command()
+def show(
+    folder: Dataset,
+    sample: Annotated[int, typer.Option(min=0, help="Number of the sample, from 0.")] = 0,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 1024,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run whose order is meant.")] = 1234,
+    shuffle_shards: Annotated[int, typer.Option(min=1, help="The run's data.shuffle_shards.")] = 8,
+) -> None:
+    """Print the text of one sample, as a run on this data set alone would see it, with document boundaries."""
+    from data_pipelines.summary import document_texts
+    from data_pipelines.verification import datasets_in
+    from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
+    from llmtrain.data.tokenizer import find_tokenizer, load_tokenizer
+
+    dataset = datasets_in(folder)[0]
+    stream = SampleStream(load_sources([dataset], [1]), StreamConfig(seed, seq_len, shuffle_shards))
+    shown = stream.sample(sample)
+    _say(f"{stream.shard_path(shown)}: epoch {shown.epoch}, window {shown.window}, {len(shown.tokens)} tokens")
+    for begins, text in document_texts(shown, load_tokenizer(find_tokenizer(dataset))):
+        if begins:
+            typer.echo("-------- document --------")
+        typer.echo(text)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _with_progress(documents: Iterable[str], report: "ReadReport") -> Iterator[str]:
+    """The documents, with a count on stderr where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from documents
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("reading") as status:
+        for document in documents:
+            yield document
+            status.update(f"{report.documents:,} documents, {report.text_bytes / 1e6:,.1f} MB")

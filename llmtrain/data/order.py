@@ -1,0 +1,146 @@
+"""The order of samples: a pure function from a sample's number to its place, found without a list of all samples.
+
+Shards are permuted anew in every epoch; inside each group of consecutive permuted shards, windows are shuffled by a
+keyed bijection. So reading stays within a few shards at a time, and any position is found at once.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MASK_64 = (1 << 64) - 1
+_ROUNDS = 6
+_FEWEST_BITS = 6
+"""Halves of fewer than three bits mix too little; small sizes walk through a larger domain instead."""
+
+
+def derived_key(purpose: str, *numbers: int) -> bytes:
+    """A key of 64 bytes that depends on a purpose and on numbers such as seed, source and epoch."""
+    return hashlib.blake2b("|".join((purpose, *map(str, numbers))).encode(), digest_size=64).digest()
+
+
+def _mixed(value: int) -> int:
+    """The 64-bit finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)
+
+
+def _mixed_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The same for an array; numpy's unsigned integers wrap as the formula wants."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class KeyedBijection:
+    """A keyed permutation of range(size) that is computed per element.
+
+    A Feistel network over the smallest sufficient number of bits, whose halves may differ by one bit; results outside
+    of the range are put through the network again until one lies inside (cycle walking: Black and Rogaway 2002).
+    """
+
+    def __init__(self, size: int, key: bytes) -> None:
+        """`size` is at least 1, `key` has 64 bytes."""
+        bits = max(_FEWEST_BITS, (size - 1).bit_length())
+        self.size = size
+        self._left_bits = bits // 2
+        self._left_mask = (1 << self._left_bits) - 1
+        self._right_mask = (1 << (bits - self._left_bits)) - 1
+        self._keys = [int.from_bytes(key[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
+
+    def __call__(self, index: int) -> int:
+        """The image of one element."""
+        left_bits, left_mask, right_mask = self._left_bits, self._left_mask, self._right_mask
+        while True:
+            left, right = index & left_mask, index >> left_bits
+            for even_key, odd_key in zip(self._keys[::2], self._keys[1::2], strict=True):
+                left ^= _mixed((right + even_key) & _MASK_64) & left_mask
+                right ^= _mixed((left + odd_key) & _MASK_64) & right_mask
+            index = left | right << left_bits
+            if index < self.size:
+                return index
+
+    def images(self, indices: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The images of many elements at once; an array of the same shape."""
+        result = indices.astype(np.uint64).ravel()
+        outside = np.arange(result.size)
+        left_bits = np.uint64(self._left_bits)
+        left_mask, right_mask = np.uint64(self._left_mask), np.uint64(self._right_mask)
+        while outside.size:
+            left, right = result[outside] & left_mask, result[outside] >> left_bits
+            for even_key, odd_key in zip(self._keys[::2], self._keys[1::2], strict=True):
+                left = left ^ (_mixed_array(right + np.uint64(even_key)) & left_mask)
+                right = right ^ (_mixed_array(left + np.uint64(odd_key)) & right_mask)
+            walked = left | right << left_bits
+            result[outside] = walked
+            outside = outside[walked >= np.uint64(self.size)]
+        return result.reshape(indices.shape)
+
+
+def keyed_permutation(size: int, key: bytes) -> NDArray[np.int64]:
+    """A permutation of range(size): its elements sorted by a keyed hash of each."""
+    start = np.uint64(int.from_bytes(key[:8], "little"))
+    hashes = _mixed_array(
+        _mixed_array(np.arange(size, dtype=np.uint64) + start) ^ np.uint64(int.from_bytes(key[8:16], "little"))
+    )
+    return np.argsort(hashes, kind="stable")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample lies: window `window` of shard `shard`, in pass `epoch` over the source."""
+
+    epoch: int
+    shard: int
+    window: int
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The shards of one epoch in their order, and how many windows lie before each of them."""
+
+    shards: list[int]
+    windows_before: list[int]
+
+
+class SampleOrder:
+    """The order of the windows of one source. Sample n belongs to epoch n // N, where N is the number of windows."""
+
+    def __init__(self, windows: Sequence[int], seed: int, source: int, group_size: int) -> None:
+        """`windows` counts the windows of each shard; they are shuffled within groups of `group_size` shards."""
+        self.num_windows = sum(windows)
+        assert self.num_windows > 0
+        self._windows = np.asarray(windows, np.int64)
+        self._seed = seed
+        self._source = source
+        self._group_size = group_size
+        # Neighbouring samples share their epoch and group; two of each, because a boundary may lie between them.
+        self._epoch = lru_cache(maxsize=2)(self._build_epoch)
+        self._bijection = lru_cache(maxsize=2)(self._build_bijection)
+
+    def place(self, number: int) -> Place:
+        """The place of sample `number` (from 0, without end)."""
+        epoch, position = divmod(number, self.num_windows)
+        order = self._epoch(epoch)
+        before = order.windows_before
+        # The last shard that begins at or before the position: shards without windows are passed over.
+        group = (bisect_right(before, position) - 1) // self._group_size
+        begin = before[group * self._group_size]
+        end = before[min((group + 1) * self._group_size, len(order.shards))]
+        shuffled = begin + self._bijection(epoch, group, end - begin)(position - begin)
+        rank = bisect_right(before, shuffled) - 1
+        return Place(epoch, order.shards[rank], shuffled - before[rank])
+
+    def _build_epoch(self, epoch: int) -> _Epoch:
+        shards = keyed_permutation(len(self._windows), derived_key("shards", self._seed, self._source, epoch))
+        before = np.concatenate(([0], np.cumsum(self._windows[shards])))
+        return _Epoch(shards.tolist(), before.tolist())
+
+    def _build_bijection(self, epoch: int, group: int, size: int) -> KeyedBijection:
+        return KeyedBijection(size, derived_key("windows", self._seed, self._source, epoch, group))

@@ -1,0 +1,239 @@
+"""The storage format of a data set: tar shards of token ids, one index sidecar per shard, and a manifest.
+
+A shard is a WebDataset tar with one member `<key>.bin` per document: its token ids, little-endian, nothing else.
+A sidecar holds where each payload lies, so that any document is found without reading headers. What a sample is
+follows from the document lengths alone: the documents of a shard, each followed by one end-of-sequence id, form a
+stream, and window w is the seq_len + 1 tokens of that stream from w * seq_len on. Imports no torch.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrain.errors import DataError
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+_INDEX_MAGIC = b"LLMTINDX"
+_INDEX_VERSION = 1
+_INDEX_HEADER = struct.Struct("<8sQ")  # magic, version; then offset and size of each payload, uint64, little-endian
+
+Verify = Literal["off", "first", "always"]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says of one shard. `samples` counts documents; `tokens` leaves out the ends of sequence."""
+
+    file: str
+    bytes: int
+    sha256: str
+    index_file: str
+    index_sha256: str
+    samples: int
+    tokens: int
+
+    def num_windows(self, seq_len: int) -> int:
+        """Number of whole windows of seq_len + 1 tokens, each sharing one token with the next."""
+        return max(0, (self.tokens + self.samples - 1) // seq_len)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data set consists of, and the tokenizer that its ids belong to."""
+
+    schema_version: int
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: str
+    eos_id: int
+    shards: tuple[ShardEntry, ...]
+
+    def num_windows(self, seq_len: int) -> int:
+        """Number of samples of one epoch."""
+        return sum(shard.num_windows(seq_len) for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+
+def dtype_name(vocab_size: int) -> str:
+    """The narrowest stored type that holds every id of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a folder's manifest.json; the same manifest gives the same bytes."""
+    (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check a folder's manifest.json. Raises DataError where it is missing or not what it should be."""
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DataError(
+            f"{path}: {reason}. A data set is a folder written by `llmtrain data shards`; "
+            f"for a folder of tar shards, `llmtrain data index {folder}` writes the manifest."
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}). Copy the data set again, or write its shards again.") from None
+    try:
+        return _parse_manifest(raw)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}. Write the shards again, or copy the file again.") from None
+
+
+def _parse_manifest(raw: Any) -> Manifest:
+    """Raises ValueError that says which key is wrong."""
+    if isinstance(raw, dict) and (version := raw.get("schema_version")) != SCHEMA_VERSION:
+        raise ValueError(f"schema_version = {version!r}: this version of llmtrain reads {SCHEMA_VERSION}")
+    values = _checked_fields(Manifest, raw, "the manifest")
+    shards = tuple(
+        ShardEntry(**_checked_fields(ShardEntry, entry, f"shards[{number}]"))
+        for number, entry in enumerate(values.pop("shards"))
+    )
+    manifest = Manifest(**values, shards=shards)
+    if manifest.dtype not in DTYPES:
+        raise ValueError(f"dtype = {manifest.dtype!r}: must be one of {', '.join(DTYPES)}")
+    if not 0 <= manifest.eos_id < manifest.vocab_size <= np.iinfo(DTYPES[manifest.dtype]).max + 1:
+        raise ValueError(
+            f"eos_id = {manifest.eos_id}, vocab_size = {manifest.vocab_size}, dtype = {manifest.dtype}: "
+            "eos_id must be below vocab_size, and every id must fit the dtype"
+        )
+    names = [name for shard in shards for name in (shard.file, shard.index_file)]
+    for name in names:
+        # A manifest may come from elsewhere: it must not name files outside its folder.
+        if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+            raise ValueError(f"file name {name!r}: must be a plain name, without folders")
+    if len(set(names)) < len(names):
+        raise ValueError("the same file is named twice")
+    return manifest
+
+
+def _checked_fields(cls: type, raw: Any, where: str) -> dict[str, Any]:
+    """The fields of a dataclass from JSON, each of the right plain type. Raises ValueError."""
+    types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+    if not isinstance(raw, dict) or raw.keys() != types.keys():
+        found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"{where} must have exactly the keys {', '.join(types)}; found {found}")
+    for key, value in raw.items():
+        kind = types[key] if types[key] in (int, str) else list
+        if type(value) is not kind or (kind is int and value < 0):
+            raise ValueError(f"{where}: {key} = {value!r} must be {'a count' if kind is int else f'a {kind.__name__}'}")
+    return raw
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def index_bytes(payloads: NDArray[np.uint64]) -> bytes:
+    """A sidecar's content from an array [documents, 2] of payload offset and size."""
+    return _INDEX_HEADER.pack(_INDEX_MAGIC, _INDEX_VERSION) + payloads.astype("<u8").tobytes()
+
+
+def read_index(path: Path) -> NDArray[np.uint64]:
+    """Array [documents, 2] of payload offset and size. Raises DataError where the sidecar is missing or damaged."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing. `llmtrain data index {path.parent}` rebuilds it from the shard.") from None
+    body = content[_INDEX_HEADER.size :]
+    if len(content) < _INDEX_HEADER.size or len(body) % 16:
+        raise DataError(f"{path}: cut short at {len(content)} bytes. Delete it; `llmtrain data index` rebuilds it.")
+    if (found := _INDEX_HEADER.unpack_from(content)) != (_INDEX_MAGIC, _INDEX_VERSION):
+        raise DataError(f"{path}: begins with {found}, expected {(_INDEX_MAGIC, _INDEX_VERSION)}: not a shard index.")
+    return np.frombuffer(body, "<u8").reshape(-1, 2)
+
+
+def check_file(path: Path, size_bytes: int | None = None, sha256: str | None = None) -> None:
+    """Compare a file with what the manifest says of it. Raises DataError that names file, expected and actual."""
+    try:
+        actual_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing, but the manifest names it. Copy the data set again.") from None
+    if size_bytes is not None and actual_bytes != size_bytes:
+        raise DataError(f"{path}: expected {size_bytes} bytes, actual {actual_bytes} bytes. Copy the file again.")
+    if sha256 is not None and (actual := file_sha256(path)) != sha256:
+        raise DataError(f"{path}: expected sha256 {sha256}, actual {actual}. Copy the file again.")
+
+
+class ShardFile:
+    """One shard opened for reading: the tar mapped into memory, and the place of each document in its stream."""
+
+    def __init__(self, folder: Path, manifest: Manifest, number: int, hashed: bool = True) -> None:
+        """Open shard `number`, comparing sizes with the manifest, and hashes where `hashed`. Raises DataError."""
+        entry = manifest.shards[number]
+        path = folder / entry.file
+        check_file(path, entry.bytes, entry.sha256 if hashed else None)
+        check_file(folder / entry.index_file, None, entry.index_sha256 if hashed else None)
+        payloads = read_index(folder / entry.index_file).astype(np.int64)
+        dtype = DTYPES[manifest.dtype]
+        offsets, sizes = payloads[:, 0], payloads[:, 1]
+        lengths = sizes // dtype.itemsize
+        if len(payloads) != entry.samples or int(lengths.sum()) != entry.tokens:
+            raise DataError(
+                f"{folder / entry.index_file}: expected {entry.samples} documents with {entry.tokens} tokens, actual "
+                f"{len(payloads)} with {int(lengths.sum())}. Delete it; `llmtrain data index {folder}` rebuilds it."
+            )
+        if (payloads % dtype.itemsize).any() or (payloads < 0).any() or (offsets + sizes > entry.bytes).any():
+            raise DataError(
+                f"{folder / entry.index_file}: places lie outside of the {entry.bytes} bytes of {entry.file} or "
+                f"between its tokens. Delete it; `llmtrain data index {folder}` rebuilds it."
+            )
+        self.lengths = lengths
+        self._eos_id = manifest.eos_id
+        # Payloads lie at multiples of the tar's 512-byte blocks: the file is one array of tokens, headers included.
+        # A file of zero bytes cannot be mapped.
+        mapped = np.memmap(path, np.uint8, mode="r") if entry.bytes else np.empty(0, np.uint8)
+        self._tokens = np.asarray(mapped)[: entry.bytes // dtype.itemsize * dtype.itemsize].view(dtype)
+        self._first = offsets // dtype.itemsize
+        self._starts = np.concatenate(([0], np.cumsum(lengths + 1)))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    def document(self, number: int) -> NDArray[Any]:
+        """The stored token ids of one document, without the end of sequence; a view of the mapped file."""
+        first = int(self._first[number])
+        return self._tokens[first : first + int(self.lengths[number])]
+
+    def window(self, number: int, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Window `number` of the stream: its seq_len + 1 tokens, and the positions in it where documents begin.
+
+        A document without tokens begins at its own end of sequence. Raises IndexError past the last whole window.
+        """
+        begin = number * seq_len
+        end = begin + seq_len + 1
+        if number < 0 or end > self._starts[-1]:
+            raise IndexError(f"window {number} of {seq_len} tokens: the shard's stream has {self._starts[-1]} tokens")
+        first, last = np.searchsorted(self._starts, (begin + 1, end)).tolist()
+        first -= 1  # the document, or its end of sequence, that the window's first token belongs to
+        bounds = self._starts[first : last + 1] - begin
+        starts = bounds[:-1]
+        sources = (self._first[first:last] - starts).tolist()  # where position 0 would lie in the file
+        tokens = np.full(seq_len + 1, self._eos_id, np.int64)
+        for source, (start, next_start) in zip(sources, pairwise(bounds.tolist()), strict=True):
+            low, high = max(start, 0), min(next_start - 1, seq_len + 1)
+            tokens[low:high] = self._tokens[source + low : source + high]
+        return tokens, starts[starts >= 0]

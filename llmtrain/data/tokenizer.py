@@ -1,0 +1,183 @@
+"""Between text and token ids: one seam over sentencepiece models and Hugging Face's tokenizer.json files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from numpy.typing import NDArray
+
+from llmtrain.data.shards import file_sha256
+from llmtrain.errors import ConfigError, DataError
+
+TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
+"""What a tokenizer is called beside the shards that were written with it."""
+
+SPACE_MARK = "\u2581"
+"""sentencepiece writes a space as this character, and so takes the character itself for a space."""
+
+_HF_SPECIALS = {
+    "eos_id": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "[SEP]"),
+    "bos_id": ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]", "[CLS]"),
+    "pad_id": ("<pad>", "<|pad|>", "[PAD]"),
+}
+"""A tokenizer.json does not say which token ends a text: the first of these names that it has is taken."""
+
+
+class Tokenizer(Protocol):
+    """Turns text into ids below vocab_size and back. Special tokens are never produced from text."""
+
+    path: Path
+    sha256: str
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    pad_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens. Raises DataError where the text is not valid Unicode."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[NDArray[Any]]:
+        """The ids of each text as an integer array; the same for every number of threads."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are left out."""
+        ...
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a sentencepiece .model or a tokenizer.json. Raises ConfigError where it is missing, DataError if damaged."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file. Give a sentencepiece .model or a Hugging Face tokenizer.json.")
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def find_tokenizer(folder: str | Path) -> Path:
+    """The tokenizer kept in a data set's folder or beside it. Raises ConfigError where there is none."""
+    folder = Path(folder)
+    candidates = [place / name for place in (folder, folder.absolute().parent) for name in TOKENIZER_NAMES]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(f"{folder}: neither it nor the folder above holds one of {', '.join(TOKENIZER_NAMES)}. Name one.")
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model. Those that `llmtrain data tokenizer` trains give back every text unchanged."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the file is no sentencepiece model or has no end of sequence."""
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(path.read_bytes())
+        except RuntimeError as error:
+            raise DataError(f"{path}: not a sentencepiece model ({error}). Copy the file again.") from None
+        if self._model.eos_id() < 0:
+            raise DataError(f"{path}: has no end-of-sequence piece, which documents need. Train one with eos_id >= 0.")
+        self.path = path
+        self.sha256 = file_sha256(path)
+        self.vocab_size: int = self._model.get_piece_size()
+        self.eos_id: int = self._model.eos_id()
+        self.bos_id = _present(self._model.bos_id())
+        self.pad_id = _present(self._model.pad_id())
+        self._mark_ids = self._byte_ids_of_mark()
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[NDArray[Any]]:
+        texts = list(texts)
+        try:
+            batch = self._model.encode(texts, return_type="numpy", num_threads=num_threads)
+        except (RuntimeError, UnicodeEncodeError):
+            raise _surrogate_error(texts) from None
+        if self._mark_ids is not None:
+            for number, text in enumerate(texts):
+                if SPACE_MARK in text:
+                    batch[number] = self._encode_around_marks(text, self._mark_ids)
+        return batch
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(token) for token in ids])
+
+    def _encode_around_marks(self, text: str, mark_ids: NDArray[Any]) -> NDArray[Any]:
+        """The parts between marks as sentencepiece encodes them, and the bytes of each mark between them."""
+        first, *others = self._model.encode(text.split(SPACE_MARK), return_type="numpy", num_threads=1)
+        return np.concatenate([first, *(ids for part in others for ids in (mark_ids, part))])
+
+    def _byte_ids_of_mark(self) -> NDArray[Any] | None:
+        """The byte pieces of the mark, or None for a model that does not give a text back when it is joined by them."""
+        pieces = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        if not all(self._model.is_byte(piece) for piece in pieces):
+            return None
+        part = self._model.encode("a")
+        joined = self._model.decode([*part, *pieces, *part])
+        return np.array(pieces, np.int32) if joined == f"a{SPACE_MARK}a" else None
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, run by the `tokenizers` library."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataError where the file is no tokenizer or has no end-of-sequence token known by name."""
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"{path}: not a tokenizer.json ({error}). Copy the file again.") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # a text that spells a special token is ordinary text
+        self.path = path
+        self.sha256 = file_sha256(path)
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        eos_id = self._special("eos_id")
+        if eos_id is None:
+            names = ", ".join(_HF_SPECIALS["eos_id"])
+            raise DataError(f"{path}: has no end-of-sequence token, which documents need; known names are {names}.")
+        self.eos_id = eos_id
+        self.bos_id = self._special("bos_id")
+        self.pad_id = self._special("pad_id")
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[NDArray[Any]]:
+        texts = list(texts)
+        try:
+            if num_threads == 1:
+                encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            else:  # the library shares a batch among all cores
+                encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            raise _surrogate_error(texts) from None
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def _special(self, kind: str) -> int | None:
+        found = (self._tokenizer.token_to_id(name) for name in _HF_SPECIALS[kind])
+        return next((token for token in found if token is not None), None)
+
+
+def _present(token_id: int) -> int | None:
+    """sentencepiece says -1 for a special piece that a model does not have."""
+    return token_id if token_id >= 0 else None
+
+
+def _surrogate_error(texts: Sequence[str]) -> DataError:
+    """The error for the first text that UTF-8 cannot express."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return DataError(
+                f"character {error.start} of a text is {text[error.start]!r}, half of a surrogate pair, which is no "
+                "character of its own. Leave the text out or repair it."
+            )
+    raise AssertionError("the tokenizer refused a text that is valid Unicode")

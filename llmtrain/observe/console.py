@@ -1,0 +1,150 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere; all of it on stderr."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from llmtrain.observe.tracker import Row
+
+PLAIN_LINE_SECONDS = 5.0
+QUIET_SECONDS = 60.0
+_SMALLEST_BAR = 8
+
+
+class ConsoleTracker:
+    """Shows progress from `start_step` to `last_step`. `advance` is called every step, `log` for recorded rows.
+
+    `title` heads the output. Colours are off where NO_COLOR is set. Without a terminal there is at most one progress
+    line in PLAIN_LINE_SECONDS, and one for each hundredth of the run or each QUIET_SECONDS.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        start_step: int,
+        last_step: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._clock = clock
+        self._status = StatusLine(start_step, last_step, clock)
+        self._said_at = -float("inf")
+        self._said_step = start_step
+        self._live: Live | None = None
+        after = f"from step {start_step:,} " if start_step else ""
+        self._print(f"[bold]{escape(title)}[/]: {after}to step {last_step:,}")
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(self._status, console=self._console, refresh_per_second=4)
+            self._live.start()
+
+    def advance(self, step: int) -> None:
+        """One more step is done; the bar shows it at its next redraw."""
+        self._status.step = step
+
+    def log(self, row: Row) -> None:
+        self._status.step = row["step"]
+        self._status.row.update(row)
+        if "valid_loss" in row:
+            perplexity = f"perplexity {row['valid_perplexity']:,.2f}"
+            self.say(f"step {row['step']:,}: validation loss {row['valid_loss']:.4f}, {perplexity}")
+        elif self._live is None and self._line_is_due(row["step"]):
+            self._said_at, self._said_step = self._clock(), row["step"]
+            self._print(escape("  ".join(self._status.cells(width=None))))
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._print(escape(text))
+
+    def flush(self) -> None:
+        """Nothing to do: what is printed is seen."""
+
+    def close(self, status: str) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        colour = {"done": "green", "preempted": "yellow", "failed": "red"}.get(status, "default")
+        step = f"{self._status.step:,}/{self._status.last_step:,}"
+        self._print(f"[{colour}]{escape(status)}[/] at step {step} after {duration(self._status.elapsed_seconds)}")
+
+    def _print(self, markup: str) -> None:
+        # soft_wrap: a long path is one line, to be copied whole.
+        self._console.print(markup, soft_wrap=True)
+
+    def _line_is_due(self, step: int) -> bool:
+        if step == self._status.last_step:
+            return True
+        waited = self._clock() - self._said_at
+        moved = (step - self._said_step) * 100 >= self._status.last_step
+        return waited >= PLAIN_LINE_SECONDS and (moved or waited >= QUIET_SECONDS)
+
+
+class StatusLine:
+    """One line that says where the run is, as wide as the terminal and never wider."""
+
+    def __init__(self, start_step: int, last_step: int, clock: Callable[[], float]) -> None:
+        self.start_step = start_step
+        self.last_step = last_step
+        self.step = start_step
+        self.row: dict[str, Any] = {}
+        self._clock = clock
+        self._started_at = clock()
+
+    @property
+    def elapsed_seconds(self) -> float:
+        return self._clock() - self._started_at
+
+    def cells(self, width: int | None) -> list[str]:
+        """The texts in order of display; those that matter least are left out where they do not fit `width`."""
+        # (importance, text): a small number stays longest.
+        ranked = [(0, f"{self.step:,}/{self.last_step:,}")]
+        row = self.row
+        if "loss" in row:
+            ranked.append((1, f"loss {row['loss']:.4f}"))
+        if "valid_loss" in row:
+            ranked.append((4, f"valid {row['valid_loss']:.4f}"))
+        if "tokens_per_second" in row:
+            ranked.append((3, f"{short_number(row['tokens_per_second'])} tok/s"))
+        if row.get("mfu") is not None:
+            ranked.append((5, f"MFU {100 * row['mfu']:.1f}%"))
+        done = self.step - self.start_step
+        if done > 0:
+            seconds = self.elapsed_seconds
+            ranked.append((6, f"{duration(seconds)} gone"))
+            if self.step < self.last_step:
+                ranked.append((2, f"{duration(seconds / done * (self.last_step - self.step))} left"))
+        while width is not None and len(ranked) > 1 and sum(len(text) + 2 for _, text in ranked) > width:
+            ranked.remove(max(ranked))
+        return [text for _, text in ranked]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        grid.add_column(ratio=1)
+        cells = self.cells(options.max_width - _SMALLEST_BAR)
+        for _ in cells:
+            grid.add_column(no_wrap=True)
+        bar = ProgressBar(total=max(1, self.last_step), completed=self.step)
+        grid.add_row(bar, *(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
+        yield grid
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2d 1:02:03."""
+    days, rest = divmod(round(seconds), 86_400)
+    return f"{days}d {timedelta(seconds=rest)}" if days else str(timedelta(seconds=rest))
+
+
+def short_number(value: float) -> str:
+    """Three digits and a unit: 950, 12.3K, 4.56M."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= 0.9995 * limit:  # from here on three digits round up to the unit
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"

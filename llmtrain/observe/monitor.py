@@ -1,0 +1,197 @@
+"""What the loop tells about a run, timed, averaged and handed to every tracker."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from llmtrain.observe.console import ConsoleTracker
+from llmtrain.observe.throughput import mfu
+from llmtrain.observe.tracker import Row, Tracker
+
+Section = Literal["data", "evaluate", "checkpoint"]
+Status = Literal["done", "preempted", "failed"]
+
+
+class StepOutcome(Protocol):
+    """What a step reports; engines.base.StepResult is one."""
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def skipped(self) -> bool: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Where a run begins and ends, and what a token costs.
+
+    `start_step` and `start_tokens` are the state that the run continues from. `peak_flops` is that of all devices
+    together, in operations per second; None where it is not known.
+    """
+
+    last_step: int
+    start_step: int = 0
+    start_tokens: int = 0
+    log_every_steps: int = 1
+    flops_per_token: float = 0.0
+    peak_flops: float | None = None
+
+
+@dataclass
+class _Interval:
+    """What has added up since the last recorded row."""
+
+    steps: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    step_seconds: float = 0.0
+    data_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+
+
+class Monitor:
+    """Turns what the loop reports into rows and messages. A tracker that fails is named once and stops nothing.
+
+    A rank that records nothing has no trackers and no console. Call `step` once the step's loss is on the host: the
+    time up to then is the step's.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        trackers: Sequence[Tracker] = (),
+        console: ConsoleTracker | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._plan = plan
+        self._trackers: list[Tracker] = [*trackers, *([console] if console else [])]
+        self._console = console
+        self._clock = clock
+        self._tokens = plan.start_tokens
+        self._interval = _Interval()
+        self._failed_trackers: set[int] = set()
+        self._step_began = clock()
+        self._evaluate_seconds = 0.0
+
+    @contextmanager
+    def section(self, name: Section) -> Iterator[None]:
+        """Time a part of the loop. Evaluation and checkpoints are no part of a step's time; waiting for data is."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - began
+            if name == "data":
+                self._interval.data_seconds += seconds
+            else:
+                self._step_began += seconds
+            if name == "checkpoint":
+                self._interval.checkpoint_seconds += seconds
+            elif name == "evaluate":
+                self._evaluate_seconds += seconds
+
+    def step(self, step: int, lr: float, result: StepOutcome) -> None:
+        """Record that step `step` (from 1) is done."""
+        now = self._clock()
+        interval = self._interval
+        interval.steps += 1
+        interval.tokens += result.num_tokens
+        interval.step_seconds += now - self._step_began
+        interval.skipped += result.skipped
+        self._step_began = now
+        self._tokens += result.num_tokens
+        if self._console:
+            self._console.advance(step)
+        if result.skipped:
+            self.say(f"step {step:,} skipped: its gradient is not finite; weights and moments are unchanged")
+        if step == 1 or step == self._plan.last_step or step % self._plan.log_every_steps == 0:
+            self._record(self._training_row(step, lr, result))
+            self._interval = _Interval()
+
+    def evaluated(self, step: int, valid_loss: float, num_tokens: int) -> None:
+        """Record the mean loss over `num_tokens` targets of the validation data. Call it after the section."""
+        row = {
+            "step": step,
+            "time": time.time(),
+            "valid_loss": valid_loss,
+            "valid_perplexity": perplexity(valid_loss),
+            "valid_tokens": num_tokens,
+            "valid_seconds": self._evaluate_seconds,
+        }
+        self._evaluate_seconds = 0.0
+        self._record(row)
+
+    def say(self, text: str) -> None:
+        """Tell the person at the terminal one thing, above the progress bar."""
+        if self._console:
+            self._console.say(text)
+
+    def flush(self) -> None:
+        """Make all rows durable; call it before a checkpoint becomes visible."""
+        for tracker in self._trackers:
+            self._guard(tracker, tracker.flush)
+
+    def close(self, status: Status) -> None:
+        """End every tracker. The console goes last: the others may have something to say."""
+        for tracker in self._trackers:
+            self._guard(tracker, lambda tracker=tracker: tracker.close(status))
+
+    def _training_row(self, step: int, lr: float, result: StepOutcome) -> Row:
+        interval = self._interval
+        tokens_per_second = interval.tokens / max(interval.step_seconds, 1e-9)
+        row: dict[str, Any] = {
+            "step": step,
+            "time": time.time(),
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": self._tokens,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": interval.step_seconds / interval.steps,
+            "data_seconds": interval.data_seconds / interval.steps,
+            "checkpoint_seconds": interval.checkpoint_seconds,
+            "memory_bytes": peak_memory_bytes(),
+            "skipped": interval.skipped,
+        }
+        if self._plan.peak_flops is not None:
+            row["mfu"] = mfu(tokens_per_second, self._plan.flops_per_token, self._plan.peak_flops)
+        return {**result.metrics, **row}
+
+    def _record(self, row: Row) -> None:
+        for tracker in self._trackers:
+            self._guard(tracker, lambda tracker=tracker: tracker.log(row))
+
+    def _guard(self, tracker: Tracker, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # whatever a tracker's library raises, training goes on
+            if id(tracker) not in self._failed_trackers:
+                self._failed_trackers.add(id(tracker))
+                if tracker is not self._console:
+                    self.say(f"warning: {type(tracker).__name__} cannot record: {error}. Training goes on.")
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity where that is too large for a float."""
+    return math.exp(loss) if loss < 709 or math.isnan(loss) else math.inf
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that this process has held: allocated on its device where it has one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

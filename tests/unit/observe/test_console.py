@@ -1,0 +1,114 @@
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from llmtrain.observe.console import ConsoleTracker, StatusLine, duration, short_number
+
+ROW = {"step": 123_456, "loss": 2.34567, "valid_loss": 2.5, "tokens_per_second": 1_234_567.0, "mfu": 0.4123}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain(last_step: int, clock: Clock) -> tuple[ConsoleTracker, io.StringIO]:
+    out = io.StringIO()
+    return ConsoleTracker("run", 0, last_step, Console(file=out, force_terminal=False, width=80), clock), out
+
+
+def progress_lines(out: io.StringIO) -> list[str]:
+    return [line for line in out.getvalue().splitlines() if "loss" in line and "validation" not in line]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120, 200])
+def test_the_bar_is_one_line_at_every_width(width: int):
+    clock = Clock()
+    status = StatusLine(100_000, 500_000, clock)
+    status.row, status.step = dict(ROW), 123_456
+    clock.now = 40_000.0
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=True, color_system=None).print(status)
+    lines = out.getvalue().rstrip("\n").split("\n")
+    assert len(lines) == 1
+    assert len(lines[0]) <= width
+    if width >= 40:
+        assert "123,456/500,000" in lines[0]
+    if width >= 80:
+        assert "loss 2.3457" in lines[0]
+        assert "left" in lines[0]
+    if width >= 120:
+        assert "MFU 41.2%" in lines[0]
+
+
+def test_plain_output_has_few_lines_but_always_the_last():
+    clock = Clock()
+    tracker, out = plain(1000, clock)
+    for step in range(1, 1001):
+        clock.now += 0.1
+        tracker.advance(step)
+        tracker.log({"step": step, "loss": 1.0})
+    tracker.close("done")
+    lines = progress_lines(out)
+    assert 15 <= len(lines) <= 22
+    assert lines[-1].startswith("1,000/1,000")
+    assert "done at step 1,000/1,000" in out.getvalue()
+
+
+def test_slow_steps_show_a_line_each_minute():
+    clock = Clock()
+    tracker, out = plain(100_000, clock)
+    for step in range(1, 11):
+        clock.now += 61
+        tracker.log({"step": step, "loss": 1.0})
+    assert len(progress_lines(out)) == 10
+
+
+def test_messages_are_whole_lines_and_no_markup():
+    tracker, out = plain(10, Clock())
+    path = "/a/long/path/" * 12 + "[bold]step-00000010"
+    tracker.say(f"saved {path}")
+    tracker.log({"step": 5, "valid_loss": 2.0, "valid_perplexity": 7.389})
+    lines = out.getvalue().splitlines()
+    assert f"saved {path}" in lines
+    assert "step 5: validation loss 2.0000, perplexity 7.39" in lines
+
+
+def test_values_that_are_not_finite_are_shown():
+    tracker, out = plain(1, Clock())
+    tracker.log({"step": 1, "loss": math.nan})
+    assert "loss nan" in out.getvalue()
+
+
+def test_a_terminal_gets_a_bar_with_messages_above_it_and_honours_no_color():
+    out = io.StringIO()
+    environ = {"NO_COLOR": "1", "TERM": "xterm-256color"}
+    console = Console(file=out, force_terminal=True, width=80, highlight=False, _environ=environ)
+    tracker = ConsoleTracker("run", 0, 10, console)
+    tracker.log({"step": 5, "loss": 1.0})
+    tracker.say("saved checkpoints/step-00000005")
+    tracker.close("done")
+    text = out.getvalue()
+    assert "━" in text
+    assert "saved checkpoints/step-00000005\n" in text
+    assert "\x1b[?25h" in text, "the cursor is shown again"
+    assert "\x1b[32m" not in text
+    assert "\x1b[38;" not in text
+
+
+def test_everything_goes_to_stderr(capsys: pytest.CaptureFixture):
+    ConsoleTracker("run", 0, 1).close("done")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "run: to step 1" in captured.err
+
+
+def test_numbers_in_words():
+    values = (0.5, 950, 999.9, 12_345, 999_999, 4.56e6, 2.5e9)
+    assert [short_number(value) for value in values] == ["0.5", "950", "1K", "12.3K", "1M", "4.56M", "2.5B"]
+    assert duration(3_723) == "1:02:03"
+    assert duration(90_061) == "1d 1:01:01"

@@ -1,0 +1,169 @@
+"""A run folder, read for showing it: rows, curves, totals, configuration, environment and checkpoints."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML, YAMLError
+
+from llmtrain.errors import ConfigError
+from llmtrain.observe.environment import ENVIRONMENT_FILE
+from llmtrain.observe.jsonl import iter_rows, read_rows
+from llmtrain.observe.trackers import METRICS_FILE
+
+MOST_POINTS = 2000
+"""A curve with more points than this is thinned for drawing."""
+
+Curve = tuple[list[int], list[float]]
+"""Steps and values; values may be NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class CheckpointEntry:
+    """One folder below `checkpoints`."""
+
+    name: str
+    step: int
+    size_bytes: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder holds. `rows` are training rows, `evaluations` those with `valid_loss`."""
+
+    path: Path
+    name: str
+    rows: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    resumes: list[int]
+    status: dict[str, Any]
+    config_text: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    checkpoints: list[CheckpointEntry]
+
+    def curve(self, key: str) -> Curve:
+        """A column of the rows (`valid_loss`: of the evaluations) over steps."""
+        rows = self.evaluations if key == "valid_loss" else self.rows
+        points = [(row["step"], float(row[key])) for row in rows if isinstance(row.get(key), int | float)]
+        return [step for step, _ in points], [value for _, value in points]
+
+    @property
+    def training_seconds(self) -> float:
+        """Time spent in the steps that count, evaluation and checkpoints left out."""
+        seconds, tokens = 0.0, 0
+        for row in self.rows:
+            rate = row.get("tokens_per_second", 0.0)
+            seconds += (row.get("tokens", 0) - tokens) / rate if rate else 0.0
+            tokens = row.get("tokens", 0)
+        return seconds
+
+    @property
+    def skipped(self) -> int:
+        return sum(row.get("skipped", 0) for row in self.rows)
+
+
+def load_run(path: Path) -> RunRecord:
+    """Read a run folder. Raises ConfigError where it is none, DataError where its metrics are damaged."""
+    metrics = path / METRICS_FILE
+    if not metrics.is_file():
+        missing = f"has no {METRICS_FILE}" if path.is_dir() else "is no folder"
+        raise ConfigError(
+            f"{path}: not a run folder: it {missing}. Give the folder that `llmtrain train` wrote: <output_dir>/<name>."
+        )
+    rows = read_rows(metrics)
+    config_text = _text(path / "config.yaml")
+    config = _yaml(config_text)
+    return RunRecord(
+        path=path,
+        name=str(config.get("name") or path.resolve().name),
+        rows=[row for row in rows if "loss" in row],
+        evaluations=[row for row in rows if "valid_loss" in row],
+        resumes=[row["resumed_from"] for row in iter_rows(metrics) if "resumed_from" in row],
+        status=_json(path / "status.json"),
+        config_text=config_text,
+        config=config,
+        environment=_json(path / ENVIRONMENT_FILE),
+        checkpoints=list(_checkpoints(path / "checkpoints")),
+    )
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Mean over about a fortieth of the curve around each point, narrower near the start so that a steep one shows.
+
+    Values that are not finite are left out; a point with no finite one around it is NaN.
+    """
+    widest = max(2, len(values) // 80)
+    finite = [math.isfinite(value) for value in values]
+    sums = list(accumulate((value if known else 0.0 for value, known in zip(values, finite, strict=True)), initial=0.0))
+    counts = list(accumulate(finite, initial=0))
+    result = []
+    for index in range(len(values)):
+        start = index - min(index // 2, widest)
+        end = min(len(values), 2 * index - start + 1)
+        count = counts[end] - counts[start]
+        result.append((sums[end] - sums[start]) / count if count else math.nan)
+    return result
+
+
+def thinned(curve: Curve, most_points: int = MOST_POINTS) -> Curve:
+    """At most `most_points` points of a curve: of each stretch the lowest and the highest, so that no spike is lost.
+
+    The first and the last point stay. A stretch with a value that is not finite shows that value.
+    """
+    steps, values = curve
+    count = len(values)
+    if count <= most_points:
+        return curve
+    stretches = (most_points - 2) // 2
+    chosen = {0, count - 1}
+    for index in range(stretches):
+        stretch = range(1 + index * (count - 2) // stretches, 1 + (index + 1) * (count - 2) // stretches)
+        chosen.add(min(stretch, key=lambda i: (math.isfinite(values[i]), values[i])))
+        chosen.add(max(stretch, key=lambda i: (math.isfinite(values[i]), values[i])))
+    order = sorted(chosen)
+    return [steps[i] for i in order], [values[i] for i in order]
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, str]:
+    """A nested configuration as dotted keys and their values in words."""
+    if not isinstance(config, dict):
+        return {prefix: str(config)}
+    result: dict[str, str] = {}
+    for key, value in config.items():
+        result.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return result
+
+
+def _checkpoints(folder: Path) -> Iterator[CheckpointEntry]:
+    for path in sorted(folder.glob("step-*")):
+        number = path.name.removeprefix("step-")
+        if number.isdigit() and path.is_dir():
+            size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            yield CheckpointEntry(path.name, int(number), size_bytes, (path / "manifest.json.sha256").is_file())
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A small file beside the metrics: where it is absent or damaged the report goes without it."""
+    try:
+        data = json.loads(_text(path) or "{}")
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _yaml(text: str) -> dict[str, Any]:
+    try:
+        data = YAML(typ="safe", pure=True).load(text)
+    except YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}

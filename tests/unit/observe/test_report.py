@@ -1,0 +1,196 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmtrain.cli.report import report
+from llmtrain.errors import ConfigError
+from llmtrain.observe.jsonl import JsonlTracker
+from llmtrain.observe.report import chart_data, render, script_json, write_report
+from llmtrain.observe.report_sections import summary
+from llmtrain.observe.run_record import load_run, smoothed, thinned
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def make_run(folder: Path, steps: int = 40, name: str = "tiny", lr: float = 3e-4) -> Path:
+    tracker = JsonlTracker(folder / "metrics.jsonl")
+    for step in range(1, steps + 1):
+        rate = 100.0 if step % 2 else 50.0
+        row = {
+            "step": step,
+            "loss": 5.0 / step,
+            "lr": lr,
+            "grad_norm": 1.0,
+            "tokens": 100 * step,
+            "skipped": int(step == 7),
+        }
+        tracker.log({**row, "tokens_per_second": rate, "memory_bytes": 2**30})
+        if step % 10 == 0:
+            tracker.log(
+                {"step": step, "valid_loss": 6.0 / step + (step == 40), "valid_perplexity": 1.0, "valid_seconds": 1.0}
+            )
+    tracker.close("done")
+    quoted = json.dumps(name)
+    (folder / "config.yaml").write_text(f"name: {quoted}\noptim:\n  lr: {lr}\ntrain:\n  steps: {steps}\n")
+    (folder / "status.json").write_text(json.dumps({"status": "done", "step": steps, "message": "all steps done"}))
+    checkpoint = folder / "checkpoints" / f"step-{steps:08d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json.sha256").write_text("0")
+    return folder
+
+
+class Elements(HTMLParser):
+    """Collects elements with attributes, script bodies, and visible text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts.append(data)
+        elif self._inside != "style":
+            self.text += data
+
+
+def test_the_page_tells_the_run(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    out = tmp_path / "page" / "report.html"
+    write_report([run], out)
+    page = Elements(out.read_text())
+    for part in ("tiny", "done", "all steps done", "step-00000040", "lr", "Skipped steps"):
+        assert part in page.text
+    cells = {label: (value, note) for label, value, note in summary(load_run(run))}
+    assert cells["Training loss"][0] == "0.1250"
+    assert cells["Validation loss"][0] == "1.1500"
+    assert cells["Best validation"] == ("0.2000", "at step 30")
+    assert cells["Steps"] == ("40", "of 40")
+    assert cells["Training time"][0] == "0:01:00", "20 steps of 1 s and 20 of 2 s"
+    assert cells["Tokens per second"][0] == "66.7"
+    assert cells["Skipped steps"][0] == "1"
+    assert cells["Peak memory"][0] == "1.00 GiB"
+    curves = chart_data([load_run(run)])["runs"][0]["curves"]
+    assert curves["loss"] == [list(range(1, 41)), [5.0 / step for step in range(1, 41)]]
+    assert curves["valid_loss"][0] == [10, 20, 30, 40]
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    page = render([load_run(run)])
+    elements = Elements(page)
+    for tag, attributes in elements.tags:
+        assert "src" not in attributes, tag
+        assert tag != "link" or attributes["href"] == "data:,"
+    assert not re.search(r"@import|url\(|https?://(?!www\.w3\.org/2000/svg)", page)
+
+
+def test_hostile_names_and_values_stay_text(tmp_path: Path):
+    run = make_run(tmp_path / "run", name=HOSTILE)
+    (run / "status.json").write_text(json.dumps({"status": HOSTILE, "message": HOSTILE}))
+    (run / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE, "devices": [{"name": HOSTILE}]}))
+    (run / "checkpoints" / "step-00000040" / "manifest.json").write_text(HOSTILE)
+    other = make_run(tmp_path / "other")
+    for records in ([load_run(run)], [load_run(run), load_run(other)]):
+        page = Elements(render(records))
+        assert [tag for tag, _ in page.tags].count("script") == 2
+        assert "img" not in [tag for tag, _ in page.tags]
+        assert HOSTILE in page.text
+        assert json.loads(page.scripts[0])["runs"][0]["name"] == HOSTILE
+        policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
+        assert "script-src 'sha256-" in policy
+
+
+@given(text=st.text())
+def test_inlined_data_cannot_end_its_element(text: str):
+    written = script_json({"name": text})
+    assert "<" not in written
+    assert json.loads(written) == {"name": text}
+
+
+def test_two_runs_are_laid_side_by_side_with_what_differs(tmp_path: Path):
+    first, second = make_run(tmp_path / "a", lr=1e-4), make_run(tmp_path / "b", lr=2e-4)
+    out = tmp_path / "comparison.html"
+    write_report([first, second], out)
+    page = Elements(out.read_text())
+    assert "optim.lr" in page.text
+    assert "train.steps" not in page.text
+    names = [run["name"] for run in json.loads(page.scripts[0])["runs"]]
+    assert names == [str(first), str(second)], "equal names are told apart by their folders"
+
+
+def test_a_resumed_run_with_values_that_are_not_finite(tmp_path: Path):
+    run = make_run(tmp_path / "run", steps=40)
+    tracker = JsonlTracker(run / "metrics.jsonl", resume_step=20)
+    tracker.log({"step": 21, "loss": math.nan, "grad_norm": math.inf, "tokens": 2100, "tokens_per_second": 100.0})
+    tracker.close("failed")
+    record = load_run(run)
+    data = chart_data([record])["runs"][0]
+    assert data["resumes"] == [20]
+    assert data["curves"]["loss"][0][-1] == 21
+    assert data["curves"]["loss"][1][-1] is None
+    assert {label: value for label, value, _ in summary(record)}["Resumes"] == "1"
+    render([record])
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    page = Elements(render([load_run(tmp_path)]))
+    assert "Training loss–" in page.text
+    assert json.loads(page.scripts[0])["runs"][0]["curves"]["loss"] == [[], []]
+
+
+def test_long_curves_are_thinned_and_keep_their_spikes():
+    steps = list(range(1, 100_001))
+    values = [1.0 + 0.001 * math.sin(step) for step in steps]
+    values[54_321], values[77_777] = 9.0, math.nan
+    thin_steps, thin_values = thinned((steps, values))
+    assert len(thin_steps) <= 2000
+    assert thin_steps == sorted(set(thin_steps))
+    assert (thin_steps[0], thin_steps[-1]) == (1, 100_000)
+    assert 9.0 in thin_values
+    assert any(math.isnan(value) for value in thin_values)
+    assert thinned((steps[:2000], values[:2000])) == (steps[:2000], values[:2000])
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.sets(st.integers(0, 299)))
+def test_a_smoothed_curve_lies_between_the_extremes(values: list[float], holes: set[int]):
+    known = [value for index, value in enumerate(values) if index not in holes]
+    result = smoothed([math.nan if index in holes else value for index, value in enumerate(values)])
+    assert len(result) == len(values)
+    for value in result:
+        assert math.isnan(value) or min(known) - 1e-6 <= value <= max(known) + 1e-6
+
+
+def test_the_command_writes_into_the_run_folder_and_prints_the_path(tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = make_run(tmp_path / "run")
+    report([run])
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    assert not list(run.glob(".report*"))
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()])
+def test_a_path_that_is_no_run_folder_is_refused_with_what_to_do(tmp_path: Path, make):
+    path = tmp_path / "nothing"
+    make(path)
+    with pytest.raises(ConfigError, match=r"not a run folder.*llmtrain train") as caught:
+        report([path])
+    assert caught.value.exit_code == 2
+    assert not (path / "report.html").exists()

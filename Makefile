@@ -25,8 +25,34 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
 
-quickstart: $(STAMP)
-	$(BIN)/python -m launch.quickstart
+# The quickstart trains on text that every machine with Python has: the standard library's own source.
+QS := quickstart
+STDLIB = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+QS_TEXT = '$(STDLIB)/*.py' '$(STDLIB)/asyncio/*.py' '$(STDLIB)/email/*.py' '$(STDLIB)/json/*.py' '$(STDLIB)/unittest/*.py'
+RUN := $(QS)/runs/quickstart
+
+$(QS)/tokenizer.model: | $(STAMP)
+	@mkdir -p $(QS)
+	$(BIN)/llmtrain data tokenizer $(QS_TEXT) $@ --vocab-size 2048
+
+$(QS)/data/train/manifest.json: $(QS)/tokenizer.model
+	$(BIN)/llmtrain data shards $(QS_TEXT) $(QS)/data --tokenizer $< --valid-fraction 0.1 --overwrite
+
+quickstart: $(STAMP) $(QS)/data/train/manifest.json
+	$(BIN)/llmtrain train configs/runs/quickstart.yaml
+	$(BIN)/llmtrain report $(RUN)
+	$(BIN)/llmtrain export $(RUN) $(QS)/export --to hf --overwrite
+	$(BIN)/llmtrain generate $(QS)/export --prompt 'def __init__(self' --temperature 0.7 --top-p 0.95 --max-tokens 80
+	@printf '\n%s\n' \
+	  "Done. The text above was written by the model that you have just trained." \
+	  "  run folder      $(RUN)  (metrics.jsonl, checkpoints, logs)" \
+	  "  report          $(RUN)/report.html  (open it in a browser)" \
+	  "  Hugging Face    $(QS)/export  (AutoModelForCausalLM.from_pretrained loads it)" \
+	  "Next:" \
+	  "  . $(BIN)/activate" \
+	  "  llmtrain generate $(RUN) --prompt 'import '" \
+	  "  llmtrain train configs/runs/quickstart.yaml train.steps=600      # go on training" \
+	  "  llmtrain train configs/runs/quickstart.yaml name=mine seed=7     # another run; then: llmtrain report $(RUN) $(QS)/runs/mine"
 
 test: $(STAMP)
 	$(BIN)/pytest -m 'not whole_grid'

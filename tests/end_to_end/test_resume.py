@@ -1,0 +1,102 @@
+"""Killed, told to stop, or left alone: the run ends with the same bits."""
+
+import json
+import signal
+from pathlib import Path
+
+import torch
+
+from llmtrain.checkpoint.fragments import Box
+from llmtrain.checkpoint.reader import open_checkpoint
+from llmtrain.observe.jsonl import read_rows
+from tests.support.command import llmtrain, start_llmtrain, wait_until
+
+
+def last_step(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    complete = metrics.read_text("utf-8").rpartition("\n")[0] if metrics.exists() else ""
+    return json.loads(complete.rpartition("\n")[2])["step"] if complete else 0
+
+
+def losses(run: Path) -> dict[int, tuple[float, float]]:
+    return {row["step"]: (row["loss"], row["grad_norm"]) for row in read_rows(run / "metrics.jsonl") if "loss" in row}
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """Weights, moments, counts and every step's loss are equal, bit for bit."""
+    first, second = (open_checkpoint(run / "checkpoints" / "step-00000040") for run in (a, b))
+    assert first.state == second.state
+    names = [(info.name, info.kind) for info in first.tensors()]
+    assert len(names) > 50
+    assert names == [(info.name, info.kind) for info in second.tensors()]
+    for name, kind in names:
+        box = Box.whole(first.global_shape(name, kind) or ())
+        assert torch.equal(first.read(name, kind, box), second.read(name, kind, box)), (name, kind)
+    assert losses(a) == losses(b)
+    assert list(losses(a)) == list(range(1, 41))
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(workspace: Path) -> None:
+    whole = llmtrain("train", "run.yaml", "name=whole", folder=workspace)
+    assert whole.returncode == 0, whole.stderr
+
+    process = start_llmtrain("train", "run.yaml", "name=killed", folder=workspace)
+    killed = workspace / "runs" / "killed"
+    wait_until(lambda: last_step(killed) > 20 and (killed / "checkpoints" / "step-00000020").exists(), process)
+    process.kill()
+    process.wait()
+    assert last_step(killed) < 40
+    resumed = llmtrain("train", "run.yaml", "name=killed", folder=workspace)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step 20" in resumed.stderr
+    assert_same_end(workspace / "runs" / "whole", killed)
+
+    again = llmtrain("train", "run.yaml", "name=killed", folder=workspace)
+    assert again.returncode == 0
+    assert "already done" in again.stdout
+
+
+def test_told_to_stop_saves_at_the_very_step_and_continues(workspace: Path) -> None:
+    process = start_llmtrain("train", "run.yaml", "name=stopped", folder=workspace)
+    stopped = workspace / "runs" / "stopped"
+    wait_until(lambda: last_step(stopped) >= 7, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    step = last_step(stopped)
+    assert (stopped / "checkpoints" / f"step-{step:08d}").exists()
+    status = json.loads((stopped / "status.json").read_text("utf-8"))
+    assert (status["status"], status["step"]) == ("preempted", step)
+
+    resumed = llmtrain("train", "run.yaml", "name=stopped", folder=workspace)
+    assert resumed.returncode == 0, resumed.stderr
+    assert llmtrain("train", "run.yaml", "name=whole", folder=workspace).returncode == 0
+    assert_same_end(workspace / "runs" / "whole", stopped)
+
+
+def test_told_twice_stops_at_once(workspace: Path) -> None:
+    slow = ("train.micro_batch_size=16", "train.global_batch_size=512", "train.steps=1000")
+    process = start_llmtrain("train", "run.yaml", *slow, folder=workspace)
+    wait_until(lambda: last_step(workspace / "runs" / "tiny") >= 1, process)
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "SIGTERM" in (workspace / "output.txt").read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+
+
+def test_a_used_folder_is_not_used_again_with_resume_none(workspace: Path) -> None:
+    short = ("train", "run.yaml", "train.steps=6", "checkpoint.resume=none")
+    assert llmtrain(*short, folder=workspace).returncode == 0
+    refused = llmtrain(*short, folder=workspace)
+    assert refused.returncode == 2
+    assert "checkpoint.resume = none" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_another_process_in_the_same_folder_is_refused(workspace: Path) -> None:
+    process = start_llmtrain("train", "run.yaml", "train.steps=100000", folder=workspace)
+    wait_until(lambda: last_step(workspace / "runs" / "tiny") >= 1, process)
+    second = llmtrain("train", "run.yaml", folder=workspace)
+    process.kill()
+    process.wait()
+    assert second.returncode == 4
+    assert str(process.pid) in second.stderr

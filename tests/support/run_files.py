@@ -1,0 +1,37 @@
+"""A run's YAML file and the data sets that it names, small and on storage."""
+
+from pathlib import Path
+
+from llmtrain.data.shards import Manifest, ShardEntry, write_manifest
+
+GOOD_RUN = """\
+name: small
+model:
+  num_layers: 2
+  hidden_size: 64
+  num_heads: 4
+  max_seq_len: 128
+data:
+  train: [{path: shards/train}]
+  seq_len: 64
+train:
+  steps: 10
+  global_batch_size: 8
+  micro_batch_size: 4
+"""
+
+
+def write_good_run(folder: Path) -> Path:
+    """A run that passes every check when the working directory is `folder`."""
+    write_data_set(folder / "shards" / "train")
+    file = folder / "run.yaml"
+    file.write_text(GOOD_RUN, encoding="utf-8")
+    return file
+
+
+def write_data_set(folder: Path, tokens: int = 1000, vocab_size: int = 300, tokenizer_sha256: str = "a" * 64) -> Path:
+    """A data set's manifest, which is all that checks before a run read."""
+    folder.mkdir(parents=True)
+    shard = ShardEntry("shard-00000.tar", 1, "0" * 64, "shard-00000.idx", "0" * 64, samples=10, tokens=tokens)
+    write_manifest(folder, Manifest(1, tokenizer_sha256, vocab_size, "uint16", 0, (shard,)))
+    return folder

@@ -1,13 +1,17 @@
 """Fragments: pieces of training state, named by where they lie in the whole run and not by who held them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol
 
 from torch import Tensor
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "buffer")
-"""fp32 master weights, Adam's two moments, and state that is not trained. Low-precision weights are the master, rounded."""
+"""fp32 master weights, Adam's two moments, and state that is not trained.
+
+Low-precision weights are not stored: they are the master, rounded.
+"""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,49 @@ class Box:
     def whole(shape: Iterable[int]) -> "Box":
         shape = tuple(shape)
         return Box((0,) * len(shape), shape)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """One past the last element, per dimension."""
+        return tuple(offset + size for offset, size in zip(self.offsets, self.shape, strict=True))
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+    def overlap(self, other: "Box") -> "Box | None":
+        """What the two boxes share; None where they share no element."""
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        ends = tuple(map(min, self.ends, other.ends))
+        if any(end <= offset for offset, end in zip(offsets, ends, strict=True)):
+            return None
+        return Box(offsets, tuple(end - offset for offset, end in zip(offsets, ends, strict=True)))
+
+    def slices_in(self, outer: "Box") -> tuple[slice, ...]:
+        """The index that takes this box out of a tensor that holds `outer`."""
+        return tuple(
+            slice(offset - start, offset - start + size)
+            for offset, start, size in zip(self.offsets, outer.offsets, self.shape, strict=True)
+        )
+
+
+def tiling_problem(global_shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
+    """Why the boxes do not hold every element of the tensor exactly once; None where they do."""
+    total = prod(global_shape)
+    covered = 0
+    ordered = sorted((box for box in boxes if box.num_elements or not total), key=lambda box: box.offsets)
+    active: list[Box] = []
+    for box in ordered:
+        if len(box.offsets) != len(global_shape) or any(map(int.__gt__, box.ends, tuple(global_shape))):
+            return f"the box {box.offsets} + {box.shape} is not inside the shape {tuple(global_shape)}"
+        # Boxes are in order of their first row, so one that ends before this row meets none that follows.
+        active = [other for other in active if not box.offsets or other.ends[0] > box.offsets[0]]
+        clash = next((other for other in active if other.overlap(box)), None)
+        if clash:
+            return f"the boxes {clash.offsets} + {clash.shape} and {box.offsets} + {box.shape} overlap"
+        active.append(box)
+        covered += box.num_elements
+    return None if covered == total else f"its boxes hold {covered} of {total} elements"
 
 
 @dataclass(frozen=True)

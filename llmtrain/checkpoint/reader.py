@@ -1,0 +1,245 @@
+"""Reading a checkpoint: checked when it is opened, then any box of any tensor in it."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmtrain.checkpoint.fragments import Box
+from llmtrain.checkpoint.manifest import (
+    CONFIG,
+    MANIFEST,
+    MANIFEST_HASH,
+    STATE,
+    TENSOR_FILE_SUFFIX,
+    Manifest,
+    TensorEntry,
+    load_manifest,
+    unreadable,
+)
+from llmtrain.checkpoint.tensor_file import DTYPES
+from llmtrain.errors import CheckpointError, ConfigError
+
+WHAT_TO_DO = (
+    "Do not use it: copy it again from where it came from, or resume from an older one "
+    "(`llmtrain checkpoint list RUN`)."
+)
+MAX_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint. `dtype` is safetensors' name for its type."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_fragments: int
+
+    @property
+    def num_elements(self) -> int:
+        return Box.whole(self.shape).num_elements
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_elements * DTYPES[self.dtype].itemsize
+
+
+class CheckpointReader:
+    """A checkpoint whose form has been checked, as a source of fragments. Made by `open_checkpoint`."""
+
+    def __init__(self, path: Path, manifest: Manifest, state: dict[str, Any], config_text: str) -> None:
+        self.path = path
+        self.state = state
+        """The JSON that was handed in at the save."""
+        self.config_text = config_text
+        """The resolved configuration of the run that saved it, as YAML."""
+        self._manifest = manifest
+        self._open_files: dict[str, safe_open] = {}
+
+    @property
+    def step(self) -> int:
+        return self._manifest.step
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Layout and engine that it came from, and its metric."""
+        return self._manifest.about
+
+    @property
+    def created_by(self) -> dict[str, str]:
+        return self._manifest.created_by
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self._manifest.files.values())
+
+    @property
+    def num_files(self) -> int:
+        return len(self._manifest.files)
+
+    def tensors(self) -> Iterator[TensorInfo]:
+        """Every tensor in it, by name and kind."""
+        for name, kinds in sorted(self._manifest.tensors.items()):
+            for kind, entry in sorted(kinds.items()):
+                yield TensorInfo(name, kind, entry.dtype, entry.global_shape, len(entry.fragments))
+
+    def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        """Shape of the whole tensor, or None where the checkpoint has no such tensor."""
+        entry = self._manifest.tensors.get(name, {}).get(kind)
+        return entry.global_shape if entry else None
+
+    def read(self, name: str, kind: str, box: Box) -> Tensor:
+        """The data of a box in new CPU memory, of the stored type; touches only the bytes of the box.
+
+        Raises CheckpointError where the checkpoint has no such tensor or the box leaves its shape.
+        """
+        entry = self._manifest.tensors.get(name, {}).get(kind)
+        if entry is None:
+            raise CheckpointError(
+                f"{self.path}: has no {kind} of {name}. It was saved from another model or by an engine without it: "
+                "compare the model section with `llmtrain checkpoint inspect`."
+            )
+        self._require_inside(name, kind, entry, box)
+        result = torch.empty(box.shape, dtype=DTYPES[entry.dtype])
+        copied = 0
+        for fragment in entry.fragments:
+            shared = box.overlap(fragment.box)
+            if shared is None:
+                continue
+            stored = self._file(fragment.file).get_slice(fragment.key)
+            # The slice is a view of the mapped file: copying it is what reads, and only the pages of the box.
+            result[shared.slices_in(box)] = stored[shared.slices_in(fragment.box)]
+            copied += shared.num_elements
+        assert copied == box.num_elements, "fragments tile the tensor: that was checked at opening"
+        return result
+
+    def _require_inside(self, name: str, kind: str, entry: TensorEntry, box: Box) -> None:
+        shape = entry.global_shape
+        same_rank = len(box.offsets) == len(box.shape) == len(shape)
+        if not same_rank or any(
+            offset < 0 or end > size for offset, end, size in zip(box.offsets, box.ends, shape, strict=True)
+        ):
+            raise CheckpointError(
+                f"{self.path}: {kind} of {name} has the shape {list(shape)}; the model wants the box at "
+                f"{list(box.offsets)} of shape {list(box.shape)}. The model section differs from the saved config.yaml."
+            )
+
+    def _file(self, name: str) -> safe_open:
+        if name not in self._open_files:
+            self._open_files[name] = safe_open(self.path / name, framework="pt")
+        return self._open_files[name]
+
+
+def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
+    """Check a checkpoint folder and open it.
+
+    Manifest, file names, sizes, tensor headers and the hashes of the small files are always checked; `verify` also
+    hashes the tensor files, which one rank of a job does once. Raises CheckpointError with every problem,
+    CheckpointUnusableError for a newer format or missing permission, ConfigError where the path does not exist.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path}: is no folder. Give a checkpoint such as RUN/checkpoints/step-00000050.")
+    manifest = load_manifest(path)
+    if problems := checkpoint_problems(path, manifest, verify):
+        more = [f"... and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
+        shown = "\n  ".join(problems[:MAX_SHOWN] + more)
+        raise CheckpointError(f"{path}: the checkpoint is damaged:\n  {shown}\n{WHAT_TO_DO}")
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        config_text = (path / CONFIG).read_text("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {STATE} or {CONFIG} cannot be decoded: {error}. {WHAT_TO_DO}") from error
+    return CheckpointReader(path, manifest, state, config_text)
+
+
+def checkpoint_problems(folder: Path, manifest: Manifest, verify: bool) -> list[str]:
+    """Every difference between a folder and its manifest, each naming the file, what is expected and what is there."""
+    problems = [f"{folder / MANIFEST}: {problem}" for problem in manifest.problems()]
+    problems += [
+        f"{folder / name}: the manifest does not list it: every checkpoint has one"
+        for name in (STATE, CONFIG)
+        if name not in manifest.files
+    ]
+    try:
+        present = {entry.name: entry.stat(follow_symlinks=False) for entry in os.scandir(folder)}
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    allowed = {*manifest.files, MANIFEST, MANIFEST_HASH}
+    problems += [
+        f"{folder / name}: is not listed in {MANIFEST}: nothing else may lie in a checkpoint. Move it away."
+        for name in sorted(present.keys() - allowed)
+    ]
+    sound = []
+    for name, entry in sorted(manifest.files.items()):
+        if name not in present:
+            problems.append(f"{folder / name}: is missing; the manifest lists {entry.size_bytes:,} bytes")
+        elif not stat.S_ISREG(present[name].st_mode):
+            problems.append(f"{folder / name}: is not a plain file")
+        elif present[name].st_size != entry.size_bytes:
+            problems.append(
+                f"{folder / name}: has {present[name].st_size:,} bytes, the manifest says {entry.size_bytes:,}"
+            )
+        else:
+            sound.append(name)
+    problems += _hash_problems(folder, manifest, sound, verify)
+    return problems or _header_problems(folder, manifest)
+
+
+def _hash_problems(folder: Path, manifest: Manifest, names: list[str], verify: bool) -> list[str]:
+    hashed = [name for name in names if verify or not name.endswith(TENSOR_FILE_SUFFIX)]
+
+    def problem(name: str) -> str | None:
+        path, expected = folder / name, manifest.files[name].sha256
+        try:
+            with path.open("rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise unreadable(path, error) from error
+        return None if actual == expected else f"{path}: sha256 is {actual}, the manifest says {expected}"
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as threads:
+        return [found for found in threads.map(problem, hashed) if found]
+
+
+def _header_problems(folder: Path, manifest: Manifest) -> list[str]:
+    """Differences between the tensor files' own headers and the manifest; reads headers only."""
+    listed: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
+        name: {} for name in manifest.files if name.endswith(TENSOR_FILE_SUFFIX)
+    }
+    problems = []
+    for tensor, fragment in manifest.iter_fragments():
+        if fragment.file not in listed:
+            problems.append(f"{folder / fragment.file}: holds fragments but is no {TENSOR_FILE_SUFFIX} file")
+        elif fragment.key in listed[fragment.file]:
+            problems.append(f"{folder / fragment.file}: the manifest lists {fragment.key} twice")
+        else:
+            listed[fragment.file][fragment.key] = (tensor.dtype, fragment.shape)
+    for name, expected in listed.items():
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                actual = {}
+                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    header = file.get_slice(key)
+                    actual[key] = (header.get_dtype(), tuple(header.get_shape()))
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{folder / name}: is no valid safetensors file: {error}")
+            continue
+        for key in sorted(expected.keys() | actual.keys()):
+            if expected.get(key) != actual.get(key):
+                problems.append(
+                    f"{folder / name}: {key} is {actual.get(key, 'absent')} in the file, "
+                    f"{expected.get(key, 'absent')} in the manifest"
+                )
+    return problems

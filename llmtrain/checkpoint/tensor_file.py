@@ -1,0 +1,137 @@
+"""Writing one safetensors file from memory, hashed in the same pass.
+
+The layout is that of the safetensors library (https://github.com/huggingface/safetensors, "Format"): eight bytes with
+the header's length, little-endian; a JSON header that gives each tensor's dtype, shape and byte range; the data without
+holes. The stock library reads it. Its own writer is not used because the manifest needs the file's hash: hashing while
+writing costs no second pass over the file.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The names that safetensors gives to the types that a checkpoint may hold."""
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+CHUNK_BYTES = 8 << 20
+CHUNKS_AHEAD = 64
+"""Chunks that may wait for the hash: so many that the disk stays busy, and few enough to bound copied tensors."""
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What the manifest says of a file."""
+
+    size_bytes: int
+    sha256: str
+
+
+def tensor_file_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Length and header, padded with spaces so that the data starts at a multiple of eight bytes.
+
+    The data follows in the order of `in_file_order`.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key in in_file_order(tensors):
+        tensor = tensors[key]
+        begin, end = end, end + tensor.nbytes
+        header[key] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys by falling size of the type, so that every tensor is aligned to its own type."""
+    return sorted(tensors, key=lambda key: -tensors[key].element_size())
+
+
+def iter_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+    """The bytes of the file in order, as views of the tensors' own memory where that is contiguous and on the CPU."""
+    yield memoryview(tensor_file_header(tensors, metadata))
+    for key in in_file_order(tensors):
+        flat = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        data = flat.numpy().data
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> WrittenFile:
+    """Write a new safetensors file and return its size and hash once it is on the disk.
+
+    The tensors must not change meanwhile. Raises OSError (a full disk, a missing folder, an existing file) and
+    KeyError for a dtype that is not in DTYPE_NAMES.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        with _BackgroundHash() as digest:
+            size = 0
+            for chunk in iter_chunks(tensors, metadata):
+                digest.take(chunk)
+                write_all(descriptor, chunk)
+                size += len(chunk)
+            # The hash still has chunks to read: the disk works through the same time.
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return WrittenFile(size, digest.hexdigest())
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write every byte: the system may take fewer than it was given."""
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+class _BackgroundHash:
+    """sha256 in a second thread; hashing and writing both release the interpreter lock."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._chunks: queue.Queue[memoryview | None] = queue.Queue(CHUNKS_AHEAD)
+        self._thread = threading.Thread(target=self._run, name="checkpoint-hash", daemon=True)
+
+    def _run(self) -> None:
+        while (chunk := self._chunks.get()) is not None:
+            self._digest.update(chunk)
+
+    def __enter__(self) -> "_BackgroundHash":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._chunks.put(None)
+        self._thread.join()
+
+    def take(self, chunk: memoryview) -> None:
+        self._chunks.put(chunk)
+
+    def hexdigest(self) -> str:
+        """The hash of all chunks. Call after the `with` block."""
+        return self._digest.hexdigest()

@@ -1,0 +1,217 @@
+"""Writing a checkpoint: each rank its fragments, then one rank the rest and the rename that makes it visible."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.checkpoint.fragments import KINDS, Fragment
+from llmtrain.checkpoint.manifest import (
+    CONFIG,
+    MANIFEST,
+    MANIFEST_HASH,
+    STATE,
+    TENSOR_FILE_SUFFIX,
+    FileEntry,
+    FragmentEntry,
+    ManifestPart,
+    TensorEntry,
+    fragment_key,
+    manifest_hash_line,
+    merge_parts,
+    step_folder_name,
+    writing_folder_name,
+)
+from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, WrittenFile, write_all, write_tensor_file
+from llmtrain.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds beside tensors. `state` and `about` are JSON, `config_text` the resolved YAML."""
+
+    step: int
+    state: dict[str, Any]
+    config_text: str
+    about: dict[str, Any]
+
+
+def start_checkpoint(checkpoints: Path, step: int) -> Path:
+    """An empty folder to write step `step` into. Its name is the same on all ranks; one of them calls this.
+
+    What a dead save left there is removed. Raises CheckpointError where the folder cannot be made.
+    """
+    folder = checkpoints / writing_folder_name(step)
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise _write_error(folder, 0, error) from error
+    return folder
+
+
+def write_rank_files(folder: Path, rank: int, fragments: Iterable[Fragment]) -> ManifestPart:
+    """Write what this rank holds and return its part of the manifest, once the data is on the disk.
+
+    The tensors must not change meanwhile. Raises CheckpointError with the path and the needed and free bytes where
+    the file system does not take them; the caller removes the folder.
+    """
+    held = list(fragments)
+    tensors = {fragment_key(item.kind, item.name, item.box): item.tensor for item in held}
+    assert len(tensors) == len(held), "an engine gave the same fragment twice"
+    path = folder / f"rank-{rank:05d}{TENSOR_FILE_SUFFIX}"
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    shapes = {fragment_key(item.kind, item.name, item.box): item.global_shape for item in held}
+    metadata = {"format": "pt", "llmtrain.rank": str(rank), "llmtrain.global_shapes": json.dumps(shapes)}
+    try:
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise CheckpointError(_no_room(path, needed, free, "the disk is too small"))
+        written = write_tensor_file(path, tensors, metadata)
+    except OSError as error:
+        raise _write_error(path, needed, error) from error
+    return ManifestPart(files={path.name: _entry(written)}, tensors=_tensor_entries(held, path.name))
+
+
+def publish(
+    folder: Path, parts: Sequence[ManifestPart], contents: Contents, before_publish: Callable[[], object]
+) -> Path:
+    """Complete a folder of `start_checkpoint` and make it visible as `step-...` beside it; returns the new path.
+
+    `before_publish` runs when everything is on the disk and before the rename, so what it writes is there before
+    the checkpoint is. A checkpoint of the same step is replaced: what training computes now is what counts. The old
+    one is renamed away first and `recover` brings it back if the process dies before the second rename.
+
+    Raises CheckpointError where the file system does not take it, ValueError where the parts do not make whole
+    tensors. The caller removes the folder then.
+    """
+    try:
+        files = {
+            CONFIG: _write_small(folder / CONFIG, contents.config_text.encode()),
+            STATE: _write_small(folder / STATE, (json.dumps(contents.state, indent=1) + "\n").encode()),
+        }
+        small = ManifestPart(files=files, tensors={})
+        manifest = merge_parts([*parts, small], contents.step, contents.about).encode()
+        _write_small(folder / MANIFEST, manifest)
+        _write_small(folder / MANIFEST_HASH, manifest_hash_line(manifest))
+        sync_folder(folder)
+        before_publish()
+        return _put_in_place(folder, folder.parent / step_folder_name(contents.step))
+    except OSError as error:
+        raise _write_error(folder, 0, error) from error
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint so that no moment shows a part of it under its own name. Raises OSError."""
+    doomed = free_name(folder.parent, f"removing-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def recover(checkpoints: Path) -> None:
+    """Undo what a killed writer left half done. Only for the process that holds the run folder's lock.
+
+    Temporary folders are removed; a checkpoint that was renamed away for a replacement that never came is put back.
+    Raises CheckpointError where the file system does not allow it.
+    """
+    try:
+        for folder in sorted(checkpoints.iterdir()) if checkpoints.exists() else ():
+            original = checkpoints / folder.name.removeprefix("replaced-")
+            if folder.name.startswith("replaced-step-") and not original.exists():
+                folder.rename(original)
+            elif folder.name.startswith(("replaced-step-", "writing-step-", "removing-")):
+                shutil.rmtree(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or checkpoints}: what an interrupted save left cannot be cleared: {error.strerror}. "
+            "Make the folder writable."
+        ) from error
+
+
+def free_name(parent: Path, name: str) -> Path:
+    """`name` in `parent`, with a number behind it where that exists already."""
+    path, count = parent / name, 1
+    while path.exists():
+        count += 1
+        path = parent / f"{name}.{count}"
+    return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once names that were made or changed in the folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(folder: Path, target: Path) -> Path:
+    replaced = target.with_name(f"replaced-{target.name}")
+    if target.exists():
+        if replaced.exists():
+            remove_checkpoint(replaced)
+        target.rename(replaced)
+    folder.rename(target)
+    sync_folder(target.parent)
+    if replaced.exists():
+        # The new checkpoint is there; what cannot be removed now is removed at the next start.
+        with suppress(OSError):
+            remove_checkpoint(replaced)
+    return target
+
+
+def _write_small(path: Path, content: bytes) -> FileEntry:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        write_all(descriptor, memoryview(content))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileEntry(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _entry(written: WrittenFile) -> FileEntry:
+    return FileEntry(size_bytes=written.size_bytes, sha256=written.sha256)
+
+
+def _tensor_entries(fragments: Iterable[Fragment], file: str) -> dict[str, dict[str, TensorEntry]]:
+    entries: dict[str, dict[str, TensorEntry]] = {}
+    for item in fragments:
+        assert item.kind in KINDS and tuple(item.tensor.shape) == item.box.shape, f"a wrong fragment of {item.name}"
+        key = fragment_key(item.kind, item.name, item.box)
+        entry = FragmentEntry(offsets=item.box.offsets, shape=item.box.shape, file=file, key=key)
+        kinds = entries.setdefault(item.name, {})
+        before = kinds[item.kind].fragments if item.kind in kinds else ()
+        kinds[item.kind] = TensorEntry(
+            dtype=DTYPE_NAMES[item.tensor.dtype], global_shape=item.global_shape, fragments=(*before, entry)
+        )
+    return entries
+
+
+def _write_error(path: Path, needed: int, error: OSError) -> CheckpointError:
+    """`needed` is 0 where the fault is not the size of what was to be written."""
+    return CheckpointError(_no_room(path, needed, _free_bytes(path), error.strerror or str(error)))
+
+
+def _free_bytes(path: Path) -> int | None:
+    """Free bytes of the nearest folder above that can be asked; never raises, for use where an error is described."""
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None
+
+
+def _no_room(path: Path, needed: int, free: int | None, reason: str) -> str:
+    sizes = f" Needed {needed:,} bytes." if needed else ""
+    sizes += f" Free {free:,} bytes." if free is not None else ""
+    return (
+        f"{path}: the checkpoint could not be written: {reason}.{sizes} "
+        "Free space, lower checkpoint.keep, or set output_dir to a folder that can be written."
+    )

@@ -1,0 +1,239 @@
+"""The run folder: one process at a time writes to it, and says in `status.json` how far it is.
+
+Whether the owner of a lock still lives is known exactly on its own machine, by process id and start time. On another
+machine only the lease tells: the owner touches the lock every ten seconds. The choice between two processes that
+both find a dead owner is made by an advisory lock (flock) on a second file, held only for the takeover.
+"""
+
+import atexit
+import fcntl
+import json
+import os
+import socket
+import threading
+import uuid
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import psutil
+
+from llmtrain.errors import LlmtrainError, RunFolderInUseError
+
+LOCK = "run.lock"
+STATUS = "status.json"
+RENEW_SECONDS = 10.0
+LEASE_SECONDS = 60.0
+
+Status = Literal["running", "done", "preempted", "failed"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """What `status.json` says. `updated` is an ISO time in UTC."""
+
+    status: Status
+    step: int
+    total_steps: int
+    message: str
+    pid: int
+    host: str
+    updated: str
+
+
+@dataclass(frozen=True)
+class LockOwner:
+    """The process that a lock names. `machine` tells apart boots and containers in which process ids differ."""
+
+    host: str
+    machine: str
+    pid: int
+    process_started: str
+    since: str
+    token: str
+
+
+class RunFolder:
+    """A run folder that this process alone writes to, from construction until `close` or the end of the process.
+
+    Raises RunFolderInUseError where another process holds it, LlmtrainError where it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._lock = self.path / LOCK
+        self._owner = LockOwner(
+            socket.gethostname(), _machine(), os.getpid(), _process_started(os.getpid()) or "", _now(), uuid.uuid4().hex
+        )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+        except OSError as error:
+            raise LlmtrainError(
+                f"{error.filename or self.path}: the run folder cannot be used: {error.strerror}. "
+                "Set output_dir to a folder that can be written."
+            ) from error
+        self._closed = threading.Event()
+        self._renewal = threading.Thread(target=self._renew, name="run-lock", daemon=True)
+        self._renewal.start()
+        atexit.register(self.close)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock. A forked child changes nothing: the lock is its parent's."""
+        if self._owner.pid != os.getpid() or self._closed.is_set():
+            return
+        self._closed.set()
+        self._renewal.join()
+        atexit.unregister(self.close)
+        if self._is_ours():
+            self._lock.unlink(missing_ok=True)
+
+    def ensure_held(self) -> None:
+        """Raise RunFolderInUseError where the lock was lost: this machine was suspended for longer than the lease."""
+        if not self._is_ours():
+            owner = _read_owner(self._lock)
+            raise _in_use(self.path, owner) if owner else RunFolderInUseError(f"{self._lock}: was removed. Stopping.")
+
+    def write_status(self, status: Status, step: int, total_steps: int, message: str = "") -> None:
+        """Replace `status.json` in one step. Raises LlmtrainError where the file system does not take it."""
+        content = RunStatus(status, step, total_steps, message, self._owner.pid, self._owner.host, _now())
+        temporary = self.path / f".{STATUS}.{self._owner.token}"
+        try:
+            temporary.write_text(json.dumps(asdict(content), indent=1) + "\n", "utf-8")
+            temporary.replace(self.path / STATUS)
+        except OSError as error:
+            raise LlmtrainError(
+                f"{self.path / STATUS}: cannot be written: {error.strerror}. Free space there."
+            ) from error
+
+    def _acquire(self) -> None:
+        # The lock appears with its content in it, by link or rename: nobody ever reads half a lock.
+        mine = self.path / f".{LOCK}.{self._owner.token}"
+        mine.write_text(json.dumps(asdict(self._owner), indent=1) + "\n", "utf-8")
+        try:
+            while True:
+                try:
+                    self._lock.hardlink_to(mine)
+                    return
+                except FileExistsError:
+                    pass
+                self._require_stale(mine)
+                if self._take_over(mine):
+                    return
+        finally:
+            mine.unlink(missing_ok=True)
+
+    def _take_over(self, mine: Path) -> bool:
+        """Replace a stale lock. False where it vanished meanwhile."""
+        with (self.path / f".{LOCK}.takeover").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            # Another process may have taken over while this one waited: look again before replacing.
+            if not self._lock.exists():
+                return False
+            self._require_stale(mine)
+            mine.replace(self._lock)
+            return True
+
+    def _require_stale(self, mine: Path) -> None:
+        """Return where the lock's owner is dead or the lock is gone; raise RunFolderInUseError where it lives."""
+        owner = _read_owner(self._lock)
+        if owner is not None and owner.machine == self._owner.machine and owner.host == self._owner.host:
+            if _process_started(owner.pid) in (owner.process_started, ""):
+                raise _in_use(self.path, owner)
+            return
+        # Another machine's clock does not matter: both times are the file system's.
+        os.utime(mine)
+        try:
+            idle_seconds = mine.stat().st_mtime - self._lock.stat().st_mtime
+        except FileNotFoundError:
+            return
+        if idle_seconds < LEASE_SECONDS:
+            raise _in_use(self.path, owner)
+
+    def _renew(self) -> None:
+        while not self._closed.wait(RENEW_SECONDS):
+            # A file system that fails for a moment is no reason to stop training: the lease has five more tries.
+            try:
+                if self._is_ours():
+                    os.utime(self._lock)
+            except OSError:
+                continue
+
+    def _is_ours(self) -> bool:
+        owner = _read_owner(self._lock)
+        return owner is not None and owner.token == self._owner.token
+
+
+def read_status(path: Path) -> RunStatus | None:
+    """What the run folder's `status.json` says; None where there is none. Raises LlmtrainError for a damaged one."""
+    file = Path(path) / STATUS
+    try:
+        status = RunStatus(**json.loads(file.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise LlmtrainError(f"{file}: is not a status that llmtrain wrote: {error}. Remove it.") from error
+    if status.status not in get_args(Status):
+        raise LlmtrainError(f"{file}: status = {status.status}, allowed are {', '.join(get_args(Status))}. Remove it.")
+    return status
+
+
+def _read_owner(lock: Path) -> LockOwner | None:
+    """Who holds the lock; None where it is gone or says nothing that can be understood."""
+    try:
+        fields: dict[str, Any] = json.loads(lock.read_bytes())
+        owner = LockOwner(**fields)
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return owner if isinstance(owner.pid, int) and owner.pid > 0 else None
+
+
+def _in_use(path: Path, owner: LockOwner | None) -> RunFolderInUseError:
+    if owner is None:
+        return RunFolderInUseError(
+            f"{path}: is in use: {LOCK} is younger than {LEASE_SECONDS:.0f} seconds and cannot be understood. "
+            "Wait a minute and start again."
+        )
+    return RunFolderInUseError(
+        f"{path}: is in use by process {owner.pid} on {owner.host} since {owner.since}. Wait for it, stop it "
+        f"(`kill {owner.pid}` on {owner.host}), or choose another name or output_dir. A process that died on another "
+        f"machine frees the folder {LEASE_SECONDS:.0f} seconds later by itself."
+    )
+
+
+def _process_started(pid: int) -> str | None:
+    """When a process started, as a text to compare; None where none is alive, empty where the system hides it.
+
+    On Linux in clock ticks since boot, which a change of the system's clock does not move.
+    """
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        if psutil.LINUX:
+            # The second field is the command in parentheses, which may hold spaces; the start is field 22.
+            fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+            return fields[19]
+        return str(process.create_time())
+    except (psutil.Error, OSError):
+        return "" if psutil.pid_exists(pid) else None
+
+
+def _machine() -> str:
+    """This boot of this machine, and the namespace that its process ids belong to; empty where Linux does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

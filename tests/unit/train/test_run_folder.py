@@ -1,0 +1,216 @@
+"""One writer per run folder, however the last one ended."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier, Event
+from pathlib import Path
+
+import pytest
+
+from llmtrain.errors import LlmtrainError, RunFolderInUseError
+from llmtrain.train import run_folder
+from llmtrain.train.run_folder import LEASE_SECONDS, LOCK, RunFolder, read_status
+
+fork = multiprocessing.get_context("fork")
+
+
+def dead_process() -> int:
+    """The id of a process that has just ended."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def edit_lock(folder: Path, **changes: object) -> None:
+    """Rewrite the lock as another owner would have left it."""
+    content = json.loads((folder / LOCK).read_bytes())
+    (folder / LOCK).write_text(json.dumps(content | changes))
+
+
+def abandoned(folder: Path, **changes: object) -> None:
+    """A lock whose owner ended without releasing it."""
+    owner = RunFolder(folder)
+    content = (folder / LOCK).read_text()
+    owner.close()
+    (folder / LOCK).write_text(content)
+    edit_lock(folder, token="other", **changes)
+
+
+def test_a_second_writer_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "runs" / "a") as first:
+        first.ensure_held()
+        with pytest.raises(RunFolderInUseError) as caught:
+            RunFolder(tmp_path / "runs" / "a")
+    message = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert f"process {os.getpid()} on {run_folder.socket.gethostname()} since 2" in message
+    assert "choose another name" in message
+    with RunFolder(tmp_path / "runs" / "a"):
+        pass
+    assert list((tmp_path / "runs" / "a").iterdir()) == []
+
+
+def test_a_dead_owner_is_replaced_at_once(tmp_path: Path) -> None:
+    abandoned(tmp_path, pid=dead_process())
+    with RunFolder(tmp_path) as owner:
+        owner.ensure_held()
+
+
+def test_a_killed_owner_is_replaced_at_once_even_before_it_is_reaped(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        RunFolder(tmp_path)
+        signal.pause()
+    while not (tmp_path / LOCK).exists():
+        time.sleep(0.01)
+    with pytest.raises(RunFolderInUseError, match=f"process {child} on"):
+        RunFolder(tmp_path)
+    os.kill(child, signal.SIGSTOP)  # stopped is not dead
+    with pytest.raises(RunFolderInUseError):
+        RunFolder(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    with RunFolder(tmp_path) as owner:
+        owner.ensure_held()
+    os.waitpid(child, 0)
+
+
+def test_a_process_id_in_use_again_is_recognized_by_its_start(tmp_path: Path) -> None:
+    abandoned(tmp_path, pid=os.getpid())
+    with pytest.raises(RunFolderInUseError):
+        RunFolder(tmp_path)
+    edit_lock(tmp_path, process_started="1")
+    with RunFolder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("change", [{"host": "other"}, {"machine": "another boot"}])
+def test_on_another_machine_the_lease_decides(tmp_path: Path, change: dict[str, str]) -> None:
+    """There a process id says nothing, even one that is dead here."""
+    abandoned(tmp_path, pid=dead_process(), **change)
+    now = time.time()
+    os.utime(tmp_path / LOCK, (now, now - LEASE_SECONDS + 20))
+    with pytest.raises(RunFolderInUseError):
+        RunFolder(tmp_path)
+    os.utime(tmp_path / LOCK, (now, now - LEASE_SECONDS - 1))
+    with RunFolder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"pid": 1}'])
+def test_a_lock_without_sense_counts_until_its_lease_ends(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK).write_text(content)
+    with pytest.raises(RunFolderInUseError, match="cannot be understood"):
+        RunFolder(tmp_path)
+    os.utime(tmp_path / LOCK, (0, 0))
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_the_lease_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "RENEW_SECONDS", 0.01)
+    with RunFolder(tmp_path):
+        os.utime(tmp_path / LOCK, (0, 0))
+        deadline = time.monotonic() + 30
+        while (tmp_path / LOCK).stat().st_mtime == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def contend(folder: Path, start: Barrier, results: Queue, release: Event) -> None:
+    start.wait()
+    try:
+        with RunFolder(folder) as owner:
+            owner.ensure_held()
+            results.put("won")
+            release.wait(60)  # hold it until all have tried
+    except RunFolderInUseError:
+        results.put("refused")
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_of_processes_that_come_at_once_exactly_one_wins(tmp_path: Path, stale: bool) -> None:
+    for turn in range(5):
+        folder = tmp_path / f"run-{turn}"
+        if stale:
+            abandoned(folder, pid=dead_process())
+        start, results, release = fork.Barrier(4), fork.Queue(), fork.Event()
+        processes = [fork.Process(target=contend, args=(folder, start, results, release)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        found = sorted(results.get(timeout=60) for _ in processes)
+        release.set()
+        for process in processes:
+            process.join(60)
+        assert found == ["refused"] * 3 + ["won"]
+
+
+def test_a_lost_lock_is_noticed_and_not_released(tmp_path: Path) -> None:
+    owner = RunFolder(tmp_path)
+    edit_lock(tmp_path, token="other", pid=4242, host="elsewhere")
+    with pytest.raises(RunFolderInUseError, match="process 4242 on elsewhere"):
+        owner.ensure_held()
+    owner.close()
+    assert (tmp_path / LOCK).exists()
+
+
+EXITS_WHILE_HOLDING = """
+import os, sys
+from pathlib import Path
+from llmtrain.train.run_folder import LOCK, RunFolder
+
+folder = Path(sys.argv[1])
+RunFolder(folder)
+child = os.fork()
+if child == 0:
+    sys.exit()  # runs the exit handlers that it inherited
+os.waitpid(child, 0)
+assert (folder / LOCK).exists(), "the child released its parent's lock"
+"""
+
+
+def test_the_lock_is_released_at_exit_and_not_by_a_forked_child(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", EXITS_WHILE_HOLDING, str(tmp_path)], check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_round_trip(tmp_path: Path) -> None:
+    assert read_status(tmp_path) is None
+    with RunFolder(tmp_path) as owner:
+        owner.write_status("running", 3, 200)
+        owner.write_status("preempted", 40, 200, "told to stop")
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.status, status.step, status.total_steps, status.message) == ("preempted", 40, 200, "told to stop")
+    assert (status.pid, status.updated[:2]) == (os.getpid(), "20")
+    assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"status": "done"}'])
+def test_a_damaged_status_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(LlmtrainError, match=r"status\.json: is not a status"):
+        read_status(tmp_path)
+
+
+def test_a_status_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as owner:
+        owner.write_status("done", 3, 3)
+    content = json.loads((tmp_path / "status.json").read_bytes())
+    (tmp_path / "status.json").write_text(json.dumps(content | {"status": "on fire"}))
+    with pytest.raises(LlmtrainError, match="status = on fire, allowed are running, done, preempted, failed"):
+        read_status(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_a_users_fault(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LlmtrainError, match="cannot be used: Not a directory"):
+        RunFolder(tmp_path / "file" / "run")

@@ -34,10 +34,14 @@ class RopeScaling(Section):
     """Stretching of rotary positions beyond the length that they were trained at."""
 
     kind: Literal["llama3"] = Field("llama3", description="llama3: frequencies below a band are divided by the factor.")
-    factor: Annotated[float, Field(ge=1)] = 8.0
-    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
-    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
-    original_max_seq_len: Count = 8192
+    factor: Annotated[float, Field(ge=1)] = Field(8.0, description="How many times longer the context becomes.")
+    low_freq_factor: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Frequencies with fewer turns in the original length are divided by the whole factor."
+    )
+    high_freq_factor: Annotated[float, Field(gt=0)] = Field(
+        4.0, description="Frequencies with more turns in the original length stay; between the two it blends."
+    )
+    original_max_seq_len: Count = Field(8192, description="Length of the sequences before the stretching.")
 
 
 class ModelConfig(Section):

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -209,5 +210,8 @@ class ShardWriter:
         )
 
     def abandon(self) -> None:
-        """Close the files as they are, after an error."""
-        self._file.close()
+        """Close the files after an error, which a full disk must not hide behind its own."""
+        with suppress(OSError):
+            self._tar.close()
+        with suppress(OSError):
+            self._file.close()

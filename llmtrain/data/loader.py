@@ -1,7 +1,7 @@
 """From the stream of samples to the micro-batches of this rank, step by step, prepared ahead of the engine."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 
@@ -42,7 +42,7 @@ class BatchLoader:
         self._micro_batch_size = micro_batch_size
         self._micro_batches = range(dp_rank, global_batch_size // micro_batch_size, dp_size)
 
-    def steps(self, first_sample: int) -> Iterator[list[Batch]]:
+    def steps(self, first_sample: int) -> Generator[list[Batch], None, None]:
         """Each step's micro-batches, from global sample `first_sample` on, without end.
 
         Steps are prepared ahead in one thread, which ends when the iterator is closed. Raises DataError, where the

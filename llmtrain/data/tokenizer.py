@@ -94,7 +94,7 @@ class SentencePieceTokenizer:
         texts = list(texts)
         try:
             batch = self._model.encode(texts, return_type="numpy", num_threads=num_threads)
-        except (RuntimeError, UnicodeEncodeError):
+        except (RuntimeError, TypeError, UnicodeEncodeError):
             raise _surrogate_error(texts) from None
         if self._mark_ids is not None:
             for number, text in enumerate(texts):

@@ -1,0 +1,96 @@
+"""The `data` verbs as a user runs them, one after another on one text."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from llmtrain.cli.data import app
+from llmtrain.errors import ConfigError, DataError
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with texts, a tokenizer and shards, made by the commands."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "texts").mkdir()
+    for number in range(40):
+        (folder / "texts" / f"{number}.txt").write_text(f"text {number} says\n" + f"    line {number}\n" * 10)
+    (folder / "texts" / "picture.bin").write_bytes(b"\xff\xfe\xfd")
+    result = run("tokenizer", folder / "texts", folder / "t.model", "--vocab-size", 320)
+    assert result.exit_code == 0, result.output
+    result = run("shards", folder / "texts", folder / "out", "--tokenizer", folder / "t.model", "--valid-fraction", 0.2)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert "read 40 documents" in result.stderr and "picture.bin" in result.stderr
+    return folder
+
+
+def test_inspect_speaks_to_people_and_machines(made: Path) -> None:
+    result = run("inspect", made / "out", "--seq-len", 32, "--json")
+    train, valid = json.loads(result.stdout)
+    assert (train["path"], valid["path"]) == (str(made / "out" / "train"), str(made / "out" / "valid"))
+    assert train["documents"] + valid["documents"] == 40
+    assert train["samples"] == (train["tokens"] + train["documents"] - 1) // 32
+    assert list(train["length_quantiles"].values()) == sorted(train["length_quantiles"].values())
+    assert f"{train['documents']} documents" in run("inspect", made / "out").stdout
+
+
+def test_show_prints_the_text_with_document_boundaries(made: Path) -> None:
+    result = run("show", made / "out", "--sample", 2, "--seq-len", 200)
+    parts = [part.strip("\n") for part in result.stdout.split("-------- document --------\n")]
+    assert len(parts) > 2
+    texts = [path.read_text() for path in (made / "texts").glob("*.txt")]
+    assert all(any(part in text for text in texts) for part in parts)
+    assert "epoch 0" in result.stderr
+    assert run("show", made / "out", "--sample", 2, "--seq-len", 200, "--seed", 7).stdout != result.stdout
+
+
+def test_verify_passes_then_names_the_damage(made: Path, tmp_path: Path) -> None:
+    result = run("verify", made / "out")
+    assert result.exit_code == 0
+    assert result.stderr.count("whole") == 2
+    second = run("shards", made / "texts", tmp_path / "out", "--tokenizer", made / "t.model", "--valid-fraction", 0.2)
+    assert second.exit_code == 0
+    damaged = tmp_path / "out" / "valid" / "shard-000000.tar"
+    assert damaged.read_bytes() == (made / "out" / "valid" / "shard-000000.tar").read_bytes()
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (tmp_path / "out" / "train" / "shard-000000.idx").unlink()
+    error = run("verify", tmp_path / "out").exception
+    assert isinstance(error, DataError) and error.exit_code == 3
+    assert "valid/shard-000000.tar: expected" in str(error) and "train/shard-000000.idx: missing" in str(error)
+    assert "rebuilt 1 sidecars" in run("index", tmp_path / "out" / "train").stderr
+    assert run("verify", tmp_path / "out" / "train").exit_code == 0
+
+
+def test_index_takes_up_tars_that_have_no_manifest(made: Path, tmp_path: Path) -> None:
+    assert run("shards", made / "texts", tmp_path / "out", "--tokenizer", made / "t.model").exit_code == 0
+    train = tmp_path / "out" / "train"
+    before = (train / "manifest.json").read_bytes()
+    (train / "manifest.json").unlink()
+    assert "indexed 1 shards" in run("index", train).stderr
+    assert (train / "manifest.json").read_bytes() == before
+
+
+def test_verify_sees_another_tokenizer_beside_the_shards(made: Path, tmp_path: Path) -> None:
+    assert run("shards", made / "texts", tmp_path / "out", "--tokenizer", made / "t.model").exit_code == 0
+    (tmp_path / "out" / "tokenizer.model").write_bytes(b"another")
+    assert "tokenizer.model: expected sha256" in str(run("verify", tmp_path / "out").exception)
+
+
+def test_faults_of_the_user_are_errors_of_ours(made: Path) -> None:
+    for arguments in (
+        ("shards", made / "none", made / "new", "--tokenizer", made / "t.model"),
+        ("shards", made / "texts", made / "new", "--tokenizer", made / "none.model"),
+        ("shards", made / "texts", made / "out", "--tokenizer", made / "t.model"),
+        ("verify", made / "none"),
+        ("tokenizer", made / "texts", made / "new.model", "--vocab-size", 10),
+    ):
+        assert isinstance(run(*arguments).exception, ConfigError), arguments
+    assert not (made / "new").exists()

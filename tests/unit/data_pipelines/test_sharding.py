@@ -1,0 +1,98 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.sharding import ShardingConfig, in_valid, write_shards
+from data_pipelines.tokenizer_training import train_tokenizer
+from data_pipelines.verification import verify_dataset
+from llmtrain.data.shards import ShardFile, read_manifest
+from llmtrain.data.tokenizer import SentencePieceTokenizer
+from llmtrain.errors import ConfigError, DataError
+
+DOCUMENTS = [f"document {number}\n" + f"    line {number * 7}\n" * (number % 9) for number in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    return train_tokenizer(DOCUMENTS, tmp_path_factory.mktemp("tokenizer") / "t.model", 320)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_document_is_in_exactly_one_split_as_it_was(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    manifests = write_shards(DOCUMENTS, tmp_path / "out", tokenizer, ShardingConfig(shard_tokens=1000))
+    assert len(manifests["train"].shards) > 3
+    for split, manifest in manifests.items():
+        folder = tmp_path / "out" / split
+        assert read_manifest(folder) == manifest
+        assert verify_dataset(folder) == []
+        shards = [ShardFile(folder, manifest, number) for number in range(len(manifest.shards))]
+        texts = [tokenizer.decode(s.document(n).tolist()) for s in shards for n in range(s.num_documents)]
+        assert texts == [d for d in DOCUMENTS if in_valid(d, 0.1) == (split == "valid")]
+        assert all(entry.tokens >= 1000 for entry in manifest.shards[:-1])
+    assert 5 < manifests["valid"].num_documents < 40
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_result_does_not_depend_on_the_number_of_workers(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(DOCUMENTS, tmp_path / "one", tokenizer, ShardingConfig(num_workers=1))
+    monkeypatch.setattr("data_pipelines.sharding._BATCH_CHARACTERS", 500)
+    write_shards(iter(DOCUMENTS), tmp_path / "three", tokenizer, ShardingConfig(num_workers=3))
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+def test_split_depends_on_content_only() -> None:
+    share = sum(in_valid(f"text {number}", 0.25) for number in range(4000)) / 4000
+    assert share == pytest.approx(0.25, abs=0.03)
+    small = {number for number in range(1000) if in_valid(str(number), 0.1)}
+    assert small < {number for number in range(1000) if in_valid(str(number), 0.3)}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])
+def test_fraction_outside_is_refused(tmp_path: Path, tokenizer: SentencePieceTokenizer, fraction: float) -> None:
+    with pytest.raises(ConfigError, match="--valid-fraction"):
+        write_shards(DOCUMENTS, tmp_path / "out", tokenizer, ShardingConfig(valid_fraction=fraction))
+
+
+def test_empty_split_is_refused_and_leaves_nothing(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    for documents in (DOCUMENTS[:1], []):
+        with pytest.raises(DataError, match=r"of \d documents.*give more of them"):
+            write_shards(documents, tmp_path / "out", tokenizer, ShardingConfig())
+    assert not list(tmp_path.iterdir())
+
+
+def test_failure_half_way_leaves_nothing(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    def broken() -> Iterator[str]:
+        yield from DOCUMENTS
+        raise DataError("a broken line")
+
+    with pytest.raises(DataError, match="a broken line"):
+        write_shards(broken(), tmp_path / "out", tokenizer, ShardingConfig())
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_shards_are_ever_overwritten(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_shards(DOCUMENTS, out, tokenizer, ShardingConfig())  # an empty folder is fine
+    before = contents(out)
+    with pytest.raises(ConfigError, match="--overwrite"):
+        write_shards(DOCUMENTS[:100], out, tokenizer, ShardingConfig())
+    assert contents(out) == before
+    write_shards(DOCUMENTS[:100], out, tokenizer, ShardingConfig(overwrite=True))
+    assert read_manifest(out / "train").num_documents < 100
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds no shards"):
+        write_shards(DOCUMENTS, precious, tokenizer, ShardingConfig(overwrite=True))
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    with pytest.raises(ConfigError, match="is a file"):
+        write_shards(DOCUMENTS, precious / "thesis.txt", tokenizer, ShardingConfig(overwrite=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]

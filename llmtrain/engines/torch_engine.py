@@ -13,9 +13,11 @@ from llmtrain.data.batch import Batch
 from llmtrain.engines.base import EvalResult, StepResult
 from llmtrain.errors import CheckpointError
 from llmtrain.models.build import build_model, materialize
+from llmtrain.models.cross_entropy import Objective
 from llmtrain.optim.groups import parameter_groups
 from llmtrain.optim.scaler import build_loss_scale
 from llmtrain.parallel.draws import Draws
+from llmtrain.parallel.vocabulary import VocabularyPart
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,7 +85,8 @@ class TorchEngine:
     def _loss(self, batch: Batch, draws: Draws | None, scale: float) -> tuple[Tensor, Tensor]:
         batch = batch.to(self.device)
         hidden_SBH = self.model(batch.tokens_BS, batch.positions_BS, batch.segments_BS, draws)
-        return self.model.loss(hidden_SBH, batch.labels_BS, scale, self.config.train.loss_chunk_tokens)
+        whole = VocabularyPart(0, self.config.model.vocabulary)
+        return self.model.loss(hidden_SBH, batch.labels_BS, Objective(scale, self.config.train.loss_chunk_tokens, whole))
 
     @torch.no_grad()
     def _update(self, grads: list[Tensor], grad_norm: float, loss_scale: float, lr: float) -> None:

@@ -3,10 +3,13 @@
 Shape suffixes: T tokens of a micro-batch, C tokens of a chunk, V vocabulary, H hidden.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from llmtrain.parallel.vocabulary import VocabularyPart
 
 
 class ChunkGradients(NamedTuple):
@@ -16,23 +19,34 @@ class ChunkGradients(NamedTuple):
     weight_VH: Tensor
 
 
-def chunk_loss(hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, scale: float, grads: ChunkGradients | None) -> Tensor:
+@dataclass(frozen=True)
+class Objective:
+    """How the loss is computed: its gradients are multiplied by `scale`, and `chunk_tokens` tokens are done at a time."""
+
+    scale: float
+    chunk_tokens: int
+    part: VocabularyPart
+
+
+def chunk_loss(
+    hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, objective: Objective, grads: ChunkGradients | None
+) -> Tensor:
     """Sum of -log softmax(h W^T)[label] over the chunk's targets, in fp32; adds `scale` times its gradients."""
-    valid_C = labels_C >= 0
-    targets_C1 = labels_C.clamp(min=0)[:, None]
+    valid_C, targets_C = labels_C >= 0, labels_C.clamp(min=0)
     logits_CV = (hidden_CH @ weight_VH.T).float()
-    log_sum_C = logits_CV.logsumexp(-1)
-    losses_C = log_sum_C - logits_CV.gather(1, targets_C1)[:, 0]
+    log_sum_C, target_logit_C = objective.part.log_sum_and_target(logits_CV, targets_C)
     if grads is not None:
         probabilities_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
-        probabilities_CV.scatter_add_(1, targets_C1, probabilities_CV.new_full(targets_C1.shape, -1.0))
-        d_logits_CV = probabilities_CV.mul_((valid_C * scale)[:, None]).to(hidden_CH.dtype)
+        if objective.part.rows:
+            row_C, here_C = objective.part.local(targets_C)
+            probabilities_CV.scatter_add_(1, row_C[:, None], -here_C[:, None].to(probabilities_CV.dtype))
+        d_logits_CV = probabilities_CV.mul_((valid_C * objective.scale)[:, None]).to(hidden_CH.dtype)
         torch.mm(d_logits_CV, weight_VH, out=grads.hidden_CH)
         if grads.weight_VH.dtype == hidden_CH.dtype:
             grads.weight_VH.addmm_(d_logits_CV.T, hidden_CH)
         else:
             grads.weight_VH.add_(d_logits_CV.T @ hidden_CH)
-    return (losses_C * valid_C).sum()
+    return ((log_sum_C - target_logit_C) * valid_C).sum()
 
 
 class HeadCrossEntropy(torch.autograd.Function):
@@ -40,37 +54,37 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, scale: float, chunk_tokens: int
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective
     ) -> tuple[Tensor, Tensor]:
         with_gradients = any(ctx.needs_input_grad)
         d_hidden_TH = torch.empty_like(hidden_TH) if with_gradients else None
         d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if with_gradients else None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
-        for start in range(0, hidden_TH.shape[0], chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
+        for start in range(0, hidden_TH.shape[0], objective.chunk_tokens):
+            chunk = slice(start, start + objective.chunk_tokens)
             grads = None
             if d_hidden_TH is not None and d_weight_VH is not None:
                 grads = ChunkGradients(d_hidden_TH[chunk], d_weight_VH)
-            loss_sum += chunk_loss(hidden_TH[chunk], weight_VH, labels_T[chunk], scale, grads)
+            loss_sum += chunk_loss(hidden_TH[chunk], weight_VH, labels_T[chunk], objective, grads)
         if d_hidden_TH is not None and d_weight_VH is not None:
             ctx.save_for_backward(d_hidden_TH, d_weight_VH.to(weight_VH.dtype))
         ctx.mark_non_differentiable(loss_sum)
-        return loss_sum * scale, loss_sum
+        return loss_sum * objective.scale, loss_sum
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden_TH, d_weight_VH = ctx.saved_tensors
-        return d_hidden_TH * grad_outputs[0], d_weight_VH * grad_outputs[0], None, None, None
+        return d_hidden_TH * grad_outputs[0], d_weight_VH * grad_outputs[0], None, None
 
 
 def head_cross_entropy(
-    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, scale: float, chunk_tokens: int
+    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the head's predictions, summed over the targets; a negative label is no target.
 
-    Returns (loss_sum * scale, to call backward on; loss_sum, fp32, detached). `scale` is known before the forward pass
-    (loss scale / valid tokens of the step), and applied before gradients are rounded to a low precision. Pass only the
-    rows of the weight that are real tokens: padded rows then take no part in the softmax.
+    Returns (loss_sum * scale, to call backward on; loss_sum, fp32, detached). The scale is known before the forward pass
+    (loss scale / valid tokens of the step), and applied before gradients are rounded to a low precision. The weight has
+    the rows of `objective.part`: padded rows take no part in the softmax. Where the vocabulary is split, every rank
+    gets the whole loss, and a gradient for the hidden states that is to be summed over the ranks.
     """
-    objective, loss_sum = HeadCrossEntropy.apply(hidden_TH, weight_VH, labels_T, scale, chunk_tokens)  # type: ignore[misc]
-    return objective, loss_sum
+    return HeadCrossEntropy.apply(hidden_TH, weight_VH, labels_T, objective)  # type: ignore[no-any-return]

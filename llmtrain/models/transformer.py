@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention import Attention, AttentionInputs, LayerCache, document_mask
-from llmtrain.models.cross_entropy import head_cross_entropy
+from llmtrain.models.cross_entropy import Objective, head_cross_entropy
 from llmtrain.models.embeddings import Embeddings
 from llmtrain.models.mlp import MLP
 from llmtrain.models.norms import build_norm
@@ -100,7 +100,6 @@ class Transformer(nn.Module):
         """[B, S, V] in fp32."""
         return (hidden_SBH.transpose(0, 1) @ self.head_weight.T).float()
 
-    def loss(self, hidden_SBH: Tensor, labels_BS: Tensor, scale: float, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    def loss(self, hidden_SBH: Tensor, labels_BS: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
         """(scaled loss to call backward on, detached sum of the loss over the targets)."""
-        hidden_TH = hidden_SBH.flatten(0, 1)
-        return head_cross_entropy(hidden_TH, self.head_weight, labels_BS.T.flatten(), scale, chunk_tokens)
+        return head_cross_entropy(hidden_SBH.flatten(0, 1), self.head_weight, labels_BS.T.flatten(), objective)

@@ -2,7 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmtrain.models.cross_entropy import head_cross_entropy
+from llmtrain.models.cross_entropy import Objective, head_cross_entropy
+from llmtrain.parallel.vocabulary import VocabularyPart
+
+
+def objective_of(scale: float, chunk_tokens: int, vocab_size: int) -> Objective:
+    return Objective(scale, chunk_tokens, VocabularyPart(0, vocab_size))
 
 
 def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -17,7 +22,7 @@ def case(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("chunk_tokens", [1, 8, 37, 100])
 def test_loss_and_gradients_equal_pytorchs(chunk_tokens: int) -> None:
     hidden, weight, labels = case(torch.float32)
-    objective, loss_sum = head_cross_entropy(hidden, weight, labels, 0.25, chunk_tokens)
+    objective, loss_sum = head_cross_entropy(hidden, weight, labels, objective_of(0.25, chunk_tokens, 11))
     grads = torch.autograd.grad(objective, (hidden, weight))
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     expected_grads = torch.autograd.grad(expected * 0.25, (hidden, weight))
@@ -29,7 +34,7 @@ def test_loss_and_gradients_equal_pytorchs(chunk_tokens: int) -> None:
 
 def test_no_targets_is_a_loss_of_zero_and_no_gradient() -> None:
     hidden, weight, labels = case(torch.float32)
-    objective, loss_sum = head_cross_entropy(hidden, weight, torch.full_like(labels, -100), 1.0, 8)
+    objective, loss_sum = head_cross_entropy(hidden, weight, torch.full_like(labels, -100), objective_of(1.0, 8, 11))
     grads = torch.autograd.grad(objective, (hidden, weight))
     assert loss_sum == 0
     assert all(not grad.any() for grad in grads)
@@ -50,7 +55,7 @@ def test_fp32_logits_of_all_tokens_never_exist() -> None:
 
     hidden, weight = torch.randn(256, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
     with Largest() as largest:
-        head_cross_entropy(hidden, weight, torch.randint(0, 512, (256,)), 1.0, 32)[0].backward()
+        head_cross_entropy(hidden, weight, torch.randint(0, 512, (256,)), objective_of(1.0, 32, 512))[0].backward()
     assert largest.numel == 32 * 512
 
 
@@ -60,7 +65,7 @@ def test_fp16_gradients_are_scaled_before_they_are_rounded() -> None:
     hidden = (torch.randn(16, 8) * 1e-2).half().requires_grad_()
     weight = (torch.randn(4096, 8) * 1e-2).half().requires_grad_()
     labels = torch.randint(0, 4096, (16,))
-    objective, _ = head_cross_entropy(hidden, weight, labels, 1024.0, 8)
+    objective, _ = head_cross_entropy(hidden, weight, labels, objective_of(1024.0, 8, 4096))
     grad = torch.autograd.grad(objective, weight)[0].float() / 1024
     exact_hidden, exact_weight = hidden.detach().float(), weight.detach().float().requires_grad_()
     exact = torch.autograd.grad(F.cross_entropy(exact_hidden @ exact_weight.T, labels, reduction="sum"), exact_weight)[0]

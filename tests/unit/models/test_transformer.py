@@ -8,8 +8,10 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import num_parameters
 from llmtrain.models.attention import LayerCache
 from llmtrain.models.build import build_model, materialize
+from llmtrain.models.cross_entropy import Objective
 from llmtrain.models.transformer import Transformer
 from llmtrain.parallel.draws import Draws
+from llmtrain.parallel.vocabulary import VocabularyPart
 from tests.support.samples import random_batch, tiny_model
 
 MODELS = Path(__file__).parents[3] / "configs" / "models"
@@ -24,6 +26,8 @@ PUBLISHED = {
     "llama-8b": 8_030_261_248,
     "llama-70b": 70_553_706_496,
 }
+
+OBJECTIVE = Objective(1.0, 16, VocabularyPart(0, 307))
 
 SHAPES = [
     {},
@@ -99,7 +103,7 @@ def test_recompute_gives_the_same_bits_and_saves_fewer_bytes(recompute: str) -> 
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             hidden = model(batch.tokens_BS, batch.positions_BS, None, draws)
-        model.loss(hidden, batch.labels_BS, 1.0, 16)[0].backward()
+        model.loss(hidden, batch.labels_BS, OBJECTIVE)[0].backward()
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None], sum(saved.values())
 
     plain_grads, plain_bytes = run("none")
@@ -116,7 +120,7 @@ def test_padded_rows_take_no_part() -> None:
         model = built(config)
         with torch.no_grad():
             model.embeddings.word.weight[307:] = filler
-        objective, loss_sum = model.loss(model(batch.tokens_BS, batch.positions_BS), batch.labels_BS, 1.0, 16)
+        objective, loss_sum = model.loss(model(batch.tokens_BS, batch.positions_BS), batch.labels_BS, OBJECTIVE)
         objective.backward()
         grad = model.embeddings.word.weight.grad
         assert grad is not None

@@ -1,0 +1,142 @@
+"""Tensor and sequence parallelism: plain modules replaced by megatron-core's, and the regions between them.
+
+A block (attention, MLP) enters the region once, whatever the number of its column-parallel linears: one gather or none
+forward, one reduction backward.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+
+def no_init(weight: Tensor) -> None:
+    """Weights are drawn by models/init.py, not here."""
+
+
+@dataclass(frozen=True)
+class TensorRegion:
+    """The tensor ranks that share each layer. `sequence` splits the activations outside of blocks over them too."""
+
+    group: ProcessGroup
+    sequence: bool
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    def enter(self, x_SBH: Tensor) -> Tensor:
+        """Into a region: the whole sequence on every rank; gradients of the ranks are summed on the way back."""
+        if self.sequence:
+            return gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=True, group=self.group)
+        return copy_to_tensor_model_parallel_region(x_SBH, group=self.group)
+
+    def config(self) -> ModelParallelConfig:
+        """What megatron-core's modules want to know. Weights are made by whoever builds the model, on any device."""
+        return ModelParallelConfig(
+            tensor_model_parallel_size=self.size,
+            sequence_parallel=self.sequence,
+            use_cpu_initialization=True,
+            perform_initialization=False,
+            gradient_accumulation_fusion=False,
+        )
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """y = x W^T + b with the rows of W split. The block has entered the region: no communication here."""
+
+    def __init__(self, linear: nn.Linear, region: TensorRegion) -> None:
+        config = region.config()
+        config.sequence_parallel = False
+        super().__init__(
+            linear.in_features, linear.out_features, config=config, init_method=no_init, bias=linear.bias is not None,
+            gather_output=False, disable_grad_reduce=True, tp_group=region.group,
+        )  # fmt: skip
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        return super().forward(x_SBH)[0]
+
+
+class RowLinear(RowParallelLinear):
+    """y = x W^T + b with the columns of W split; the ranks' products are summed, under sequence parallel scattered."""
+
+    def __init__(self, linear: nn.Linear, region: TensorRegion) -> None:
+        super().__init__(
+            linear.in_features, linear.out_features, config=region.config(), init_method=no_init,
+            bias=linear.bias is not None, input_is_parallel=True, skip_bias_add=False, tp_group=region.group,
+        )  # fmt: skip
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        return super().forward(x_SBH)[0]
+
+
+class VocabularyEmbedding(VocabParallelEmbedding):
+    """A lookup in a table whose rows are split; [B, S, H], under sequence parallel this rank's part of S."""
+
+    def __init__(self, embedding: nn.Embedding, region: TensorRegion) -> None:
+        super().__init__(
+            embedding.num_embeddings, embedding.embedding_dim, init_method=no_init, config=region.config(),
+            reduce_scatter_embeddings=region.sequence, tp_group=region.group,
+        )  # fmt: skip
+        self.sequence = region.sequence
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        out = super().forward(tokens_BS)
+        return out.transpose(0, 1) if self.sequence else out
+
+
+REPLACEMENTS: dict[str, Callable[[Any, TensorRegion], nn.Module]] = {
+    "column": ColumnLinear,
+    "row": RowLinear,
+    "vocabulary": VocabularyEmbedding,
+}
+
+
+def split_modules(model: nn.Module, kind_of: Callable[[str], str | None], region: TensorRegion) -> None:
+    """Replace the modules of a meta model as `kind_of` says by their names, and let blocks enter the region.
+
+    The head's linear stays: the cross-entropy uses its weight, whose rows are split here.
+    """
+    for name, module in list(model.named_modules()):
+        kind = kind_of(name)
+        if kind is None:
+            continue
+        if kind == "block":
+            module.register_forward_pre_hook(lambda _, args: (region.enter(args[0]), *args[1:]))
+        elif kind == "vocabulary" and isinstance(module, nn.Linear):
+            rows = module.out_features // region.size
+            module.weight = nn.Parameter(torch.empty(rows, module.in_features, device=module.weight.device))
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
+        else:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, REPLACEMENTS[kind](module, region))
+    if region.sequence:
+        mark_sequence_parameters(model)
+
+
+def mark_sequence_parameters(model: nn.Module) -> None:
+    """Parameters used on a part of the sequence have partial gradients: whoever finishes gradients sums the marked."""
+    for parameter in model.parameters():
+        if not getattr(parameter, "tensor_model_parallel", False):
+            parameter.sequence_parallel = True  # type: ignore[attr-defined]  # read by megatron-core under this name

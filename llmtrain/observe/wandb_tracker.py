@@ -72,3 +72,5 @@ class WandbTracker:
     def close(self, status: str) -> None:
         """A run that was told to stop is finished as well, not crashed."""
         self._run.finish(exit_code=1 if status == "failed" else 0)
+        # `finish` does not wait for the last block of an offline file; the end of W&B's own process does.
+        wandb.teardown()

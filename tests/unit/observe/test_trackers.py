@@ -67,6 +67,7 @@ def test_wandb_writes_the_rows_and_nothing_of_the_machine(tmp_path: Path, monkey
     tracker = WandbTracker(WandbRun("tiny", "project", "offline", 20), tmp_path, {"optim": {"lr": 3e-4}})
     for row in rows:
         tracker.log(row)
+    time.sleep(1)  # the time in which it would look at the machine
     tracker.close("preempted")
 
     logged = history(wandb_file(tmp_path))
@@ -91,11 +92,19 @@ def test_wandb_writes_the_rows_and_nothing_of_the_machine(tmp_path: Path, monkey
 
 def test_without_those_settings_the_command_line_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     private_settings = wandb.Settings
-    open_to_all = {"x_disable_meta": False, "x_disable_machine_info": False}
+    open_to_all = {"x_disable_meta": False, "x_disable_machine_info": False, "x_transaction_log_flush_interval": 0.1}
     monkeypatch.setattr(sys, "argv", [*sys.argv, f"--hf_token={CANARY}"])
     monkeypatch.setattr(wandb, "Settings", lambda **given: private_settings(**{**given, **open_to_all}))
-    WandbTracker(WandbRun("tiny", "project", "offline"), tmp_path, {}).close("done")
-    assert any(CANARY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    tracker = WandbTracker(WandbRun("tiny", "project", "offline"), tmp_path, {})
+
+    def found() -> bool:
+        return any(CANARY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+    bound = time.monotonic() + 60  # W&B looks at the machine some time after the start
+    while not found() and time.monotonic() < bound:
+        time.sleep(0.05)
+    tracker.close("done")
+    assert found()
 
 
 def test_a_folder_that_wandb_cannot_write_warns_once_and_training_goes_on(tmp_path: Path):

@@ -45,11 +45,9 @@ def load_config(path: Path, overrides: Sequence[str] = (), storage_rules: Rules 
     found = arithmetic_problems(checked.config, checked.config.launch.num_workers)
     if storage_rules is not None:
         found += storage_rules(checked.config)
-    problems = reading.problems + [
-        _placed(problem, locations, path)
-        for problem in [problem for problem in checked.problems if problem.key not in told]
-        + [problem for problem in found if checked.is_sound(problem)]
-    ]
+    schema = [problem for problem in checked.problems if problem.key not in told]
+    rules = _first_causes([problem for problem in found if checked.is_sound(problem)])
+    problems = reading.problems + [_placed(problem, locations, path) for problem in schema + rules]
     if problems:
         raise _error(path, problems)
     return LoadedConfig(checked.config, locations)
@@ -60,6 +58,15 @@ def _error(path: Path, problems: list[Problem]) -> ConfigError:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     error.add_note(f"{count} in {path}; nothing was started.")
     return error
+
+
+def _first_causes(problems: list[Problem]) -> list[Problem]:
+    """Without those that rest on a key about which an earlier one complains."""
+    kept: list[Problem] = []
+    for problem in problems:
+        if not any(cause.key in problem.uses for cause in kept):
+            kept.append(problem)
+    return kept
 
 
 def _placed(problem: Problem, locations: Mapping[str, str], path: Path) -> Problem:

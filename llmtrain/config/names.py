@@ -82,10 +82,10 @@ def all_keys() -> tuple[str, ...]:
     return tuple(iter_keys())
 
 
-def nearest(word: str, candidates: Iterable[str], limit: int = 1, cutoff: float = 0.6) -> list[str]:
-    """The candidates most like a word, best first; case and hyphens do not count."""
+def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """The candidate most like a word, if one is; case and hyphens do not count."""
     by_form = {candidate.casefold().replace("-", "_"): candidate for candidate in candidates}
-    return [by_form[form] for form in get_close_matches(word.casefold().replace("-", "_"), by_form, limit, cutoff)]
+    return [by_form[form] for form in get_close_matches(word.casefold().replace("-", "_"), by_form, 1, cutoff)]
 
 
 def suggested_keys(path: Sequence[str | int]) -> list[str]:
@@ -102,11 +102,11 @@ def suggested_keys(path: Sequence[str | int]) -> list[str]:
         return elsewhere[:3]
     parent = section_at(path[:-1])
     prefix = "".join(f"{part}." for part in path[:-1])
-    nearby = [prefix + found for found in nearest(name, parent.model_fields if parent else (), limit=2)]
+    nearby = [prefix + found for found in nearest(name, parent.model_fields if parent else ())]
     if nearby:
         return nearby
     leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(all_keys())}
-    return [leaves[found] for found in nearest(name, leaves, limit=2, cutoff=0.75)]
+    return [leaves[found] for found in nearest(name, leaves, cutoff=0.75)]
 
 
 def is_secret(name: str) -> bool:

@@ -4,6 +4,8 @@ import io
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from llmtrain.config.schema import RunConfig
 
@@ -11,8 +13,10 @@ from llmtrain.config.schema import RunConfig
 def to_yaml(config: RunConfig) -> str:
     """The whole configuration in schema order, defaults included. Loading the text gives an equal config."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    # The default, None, sorts; ruamel declares no type, so that a checker infers that only None is allowed.
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     yaml.width = 2**20  # never break a long text: it would come back with other white space
     stream = io.StringIO()
     yaml.dump(config.model_dump(mode="json"), stream)
@@ -30,3 +34,13 @@ def json_schema() -> dict[str, Any]:
         section["properties"] = {"base": base, **section["properties"]}
         section.pop("required", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+class _Representer(SafeRepresenter):
+    """Writes text with line breaks or control characters in double quotes, where each has an escape."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Representer.add_representer(str, _Representer.represent_str)

@@ -117,7 +117,8 @@ def steps_fit_schedule(config: RunConfig) -> Found:
     if (config.train.steps is None) == (config.train.tokens is None):
         return
     optim, steps = config.optim, config.total_steps
-    uses = ("train.steps", "train.tokens", "train.global_batch_size", "data.seq_len")
+    budget = ("train.tokens", "train.global_batch_size", "data.seq_len")
+    uses = budget if config.train.steps is None else ("train.steps",)
     length = f"the run's {steps} steps"
     if optim.warmup_steps >= steps:
         message = f"must be less than {length}. Try {steps // 10}."

@@ -88,7 +88,7 @@ def _disagreements(config: RunConfig, manifests: dict[str, Manifest]) -> Iterato
                 f"{manifest.vocab_size} tokens) than {first_key} = {paths[first_key]} "
                 f"({first.tokenizer_sha256[:12]}, {first.vocab_size}). Write both with one tokenizer."
             )
-            yield Problem(key, message, paths[key], uses=(first_key,))
+            yield Problem(key, message, paths[key])
 
 
 def _vocabulary_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
@@ -98,7 +98,7 @@ def _vocabulary_problems(config: RunConfig, manifests: dict[str, Manifest]) -> I
             f"the data's tokenizer has {manifests[first_key].vocab_size} tokens ({config.data.train[0].path}). "
             f"Try model.vocab_size={manifests[first_key].vocab_size}, or null to take it from the data."
         )
-        yield Problem("model.vocab_size", message, size, uses=(first_key,))
+        yield Problem("model.vocab_size", message, size)
 
 
 def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
@@ -115,7 +115,7 @@ def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> It
                 f"is not the tokenizer that {config.data.train[0].path} was written with (sha256 "
                 f"{file_sha256(path)[:12]} instead of {wanted[:12]}). Name that one, or write the shards again."
             )
-            yield Problem("data.tokenizer", message, named, uses=(first_key,))
+            yield Problem("data.tokenizer", message, named)
         return
     source = Path(config.data.train[0].path)
     near = [folder / name for folder in (path, path.parent, source, source.parent) for name in TOKENIZER_NAMES]

@@ -1,0 +1,123 @@
+"""Imports go down only, each third-party engine lives in one room, and what must stay light stays light."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.architecture.source_tree import ROOT, SourceFile, read_sources
+
+ROOMS = {
+    "ray": ("launch/on_ray.py", "data_pipelines/"),
+    "megatron": ("llmtrain/engines/megatron_engine/", "llmtrain/parallel/"),
+    "deepspeed": ("llmtrain/engines/deepspeed_engine/",),
+    "wandb": ("llmtrain/observe/wandb_tracker.py",),
+    "webdataset": ("llmtrain/data/", "data_pipelines/"),
+    "transformers": ("llmtrain/interop/",),
+}
+"""Where a guest may be imported: a file, or a folder with everything below it."""
+
+PURE = ("llmtrain/config/", "llmtrain/parallel/layout.py", "llmtrain/errors.py")
+"""What the command reads before any device is thought of, and what only computes."""
+
+HEAVY = ("torch", "ray", "megatron", "deepspeed", "transformers", "wandb")
+
+
+def within(path: str, places: tuple[str, ...]) -> bool:
+    return any(path == place or (place.endswith("/") and path.startswith(place)) for place in places)
+
+
+def guests_out_of_their_room(sources: list[SourceFile]) -> list[str]:
+    return [
+        f"{source.path}:{line} imports {name}, which belongs in {', '.join(ROOMS[guest])}"
+        for source in sources
+        for line, name in source.imported_modules()
+        if (guest := name.split(".")[0]) in ROOMS and not within(source.path, ROOMS[guest])
+    ]
+
+
+def heavy_imports_in_pure_modules(sources: list[SourceFile]) -> list[str]:
+    return [
+        f"{source.path}:{line} imports {name}"
+        for source in sources
+        if within(source.path, PURE)
+        for line, name in source.imported_modules()
+        if name.split(".")[0] in HEAVY
+    ]
+
+
+def heavy_modules_after_importing(modules: list[str]) -> set[str]:
+    """The heavy packages that a fresh interpreter holds once it has imported the modules."""
+    code = f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name)\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    return {name for name in done.stdout.split() if name in HEAVY}
+
+
+def run_import_linter(folder: Path, config: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--config", str(config)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+
+
+def module_name(source: SourceFile) -> str:
+    return source.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_imports_go_down_only() -> None:
+    done = run_import_linter(ROOT, ROOT / "pyproject.toml")
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_import_that_goes_up_is_caught(tmp_path: Path) -> None:
+    for name, text in (("__init__", ""), ("upper", ""), ("lower", "def f():\n    import house.upper\n")):
+        (tmp_path / "house").mkdir(exist_ok=True)
+        (tmp_path / "house" / f"{name}.py").write_text(text)
+    config = tmp_path / "contract.toml"
+    config.write_text(
+        '[tool.importlinter]\nroot_packages = ["house"]\n[[tool.importlinter.contracts]]\n'
+        'name = "down"\ntype = "layers"\nlayers = ["house.upper", "house.lower"]\n'
+    )
+    done = run_import_linter(tmp_path, config)
+    assert done.returncode == 1
+    assert "house.lower is not allowed to import house.upper" in done.stdout
+
+
+def test_one_guest_one_room() -> None:
+    assert guests_out_of_their_room(read_sources()) == []
+
+
+def test_a_guest_out_of_its_room_is_caught() -> None:
+    bad = [
+        SourceFile("llmtrain/data/a.py", "def f():\n    import wandb.sdk\n"),
+        SourceFile("launch/on_ray_too.py", "from ray.util import x\n"),
+        SourceFile("launch/late.py", "import importlib\nimportlib.import_module('megatron.core')\n"),
+    ]
+    good = [
+        SourceFile("llmtrain/observe/wandb_tracker.py", "import wandb\n"),
+        SourceFile("data_pipelines/a.py", "import ray.data\nimport webdataset\n"),
+        SourceFile("llmtrain/engines/megatron_engine/a.py", "import megatron.core\nfrom .wandb import x\n"),
+    ]
+    assert [line.split(",")[0] for line in guests_out_of_their_room(bad + good)] == [
+        "llmtrain/data/a.py:2 imports wandb.sdk",
+        "launch/on_ray_too.py:1 imports ray.util",
+        "launch/late.py:2 imports megatron.core",
+    ]
+
+
+def test_pure_modules_name_nothing_heavy() -> None:
+    assert heavy_imports_in_pure_modules(read_sources()) == []
+
+
+def test_a_heavy_import_in_a_pure_module_is_caught() -> None:
+    bad = SourceFile("llmtrain/config/a.py", "from torch import nn\n")
+    good = SourceFile("llmtrain/models/a.py", "import torch\n")
+    assert heavy_imports_in_pure_modules([bad, good]) == ["llmtrain/config/a.py:1 imports torch"]
+
+
+def test_pure_modules_bring_in_nothing_heavy_by_others() -> None:
+    pure = [module_name(source) for source in read_sources() if within(source.path, PURE)]
+    assert "llmtrain.config.load" in pure
+    checks = ["llmtrain.cli", "llmtrain.train.preflight", "llmtrain.train.outline"]
+    assert heavy_modules_after_importing(pure + checks) == set()
+
+
+def test_a_heavy_module_brought_in_by_others_is_caught() -> None:
+    assert heavy_modules_after_importing(["llmtrain.data.batch"]) == {"torch"}

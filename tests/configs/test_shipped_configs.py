@@ -1,0 +1,50 @@
+"""Every shipped YAML loads and keeps the rules."""
+
+from pathlib import Path
+
+import pytest
+
+from llmtrain.config.load import load_config
+from llmtrain.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
+MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+
+RUN_AROUND_A_MODEL = """\
+name: preset
+model: {{base: "{base}"}}
+data: {{train: [{{path: nowhere}}], seq_len: 16}}
+train: {{steps: 1}}
+"""
+
+
+def run_around(model: Path, folder: Path) -> Path:
+    """A minimal run of a model's file."""
+    file = folder / "run.yaml"
+    file.write_text(RUN_AROUND_A_MODEL.format(base=model), encoding="utf-8")
+    return file
+
+
+def test_there_are_configs() -> None:
+    assert RUNS
+    assert MODELS
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
+def test_run_loads(file: Path) -> None:
+    """Schema and arithmetic; its data need not be on this machine."""
+    assert load_config(file).config.name == file.stem
+
+
+@pytest.mark.parametrize("file", MODELS, ids=lambda file: file.stem)
+def test_model_loads(file: Path, tmp_path: Path) -> None:
+    locations = load_config(run_around(file, tmp_path)).locations
+    assert any(str(file) in place for place in locations.values())
+
+
+def test_a_broken_model_is_caught(tmp_path: Path) -> None:
+    broken = tmp_path / "model.yaml"
+    broken.write_text("num_heads: 3\nhidden_size: 64\n")
+    with pytest.raises(ConfigError, match=r"model\.num_heads = 3 .*model\.yaml:1"):
+        load_config(run_around(broken, tmp_path))

@@ -1,0 +1,185 @@
+"""The command's frame: help, completion, errors and exit codes, and that nothing heavy is imported early."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from llmtrain.cli import app, main
+from llmtrain.cli.app import VERBS, Verb, load_verb
+from llmtrain.config.load import load_config
+from llmtrain.errors import CheckpointError
+from tests.support.run_files import write_good_run
+
+HEAVY = {"torch", "ray", "pydantic", "ruamel", "numpy", "transformers", "megatron", "deepspeed", "sentencepiece"}
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **environment}
+    )
+
+
+def call(*arguments: str) -> int:
+    """Exit code of the command in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return int(ended.value.code or 0)
+
+
+def imported_by(*arguments: str) -> tuple[set[str], str]:
+    """Top-level modules that the command imported in a process of its own, and what it wrote to stdout."""
+    done = run_python(
+        "import sys, atexit\n"
+        "atexit.register(lambda: print(*sorted({n.split('.')[0] for n in sys.modules}), file=sys.stderr))\n"
+        f"from llmtrain.cli import main\nmain({list(arguments)!r})"
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split()), done.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    modules, out = imported_by("--help")
+    assert "Train a model" in out
+    assert not modules & HEAVY
+
+
+def test_checking_a_config_imports_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_good_run(tmp_path)
+    modules, out = imported_by("train", "run.yaml", "--dry-run")
+    assert "pydantic" in modules  # the look at the modules sees imports at all
+    assert not modules & (HEAVY - {"pydantic", "ruamel", "numpy"})
+    assert "runs/small" in out
+
+
+def test_every_verb_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in VERBS)
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_loads_and_says_what_the_table_says_of_its_name(name: str) -> None:
+    command = load_verb(name)
+    assert command.name == name
+    assert command.help
+
+
+def test_a_broken_verb_harms_only_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(VERBS, "broken", Verb("llmtrain.cli.no_such_module", "broken", "Never works.", "Training"))
+    assert call("--help") == 0
+    assert "Never works." in capsys.readouterr().out
+    assert call("--version") == 0
+    with pytest.raises(ModuleNotFoundError):
+        main(["broken"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version") == 0
+    assert capsys.readouterr().out.startswith("llmtrain 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["tran"], ["train"], ["train", "a.yaml", "--nope"], ["train", "a.yaml", "--json"]]
+)
+def test_usage_errors_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments) == 2
+    written = capsys.readouterr()
+    assert written.out == ""
+    assert "Traceback" not in written.err
+
+
+def test_a_misspelt_verb_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    call("tran")
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_completion_lists_verbs_without_importing_them() -> None:
+    done = run_python(
+        "from llmtrain.cli import main; main([])",
+        _LLMTRAIN_COMPLETE="complete_bash",
+        COMP_WORDS="llmtrain ch",
+        COMP_CWORD="1",
+    )
+    assert done.stdout.split() == ["checkpoint"], done.stderr
+
+
+def raising(error: BaseException) -> Verb:
+    """A verb that fails as told."""
+
+    def verb() -> None:
+        raise error
+
+    module = type(sys)("failing_verb")
+    setattr(module, "verb", verb)  # noqa: B010 - a module made here has no such attribute that a checker knows
+    sys.modules["failing_verb"] = module
+    return Verb("failing_verb", "verb", "Fails.", "Training")
+
+
+def test_errors_of_a_verb_become_a_message_and_their_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(VERBS, "fail", raising(CheckpointError("a.safetensors is damaged")))
+    assert call("fail") == 3
+    assert capsys.readouterr().err == "error: a.safetensors is damaged\n"
+
+
+def test_a_debugging_user_gets_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VERBS, "fail", raising(CheckpointError("damaged")))
+    monkeypatch.setenv("LLMTRAIN_TRACEBACK", "1")
+    with pytest.raises(CheckpointError):
+        main(["fail"])
+
+
+def test_an_interrupt_exits_143(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(VERBS, "fail", raising(KeyboardInterrupt()))
+    assert call("fail") == 143
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_errors_are_red_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], no_color: str, coloured: bool
+) -> None:
+    monkeypatch.setitem(VERBS, "fail", raising(CheckpointError("damaged")))
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    call("fail")
+    assert ("\x1b[31m" in capsys.readouterr().err) == coloured
+
+
+def test_print_config_is_bare_yaml_that_loads_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write_good_run(tmp_path)
+    assert call("train", "run.yaml", "optim.lr=0.5", "--print-config") == 0
+    written = capsys.readouterr()
+    assert written.err == ""
+    (tmp_path / "resolved.yaml").write_text(written.out)
+    assert load_config(tmp_path / "resolved.yaml").config == load_config(file, ["optim.lr=0.5"]).config
+
+
+def test_dry_run_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_good_run(tmp_path)
+    assert call("train", "run.yaml", "--dry-run", "--json") == 0
+    outline = json.loads(capsys.readouterr().out)
+    assert outline["steps"] == 10
+    assert outline["micro_batches_per_rank"] == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("schema") == 0
+    assert "optim" in json.loads(capsys.readouterr().out)["properties"]
+
+
+def test_the_app_is_what_other_programs_mount() -> None:
+    assert isinstance(app, typer.Typer)

@@ -1,0 +1,146 @@
+"""Each rule between keys: what breaks it, what does not, and that what it suggests is legal."""
+
+import re
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from llmtrain.config.rules import arithmetic_problems, nearest_divisors, nearest_multiples
+from llmtrain.config.schema import RunConfig
+
+BASE: dict[str, Any] = {
+    "name": "small",
+    "model": {"hidden_size": 64, "num_heads": 4, "max_seq_len": 128},
+    "data": {"train": [{"path": "a"}], "seq_len": 64},
+    "train": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 4},
+}
+VALID = {"valid": [{"path": "b"}]}
+
+
+def run(**sections: Any) -> RunConfig:
+    """The base run with keys of its sections changed."""
+    tree = {**BASE, **{name: value for name, value in sections.items() if not isinstance(value, dict)}}
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            tree[name] = {**BASE.get(name, {}), **value}
+    return RunConfig.model_validate(tree)
+
+
+def broken(config: RunConfig, world_size: int = 1) -> dict[str, str]:
+    """Message by key."""
+    return {problem.key: problem.message for problem in arithmetic_problems(config, world_size)}
+
+
+def test_the_base_run_breaks_no_rule() -> None:
+    assert broken(run()) == {}
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "says"),
+    [
+        ({"name": "..."}, "name", "my-run"),
+        ({"train": {"steps": None}}, "train", "train.steps or train.tokens"),
+        ({"train": {"tokens": 5}}, "train.tokens", "Remove one"),
+        ({"model": {"num_heads": 6}}, "model.num_heads", "Try 1, 2, 4 or 8."),
+        ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads", "model.num_heads = 4"),
+        ({"model": {"hidden_size": 12}}, "model.num_heads", "Try 1, 2, 3 or 6, or model.position=learned."),
+        ({"model": {"hidden_size": 12, "head_dim": 3}}, "model.head_dim", "Try 2 or 4."),
+        ({"model": {"position": "none", "rope_scaling": {}}}, "model.rope_scaling", "no effect"),
+        ({"model": {"rope_scaling": {"low_freq_factor": 4.0}}}, "model.rope_scaling.low_freq_factor", "Try 1."),
+        ({"data": {"seq_len": 129}}, "data.seq_len", "Try 128, or model.max_seq_len=129."),
+        ({"optim": {"warmup_steps": 100}}, "optim.warmup_steps", "the run's 100 steps. Try 10."),
+        (
+            {"train": {"steps": None, "tokens": 513}, "optim": {"warmup_steps": 2}},
+            "optim.warmup_steps",
+            "the run's 2 steps",
+        ),
+        (
+            {"optim": {"schedule": "wsd", "warmup_steps": 60, "decay_steps": 41}},
+            "optim.decay_steps",
+            "Try 40 or less.",
+        ),
+        ({"optim": {"warmup_steps": 60, "decay_steps": 60}}, "optim.decay_steps", "greater than optim.warmup_steps"),
+        ({"optim": {"lr": 1e-5}}, "optim.min_lr", "at most optim.lr = 1e-05. Try 1e-06."),
+        ({"optim": {"loss_scale": {"minimum": 1e9}}}, "optim.loss_scale.initial", "optim.loss_scale.minimum"),
+        ({"parallel": {"context": 2}}, "parallel.context", "splits the batch only. Try 1."),
+        ({"parallel": {"pipeline": 2}}, "parallel.pipeline", "splits the batch only. Try 1."),
+        ({"engine": {"zero_stage": 1}}, "engine.zero_stage", "Try 0."),
+        ({"parallel": {"expert": 2}}, "parallel.expert", "Try 1."),
+        ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline", "parallel.pipeline"),
+        ({"parallel": {"sequence": True}}, "parallel.sequence", "parallel.tensor"),
+        ({"evaluate": {"every_steps": 5}}, "evaluate.every_steps", "data.valid"),
+        ({"data": VALID, "checkpoint": {"keep_best": True}}, "checkpoint.keep_best", "evaluate.every_steps"),
+        ({"train": {"global_batch_size": 10}}, "train.global_batch_size", "Try 8 or 12, or for train.micro_batch_size"),
+    ],
+)
+def test_rule_is_broken(sections: dict[str, Any], key: str, says: str) -> None:
+    problems = broken(run(**sections))
+    assert says in problems[key]
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"train": {"steps": None, "tokens": 10**6}},
+        {"model": {"num_heads": 6, "head_dim": 8, "num_kv_heads": 3}},
+        {"model": {"hidden_size": 12, "position": "learned"}},
+        {"model": {"attention_dropout": 0.1}, "train": {"compile": True, "recompute": "full"}},
+        {"data": {"reset_positions": True, "reset_attention": True}},
+        {"train": {"precision": "fp16"}, "launch": {"device": "cpu"}},
+        {"optim": {"schedule": "wsd", "warmup_steps": 60, "decay_steps": 40}},
+        {"optim": {"schedule": "constant", "lr": 1e-6}},
+        {"data": VALID, "evaluate": {"every_steps": 5}, "checkpoint": {"keep_best": True}},
+    ],
+)
+def test_rules_allow(sections: dict[str, Any]) -> None:
+    assert broken(run(**sections)) == {}
+
+
+def test_axes_must_divide_the_world() -> None:
+    problems = broken(run(parallel={"tensor": 2, "pipeline": 2}), world_size=6)
+    assert problems["launch.num_workers"].endswith("= 4 ranks. Try 4 or 8.")
+    assert "launch.num_workers" not in broken(run(parallel={"tensor": 2, "pipeline": 2}), world_size=8)
+
+
+def test_micro_batches_count_data_parallel_ranks() -> None:
+    assert broken(run(), world_size=2) == {}
+    assert "4 x 4 = 16" in broken(run(), world_size=4)["train.global_batch_size"]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_suggested_head_counts_are_legal(hidden_size: int, num_heads: int) -> None:
+    sizes = {"hidden_size": hidden_size, "num_heads": num_heads}
+    message = broken(run(model=sizes)).get("model.num_heads")
+    assume(message is not None)
+    tries = re.findall(r"\d+", str(message).split("Try")[1].split(", or model")[0])
+    for legal in map(int, tries):
+        position = "learned" if "divide" in str(message) else "rope"
+        assert "model.num_heads" not in broken(run(model={**sizes, "num_heads": legal, "position": position}))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 5))
+def test_suggested_batch_sizes_are_legal(batch: int, micro: int, world_size: int) -> None:
+    sizes = {"global_batch_size": batch, "micro_batch_size": micro}
+    message = broken(run(train=sizes), world_size).get("train.global_batch_size")
+    assume(message is not None)
+    batches, *micros = str(message).split("Try")[1].split("for train.micro_batch_size")
+    for legal in map(int, re.findall(r"\d+", batches)):
+        assert broken(run(train={**sizes, "global_batch_size": legal}), world_size) == {}
+    for legal in map(int, re.findall(r"\d+", "".join(micros))):
+        assert broken(run(train={**sizes, "micro_batch_size": legal}), world_size) == {}
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**18), st.integers(1, 10**18))
+def test_suggestions_for_absurd_numbers_are_found_at_once(number: int, value: int) -> None:
+    assert all(number % divisor == 0 for divisor in nearest_divisors(number, value))
+    assert all(multiple % number == 0 for multiple in nearest_multiples(number, value))
+
+
+def test_total_steps_rounds_tokens_up() -> None:
+    assert run(train={"steps": None, "tokens": 8 * 64 * 3}).total_steps == 3
+    assert run(train={"steps": None, "tokens": 8 * 64 * 3 + 1}).total_steps == 4

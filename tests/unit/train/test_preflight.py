@@ -1,0 +1,105 @@
+"""What a run misses on storage is found before it starts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain.config.load import load_config
+from llmtrain.config.schema import RunConfig
+from llmtrain.data.shards import file_sha256
+from llmtrain.errors import DataError
+from llmtrain.train.outline import plan_outline
+from llmtrain.train.preflight import storage_problems, with_vocab_size
+from tests.support.run_files import write_data_set, write_good_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_good_run(tmp_path)
+    return tmp_path
+
+
+def run(*overrides: str) -> RunConfig:
+    return load_config(Path("run.yaml"), overrides).config
+
+
+def problems(*overrides: str) -> dict[str, str]:
+    return {problem.key: problem.message for problem in storage_problems(run(*overrides))}
+
+
+def test_a_good_run_misses_nothing(folder: Path) -> None:
+    assert problems() == {}
+
+
+def test_a_folder_without_manifest(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    assert "no manifest.json" in problems("data.train.0.path=empty")["data.train.0.path"]
+
+
+def test_the_folder_above_a_data_set_leads_to_it(folder: Path) -> None:
+    assert "Try shards/train." in problems("data.train.0.path=shards")["data.train.0.path"]
+
+
+def test_a_file_is_no_data_set(folder: Path) -> None:
+    assert "is a file" in problems("data.train.0.path=run.yaml")["data.train.0.path"]
+
+
+def test_a_damaged_manifest_is_no_fault_of_the_config(folder: Path) -> None:
+    (folder / "shards/train/manifest.json").write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        problems()
+
+
+def test_every_source_needs_one_sample(folder: Path) -> None:
+    write_data_set(folder / "short", tokens=54)  # with the ends of 10 documents one token less than 65
+    write_data_set(folder / "enough", tokens=55)
+    found = problems("data.valid=[{path: short}, {path: enough}]")
+    assert list(found) == ["data.valid.0.path"]
+    assert "Try data.seq_len=63 or less" in found["data.valid.0.path"]
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 301}, {"tokenizer_sha256": "b" * 64}])
+def test_sources_must_share_a_tokenizer(folder: Path, change: dict[str, Any]) -> None:
+    write_data_set(folder / "other", **change)
+    found = problems("data.valid=[{path: other}]")
+    assert "data.train.0.path = shards/train" in found["data.valid.0.path"]
+
+
+def test_vocab_size_must_be_the_data_s(folder: Path) -> None:
+    assert problems("model.vocab_size=300") == {}
+    assert "Try model.vocab_size=300" in problems("model.vocab_size=299")["model.vocab_size"]
+
+
+def test_the_tokenizer_must_be_there_and_the_right_one(folder: Path) -> None:
+    (folder / "shards/tokenizer.model").write_text("pieces")
+    assert "Try shards/tokenizer.model." in problems("data.tokenizer=tokenizer.model")["data.tokenizer"]
+    assert "not the tokenizer" in problems("data.tokenizer=shards/tokenizer.model")["data.tokenizer"]
+    write_data_set(folder / "other", tokenizer_sha256=file_sha256(folder / "shards/tokenizer.model"))
+    assert problems("data.tokenizer=shards/tokenizer.model", "data.train.0.path=other") == {}
+
+
+def test_output_dir_must_be_a_folder_that_can_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "run.yaml is a file" in problems("output_dir=run.yaml/runs")["output_dir"]
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the rights of a test's user are not ours to choose
+    assert "may not be written" in problems()["output_dir"]
+
+
+def test_resume_names_something_that_exists(folder: Path) -> None:
+    assert "no such checkpoint" in problems("checkpoint.resume=gone")["checkpoint.resume"]
+    assert problems("checkpoint.resume=shards") == {}
+
+
+def test_vocab_size_comes_from_the_manifest(folder: Path) -> None:
+    config = run()
+    assert config.model.vocab_size is None
+    assert with_vocab_size(config).model.vocab_size == 300
+    assert with_vocab_size(run("model.vocab_size=7")).model.vocab_size == 7
+
+
+def test_outline(folder: Path) -> None:
+    outline = plan_outline(with_vocab_size(run("train.global_batch_size=16")), world_size=2)
+    assert (outline.data_parallel_size, outline.micro_batches_per_rank) == (2, 2)
+    assert outline.tokens == 10 * 16 * 64
+    assert outline.run_folder == "runs/small"

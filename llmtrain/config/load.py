@@ -183,6 +183,10 @@ def _set(node: Node, parts: list[str], depth: int, value: Node, problems: list[P
         message = f"{above} = {shown(above, node.value)} ({node.where}) is a single value and has no keys."
         problems.append(Problem(key, message, shown(key, plain(value)), COMMAND_LINE))
         return node
+    if part.isdecimal():
+        message = f"no file gives {above} entries. Set it as a whole: {above}=[...]."
+        problems.append(Problem(key, message, shown(key, plain(value)), COMMAND_LINE))
+        return node
     children = dict(node.value or {})
     child = children.get(part, Node(None, COMMAND_LINE))
     children[part] = _set(child, parts, depth + 1, value, problems)

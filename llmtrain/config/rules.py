@@ -27,6 +27,7 @@ def arithmetic_problems(config: RunConfig, world_size: int) -> list[Problem]:
 
 def nearest_divisors(number: int, value: int, limit: int = 4) -> list[int]:
     """The divisors of `number` nearest to `value`, in ascending order."""
+    value = min(value, number)
     # A window around the value, so that an absurdly large number costs no absurdly long search.
     window = range(max(2, value - SEARCH_WIDTH), min(number, value + SEARCH_WIDTH) + 1)
     divisors = [1, *(n for n in window if number % n == 0)]

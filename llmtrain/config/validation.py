@@ -165,6 +165,8 @@ def _requirement(details: ErrorDetails) -> str:
         return field.description.rstrip(".") if field and field.description else details["msg"]
     if kind == "too_short":
         return f"must have at least {context['min_length']} entry"
+    if kind == "too_long":
+        return f"must have {context['max_length']} entries"
     for bound, words in BOUND_NAMES.items():
         if bound in context:
             return f"must be {words} {context[bound]:g}"
@@ -188,7 +190,8 @@ def _advice(details: ErrorDetails) -> str:
 def _tries(kind: str, value: Any, context: dict[str, Any], details: ErrorDetails) -> list[Any]:
     """The nearest legal values, where there are some."""
     if kind == "literal_error":
-        return nearest(str(value), _choices(details))
+        choices = _choices(details)
+        return nearest(str(value), choices) if len(choices) > 1 else choices
     if kind == "string_pattern_mismatch":
         fitting = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(value)).strip("-")[:64]
         return [fitting] if fitting else []

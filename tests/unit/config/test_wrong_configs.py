@@ -216,6 +216,16 @@ CASES = [
         overrides=("data.train.3.path=x",),
     ),
     Case(
+        "override in a list that nobody wrote",
+        ("optim.betas.0 = 0.5 (command line)", "Set it as a whole: optim.betas=[...]."),
+        overrides=("optim.betas.0=0.5",),
+    ),
+    Case(
+        "too many entries",
+        ("optim.betas = [0.1, 0.2, 0.3] (command line)", "must have 2 entries"),
+        overrides=("optim.betas=[0.1, 0.2, 0.3]",),
+    ),
+    Case(
         "override below a value",
         ("name.first = x (command line)", "name = small (run.yaml:1) is a single value"),
         overrides=("name.first=x",),

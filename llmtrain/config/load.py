@@ -187,7 +187,7 @@ def _set(node: Node, parts: list[str], depth: int, value: Node, problems: list[P
         message = f"no file gives {above} entries. Set it as a whole: {above}=[...]."
         problems.append(Problem(key, message, shown(key, plain(value)), COMMAND_LINE))
         return node
-    children = dict(node.value or {})
-    child = children.get(part, Node(None, COMMAND_LINE))
-    children[part] = _set(child, parts, depth + 1, value, problems)
-    return Node(children, node.where)
+    children = node.value or {}
+    before = children.get(part, Node(None, COMMAND_LINE))
+    after = _set(before, parts, depth + 1, value, problems)
+    return node if after is before else Node({**children, part: after}, node.where)

@@ -25,17 +25,20 @@ class PackedSample:
 
 def document_positions(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
     """Positions [seq_len] that count from 0 at each document, and at the sample's own begin."""
-    latest_start = np.zeros(seq_len, np.int64)
-    starts = document_starts[document_starts < seq_len]
-    latest_start[starts] = starts
-    return np.arange(seq_len) - np.maximum.accumulate(latest_start)
+    bounds = _bounds(document_starts, seq_len)
+    return np.arange(seq_len) - np.repeat(bounds[:-1], np.diff(bounds))
 
 
 def document_numbers(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
     """The number [seq_len] of each position's document among those in the sample, from 0."""
-    begins = np.zeros(seq_len, np.int64)
-    begins[document_starts[(document_starts > 0) & (document_starts < seq_len)]] = 1
-    return np.cumsum(begins)
+    bounds = _bounds(document_starts, seq_len)
+    return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+
+
+def _bounds(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    """Where the parts of a sample begin, and its end; the first part may belong to a document begun before."""
+    inside = document_starts[(document_starts > 0) & (document_starts < seq_len)]
+    return np.concatenate(([0], inside, [seq_len]))
 
 
 def stack_samples(rows: Sequence[PackedSample], first_sample: int) -> Batch:

@@ -26,13 +26,13 @@ class PackedSample:
 def document_positions(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
     """Positions [seq_len] that count from 0 at each document, and at the sample's own begin."""
     bounds = _bounds(document_starts, seq_len)
-    return np.arange(seq_len) - np.repeat(bounds[:-1], np.diff(bounds))
+    return np.arange(seq_len) - np.repeat(bounds[:-1], bounds[1:] - bounds[:-1])
 
 
 def document_numbers(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
     """The number [seq_len] of each position's document among those in the sample, from 0."""
     bounds = _bounds(document_starts, seq_len)
-    return np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    return np.repeat(np.arange(len(bounds) - 1), bounds[1:] - bounds[:-1])
 
 
 def _bounds(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:

@@ -1,0 +1,132 @@
+"""Writes docs/configuration.md, the reference of all configuration keys, from the schema.
+
+`python -m docs.generate` writes the page; with `--check` it writes nothing and exits 1 where the page is out of date.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from llmtrain.config.names import either, sections_of, shown
+from llmtrain.config.schema import RunConfig
+from llmtrain.config.section import Section
+
+PAGE = Path(__file__).parent / "configuration.md"
+
+INTRODUCTION = """\
+# Configuration reference
+
+Written by `make docs` from `llmtrain/config/schema.py` and `llmtrain/config/model.py`. Do not edit it by hand.
+
+A run is one YAML 1.2 file. It must give `name`, `model`, `data.train`, and either `train.steps` or `train.tokens`.
+A key that is not on this page is an error.
+
+- `base: FILE`, or a list of files, may stand at the top of the file and of any section. The keys of that file come
+  first, the keys beside `base` win over them. The path is relative to the file that it stands in.
+- `key=value` behind the file on the command line wins over the file: `optim.lr=1e-4`, or
+  `data.train.0.path=shards/train`. The value is YAML too.
+- All other paths are relative to the folder that the command is started in.
+
+`llmtrain train CONFIG --print-config` prints the whole configuration of a run. `llmtrain train CONFIG --dry-run` checks
+it and says what would run. `llmtrain schema` prints the keys as a JSON schema, for editors.
+"""
+
+TYPE_WORDS = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}
+BOUND_WORDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+
+
+def page_text() -> str:
+    """The whole page."""
+    return "\n".join([INTRODUCTION, *(_section_text(key, section) for key, section in iter_sections())])
+
+
+def iter_sections(key: str = "", section: type[Section] = RunConfig) -> Iterator[tuple[str, type[Section]]]:
+    """Every section with its dotted key, outer ones first. `N` stands for the number of an entry in a list."""
+    yield key, section
+    for name, field in section.model_fields.items():
+        found = sections_of(field.annotation)
+        if found:
+            inner, is_list = found
+            yield from iter_sections(_joined(key, f"{name}.N" if is_list else name), inner)
+
+
+def _joined(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _section_text(key: str, section: type[Section]) -> str:
+    lines = [f"## `{key}`" if key else "## Top level", "", section.__doc__ or "", ""]
+    lines += ["| Key | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
+    for name, field in section.model_fields.items():
+        cells = (
+            f"`{_joined(key, name)}`",
+            type_text(field.annotation, field.metadata),
+            _default(field),
+            _meaning(field),
+        )
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type and its bounds in words, such as `whole number, at least 1, or null`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(arguments[0], [*metadata, *arguments[1:]])
+    if origin is Literal:
+        return either(f"`{choice}`" for choice in arguments)
+    if origin in (Union, UnionType):
+        return ", or ".join("`null`" if part is type(None) else type_text(part, metadata) for part in arguments)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        fewest = next((item.min_length for item in metadata if hasattr(item, "min_length")), 0)
+        return f"list of {type_text(arguments[0])}s" + (f", {fewest} or more" if fewest else "")
+    if origin is tuple:
+        return f"list of {len(arguments)}: {'; '.join(map(type_text, arguments))}"
+    if sections_of(annotation):
+        return "section"
+    return ", ".join([TYPE_WORDS[annotation], *_bounds(metadata)])
+
+
+def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
+    for item in metadata:
+        if isinstance(item, FieldInfo):
+            yield from _bounds(item.metadata)
+        for bound, words in BOUND_WORDS.items():
+            if hasattr(item, bound):
+                yield f"{words} {getattr(item, bound):g}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    if field.default_factory is not None:
+        return "as below"
+    return f"`{shown('', field.default)}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    found = sections_of(field.annotation)
+    return field.description or (found[0].__doc__ if found else "") or ""
+
+
+def main(arguments: Sequence[str], page: Path = PAGE) -> int:
+    """Write the page, or with `--check` compare it; returns the exit code."""
+    if list(arguments) not in ([], ["--check"]):
+        print("usage: python -m docs.generate [--check]", file=sys.stderr)
+        return 2
+    text = page_text()
+    if not arguments:
+        page.write_text(text, "utf-8")
+        return 0
+    if page.is_file() and page.read_text("utf-8") == text:
+        return 0
+    print(f"{page} is out of date: run `make docs`.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

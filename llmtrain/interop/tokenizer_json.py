@@ -1,0 +1,150 @@
+"""A sentencepiece model as a Hugging Face tokenizer.json that gives the same ids.
+
+Three things differ between the two libraries and are dealt with here:
+- A space is a space here, not U+2581: so a U+2581 in a text stays what it is and is spelled in bytes.
+- The merges of a byte-pair model are not in sentencepiece's file. A piece may be reached from each of its splits
+  into two pieces, so each is a merge, and the merges stand in the order of the pieces' scores.
+- The unigram model here would match control and byte pieces in a text. They get a score that no path takes.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from llmtrain.errors import ExportError
+
+SPACE_MARK = "\u2581"
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+"""Kinds of pieces in sentencepiece's file."""
+
+_UNK_PENALTY = 10.0
+"""Both libraries rate a character without a piece this much below the worst piece."""
+
+_ROLES = {"mask_token": "<mask>", "cls_token": "<cls>", "sep_token": "<sep>", "unk_token": "<unk>"}
+
+
+class TextTokenizer(Protocol):
+    """What must be known of the tokenizer that a model was trained with."""
+
+    path: Path
+    eos_id: int
+    bos_id: int | None
+    pad_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def write_tokenizer(folder: Path, tokenizer: TextTokenizer, max_seq_len: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json. Raises ExportError for a model that cannot be converted."""
+    target = folder / "tokenizer.json"
+    if tokenizer.path.suffix == ".json":
+        shutil.copyfile(tokenizer.path, target)
+        converted = Tokenizer.from_file(str(target))
+    else:
+        converted = convert(tokenizer.path)
+        converted.save(str(target))
+    special = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id, "pad_token": tokenizer.pad_id}
+    names = {role: converted.id_to_token(token) for role, token in special.items() if token is not None}
+    names |= {role: name for role, name in _ROLES.items() if converted.token_to_id(name) is not None}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_seq_len,
+        "clean_up_tokenization_spaces": False,
+        # Text that spells a special token is ordinary text, as it was in training.
+        "split_special_tokens": True,
+        **names,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def convert(path: Path) -> Tokenizer:
+    """The tokenizer of a sentencepiece file. Raises ExportError with all settings that have no equivalent."""
+    # The module makes its classes when it is imported, where a type checker does not see them.
+    proto = sentencepiece_model.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    if problems := _obstacles(proto):
+        listed = "\n  ".join(problems)
+        raise ExportError(
+            f"{path}: this sentencepiece model has no equal tokenizer.json:\n  {listed}\n"
+            "Tokenizers that `llmtrain data tokenizer` trains have one."
+        )
+    unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
+    tokenizer = Tokenizer(_unigram_model(proto) if unigram else _bpe_model(proto))
+    if unigram and (separators := _separators(proto)):
+        pattern = Regex("|".join(re.escape(character) for character in separators))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    special = [piece.piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL)]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _obstacles(proto: Any) -> list[str]:
+    normalizer, trainer = proto.normalizer_spec, proto.trainer_spec
+    normal = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
+    merged = [piece.score for piece in proto.pieces if piece.type == NORMAL and len(piece.piece) > 1]
+    other = sorted({piece.type for piece in proto.pieces} - {NORMAL, UNKNOWN, CONTROL, BYTE})
+    num_bytes = sum(piece.type == BYTE for piece in proto.pieces)
+    lone = sorted({character for piece in normal for character in piece} - normal)
+    is_bpe = trainer.model_type == trainer.BPE
+    checks = (
+        (is_bpe or trainer.model_type == trainer.UNIGRAM, "model_type must be bpe or unigram"),
+        (not normalizer.precompiled_charsmap, f"normalization_rule_name {normalizer.name} must be identity"),
+        (not normalizer.add_dummy_prefix, "add_dummy_prefix must be false"),
+        (not normalizer.remove_extra_whitespaces, "remove_extra_whitespaces must be false"),
+        (normalizer.escape_whitespaces, "escape_whitespaces must be true"),
+        (not other, "user-defined or unused pieces are not supported"),
+        (num_bytes == 256, f"byte_fallback must be true: it has {num_bytes} of 256 byte pieces"),
+        (not lone, f"characters occur in pieces and are none themselves: {lone[:10]}"),
+        (not is_bpe or len(set(merged)) == len(merged), "two pieces have the same score"),
+    )
+    return [reason for holds, reason in checks if not holds]
+
+
+def _text(piece: Any) -> str:
+    """A piece as it stands in tokenizer.json."""
+    return piece.piece.replace(SPACE_MARK, " ") if piece.type == NORMAL else piece.piece
+
+
+def _bpe_model(proto: Any) -> models.BPE:
+    normal = {_text(piece): piece.score for piece in proto.pieces if piece.type == NORMAL}
+    best_first = sorted(normal, key=lambda text: -normal[text])
+    merges = [
+        (text[:cut], text[cut:])
+        for text in best_first
+        for cut in range(len(text) - 1, 0, -1)
+        if text[:cut] in normal and text[cut:] in normal
+    ]
+    vocab = {_text(piece): number for number, piece in enumerate(proto.pieces)}
+    return models.BPE(
+        vocab=vocab, merges=merges, unk_token=proto.trainer_spec.unk_piece, byte_fallback=True, fuse_unk=False
+    )
+
+
+def _unigram_model(proto: Any) -> models.Unigram:
+    worst = min(piece.score for piece in proto.pieces if piece.type == NORMAL)
+    longest = max(len(piece.piece) for piece in proto.pieces)
+    # Below any way to spell the longest piece with single characters.
+    never = (longest + 1) * (worst - _UNK_PENALTY)
+    vocab = [(_text(piece), piece.score if piece.type == NORMAL else never) for piece in proto.pieces]
+    unk = next(number for number, piece in enumerate(proto.pieces) if piece.type == UNKNOWN)
+    return models.Unigram(vocab, unk_id=unk, byte_fallback=True)
+
+
+def _separators(proto: Any) -> list[str]:
+    """Characters without a piece that occur in control and byte pieces.
+
+    Where `<` has no piece, spelling `<s>` costs more than any score that the library lets `<s>` have. Such a
+    character is never part of a longer piece, so cutting a text at it changes nothing else.
+    """
+    normal = {_text(piece) for piece in proto.pieces if piece.type == NORMAL}
+    reserved = {character for piece in proto.pieces if piece.type != NORMAL for character in piece.piece}
+    return sorted(reserved - normal)

@@ -112,7 +112,10 @@ def _shard_path(folder: Path, number: int) -> Path:
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
     """Write one shard; returns the bytes of each tensor."""
-    save_file(tensors, _shard_path(folder, number), metadata={"format": "pt"})
+    path = _shard_path(folder, number)
+    save_file(tensors, path, metadata={"format": "pt"})
+    # The library lets only the owner read what it writes; the other files follow the user's mask, as the folder does.
+    path.chmod(folder.stat().st_mode & 0o666)
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
@@ -162,7 +165,7 @@ Text that spells a special token is taken as ordinary text, as it was in trainin
 
 Before this folder was given its name, transformers loaded it, and it was compared with the trained model:
 
-- {proof.num_tokens:,} positions: logits differ by at most {proof.max_difference:.2e}, both computed in fp32 from these weights;
+- {proof.num_tokens:,} positions: logits in fp32 differ by at most {proof.max_difference:.2e};
 - {proof.num_greedy_tokens} greedy tokens are equal;
 - {proof.num_text_characters:,} characters of text have equal token ids.
 """

@@ -56,6 +56,7 @@ def test_the_folder_is_complete_and_names_no_path(small_tokenizer, tmp_path):
         if path.suffix in (".json", ".md"):
             assert str(tmp_path) not in path.read_text("utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"], "the temporary folder is gone"
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "whoever may read one file may read all"
     assert AutoTokenizer.from_pretrained(out, local_files_only=True).eos_token_id == small_tokenizer.eos_id
 
 

@@ -97,6 +97,10 @@ class ParallelConfig(Section):
     context: Count = Field(1, description="Ranks that split the sequence in attention.")
     expert: Count = Field(1, description="Ranks that split the experts.")
     sequence: bool = Field(False, description="Split activations outside attention and MLP over the tensor ranks.")
+    pipeline_split: Annotated[tuple[CountOrZero, ...] | None, AsTuple] = Field(
+        None, description="Layers of each pipeline chunk in model order; absent: as equal as can be."
+    )
+    overlap_grad_reduce: bool = Field(False, description="Reduce gradients while the backward pass goes on.")
 
 
 class EngineConfig(Section):

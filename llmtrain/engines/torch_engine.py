@@ -11,6 +11,7 @@ from llmtrain.checkpoint.fragments import Box, Fragment, FragmentSource
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.engines.base import EvalResult, StepResult
+from llmtrain.engines.precision import DTYPES
 from llmtrain.errors import CheckpointError
 from llmtrain.models.build import build_model, materialize
 from llmtrain.models.cross_entropy import Objective
@@ -19,7 +20,7 @@ from llmtrain.optim.scaler import build_loss_scale
 from llmtrain.parallel.draws import Draws
 from llmtrain.parallel.vocabulary import VocabularyPart
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 
 class TorchEngine:

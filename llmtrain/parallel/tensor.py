@@ -14,7 +14,6 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -70,7 +69,6 @@ class ColumnLinear(ColumnParallelLinear):
             linear.in_features, linear.out_features, config=config, init_method=no_init, bias=linear.bias is not None,
             gather_output=False, disable_grad_reduce=True, tp_group=region.group,
         )  # fmt: skip
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         return super().forward(x_SBH)[0]
@@ -84,7 +82,6 @@ class RowLinear(RowParallelLinear):
             linear.in_features, linear.out_features, config=region.config(), init_method=no_init,
             bias=linear.bias is not None, input_is_parallel=True, skip_bias_add=False, tp_group=region.group,
         )  # fmt: skip
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         return super().forward(x_SBH)[0]
@@ -99,7 +96,6 @@ class VocabularyEmbedding(VocabParallelEmbedding):
             reduce_scatter_embeddings=region.sequence, tp_group=region.group,
         )  # fmt: skip
         self.sequence = region.sequence
-        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         out = super().forward(tokens_BS)
@@ -127,16 +123,6 @@ def split_modules(model: nn.Module, kind_of: Callable[[str], str | None], region
         elif kind == "vocabulary" and isinstance(module, nn.Linear):
             rows = module.out_features // region.size
             module.weight = nn.Parameter(torch.empty(rows, module.in_features, device=module.weight.device))
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=0, stride=1)
         else:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, REPLACEMENTS[kind](module, region))
-    if region.sequence:
-        mark_sequence_parameters(model)
-
-
-def mark_sequence_parameters(model: nn.Module) -> None:
-    """Parameters used on a part of the sequence have partial gradients: whoever finishes gradients sums the marked."""
-    for parameter in model.parameters():
-        if not getattr(parameter, "tensor_model_parallel", False):
-            parameter.sequence_parallel = True  # type: ignore[attr-defined]  # read by megatron-core under this name

@@ -1,0 +1,66 @@
+"""A stage with what megatron-core's schedules and gradient reductions look for on a model."""
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.engines.stage import Stage
+from llmtrain.parallel.layout import Layout
+
+
+class PipelineChunk(nn.Module):
+    """A stage under the names that megatron-core calls."""
+
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, stage: Stage, config: TransformerConfig, tied: bool, number: int) -> None:
+        super().__init__()
+        self.stage = stage
+        self.config = config
+        self.pre_process = stage.chunk.first
+        self.post_process = stage.chunk.last
+        self.share_embeddings_and_output_weights = tied
+        self.vp_stage = number if stage.groups.layout.virtual_pipeline > 1 else None
+
+    def set_input_tensor(self, received: Tensor | list[Tensor | None]) -> None:
+        """Take what the previous pipeline rank sent: one tensor, or a list of it."""
+        self.stage.received = received[0] if isinstance(received, list) else received
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The word embedding, on the chunks that hold it; its gradients are summed over them where it is tied."""
+        parts = self.stage.parts
+        return parts["embeddings"].get_submodule("word").get_parameter("weight") if "embeddings" in parts else None
+
+    def forward(self, *arguments: object) -> Tensor | tuple[Tensor, Tensor]:
+        return self.stage(*arguments)
+
+
+def transformer_config(config: RunConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
+    """What megatron-core has to know of a run. Loss and gradients are sums that we have normalized ourselves."""
+    virtual = layout.virtual_pipeline
+    return TransformerConfig(
+        num_layers=config.model.num_layers,
+        hidden_size=config.model.hidden_size,
+        num_attention_heads=config.model.num_heads,
+        tensor_model_parallel_size=layout.tensor,
+        context_parallel_size=layout.context,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        sequence_parallel=layout.sequence,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
+        # On gloo the interleaved schedule with batched messages mixes them up without a word.
+        batch_p2p_comm=torch.cuda.is_available(),
+        overlap_p2p_comm=False,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )

@@ -1,0 +1,261 @@
+"""Whole optimizer steps on megatron-core's schedules, around our own modules."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from llmtrain.checkpoint.fragments import Fragment, FragmentSource
+from llmtrain.config.schema import RunConfig
+from llmtrain.data.batch import Batch
+from llmtrain.engines.base import EvalResult, StepResult
+from llmtrain.engines.megatron_engine.chunk import PipelineChunk, transformer_config
+from llmtrain.engines.megatron_engine.masters import Master, iter_masters, round_weights
+from llmtrain.engines.placement import InitialWeights, Placement, iter_range_boxes, read_range
+from llmtrain.engines.precision import DTYPES
+from llmtrain.engines.stage import Stage
+from llmtrain.optim.scaler import build_loss_scale
+from llmtrain.parallel.cpu import call_cuda_tensors, stand_in_for_cuda
+from llmtrain.parallel.draws import Draws
+from llmtrain.parallel.groups import build_groups
+from llmtrain.parallel.layout import plan_chunks, plan_layout
+from llmtrain.parallel.marks import mark_parameter
+
+MicroBatch = tuple[int, Batch]
+"""A micro-batch with its number in the step, over all ranks."""
+
+
+class MegatronEngine:
+    """Tensor, sequence, pipeline, context and data parallelism, ZeRO stages 0 and 1.
+
+    megatron-core reduces gradients and steps the optimizer. What it would decide about scales, norms and steps that are
+    not finite is decided here, by the same rules as in every engine.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        stand_in_for_cuda()
+        self.config = config
+        self.device = device
+        self.layout = plan_layout(config.parallel, dist.get_world_size())
+        self.groups = build_groups(self.layout)
+        self.dtype = DTYPES[config.train.precision]
+        self.megatron_config = transformer_config(config, self.layout, self.dtype)
+        self.megatron_config.finalize_model_grads_func = finalize
+        self.placements: dict[torch.nn.Parameter, Placement] = {}
+        self.chunks = [
+            self._build_chunk(number, chunk)
+            for number, chunk in enumerate(
+                plan_chunks(
+                    self.layout, config.model.num_layers, config.parallel.pipeline_split, self.groups.place.pipeline
+                )
+            )
+        ]
+        self.optimizers = self._build_optimizers()
+        self.masters = [master for optimizer in self.optimizers for master in iter_masters(optimizer)]
+        self.loss_scale = build_loss_scale(config.train.precision, config.optim)
+        self.inspect_gradients: Callable[[Iterable[Fragment]], None] | None = None
+        """Called with this rank's part of the gradients, unscaled and not clipped, before each update."""
+        shapes = self.chunks[0].module.stage.global_shapes
+        self.load_weights(InitialWeights(config.model, config.seed, shapes.__getitem__))
+
+    def _build_chunk(self, number: int, chunk: Any) -> DistributedDataParallel:
+        stage = Stage(self.config, self.groups, chunk)
+        stage.to_empty(device=self.device)
+        stage.to(self.dtype)
+        tied = self.config.model.tie_embeddings
+        module = PipelineChunk(stage, self.megatron_config, tied, number)
+        placements = stage.named_placements()
+        for parameter, placement in placements:
+            split = next((d for d, size in enumerate(placement.box.shape) if size != placement.global_shape[d]), None)
+            mark_parameter(parameter, split, self.layout.sequence)
+            self.placements[parameter] = placement
+        word = module.shared_embedding_or_output_weight()
+        if tied and self.layout.pipeline > 1 and word is not None:
+            word.shared_embedding = True  # type: ignore[attr-defined]  # read by megatron-core under this name
+            if not chunk.first:
+                # The first stage's copy counts in the norm and is saved.
+                word.shared = True  # type: ignore[attr-defined]
+        call_cuda_tensors(stage.parameters())
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=self.config.parallel.overlap_grad_reduce,
+            use_distributed_optimizer=self.config.engine.zero_stage == 1,
+        )
+        return DistributedDataParallel(self.megatron_config, ddp, module, disable_bucketing=number > 0)
+
+    def _build_optimizers(self) -> list[MegatronOptimizer]:
+        optim = self.config.optim
+        chained = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
+                # fp16 would bring a loss scale of its own; what matters here is that masters are kept.
+                bf16=self.dtype != torch.float32,
+                params_dtype=self.dtype,
+                use_distributed_optimizer=self.config.engine.zero_stage == 1,
+                clip_grad=0.0,
+            ),
+            self.chunks,
+            use_gloo_process_groups=False,
+        )
+        optimizers = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
+        for group in (group for optimizer in optimizers for group in optimizer.optimizer.param_groups):
+            group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # left to its scheduler, which we do not use
+            group["fused"] = True
+        return optimizers
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        num_tokens = self._sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches))
+        loss_scale = self.loss_scale.scale if self.loss_scale else 1.0
+        loss_sum = self._run(micro_batches, step, loss_scale / max(1, num_tokens))
+        for optimizer in self.optimizers:
+            optimizer.prepare_grads()
+        if self.inspect_gradients:
+            self.inspect_gradients(self._gradient_fragments(1 / loss_scale))
+        grad_norm = self._grad_norm() / loss_scale  # the host waits here
+        loss = loss_sum / max(1, num_tokens)
+        finite = math.isfinite(grad_norm) and math.isfinite(loss)
+        if finite:
+            self._update(grad_norm, loss_scale, lr)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        metrics = {"loss_scale": loss_scale} if self.loss_scale else {}
+        if self.loss_scale:
+            self.loss_scale.update(finite)
+        return StepResult(loss, grad_norm, num_tokens, skipped=not finite, metrics=metrics)
+
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+        for chunk in self.chunks:
+            chunk.eval()
+        loss_sum = self._run(micro_batches, None, 1.0)
+        return EvalResult(loss_sum, self._sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches)))
+
+    def _run(self, micro_batches: Sequence[Batch], step: int | None, scale: float) -> float:
+        """Run the schedule; without a step, forward only. Returns the sum of the loss over all ranks' targets."""
+        first, stride = self.groups.place.data, self.layout.data
+        numbered = [(first + stride * i, batch.to(self.device)) for i, batch in enumerate(micro_batches)]
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(self._forward, step, scale),
+            data_iterator=[iter(numbered) for _ in self.chunks] if len(self.chunks) > 1 else iter(numbered),
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=self.config.data.seq_len,
+            micro_batch_size=self.config.train.micro_batch_size,
+            forward_only=step is None,
+        )
+        total = sum(reports, torch.zeros((), device=self.device)).double()
+        dist.all_reduce(total)
+        return float(total) / self.layout.tensor  # every tensor rank has the whole loss
+
+    def _forward(
+        self, step: int | None, scale: float, data: Iterator[MicroBatch], chunk: DistributedDataParallel
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        number, batch = next(data)
+        draws = None if step is None else Draws.of_micro_batch(self.config.seed, step, number, self.device)
+        output = chunk(batch, draws, scale)
+        objective, loss_sum = output if isinstance(output, tuple) else (output, None)
+
+        def report(objective: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            assert loss_sum is not None, "called on the last chunk only"
+            # The number of tokens would divide the gradients at the end: ours are divided already.
+            return objective, torch.ones((), dtype=torch.int, device=self.device), loss_sum.clone()
+
+        return objective, report
+
+    def _sum_over_data(self, count: int) -> int:
+        total = torch.tensor(count, device=self.device)
+        dist.all_reduce(total, group=self.groups.data)
+        return int(total)
+
+    def _grad_norm(self) -> float:
+        return math.sqrt(sum(optimizer.get_grad_norm() ** 2 for optimizer in self.optimizers))
+
+    @torch.no_grad()
+    def _update(self, grad_norm: float, loss_scale: float, lr: float) -> None:
+        clip = self.config.optim.grad_clip
+        factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) / loss_scale
+        for optimizer in self.optimizers:
+            if factor != 1.0:
+                torch._foreach_mul_([p.grad for p in optimizer.get_parameters() if p.grad is not None], factor)
+            for group in optimizer.optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step_with_ready_grads()
+        self._gather_weights()
+
+    def _gather_weights(self) -> None:
+        """Under ZeRO each rank has updated a part of the weights: fetch the others."""
+        if self.config.engine.zero_stage == 1:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
+    def _fragments_of(self, master: Master, kind: str, data: Tensor) -> Iterator[Fragment]:
+        placement = self.placements[master.parameter]
+        flat = data.detach().flatten()
+        for box, offset in iter_range_boxes(placement.box, *master.span):
+            part = flat[offset : offset + box.num_elements].view(box.shape)
+            yield Fragment(placement.name, kind, placement.global_shape, box, part)
+
+    def _gradient_fragments(self, factor: float) -> Iterator[Fragment]:
+        for master in self._owned_masters():
+            if master.tensor.grad is not None:
+                yield from self._fragments_of(master, "gradient", master.tensor.grad * factor)
+
+    def _owned_masters(self) -> Iterator[Master]:
+        """Masters that no other rank saves as well."""
+        sharded = self.config.engine.zero_stage == 1
+        replica = self.groups.data_context.rank()
+        for master in self.masters:
+            shared = getattr(master.parameter, "shared", False)
+            if self.placements[master.parameter].owned and not shared and (sharded or replica == 0):
+                yield master
+
+    def fragments(self) -> Iterator[Fragment]:
+        for master in self._owned_masters():
+            yield from self._fragments_of(master, "master", master.tensor)
+            for kind in ("exp_avg", "exp_avg_sq"):
+                yield from self._fragments_of(master, kind, master.state[kind])
+
+    def load(self, source: FragmentSource) -> None:
+        for master in self.masters:
+            for kind in ("exp_avg", "exp_avg_sq"):
+                read_range(source, self.placements[master.parameter], kind, master.span, master.state[kind].view(-1))
+        self.load_weights(source)
+
+    @torch.no_grad()
+    def load_weights(self, source: FragmentSource) -> None:
+        for master in self.masters:
+            target = master.tensor.detach().view(-1)
+            read_range(source, self.placements[master.parameter], "master", master.span, target)
+        for optimizer in self.optimizers:
+            round_weights(optimizer)
+        self._gather_weights()
+
+    def state(self) -> dict[str, Any]:
+        steps = self.masters[0].state["step"]
+        return {"adam_steps": int(steps), "loss_scale": self.loss_scale.state() if self.loss_scale else None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for master in self.masters:
+            master.state["step"].fill_(state["adam_steps"])
+        if self.loss_scale and state["loss_scale"]:
+            self.loss_scale.load_state(state["loss_scale"])
+
+
+def finalize(model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
+    """megatron-core's reductions of gradients, without its division by the number of tokens."""
+    finalize_model_grads(model, None, **options)

@@ -1,0 +1,64 @@
+"""Where megatron-core's optimizers keep the fp32 masters and moments of each parameter, whatever their class."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Master:
+    """The fp32 master of elements [start, stop) of a parameter's flattened self on this rank.
+
+    `tensor` is flat where the optimizer shards, else shaped as the parameter. `state` is the inner optimizer's, with
+    exp_avg, exp_avg_sq and step, made here where no step has made it yet.
+    """
+
+    parameter: nn.Parameter
+    tensor: Tensor
+    span: tuple[int, int]
+    state: dict[str, Tensor]
+
+
+def iter_masters(optimizer: MegatronOptimizer) -> Iterator[Master]:
+    """All masters that one of the chained optimizers holds on this rank."""
+    for parameter, main, span in iter_pairs(optimizer):
+        state = optimizer.optimizer.state[main]
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), device=main.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(main), torch.zeros_like(main)
+        yield Master(parameter, main, span, state)
+
+
+def iter_pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, tuple[int, int]]]:
+    """(parameter, its fp32 master on this rank, the elements that the master holds)."""
+    if isinstance(optimizer, DistributedOptimizer):
+        # The optimizer's own map from parameter to master is wrong for groups of mixed precision; these lists are not.
+        for models, mains in (
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+        ):
+            for parameters, masters in zip(models, mains, strict=True):
+                for parameter, main in zip(parameters, masters, strict=True):
+                    span = optimizer._get_model_param_range_map(parameter)["param"]
+                    yield parameter, main, (span.start, span.end)
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        for parameters, masters in (
+            (optimizer.float16_groups, optimizer.fp32_from_float16_groups),
+            (optimizer.fp32_from_fp32_groups, optimizer.fp32_from_fp32_groups),
+        ):
+            for model_group, main_group in zip(parameters, masters, strict=True):
+                for parameter, main in zip(model_group, main_group, strict=True):
+                    yield parameter, main, (0, parameter.numel())
+    else:
+        for parameter in optimizer.get_parameters():
+            yield parameter, parameter, (0, parameter.numel())
+
+
+def round_weights(optimizer: MegatronOptimizer) -> None:
+    """Copy the masters to the weights that the model computes with, on this rank."""
+    if hasattr(optimizer, "_copy_main_params_to_model_params"):
+        optimizer._copy_main_params_to_model_params()

@@ -1,0 +1,47 @@
+"""Process groups of a layout, in megatron-core's own bookkeeping, which its layers, optimizers and schedules read."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+
+from llmtrain.parallel.layout import Coordinates, Layout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place, and the groups that it shares with the ranks that differ from it on the named axes only."""
+
+    layout: Layout
+    place: Coordinates
+    tensor: ProcessGroup
+    context: ProcessGroup
+    data: ProcessGroup
+    data_context: ProcessGroup
+    pipeline: ProcessGroup
+
+
+def build_groups(layout: Layout) -> Groups:
+    """Make the groups. torch.distributed is initialized with as many ranks as the layout has."""
+    assert dist.get_world_size() == layout.world_size, (dist.get_world_size(), layout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        order="tp-cp-ep-dp-pp",
+        create_gloo_process_groups=False,
+    )
+    groups = Groups(
+        layout=layout,
+        place=layout.coordinates(dist.get_rank()),
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    assert groups.tensor.rank() == groups.place.tensor and groups.pipeline.rank() == groups.place.pipeline
+    assert groups.context.rank() == groups.place.context and groups.data.rank() == groups.place.data
+    return groups

@@ -36,19 +36,21 @@ class Precision(StrEnum):
 
 def export(
     source: Annotated[Path, typer.Argument(help="A run (its newest valid checkpoint) or a checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[Format, typer.Option(help="hf: a folder that transformers loads.")] = Format.HF,
     dtype: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FLOAT32,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the checkpoints.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder, and prove that transformers computes the same from it."""
     from llmtrain.data.tokenizer import load_tokenizer
     from llmtrain.infer.model import find_checkpoint, find_tokenizer_of
-    from llmtrain.interop.hf_export import ExportSettings, write_export
+    from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
 
     max_shard_bytes = _size_bytes(max_shard_size)
+    require_free(out, overwrite)
     checkpoint = find_checkpoint(source)
     tokenizer_path = tokenizer or find_tokenizer_of(checkpoint.path)
     if tokenizer_path is None:
@@ -56,7 +58,7 @@ def export(
     text = load_tokenizer(tokenizer_path)
 
     weights, model = _rounded_weights(checkpoint, dtype)
-    settings = ExportSettings(dtype.value, max_shard_bytes, _facts(checkpoint))
+    settings = ExportSettings(dtype.value, max_shard_bytes, _facts(checkpoint), overwrite)
     proof = write_export(out, model, weights, text, settings)
     _print_result(
         {
@@ -145,7 +147,8 @@ def _write_imported(folder: "HuggingFaceFolder", out: Path) -> Path:
     from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 
     config_text = _model_yaml(folder.model.model_dump(mode="json"))
-    writing = out.with_name(f".writing-{out.name}-{os.getpid()}")
+    target = out.resolve()
+    writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
     try:
         unfinished = start_checkpoint(writing / CHECKPOINTS, step=0)
         fragments = (Fragment.whole(name, "master", folder.tensor(name)) for name in folder.names())
@@ -155,9 +158,9 @@ def _write_imported(folder: "HuggingFaceFolder", out: Path) -> Path:
         (writing / "config.yaml").write_text(config_text, "utf-8")
         if folder.tokenizer_path is not None:
             shutil.copyfile(folder.tokenizer_path, writing / folder.tokenizer_path.name)
-        if out.exists():
-            out.rmdir()
-        writing.rename(out)
+        if target.exists():
+            target.rmdir()
+        writing.rename(target)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return out / checkpoint.relative_to(writing)

@@ -42,6 +42,8 @@ class ExportSettings:
     dtype: str = "float32"
     max_shard_bytes: int = 5_000_000_000
     facts: Mapping[str, str] = field(default_factory=dict)
+    overwrite: bool = False
+    """Replace an earlier export of the same name, once the new one is proved."""
 
 
 def write_export(
@@ -52,11 +54,11 @@ def write_export(
     Raises ConfigError where the folder exists or no family fits, ExportError where the reloaded model differs; nothing
     is left behind then.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: exists already. Choose another name, or remove it.")
+    require_free(folder, settings.overwrite)
     family = family_for(model)
     tokens = SpecialTokens(tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
-    writing = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
+    target = folder.resolve()
+    writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
     try:
         writing.mkdir(parents=True)
         config = hf_config(model, tokens)
@@ -68,15 +70,33 @@ def write_export(
         theirs = iter_theirs(family.table, model, weights.read)
         write_weights(writing, ((name, tensor.to(dtype)) for name, tensor in theirs), settings.max_shard_bytes)
         proof = prove(writing, weights.logits, tokenizer)
-        (writing / "README.md").write_text(model_card(folder.name, model, settings, proof), "utf-8")
-        if folder.exists():
-            folder.rmdir()
-        writing.rename(folder)
+        (writing / "README.md").write_text(model_card(target.name, model, settings, proof), "utf-8")
+        _put_in_place(writing, target)
     except OSError as error:
         raise ExportError(f"{error.filename or folder}: the export could not be written: {error.strerror}.") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
     return proof
+
+
+def require_free(folder: Path, overwrite: bool) -> None:
+    """Raise ConfigError where a folder holds something, unless it is an export and may be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigError(f"{folder}: exists already. Choose another name, remove it, or give --overwrite.")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{folder}: is no export (it has no config.json), so --overwrite leaves it. Remove it yourself."
+        )
+
+
+def _put_in_place(writing: Path, target: Path) -> None:
+    replaced = target.with_name(f".replaced-{target.name}-{os.getpid()}")
+    if target.exists():
+        target.rename(replaced)
+    writing.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:

@@ -142,6 +142,25 @@ def test_a_tokenizer_of_another_model_is_caught(small_tokenizer, tmp_path):
         write_export(tmp_path / "out", small, weights_of(random_model(small)), small_tokenizer, ExportSettings())
 
 
+def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_proved_one(small_tokenizer, tmp_path):
+    first, second = random_model(GPT2, seed=1), random_model(GPT2, seed=2)
+    out, again = tmp_path / "out", ExportSettings(overwrite=True)
+    write_export(out, GPT2, weights_of(first), small_tokenizer, ExportSettings())
+    before = (out / WEIGHTS).read_bytes()
+    with pytest.raises(ConfigError, match="--overwrite"):
+        write_export(out, GPT2, weights_of(second), small_tokenizer, ExportSettings())
+    wrong = _swapped(second, _layer("attention.k"), _layer("attention.v"))
+    with pytest.raises(ExportError, match="other logits"):
+        write_export(out, GPT2, weights_of(second, wrong), small_tokenizer, again)
+    assert (out / WEIGHTS).read_bytes() == before
+    write_export(out, GPT2, weights_of(second), small_tokenizer, again)
+    assert (out / WEIGHTS).read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (out / "config.json").unlink()
+    with pytest.raises(ConfigError, match="is no export"):
+        write_export(out, GPT2, weights_of(second), small_tokenizer, again)
+
+
 def test_a_folder_that_exists_is_not_touched(small_tokenizer, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")

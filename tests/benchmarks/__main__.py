@@ -1,0 +1,59 @@
+"""`python -m tests.benchmarks [NAME ...] [--quick] [--json] [--rounds N]`: every figure beside its peers.
+
+Nothing is asserted: a figure is read, not passed. Tables go to stdout as they are ready; with --json, one object at
+the end.
+"""
+
+import argparse
+import json
+import sys
+from importlib import import_module
+
+from tests.benchmarks.machine import describe_machine
+from tests.benchmarks.measuring import Options
+
+BENCHMARKS = {
+    "step": "a training step beside a bare loop, Hugging Face's GPT-2 and HF Trainer",
+    "overhead": "what loop, loader and trackers add to a step of about a millisecond",
+    "stream": "shards to packed batches beside webdataset and raw mmap",
+    "resume": "how long the data stream takes to its first batch, far into a run",
+    "sharding": "raw text to shards beside the tokenizer alone",
+    "checkpoint": "saving a state beside a raw write, torch.save, safetensors and DCP; the stall of training",
+    "command": "the command's help, and from command to first step",
+}
+"""Each is the module tests.benchmarks.NAME with a function `benchmark(options) -> list[Table]`."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description="Benchmarks beside peers.",
+        epilog="\n".join(f"{name:<12}{summary}" for name, summary in BENCHMARKS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; none means all")
+    parser.add_argument("--quick", action="store_true", help="small sizes and 2 rounds: shows that everything runs")
+    parser.add_argument("--rounds", type=int, help="measurements of each contender (default: 5)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    given = parser.parse_args(arguments)
+    unknown = [name for name in given.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    options = Options(rounds=given.rounds or (2 if given.quick else 5), quick=given.quick)
+
+    machine = describe_machine()
+    results = {}
+    if not given.json:
+        print("\n".join(f"{key}: {value}" for key, value in machine.items()))
+    for name in given.names or BENCHMARKS:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        tables = import_module(f"tests.benchmarks.{name}").benchmark(options)
+        results[name] = [table.to_json() for table in tables]
+        if not given.json:
+            print("".join(f"\n{table.to_text()}\n" for table in tables), end="", flush=True)
+    if given.json:
+        print(json.dumps({"machine": machine, "rounds": options.rounds, "quick": options.quick, "tables": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
 from llmtrain.data.tokenizer import SPACE_MARK, SentencePieceTokenizer
 from llmtrain.errors import ConfigError
@@ -45,9 +46,21 @@ def train_tokenizer(documents: Iterable[str], out: Path, vocab_size: int, kind: 
         raise _training_error(error, source.count, vocab_size) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_bytes(model.getvalue())
+    temporary.write_bytes(with_rounded_scores(model.getvalue()) if kind == "unigram" else model.getvalue())
     temporary.replace(out)
     return SentencePieceTokenizer(out)
+
+
+def with_rounded_scores(model: bytes, steps_per_unit: int = 16) -> bytes:
+    """A unigram model whose scores add up without rounding in fp32, over a million units.
+
+    sentencepiece adds scores in fp32, the tokenizers library in fp64: with other scores, splits of a text that score
+    nearly the same come out differently, and an export would not give the same ids.
+    """
+    proto = sentencepiece_model.ModelProto.FromString(model)
+    for piece in proto.pieces:
+        piece.score = round(piece.score * steps_per_unit) / steps_per_unit
+    return proto.SerializeToString()
 
 
 def _settings() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from llmtrain.errors import ConfigError
+from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.models.build import build_model
 from llmtrain.models.transformer import Transformer
 
@@ -81,3 +82,11 @@ def load_checkpoint(path: Path, device: torch.device) -> TrainedModel:
     checkpoint = find_checkpoint(path)
     model = build_trained(saved_architecture(checkpoint), checkpoint, device)
     return TrainedModel(model, find_tokenizer_of(checkpoint.path))
+
+
+def load_model(path: Path, device: torch.device) -> TrainedModel:
+    """The model of a run, a checkpoint or a Hugging Face folder."""
+    if (path / "config.json").is_file():
+        folder = open_hf_folder(path)
+        return TrainedModel(build_trained(folder.model, folder, device), folder.tokenizer_path)
+    return load_checkpoint(path, device)

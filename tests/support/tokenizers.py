@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
 from llmtrain.data.tokenizer import SentencePieceTokenizer
 
@@ -33,14 +32,6 @@ def train_sentencepiece(lines: Iterable[str], kind: str, vocab_size: int, **sett
         sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=vocab_size, **wanted
     )
     return model.getvalue()
-
-
-def with_rounded_scores(model: bytes, steps_per_unit: int = 16) -> bytes:
-    """A unigram model whose scores add up without rounding in fp32, over a million units."""
-    proto = sentencepiece_model.ModelProto.FromString(model)
-    for piece in proto.pieces:
-        piece.score = round(piece.score * steps_per_unit) / steps_per_unit
-    return proto.SerializeToString()
 
 
 def saved_tokenizer(path: Path, model: bytes) -> SentencePieceTokenizer:

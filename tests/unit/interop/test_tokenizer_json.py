@@ -12,11 +12,12 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from data_pipelines.tokenizer_training import with_rounded_scores
 from llmtrain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from llmtrain.errors import ExportError
 from llmtrain.interop.proof import HARD_TEXTS
 from llmtrain.interop.tokenizer_json import convert, write_tokenizer
-from tests.support.tokenizers import saved_tokenizer, train_sentencepiece, with_rounded_scores
+from tests.support.tokenizers import saved_tokenizer, train_sentencepiece
 
 KINDS = ("bpe", "unigram")
 SOURCES = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))

@@ -184,6 +184,15 @@ llmtrain data
     assert [bool(reason) for reason in found] == [False] + [True] * 7
 
 
+def test_commands_of_the_makefile_are_accepted() -> None:
+    """Those that its recipes run, and those that the quickstart's last words suggest."""
+    makefile = re.sub(r"\$(\(\w+\)|[@<])", "x", (ROOT / "Makefile").read_text("utf-8"))
+    found = re.findall(r"^\tx/llmtrain (.+)$|^\t +\" +llmtrain (.+)\"", makefile, re.MULTILINE)
+    lines = [shlex.split(run or suggested, comments=True) for run, suggested in found]
+    assert {words[0] for words in lines} >= {"data", "train", "report", "export", "generate"}
+    assert [reason for words in lines if (reason := wrong_command(words))] == []
+
+
 @pages
 def test_verbs_named_in_the_text_exist(page: Path) -> None:
     root = typer.main.get_command(app)

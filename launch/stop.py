@@ -1,5 +1,6 @@
 """Being told to stop: the step is finished and saved; told twice, the process ends at once."""
 
+import mmap
 import os
 import signal
 import sys
@@ -12,23 +13,37 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopSignal:
-    """A flag that the loop reads once per step. As a context manager it listens to SIGNALS and then restores them."""
+    """A flag that the loop reads once per step. As a context manager it listens to SIGNALS and then restores them.
+
+    Processes forked while it listens go on listening, and hear what any of them is told. What counts as told twice
+    counts in each process by itself: a keyboard or a scheduler may tell all of them at the same moment.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.announces = True
+        self._told = False
+        self._anybody_told = mmap.mmap(-1, 1)  # memory that forked processes share
         self._before: dict[signal.Signals, object] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self._anybody_told[0] != 0
 
     def __enter__(self) -> "StopSignal":
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._told:
             os._exit(EXIT_TOLD_TWICE)
-        self.requested = True
-        name = signal.Signals(number).name
-        sys.stderr.write(f"\n{name}: saving after this step, then stopping. Once more stops at once, unsaved.\n")
+        self._told = True
+        self._anybody_told[0] = 1
+        if self.announces:
+            name = signal.Signals(number).name
+            sys.stderr.write(f"\n{name}: saving after this step, then stopping. Once more stops at once, unsaved.\n")

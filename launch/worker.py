@@ -1,56 +1,143 @@
-"""One rank of a run, the same in every launcher: threads, device, run folder, training, exit code."""
+"""One rank of a run, the same in every launcher: threads, device, start, group, training, exit code."""
 
-import os
+import json
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from launch.failure import OtherRankFailedError
+from launch.meeting import StoreExchange, anybody, connect, lone_store, open_exchange, open_group
+from launch.rank import ALONE, Rank, num_threads
+from launch.rank_log import rank_log
 from launch.stop import StopSignal
 from llmtrain.config.schema import LaunchConfig, RunConfig
-from llmtrain.errors import EXIT_PREEMPTED, ConfigError
+from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError
 from llmtrain.train.loop import train
 from llmtrain.train.preflight import with_vocab_size
-from llmtrain.train.run_folder import RunFolder
-from llmtrain.train.setup import find_start, setup
+from llmtrain.train.run_folder import RunFolder, Status, read_status
+from llmtrain.train.setup import Start, find_start, join_start, setup
+
+SINGLE_PROCESS_ENGINES = ("torch",)
+"""Engines that need no process group where there is one rank."""
 
 
-def run_worker(config: RunConfig) -> int:
-    """Train, or continue, the run; returns the exit code."""
+def run_worker(config: RunConfig, stop: StopSignal, place: Rank = ALONE) -> int:
+    """Train, or continue, the run; returns the exit code.
+
+    launch.num_workers is the world size. Rank 0 holds the run folder, decides what the run continues from and records
+    it; the others wait for that decision.
+    """
+    assert config.launch.num_workers == place.world_size
     config = with_vocab_size(config)
-    torch.set_num_threads(num_threads(config.launch))
-    device = choose_device(config.launch)
-    with RunFolder(Path(config.output_dir) / config.name) as folder, StopSignal() as stop:
-        start = find_start(config, folder)
-        if start.step >= config.total_steps:
-            print(f"{folder.path}: already done, all {config.total_steps} steps. Raise train.steps to go on.")
-            folder.write_status("done", start.step, config.total_steps, "finished before")
+    torch.set_num_threads(num_threads(config.launch, place.local_world_size))
+    device = choose_device(config.launch, place)
+    run_dir = Path(config.output_dir) / config.name
+    timeout_seconds = config.launch.timeout_seconds
+    with ExitStack() as held:
+        if place.world_size == 1:
+            folder = held.enter_context(RunFolder(run_dir))
+            attempt = Attempt(config, device, find_start(config, folder), folder)
+            if config.engine.name not in SINGLE_PROCESS_ENGINES and not attempt.finished_before:
+                open_group(lone_store(), place, device, timeout_seconds)
+            return attempt.run(lambda: stop.requested)
+        store = connect(place, timeout_seconds)
+        ranks = open_exchange(place, timeout_seconds)
+        folder, start = agree_on_start(config, run_dir, ranks, held)
+        attempt = Attempt(config, device, start, folder, place.rank)
+        if attempt.finished_before:
+            return attempt.run(lambda: stop.requested)
+        held.enter_context(rank_log(run_dir, place))
+        open_group(store, place, device, timeout_seconds)
+        code = attempt.run(lambda: anybody(stop.requested))
+        dist.destroy_process_group()
+        return code
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One rank's part of one attempt to bring a run to its end. Only rank 0 has the folder."""
+
+    config: RunConfig
+    device: torch.device
+    start: Start
+    folder: RunFolder | None
+    rank: int = 0
+
+    @property
+    def finished_before(self) -> bool:
+        return self.start.step >= self.config.total_steps
+
+    def run(self, stop_requested: Callable[[], bool]) -> int:
+        """Train to the end or until told to stop; returns the exit code."""
+        total_steps = self.config.total_steps
+        if self.finished_before:
+            if self.folder:
+                print(f"{self.folder.path}: already done, all {total_steps} steps. Raise train.steps to go on.")
+            self._write_status("done", self.start.step, "finished before")
             return 0
-        folder.write_status("running", start.step, config.total_steps, "starting")
+        self._write_status("running", self.start.step, "starting")
         run = None
         try:
-            run = setup(config, folder, start, device)
-            status, state = train(run, lambda: stop.requested)
+            run = setup(self.config, self.folder, self.start, self.device, self.rank)
+            status, state = train(run, stop_requested)
         except BaseException as error:
             if run:
                 run.monitor.close("failed")
-            folder.write_status("failed", start.step, config.total_steps, f"{type(error).__name__}: {error}")
+            self._write_status("failed", self._last_step(), f"{type(error).__name__}: {error}")
             raise
         run.monitor.close(status)
-        message = "" if status == "done" else "told to stop; the same command continues"
-        folder.write_status(status, state.step, config.total_steps, message)
+        self._write_status(status, state.step, "" if status == "done" else "told to stop; the same command continues")
         return 0 if status == "done" else EXIT_PREEMPTED
 
+    def _last_step(self) -> int:
+        """The last step that the status has, which follows training."""
+        status = read_status(self.folder.path) if self.folder else None
+        return status.step if status else self.start.step
 
-def num_threads(config: LaunchConfig) -> int:
-    """CPU threads of one rank: as configured, or the usable cores shared among the ranks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.threads_per_worker or max(1, cores // config.num_workers)
+    def _write_status(self, status: Status, step: int, message: str) -> None:
+        if self.folder:
+            self.folder.write_status(status, step, self.config.total_steps, message)
 
 
-def choose_device(config: LaunchConfig) -> torch.device:
-    """The device of this rank. Raises ConfigError where cuda is asked for and absent."""
+def agree_on_start(
+    config: RunConfig, run_dir: Path, ranks: StoreExchange, held: ExitStack
+) -> tuple[RunFolder | None, Start]:
+    """Rank 0 locks the run folder, until `held` closes, and decides where the run begins; the others hear of it.
+
+    Raises on rank 0 what `find_start` and the lock raise, on the others OtherRankFailedError with the same exit code.
+    """
+    if ranks.rank > 0:
+        said = json.loads(ranks.hear("start"))
+        if "exit_code" in said:
+            raise OtherRankFailedError("rank 0 could not start", said["exit_code"])
+        return None, join_start(config, run_dir, said["checkpoint"] and Path(said["checkpoint"]), ranks)
+    try:
+        folder = held.enter_context(RunFolder(run_dir))
+        start = find_start(config, folder, ranks)
+    except BaseException as error:
+        exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
+        ranks.say("start", json.dumps({"exit_code": exit_code}))
+        raise
+    ranks.say("start", json.dumps({"checkpoint": str(start.checkpoint.path) if start.checkpoint else None}))
+    return folder, start
+
+
+def choose_device(config: LaunchConfig, place: Rank) -> torch.device:
+    """The device of this rank. Raises ConfigError where a GPU is asked for and absent, or ranks outnumber GPUs."""
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("launch.device = cuda: PyTorch finds no GPU here. Set launch.device=cpu, or check `nvidia-smi`.")
+        raise ConfigError(
+            "launch.device = cuda: PyTorch finds no GPU here. Set launch.device=cpu, or check `nvidia-smi`."
+        )
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if place.local_world_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"launch.num_workers: {place.local_world_size} ranks on {socket.gethostname()}, which has "
+            f"{torch.cuda.device_count()} GPUs. Start as many ranks as there are GPUs, or set launch.device=cpu."
+        )
+    return torch.device("cuda", place.local_rank)

@@ -62,6 +62,12 @@ class RunFolderInUseError(LlmtrainError):
     exit_code = 4
 
 
+class LaunchError(LlmtrainError):
+    """The ranks of a run cannot be started, or cannot find each other."""
+
+    exit_code = 1
+
+
 class ExportError(LlmtrainError):
     """An exported model does not reproduce the numbers of the trained one."""
 

@@ -8,9 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llmtrain.checkpoint.exchange import Exchange
 from llmtrain.checkpoint.fragments import Fragment
 from llmtrain.checkpoint.host_copy import HostCopy
-from llmtrain.checkpoint.manifest import CheckpointUnusableError, load_manifest, step_folder_name, step_of_folder
+from llmtrain.checkpoint.manifest import (
+    CheckpointUnusableError,
+    ManifestPart,
+    load_manifest,
+    step_folder_name,
+    step_of_folder,
+    writing_folder_name,
+)
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.checkpoint.writer import (
     Contents,
@@ -29,6 +37,9 @@ _logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """The folder inside a run folder."""
+
+FAILED = "failed: "
+"""Begins what a rank says in place of its part of the manifest when it could not write its files."""
 
 
 def checkpoint_steps(checkpoints: Path) -> list[int]:
@@ -86,6 +97,8 @@ class CheckpointManager:
 
     `folder` is the run's `checkpoints` folder. Make one only while holding the run folder's lock: it removes what
     killed saves left behind. `about` says where checkpoints come from (layout, engine) and goes into each manifest.
+    Where several ranks hold the state, each has a manager with `ranks`; all save the same steps, in the same order.
+    Rank 0, which holds the lock, publishes what all have written.
     """
 
     def __init__(
@@ -95,7 +108,10 @@ class CheckpointManager:
         config_text: str,
         about: Mapping[str, Any],
         warn: Callable[[str], object] = _logger.warning,
+        ranks: Exchange | None = None,
     ) -> None:
+        self._ranks = ranks
+        self._num_saves = 0
         self._folder = Path(folder)
         self._settings = settings
         self._config_text = config_text
@@ -105,7 +121,8 @@ class CheckpointManager:
         self._writer: ThreadPoolExecutor | None = None
         self._running: Future[None] | None = None
         self._metrics: dict[int, float | None] = {}
-        recover(self._folder)
+        if ranks is None or ranks.rank == 0:
+            recover(self._folder)
 
     def latest_steps(self) -> list[int]:
         """Steps of the checkpoints on the disk, newest first."""
@@ -155,10 +172,16 @@ class CheckpointManager:
             running.result()
 
     def _write(self, contents: Contents, fragments: Iterable[Fragment], before_publish: Callable[[], object]) -> None:
+        self._num_saves += 1
+        if self._ranks is not None and self._ranks.rank > 0:
+            self._write_part(self._ranks, contents.step, list(fragments))
+            return
         writing = start_checkpoint(self._folder, contents.step)
         try:
+            if self._ranks is not None:
+                self._ranks.say(f"save {self._num_saves}: folder", writing.name)
             part = write_rank_files(writing, 0, fragments)
-            publish(writing, [part], contents, before_publish)
+            publish(writing, [part, *self._other_parts()], contents, before_publish)
         except BaseException:
             shutil.rmtree(writing, ignore_errors=True)
             raise
@@ -168,6 +191,31 @@ class CheckpointManager:
             self._remove_old()
         except OSError as error:
             self._warn(f"{error.filename or self._folder}: an old checkpoint could not be removed: {error.strerror}")
+
+    def _write_part(self, ranks: Exchange, step: int, fragments: list[Fragment]) -> None:
+        """Write what this rank holds, once rank 0 has made the folder, and tell rank 0 what that is."""
+        ranks.hear(f"save {self._num_saves}: folder")
+        key = f"save {self._num_saves}: part {ranks.rank}"
+        if not fragments:
+            ranks.say(key, ManifestPart(files={}, tensors={}).model_dump_json())
+            return
+        try:
+            part = write_rank_files(self._folder / writing_folder_name(step), ranks.rank, fragments)
+        except CheckpointError as error:
+            ranks.say(key, f"{FAILED}{error}")
+            raise
+        ranks.say(key, part.model_dump_json())
+
+    def _other_parts(self) -> list[ManifestPart]:
+        """What the other ranks have written. Raises CheckpointError where one of them could not."""
+        if self._ranks is None:
+            return []
+        keys = [f"save {self._num_saves}: part {rank}" for rank in range(1, self._ranks.world_size)]
+        texts = [self._ranks.hear(key) for key in keys]
+        for text in texts:
+            if text.startswith(FAILED):
+                raise CheckpointError(text.removeprefix(FAILED))
+        return [ManifestPart.model_validate_json(text) for text in texts]
 
     def _set_aside_later_than(self, step: int) -> None:
         """A run that went back to an older checkpoint has left the later ones: they are not its newest any more."""

@@ -1,5 +1,6 @@
 """`llmtrain train`: check a configuration in every way that needs no device, then run it."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,18 +39,21 @@ def train(
         typer.echo(to_yaml(load_config(config, overrides or []).config), nl=False)
         return
 
+    from launch.rank import rank_from_environment
     from llmtrain.train.preflight import storage_problems, with_vocab_size
 
-    run = with_vocab_size(load_config(config, overrides or [], storage_problems).config)
+    place = rank_from_environment(os.environ)
+    world_size = place.world_size if place else None
+    run = with_vocab_size(load_config(config, overrides or [], storage_problems, world_size).config)
     if dry_run:
         from llmtrain.train.outline import plan_outline
 
         _print_outline(plan_outline(run, run.launch.num_workers), as_json)
         return
 
-    from launch.local import launch
+    from launch.local import launch, run_as_rank
 
-    raise typer.Exit(launch(run))
+    raise typer.Exit(run_as_rank(run, place) if place else launch(run))
 
 
 def _print_outline(outline: "Outline", as_json: bool) -> None:

@@ -16,6 +16,9 @@ from llmtrain.errors import ConfigError, Problem
 OVERRIDE_FORM = "write key.path=value, for example optim.lr=1e-4 or data.train.0.path=data/shards/train."
 OVERRIDE = re.compile(r"([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)", re.DOTALL)
 
+ENVIRONMENT = "WORLD_SIZE in the environment"
+"""Where the number of ranks stands that another launcher has started."""
+
 Rules = Callable[[RunConfig], list[Problem]]
 
 
@@ -27,10 +30,13 @@ class LoadedConfig:
     locations: Mapping[str, str]
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), storage_rules: Rules | None = None) -> LoadedConfig:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), storage_rules: Rules | None = None, world_size: int | None = None
+) -> LoadedConfig:
     """Read a run's configuration and check it: schema, arithmetic and, where given, storage.
 
-    Later overrides win over earlier ones, and all of them over files. Raises ConfigError with every problem of all
+    Later overrides win over earlier ones, and all of them over files. `world_size` is that of a launcher which has
+    started the ranks already: it takes the place of launch.num_workers. Raises ConfigError with every problem of all
     stages; its note says how many there are.
     """
     reading = _Reading()
@@ -39,6 +45,9 @@ def load_config(path: Path, overrides: Sequence[str] = (), storage_rules: Rules 
         raise _error(path, reading.problems)
     for text in overrides:
         root = _overridden(root, text, reading.problems)
+    if world_size is not None:
+        number = Node(world_size, ENVIRONMENT)
+        root = _set(root, ["launch", "num_workers"], 0, number, reading.problems)
     locations = dict(iter_places(root))
     told = {problem.key for problem in reading.problems}
     checked = validate(plain(root), reading.unread | told)

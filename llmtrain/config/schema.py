@@ -142,8 +142,9 @@ class LaunchConfig(Section):
     """How workers are started."""
 
     backend: Literal["local"] = Field("local", description="local: processes on this machine.")
-    num_workers: Annotated[Count, Field(le=1)] = Field(1, description="Number of ranks.")
+    num_workers: Count = Field(1, description="Number of ranks. Under torchrun and srun theirs counts.")
     threads_per_worker: CountOrZero = Field(0, description="CPU threads of a rank; 0: cores divided by ranks.")
+    timeout_seconds: Positive = Field(600.0, description="Longest wait for other ranks before a run fails.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
 
 

@@ -1,10 +1,14 @@
-"""Plain PyTorch on one device: the readable reference that every other engine is compared with."""
+"""Plain PyTorch, one device per rank: the readable reference that every other engine is compared with.
+
+Several ranks share the batch and nothing else: each holds the whole model, and gradients are summed over them.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmtrain.checkpoint.fragments import Box, Fragment, FragmentSource
@@ -20,7 +24,8 @@ from llmtrain.optim.scaler import build_loss_scale
 from llmtrain.parallel.draws import Draws
 from llmtrain.parallel.vocabulary import VocabularyPart
 
-
+BUCKET_ELEMENTS = 1 << 24
+"""fp32 gradients that are summed over ranks in one collective: 64 MiB."""
 
 
 class TorchEngine:
@@ -33,6 +38,9 @@ class TorchEngine:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
+        self.group = dist.group.WORLD if dist.is_initialized() else None
+        self.dp_rank = self.group.rank() if self.group else 0
+        self.dp_size = self.group.size() if self.group else 1
         self.model = build_model(config.model, config.train.recompute)
         materialize(self.model, config.seed, device)
         self.masters = self._build_masters(DTYPES[config.train.precision])
@@ -63,15 +71,19 @@ class TorchEngine:
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         self.model.train()
-        num_tokens = sum(batch.num_valid_tokens for batch in micro_batches)
+        # The count of the whole step is known before the first backward: gradients are sums, divided once.
+        num_tokens = int(self._over_ranks(sum(batch.num_valid_tokens for batch in micro_batches)))
         loss_scale = self.loss_scale.scale if self.loss_scale else 1.0
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches):
-            draws = Draws.of_micro_batch(self.config.seed, step, number, self.device)
+            global_number = self.dp_rank + number * self.dp_size
+            draws = Draws.of_micro_batch(self.config.seed, step, global_number, self.device)
             objective, batch_loss_sum = self._loss(batch, draws, loss_scale / max(1, num_tokens))
             objective.backward()
             loss_sum += batch_loss_sum
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        if self.group:
+            sum_over_ranks([*grads, loss_sum], self.group)
         norm = torch.nn.utils.get_total_norm(grads)
         loss, grad_norm = torch.stack((loss_sum / max(1, num_tokens), norm / loss_scale)).tolist()  # the host waits here
         finite = math.isfinite(grad_norm) and math.isfinite(loss)
@@ -110,9 +122,20 @@ class TorchEngine:
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
         self.model.eval()
         losses = [self._loss(batch, None, 1.0)[1] for batch in micro_batches]
-        return EvalResult(float(torch.stack(losses).sum()), sum(batch.num_valid_tokens for batch in micro_batches))
+        num_tokens = sum(batch.num_valid_tokens for batch in micro_batches)
+        return EvalResult(self._over_ranks(float(torch.stack(losses).sum())), int(self._over_ranks(num_tokens)))
+
+    def _over_ranks(self, number: float) -> float:
+        """The sum of a number of the host over all ranks; counts of tokens are exact in fp64."""
+        if self.group is None:
+            return number
+        total = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return total.item()
 
     def fragments(self) -> Iterator[Fragment]:
+        if self.dp_rank > 0:  # every rank holds the same
+            return
         for name, master in self.masters.items():
             yield Fragment.whole(name, "master", master.detach())
             for kind in ("exp_avg", "exp_avg_sq"):
@@ -151,6 +174,19 @@ def _accumulator_into(master: Tensor) -> Any:
             parameter.grad = None
 
     return accumulate
+
+
+def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Replace each tensor by its sum over the ranks, in buckets: one collective for many small tensors."""
+    bucket: list[Tensor] = []
+    for number, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        if number == len(tensors) - 1 or sum(held.numel() for held in bucket) >= BUCKET_ELEMENTS:
+            flat = torch.cat([held.reshape(-1) for held in bucket])
+            dist.all_reduce(flat, group=group)
+            for held, total in zip(bucket, flat.split([held.numel() for held in bucket]), strict=True):
+                held.copy_(total.view_as(held))
+            bucket = []
 
 
 def _fill(target: Tensor, name: str, kind: str, source: FragmentSource) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -22,8 +22,9 @@ _SMALLEST_BAR = 8
 class ConsoleTracker:
     """Shows progress from `start_step` to `last_step`. `advance` is called every step, `log` for recorded rows.
 
-    `title` heads the output. Colours are off where NO_COLOR is set. Without a terminal there is at most one progress
-    line in PLAIN_LINE_SECONDS, and one for each hundredth of the run or each QUIET_SECONDS.
+    `title` heads the output. Colours are off where NO_COLOR is set. Without a terminal, and in `log`, which gets all of
+    it in plain lines, there is at most one progress line in PLAIN_LINE_SECONDS, and one for each hundredth of the run
+    or each QUIET_SECONDS.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class ConsoleTracker:
         last_step: int,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
+        log: TextIO | None = None,
     ) -> None:
         self._console = console or Console(stderr=True, highlight=False)
+        self._log = Console(file=log, highlight=False, no_color=True, force_terminal=False) if log else None
         self._clock = clock
         self._status = StatusLine(start_step, last_step, clock)
         self._said_at = -float("inf")
@@ -56,9 +59,9 @@ class ConsoleTracker:
         if "valid_loss" in row:
             perplexity = f"perplexity {row['valid_perplexity']:,.2f}"
             self.say(f"step {row['step']:,}: validation loss {row['valid_loss']:.4f}, {perplexity}")
-        elif self._live is None and self._line_is_due(row["step"]):
+        elif (self._live is None or self._log) and self._line_is_due(row["step"]):
             self._said_at, self._said_step = self._clock(), row["step"]
-            self._print(escape("  ".join(self._status.cells(width=None))))
+            self._print(escape("  ".join(self._status.cells(width=None))), on_terminal=self._live is None)
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""
@@ -75,9 +78,12 @@ class ConsoleTracker:
         step = f"{self._status.step:,}/{self._status.last_step:,}"
         self._print(f"[{colour}]{escape(status)}[/] at step {step} after {duration(self._status.elapsed_seconds)}")
 
-    def _print(self, markup: str) -> None:
+    def _print(self, markup: str, on_terminal: bool = True) -> None:
         # soft_wrap: a long path is one line, to be copied whole.
-        self._console.print(markup, soft_wrap=True)
+        if on_terminal:
+            self._console.print(markup, soft_wrap=True)
+        if self._log:
+            self._log.print(markup, soft_wrap=True)
 
     def _line_is_due(self, step: int) -> bool:
         if step == self._status.last_step:

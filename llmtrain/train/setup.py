@@ -2,23 +2,26 @@
 
 import shutil
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from llmtrain.checkpoint.exchange import Exchange
 from llmtrain.checkpoint.manager import CHECKPOINTS, CheckpointManager
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.rendering import to_yaml
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.tokenizer import find_tokenizer
-from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.errors import ConfigError
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.environment import save_environment
 from llmtrain.observe.monitor import Monitor, RunPlan
 from llmtrain.observe.throughput import flops_per_token, peak_flops
 from llmtrain.observe.trackers import METRICS_FILE, build_trackers
+from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.loop import Run
 from llmtrain.train.progress import ProgressTracker
@@ -26,7 +29,8 @@ from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.saving import Saving, restore
 from llmtrain.train.state import TrainState
 
-ENGINES = {"torch": TorchEngine}
+ENGINES = {"torch": ("llmtrain.engines.torch_engine", "TorchEngine")}
+"""Where each engine's class is, made from (config, device): engines are slow to import, so only the one in use is."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +45,20 @@ class Start:
         return self.checkpoint.step if self.checkpoint and "train" in self.checkpoint.state else 0
 
 
-def find_start(config: RunConfig, folder: RunFolder) -> Start:
-    """Decide what the run continues from.
+def engine_class(name: str) -> Any:
+    """Import an engine."""
+    module, attribute = ENGINES[name]
+    return getattr(import_module(module), attribute)
+
+
+def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = None) -> Start:
+    """Decide what the run continues from. Where there are several ranks, rank 0 does.
 
     `checkpoint.resume` is auto (the newest valid checkpoint), none (refused where the folder is used), or a path. A
     path inside this run goes back to it; one outside is where the run begins, until it has checkpoints of its own.
     Raises ConfigError and CheckpointError.
     """
-    about = {"engine": config.engine.name, "world_size": 1, "precision": config.train.precision}
-    manager = CheckpointManager(folder.path / CHECKPOINTS, config.checkpoint, to_yaml(config), about)
+    manager = build_manager(config, folder.path, ranks)
     resume = config.checkpoint.resume
     if resume == "none":
         if manager.latest_steps() or (folder.path / METRICS_FILE).exists():
@@ -64,39 +73,69 @@ def find_start(config: RunConfig, folder: RunFolder) -> Start:
     return Start(manager, open_checkpoint(Path(resume)))
 
 
-def setup(config: RunConfig, folder: RunFolder, start: Start, device: torch.device) -> Run:
-    """Build the parts of a run. The run folder is locked by this process and the vocabulary size known."""
+def join_start(config: RunConfig, run_dir: Path, checkpoint: Path | None, ranks: Exchange) -> Start:
+    """What rank 0 has decided. It has hashed the files: they are not hashed again."""
+    reader = open_checkpoint(checkpoint, verify=False) if checkpoint else None
+    return Start(build_manager(config, run_dir, ranks), reader)
+
+
+def setup(config: RunConfig, folder: RunFolder | None, start: Start, device: torch.device, rank: int = 0) -> Run:
+    """Build the parts of a run on one of its launch.num_workers ranks.
+
+    Rank 0 holds the lock of the run folder and records the run; the others have no `folder`. The vocabulary size is
+    known, and where there are several ranks, torch.distributed is initialized.
+    """
     torch.set_float32_matmul_precision("highest")
-    save_run_files(config, folder.path)
-    engine = ENGINES[config.engine.name](config, device)
+    if folder:
+        save_run_files(config, folder.path)
+    engine = engine_class(config.engine.name)(config, device)
     state = restore(start.checkpoint, engine) if start.checkpoint else TrainState()
     monitor = build_monitor(config, folder, state, device)
     saving = Saving(start.manager, config.checkpoint.every_steps, config.total_steps, monitor.flush)
     evaluation = Evaluation(
-        build_loader(config, config.data.valid) if config.data.valid else None,
+        build_loader(config, config.data.valid, rank) if config.data.valid else None,
         config.evaluate.every_steps,
         config.evaluate.steps,
     )
-    loader = build_loader(config, config.data.train)
+    loader = build_loader(config, config.data.train, rank)
     return Run(loader, engine, monitor, evaluation, saving, state, config.total_steps, config.optim)
 
 
-def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...]) -> BatchLoader:
+def build_manager(config: RunConfig, run_dir: Path, ranks: Exchange | None) -> CheckpointManager:
+    about = {
+        "engine": config.engine.name,
+        "world_size": config.launch.num_workers,
+        "precision": config.train.precision,
+    }
+    return CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint, to_yaml(config), about, ranks=ranks)
+
+
+def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int = 0) -> BatchLoader:
+    """The micro-batches of a rank: those of its place on the data axis."""
     stream = build_stream(sources, config.data, config.seed)
-    return BatchLoader(stream, config.data, config.train.global_batch_size, config.train.micro_batch_size)
+    layout = plan_layout(config.parallel, config.launch.num_workers)
+    sizes = (config.train.global_batch_size, config.train.micro_batch_size)
+    return BatchLoader(stream, config.data, *sizes, layout.coordinates(rank).data, layout.data)
 
 
-def build_monitor(config: RunConfig, folder: RunFolder, state: TrainState, device: torch.device) -> Monitor:
-    """What records the run from `state` on."""
+def build_monitor(config: RunConfig, folder: RunFolder | None, state: TrainState, device: torch.device) -> Monitor:
+    """What records the run from `state` on, into `folder`; without a folder it times and records nothing."""
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     plan = RunPlan(
         last_step=config.total_steps,
         start_step=state.step,
         start_tokens=state.tokens,
         log_every_steps=config.observe.log_every_steps,
         flops_per_token=flops_per_token(config.model, config.data.seq_len),
-        peak_flops=peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None,
+        peak_flops=peak * config.launch.num_workers if peak else None,
     )
-    console = ConsoleTracker(config.name, state.step, config.total_steps)
+    if folder is None:
+        return Monitor(plan)
+    # Among several ranks, rank 0 has a log like the others; launch/rank_log.py has begun it.
+    log = (
+        (folder.path / "logs" / "rank-00000.log").open("a", encoding="utf-8") if config.launch.num_workers > 1 else None
+    )
+    console = ConsoleTracker(config.name, state.step, config.total_steps, log=log)
     trackers = build_trackers(config, folder.path, state.step, console)
     return Monitor(plan, [*trackers, ProgressTracker(folder, config.total_steps)], console)
 

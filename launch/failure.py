@@ -1,0 +1,97 @@
+"""Why ranks failed, as they say themselves, and as a person reads it: the cause in full, then a line per rank."""
+
+import json
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from llmtrain.errors import ConfigError, LlmtrainError
+
+
+class OtherRankFailedError(LlmtrainError):
+    """This rank ends because another one did; the exit code is that one's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of one rank. `seconds` is the machine's monotonic clock, to tell which failed first.
+
+    `details` is the whole text: a traceback for a defect, the message for what a user can mend. `consequence` says that
+    another rank's failure is the reason.
+    """
+
+    rank: int
+    exit_code: int
+    summary: str
+    details: str
+    consequence: bool = False
+    host: str = field(default_factory=socket.gethostname)
+    seconds: float = field(default_factory=time.monotonic)
+
+    @staticmethod
+    def of_error(rank: int, error: BaseException) -> "Failure":
+        """What an exception means."""
+        summary = f"{type(error).__name__}: {error}"
+        if isinstance(error, LlmtrainError):
+            lines = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else []
+            details = "\n".join([*(lines or [str(error)]), *getattr(error, "__notes__", ())])
+            return Failure(rank, error.exit_code, str(error), details, isinstance(error, OtherRankFailedError))
+        return Failure(rank, 1, summary, "".join(traceback.format_exception(error)).rstrip())
+
+    @staticmethod
+    def of_exit(rank: int, exit_code: int) -> "Failure":
+        """What the end of a process that said nothing means; a negative code is the signal that killed it."""
+        if exit_code >= 0:
+            text = f"ended with exit code {exit_code} and said nothing"
+            return Failure(rank, exit_code or 1, text, text)
+        text = f"was killed by {_signal_name(-exit_code)}"
+        hint = ". When memory runs out, the system kills: see `dmesg`" if -exit_code == signal.SIGKILL else ""
+        # A death is noticed a moment after the peers have noticed it: it counts as earlier than what they say.
+        return Failure(rank, 1, text, text + hint, seconds=0.0)
+
+    @property
+    def is_defect(self) -> bool:
+        """Whether what happened was not foreseen, so that the log may tell more."""
+        return self.exit_code == 1
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_bytes(content: bytes) -> "Failure":
+        return Failure(**json.loads(content))
+
+
+def first_cause(failures: Sequence[Failure]) -> Failure:
+    """The failure that explains the others."""
+    return min(failures, key=lambda failure: (failure.consequence, failure.seconds, failure.rank))
+
+
+def failure_text(failures: Sequence[Failure], stopped: Sequence[int] = (), logs: str = "") -> str:
+    """All of it for a person; `stopped` are the ranks that had to be ended, `logs` is where the ranks' logs are."""
+    cause = first_cause(failures)
+    lines = [f"error: rank {cause.rank} on {cause.host}: {cause.details}"]
+    if "\n" in cause.details:
+        lines = [f"error: rank {cause.rank} on {cause.host} failed:", cause.details]
+    others = sorted((failure for failure in failures if failure is not cause), key=lambda failure: failure.rank)
+    lines += [f"then rank {other.rank} on {other.host}: {_first_line(other.summary)}" for other in others]
+    lines += [f"then rank {rank} on {cause.host}: stopped" for rank in stopped]
+    return "\n".join([*lines, *([f"logs: {logs}"] if logs else [])])
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

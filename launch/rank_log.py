@@ -1,0 +1,57 @@
+"""A rank's own log in the run folder, appended over attempts: `logs/rank-00003.log`."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from launch.rank import Rank
+
+LOGS = "logs"
+"""The folder inside a run folder."""
+
+
+def log_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / LOGS / f"rank-{rank:05d}.log"
+
+
+@contextmanager
+def rank_log(run_dir: Path, place: Rank) -> Iterator[None]:
+    """Append what this process prints to its log, headed by a line about the attempt; an error that leaves is kept too.
+
+    Rank 0 goes on printing where it did: its console writes plain lines to the log as well.
+    """
+    path = log_path(run_dir, place.rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with path.open("a", encoding="utf-8") as log:
+        log.write(f"=== {now} rank {place.rank} of {place.world_size}: {place}, process {os.getpid()}\n")
+        log.flush()
+        before = _redirect(log.fileno()) if place.rank > 0 else ()
+        try:
+            yield
+        except BaseException:
+            log.write(traceback.format_exc())
+            raise
+        finally:
+            for number, old in before:
+                _flush()
+                os.dup2(old, number)
+                os.close(old)
+
+
+def _redirect(target: int) -> tuple[tuple[int, int], ...]:
+    """Let stdout and stderr of this process, below Python too, go to a file; returns what they were."""
+    _flush()
+    before = tuple((number, os.dup(number)) for number in (1, 2))
+    for number, _ in before:
+        os.dup2(target, number)
+    return before
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()

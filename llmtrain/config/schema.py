@@ -17,135 +17,156 @@ class SourceConfig(Section):
     """One data set and its share of a mixture."""
 
     path: str = Field(description="Folder with shards and their manifest.json.")
-    weight: Count = Field(1, description="Samples of this source per period of the mixture.")
+    weight: Count = Field(default=1, description="Samples of this source per period of the mixture.")
 
 
 class DataConfig(Section):
     """Where samples come from and what they look like."""
 
     train: Annotated[tuple[SourceConfig, ...], AsTuple, Field(min_length=1)] = Field(description="Training sources.")
-    valid: Annotated[tuple[SourceConfig, ...], AsTuple] = Field((), description="Evaluation sources.")
+    valid: Annotated[tuple[SourceConfig, ...], AsTuple] = Field(default=(), description="Evaluation sources.")
     tokenizer: str | None = Field(
-        None, description="sentencepiece .model or tokenizer.json; absent: the one kept beside the first training source."
+        default=None,
+        description="sentencepiece .model or tokenizer.json; absent: the one kept beside the first training source.",
     )
-    seq_len: Count = Field(1024, description="Tokens per sample.")
-    objective: Literal["causal"] = Field("causal", description="causal: predict each next token.")
-    reset_positions: bool = Field(False, description="Positions start again at each document in a sample.")
+    seq_len: Count = Field(default=1024, description="Tokens per sample.")
+    objective: Literal["causal"] = Field(default="causal", description="causal: predict each next token.")
+    reset_positions: bool = Field(default=False, description="Positions start again at each document in a sample.")
     reset_attention: bool = Field(
-        False, description="Positions attend only within their document; the first token of a document is no target."
+        default=False,
+        description="Positions attend only within their document; the first token of a document is no target.",
     )
-    shuffle_shards: Count = Field(8, description="Samples are shuffled within groups of this many shards.")
+    shuffle_shards: Count = Field(default=8, description="Samples are shuffled within groups of this many shards.")
     verify: Literal["off", "first", "always"] = Field(
-        "first", description="Hash a shard never, before its first use in a run, or at every opening."
+        default="first", description="Hash a shard never, before its first use in a run, or at every opening."
     )
-    prefetch_steps: CountOrZero = Field(2, description="Steps whose batches are prepared ahead.")
+    prefetch_steps: CountOrZero = Field(default=2, description="Steps whose batches are prepared ahead.")
 
 
 class TrainConfig(Section):
     """How long, how large, how precise."""
 
-    steps: Count | None = Field(None, description="Optimizer steps in all; absent: from tokens.")
-    tokens: Count | None = Field(None, description="Tokens in all, instead of steps; rounded up to whole steps.")
-    global_batch_size: Count = Field(16, description="Sequences per step over all ranks.")
-    micro_batch_size: Count = Field(4, description="Sequences per forward pass of one rank.")
+    steps: Count | None = Field(default=None, description="Optimizer steps in all; absent: from tokens.")
+    tokens: Count | None = Field(
+        default=None, description="Tokens in all, instead of steps; rounded up to whole steps."
+    )
+    global_batch_size: Count = Field(default=16, description="Sequences per step over all ranks.")
+    micro_batch_size: Count = Field(default=4, description="Sequences per forward pass of one rank.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="bf16 and fp16: weights and activations in that type, fp32 master weights and gradients."
+        default="fp32",
+        description="bf16 and fp16: weights and activations in that type, fp32 master weights and gradients.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="Activations computed again in the backward pass: none, the attention kernel and MLP "
+        default="none",
+        description="Activations computed again in the backward pass: none, the attention kernel and MLP "
         "activation, or whole layers.",
     )
-    compile: bool = Field(False, description="Compile the layers with torch.compile.")
-    loss_chunk_tokens: Count = Field(1024, description="Tokens per chunk of the output head and cross-entropy.")
+    compile: bool = Field(default=False, description="Compile the layers with torch.compile.")
+    loss_chunk_tokens: Count = Field(default=1024, description="Tokens per chunk of the output head and cross-entropy.")
 
 
 class LossScaleConfig(Section):
     """Dynamic loss scaling, used with fp16 only."""
 
-    initial: Positive = Field(65536.0, description="Scale at the first step.")
-    growth_interval: Count = Field(2000, description="Good steps in a row before the scale doubles.")
-    minimum: Positive = Field(1.0, description="The scale never falls below this.")
+    initial: Positive = Field(default=65536.0, description="Scale at the first step.")
+    growth_interval: Count = Field(default=2000, description="Good steps in a row before the scale doubles.")
+    minimum: Positive = Field(default=1.0, description="The scale never falls below this.")
 
 
 class OptimConfig(Section):
     """The optimizer and the learning-rate schedule."""
 
-    name: Literal["adamw"] = Field("adamw", description="adamw (Loshchilov and Hutter 2019).")
-    lr: Positive = Field(3e-4, description="Peak learning rate.")
-    min_lr: NotNegative = Field(3e-5, description="Learning rate at the end of the decay.")
+    name: Literal["adamw"] = Field(default="adamw", description="adamw (Loshchilov and Hutter 2019).")
+    lr: Positive = Field(default=3e-4, description="Peak learning rate.")
+    min_lr: NotNegative = Field(default=3e-5, description="Learning rate at the end of the decay.")
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = Field(
-        "cosine", description="Decay after warm-up; wsd: warm-up, stable, linear decay (Hu et al. 2024)."
+        default="cosine", description="Decay after warm-up; wsd: warm-up, stable, linear decay (Hu et al. 2024)."
     )
-    warmup_steps: CountOrZero = Field(0, description="Steps of linear warm-up.")
+    warmup_steps: CountOrZero = Field(default=0, description="Steps of linear warm-up.")
     decay_steps: Count | None = Field(
-        None, description="Length of wsd's decay (absent: a tenth of the run), or the step at which the others end their "
+        default=None,
+        description="Length of wsd's decay (absent: a tenth of the run), or the step at which the others end their "
         "decay (absent: the last step).",
     )
-    betas: Annotated[tuple[Probability, Probability], AsTuple] = Field((0.9, 0.95), description="Adam's decay rates.")
-    eps: Positive = Field(1e-8, description="Added to Adam's denominator.")
-    weight_decay: NotNegative = Field(0.1, description="Decoupled decay of matrices; biases and norms have none.")
-    grad_clip: NotNegative = Field(1.0, description="Largest global gradient norm; 0: no clipping.")
+    betas: Annotated[tuple[Probability, Probability], AsTuple] = Field(
+        default=(0.9, 0.95), description="Adam's decay rates."
+    )
+    eps: Positive = Field(default=1e-8, description="Added to Adam's denominator.")
+    weight_decay: NotNegative = Field(
+        default=0.1, description="Decoupled decay of matrices; biases and norms have none."
+    )
+    grad_clip: NotNegative = Field(default=1.0, description="Largest global gradient norm; 0: no clipping.")
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
 
 
 class ParallelConfig(Section):
     """Sizes of the mesh axes. Data parallel is what is left of the world size."""
 
-    tensor: Count = Field(1, description="Ranks that split each layer.")
-    pipeline: Count = Field(1, description="Ranks that split the layers.")
-    virtual_pipeline: Count = Field(1, description="Model chunks per pipeline rank.")
-    context: Count = Field(1, description="Ranks that split the sequence in attention.")
-    expert: Count = Field(1, description="Ranks that split the experts.")
-    sequence: bool = Field(False, description="Split activations outside attention and MLP over the tensor ranks.")
-    pipeline_split: Annotated[tuple[CountOrZero, ...] | None, AsTuple] = Field(
-        None, description="Layers of each pipeline chunk in model order; absent: as equal as can be."
+    tensor: Count = Field(default=1, description="Ranks that split each layer.")
+    pipeline: Count = Field(default=1, description="Ranks that split the layers.")
+    virtual_pipeline: Count = Field(default=1, description="Model chunks per pipeline rank.")
+    context: Count = Field(default=1, description="Ranks that split the sequence in attention.")
+    expert: Count = Field(default=1, description="Ranks that split the experts.")
+    sequence: bool = Field(
+        default=False, description="Split activations outside attention and MLP over the tensor ranks."
     )
-    overlap_grad_reduce: bool = Field(False, description="Reduce gradients while the backward pass goes on.")
+    pipeline_split: Annotated[tuple[CountOrZero, ...] | None, AsTuple] = Field(
+        default=None, description="Layers of each pipeline chunk in model order; absent: as equal as can be."
+    )
+    overlap_grad_reduce: bool = Field(default=False, description="Reduce gradients while the backward pass goes on.")
 
 
 class EngineConfig(Section):
     """Which engine runs the step."""
 
-    name: Literal["torch"] = Field("torch", description="torch: plain PyTorch, the readable reference.")
-    zero_stage: Annotated[CountOrZero, Field(le=3)] = Field(0, description="What is sharded over data-parallel ranks.")
-    offload: Literal["none"] = Field("none", description="Where optimizer state lives.")
+    name: Literal["torch"] = Field(default="torch", description="torch: plain PyTorch, the readable reference.")
+    zero_stage: Annotated[CountOrZero, Field(le=3)] = Field(
+        default=0, description="What is sharded over data-parallel ranks."
+    )
+    offload: Literal["none"] = Field(default="none", description="Where optimizer state lives.")
 
 
 class EvaluateConfig(Section):
     """Evaluation during training."""
 
-    every_steps: CountOrZero = Field(0, description="Steps between evaluations; 0: never.")
-    steps: Count = Field(10, description="Global batches per evaluation, always the same first samples.")
+    every_steps: CountOrZero = Field(default=0, description="Steps between evaluations; 0: never.")
+    steps: Count = Field(default=10, description="Global batches per evaluation, always the same first samples.")
 
 
 class CheckpointConfig(Section):
     """What is saved, when, and from where a run continues."""
 
-    every_steps: CountOrZero = Field(500, description="Steps between checkpoints; 0: only the last step.")
-    keep: Count = Field(3, description="Newest checkpoints that are kept.")
-    keep_every_steps: CountOrZero = Field(0, description="Checkpoints at multiples of this are kept for good; 0: none.")
-    keep_best: bool = Field(False, description="Also keep the checkpoint with the lowest validation loss.")
-    async_save: bool = Field(True, description="Write behind training; it waits only for one copy of the state.")
-    resume: str = Field("auto", description="auto: the newest valid checkpoint; none: a fresh run folder; or a path.")
+    every_steps: CountOrZero = Field(default=500, description="Steps between checkpoints; 0: only the last step.")
+    keep: Count = Field(default=3, description="Newest checkpoints that are kept.")
+    keep_every_steps: CountOrZero = Field(
+        default=0, description="Checkpoints at multiples of this are kept for good; 0: none."
+    )
+    keep_best: bool = Field(default=False, description="Also keep the checkpoint with the lowest validation loss.")
+    async_save: bool = Field(
+        default=True, description="Write behind training; it waits only for one copy of the state."
+    )
+    resume: str = Field(
+        default="auto", description="auto: the newest valid checkpoint; none: a fresh run folder; or a path."
+    )
 
 
 class ObserveConfig(Section):
     """What is recorded and where."""
 
-    wandb: Literal["offline", "online", "off"] = Field("offline", description="Weights & Biases mode.")
-    wandb_project: str = Field("llmtrain", description="Weights & Biases project.")
-    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
-    log_every_steps: Count = Field(1, description="Steps between recorded rows.")
+    wandb: Literal["offline", "online", "off"] = Field(default="offline", description="Weights & Biases mode.")
+    wandb_project: str = Field(default="llmtrain", description="Weights & Biases project.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
+    log_every_steps: Count = Field(default=1, description="Steps between recorded rows.")
 
 
 class LaunchConfig(Section):
     """How workers are started."""
 
-    backend: Literal["local"] = Field("local", description="local: processes on this machine.")
-    num_workers: Count = Field(1, description="Number of ranks. Under torchrun and srun theirs counts.")
-    threads_per_worker: CountOrZero = Field(0, description="CPU threads of a rank; 0: cores divided by ranks.")
-    timeout_seconds: Positive = Field(600.0, description="Longest wait for other ranks before a run fails.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one.")
+    backend: Literal["local"] = Field(default="local", description="local: processes on this machine.")
+    num_workers: Count = Field(default=1, description="Number of ranks. Under torchrun and srun theirs counts.")
+    threads_per_worker: CountOrZero = Field(default=0, description="CPU threads of a rank; 0: cores divided by ranks.")
+    timeout_seconds: Positive = Field(default=600.0, description="Longest wait for other ranks before a run fails.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
 
 
 class RunConfig(Section):
@@ -154,8 +175,8 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=RUN_NAME_PATTERN)] = Field(
         description="Name of the run folder: letters, digits, _ . and -, 64 at most."
     )
-    output_dir: str = Field("runs", description="Folder that holds the run folder.")
-    seed: CountOrZero = Field(1234, description="Everything random follows from it.")
+    output_dir: str = Field(default="runs", description="Folder that holds the run folder.")
+    seed: CountOrZero = Field(default=1234, description="Everything random follows from it.")
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

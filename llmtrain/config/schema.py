@@ -119,11 +119,16 @@ class ParallelConfig(Section):
 class EngineConfig(Section):
     """Which engine runs the step."""
 
-    name: Literal["torch"] = Field(default="torch", description="torch: plain PyTorch, the readable reference.")
+    name: Literal["torch", "megatron", "deepspeed"] = Field(
+        default="torch",
+        description="torch: plain PyTorch, the readable reference, data parallel. megatron: megatron-core, every axis, "
+        "ZeRO 0 and 1. deepspeed: ZeRO 0 to 3 and offload, no pipeline.",
+    )
     zero_stage: Annotated[CountOrZero, Field(le=3)] = Field(
         default=0, description="What is sharded over data-parallel ranks."
     )
-    offload: Literal["none"] = Field(default="none", description="Where optimizer state lives.")
+    offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state lives.")
+    nvme_path: str | None = Field(default=None, description="Folder on the local disk for offload=nvme.")
 
 
 class EvaluateConfig(Section):

@@ -1,6 +1,6 @@
 """The seam between the loop and whatever runs a training step."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,8 +32,14 @@ class EvalResult:
     num_tokens: int
 
 
+GradientInspector = Callable[[Iterable[Fragment]], None]
+
+
 class Engine(Protocol):
     """Runs whole optimizer steps. The unit is a step because pipeline schedules pull micro-batches themselves."""
+
+    inspect_gradients: GradientInspector | None
+    """Called, where it is set, with this rank's part of a step's gradients, unscaled and not clipped, before the update."""
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """Forward, backward and update for this rank's micro-batches of step `step` (from 1)."""

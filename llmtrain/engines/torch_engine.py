@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmtrain.checkpoint.fragments import Box, Fragment, FragmentSource
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
-from llmtrain.engines.base import EvalResult, StepResult
+from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
 from llmtrain.engines.precision import DTYPES
 from llmtrain.errors import CheckpointError
 from llmtrain.models.build import build_model, materialize
@@ -46,7 +46,11 @@ class TorchEngine:
         self.masters = self._build_masters(DTYPES[config.train.precision])
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.masters.values(), optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+            parameter_groups(self.masters.values(), optim.weight_decay),
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            fused=True,
         )
         for master in self.masters.values():
             self.optimizer.state[master] = {
@@ -55,6 +59,7 @@ class TorchEngine:
                 "exp_avg_sq": torch.zeros_like(master),
             }
         self.loss_scale = build_loss_scale(config.train.precision, optim)
+        self.inspect_gradients: GradientInspector | None = None
         if config.train.compile:
             for layer in self.model.decoder.layers.values():
                 layer.compile()
@@ -84,8 +89,11 @@ class TorchEngine:
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
         if self.group:
             sum_over_ranks([*grads, loss_sum], self.group)
+        if self.inspect_gradients:
+            self.inspect_gradients(self._gradient_fragments(1 / loss_scale))
         norm = torch.nn.utils.get_total_norm(grads)
-        loss, grad_norm = torch.stack((loss_sum / max(1, num_tokens), norm / loss_scale)).tolist()  # the host waits here
+        # The host waits here.
+        loss, grad_norm = torch.stack((loss_sum / max(1, num_tokens), norm / loss_scale)).tolist()
         finite = math.isfinite(grad_norm) and math.isfinite(loss)
         if finite:
             self._update(grads, grad_norm, loss_scale, lr)
@@ -99,14 +107,16 @@ class TorchEngine:
         batch = batch.to(self.device)
         hidden_SBH = self.model(batch.tokens_BS, batch.positions_BS, batch.segments_BS, draws)
         whole = VocabularyPart(0, self.config.model.vocabulary)
-        return self.model.loss(hidden_SBH, batch.labels_BS, Objective(scale, self.config.train.loss_chunk_tokens, whole))
+        objective = Objective(scale, self.config.train.loss_chunk_tokens, whole)
+        return self.model.loss(hidden_SBH, batch.labels_BS, objective)
 
     @torch.no_grad()
     def _update(self, grads: list[Tensor], grad_norm: float, loss_scale: float, lr: float) -> None:
         clip = self.config.optim.grad_clip
         factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) / loss_scale
         if factor != 1.0:
-            torch._foreach_mul_(grads, factor)
+            # The only multiplication of many tensors at once that there is.
+            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -132,6 +142,11 @@ class TorchEngine:
         total = torch.tensor(number, dtype=torch.float64)
         dist.all_reduce(total, group=self.group)
         return total.item()
+
+    def _gradient_fragments(self, factor: float) -> Iterator[Fragment]:
+        for name, master in self.masters.items():
+            if master.grad is not None and self.dp_rank == 0:
+                yield Fragment.whole(name, "gradient", master.grad * factor)
 
     def fragments(self) -> Iterator[Fragment]:
         if self.dp_rank > 0:  # every rank holds the same
@@ -197,4 +212,4 @@ def _fill(target: Tensor, name: str, kind: str, source: FragmentSource) -> None:
             f"{kind} of {name}: the model needs shape {list(target.shape)}, the checkpoint has {found}. "
             "It was written by another architecture: train with the model section of its config.yaml."
         )
-    target.copy_(source.read(name, kind, Box.whole(shape)))
+    target.copy_(source.read(name, kind, Box.whole(target.shape)))

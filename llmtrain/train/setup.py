@@ -29,13 +29,17 @@ from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.saving import Saving, restore
 from llmtrain.train.state import TrainState
 
-ENGINES = {"torch": ("llmtrain.engines.torch_engine", "TorchEngine")}
+ENGINES = {
+    "torch": ("llmtrain.engines.torch_engine", "TorchEngine"),
+    "megatron": ("llmtrain.engines.megatron_engine", "MegatronEngine"),
+    "deepspeed": ("llmtrain.engines.deepspeed_engine", "DeepSpeedEngine"),
+}
 """Where each engine's class is, made from (config, device): engines are slow to import, so only the one in use is."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: its folder, the checkpoint it continues (None: from nothing), and who manages the next ones."""
+    """Where a run begins: the checkpoint that it continues (None: from nothing), and who manages the next ones."""
 
     manager: CheckpointManager
     checkpoint: CheckpointReader | None

@@ -1,22 +1,22 @@
 """Whole optimizer steps on megatron-core's schedules, around our own modules."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from llmtrain.checkpoint.fragments import Fragment, FragmentSource
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
-from llmtrain.engines.base import EvalResult, StepResult
+from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
 from llmtrain.engines.megatron_engine.chunk import PipelineChunk, transformer_config
 from llmtrain.engines.megatron_engine.masters import Master, iter_masters, round_weights
 from llmtrain.engines.placement import InitialWeights, Placement, iter_range_boxes, read_range
@@ -61,9 +61,8 @@ class MegatronEngine:
         self.optimizers = self._build_optimizers()
         self.masters = [master for optimizer in self.optimizers for master in iter_masters(optimizer)]
         self.loss_scale = build_loss_scale(config.train.precision, config.optim)
-        self.inspect_gradients: Callable[[Iterable[Fragment]], None] | None = None
-        """Called with this rank's part of the gradients, unscaled and not clipped, before each update."""
-        shapes = self.chunks[0].module.stage.global_shapes
+        self.inspect_gradients: GradientInspector | None = None
+        shapes = cast(PipelineChunk, self.chunks[0].module).stage.global_shapes
         self.load_weights(InitialWeights(config.model, config.seed, shapes.__getitem__))
 
     def _build_chunk(self, number: int, chunk: Any) -> DistributedDataParallel:
@@ -107,9 +106,10 @@ class MegatronEngine:
                 use_distributed_optimizer=self.config.engine.zero_stage == 1,
                 clip_grad=0.0,
             ),
-            self.chunks,
+            [*self.chunks],
             use_gloo_process_groups=False,
         )
+        assert isinstance(chained, ChainedOptimizer)
         optimizers = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
         for group in (group for optimizer in optimizers for group in optimizer.optimizer.param_groups):
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # left to its scheduler, which we do not use
@@ -152,7 +152,7 @@ class MegatronEngine:
         reports = get_forward_backward_func()(
             forward_step_func=partial(self._forward, step, scale),
             data_iterator=[iter(numbered) for _ in self.chunks] if len(self.chunks) > 1 else iter(numbered),
-            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            model=[*self.chunks] if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(micro_batches),
             seq_length=self.config.data.seq_len,
             micro_batch_size=self.config.train.micro_batch_size,

@@ -60,5 +60,5 @@ def iter_pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Ten
 
 def round_weights(optimizer: MegatronOptimizer) -> None:
     """Copy the masters to the weights that the model computes with, on this rank."""
-    if hasattr(optimizer, "_copy_main_params_to_model_params"):
+    if isinstance(optimizer, (DistributedOptimizer, Float16OptimizerWithFloat16Params)):
         optimizer._copy_main_params_to_model_params()

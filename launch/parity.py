@@ -1,0 +1,190 @@
+"""Does a layout compute what one process computes? Real ranks, a shrunk model, every number compared.
+
+A trace is what some steps leave behind: the weights before the first, loss, norm and every gradient of each, the weights
+after the last, an evaluation. The reference is the trace of the torch engine in one process; the trace of a layout is put
+together from its ranks' fragments by their global coordinates.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmtrain.checkpoint.fragments import Box, Fragment, tiling_problem
+from llmtrain.config.schema import RunConfig
+from llmtrain.data.batch import IGNORED_LABEL, Batch
+from llmtrain.engines.base import EvalResult, StepResult
+from llmtrain.parallel.draws import derived_key
+
+Pieces = list[tuple[str, tuple[int, ...], Box, np.ndarray]]
+"""(name, shape of the whole tensor, box, data) of fragments, fit to be sent between processes."""
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class RankTrace:
+    """One rank's part of a trace. `gradients` has an entry per step."""
+
+    steps: list[StepResult]
+    initial: Pieces
+    gradients: list[Pieces]
+    final: Pieces
+    evaluation: EvalResult
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Whole tensors by global name, and what each step reported."""
+
+    steps: list[StepResult]
+    initial: Tensors
+    gradients: list[Tensors]
+    final: Tensors
+    evaluation: EvalResult
+
+
+def probe_batches(config: RunConfig, step: int, first: int, stride: int) -> list[Batch]:
+    """Micro-batches first, first + stride, ... of a step: random tokens, a different number of targets in each."""
+    train, seq_len = config.train, config.data.seq_len
+    batches = []
+    for number in range(first, train.global_batch_size // train.micro_batch_size, stride):
+        generator = torch.Generator().manual_seed(derived_key("probe", config.seed, step, number) & (2**63 - 1))
+        shape = (train.micro_batch_size, seq_len + 1)
+        tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
+        labels = tokens[:, 1:].clone()
+        labels[:, : number * 3 % (seq_len // 2)] = IGNORED_LABEL
+        positions = torch.arange(seq_len).expand(train.micro_batch_size, seq_len)
+        segments = None
+        if config.data.reset_attention:
+            boundary = 1 + number % (seq_len - 2)
+            segments = (positions >= boundary).long()
+        batches.append(Batch(tokens[:, :-1], labels, positions, segments))
+    return batches
+
+
+def trace_rank(build: Callable[..., Any], config: RunConfig, num_steps: int, data: tuple[int, int]) -> RankTrace:
+    """Run some steps on this rank. `data` is its data-parallel (rank, size)."""
+    engine = build(config, torch.device("cpu"))
+    gradients: list[Pieces] = []
+    engine.inspect_gradients = lambda fragments: gradients.append(pieces(fragments))
+    initial = pieces(fragment for fragment in engine.fragments() if fragment.kind == "master")
+    steps = [
+        engine.train_step(step, probe_batches(config, step, *data), config.optim.lr) for step in range(1, num_steps + 1)
+    ]
+    final = pieces(fragment for fragment in engine.fragments() if fragment.kind == "master")
+    return RankTrace(steps, initial, gradients, final, engine.eval_step(probe_batches(config, 0, *data)))
+
+
+def pieces(fragments: Iterable[Fragment]) -> Pieces:
+    """Copies of fragments."""
+    return [(f.name, f.global_shape, f.box, f.tensor.detach().cpu().float().numpy().copy()) for f in fragments]
+
+
+def assemble(parts: Sequence[Pieces]) -> Tensors:
+    """Whole tensors from all ranks' pieces. Raises ValueError where an element is missing or held twice."""
+    boxes: dict[str, list[Box]] = {}
+    whole: Tensors = {}
+    for name, shape, box, data in (piece for part in parts for piece in part):
+        boxes.setdefault(name, []).append(box)
+        whole.setdefault(name, np.zeros(shape, np.float32))[box.slices_in(Box.whole(shape))] = data
+    for name, held in boxes.items():
+        problem = tiling_problem(whole[name].shape, held)
+        if problem:
+            raise ValueError(f"{name}: {problem}")
+    return whole
+
+
+def assemble_trace(ranks: Sequence[RankTrace]) -> Trace:
+    """The trace of a layout. Loss and norm are rank 0's."""
+    return Trace(
+        steps=ranks[0].steps,
+        initial=assemble([rank.initial for rank in ranks]),
+        gradients=[assemble(parts) for parts in zip(*(rank.gradients for rank in ranks), strict=True)],
+        final=assemble([rank.final for rank in ranks]),
+        evaluation=ranks[0].evaluation,
+    )
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What may differ, relative: the parity levels of a precision.
+
+    Of a tensor, the norm of the difference over its own norm; a tensor whose norm is below `floor` of all tensors' is
+    compared with that floor (a key's bias has no true gradient: what is left of it is noise).
+    """
+
+    first_loss: float = 1e-6
+    loss: float = 1e-5
+    grad_norm: float = 1e-5
+    gradient: float = 1e-5
+    weight: float = 1e-5
+    floor: float = 1e-6
+    bitwise_start: bool = True
+
+
+FP32 = Levels()
+LOW_PRECISION = Levels(first_loss=1e-3, loss=1e-2, grad_norm=3e-2, gradient=0.1, weight=0.1, floor=1e-3)
+"""bf16 and fp16: sums in another order round to neighbouring numbers of 8 or 11 bits, and Adam passes that on."""
+
+
+@dataclass
+class Verdict:
+    """How far a layout is from the reference; `problems` says in words what is too far, the first cause first."""
+
+    first_loss: float = 0.0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    gradient: float = 0.0
+    weight: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+
+def compare(reference: Trace, other: Trace, levels: Levels) -> Verdict:
+    """Compare a layout's trace with the reference's, in the order in which one thing causes another."""
+    verdict = Verdict()
+    for name, value in reference.initial.items():
+        if name not in other.initial or not np.array_equal(value, other.initial[name]):
+            verdict.problems.append(f"weights before the first step differ, first in {name}")
+            break
+    relative = [abs(b.loss - a.loss) / abs(a.loss) for a, b in zip(reference.steps, other.steps, strict=True)]
+    verdict.first_loss, verdict.loss = relative[0], max(relative)
+    _judge(verdict, "loss of step 1", verdict.first_loss, levels.first_loss)
+    for step, (a, b) in enumerate(zip(reference.gradients, other.gradients, strict=True), start=1):
+        name, error = worst_tensor(a, b, levels.floor)
+        verdict.gradient = max(verdict.gradient, error)
+        if step == 1:
+            _judge(verdict, f"gradient of {name} in step 1", error, levels.gradient)
+    norms = [abs(b.grad_norm - a.grad_norm) / a.grad_norm for a, b in zip(reference.steps, other.steps, strict=True)]
+    verdict.grad_norm = max(norms)
+    _judge(verdict, "gradient norm", verdict.grad_norm, levels.grad_norm)
+    _judge(verdict, "loss", verdict.loss, levels.loss)
+    name, verdict.weight = worst_tensor(reference.final, other.final, levels.floor)
+    _judge(verdict, f"weights of {name} after the last step", verdict.weight, levels.weight)
+    if [a.num_tokens for a in reference.steps] != [b.num_tokens for b in other.steps]:
+        verdict.problems.append("numbers of valid tokens differ")
+    a, b = reference.evaluation, other.evaluation
+    _judge(verdict, "evaluation", abs(b.loss_sum / b.num_tokens - a.loss_sum / a.num_tokens), levels.loss * 10)
+    return verdict
+
+
+def _judge(verdict: Verdict, what: str, error: float, allowed: float) -> None:
+    if not error <= allowed:  # NaN is too far as well
+        verdict.problems.append(f"{what} differs by {error:.1e}, allowed is {allowed:.0e}")
+
+
+def worst_tensor(reference: Tensors, other: Tensors, floor: float) -> tuple[str, float]:
+    """The name and the relative error of the tensor that differs most; a missing one differs by infinity."""
+    least = floor * float(np.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in reference.values())))
+    return max(_errors(reference, other, least), key=lambda found: found[1])
+
+
+def _errors(reference: Tensors, other: Tensors, least: float) -> Iterator[tuple[str, float]]:
+    for name, value in reference.items():
+        if name not in other:
+            yield name, float("inf")
+            continue
+        difference = np.linalg.norm((value.astype(np.float64) - other[name]).ravel())
+        yield name, float(difference / max(np.linalg.norm(value.ravel()), least))

@@ -1,0 +1,65 @@
+"""The megatron engine in every layout against one process."""
+
+from typing import Any
+
+import pytest
+
+from launch.parity import LOW_PRECISION
+from tests.parity.cases import parity_run, verdict, with_layout
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2+sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2+vp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "cp2": (2, {"context": 2}),
+    "tp2+pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "tp2+sp+pp2+vp2": (4, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}),
+    "dp2+tp2": (4, {"tensor": 2}),
+    "dp2+tp2+sp": (4, {"tensor": 2, "sequence": True}),
+    "dp2+pp2": (4, {"pipeline": 2}),
+    "cp2+tp2": (4, {"context": 2, "tensor": 2}),
+    "cp2+tp2+sp": (4, {"context": 2, "tensor": 2, "sequence": True}),
+}
+"""Ranks and parallel section by name."""
+
+GRID = [(layout, model, zero) for layout in LAYOUTS for model in ("llama", "dropout", "gpt") for zero in (0, 1)]
+
+PAIRWISE = {
+    ("dp2", "llama", 0), ("dp2", "dropout", 1), ("tp2", "gpt", 0), ("tp2+sp", "dropout", 1), ("pp2", "llama", 1),
+    ("pp2+vp2", "dropout", 0), ("cp2", "dropout", 1), ("cp2", "llama", 0), ("tp2+pp2", "gpt", 1),
+    ("tp2+sp+pp2+vp2", "dropout", 1), ("dp2+tp2", "llama", 1), ("dp2+tp2+sp", "gpt", 0), ("dp2+pp2", "gpt", 1),
+    ("cp2+tp2", "gpt", 0), ("cp2+tp2+sp", "dropout", 1),
+}  # fmt: skip
+"""Every layout, every model with both stages; the whole grid runs in `make test-all`."""
+
+
+def cases() -> list[Any]:
+    marks = {False: [pytest.mark.whole_grid], True: []}
+    return [pytest.param(*case, marks=marks[case in PAIRWISE], id="-".join(map(str, case))) for case in GRID]
+
+
+@pytest.mark.parametrize(("layout", "model", "zero_stage"), cases())
+def test_fp32_equals_one_process(layout: str, model: str, zero_stage: int) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    config = parity_run(model)
+    other = with_layout(config, {"name": "megatron", "zero_stage": zero_stage}, parallel)
+    assert verdict(config, other, ranks).problems == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("layout", "zero_stage"), [("tp2+sp", 1), ("pp2", 0), ("dp2", 1)])
+def test_low_precision_stays_within_its_bounds(precision: str, layout: str, zero_stage: int) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    config = parity_run("llama", precision)
+    other = with_layout(config, {"name": "megatron", "zero_stage": zero_stage}, parallel)
+    assert verdict(config, other, ranks, num_steps=5, levels=LOW_PRECISION).problems == []
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_nothing(recompute: str) -> None:
+    ranks, parallel = LAYOUTS["tp2+sp"]
+    config = parity_run("dropout", recompute=recompute)
+    other = with_layout(config, {"name": "megatron", "zero_stage": 1}, parallel)
+    assert verdict(parity_run("dropout"), other, ranks, num_steps=5).problems == []

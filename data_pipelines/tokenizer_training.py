@@ -57,7 +57,8 @@ def with_rounded_scores(model: bytes, steps_per_unit: int = 16) -> bytes:
     sentencepiece adds scores in fp32, the tokenizers library in fp64: with other scores, splits of a text that score
     nearly the same come out differently, and an export would not give the same ids.
     """
-    proto = sentencepiece_model.ModelProto.FromString(model)
+    # protobuf makes the class when the module is imported; a checker does not see it.
+    proto = sentencepiece_model.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]
     for piece in proto.pieces:
         piece.score = round(piece.score * steps_per_unit) / steps_per_unit
     return proto.SerializeToString()

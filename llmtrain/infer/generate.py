@@ -38,7 +38,7 @@ class Sampling:
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token. top_p keeps the smallest set of likeliest tokens with that much probability (Holtzman et al. 2020)."""
+    """The next token. top_p keeps the fewest likeliest tokens with that much probability (Holtzman et al. 2020)."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     probabilities, order = (logits_V.float() / sampling.temperature).softmax(-1).sort(descending=True)
@@ -59,7 +59,9 @@ def iter_tokens(model: Transformer, prompt: Sequence[int], sampling: Sampling, m
     """
     longest = model.config.max_seq_len
     if not 0 < len(prompt) < longest:
-        raise ConfigError(f"The prompt has {len(prompt)} tokens: give it at least 1 and fewer than {longest} (model.max_seq_len).")
+        raise ConfigError(
+            f"The prompt has {len(prompt)} tokens: give it at least 1 and fewer than {longest} (model.max_seq_len)."
+        )
     device = model.embeddings.word.weight.device
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
     length = min(longest, len(prompt) + max_tokens)

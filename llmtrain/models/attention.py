@@ -98,9 +98,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
 
     def forward(self, x_SBH: Tensor, inputs: AttentionInputs, cache: LayerCache | None = None) -> Tensor:
-        q, k, v = (
-            linear(x_SBH).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v)
-        )
+        q, k, v = (linear(x_SBH).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
         if inputs.rotary is not None:
             q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
         if cache is not None:
@@ -123,7 +121,7 @@ class Attention(nn.Module):
         self, q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, inputs: AttentionInputs, draws: Draws
     ) -> Tensor:
         """Explicit attention: fused kernels draw random numbers of their own, which no other layout could repeat."""
-        num_queries, batch, num_heads, _ = q_SBND.shape
+        num_queries, batch = q_SBND.shape[:2]
         num_keys = k_TBND.shape[0]
         scores_BNST = torch.einsum("sbnd,tbnd->bnst", q_SBND, k_TBND).float() / math.sqrt(self.head_dim)
         allowed = inputs.allowed_BST

@@ -21,7 +21,7 @@ class ChunkGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """How the loss is computed: its gradients are multiplied by `scale`, and `chunk_tokens` tokens are done at a time."""
+    """How the loss is computed: gradients are multiplied by `scale`, and `chunk_tokens` tokens are done at a time."""
 
     scale: float
     chunk_tokens: int
@@ -82,9 +82,9 @@ def head_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the head's predictions, summed over the targets; a negative label is no target.
 
-    Returns (loss_sum * scale, to call backward on; loss_sum, fp32, detached). The scale is known before the forward pass
-    (loss scale / valid tokens of the step), and applied before gradients are rounded to a low precision. The weight has
-    the rows of `objective.part`: padded rows take no part in the softmax. Where the vocabulary is split, every rank
-    gets the whole loss, and a gradient for the hidden states that is to be summed over the ranks.
+    Returns (loss_sum * scale, to call backward on; loss_sum, fp32, detached). The scale is known before the forward
+    pass (loss scale / valid tokens of the step), and applied before gradients are rounded to a low precision. The
+    weight has the rows of `objective.part`: padded rows take no part in the softmax. Where the vocabulary is split,
+    every rank gets the whole loss, and a gradient for the hidden states that is to be summed over the ranks.
     """
-    return HeadCrossEntropy.apply(hidden_TH, weight_VH, labels_T, objective)  # type: ignore[no-any-return]
+    return HeadCrossEntropy.apply(hidden_TH, weight_VH, labels_T, objective)

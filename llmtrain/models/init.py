@@ -1,8 +1,8 @@
 """Initial weights as a function of (seed, global name, global index) alone.
 
-A tensor is drawn in blocks of 65,536 consecutive elements of its global, flattened self, each block from a counter-based
-generator (Philox) of its own. Whoever holds a part draws the blocks that the part touches, whole, and cuts: the weights
-are the same bits in every layout.
+A tensor is drawn in blocks of 65,536 consecutive elements of its global, flattened self, each block from a
+counter-based generator (Philox) of its own. Whoever holds a part draws the blocks that the part touches, whole,
+and cuts: the weights are the same bits in every layout.
 """
 
 import math

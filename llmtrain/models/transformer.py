@@ -34,9 +34,11 @@ class Layer(nn.Module):
 
     def forward(self, x_SBH: Tensor, inputs: AttentionInputs, cache: LayerCache | None = None) -> Tensor:
         if self.pre_norm:
-            x_SBH = x_SBH + self.dropped(self.attention(self.attention_norm(x_SBH), inputs, cache), self.attention_site, inputs)
+            attended = self.attention(self.attention_norm(x_SBH), inputs, cache)
+            x_SBH = x_SBH + self.dropped(attended, self.attention_site, inputs)
             return x_SBH + self.dropped(self.mlp(self.mlp_norm(x_SBH)), self.mlp_site, inputs)
-        x_SBH = self.attention_norm(x_SBH + self.dropped(self.attention(x_SBH, inputs, cache), self.attention_site, inputs))
+        attended = self.attention(x_SBH, inputs, cache)
+        x_SBH = self.attention_norm(x_SBH + self.dropped(attended, self.attention_site, inputs))
         return self.mlp_norm(x_SBH + self.dropped(self.mlp(x_SBH), self.mlp_site, inputs))
 
     def dropped(self, x_SBH: Tensor, site: int, inputs: AttentionInputs) -> Tensor:

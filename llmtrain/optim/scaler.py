@@ -7,7 +7,7 @@ from llmtrain.config.schema import LossScaleConfig, OptimConfig
 
 
 class LossScale:
-    """Halves at every step with a gradient that is not finite, doubles after a run of good ones (Micikevicius et al. 2018)."""
+    """Halves at a step whose gradient is not finite, doubles after a run of good ones (Micikevicius et al. 2018)."""
 
     def __init__(self, config: LossScaleConfig) -> None:
         self.config = config

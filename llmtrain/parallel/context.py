@@ -67,6 +67,6 @@ def spread_over_context(kernel: Callable[..., Tensor], group: ProcessGroup) -> C
         repeats = math.lcm(kv_heads, group.size()) // kv_heads
         k, v = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (k_sBND, v_sBND))
         q, k, v = (SequenceForHeads.apply(x, group) for x in (q_sBND, k, v))
-        return HeadsForSequence.apply(kernel(q, k, v, inputs), group)  # type: ignore[no-any-return]
+        return HeadsForSequence.apply(kernel(q, k, v, inputs), group)
 
     return attend

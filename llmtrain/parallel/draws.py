@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+
 def derived_key(*parts: int | str) -> int:
     """A signed 64-bit key that depends on every part and on their order."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -19,7 +20,7 @@ def derived_key(*parts: int | str) -> int:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """The output function of splitmix64 (Steele, Lea and Flood 2014) on int64: products wrap, masks make shifts logical."""
+    """The output of splitmix64 (Steele, Lea and Flood 2014) on int64: products wrap, masks make shifts logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)

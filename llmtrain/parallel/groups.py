@@ -36,12 +36,18 @@ def build_groups(layout: Layout) -> Groups:
     groups = Groups(
         layout=layout,
         place=layout.coordinates(dist.get_rank()),
-        tensor=parallel_state.get_tensor_model_parallel_group(),
-        context=parallel_state.get_context_parallel_group(),
-        data=parallel_state.get_data_parallel_group(),
-        data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        tensor=_own(parallel_state.get_tensor_model_parallel_group()),
+        context=_own(parallel_state.get_context_parallel_group()),
+        data=_own(parallel_state.get_data_parallel_group()),
+        data_context=_own(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        pipeline=_own(parallel_state.get_pipeline_model_parallel_group()),
     )
     assert groups.tensor.rank() == groups.place.tensor and groups.pipeline.rank() == groups.place.pipeline
     assert groups.context.rank() == groups.place.context and groups.data.rank() == groups.place.data
     return groups
+
+
+def _own(group: object) -> ProcessGroup:
+    """megatron-core's group, which a rank outside of it would get as something else."""
+    assert isinstance(group, ProcessGroup), group
+    return group

@@ -68,8 +68,8 @@ class Layout:
         return rank
 
     def groups(self, *axes: str) -> Iterator[list[int]]:
-        """The groups of ranks that differ on these axes only; every rank is in one of them, in the order of the axes."""
-        sizes = dict(zip(AXES, self.sizes, strict=True))
+        """The groups of ranks that differ on these axes only; every rank is in one of them. Fast axes come first."""
+        sizes: dict[str, int] = dict(zip(AXES, self.sizes, strict=True))
         others = [axis for axis in reversed(AXES) if axis not in axes]
         inside = [axis for axis in reversed(AXES) if axis in axes]
         for fixed in product(*(range(sizes[axis]) for axis in others)):

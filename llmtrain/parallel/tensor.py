@@ -70,7 +70,7 @@ class ColumnLinear(ColumnParallelLinear):
             gather_output=False, disable_grad_reduce=True, tp_group=region.group,
         )  # fmt: skip
 
-    def forward(self, x_SBH: Tensor) -> Tensor:
+    def forward(self, x_SBH: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # as nn.Linear's
         return super().forward(x_SBH)[0]
 
 
@@ -83,7 +83,7 @@ class RowLinear(RowParallelLinear):
             bias=linear.bias is not None, input_is_parallel=True, skip_bias_add=False, tp_group=region.group,
         )  # fmt: skip
 
-    def forward(self, x_SBH: Tensor) -> Tensor:
+    def forward(self, x_SBH: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # as nn.Linear's
         return super().forward(x_SBH)[0]
 
 
@@ -97,7 +97,7 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         )  # fmt: skip
         self.sequence = region.sequence
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
+    def forward(self, tokens_BS: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # as nn.Embedding's
         out = super().forward(tokens_BS)
         return out.transpose(0, 1) if self.sequence else out
 

@@ -9,7 +9,7 @@ SECONDS_BETWEEN_WRITES = 1.0
 
 
 class ProgressTracker:
-    """Writes the step of each row into the run folder's status, at most once a second. The end is written by the worker."""
+    """Writes the step of each row into the run folder's status, at most once a second. The worker writes the end."""
 
     def __init__(self, folder: RunFolder, total_steps: int) -> None:
         self._folder = folder

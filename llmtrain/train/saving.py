@@ -35,7 +35,7 @@ class Saving:
 
 
 def restore(checkpoint: CheckpointReader, engine: Engine) -> TrainState:
-    """Continue a checkpoint: weights, moments and counts. Imported weights have no history: training begins with them."""
+    """Continue a checkpoint: weights, moments, counts. Imported weights have no history: training begins with them."""
     if "train" not in checkpoint.state:
         engine.load_weights(checkpoint)
         return TrainState()

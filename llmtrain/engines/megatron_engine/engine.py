@@ -110,7 +110,9 @@ class MegatronEngine:
             use_gloo_process_groups=False,
         )
         assert isinstance(chained, ChainedOptimizer)
-        optimizers = [optimizer for optimizer in chained.chained_optimizers if not optimizer.is_stub_optimizer]
+        optimizers = [
+            optimizer for optimizer in chained.chained_optimizers if not getattr(optimizer, "is_stub_optimizer", False)
+        ]
         for group in (group for optimizer in optimizers for group in optimizer.optimizer.param_groups):
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # left to its scheduler, which we do not use
             group["fused"] = True
@@ -191,7 +193,8 @@ class MegatronEngine:
         factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) / loss_scale
         for optimizer in self.optimizers:
             if factor != 1.0:
-                torch._foreach_mul_([p.grad for p in optimizer.get_parameters() if p.grad is not None], factor)
+                grads = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+                torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]  # nothing public does it
             for group in optimizer.optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step_with_ready_grads()

@@ -80,7 +80,8 @@ def test_the_mean_of_micro_batch_means_would_be_wrong() -> None:
 
 def test_splitting_into_micro_batches_changes_nothing() -> None:
     whole = random_batch(num_samples=4, seed=3)
-    parts = [Batch(whole.tokens_BS[i : i + 1], whole.labels_BS[i : i + 1], whole.positions_BS[i : i + 1]) for i in range(4)]
+    tensors = (whole.tokens_BS, whole.labels_BS, whole.positions_BS)
+    parts = [Batch(*(tensor[i : i + 1] for tensor in tensors)) for i in range(4)]
     one, four = engine().train_step(1, [whole], 1e-3), engine().train_step(1, parts, 1e-3)
     assert one.loss == pytest.approx(four.loss, rel=1e-6)
     assert one.grad_norm == pytest.approx(four.grad_norm, rel=1e-5)
@@ -178,7 +179,8 @@ def test_a_tiny_model_memorizes_a_text() -> None:
 
 
 def test_compiled_layers_give_the_same_numbers() -> None:
-    plain, compiled = engine({"num_layers": 1, "dropout": 0.1}), engine({"num_layers": 1, "dropout": 0.1}, {"compile": True})
+    model = {"num_layers": 1, "dropout": 0.1}
+    plain, compiled = engine(model), engine(model, {"compile": True})
     for step in (1, 2):
         batch = [random_batch(seed=step)]
         a, b = plain.train_step(step, batch, 1e-3), compiled.train_step(step, batch, 1e-3)

@@ -48,7 +48,8 @@ def test_documents_do_not_see_each_other() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradient_is_right(bias: bool) -> None:
     attention = built(hidden_size=8, num_heads=2, num_kv_heads=1, bias=bias)
-    inputs = AttentionInputs(rotary_angles(tiny_model(hidden_size=8, num_heads=2), torch.arange(3)[None], torch.float64))
+    angles = rotary_angles(tiny_model(hidden_size=8, num_heads=2), torch.arange(3)[None], torch.float64)
+    inputs = AttentionInputs(angles)
     x = torch.randn(3, 1, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: attention(x, inputs), (x, *attention.parameters()))
 

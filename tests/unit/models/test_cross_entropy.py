@@ -41,13 +41,13 @@ def test_no_targets_is_a_loss_of_zero_and_no_gradient() -> None:
 
 
 def test_fp32_logits_of_all_tokens_never_exist() -> None:
-    """The largest tensor that the call makes is a chunk's logits, counted by watching every allocation it dispatches."""
+    """The largest tensor that the call makes is a chunk's logits: every operation that it dispatches is watched."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         numel = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001  # the mode's own signature
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):
                 self.numel = max(self.numel, out.numel())
@@ -68,5 +68,6 @@ def test_fp16_gradients_are_scaled_before_they_are_rounded() -> None:
     objective, _ = head_cross_entropy(hidden, weight, labels, objective_of(1024.0, 8, 4096))
     grad = torch.autograd.grad(objective, weight)[0].float() / 1024
     exact_hidden, exact_weight = hidden.detach().float(), weight.detach().float().requires_grad_()
-    exact = torch.autograd.grad(F.cross_entropy(exact_hidden @ exact_weight.T, labels, reduction="sum"), exact_weight)[0]
+    loss = F.cross_entropy(exact_hidden @ exact_weight.T, labels, reduction="sum")
+    exact = torch.autograd.grad(loss, exact_weight)[0]
     torch.testing.assert_close(grad, exact, rtol=0.02, atol=1e-8)

@@ -27,7 +27,10 @@ CASES += [(a, approximate) for a in ("gelu", "geglu") for approximate in ("tanh"
 @pytest.mark.parametrize(("activation", "approximate"), CASES)
 def test_mlp_equals_its_formula_and_gradient(activation: str, approximate: str) -> None:
     torch.manual_seed(0)
-    config = tiny_model(hidden_size=6, num_heads=1, num_kv_heads=1, ffn_hidden_size=10, activation=activation, gelu_approximate=approximate, bias=True)
+    config = tiny_model(
+        hidden_size=6, num_heads=1, num_kv_heads=1, ffn_hidden_size=10, bias=True,
+        activation=activation, gelu_approximate=approximate,
+    )  # fmt: skip
     mlp = MLP(config).double()
     x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
 
@@ -43,4 +46,5 @@ def test_mlp_equals_its_formula_and_gradient(activation: str, approximate: str) 
 
 def test_default_inner_width() -> None:
     assert tiny_model(hidden_size=128, activation="gelu").ffn_size == 512
-    assert tiny_model(hidden_size=4096, activation="swiglu").ffn_size == 10944  # 8/3 * 4096 = 10922.7, to a multiple of 64
+    # 8/3 * 4096 = 10922.7, rounded up to a multiple of 64.
+    assert tiny_model(hidden_size=4096, activation="swiglu").ffn_size == 10944

@@ -39,7 +39,7 @@ def test_gradient_is_right(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", sorted(NORMS))
 def test_statistics_of_low_precision_are_fp32(kind: str) -> None:
-    """In bf16 the mean of 4,096 squares, summed in bf16, would be off by percents; one rounding of the result is not."""
+    """The mean of 4,096 squares, summed in bf16, would be off by percents; one rounding of the result is not."""
     torch.manual_seed(0)
     norm = NORMS[kind](4096, 1e-5)
     for name, parameter in norm.named_parameters():

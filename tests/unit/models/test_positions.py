@@ -19,7 +19,8 @@ def test_rotation_equals_complex_multiplication() -> None:
         for b in range(2):
             for i in range(4):
                 angle = float(positions_BS[b, s]) * 10000.0 ** (-2 * i / 8)
-                pair = torch.complex(x_SBND[s, b, :, i], x_SBND[s, b, :, i + 4]) * complex(math.cos(angle), math.sin(angle))
+                turn = complex(math.cos(angle), math.sin(angle))
+                pair = torch.complex(x_SBND[s, b, :, i], x_SBND[s, b, :, i + 4]) * turn
                 torch.testing.assert_close(turned[s, b, :, i], pair.real)
                 torch.testing.assert_close(turned[s, b, :, i + 4], pair.imag)
 

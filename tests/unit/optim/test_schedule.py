@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_warm_up_is_linear_and_reaches_the_peak(schedule: str) -> None:
 def test_decay_ends_at_min_lr_and_never_rises(schedule: str) -> None:
     after = rates(100, schedule=schedule, warmup_steps=10)[9:]
     assert after[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(after))
 
 
 def test_cosine_and_linear_pass_the_middle_half_way() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmtrain.errors import ConfigError, DataError
 
-NAMED_EXAMPLES = 5
+NAMED_EXAMPLES = 2
 """How many of the files that were left out a summary names."""
 
 

@@ -25,7 +25,7 @@ from llmtrain.data.shards import (
     write_manifest,
 )
 from llmtrain.data.tokenizer import Tokenizer
-from llmtrain.errors import ConfigError, DataError
+from llmtrain.errors import ConfigError
 
 SPLITS = ("train", "valid")
 
@@ -49,17 +49,19 @@ def write_shards(
     """Tokenize documents into OUT/train and OUT/valid and return their manifests.
 
     The files depend only on documents, tokenizer and sizes, not on the number of workers. OUT appears whole or not
-    at all. Raises ConfigError where OUT is in use, DataError where a split would be empty.
+    at all. Raises ConfigError where OUT is in use, and where a split would be empty.
     """
     if not 0 < config.valid_fraction < 1:
         raise ConfigError(f"--valid-fraction {config.valid_fraction}: must lie between 0 and 1, such as 0.1")
-    _check_output(out, config.overwrite)
+    kept = _tokenizers_in(out, tokenizer)
+    _check_output(out, config.overwrite, kept)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = out.absolute().with_name(f".{out.name}.writing-{os.getpid()}")
     temporary.mkdir()
     try:
         manifests = _write_splits(documents, temporary, tokenizer, config)
-        shutil.copyfile(tokenizer.path, temporary / f"tokenizer{tokenizer.path.suffix}")
+        for name in {f"tokenizer{tokenizer.path.suffix}", *kept}:
+            shutil.copyfile(tokenizer.path, temporary / name)
         _publish(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,7 +85,7 @@ def _write_splits(
             for text, ids in zip(texts, tokenizer.encode_batch(texts, config.num_workers), strict=True):
                 (valid if in_valid(text, config.valid_fraction) else train).add(ids)
         if not (train.num_documents and valid.num_documents):
-            raise DataError(
+            raise ConfigError(
                 f"of {train.num_documents + valid.num_documents} documents, {train.num_documents} fall into train and "
                 f"{valid.num_documents} into valid with --valid-fraction {config.valid_fraction}; both need one. "
                 "Documents are never cut: give more of them (a .jsonl holds one per line), or another fraction."
@@ -105,10 +107,16 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _check_output(out: Path, overwrite: bool) -> None:
+def _tokenizers_in(out: Path, tokenizer: Tokenizer) -> set[str]:
+    """Names of the files in OUT that are this tokenizer: it may have been trained there, and stays."""
+    files = [path for path in out.iterdir() if path.is_file()] if out.is_dir() else []
+    return {path.name for path in files if file_sha256(path) == tokenizer.sha256}
+
+
+def _check_output(out: Path, overwrite: bool, kept: set[str]) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; the shards need a folder. Name another one.")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(path.name in kept for path in out.iterdir()):
         return
     if not overwrite:
         raise ConfigError(f"{out}: is not empty. Name another folder, or replace what it holds with --overwrite.")

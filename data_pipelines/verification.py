@@ -7,7 +7,16 @@ import numpy as np
 
 from data_pipelines.indexing import has_manifest, scan_tar, token_problems
 from data_pipelines.sharding import SPLITS
-from llmtrain.data.shards import DTYPES, Manifest, ShardEntry, check_file, file_sha256, read_index, read_manifest
+from llmtrain.data.shards import (
+    DTYPES,
+    MANIFEST_NAME,
+    Manifest,
+    ShardEntry,
+    check_file,
+    file_sha256,
+    read_index,
+    read_manifest,
+)
 from llmtrain.data.tokenizer import find_tokenizer
 from llmtrain.errors import ConfigError, DataError
 
@@ -15,12 +24,17 @@ from llmtrain.errors import ConfigError, DataError
 def datasets_in(folder: Path) -> list[Path]:
     """The data sets that a folder means: itself, or the splits that `llmtrain data shards` wrote into it.
 
-    Raises ConfigError where the folder does not exist.
+    Raises ConfigError where the folder does not exist, or holds neither a manifest nor a shard.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder. Name one written by `llmtrain data shards`.")
     splits = [folder / name for name in SPLITS if (folder / name).is_dir()]
-    return splits if splits and not has_manifest(folder) else [folder]
+    found = splits if splits and not has_manifest(folder) else [folder]
+    if not any(has_manifest(dataset) or any(dataset.glob("*.tar")) for dataset in found):
+        near = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{MANIFEST_NAME}"))
+        advice = f"Try {near[0]}." if near else "Name one written by `llmtrain data shards`."
+        raise ConfigError(f"{folder}: is no data set, it holds neither a {MANIFEST_NAME} nor a .tar file. {advice}")
+    return found
 
 
 def verify_dataset(folder: Path) -> list[str]:

@@ -70,8 +70,8 @@ def shards(
     _say(report.summary())
     for name, manifest in manifests.items():
         _say(
-            f"wrote {out / name}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens, "
-            f"{len(manifest.shards):,} shards"
+            f"wrote {out / name}: {_count(manifest.num_documents, 'document')}, {manifest.num_tokens:,} tokens, "
+            f"{_count(len(manifest.shards), 'shard')}"
         )
 
 
@@ -89,10 +89,13 @@ def index(
 
     for dataset in datasets_in(folder):
         if has_manifest(dataset):
-            _say(f"{dataset}: rebuilt {rebuild_sidecars(dataset)} sidecars; the manifest is unchanged")
+            _say(f"{dataset}: rebuilt {_count(rebuild_sidecars(dataset), 'sidecar')}; the manifest is unchanged")
         else:
             manifest = index_folder(dataset, load_tokenizer(tokenizer or find_tokenizer(dataset)))
-            _say(f"{dataset}: indexed {len(manifest.shards)} shards, {manifest.num_documents:,} documents")
+            _say(
+                f"{dataset}: indexed {_count(len(manifest.shards), 'shard')}, "
+                f"{_count(manifest.num_documents, 'document')}"
+            )
 
 
 @app.command()
@@ -113,10 +116,10 @@ def inspect(
         quantiles = ", ".join(f"{value:,}" for value in summary.length_quantiles.values())
         typer.echo(
             f"{summary.path}\n"
-            f"  {summary.shards:,} shards, {summary.size_bytes / 1e6:,.1f} MB, {summary.dtype}, "
+            f"  {_count(summary.shards, 'shard')}, {summary.size_bytes / 1e6:,.1f} MB, {summary.dtype}, "
             f"vocabulary {summary.vocab_size:,}, tokenizer {summary.tokenizer_sha256[:12]}\n"
-            f"  {summary.documents:,} documents, {summary.tokens:,} tokens, {summary.mean_length:,.1f} per document "
-            f"(min, 10%, median, 90%, max: {quantiles})\n"
+            f"  {_count(summary.documents, 'document')}, {summary.tokens:,} tokens, "
+            f"{summary.mean_length:,.1f} per document (min, 10%, median, 90%, max: {quantiles})\n"
             f"  {summary.samples:,} samples of {summary.seq_len} tokens per epoch"
         )
 
@@ -129,7 +132,7 @@ def verify(folder: Dataset) -> None:
     problems: list[str] = []
     for dataset in datasets_in(folder):
         found = verify_dataset(dataset)
-        _say(f"{dataset}: {f'{len(found)} problems' if found else 'whole'}")
+        _say(f"{dataset}: {_count(len(found), 'problem') if found else 'whole'}")
         problems += found
     if problems:
         raise DataError("\n".join(problems))
@@ -157,6 +160,10 @@ def show(
         if begins:
             typer.echo("-------- document --------")
         typer.echo(text)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _say(line: str) -> None:

@@ -64,7 +64,7 @@ def test_verify_passes_then_names_the_damage(made: Path, tmp_path: Path) -> None
     error = run("verify", tmp_path / "out").exception
     assert isinstance(error, DataError) and error.exit_code == 3
     assert "valid/shard-000000.tar: expected" in str(error) and "train/shard-000000.idx: missing" in str(error)
-    assert "rebuilt 1 sidecars" in run("index", tmp_path / "out" / "train").stderr
+    assert "rebuilt 1 sidecar;" in run("index", tmp_path / "out" / "train").stderr
     assert run("verify", tmp_path / "out" / "train").exit_code == 0
 
 
@@ -73,7 +73,7 @@ def test_index_takes_up_tars_that_have_no_manifest(made: Path, tmp_path: Path) -
     train = tmp_path / "out" / "train"
     before = (train / "manifest.json").read_bytes()
     (train / "manifest.json").unlink()
-    assert "indexed 1 shards" in run("index", train).stderr
+    assert "indexed 1 shard," in run("index", train).stderr
     assert (train / "manifest.json").read_bytes() == before
 
 
@@ -89,6 +89,8 @@ def test_faults_of_the_user_are_errors_of_ours(made: Path) -> None:
         ("shards", made / "texts", made / "new", "--tokenizer", made / "none.model"),
         ("shards", made / "texts", made / "out", "--tokenizer", made / "t.model"),
         ("verify", made / "none"),
+        ("verify", made / "texts"),
+        ("shards", made / "texts" / "1.txt", made / "new", "--tokenizer", made / "t.model"),
         ("tokenizer", made / "texts", made / "new.model", "--vocab-size", 10),
     ):
         assert isinstance(run(*arguments).exception, ConfigError), arguments

@@ -28,6 +28,13 @@ def test_a_folder_is_read_whole_sorted_and_what_is_no_text_is_counted(tmp_path: 
     assert report.text_bytes == sum(len(document.encode()) for document in documents)
 
 
+def test_a_summary_names_two_examples_at_most(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"module-{number}.pyc").write_bytes(b"\xff")
+    summary = read(tmp_path)[1].summary()
+    assert "left out 4 " in summary and summary.count(".pyc") == 2
+
+
 def test_inputs_keep_their_order_and_patterns_are_sorted(tmp_path: Path) -> None:
     for name in ("c.txt", "a.txt", "b.txt"):
         (tmp_path / name).write_text(name)

@@ -62,7 +62,7 @@ def test_fraction_outside_is_refused(tmp_path: Path, tokenizer: SentencePieceTok
 
 def test_empty_split_is_refused_and_leaves_nothing(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     for documents in (DOCUMENTS[:1], []):
-        with pytest.raises(DataError, match=r"of \d documents.*give more of them"):
+        with pytest.raises(ConfigError, match=r"of \d documents.*give more of them"):
             write_shards(documents, tmp_path / "out", tokenizer, ShardingConfig())
     assert not list(tmp_path.iterdir())
 
@@ -75,6 +75,23 @@ def test_failure_half_way_leaves_nothing(tmp_path: Path, tokenizer: SentencePiec
     with pytest.raises(DataError, match="a broken line"):
         write_shards(broken(), tmp_path / "out", tokenizer, ShardingConfig())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_tokenizer_may_lie_where_the_shards_go(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.model").write_bytes(tokenizer.path.read_bytes())
+    write_shards(DOCUMENTS, out, tokenizer, ShardingConfig())
+    assert sorted(path.name for path in out.iterdir()) == ["mine.model", "tokenizer.model", "train", "valid"]
+    assert (out / "mine.model").read_bytes() == tokenizer.path.read_bytes()
+    write_shards(DOCUMENTS, out, tokenizer, ShardingConfig(overwrite=True))
+    assert (out / "mine.model").read_bytes() == tokenizer.path.read_bytes()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.model").write_bytes(b"another one")
+    with pytest.raises(ConfigError, match="is not empty"):
+        write_shards(DOCUMENTS, other, tokenizer, ShardingConfig())
+    assert (other / "tokenizer.model").read_bytes() == b"another one"
 
 
 def test_only_shards_are_ever_overwritten(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:

@@ -158,3 +158,13 @@ def test_folders_that_hold_splits(tmp_path: Path) -> None:
     assert datasets_in(tmp_path / "valid") == [tmp_path / "valid"]
     with pytest.raises(ConfigError, match="no such folder"):
         datasets_in(tmp_path / "none")
+    (tmp_path / "valid" / MANIFEST_NAME).unlink()
+    assert datasets_in(tmp_path) == [tmp_path / "train", tmp_path / "valid"]  # damaged, but meant to be a data set
+
+
+def test_a_folder_without_shards_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is no data set.*Name one"):
+        datasets_in(tmp_path)
+    write_dataset(tmp_path / "shards" / "train", [random_documents(3)])
+    with pytest.raises(ConfigError, match=r"is no data set.*Try .*shards/train\."):
+        datasets_in(tmp_path)

@@ -1,0 +1,85 @@
+"""Code that is broken in one place: parity sees it, and says where."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.parity.cases import parity_run, verdict, with_layout
+
+
+def drop_data_reduction() -> None:
+    from megatron.core.distributed import DistributedDataParallel
+
+    DistributedDataParallel.finish_grad_sync = lambda *_, **__: None
+
+
+def drop_tied_embedding_reduction() -> None:
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+
+    finalize_model_grads.__globals__["_allreduce_word_embedding_grads"] = lambda *_, **__: None
+
+
+def drop_sequence_reduction() -> None:
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+
+    finalize_model_grads.__globals__["_allreduce_non_tensor_model_parallel_grads"] = lambda *_, **__: None
+
+
+def split_the_wrong_dimension() -> None:
+    """A square weight: read and written back by rows, used by columns."""
+    from llmtrain.engines import stage
+
+    original = stage.split_dim
+    stage.split_dim = lambda name, table: 0 if name.endswith("attention.out.weight") else original(name, table)
+
+
+def draw_from_local_indices() -> None:
+    from llmtrain.parallel.draws import Draws
+
+    Draws.with_sequence = lambda self, _: self
+
+
+def swap_shards() -> None:
+    from llmtrain.engines import stage
+
+    original = stage.split_placement
+    stage.split_placement = lambda name, shape, dim, rank, ranks: original(
+        name, shape, dim, ranks - 1 - rank if name.endswith("mlp.up.weight") else rank, ranks
+    )
+
+
+def skip_the_exchange_of_heads() -> None:
+    from llmtrain.engines import stage
+
+    stage.spread_over_context = lambda kernel, group: kernel
+
+
+def mean_of_means() -> None:
+    """Each micro-batch normalized by its own number of targets."""
+    from llmtrain.engines.megatron_engine.engine import MegatronEngine
+
+    MegatronEngine._sum_over_data = lambda self, count: count
+
+
+MUTATIONS: list[tuple[Callable[[], None], dict[str, Any], str, str]] = [
+    (drop_data_reduction, {}, "llama", "gradient"),
+    (drop_tied_embedding_reduction, {"pipeline": 2}, "llama", "gradient of embeddings.word.weight"),
+    (drop_sequence_reduction, {"tensor": 2, "sequence": True}, "llama", "norm.weight"),
+    (split_the_wrong_dimension, {"tensor": 2}, "llama", "loss of step 1"),
+    (swap_shards, {"tensor": 2}, "llama", "loss of step 1"),
+    (draw_from_local_indices, {"tensor": 2, "sequence": True}, "dropout", "loss of step 1"),
+    (draw_from_local_indices, {"context": 2}, "dropout", "loss of step 1"),
+    (skip_the_exchange_of_heads, {"context": 2}, "llama", "loss of step 1"),
+    (mean_of_means, {}, "llama", "loss of step 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("mutation", "parallel", "model", "named"), MUTATIONS, ids=[f"{m.__name__}-{p}" for m, p, _, _ in MUTATIONS]
+)
+def test_broken_code_is_caught(mutation: Callable[[], None], parallel: dict[str, Any], model: str, named: str) -> None:
+    config = parity_run(model)
+    layout = with_layout(config, {"name": "megatron", "zero_stage": 0}, parallel)
+    problems = verdict(config, layout, 2, num_steps=2, mutation=mutation).problems
+    assert any(named in problem for problem in problems), problems

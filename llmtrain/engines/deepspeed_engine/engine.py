@@ -1,0 +1,196 @@
+"""Whole optimizer steps on DeepSpeed, around our own modules."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llmtrain.checkpoint.fragments import Fragment, FragmentSource
+from llmtrain.config.schema import RunConfig
+from llmtrain.data.batch import Batch
+from llmtrain.engines.base import EvalResult, StepResult
+from llmtrain.engines.deepspeed_engine.masters import MOMENTS, Master, Replicated, Sharding, fp32_masters
+from llmtrain.engines.deepspeed_engine.partitions import Partitions
+from llmtrain.engines.deepspeed_engine.setup import BUCKET_ELEMENTS, build_deepspeed
+from llmtrain.engines.deepspeed_engine.weights import PartitionedWeights
+from llmtrain.engines.placement import InitialWeights, Placement, iter_range_boxes, read_range
+from llmtrain.engines.precision import DTYPES
+from llmtrain.engines.stage import Stage
+from llmtrain.engines.torch_engine import sum_over_ranks
+from llmtrain.optim.groups import parameter_groups
+from llmtrain.optim.scaler import build_loss_scale
+from llmtrain.parallel.cpu import stand_in_for_cuda
+from llmtrain.parallel.draws import Draws
+from llmtrain.parallel.groups import build_groups
+from llmtrain.parallel.layout import plan_chunks, plan_layout
+from llmtrain.parallel.marks import mark_parameter
+
+
+class DeepSpeedEngine:
+    """Tensor, sequence, context and data parallelism, ZeRO stages 0 to 3, optimizer state on the CPU or on NVMe.
+
+    DeepSpeed partitions, reduces and gathers. Scales, norms, clipping and the decision about steps that are not finite
+    are ours, by the same rules as in every engine: the gradients that it has accumulated and reduced, in fp32 in every
+    stage and precision, are read and scaled where they lie before it steps.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        stand_in_for_cuda()
+        self.config = config
+        self.device = device
+        self.layout = plan_layout(config.parallel, dist.get_world_size())
+        self.groups = build_groups(self.layout)
+        self.placements: dict[nn.Parameter, Placement] = {}
+        stage = self._build_stage()
+        self.optimizer, self.engine, self.sharding = self._build_sharding(stage)
+        self.loss_scale = build_loss_scale(config.train.precision, config.optim)
+        self.inspect_gradients: Callable[[Iterable[Fragment]], None] | None = None
+        """Called with this rank's part of the gradients, unscaled and not clipped, before each update."""
+        self.load_weights(InitialWeights(config.model, config.seed, stage.global_shapes.__getitem__))
+
+    def _build_stage(self) -> Stage:
+        (chunk,) = plan_chunks(self.layout, self.config.model.num_layers, None, 0)
+        stage = Stage(self.config, self.groups, chunk)
+        stage.to_empty(device=self.device)
+        stage.to(DTYPES[self.config.train.precision])
+        for parameter, placement in stage.named_placements():
+            split = next((d for d, size in enumerate(placement.box.shape) if size != placement.global_shape[d]), None)
+            mark_parameter(parameter, split, self.layout.sequence)
+            self.placements[parameter] = placement
+        return stage
+
+    def _build_sharding(self, stage: Stage) -> tuple[torch.optim.Optimizer, Any, Sharding]:
+        optim, zero_stage = self.config.optim, self.config.engine.zero_stage
+        parameters = list(stage.parameters())
+        masters = fp32_masters(parameters) if zero_stage == 0 else {}
+        optimizer = torch.optim.AdamW(
+            parameter_groups(masters.values() or parameters, optim.weight_decay),
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            fused=True,
+        )
+        engine = build_deepspeed(self.config, stage, optimizer, self.groups, self.device)
+        if zero_stage == 0:
+            return optimizer, engine, Replicated(engine, masters, BUCKET_ELEMENTS)
+        return optimizer, engine, PartitionedWeights(engine) if zero_stage == 3 else Partitions(engine)
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        self.engine.train()
+        num_tokens = self._sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches))
+        loss_scale = self.loss_scale.scale if self.loss_scale else 1.0
+        loss_sum = torch.zeros((), device=self.device)
+        for number, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
+            global_number = self.groups.place.data + number * self.layout.data
+            draws = Draws.of_micro_batch(self.config.seed, step, global_number, self.device)
+            objective, batch_loss_sum = self.engine(batch.to(self.device), draws, loss_scale / max(1, num_tokens))
+            self.engine.backward(objective, scale_wrt_gas=False)
+            loss_sum += batch_loss_sum
+        self.sharding.reduce()
+        unscale = self.sharding.averaged_over / loss_scale
+        loss, grad_norm = self._loss_and_norm(loss_sum / max(1, num_tokens), unscale)
+        finite = math.isfinite(grad_norm) and math.isfinite(loss)
+        if finite:
+            self._update(grad_norm, unscale, lr)
+        else:
+            self.sharding.drop()
+        metrics = {"loss_scale": loss_scale} if self.loss_scale else {}
+        if self.loss_scale:
+            self.loss_scale.update(finite)
+        return StepResult(loss, grad_norm, num_tokens, skipped=not finite, metrics=metrics)
+
+    @torch.no_grad()
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+        self.engine.eval()
+        losses = [self.engine(batch.to(self.device), None, 1.0)[1] for batch in micro_batches]
+        total = torch.stack(losses).sum().double()
+        dist.all_reduce(total)
+        num_tokens = self._sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches))
+        return EvalResult(float(total) / self.layout.tensor, num_tokens)
+
+    def _sum_over_data(self, count: int) -> int:
+        total = torch.tensor(count, device=self.device)
+        dist.all_reduce(total, group=self.groups.data)
+        return int(total)
+
+    @torch.no_grad()
+    def _loss_and_norm(self, loss: Tensor, unscale: float) -> tuple[float, float]:
+        """The loss of the whole step and the norm of its gradient, from the parts of all ranks."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for masters in self.sharding.resident(write=self.layout.sequence):
+            if self.layout.sequence:
+                partial = [master for master in masters if getattr(master.parameter, "sequence_parallel", False)]
+                sum_over_ranks([m.grad for m in partial if m.grad is not None], self.groups.tensor)
+            if self.inspect_gradients:
+                self.inspect_gradients(self._gradient_fragments(masters, unscale))
+            grads = [master.grad for master in masters if master.grad is not None and self._owns(master)]
+            squares += torch.nn.utils.get_total_norm(grads).double().square().to(self.device)
+        # Every tensor rank has the whole loss of its part of the batch.
+        totals = torch.stack((loss.double() / self.layout.tensor, squares))
+        dist.all_reduce(totals)
+        loss_total, squares_total = totals.tolist()  # the host waits here
+        return loss_total, math.sqrt(squares_total) * unscale
+
+    @torch.no_grad()
+    def _update(self, grad_norm: float, unscale: float, lr: float) -> None:
+        clip = self.config.optim.grad_clip
+        factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) * unscale
+        if factor != 1.0:
+            for masters in self.sharding.resident(write=True):
+                torch._foreach_mul_([master.grad for master in masters if master.grad is not None], factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.sharding.update()
+
+    def _owns(self, master: Master) -> bool:
+        """Whether this rank, of all that hold these elements, is the one that counts and saves them."""
+        return self.placements[master.parameter].owned and (
+            self.sharding.sharded or self.groups.data_context.rank() == 0
+        )
+
+    def _fragments_of(self, master: Master, kind: str, data: Tensor) -> Iterator[Fragment]:
+        placement = self.placements[master.parameter]
+        for box, offset in iter_range_boxes(placement.box, *master.span):
+            part = data[offset : offset + box.num_elements].view(box.shape)
+            yield Fragment(placement.name, kind, placement.global_shape, box, part)
+
+    def _gradient_fragments(self, masters: Iterable[Master], factor: float) -> Iterator[Fragment]:
+        for master in masters:
+            if master.grad is not None and self._owns(master):
+                yield from self._fragments_of(master, "gradient", master.grad * factor)
+
+    def fragments(self) -> Iterator[Fragment]:
+        for masters in self.sharding.resident():
+            for master in filter(self._owns, masters):
+                yield from self._fragments_of(master, "master", master.tensor)
+                for kind in MOMENTS:
+                    yield from self._fragments_of(master, kind, master.moments[kind])
+
+    def load(self, source: FragmentSource) -> None:
+        self._read(source, ("master", *MOMENTS))
+
+    def load_weights(self, source: FragmentSource) -> None:
+        self._read(source, ("master",))
+
+    @torch.no_grad()
+    def _read(self, source: FragmentSource, kinds: Sequence[str]) -> None:
+        for masters in self.sharding.resident(write=True):
+            for master in masters:
+                targets = {"master": master.tensor, **master.moments}
+                for kind in kinds:
+                    read_range(source, self.placements[master.parameter], kind, master.span, targets[kind])
+        self.sharding.round_weights()
+
+    def state(self) -> dict[str, Any]:
+        steps = int(next(self.sharding.counts()))
+        return {"adam_steps": steps, "loss_scale": self.loss_scale.state() if self.loss_scale else None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for count in self.sharding.counts():
+            count.fill_(state["adam_steps"])
+        if self.loss_scale and state["loss_scale"]:
+            self.loss_scale.load_state(state["loss_scale"])

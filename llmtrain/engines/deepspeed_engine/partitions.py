@@ -1,0 +1,95 @@
+"""Stages 1 and 2: each rank of the data and context axes holds an equal run of every flattened optimizer group."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from llmtrain.engines.deepspeed_engine.masters import Master, cut_moments, make_state
+
+
+class Partitions:
+    """The masters of DeepSpeed's optimizers for stages 1 and 2, in all precisions.
+
+    Of bf16 without offload, stage 1 is another class, with other names for the same things.
+    """
+
+    sharded = True
+    averaged_over = 1
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._zero = engine.optimizer
+        self._optimizer = engine.basic_optimizer
+        self._whole_gradients = isinstance(self._zero, BF16_Optimizer)
+        if self._whole_gradients:
+            self._flats: list[Tensor] = self._zero.fp32_groups_flat_partition
+            groups = self._zero.bf16_groups
+        else:
+            self._flats = self._zero.single_partition_of_fp32_groups
+            groups = self._zero.bit16_groups
+        self._parameters: list[nn.Parameter] = [p for p in chain(*groups) if p._hp_mapping is not None]
+        make_state(self._optimizer, self._flats)
+
+    def resident(self, write: bool = False) -> Iterator[list[Master]]:
+        grads = self._gradients()
+        yield [self._master(parameter, grads.get(parameter)) for parameter in self._parameters]
+
+    def _master(self, parameter: nn.Parameter, grad: Tensor | None) -> Master:
+        place: Any = parameter._hp_mapping
+        start, length = place.lp_fragment_address.start, place.lp_fragment_address.numel
+        # The moments that this record links to are there for the first group only: these are cut from the whole.
+        state = self._optimizer.state[self._flats[place.param_group_index]]
+        moments = cut_moments(state, place.hp_fragment_address.start, length)
+        assert grad is None or grad.numel() == length, (grad, place)
+        return Master(parameter, (start, start + length), place.hp_fragment.detach(), moments, grad)
+
+    def _gradients(self) -> dict[nn.Parameter, Tensor]:
+        """The gradient of each parameter's part on this rank, where there is one."""
+        if self._whole_gradients:
+            return self._cut_gradients(self._zero.fp32_groups_gradient_flat_partition)
+        if self._zero.cpu_offload:
+            return self._cut_gradients([flat.grad for flat in self._flats])
+        found: dict[nn.Parameter, Tensor] = {}
+        for number, grads in self._zero.averaged_gradients.items():
+            real = [grad for grad in grads or () if not getattr(grad, "_zero_padding", False)]
+            # A rank that has nothing of a group has a gradient of zeros and no parameters.
+            for parameter, grad in zip(self._zero.params_in_partition[number], real, strict=False):
+                found[parameter] = grad.view(-1)
+        return found
+
+    def _cut_gradients(self, flats: list[Tensor]) -> dict[nn.Parameter, Tensor]:
+        found = {}
+        for parameter in self._parameters:
+            place: Any = parameter._hp_mapping
+            address = place.hp_fragment_address
+            found[parameter] = flats[place.param_group_index].view(-1).narrow(0, address.start, address.numel)
+        return found
+
+    def counts(self) -> Iterator[Tensor]:
+        for flat in self._flats:
+            yield self._optimizer.state[flat]["step"]
+
+    def reduce(self) -> None:
+        """The last backward pass has done it."""
+
+    def update(self) -> None:
+        self._engine.step()
+        assert not self._zero.overflow, "the step is finite: we have checked"
+
+    def drop(self) -> None:
+        self._zero.zero_grad(set_to_none=True)
+        if self._whole_gradients:
+            return
+        # What DeepSpeed forgets at the end of a step; where it skips a step itself, offloaded sums would stay.
+        self._zero.micro_step_id = -1
+        for number in list(self._zero.averaged_gradients):
+            self._zero.averaged_gradients[number] = None
+            self._zero.all_grad_tensors[number] = None
+        if self._zero.cpu_offload:
+            self._zero.reset_cpu_buffers()
+
+    def round_weights(self) -> None:
+        self._zero.update_lp_params()

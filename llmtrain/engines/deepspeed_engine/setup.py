@@ -1,0 +1,115 @@
+"""DeepSpeed's configuration and its engine, made from ours. All of its configuration keys stand in this file."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import LaunchError
+from llmtrain.parallel.groups import Groups
+
+BUCKET_ELEMENTS = 1 << 24
+"""Gradients, or weights, that go over the network in one collective."""
+
+
+@dataclass(frozen=True)
+class Mpu:
+    """Our groups under the names that DeepSpeed asks a model-parallel unit for. Its data-parallel ranks are all that
+    hold the same part of the model: ours of the data and of the context axis."""
+
+    groups: Groups
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self.groups.tensor
+
+    def get_model_parallel_rank(self) -> int:
+        return self.groups.tensor.rank()
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.groups.tensor.size()
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self.groups.data_context
+
+    def get_data_parallel_rank(self) -> int:
+        return self.groups.data_context.rank()
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.groups.data_context.size()
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self.groups.data_context)
+
+
+def build_deepspeed(
+    config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, groups: Groups, device: torch.device
+) -> Any:
+    """DeepSpeed's engine around a stage and a torch optimizer; it replaces the optimizer's parameters by its own.
+
+    Raises LaunchError where NVMe offload cannot work on this machine.
+    """
+    if config.engine.offload == "nvme":
+        check_nvme()
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # A kernel for inference on CPUs, which DeepSpeed would compile at every first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=deepspeed_config(config, device), mpu=Mpu(groups)
+    )
+    return engine
+
+
+def check_nvme() -> None:
+    """Raise LaunchError where DeepSpeed's asynchronous reads and writes cannot be compiled."""
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise LaunchError(
+            "engine.offload = nvme: needs libaio and its headers, which are not on this machine. "
+            "Install them (Debian: apt-get install libaio-dev), or set engine.offload=cpu."
+        )
+
+
+def deepspeed_config(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's own configuration.
+
+    What a step is made of is decided by us, so everything that would decide it is off: its loss scale is 1, it neither
+    clips nor divides by the number of micro-batches. Gradients are accumulated and reduced in fp32.
+    """
+    keys: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero_keys(config, device),
+    }
+    if config.engine.zero_stage < 3:
+        keys["gradient_allreduce_op"] = "sum"
+    if config.engine.zero_stage > 0 and config.train.precision == "bf16":
+        keys["bf16"] = {"enabled": True, "immediate_grad_update": True}
+    if config.engine.zero_stage > 0 and config.train.precision == "fp16":
+        keys["fp16"] = {"enabled": True, "loss_scale": 1.0}
+    return keys
+
+
+def zero_keys(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """The section about ZeRO and offload."""
+    keys: dict[str, Any] = {
+        "stage": config.engine.zero_stage,
+        "overlap_comm": config.parallel.overlap_grad_reduce,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+    }
+    pinned = device.type == "cuda"
+    if config.engine.offload == "cpu":
+        keys["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    elif config.engine.offload == "nvme":
+        keys["offload_optimizer"] = {"device": "nvme", "pin_memory": pinned, "nvme_path": config.engine.nvme_path}
+    return keys

@@ -1,0 +1,97 @@
+"""Stage 3: each rank of the data and context axes holds an equal run of every parameter, of its master and moments."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from llmtrain.engines.deepspeed_engine.masters import Master, cut_moments, make_state
+
+
+class PartitionedWeights:
+    """The masters of DeepSpeed's optimizer for stage 3; with NVMe offload they are in memory one group at a time."""
+
+    sharded = True
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._zero = engine.optimizer
+        self._optimizer = engine.basic_optimizer
+        self.averaged_over: int = self._zero.partition_count
+        self._flats: list[Tensor] = self._zero.fp32_partitioned_groups_flat
+        for number, tensor in enumerate(self._flats):
+            with_state = self._swaps(number)
+            if with_state:
+                self._zero._optimizer_states_and_gradient_swap_in(number)
+            make_state(self._optimizer, [tensor])
+            if with_state:
+                self._zero._optimizer_states_and_gradient_swap_out(number)
+
+    def _swaps(self, number: int) -> bool:
+        return self._zero._swappable_optimizer_subgroup(number)
+
+    def resident(self, write: bool = False) -> Iterator[list[Master]]:
+        for number in range(len(self._flats)):
+            swaps = self._swaps(number)
+            if swaps:
+                self._zero._optimizer_states_and_gradient_swap_in(number)
+            yield list(self._masters(number))
+            if swaps and write:
+                self._zero._writeback_swap_state(number, write_opt_state=True, write_gradients=True)
+            elif swaps:
+                self._zero._release_swap_buffers(number)
+
+    def _masters(self, number: int) -> Iterator[Master]:
+        flat = self._flats[number]
+        state = self._optimizer.state[flat]
+        offset = 0
+        for index, parameter in enumerate(self._zero.fp16_groups[number]):
+            held = parameter.partition_numel()
+            start = parameter.ds_process_group.rank() * held
+            length = min(held, parameter.ds_numel - start)  # the last ranks' parts are padded
+            if length > 0:
+                grad = self._gradient(number, index, offset)
+                moments = cut_moments(state, offset, length)
+                span = (start, start + length)
+                part = None if grad is None else grad.narrow(0, 0, length)
+                yield Master(parameter, span, flat.detach().narrow(0, offset, length), moments, part)
+            offset += held
+
+    def _gradient(self, number: int, index: int, offset: int) -> Tensor | None:
+        """The gradient of one parameter's part, with padding at its end."""
+        if self._zero.offload_optimizer:
+            grad = self._flats[number].grad
+            return None if grad is None else grad.narrow(0, offset, grad.numel() - offset)
+        grads = self._zero.averaged_gradients.get(number)
+        return None if grads is None else grads[index]
+
+    def counts(self) -> Iterator[Tensor]:
+        for flat in self._flats:
+            yield self._optimizer.state[flat]["step"]
+
+    def reduce(self) -> None:
+        """The backward passes have done it."""
+
+    def update(self) -> None:
+        self._engine.step()
+        assert not self._zero.overflow, "the step is finite: we have checked"
+
+    def drop(self) -> None:
+        # What DeepSpeed does where it skips a step itself.
+        self._zero._pre_step()
+        self._zero._partition_all_parameters()
+        self._zero._overflow_clean_up(1.0)
+
+    def round_weights(self) -> None:
+        self._zero._partition_all_parameters()
+        for number in range(len(self._flats)):
+            swaps = self._swaps(number)
+            if swaps:
+                self._zero._optimizer_states_and_gradient_swap_in(number)
+            self._zero._reassign_or_swap_out_partitioned_parameters(number)
+            if swaps:
+                self._zero._release_swap_buffers(number)
+        small = self._zero.persistent_parameters  # too small to be parted: whole on every rank, between steps as well
+        if small:
+            small[0].partition(small)
+            small[0].all_gather(small)

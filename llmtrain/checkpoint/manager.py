@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.checkpoint.exchange import Exchange
+from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name
 from llmtrain.checkpoint.fragments import Fragment
 from llmtrain.checkpoint.host_copy import HostCopy
 from llmtrain.checkpoint.manifest import (
     CheckpointUnusableError,
     ManifestPart,
     load_manifest,
-    step_folder_name,
-    step_of_folder,
     writing_folder_name,
 )
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -35,19 +34,8 @@ from llmtrain.errors import CheckpointError
 
 _logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-"""The folder inside a run folder."""
-
 FAILED = "failed: "
 """Begins what a rank says in place of its part of the manifest when it could not write its files."""
-
-
-def checkpoint_steps(checkpoints: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, newest first, whether valid or not."""
-    if not checkpoints.is_dir():
-        return []
-    steps = (step_of_folder(entry.name) for entry in checkpoints.iterdir())
-    return sorted((step for step in steps if step is not None), reverse=True)
 
 
 def find_newest_valid(

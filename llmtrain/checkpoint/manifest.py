@@ -11,7 +11,6 @@ checkpoints/step-00000050/
 import errno
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +18,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
+from llmtrain.checkpoint.folders import MANIFEST, MANIFEST_HASH, step_folder_name
 from llmtrain.checkpoint.fragments import Box, tiling_problem
 from llmtrain.checkpoint.tensor_file import DTYPES
 from llmtrain.errors import CheckpointError
 
 SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-MANIFEST_HASH = "manifest.json.sha256"
 CONFIG = "config.yaml"
 STATE = "state.json"
 TENSOR_FILE_SUFFIX = ".safetensors"
@@ -33,26 +31,14 @@ TENSOR_FILE_SUFFIX = ".safetensors"
 PLAIN_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"
 """A file of the folder itself: no separator, no leading dot, so no way out of the folder."""
 
-_STEP_FOLDER = re.compile(r"^step-(\d{8,})$")
-
 
 class CheckpointUnusableError(CheckpointError):
     """A checkpoint that need not be damaged, but that this program or this user cannot read."""
 
 
-def step_folder_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 def writing_folder_name(step: int) -> str:
     """The folder that all ranks write into before rank 0 renames it."""
     return f"writing-{step_folder_name(step)}"
-
-
-def step_of_folder(name: str) -> int | None:
-    """The step of a published checkpoint's folder; None for any other name."""
-    match = _STEP_FOLDER.match(name)
-    return int(match[1]) if match else None
 
 
 def fragment_key(kind: str, name: str, box: Box) -> str:

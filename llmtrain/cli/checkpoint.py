@@ -131,18 +131,16 @@ def diff(
 
 def _checkpoint_folders(path: Path) -> list[Path]:
     """The checkpoints that a path means, oldest first: itself, or those of a run. Raises ConfigError for none."""
-    from llmtrain.checkpoint.manager import CHECKPOINTS, checkpoint_steps
-    from llmtrain.checkpoint.manifest import MANIFEST, step_folder_name, step_of_folder
+    from llmtrain.checkpoint.folders import checkpoint_steps, folder_of_checkpoints, is_checkpoint, step_folder_name
 
     if not path.is_dir():
         raise ConfigError(f"{path}: is no folder. Give a run folder or a checkpoint folder.")
-    if (path / MANIFEST).exists() or step_of_folder(path.resolve().name) is not None:
+    if is_checkpoint(path):
         return [path]
-    parent = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    steps = checkpoint_steps(parent)
-    if not steps:
+    parent = folder_of_checkpoints(path)
+    if parent is None:
         raise ConfigError(f"{path}: holds no checkpoint. Give a run folder with checkpoints/step-... in it.")
-    return [parent / step_folder_name(step) for step in reversed(steps)]
+    return [parent / step_folder_name(step) for step in reversed(checkpoint_steps(parent))]
 
 
 def _open(path: Path) -> "CheckpointReader":
@@ -163,7 +161,7 @@ def _problems(path: Path) -> tuple["Manifest | None", list[str]]:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    from llmtrain.checkpoint.manifest import step_of_folder
+    from llmtrain.checkpoint.folders import step_of_folder
     from llmtrain.checkpoint.reader import open_checkpoint
 
     row: dict[str, Any] = {"path": str(path), "step": step_of_folder(path.resolve().name)}

@@ -82,7 +82,7 @@ def import_(
 ) -> None:
     """Read a Hugging Face folder as a checkpoint of step 0, with its configuration and tokenizer beside it.
 
-    Train from it with `base: OUT/config.yaml` and `checkpoint.resume` set to the checkpoint's path.
+    Train from it with `base: OUT/config.yaml` and `checkpoint.resume=OUT`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already. Choose another name, or remove it.")
@@ -142,8 +142,8 @@ def _write_imported(folder: "HuggingFaceFolder", out: Path) -> Path:
     import os
     import shutil
 
+    from llmtrain.checkpoint.folders import CHECKPOINTS
     from llmtrain.checkpoint.fragments import Fragment
-    from llmtrain.checkpoint.manager import CHECKPOINTS
     from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 
     config_text = _model_yaml(folder.model.model_dump(mode="json"))

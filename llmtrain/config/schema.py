@@ -151,7 +151,8 @@ class CheckpointConfig(Section):
         default=True, description="Write behind training; it waits only for one copy of the state."
     )
     resume: str = Field(
-        default="auto", description="auto: the newest valid checkpoint; none: a fresh run folder; or a path."
+        default="auto",
+        description="auto: the newest valid checkpoint; none: a fresh run folder; or a run's or checkpoint's path.",
     )
 
 

@@ -7,9 +7,9 @@ import torch
 from ruamel.yaml import YAML
 from torch import Tensor
 
+from llmtrain.checkpoint.folders import CHECKPOINTS, MANIFEST, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
 from llmtrain.checkpoint.fragments import Box, FragmentSource
-from llmtrain.checkpoint.manager import CHECKPOINTS, find_newest_valid
-from llmtrain.checkpoint.manifest import MANIFEST
+from llmtrain.checkpoint.manager import find_newest_valid
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
@@ -44,15 +44,16 @@ def find_checkpoint(path: Path) -> CheckpointReader:
 
     Raises ConfigError where there is neither, CheckpointError where it is damaged.
     """
-    if (path / MANIFEST).is_file():
+    if is_checkpoint(path):
         return open_checkpoint(path)
-    if (path / CHECKPOINTS).is_dir():
-        newest, _ = find_newest_valid(path / CHECKPOINTS, warn=lambda text: None)
-        if newest is not None:
-            return newest
+    folder = folder_of_checkpoints(path)
+    newest = find_newest_valid(folder, warn=lambda text: None)[0] if folder else None
+    if newest is not None:
+        return newest
+    near = nearest_checkpoint(path) or "a run folder such as runs/NAME, or runs/NAME/checkpoints/step-00000050"
     raise ConfigError(
         f"{path}: neither a checkpoint (a folder with {MANIFEST}) nor a run with one (a folder with {CHECKPOINTS}/). "
-        "Give a run folder such as runs/NAME, or runs/NAME/checkpoints/step-00000050."
+        f"Try {near}."
     )
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmtrain.checkpoint.folders import folder_of_checkpoints, is_checkpoint, nearest_checkpoint
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, read_manifest
 from llmtrain.errors import Problem
@@ -127,9 +128,18 @@ def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> It
 
 def _resume_problems(config: RunConfig) -> Iterator[Problem]:
     resume = config.checkpoint.resume
-    if resume not in ("auto", "none") and not Path(resume).exists():
-        message = f"no such checkpoint. {_seen_from(Path(resume))}Write auto, none, or the path of a checkpoint."
+    path = Path(resume)
+    if resume in ("auto", "none") or is_checkpoint(path) or folder_of_checkpoints(path):
+        return
+    if (path / "config.json").is_file():
+        message = f"is a Hugging Face folder. Run `llmtrain import {path} OUT`, and resume from OUT."
         yield Problem("checkpoint.resume", message, resume)
+        return
+    missing = f"no such checkpoint. {_seen_from(path)}".rstrip()
+    fault = "is neither a checkpoint nor a run with one." if path.exists() else missing
+    near = nearest_checkpoint(path)
+    advice = f"Try {near}." if near else "Write auto, none, or the path of a checkpoint or of a run."
+    yield Problem("checkpoint.resume", f"{fault} {advice}", resume)
 
 
 def _output_problems(config: RunConfig) -> Iterator[Problem]:

@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: loader, engine, monitor, evaluation, checkpoints."""
 
 import shutil
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 import torch
 
 from llmtrain.checkpoint.exchange import Exchange
-from llmtrain.checkpoint.manager import CHECKPOINTS, CheckpointManager
+from llmtrain.checkpoint.folders import CHECKPOINTS
+from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.rendering import to_yaml
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.tokenizer import find_tokenizer
 from llmtrain.errors import ConfigError
+from llmtrain.infer.model import find_checkpoint
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.environment import save_environment
 from llmtrain.observe.monitor import Monitor, RunPlan
@@ -58,8 +61,9 @@ def engine_class(name: str) -> Any:
 def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = None) -> Start:
     """Decide what the run continues from. Where there are several ranks, rank 0 does.
 
-    `checkpoint.resume` is auto (the newest valid checkpoint), none (refused where the folder is used), or a path. A
-    path inside this run goes back to it; one outside is where the run begins, until it has checkpoints of its own.
+    `checkpoint.resume` is auto (the newest valid checkpoint), none (refused where the folder is used), or the path of a
+    checkpoint or of a run or import, whose newest valid one is meant. A path inside this run goes back to it; one
+    outside is where the run begins, until it has checkpoints of its own.
     Raises ConfigError and CheckpointError.
     """
     manager = build_manager(config, folder.path, ranks)
@@ -71,10 +75,17 @@ def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = No
                 "Choose another name, remove the folder, or continue the run with checkpoint.resume=auto."
             )
         return Start(manager, None)
-    inside = resume != "auto" and Path(resume).resolve().is_relative_to(folder.path.resolve())
-    if resume == "auto" or (manager.latest_steps() and not inside):
+    own = folder.path.resolve()
+    inside = resume != "auto" and Path(resume).resolve().is_relative_to(own)
+    newest = resume == "auto" or Path(resume).resolve() in (own, own / CHECKPOINTS)
+    if newest or (manager.latest_steps() and not inside):
         return Start(manager, manager.newest_valid())
-    return Start(manager, open_checkpoint(Path(resume)))
+    start = Start(manager, find_checkpoint(Path(resume)))
+    later = [step for step in manager.latest_steps() if step > start.step] if inside else []
+    if later:
+        text = f"going back to step {start.step} of {folder.path}: what it did up to step {later[0]} will be set aside"
+        print(text, file=sys.stderr)
+    return start
 
 
 def join_start(config: RunConfig, run_dir: Path, checkpoint: Path | None, ranks: Exchange) -> Start:

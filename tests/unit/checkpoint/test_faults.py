@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from llmtrain.checkpoint import tensor_file
+from llmtrain.checkpoint.folders import step_folder_name
 from llmtrain.checkpoint.fragments import Fragment
 from llmtrain.checkpoint.manager import CheckpointManager
-from llmtrain.checkpoint.manifest import step_folder_name
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.checkpoint.folders import MANIFEST, checkpoint_steps
 from llmtrain.checkpoint.fragments import Box, Fragment
-from llmtrain.checkpoint.manager import CheckpointManager, checkpoint_steps, steps_to_remove
-from llmtrain.checkpoint.manifest import MANIFEST, CheckpointUnusableError
+from llmtrain.checkpoint.manager import CheckpointManager, steps_to_remove
+from llmtrain.checkpoint.manifest import CheckpointUnusableError
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError

@@ -88,7 +88,36 @@ def test_output_dir_must_be_a_folder_that_can_be_written(folder: Path, monkeypat
 
 def test_resume_names_something_that_exists(folder: Path) -> None:
     assert "no such checkpoint" in problems("checkpoint.resume=gone")["checkpoint.resume"]
-    assert problems("checkpoint.resume=shards") == {}
+    assert "neither a checkpoint nor a run" in problems("checkpoint.resume=shards/train")["checkpoint.resume"]
+
+
+@pytest.mark.parametrize(
+    ("resume", "near"),
+    [
+        ("runs/good", None),
+        ("runs/good/checkpoints", None),
+        ("runs/good/checkpoints/step-00000020", None),
+        ("runs/good/checkpoints/step-00000030", "runs/good/checkpoints/step-00000020"),
+        ("runs/good/checkpoints/step-00000099", "runs/good/checkpoints/step-00000100"),
+        ("runs/good/checkpoints/newest", "runs/good/checkpoints/step-00000100"),
+        ("runs/good/checkpoints/step-00000020/manifest.json", "runs/good/checkpoints/step-00000020"),
+        ("runs/god", "runs/good"),
+        ("runs/god/checkpoints/step-00000020", "runs/good"),
+        ("runs", "runs/good"),
+    ],
+)
+def test_resume_leads_to_the_nearest_checkpoint(folder: Path, resume: str, near: str | None) -> None:
+    for step in (20, 100):
+        (folder / f"runs/good/checkpoints/step-{step:08d}").mkdir(parents=True)
+    (folder / "runs/empty").mkdir()
+    found = problems(f"checkpoint.resume={resume}")
+    assert found == {} if near is None else f"Try {near}." in found["checkpoint.resume"]
+
+
+def test_resume_from_a_hugging_face_folder_names_the_import(folder: Path) -> None:
+    (folder / "hf").mkdir()
+    (folder / "hf/config.json").write_text("{}")
+    assert "llmtrain import hf OUT" in problems("checkpoint.resume=hf")["checkpoint.resume"]
 
 
 def test_vocab_size_comes_from_the_manifest(folder: Path) -> None:

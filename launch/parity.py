@@ -5,18 +5,26 @@ after the last, an evaluation. The reference is the trace of the torch engine in
 together from its ranks' fragments by their global coordinates.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from launch.forks import Forks, RankError
+from launch.parity_plan import Candidate
 from llmtrain.checkpoint.fragments import Box, Fragment, tiling_problem
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import IGNORED_LABEL, Batch
 from llmtrain.engines.base import EvalResult, StepResult
 from llmtrain.parallel.draws import derived_key
+from llmtrain.parallel.layout import plan_layout
+from llmtrain.train.setup import engine_class
+
+PRELOADED = ("launch.parity", "llmtrain.engines.torch_engine", "llmtrain.engines.megatron_engine")
+"""What takes long to import."""
 
 Pieces = list[tuple[str, tuple[int, ...], Box, np.ndarray]]
 """(name, shape of the whole tensor, box, data) of fragments, fit to be sent between processes."""
@@ -206,3 +214,51 @@ def _errors(reference: Tensors, other: Tensors, least: float) -> Iterator[tuple[
             continue
         difference = np.linalg.norm((value.astype(np.float64) - other[name]).ravel())
         yield name, float(difference / max(np.linalg.norm(value.ravel()), least))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One layout beside the reference."""
+
+    name: str
+    world_size: int
+    seconds: float
+    verdict: Verdict
+
+    @staticmethod
+    def header() -> str:
+        columns = ("loss 1", "loss", "norm", "gradient", "weights")
+        return f"{'layout':34} {'ranks':>5} {' '.join(f'{column:>8}' for column in columns)} {'seconds':>7}"
+
+    def line(self) -> str:
+        """One line of the table; where something is too far, what, below it."""
+        errors = (getattr(self.verdict, name) for name in ("first_loss", "loss", "grad_norm", "gradient", "weight"))
+        figures = " ".join(f"{error:8.0e}" for error in errors)
+        mark = "equal" if not self.verdict.problems else "DIFFERENT"
+        problems = "".join(f"\n    {problem}" for problem in self.verdict.problems)
+        return f"{self.name:34} {self.world_size:5} {figures} {self.seconds:7.1f} {mark}{problems}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"layout": self.name, "ranks": self.world_size, "seconds": self.seconds, **asdict(self.verdict)}
+
+
+def compare_layouts(config: RunConfig, candidates: Sequence[Candidate], num_steps: int) -> Iterator[Comparison]:
+    """Run each candidate on ranks of its own and compare it with the torch engine in one process."""
+    levels = FP32 if config.train.precision == "fp32" else LOW_PRECISION
+    forks = Forks(PRELOADED)
+    reference = assemble_trace(forks.run(trace_layout, 1, config, num_steps))
+    for candidate in candidates:
+        began = time.monotonic()
+        try:
+            ranks = forks.run(trace_layout, candidate.world_size, candidate.config, num_steps)
+            verdict = compare(reference, assemble_trace(ranks), levels)
+        except (RankError, ValueError) as error:
+            verdict = Verdict(problems=[str(error)])
+        yield Comparison(candidate.name, candidate.world_size, time.monotonic() - began, verdict)
+
+
+def trace_layout(rank: int, world_size: int, config: RunConfig, num_steps: int) -> RankTrace:
+    """The trace of one rank of a layout. Called on each rank, in a group of all of them."""
+    layout = plan_layout(config.parallel, world_size)
+    data = (layout.coordinates(rank).data, layout.data)
+    return trace_rank(engine_class(config.engine.name), config, num_steps, data)

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from launch.parity import FP32, Levels, RankTrace, Trace, Verdict, assemble_trace, compare, trace_rank
+from launch.parity import FP32, Levels, RankTrace, Trace, Verdict, assemble_trace, compare, trace_layout, trace_rank
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.engines.torch_engine import TorchEngine
-from llmtrain.parallel.layout import plan_layout
-from llmtrain.train.setup import engine_class
 from tests.support.ranks import run_ranks
 from tests.support.samples import tiny_model, tiny_run
 
@@ -50,9 +48,7 @@ def traced_rank(
     """One rank of a layout; `mutation` first breaks something in its process."""
     if mutation:
         mutation()
-    layout = plan_layout(config.parallel, world_size)
-    data = (layout.coordinates(rank).data, layout.data)
-    return trace_rank(engine_class(config.engine.name), config, num_steps, data)
+    return trace_layout(rank, world_size, config, num_steps)
 
 
 def verdict(

@@ -1,0 +1,108 @@
+"""Functions that run on several ranks at once: gloo processes on this machine, forked from a server that has imported
+what they need. A call costs forks and a rendezvous, not imports.
+"""
+
+import importlib
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+PRELOAD_VARIABLE = "LLMTRAIN_PRELOAD"
+"""Names the modules that the server imports, in its environment: a server is told nothing else before it forks."""
+
+
+class RankError(AssertionError):
+    """A rank raised; the text is its traceback."""
+
+
+class Forks:
+    """A fork server with some modules imported. One per process: multiprocessing has one server."""
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        os.environ[PRELOAD_VARIABLE] = " ".join(modules)
+        self._context.set_forkserver_preload(["launch.forks_preload"])
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 600.0) -> list[Any]:
+        """Call `function(rank, world_size, *args)` on every rank of a new gloo group; returns the results by rank.
+
+        The function belongs to a module. Each rank computes with one thread. Raises RankError with the traceback of the
+        first rank that raised, or where the ranks are not done in time; none is left running.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            pipes: list[Connection] = []
+            processes = []
+            try:
+                for rank in range(world_size):
+                    here, there = self._context.Pipe(duplex=False)
+                    place = (rank, world_size, Path(folder) / "store", timeout_seconds)
+                    process = self._context.Process(target=_run_rank, args=(there, place, function, args))
+                    process.start()
+                    there.close()
+                    pipes.append(here)
+                    processes.append(process)
+                return _gather(pipes, time.monotonic() + timeout_seconds)
+            finally:
+                for process in processes:
+                    process.kill()
+                for process in processes:
+                    process.join()
+
+
+def preload() -> None:
+    """Import what the ranks need. Called in the server, before the first fork."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in os.environ.get(PRELOAD_VARIABLE, "").split():
+        with suppress(ImportError):  # an engine that is not installed on this platform
+            importlib.import_module(name)
+
+
+def _gather(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[Connection, Any] = {}
+    while len(results) < len(pipes):
+        ready = wait([pipe for pipe in pipes if pipe not in results], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            late = [rank for rank, pipe in enumerate(pipes) if pipe not in results]
+            raise RankError(f"ranks {late} were not done in time")
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = pipes.index(pipe)
+            try:
+                error, results[pipe] = pipe.recv()
+            except EOFError:
+                raise RankError(f"rank {rank} of {len(pipes)} was killed") from None
+            if error:
+                raise RankError(f"rank {rank} of {len(pipes)}:\n{error}")
+    return [results[pipe] for pipe in pipes]
+
+
+def _run_rank(
+    told: Connection, place: tuple[int, int, Path, float], function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    rank, world_size, store, timeout_seconds = place
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(str(store), world_size),  # pyright: ignore[reportPrivateImportUsage]  # documented
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        told.send((None, function(rank, world_size, *args)))
+    except BaseException:
+        told.send((traceback.format_exc(), None))
+    # The result is sent: whatever a library does at the end of a process need not happen.
+    told.close()
+    os._exit(0)

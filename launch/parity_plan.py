@@ -1,0 +1,113 @@
+"""Which layouts to compare, and on what model: the user's, shrunk until a layout takes seconds."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from llmtrain.config.rules import arithmetic_problems
+from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
+from llmtrain.errors import ConfigError
+
+SHRUNK_SEQ_LEN = 32
+AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context"}
+PART = re.compile(r"(tp|pp|vp|cp|dp|zero)(\d+)|sp|offload")
+FORM = "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 cp2 dp2 sp zero1 offload, for example megatron:tp2+sp+zero1."
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout under its short name, with the ranks that it takes."""
+
+    name: str
+    world_size: int
+    config: RunConfig
+
+
+def shrink(config: RunConfig, precision: str) -> RunConfig:
+    """The same architecture with few and small layers, 8 micro-batches of 2 short samples per step, and no compiling.
+
+    Kept are the kinds of everything, the ratio of query to key heads, dropout, recompute and optimizer.
+    """
+    model = config.model
+    group = model.num_heads // model.kv_heads
+    sizes: dict[str, Any] = {
+        "num_layers": 4, "hidden_size": 32, "num_heads": 4, "num_kv_heads": max(1, 4 // group), "head_dim": 8,
+        "ffn_hidden_size": 96 if model.gated else 128, "vocab_size": 307, "max_seq_len": 64,
+    }  # fmt: skip
+    train = {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False, "steps": 100}
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=sizes),
+            "data": config.data.model_copy(update={"seq_len": SHRUNK_SEQ_LEN}),
+            "train": config.train.model_copy(update={**train, "tokens": None}),
+            "optim": config.optim.model_copy(update={"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0}),
+            "parallel": ParallelConfig(),
+            "engine": EngineConfig(),
+        }
+    )
+
+
+def parse_candidate(text: str, config: RunConfig) -> Candidate:
+    """The candidate that a text such as `megatron:tp2+sp+zero1` names. Raises ConfigError where it is illegal."""
+    engine, _, layout = text.rpartition(":")
+    engine = engine or "megatron"
+    parallel: dict[str, Any] = {}
+    settings: dict[str, Any] = {"name": engine}
+    data = 1
+    for part in layout.split("+"):
+        match = PART.fullmatch(part)
+        if match is None or engine not in ("torch", "megatron", "deepspeed"):
+            raise ConfigError(f"--layouts {text}: {FORM}")
+        if part == "sp":
+            parallel["sequence"] = True
+        elif part == "offload":
+            settings["offload"] = "cpu"
+        elif match[1] == "zero":
+            settings["zero_stage"] = int(match[2])
+        elif match[1] == "dp":
+            data = int(match[2])
+        else:
+            parallel[AXES[match[1]]] = int(match[2])
+    candidate = _candidate(config, settings, parallel, data)
+    problems = arithmetic_problems(candidate.config, candidate.world_size)
+    if problems:
+        raise ConfigError(problems)
+    return candidate
+
+
+def iter_candidates(config: RunConfig, max_ranks: int) -> Iterator[Candidate]:
+    """Every legal layout on every engine with up to so many ranks, the smallest first."""
+    sizes = range(1, max_ranks + 1)
+    found = []
+    for engine, tensor, context, pipeline, data in product(("torch", "megatron", "deepspeed"), sizes, sizes, sizes, sizes):
+        if tensor * context * pipeline * data > max_ranks:
+            continue
+        for virtual, sequence, zero_stage in product((1, 2), (False, True), range(4)):
+            parallel = {
+                "tensor": tensor, "context": context, "pipeline": pipeline, "virtual_pipeline": virtual,
+                "sequence": sequence,
+            }  # fmt: skip
+            candidate = _candidate(config, {"name": engine, "zero_stage": zero_stage}, parallel, data)
+            if not arithmetic_problems(candidate.config, candidate.world_size):
+                found.append(candidate)
+    yield from sorted(found, key=lambda candidate: candidate.world_size)
+
+
+def _candidate(config: RunConfig, engine: dict[str, Any], parallel: dict[str, Any], data: int) -> Candidate:
+    section = ParallelConfig(**parallel)
+    world_size = section.tensor * section.pipeline * section.context * data
+    launch = config.launch.model_copy(update={"num_workers": world_size, "device": "cpu"})
+    update = {"parallel": section, "engine": EngineConfig(**engine), "launch": launch}
+    return Candidate(short_name(section, EngineConfig(**engine), data), world_size, config.model_copy(update=update))
+
+
+def short_name(parallel: ParallelConfig, engine: EngineConfig, data: int) -> str:
+    """The text that `parse_candidate` reads."""
+    sizes = {"dp": data, **{short: getattr(parallel, axis) for short, axis in AXES.items()}}
+    parts = [f"{short}{size}" for short, size in sizes.items() if size > 1]
+    parts += ["sp"] if parallel.sequence else []
+    parts += [f"zero{engine.zero_stage}"] if engine.zero_stage else []
+    parts += ["offload"] if engine.offload == "cpu" else []
+    return f"{engine.name}:{'+'.join(parts) or 'dp1'}"

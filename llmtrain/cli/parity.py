@@ -1,0 +1,45 @@
+"""`llmtrain parity`: does every layout compute the same numbers?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def parity(
+    config: Annotated[Path, typer.Argument(help="A run's configuration; its model is shrunk.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides.")] = None,
+    layouts: Annotated[
+        str, typer.Option(help="Only these, separated by commas, for example megatron:tp2+sp,deepspeed:dp2+zero3.")
+    ] = "",
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="All legal layouts with up to so many ranks.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to compare.")] = 5,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    json: Annotated[bool, typer.Option("--json", help="A line of JSON per layout on stdout.")] = False,
+) -> None:
+    """Run layouts and engines as real processes on this machine's cores and compare every number with one process.
+
+    Step-0 weights must be equal bit for bit; losses, norms, every gradient and the weights after the last step within
+    the parity levels. Ends with 1 where a layout differs, and names the first tensor that does.
+    """
+    from json import dumps
+
+    from launch.parity import Comparison, compare_layouts
+    from launch.parity_plan import iter_candidates, parse_candidate, shrink
+    from llmtrain.config.load import load_config
+    from llmtrain.errors import ConfigError
+
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ConfigError(f"--precision {precision}: must be fp32, bf16 or fp16.")
+    small = shrink(load_config(config, overrides or []).config, precision)
+    wanted = [parse_candidate(text.strip(), small) for text in layouts.split(",")] if layouts else None
+    candidates = wanted or list(iter_candidates(small, ranks))
+    typer.echo(f"comparing {len(candidates)} layouts with one process, {steps} steps of {precision}", err=True)
+    if not json:
+        typer.echo(Comparison.header())
+    failed = 0
+    for comparison in compare_layouts(small, candidates, steps):
+        failed += bool(comparison.verdict.problems)
+        typer.echo(dumps(comparison.to_json()) if json else comparison.line())
+    typer.echo(f"{len(candidates) - failed} equal, {failed} different", err=True)
+    raise typer.Exit(1 if failed else 0)

@@ -6,6 +6,7 @@ A case costs a fork and a rendezvous, not an import.
 import importlib
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -78,7 +79,7 @@ def _gather(pipes: list[Connection], deadline: float) -> list[Any]:
             assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
             try:
-                error, results[pipe] = pipe.recv()
+                error, results[pipe] = pickle.loads(pipe.recv_bytes())  # noqa: S301 (this test's own process wrote it)
             except EOFError:
                 raise RankError(f"rank {rank} of {len(pipes)} was killed") from None
             if error:
@@ -102,9 +103,11 @@ def _run_rank(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-        told.send((None, function(rank, world_size, *args)))
+        said = pickle.dumps((None, function(rank, world_size, *args)))
     except BaseException:
-        told.send((traceback.format_exc(), None))
+        said = pickle.dumps((traceback.format_exc(), None))
+    # As bytes: the connection's own pickling would send tensors as memory that ends with this process.
+    told.send_bytes(said)
     # The result is sent: whatever a library does at the end of a process need not happen.
     told.close()
     os._exit(0)

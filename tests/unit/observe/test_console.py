@@ -112,3 +112,18 @@ def test_numbers_in_words():
     assert [short_number(value) for value in values] == ["0.5", "950", "1K", "12.3K", "1M", "4.56M", "2.5B"]
     assert duration(3_723) == "1:02:03"
     assert duration(90_061) == "1d 1:01:01"
+
+
+def test_the_log_gets_plain_lines_beside_a_bar() -> None:
+    out, log = io.StringIO(), io.StringIO()
+    console = ConsoleTracker("run", 0, 10, Console(file=out, force_terminal=True, width=80), Clock(), log)
+    console.log({"step": 1, "loss": 2.5})
+    console.say("something happened")
+    console.close("done")
+    assert "\x1b" in out.getvalue()
+    lines = log.getvalue().splitlines()
+    assert lines[0] == "run: to step 10"
+    assert lines[1].startswith("1/10  loss 2.5000")
+    assert lines[2] == "something happened"
+    assert lines[3].startswith("done at step 1/10")
+    assert "\x1b" not in log.getvalue()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.section import AsTuple, Count, CountOrZero, NotNegative, Positive, Probability, Section
+from llmtrain.config.section import AsTuple, AsWhole, Count, CountOrZero, NotNegative, Positive, Probability, Section
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 
@@ -124,7 +124,7 @@ class EngineConfig(Section):
         description="torch: plain PyTorch, the readable reference, data parallel. megatron: megatron-core, every axis, "
         "ZeRO 0 and 1. deepspeed: ZeRO 0 to 3 and offload, no pipeline.",
     )
-    zero_stage: Annotated[CountOrZero, Field(le=3)] = Field(
+    zero_stage: Annotated[int, Field(ge=0, le=3), AsWhole] = Field(
         default=0, description="What is sharded over data-parallel ranks."
     )
     offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state lives.")

@@ -16,9 +16,11 @@ def whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(whole_number)]
-Count = Annotated[Whole, Field(ge=1)]
-CountOrZero = Annotated[Whole, Field(ge=0)]
+AsWhole = BeforeValidator(whole_number)
+"""Stands behind the bounds of a type: before them, it would hide them from the JSON schema."""
+
+Count = Annotated[int, Field(ge=1), AsWhole]
+CountOrZero = Annotated[int, Field(ge=0), AsWhole]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

@@ -1,5 +1,6 @@
 """The JSON schema agrees with the loader about what a run may hold."""
 
+import json
 from typing import Any
 
 from llmtrain.config.names import iter_keys
@@ -28,6 +29,12 @@ def test_json_schema_has_every_key_and_base_in_every_section() -> None:
     for section in (schema, *schema["$defs"].values()):
         assert "base" in section["properties"]
         assert section["additionalProperties"] is False
+
+
+def test_json_schema_says_the_bounds_in_its_own_words() -> None:
+    stage = json_schema()["$defs"]["EngineConfig"]["properties"]["zero_stage"]
+    assert (stage["type"], stage["minimum"], stage["maximum"]) == ("integer", 0, 3)
+    assert '"ge"' not in json.dumps(json_schema())
 
 
 def test_resolved_yaml_is_in_schema_order_with_defaults() -> None:

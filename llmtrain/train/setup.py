@@ -135,14 +135,13 @@ def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int
 
 def build_monitor(config: RunConfig, folder: RunFolder | None, state: TrainState, device: torch.device) -> Monitor:
     """What records the run from `state` on, into `folder`; without a folder it times and records nothing."""
-    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     plan = RunPlan(
         last_step=config.total_steps,
         start_step=state.step,
         start_tokens=state.tokens,
         log_every_steps=config.observe.log_every_steps,
         flops_per_token=flops_per_token(config.model, config.data.seq_len),
-        peak_flops=peak * config.launch.num_workers if peak else None,
+        peak_flops=peak_of_run(config, device),
     )
     if folder is None:
         return Monitor(plan)
@@ -153,6 +152,14 @@ def build_monitor(config: RunConfig, folder: RunFolder | None, state: TrainState
     console = ConsoleTracker(config.name, state.step, config.total_steps, log=log)
     trackers = build_trackers(config, folder.path, state.step, console)
     return Monitor(plan, [*trackers, ProgressTracker(folder, config.total_steps)], console)
+
+
+def peak_of_run(config: RunConfig, device: torch.device) -> float | None:
+    """Operations per second of all devices at best. None where no peak is known: on a CPU, and for fp32."""
+    if device.type != "cuda" or config.train.precision == "fp32":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device))
+    return peak * config.launch.num_workers if peak else None
 
 
 def save_run_files(config: RunConfig, path: Path) -> None:

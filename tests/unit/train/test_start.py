@@ -1,14 +1,15 @@
-"""What a run continues from."""
+"""What a run continues from, and what its speed is compared with."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmtrain.config.load import load_config
 from llmtrain.errors import ConfigError
 from llmtrain.train.run_folder import RunFolder
-from llmtrain.train.setup import Start, find_start
+from llmtrain.train.setup import Start, find_start, peak_of_run
 from tests.support.run_files import write_good_run
 from tests.unit.checkpoint.saved import save
 
@@ -53,3 +54,15 @@ def test_going_back_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_neither_a_checkpoint_nor_a_run(workspace: Path) -> None:
     with pytest.raises(ConfigError, match=r"neither a checkpoint.*Try runs/other\."):
         start("runs", name="fresh")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "peak"),
+    [("bf16", "cuda", 2 * 989e12), ("fp16", "cuda", 2 * 989e12), ("fp32", "cuda", None), ("bf16", "cpu", None)],
+)
+def test_utilization_is_told_where_a_peak_is_known(
+    monkeypatch: pytest.MonkeyPatch, precision: str, device: str, peak: float | None
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    config = load_config(Path("run.yaml"), [f"train.precision={precision}", "launch.num_workers=2"]).config
+    assert peak_of_run(config, torch.device(device)) == peak

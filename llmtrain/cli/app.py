@@ -56,12 +56,18 @@ class Verbs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb itself, in place of what the table says of it."""
         name, _, rest = super().resolve_command(ctx, args)
-        return name, load_verb(str(name)), rest
+        verb = load_verb(str(name))
+        refuse_keys_as_options(verb, rest)
+        return name, verb, rest
 
     def invoke(self, ctx: Any) -> Any:
         """Run a verb. An error that a user can mend becomes a message and its exit code, without a traceback."""
         try:
             return super().invoke(ctx)
+        except typer.BadParameter as error:
+            # typer checks choices with pydantic, which puts this before a message that is whole without it.
+            error.message = error.message.removeprefix("Value error, ")
+            raise
         except LlmtrainError as error:
             if wants_traceback():
                 raise
@@ -85,6 +91,28 @@ def load_verb(name: str) -> Any:
     single = typer.Typer(add_completion=False)
     single.command(name)(found)
     return typer.main.get_command(single)
+
+
+def refuse_keys_as_options(verb: Any, arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown option that is a key of the configuration, where the verb takes KEY=VALUE."""
+    options = {"--help", *(option for parameter in verb.params for option in parameter.opts)}
+    if not any(parameter.name == "overrides" for parameter in verb.params):
+        return
+    for number, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option == "--":
+            return
+        if not option.startswith("--") or option in options:
+            continue
+
+        from llmtrain.config.names import all_keys, shown, suggested_keys
+
+        word = option.removeprefix("--").replace("-", "_")
+        keys = [word] if word in all_keys() else suggested_keys(word.split("."))
+        if keys:
+            following = [*arguments[number + 1 : number + 2], "VALUE"][0]
+            value = value or ("VALUE" if following.startswith("-") else following)
+            raise ConfigError(f"no such option: {option}. Keys have no dashes: write {keys[0]}={shown(word, value)}.")
 
 
 def wants_traceback() -> bool:

@@ -7,7 +7,7 @@ import typer
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.", metavar="RUN")],
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Page to write; default RUN/report.html, for several runs ./comparison.html."),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG", show_default=False)]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(help="Keys set over the file's, such as optim.lr=1e-4.", metavar="[KEY=VALUE]..."),
+    typer.Argument(help="Keys set over the file's, such as optim.lr=1e-4.", metavar="KEY=VALUE"),
 ]
 
 

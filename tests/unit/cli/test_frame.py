@@ -95,6 +95,35 @@ def test_usage_errors_exit_2(arguments: list[str], capsys: pytest.CaptureFixture
     assert "Traceback" not in written.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--lr", "3"], "write optim.lr=3."),
+        (["--learning-rate=1e-3"], "write optim.lr=1e-3."),
+        (["--parallel.tensor", "2", "--dry-run"], "write parallel.tensor=2."),
+        (["--compile", "--dry-run"], "write train.compile=VALUE."),
+        (["--dry-rum"], "--dry-run"),
+    ],
+)
+def test_keys_given_as_options_lead_to_the_key(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("train", "a.yaml", *arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_wrong_choice_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("export", "a", "b", "--to", "onnx") == 2
+    written = capsys.readouterr().err
+    assert "'onnx' is not one of 'hf'" in written and "Value error" not in written
+
+
+def test_repeated_arguments_are_marked_once() -> None:
+    for verb in ("train", "report"):
+        usage = load_verb(verb).get_usage(typer.Context(load_verb(verb)))
+        assert usage.count("...") == 1, usage
+
+
 def test_a_misspelt_verb_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
     call("tran")
     assert "Did you mean 'train'?" in capsys.readouterr().err

@@ -43,7 +43,7 @@ quickstart: $(STAMP) $(QS)/data/train/manifest.json
 	$(BIN)/llmtrain report $(RUN)
 	$(BIN)/llmtrain export $(RUN) $(QS)/export --to hf --overwrite
 	$(BIN)/llmtrain generate $(QS)/export --prompt 'def __init__(self' --temperature 0.7 --top-p 0.95 --max-tokens 80
-	@printf '\n%s\n' \
+	@printf '%s\n' "" \
 	  "Done. The text above was written by the model that you have just trained." \
 	  "  run folder      $(RUN)  (metrics.jsonl, checkpoints, logs)" \
 	  "  report          $(RUN)/report.html  (open it in a browser)" \

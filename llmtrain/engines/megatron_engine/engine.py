@@ -197,11 +197,10 @@ class MegatronEngine:
                 torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]  # nothing public does it
             for group in optimizer.optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step_with_ready_grads()
-        self._gather_weights()
+            optimizer.step_with_ready_grads()  # under ZeRO it gathers the weights as well
 
     def _gather_weights(self) -> None:
-        """Under ZeRO each rank has updated a part of the weights: fetch the others."""
+        """Under ZeRO each rank has written a part of the weights: fetch the others."""
         if self.config.engine.zero_stage == 1:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)

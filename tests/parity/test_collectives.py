@@ -1,0 +1,142 @@
+"""What a training step says between ranks: calls and bytes of every collective equal the table of docs/communication.md.
+
+Each term is a line of `expected_megatron` or `expected_torch`; nothing is left over on either side.
+"""
+
+from collections import Counter
+from math import lcm
+from typing import Any
+
+import pytest
+import torch
+
+from launch.parity import probe_batches
+from llmtrain.config.schema import RunConfig
+from llmtrain.models.build import build_model
+from llmtrain.models.sharding import DECODER, split_dim
+from llmtrain.parallel.layout import Layout, plan_chunks, plan_layout
+from llmtrain.train.setup import engine_class
+from tests.parity.cases import parity_run, with_layout
+from tests.support.collectives import Collectives
+from tests.support.ranks import run_ranks
+
+Calls = Counter[tuple[str, int]]
+
+FP32_BYTES, COUNT_BYTES = 4, 8
+
+
+def counted_rank(rank: int, world_size: int, config: RunConfig) -> Calls:
+    layout = plan_layout(config.parallel, world_size)
+    data = (layout.coordinates(rank).data, layout.data)
+    engine = engine_class(config.engine.name)(config, torch.device("cpu"))
+    with Collectives() as collectives:
+        engine.train_step(1, probe_batches(config, 1, *data), 1e-3)
+    return collectives.calls
+
+
+def held_parameters(config: RunConfig, layout: Layout, stage: int) -> list[tuple[str, int]]:
+    """(name, elements) of what a rank of a pipeline stage holds, in the order of the model."""
+    chunks = plan_chunks(layout, config.model.num_layers, None, stage)
+    held = []
+    for name, parameter in build_model(config.model).named_parameters():
+        number = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
+        here = any(number in chunk.layers for chunk in chunks) if number is not None else {
+            "embeddings": any(chunk.first or (chunk.last and config.model.tie_embeddings) for chunk in chunks),
+        }.get(name.split(".")[0], any(chunk.last for chunk in chunks))  # fmt: skip
+        if here:
+            held.append((name, parameter.numel() // (layout.tensor if split_dim(name, DECODER) is not None else 1)))
+    return held
+
+
+def padded(sizes: list[int], ranks: int) -> int:
+    """Elements of megatron-core's sharded buffer: each parameter begins at a multiple of 64, the end at one of all."""
+    total = 0
+    for size in reversed(sizes):
+        total = -(-total // 64) * 64 + size
+    unit = lcm(ranks, 128)
+    return -(-total // unit) * unit
+
+
+def expected_megatron(config: RunConfig, layout: Layout, stage: int) -> Calls:
+    model, train, calls = config.model, config.train, Calls()
+    micro_batches = train.global_batch_size // (train.micro_batch_size * layout.data)
+    tokens = train.micro_batch_size * config.data.seq_len // layout.context
+    hidden_bytes = tokens * model.hidden_size * FP32_BYTES
+    layers = sum(len(chunk.layers) for chunk in plan_chunks(layout, model.num_layers, None, stage))
+    first, last = stage == 0, stage == layout.pipeline - 1
+    held = held_parameters(config, layout, stage)
+
+    # The step: the number of targets before, the loss and the gradient norm after.
+    calls["all_reduce", COUNT_BYTES] += 2
+    calls["all_reduce", FP32_BYTES] += 1
+
+    # Tensor: each block once into the region and once out of it, forward and backward; the ends once each.
+    if layout.tensor > 1:
+        crossings = micro_batches * (4 * layers + first + last)
+        for name in ("all_gather", "reduce_scatter") if layout.sequence else ("all_reduce",):
+            calls[name, hidden_bytes] += crossings
+        if last:  # cross-entropy: the largest logit, then the sum of exponentials and the label's logit
+            calls["all_reduce", tokens * FP32_BYTES] += micro_batches
+            calls["all_reduce", tokens * FP32_BYTES * 2] += micro_batches
+    # Sequence: parameters used on a part of the sequence have partial gradients.
+    if layout.sequence:
+        whole = sum(size for name, size in held if split_dim(name, DECODER) is None)
+        calls["all_reduce", whole * FP32_BYTES] += 1
+
+    # Context: queries and outputs, keys and values, each forward and backward.
+    if layout.context > 1:
+        head_bytes = tokens * model.head_size * FP32_BYTES
+        # Key heads that the ranks cannot share out are repeated first.
+        dealt = lcm(model.kv_heads // layout.tensor, layout.context)
+        calls["all_to_all", head_bytes * model.num_heads // layout.tensor] += 4 * layers * micro_batches
+        calls["all_to_all", head_bytes * dealt] += 4 * layers * micro_batches
+
+    # Pipeline: one message per micro-batch and direction at each boundary; under sequence parallel a part of it.
+    boundaries = (not first) + (not last)
+    if boundaries:
+        calls["send", hidden_bytes // (layout.tensor if layout.sequence else 1)] += micro_batches * boundaries
+        if model.tie_embeddings and (first or last):
+            word = next(size for name, size in held if name == "embeddings.word.weight")
+            calls["all_reduce", word * FP32_BYTES] += 1
+
+    # Data (and context): the gradients; under ZeRO 1 their shards, and the weights back. There a weight that lives on
+    # two pipeline stages has a buffer of its own, so that it is cut at the same places on both.
+    if config.engine.zero_stage:
+        twice = "embeddings.word.weight" if boundaries and model.tie_embeddings else ""
+        buffers = [[size for name, size in held if name != twice], [size for name, size in held if name == twice]]
+        for sizes in filter(None, buffers):
+            buffer = padded(sizes, layout.data * layout.context) * FP32_BYTES
+            calls["reduce_scatter", buffer] += 1
+            calls["all_gather", buffer] += 1
+    else:
+        calls["all_reduce", sum(size for _, size in held) * FP32_BYTES] += 1
+    return calls
+
+
+def expected_torch(config: RunConfig, layout: Layout, stage: int) -> Calls:
+    elements = sum(size for _, size in held_parameters(config, layout, stage))
+    # The number of targets before; all gradients and the loss in one.
+    return Calls({("all_reduce", COUNT_BYTES): 1, ("all_reduce", (elements + 1) * FP32_BYTES): 1})
+
+
+CASES: list[tuple[str, dict[str, Any], int]] = [
+    ("torch", {}, 0),
+    ("megatron", {}, 0),
+    ("megatron", {}, 1),
+    ("megatron", {"tensor": 2}, 0),
+    ("megatron", {"tensor": 2, "sequence": True}, 1),
+    ("megatron", {"pipeline": 2}, 0),
+    ("megatron", {"context": 2}, 1),
+    ("megatron", {"context": 2, "tensor": 2, "sequence": True}, 1),
+    ("megatron", {"pipeline": 2, "tensor": 2, "sequence": True}, 1),
+]
+
+
+@pytest.mark.parametrize(("engine", "parallel", "zero_stage"), CASES, ids=[f"{e}-{p}-{z}" for e, p, z in CASES])
+def test_every_call_and_byte_is_in_the_table(engine: str, parallel: dict[str, Any], zero_stage: int) -> None:
+    config = with_layout(parity_run("llama"), {"name": engine, "zero_stage": zero_stage}, parallel)
+    world_size = max(2, parallel.get("tensor", 1) * parallel.get("context", 1) * parallel.get("pipeline", 1))
+    layout = plan_layout(config.parallel, world_size)
+    expected = {"torch": expected_torch, "megatron": expected_megatron}[engine]
+    for rank, calls in enumerate(run_ranks(counted_rank, world_size, config)):
+        assert calls == expected(config, layout, layout.coordinates(rank).pipeline), f"rank {rank}"

@@ -6,15 +6,12 @@ stands in a file is filled in by the loader.
 
 from collections.abc import Iterator
 
+from llmtrain.config.legal_values import nearest_divisors, nearest_multiples
 from llmtrain.config.names import either
+from llmtrain.config.rules_engine import ENGINE_RULES
+from llmtrain.config.rules_parallel import PARALLEL_RULES, WORLD_RULES
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
-
-MESH_AXES = ("tensor", "pipeline", "context")
-"""The axes that a rank has a place on beside data parallel; expert parallel lies within data and context."""
-
-SEARCH_WIDTH = 4096
-"""How far from the value legal values are looked for."""
 
 Found = Iterator[Problem]
 
@@ -23,21 +20,6 @@ def arithmetic_problems(config: RunConfig, world_size: int) -> list[Problem]:
     """Every rule between keys that a configuration breaks when it runs on `world_size` ranks."""
     problems = [problem for rule in RULES for problem in rule(config)]
     return problems + [problem for rule in WORLD_RULES for problem in rule(config, world_size)]
-
-
-def nearest_divisors(number: int, value: int, limit: int = 4) -> list[int]:
-    """The divisors of `number` nearest to `value`, in ascending order."""
-    value = min(value, number)
-    # A window around the value, so that an absurdly large number costs no absurdly long search.
-    window = range(max(2, value - SEARCH_WIDTH), min(number, value + SEARCH_WIDTH) + 1)
-    divisors = [1, *(n for n in window if number % n == 0)]
-    return sorted(sorted(divisors, key=lambda n: abs(n - value))[:limit])
-
-
-def nearest_multiples(unit: int, value: int) -> list[int]:
-    """The positive multiples of `unit` on both sides of `value`."""
-    below = value // unit * unit
-    return [n for n in (below, below + unit) if n > 0]
 
 
 def name_is_a_folder(config: RunConfig) -> Found:
@@ -153,37 +135,6 @@ def loss_scale_has_room(config: RunConfig) -> Found:
         yield Problem("optim.loss_scale.initial", message, scale.initial, uses=("optim.loss_scale.minimum",))
 
 
-def torch_engine_splits_batch_only(config: RunConfig) -> Found:
-    if config.engine.name != "torch":
-        return
-    for axis in MESH_AXES:
-        size = getattr(config.parallel, axis)
-        if size > 1:
-            message = "engine.name = torch splits the batch only. Try 1."
-            yield Problem(f"parallel.{axis}", message, size, uses=("engine.name",))
-    if config.engine.zero_stage > 0:
-        message = "engine.name = torch shards no optimizer state, gradients or weights. Try 0."
-        yield Problem("engine.zero_stage", message, config.engine.zero_stage, uses=("engine.name",))
-
-
-def experts_need_moe(config: RunConfig) -> Found:
-    if config.parallel.expert > 1:
-        yield Problem("parallel.expert", "the model has no experts to split. Try 1.", config.parallel.expert)
-
-
-def chunks_need_pipeline(config: RunConfig) -> Found:
-    parallel = config.parallel
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        message = "needs parallel.pipeline greater than 1. Try 1."
-        yield Problem("parallel.virtual_pipeline", message, parallel.virtual_pipeline, uses=("parallel.pipeline",))
-
-
-def sequence_needs_tensor(config: RunConfig) -> Found:
-    if config.parallel.sequence and config.parallel.tensor == 1:
-        message = "needs parallel.tensor greater than 1. Try false."
-        yield Problem("parallel.sequence", message, "true", uses=("parallel.tensor",))
-
-
 def evaluation_needs_data(config: RunConfig) -> Found:
     every = config.evaluate.every_steps
     if every > 0 and not config.data.valid:
@@ -197,44 +148,6 @@ def best_needs_evaluation(config: RunConfig) -> Found:
         yield Problem("checkpoint.keep_best", message, "true", uses=("evaluate.every_steps",))
 
 
-def axes_divide_world(config: RunConfig, world_size: int) -> Found:
-    grid = _grid_size(config)
-    if world_size % grid:
-        sizes = " x ".join(f"{axis} {getattr(config.parallel, axis)}" for axis in MESH_AXES)
-        message = (
-            f"parallel needs a multiple of {sizes} = {grid} ranks. Try {either(nearest_multiples(grid, world_size))}."
-        )
-        uses = tuple(f"parallel.{axis}" for axis in MESH_AXES)
-        yield Problem("launch.num_workers", message, world_size, uses=uses)
-
-
-def micro_batches_fill_batch(config: RunConfig, world_size: int) -> Found:
-    grid = _grid_size(config)
-    if world_size % grid:
-        return
-    data_parallel = world_size // grid
-    micro, batch = config.train.micro_batch_size, config.train.global_batch_size
-    unit = micro * data_parallel
-    if batch % unit:
-        message = (
-            f"must be a multiple of train.micro_batch_size x data parallel size = {micro} x {data_parallel} = {unit}. "
-            f"Try {either(nearest_multiples(unit, batch))}."
-        )
-        if batch % data_parallel == 0:
-            fitting = either(nearest_divisors(batch // data_parallel, micro))
-            message = f"{message[:-1]}, or for train.micro_batch_size {fitting}."
-        uses = ("train.micro_batch_size", "launch.num_workers", *(f"parallel.{axis}" for axis in MESH_AXES))
-        yield Problem("train.global_batch_size", message, batch, uses=uses)
-
-
-def _grid_size(config: RunConfig) -> int:
-    """Ranks that hold one replica of the model."""
-    size = 1
-    for axis in MESH_AXES:
-        size *= getattr(config.parallel, axis)
-    return size
-
-
 RULES = (
     name_is_a_folder,
     one_budget,
@@ -246,11 +159,8 @@ RULES = (
     steps_fit_schedule,
     lr_falls,
     loss_scale_has_room,
-    torch_engine_splits_batch_only,
-    experts_need_moe,
-    chunks_need_pipeline,
-    sequence_needs_tensor,
     evaluation_needs_data,
     best_needs_evaluation,
+    *ENGINE_RULES,
+    *PARALLEL_RULES,
 )
-WORLD_RULES = (axes_divide_world, micro_batches_fill_batch)

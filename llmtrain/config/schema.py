@@ -115,6 +115,11 @@ class ParallelConfig(Section):
     )
     overlap_grad_reduce: bool = Field(default=False, description="Reduce gradients while the backward pass goes on.")
 
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold one replica of the model. Expert parallel lies within data and context."""
+        return self.tensor * self.pipeline * self.context
+
 
 class EngineConfig(Section):
     """Which engine runs the step."""

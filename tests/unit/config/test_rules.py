@@ -7,30 +7,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llmtrain.config.rules import arithmetic_problems, nearest_divisors, nearest_multiples
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.legal_values import nearest_divisors, nearest_multiples
+from tests.unit.config.small_run import broken, run
 
-BASE: dict[str, Any] = {
-    "name": "small",
-    "model": {"hidden_size": 64, "num_heads": 4, "max_seq_len": 128},
-    "data": {"train": [{"path": "a"}], "seq_len": 64},
-    "train": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 4},
-}
 VALID = {"valid": [{"path": "b"}]}
-
-
-def run(**sections: Any) -> RunConfig:
-    """The base run with keys of its sections changed."""
-    tree = {**BASE, **{name: value for name, value in sections.items() if not isinstance(value, dict)}}
-    for name, value in sections.items():
-        if isinstance(value, dict):
-            tree[name] = {**BASE.get(name, {}), **value}
-    return RunConfig.model_validate(tree)
-
-
-def broken(config: RunConfig, world_size: int = 1) -> dict[str, str]:
-    """Message by key."""
-    return {problem.key: problem.message for problem in arithmetic_problems(config, world_size)}
 
 
 def test_the_base_run_breaks_no_rule() -> None:
@@ -64,12 +44,6 @@ def test_the_base_run_breaks_no_rule() -> None:
         ({"optim": {"warmup_steps": 60, "decay_steps": 60}}, "optim.decay_steps", "greater than optim.warmup_steps"),
         ({"optim": {"lr": 1e-5}}, "optim.min_lr", "at most optim.lr = 1e-05. Try 1e-06."),
         ({"optim": {"loss_scale": {"minimum": 1e9}}}, "optim.loss_scale.initial", "optim.loss_scale.minimum"),
-        ({"parallel": {"context": 2}}, "parallel.context", "splits the batch only. Try 1."),
-        ({"parallel": {"pipeline": 2}}, "parallel.pipeline", "splits the batch only. Try 1."),
-        ({"engine": {"zero_stage": 1}}, "engine.zero_stage", "Try 0."),
-        ({"parallel": {"expert": 2}}, "parallel.expert", "Try 1."),
-        ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline", "parallel.pipeline"),
-        ({"parallel": {"sequence": True}}, "parallel.sequence", "parallel.tensor"),
         ({"evaluate": {"every_steps": 5}}, "evaluate.every_steps", "data.valid"),
         ({"data": VALID, "checkpoint": {"keep_best": True}}, "checkpoint.keep_best", "evaluate.every_steps"),
         ({"train": {"global_batch_size": 10}}, "train.global_batch_size", "Try 8 or 12, or for train.micro_batch_size"),
@@ -98,17 +72,6 @@ def test_rules_allow(sections: dict[str, Any]) -> None:
     assert broken(run(**sections)) == {}
 
 
-def test_axes_must_divide_the_world() -> None:
-    problems = broken(run(parallel={"tensor": 2, "pipeline": 2}), world_size=6)
-    assert problems["launch.num_workers"].endswith("= 4 ranks. Try 4 or 8.")
-    assert "launch.num_workers" not in broken(run(parallel={"tensor": 2, "pipeline": 2}), world_size=8)
-
-
-def test_micro_batches_count_data_parallel_ranks() -> None:
-    assert broken(run(), world_size=2) == {}
-    assert "4 x 4 = 16" in broken(run(), world_size=4)["train.global_batch_size"]
-
-
 @settings(deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_suggested_head_counts_are_legal(hidden_size: int, num_heads: int) -> None:
@@ -119,19 +82,6 @@ def test_suggested_head_counts_are_legal(hidden_size: int, num_heads: int) -> No
     for legal in map(int, tries):
         position = "learned" if "divide" in str(message) else "rope"
         assert "model.num_heads" not in broken(run(model={**sizes, "num_heads": legal, "position": position}))
-
-
-@settings(deadline=None)
-@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 5))
-def test_suggested_batch_sizes_are_legal(batch: int, micro: int, world_size: int) -> None:
-    sizes = {"global_batch_size": batch, "micro_batch_size": micro}
-    message = broken(run(train=sizes), world_size).get("train.global_batch_size")
-    assume(message is not None)
-    batches, *micros = str(message).split("Try")[1].split("for train.micro_batch_size")
-    for legal in map(int, re.findall(r"\d+", batches)):
-        assert broken(run(train={**sizes, "global_batch_size": legal}), world_size) == {}
-    for legal in map(int, re.findall(r"\d+", "".join(micros))):
-        assert broken(run(train={**sizes, "micro_batch_size": legal}), world_size) == {}
 
 
 @settings(deadline=None)

@@ -192,7 +192,7 @@ CASES = [
     ),
     Case(
         "an axis that the engine lacks",
-        ("parallel.tensor = 2 (run.yaml:14)", "splits the batch only. Try 1."),
+        ("parallel.tensor = 2 (run.yaml:14)", "splits the batch only. Try 1, or engine.name=megatron"),
         append="parallel: {tensor: 2}\n",
     ),
     Case(

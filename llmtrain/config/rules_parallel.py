@@ -1,0 +1,188 @@
+"""What the axes of the mesh divide: heads, widths, layers, the sequence, the ranks, the batch. Pure."""
+
+from collections.abc import Iterator
+from math import gcd
+
+from llmtrain.config.legal_values import nearest_divisors, nearest_multiples
+from llmtrain.config.model import VOCAB_MULTIPLE
+from llmtrain.config.names import either
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import Problem
+
+MESH_AXES = ("tensor", "pipeline", "context")
+"""The axes that a rank has a place on beside data parallel; expert parallel lies within data and context."""
+
+AXIS_KEYS = tuple(f"parallel.{axis}" for axis in MESH_AXES)
+
+Found = Iterator[Problem]
+
+
+def tensor_divides_layers(config: RunConfig) -> Found:
+    """Each tensor rank has whole heads and an equal part of the MLP and of the vocabulary."""
+    model, tensor = config.model, config.parallel.tensor
+    sizes = {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.kv_heads,
+        "model.ffn_hidden_size": model.ffn_size,
+        "the vocabulary's padding": VOCAB_MULTIPLE,
+    }
+    undivided = {name: size for name, size in sizes.items() if size % tensor}
+    if not undivided:
+        return
+    names = " and ".join(f"{name} = {size}" for name, size in undivided.items())
+    common = gcd(*sizes.values())
+    message = f"must divide {names}. Try {either(nearest_divisors(common, tensor))}."
+    uses = (*(name for name in undivided if "." in name), "model.hidden_size")
+    yield Problem("parallel.tensor", message, tensor, uses=uses)
+
+
+def context_divides_heads(config: RunConfig) -> Found:
+    heads, tensor, context = config.model.num_heads, config.parallel.tensor, config.parallel.context
+    if heads % tensor == 0 and heads // tensor % context:
+        of_rank = f"model.num_heads / parallel.tensor = {heads} / {tensor} = {heads // tensor}"
+        tries = either(nearest_divisors(heads // tensor, context))
+        message = f"each rank attends with some of the heads: must divide {of_rank}. Try {tries}."
+        yield Problem("parallel.context", message, context, uses=("model.num_heads", "parallel.tensor"))
+
+
+def sequence_needs_tensor(config: RunConfig) -> Found:
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        message = "needs parallel.tensor greater than 1. Try false."
+        yield Problem("parallel.sequence", message, "true", uses=("parallel.tensor",))
+
+
+def axes_divide_sequence(config: RunConfig) -> Found:
+    parallel, seq_len = config.parallel, config.data.seq_len
+    parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if seq_len % parts == 0:
+        return
+    axes = f"parallel.context = {parallel.context}"
+    if parallel.sequence:
+        axes = f"parallel.context x parallel.tensor = {parallel.context} x {parallel.tensor} = {parts}"
+    fitting = [length for length in nearest_multiples(parts, seq_len) if length <= config.model.max_seq_len]
+    advice = f"Try {either(fitting)}." if fitting else f"Try {axes.partition(' ')[0]}=1."
+    uses = ("parallel.context", "parallel.tensor", "parallel.sequence", "model.max_seq_len")
+    yield Problem("data.seq_len", f"must be a multiple of {axes}. {advice}", seq_len, uses=uses)
+
+
+def chunks_need_pipeline(config: RunConfig) -> Found:
+    parallel = config.parallel
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        message = "needs parallel.pipeline greater than 1. Try 1."
+        yield Problem("parallel.virtual_pipeline", message, parallel.virtual_pipeline, uses=("parallel.pipeline",))
+
+
+def pipeline_has_layers(config: RunConfig) -> Found:
+    """Every chunk has a layer, where no split says otherwise."""
+    parallel, layers = config.parallel, config.model.num_layers
+    if parallel.pipeline_split is not None:
+        return
+    if parallel.pipeline > layers:
+        message = f"must be at most model.num_layers = {layers}. Try {layers}."
+        yield Problem("parallel.pipeline", message, parallel.pipeline, uses=("model.num_layers",))
+    elif parallel.pipeline * parallel.virtual_pipeline > layers:
+        most = layers // parallel.pipeline
+        message = (
+            f"with parallel.pipeline = {parallel.pipeline} gives {parallel.pipeline * parallel.virtual_pipeline} "
+            f"chunks for model.num_layers = {layers}. Try {most}{' or less' if most > 1 else ''}."
+        )
+        uses = ("parallel.pipeline", "model.num_layers")
+        yield Problem("parallel.virtual_pipeline", message, parallel.virtual_pipeline, uses=uses)
+
+
+def split_names_every_layer(config: RunConfig) -> Found:
+    parallel, layers = config.parallel, config.model.num_layers
+    split, chunks = parallel.pipeline_split, parallel.pipeline * parallel.virtual_pipeline
+    if split is None:
+        return
+    faults = []
+    if len(split) != chunks:
+        sizes = f"parallel.pipeline x parallel.virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline}"
+        faults.append(f"must have {chunks} entries, one per chunk ({sizes})")
+    if sum(split) != layers:
+        faults.append(f"must sum to model.num_layers = {layers}, and sums to {sum(split)}")
+    if 0 in split[1:-1]:
+        faults.append("only the first and the last chunk, which hold embeddings and head, may have no layer")
+    if faults:
+        equal = (
+            [layers // chunks + (number < layers % chunks) for number in range(chunks)] if chunks <= layers else None
+        )
+        advice = f"Try {equal}, or null." if equal and chunks <= 64 else "Try null."
+        uses = ("parallel.pipeline", "parallel.virtual_pipeline", "model.num_layers")
+        yield Problem("parallel.pipeline_split", f"{'; '.join(faults)}. {advice}", list(split), uses=uses)
+
+
+def experts_need_moe(config: RunConfig) -> Found:
+    if config.parallel.expert > 1:
+        yield Problem("parallel.expert", "the model has no experts to split. Try 1.", config.parallel.expert)
+
+
+def axes_divide_world(config: RunConfig, world_size: int) -> Found:
+    replica = config.parallel.replica_size
+    if world_size % replica == 0:
+        return
+    sizes = " x ".join(f"{axis} {getattr(config.parallel, axis)}" for axis in MESH_AXES)
+    advice = f"Try {either(nearest_multiples(replica, world_size))}"
+    other = _fitting_axis(config, world_size)
+    message = f"parallel needs a multiple of {sizes} = {replica} ranks. {advice}{f', or {other}' if other else ''}."
+    yield Problem("launch.num_workers", message, world_size, uses=AXIS_KEYS)
+
+
+def _fitting_axis(config: RunConfig, world_size: int) -> str | None:
+    """One axis changed, as little as can be, so that the ranks suffice and no rule about axes is broken."""
+    found: list[tuple[int, str]] = []
+    for axis in MESH_AXES:
+        size = getattr(config.parallel, axis)
+        others = config.parallel.replica_size // size
+        for fitting in nearest_divisors(world_size // others, size) if world_size % others == 0 else ():
+            parallel = config.parallel.model_copy(update={axis: fitting})
+            changed = config.model_copy(update={"parallel": parallel})
+            if size > 1 and not any(True for rule in PARALLEL_RULES for _ in rule(changed)):
+                found.append((abs(fitting - size), f"parallel.{axis}={fitting}"))
+    return min(found)[1] if found else None
+
+
+def micro_batches_fill_batch(config: RunConfig, world_size: int) -> Found:
+    """Every data-parallel rank gets the same number of micro-batches, and interleaved stages whole rounds of them."""
+    parallel, micro, batch = config.parallel, config.train.micro_batch_size, config.train.global_batch_size
+    if world_size % parallel.replica_size:
+        return
+    data_parallel = world_size // parallel.replica_size
+    unit = micro * data_parallel
+    uses = ("train.micro_batch_size", "launch.num_workers", *AXIS_KEYS)
+    if batch % unit:
+        message = (
+            f"must be a multiple of train.micro_batch_size x data parallel size = {micro} x {data_parallel} = {unit}. "
+            f"Try {either(nearest_multiples(unit * _round(config), batch))}."
+        )
+        if batch % (data_parallel * _round(config)) == 0:
+            fitting = either(nearest_divisors(batch // (data_parallel * _round(config)), micro))
+            message = f"{message[:-1]}, or for train.micro_batch_size {fitting}."
+        yield Problem("train.global_batch_size", message, batch, uses=uses)
+    elif batch // unit % _round(config):
+        per_rank = batch // unit
+        message = (
+            f"gives each rank {per_rank} micro-batch{'' if per_rank == 1 else 'es'}, and interleaved stages "
+            f"(parallel.virtual_pipeline = {parallel.virtual_pipeline}) need a multiple of parallel.pipeline = "
+            f"{parallel.pipeline}. Try {either(nearest_multiples(unit * parallel.pipeline, batch))}, or "
+            "parallel.virtual_pipeline=1."
+        )
+        yield Problem("train.global_batch_size", message, batch, uses=(*uses, "parallel.virtual_pipeline"))
+
+
+def _round(config: RunConfig) -> int:
+    """Micro-batches that a rank takes at once."""
+    return config.parallel.pipeline if config.parallel.virtual_pipeline > 1 else 1
+
+
+PARALLEL_RULES = (
+    tensor_divides_layers,
+    context_divides_heads,
+    sequence_needs_tensor,
+    axes_divide_sequence,
+    chunks_need_pipeline,
+    pipeline_has_layers,
+    split_names_every_layer,
+    experts_need_moe,
+)
+WORLD_RULES = (axes_divide_world, micro_batches_fill_batch)

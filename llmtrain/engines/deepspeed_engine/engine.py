@@ -14,7 +14,7 @@ from llmtrain.data.batch import Batch
 from llmtrain.engines.base import EvalResult, StepResult
 from llmtrain.engines.deepspeed_engine.masters import MOMENTS, Master, Replicated, Sharding, fp32_masters
 from llmtrain.engines.deepspeed_engine.partitions import Partitions
-from llmtrain.engines.deepspeed_engine.setup import BUCKET_ELEMENTS, build_deepspeed
+from llmtrain.engines.deepspeed_engine.setup import build_deepspeed, materialize_partitioned, prepare_deepspeed
 from llmtrain.engines.deepspeed_engine.weights import PartitionedWeights
 from llmtrain.engines.placement import InitialWeights, Placement, iter_range_boxes, read_range
 from llmtrain.engines.precision import DTYPES
@@ -39,6 +39,7 @@ class DeepSpeedEngine:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         stand_in_for_cuda()
+        prepare_deepspeed(config, device)
         self.config = config
         self.device = device
         self.layout = plan_layout(config.parallel, dist.get_world_size())
@@ -54,8 +55,11 @@ class DeepSpeedEngine:
     def _build_stage(self) -> Stage:
         (chunk,) = plan_chunks(self.layout, self.config.model.num_layers, None, 0)
         stage = Stage(self.config, self.groups, chunk)
-        stage.to_empty(device=self.device)
         stage.to(DTYPES[self.config.train.precision])
+        if self.config.engine.zero_stage == 3:
+            materialize_partitioned(stage, self.config, self.groups, self.device)
+        else:
+            stage.to_empty(device=self.device)
         for parameter, placement in stage.named_placements():
             split = next((d for d, size in enumerate(placement.box.shape) if size != placement.global_shape[d]), None)
             mark_parameter(parameter, split, self.layout.sequence)
@@ -64,18 +68,17 @@ class DeepSpeedEngine:
 
     def _build_sharding(self, stage: Stage) -> tuple[torch.optim.Optimizer, Any, Sharding]:
         optim, zero_stage = self.config.optim, self.config.engine.zero_stage
-        parameters = list(stage.parameters())
-        masters = fp32_masters(parameters) if zero_stage == 0 else {}
-        optimizer = torch.optim.AdamW(
-            parameter_groups(masters.values() or parameters, optim.weight_decay),
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            fused=True,
-        )
+        masters = fp32_masters(self.placements) if zero_stage == 0 else {}
+        # In stage 3 parameters have no shapes of their own any more: those of their places decide which decay.
+        shapes = {torch.empty(place.box.shape, device="meta"): parameter for parameter, place in self.placements.items()}
+        decay_groups = [
+            {**group, "params": [masters.get(shapes[shape], shapes[shape]) for shape in group["params"]]}
+            for group in parameter_groups(shapes, optim.weight_decay)
+        ]
+        optimizer = torch.optim.AdamW(decay_groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         engine = build_deepspeed(self.config, stage, optimizer, self.groups, self.device)
         if zero_stage == 0:
-            return optimizer, engine, Replicated(engine, masters, BUCKET_ELEMENTS)
+            return optimizer, engine, Replicated(engine, masters)
         return optimizer, engine, PartitionedWeights(engine) if zero_stage == 3 else Partitions(engine)
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
@@ -93,6 +96,8 @@ class DeepSpeedEngine:
         self.sharding.reduce()
         unscale = self.sharding.averaged_over / loss_scale
         loss, grad_norm = self._loss_and_norm(loss_sum / max(1, num_tokens), unscale)
+        if self.inspect_gradients:
+            self.inspect_gradients(self._gradient_fragments(unscale))
         finite = math.isfinite(grad_norm) and math.isfinite(loss)
         if finite:
             self._update(grad_norm, unscale, lr)
@@ -125,8 +130,6 @@ class DeepSpeedEngine:
             if self.layout.sequence:
                 partial = [master for master in masters if getattr(master.parameter, "sequence_parallel", False)]
                 sum_over_ranks([m.grad for m in partial if m.grad is not None], self.groups.tensor)
-            if self.inspect_gradients:
-                self.inspect_gradients(self._gradient_fragments(masters, unscale))
             grads = [master.grad for master in masters if master.grad is not None and self._owns(master)]
             squares += torch.nn.utils.get_total_norm(grads).double().square().to(self.device)
         # Every tensor rank has the whole loss of its part of the batch.
@@ -158,10 +161,11 @@ class DeepSpeedEngine:
             part = data[offset : offset + box.num_elements].view(box.shape)
             yield Fragment(placement.name, kind, placement.global_shape, box, part)
 
-    def _gradient_fragments(self, masters: Iterable[Master], factor: float) -> Iterator[Fragment]:
-        for master in masters:
-            if master.grad is not None and self._owns(master):
-                yield from self._fragments_of(master, "gradient", master.grad * factor)
+    def _gradient_fragments(self, factor: float) -> Iterator[Fragment]:
+        for masters in self.sharding.resident():
+            for master in filter(self._owns, masters):
+                if master.grad is not None:
+                    yield from self._fragments_of(master, "gradient", master.grad * factor)
 
     def fragments(self) -> Iterator[Fragment]:
         for masters in self.sharding.resident():

@@ -102,12 +102,11 @@ class Replicated:
     sharded = False
     averaged_over = 1
 
-    def __init__(self, engine: Any, masters: dict[nn.Parameter, Tensor], bucket_elements: int) -> None:
+    def __init__(self, engine: Any, masters: dict[nn.Parameter, Tensor]) -> None:
         engine.enable_backward_allreduce = False  # it would reduce the parameters' gradients, not the masters'
         self._engine = engine
         self._optimizer = engine.basic_optimizer
         self._masters = masters
-        self._bucket_elements = bucket_elements
         make_state(self._optimizer, masters.values())
 
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
@@ -125,7 +124,7 @@ class Replicated:
 
     def reduce(self) -> None:
         grads = [tensor.grad for tensor in self._masters.values() if tensor.grad is not None]
-        self._engine.buffered_allreduce_fallback(grads=grads, elements_per_buffer=self._bucket_elements)
+        self._engine.buffered_allreduce_fallback(grads, self._engine.zero_reduce_bucket_size())
 
     def update(self) -> None:
         self._optimizer.step()

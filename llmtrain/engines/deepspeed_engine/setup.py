@@ -1,22 +1,29 @@
 """DeepSpeed's configuration and its engine, made from ours. All of its configuration keys stand in this file."""
 
+import io
 import os
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from llmtrain.config.schema import RunConfig
+from llmtrain.engines.precision import DTYPES
 from llmtrain.errors import LaunchError
 from llmtrain.parallel.groups import Groups
 
 BUCKET_ELEMENTS = 1 << 24
 """Gradients, or weights, that go over the network in one collective."""
+
+WHOLE_ELEMENTS = 100_000
+"""Parameters up to this size stay whole on every rank in stage 3: norms and biases are not worth a gather."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +55,49 @@ class Mpu:
         return dist.get_process_group_ranks(self.groups.data_context)
 
 
+def materialize_partitioned(module: nn.Module, config: RunConfig, groups: Groups, device: torch.device) -> None:
+    """Give a meta module memory for stage 3: part after part, each partitioned at once, so that it is never whole."""
+    partition = deepspeed.zero.Init(
+        data_parallel_group=groups.data_context,
+        config_dict_or_path=deepspeed_config(config, device),
+        dtype=DTYPES[config.train.precision],
+        mpu=Mpu(groups),
+    )
+    for part in module.modules():
+        part.to_empty(device=device, recurse=False)
+        partition._convert_to_zero_parameters(part.parameters(recurse=False))
+
+
 def build_deepspeed(
     config: RunConfig, module: nn.Module, optimizer: torch.optim.Optimizer, groups: Groups, device: torch.device
 ) -> Any:
-    """DeepSpeed's engine around a stage and a torch optimizer; it replaces the optimizer's parameters by its own.
-
-    Raises LaunchError where NVMe offload cannot work on this machine.
-    """
-    if config.engine.offload == "nvme":
-        check_nvme()
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-    # A kernel for inference on CPUs, which DeepSpeed would compile at every first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=deepspeed_config(config, device), mpu=Mpu(groups)
-    )
+    """DeepSpeed's engine around a stage and a torch optimizer; it replaces the optimizer's parameters by its own."""
+    with redirect_stdout(io.StringIO()):  # it reports memory as it goes
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=deepspeed_config(config, device), mpu=Mpu(groups)
+        )
     return engine
 
 
-def check_nvme() -> None:
-    """Raise LaunchError where DeepSpeed's asynchronous reads and writes cannot be compiled."""
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+def prepare_deepspeed(config: RunConfig, device: torch.device) -> None:
+    """Set what DeepSpeed reads from its surroundings.
+
+    Raises LaunchError where it cannot run on the device, or NVMe offload not on this machine.
+    """
+    if get_accelerator().device_name() != device.type:
+        raise LaunchError(
+            f"engine.name = deepspeed: uses the {get_accelerator().device_name()} that is there, not launch.device = "
+            f"{device.type}. Set launch.device=auto, or hide the GPUs with CUDA_VISIBLE_DEVICES= before llmtrain."
+        )
+    if config.engine.offload == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
         raise LaunchError(
             "engine.offload = nvme: needs libaio and its headers, which are not on this machine. "
             "Install them (Debian: apt-get install libaio-dev), or set engine.offload=cpu."
         )
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    # A kernel for inference on CPUs, which DeepSpeed would compile at every first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
 
 
 def deepspeed_config(config: RunConfig, device: torch.device) -> dict[str, Any]:
@@ -106,6 +131,8 @@ def zero_keys(config: RunConfig, device: torch.device) -> dict[str, Any]:
         "overlap_comm": config.parallel.overlap_grad_reduce,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
+        "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
+        "stage3_param_persistence_threshold": WHOLE_ELEMENTS,
     }
     pinned = device.type == "cuda"
     if config.engine.offload == "cpu":

@@ -5,6 +5,7 @@ what they need. A call costs forks and a rendezvous, not imports.
 import importlib
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -76,7 +77,7 @@ def _gather(pipes: list[Connection], deadline: float) -> list[Any]:
             assert isinstance(pipe, Connection)
             rank = pipes.index(pipe)
             try:
-                error, results[pipe] = pipe.recv()
+                error, results[pipe] = pickle.loads(pipe.recv_bytes())  # noqa: S301 (a child of ours wrote it)
             except EOFError:
                 raise RankError(f"rank {rank} of {len(pipes)} was killed") from None
             if error:
@@ -100,9 +101,11 @@ def _run_rank(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_seconds),
         )
-        told.send((None, function(rank, world_size, *args)))
+        said = pickle.dumps((None, function(rank, world_size, *args)))
     except BaseException:
-        told.send((traceback.format_exc(), None))
+        said = pickle.dumps((traceback.format_exc(), None))
+    # As bytes: the connection's own pickling would send tensors as memory that ends with this process.
+    told.send_bytes(said)
     # The result is sent: whatever a library does at the end of a process need not happen.
     told.close()
     os._exit(0)

@@ -1,113 +1,26 @@
-"""Functions that run on several ranks at once: gloo processes forked from a server that has imported everything.
+"""Functions that run on several ranks at once, in processes forked from a server that has imported everything."""
 
-A case costs a fork and a rendezvous, not an import.
-"""
-
-import importlib
-import multiprocessing
-import os
-import pickle
-import tempfile
-import time
-import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
+
+from launch.forks import Forks, RankError
+
+__all__ = ["RankError", "run_ranks"]
 
 PRELOADED = (
     "torch",
     "torch.distributed",
     "launch.worker",
     "llmtrain.engines.torch_engine",
-    "llmtrain.engines.megatron_engine.engine",
+    "llmtrain.engines.megatron_engine",
+    "llmtrain.engines.deepspeed_engine",
     "tests.support.samples",
 )
 """What the server imports, where it is there."""
 
-_forks = multiprocessing.get_context("forkserver")
-
-
-class RankError(AssertionError):
-    """A rank raised; the text is its traceback."""
+_forks = Forks(PRELOADED)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 60.0) -> list[Any]:
-    """Call `function(rank, world_size, *args)` on every rank of a new gloo group; returns the results by rank.
-
-    The function belongs to a module. Each rank computes with one thread. Raises RankError with the traceback of the
-    first rank that raised, or where the ranks are not done in time; none is left running.
-    """
-    _forks.set_forkserver_preload(["tests.support.ranks_preload"])
-    with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        try:
-            for rank in range(world_size):
-                here, there = _forks.Pipe(duplex=False)
-                place = (rank, world_size, Path(folder) / "store", timeout_seconds)
-                process = _forks.Process(target=_run_rank, args=(there, place, function, args))
-                process.start()
-                there.close()
-                pipes.append(here)
-                processes.append(process)
-            return _gather(pipes, time.monotonic() + timeout_seconds)
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.join()
-
-
-def preload() -> None:
-    """Import what tests on ranks need. Called in the server, before the first fork."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    for name in PRELOADED:
-        with suppress(ImportError):
-            importlib.import_module(name)
-
-
-def _gather(pipes: list[Connection], deadline: float) -> list[Any]:
-    results: dict[Connection, Any] = {}
-    while len(results) < len(pipes):
-        ready = wait([pipe for pipe in pipes if pipe not in results], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            late = [rank for rank, pipe in enumerate(pipes) if pipe not in results]
-            raise RankError(f"ranks {late} were not done in time")
-        for pipe in ready:
-            assert isinstance(pipe, Connection)
-            rank = pipes.index(pipe)
-            try:
-                error, results[pipe] = pickle.loads(pipe.recv_bytes())  # noqa: S301 (this test's own process wrote it)
-            except EOFError:
-                raise RankError(f"rank {rank} of {len(pipes)} was killed") from None
-            if error:
-                raise RankError(f"rank {rank} of {len(pipes)}:\n{error}")
-    return [results[pipe] for pipe in pipes]
-
-
-def _run_rank(
-    told: Connection, place: tuple[int, int, Path, float], function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    import torch
-    import torch.distributed as dist
-
-    rank, world_size, store, timeout_seconds = place
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(str(store), world_size),  # pyright: ignore[reportPrivateImportUsage]  # documented
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
-        said = pickle.dumps((None, function(rank, world_size, *args)))
-    except BaseException:
-        said = pickle.dumps((traceback.format_exc(), None))
-    # As bytes: the connection's own pickling would send tensors as memory that ends with this process.
-    told.send_bytes(said)
-    # The result is sent: whatever a library does at the end of a process need not happen.
-    told.close()
-    os._exit(0)
+    """`launch.forks.Forks.run` with a bound that suits tests."""
+    return _forks.run(function, world_size, *args, timeout_seconds=timeout_seconds)

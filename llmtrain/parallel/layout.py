@@ -5,7 +5,7 @@ Ranks are numbered with the tensor axis fastest, then context, data, pipeline: r
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 
 from llmtrain.config.schema import ParallelConfig
 
@@ -104,15 +104,20 @@ class Chunk:
 
 
 def plan_chunks(layout: Layout, num_layers: int, split: Sequence[int] | None, pipeline_rank: int) -> list[Chunk]:
-    """The chunks of one pipeline rank. Chunk number c of the model is on rank c mod pipeline.
+    """The chunks of one pipeline rank."""
+    return plan_stages(layout, num_layers, split)[pipeline_rank]
+
+
+def plan_stages(layout: Layout, num_layers: int, split: Sequence[int] | None) -> list[list[Chunk]]:
+    """The chunks of every pipeline rank. Chunk number c of the model is on rank c mod pipeline.
 
     `split` gives the layers of each chunk in model order; without it they are as equal as can be, larger ones first.
     """
     pieces = layout.num_chunks
     sizes = list(split) if split else [num_layers // pieces + (c < num_layers % pieces) for c in range(pieces)]
     assert len(sizes) == pieces and sum(sizes) == num_layers, "a rule says so"
-    chunks = []
-    for c in range(pipeline_rank, pieces, layout.pipeline):
-        begin = sum(sizes[:c])
-        chunks.append(Chunk(range(begin, begin + sizes[c]), first=c == 0, last=c == pieces - 1))
-    return chunks
+    chunks = [
+        Chunk(range(end - size, end), first=c == 0, last=c == pieces - 1)
+        for c, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True))
+    ]
+    return [chunks[rank :: layout.pipeline] for rank in range(layout.pipeline)]

@@ -32,7 +32,8 @@ A key that is not on this page is an error.
 - All other paths are relative to the folder that the command is started in.
 
 `llmtrain train CONFIG --print-config` prints the whole configuration of a run. `llmtrain train CONFIG --dry-run` checks
-it and says what would run. `llmtrain schema` prints the keys as a JSON schema, for editors.
+it and says what would run, with `--ranks N` as if on so many ranks. `llmtrain schema` prints the keys as a JSON schema,
+for editors.
 """
 
 TYPE_WORDS = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}

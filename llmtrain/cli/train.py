@@ -23,6 +23,9 @@ def train(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved configuration as YAML, and stop.")
     ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="With --dry-run: as if on so many ranks.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
 ) -> None:
     """Train a model. The same command goes on where the run stopped.
@@ -33,6 +36,9 @@ def train(
 
     if as_json and not dry_run:
         raise typer.BadParameter("goes with --dry-run", param_hint="--json")
+    if ranks is not None and not dry_run:
+        message = f"goes with --dry-run. To train on so many, write launch.num_workers={ranks}"
+        raise typer.BadParameter(message, param_hint="--ranks")
     if print_config:
         from llmtrain.config.rendering import to_yaml
 
@@ -43,8 +49,9 @@ def train(
     from llmtrain.train.preflight import storage_problems, with_vocab_size
 
     place = rank_from_environment(os.environ)
-    world_size = place.world_size if place else None
-    run = with_vocab_size(load_config(config, overrides or [], storage_problems, world_size).config)
+    world_size = place.world_size if place and ranks is None else None
+    hypothetical = [] if ranks is None else [f"launch.num_workers={ranks}"]
+    run = with_vocab_size(load_config(config, [*(overrides or []), *hypothetical], storage_problems, world_size).config)
     if dry_run:
         from llmtrain.train.outline import plan_outline
 
@@ -60,6 +67,8 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
+    from llmtrain.parallel.drawing import draw_layout
+
     if as_json:
         typer.echo(json.dumps(asdict(outline), indent=2))
         return
@@ -68,13 +77,28 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
         "run folder": outline.run_folder,
         "model": f"{outline.parameters:,} parameters, {outline.vocab_size:,} tokens in the vocabulary",
         "precision": outline.precision,
-        "ranks": f"{outline.world_size}, of which data parallel {outline.data_parallel_size}",
-        "batch": f"{outline.global_batch_size} sequences = {outline.data_parallel_size} ranks x "
-        f"{outline.micro_batches_per_rank} micro-batches x {outline.micro_batch_size}, "
-        f"of {outline.seq_len} tokens each",
+        "engine": f"{outline.engine}, ZeRO stage {outline.zero_stage}" if outline.zero_stage else outline.engine,
+        "ranks": f"{outline.world_size:,} = {_axes(outline)}",
+        "batch": f"{outline.global_batch_size:,} sequences = {_count(outline.data_parallel_size, 'data rank')} x "
+        f"{_count(outline.micro_batches_per_rank, 'micro-batch', 'es')} x {outline.micro_batch_size}, "
+        f"of {outline.seq_len:,} tokens each",
         "steps": f"{outline.steps:,} of {outline.tokens_per_step:,} tokens, {outline.tokens:,} tokens in all",
-        "evaluation": f"every {evaluate} steps" if evaluate else "never",
-        "checkpoints": f"every {checkpoint} steps and at the end" if checkpoint else "at the end",
+        "evaluation": f"every {_count(evaluate, 'step')}" if evaluate else "never",
+        "checkpoints": f"every {_count(checkpoint, 'step')} and at the end" if checkpoint else "at the end",
     }
     for name, text in lines.items():
         typer.echo(f"{name:<12} {text}")
+    if outline.world_size > 1:
+        typer.echo(f"\n{draw_layout(outline.layout)}")
+
+
+def _axes(outline: "Outline") -> str:
+    """The mesh, the slowest axis first."""
+    layout = outline.layout
+    text = " x ".join(f"{axis} {size:,}" for axis, size in reversed(layout.sizes.items()))
+    text += f", {layout.virtual_pipeline} chunks per stage" if layout.virtual_pipeline > 1 else ""
+    return text + (", sequence parallel" if layout.sequence else "")
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"

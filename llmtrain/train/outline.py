@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sizes import num_parameters
+from llmtrain.parallel.drawing import LayoutOutline, plan_layout_outline
+from llmtrain.parallel.layout import plan_layout
 
 
 @dataclass(frozen=True)
 class Outline:
-    """Sizes of a run. An interval of 0 means never; the last step is always saved."""
+    """Sizes and layout of a run. An interval of 0 means never; the last step is always saved."""
 
     name: str
     run_folder: str
@@ -24,14 +26,16 @@ class Outline:
     steps: int
     tokens: int
     precision: str
+    engine: str
+    zero_stage: int
     evaluate_every_steps: int
     checkpoint_every_steps: int
+    layout: LayoutOutline
 
 
 def plan_outline(config: RunConfig, world_size: int) -> Outline:
     """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules."""
-    train, parallel = config.train, config.parallel
-    data_parallel = world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    train, layout = config.train, plan_layout(config.parallel, world_size)
     tokens_per_step = train.global_batch_size * config.data.seq_len
     return Outline(
         name=config.name,
@@ -39,15 +43,18 @@ def plan_outline(config: RunConfig, world_size: int) -> Outline:
         parameters=num_parameters(config.model),
         vocab_size=config.model.vocabulary,
         world_size=world_size,
-        data_parallel_size=data_parallel,
+        data_parallel_size=layout.data,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        micro_batches_per_rank=train.global_batch_size // (train.micro_batch_size * data_parallel),
+        micro_batches_per_rank=train.global_batch_size // (train.micro_batch_size * layout.data),
         seq_len=config.data.seq_len,
         tokens_per_step=tokens_per_step,
         steps=config.total_steps,
         tokens=config.total_steps * tokens_per_step,
         precision=train.precision,
+        engine=config.engine.name,
+        zero_stage=config.engine.zero_stage,
         evaluate_every_steps=config.evaluate.every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
+        layout=plan_layout_outline(layout, config.model.num_layers, config.parallel.pipeline_split),
     )

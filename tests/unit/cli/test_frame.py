@@ -205,6 +205,38 @@ def test_dry_run_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert not (tmp_path / "runs").exists()
 
 
+BIG = ("engine.name=megatron", "parallel={tensor: 4, pipeline: 2, sequence: true}", "train.global_batch_size=8192")
+
+
+def test_dry_run_draws_a_world_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_good_run(tmp_path)
+    assert call("train", "run.yaml", *BIG, "--dry-run", "--ranks", "16384") == 0
+    text = capsys.readouterr().out
+    assert "16,384 = pipeline 2 x data 2,048 x context 1 x tensor 4, sequence parallel" in text
+    assert "1, head" in text and "8192-16383" in text
+    assert call("train", "run.yaml", *BIG, "--dry-run", "--ranks", "8", "--json") == 0
+    layout = json.loads(capsys.readouterr().out)["layout"]
+    assert layout["sizes"] == {"tensor": 4, "context": 1, "data": 1, "pipeline": 2}
+    assert [(stage["chunks"], stage["first_rank"], stage["last_rank"]) for stage in layout["stages"]] == [
+        ([[0]], 0, 3),
+        ([[1]], 4, 7),
+    ]
+
+
+def test_so_many_ranks_need_the_axes_to_divide_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_good_run(tmp_path)
+    assert call("train", "run.yaml", *BIG, "--dry-run", "--ranks", "12") == 2
+    assert "= 8 ranks. Try 8 or 16" in capsys.readouterr().err
+    assert call("train", "run.yaml", *BIG, "--ranks", "8") == 2
+    assert "goes with --dry-run" in capsys.readouterr().err
+
+
 def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("schema") == 0
     assert "optim" in json.loads(capsys.readouterr().out)["properties"]

@@ -32,14 +32,16 @@ class Forks:
         os.environ[PRELOAD_VARIABLE] = " ".join(modules)
         self._context.set_forkserver_preload(["launch.forks_preload"])
 
-    def run(self, function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 600.0) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 600.0
+    ) -> list[Any]:
         """Call `function(rank, world_size, *args)` on every rank of a new gloo group; returns the results by rank.
 
         The function belongs to a module. Each rank computes with one thread. Raises RankError with the traceback of the
         first rank that raised, or where the ranks are not done in time; none is left running.
         """
         with tempfile.TemporaryDirectory() as folder:
-            pipes: list[Connection] = []
+            pipes: list[Any] = []
             processes = []
             try:
                 for rank in range(world_size):

@@ -1,8 +1,8 @@
 """Does a layout compute what one process computes? Real ranks, a shrunk model, every number compared.
 
-A trace is what some steps leave behind: the weights before the first, loss, norm and every gradient of each, the weights
-after the last, an evaluation. The reference is the trace of the torch engine in one process; the trace of a layout is put
-together from its ranks' fragments by their global coordinates.
+A trace is what some steps leave behind: the weights before the first, loss, norm and every gradient of each, the
+weights after the last, an evaluation. The reference is the trace of the torch engine in one process; the trace of a
+layout is put together from its ranks' fragments by their global coordinates.
 """
 
 import time

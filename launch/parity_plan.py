@@ -37,12 +37,13 @@ def shrink(config: RunConfig, precision: str) -> RunConfig:
         "ffn_hidden_size": 96 if model.gated else 128, "vocab_size": 307, "max_seq_len": 64,
     }  # fmt: skip
     train = {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False, "steps": 100}
+    optim = {"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0}
     return config.model_copy(
         update={
             "model": model.model_copy(update=sizes),
             "data": config.data.model_copy(update={"seq_len": SHRUNK_SEQ_LEN}),
             "train": config.train.model_copy(update={**train, "tokens": None}),
-            "optim": config.optim.model_copy(update={"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0}),
+            "optim": config.optim.model_copy(update=optim),
             "parallel": ParallelConfig(),
             "engine": EngineConfig(),
         }
@@ -81,7 +82,8 @@ def iter_candidates(config: RunConfig, max_ranks: int) -> Iterator[Candidate]:
     """Every legal layout on every engine with up to so many ranks, the smallest first."""
     sizes = range(1, max_ranks + 1)
     found = []
-    for engine, tensor, context, pipeline, data in product(("torch", "megatron", "deepspeed"), sizes, sizes, sizes, sizes):
+    engines = ("torch", "megatron", "deepspeed")
+    for engine, tensor, context, pipeline, data in product(engines, sizes, sizes, sizes, sizes):
         if tensor * context * pipeline * data > max_ranks:
             continue
         for virtual, sequence, zero_stage in product((1, 2), (False, True), range(4)):

@@ -39,7 +39,7 @@ class Engine(Protocol):
     """Runs whole optimizer steps. The unit is a step because pipeline schedules pull micro-batches themselves."""
 
     inspect_gradients: GradientInspector | None
-    """Called, where it is set, with this rank's part of a step's gradients, unscaled and not clipped, before the update."""
+    """Called, where set, with this rank's part of a step's gradients, unscaled and not clipped, before the update."""
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         """Forward, backward and update for this rank's micro-batches of step `step` (from 1)."""

@@ -36,7 +36,7 @@ def split_placement(name: str, global_shape: tuple[int, ...], dim: int | None, r
 
 
 def iter_range_boxes(box: Box, start: int, stop: int) -> Iterator[tuple[Box, int]]:
-    """The elements [start, stop) of a box's flattened self, as boxes of the global tensor with their place in the range.
+    """The elements [start, stop) of a box's flattened self, as boxes of the global tensor with their place in it.
 
     At most 2n - 1 boxes for n dimensions: partial rows at both ends, whole rows between.
     """

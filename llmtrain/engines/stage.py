@@ -109,7 +109,7 @@ def place_heads(attention: Attention, groups: Groups) -> None:
     context_heads = tensor_heads // groups.layout.context
     attention.first_head = groups.place.tensor * tensor_heads + groups.place.context * context_heads
     if groups.layout.context > 1:
-        attention.attend = spread_over_context(attention.attend, groups.context)  # type: ignore[method-assign]
+        attention.attend = spread_over_context(attention.attend, groups.context)
 
 
 def cut(whole: Transformer, chunk: Chunk) -> nn.ModuleDict:

@@ -1,4 +1,4 @@
-"""What a training step says between ranks: calls and bytes of every collective equal the table of docs/communication.md.
+"""What a training step sends between ranks: calls and bytes of every collective equal docs/communication.md.
 
 Each term is a line of `expected_megatron` or `expected_torch`; nothing is left over on either side.
 """

@@ -70,7 +70,9 @@ class DeepSpeedEngine:
         optim, zero_stage = self.config.optim, self.config.engine.zero_stage
         masters = fp32_masters(self.placements) if zero_stage == 0 else {}
         # In stage 3 parameters have no shapes of their own any more: those of their places decide which decay.
-        shapes = {torch.empty(place.box.shape, device="meta"): parameter for parameter, place in self.placements.items()}
+        shapes = {
+            torch.empty(place.box.shape, device="meta"): parameter for parameter, place in self.placements.items()
+        }
         decay_groups = [
             {**group, "params": [masters.get(shapes[shape], shapes[shape]) for shape in group["params"]]}
             for group in parameter_groups(shapes, optim.weight_decay)
@@ -144,7 +146,8 @@ class DeepSpeedEngine:
         factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) * unscale
         if factor != 1.0:
             for masters in self.sharding.resident(write=True):
-                torch._foreach_mul_([master.grad for master in masters if master.grad is not None], factor)
+                grads = [master.grad for master in masters if master.grad is not None]
+                torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]  # nothing public does it
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.sharding.update()

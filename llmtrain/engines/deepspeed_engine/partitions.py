@@ -1,6 +1,6 @@
 """Stages 1 and 2: each rank of the data and context axes holds an equal run of every flattened optimizer group."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -30,15 +30,14 @@ class Partitions:
         else:
             self._flats = self._zero.single_partition_of_fp32_groups
             groups = self._zero.bit16_groups
-        self._parameters: list[nn.Parameter] = [p for p in chain(*groups) if p._hp_mapping is not None]
+        self._places: dict[nn.Parameter, Any] = {p: p._hp_mapping for p in chain(*groups) if p._hp_mapping is not None}
         make_state(self._optimizer, self._flats)
 
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
         grads = self._gradients()
-        yield [self._master(parameter, grads.get(parameter)) for parameter in self._parameters]
+        yield [self._master(parameter, place, grads.get(parameter)) for parameter, place in self._places.items()]
 
-    def _master(self, parameter: nn.Parameter, grad: Tensor | None) -> Master:
-        place: Any = parameter._hp_mapping
+    def _master(self, parameter: nn.Parameter, place: Any, grad: Tensor | None) -> Master:
         start, length = place.lp_fragment_address.start, place.lp_fragment_address.numel
         # The moments that this record links to are there for the first group only: these are cut from the whole.
         state = self._optimizer.state[self._flats[place.param_group_index]]
@@ -60,12 +59,12 @@ class Partitions:
                 found[parameter] = grad.view(-1)
         return found
 
-    def _cut_gradients(self, flats: list[Tensor]) -> dict[nn.Parameter, Tensor]:
+    def _cut_gradients(self, flats: Sequence[Tensor | None]) -> dict[nn.Parameter, Tensor]:
         found = {}
-        for parameter in self._parameters:
-            place: Any = parameter._hp_mapping
-            address = place.hp_fragment_address
-            found[parameter] = flats[place.param_group_index].view(-1).narrow(0, address.start, address.numel)
+        for parameter, place in self._places.items():
+            address, flat = place.hp_fragment_address, flats[place.param_group_index]
+            if flat is not None:
+                found[parameter] = flat.view(-1).narrow(0, address.start, address.numel)
         return found
 
     def counts(self) -> Iterator[Tensor]:

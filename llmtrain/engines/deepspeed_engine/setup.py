@@ -10,7 +10,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -84,12 +83,13 @@ def prepare_deepspeed(config: RunConfig, device: torch.device) -> None:
 
     Raises LaunchError where it cannot run on the device, or NVMe offload not on this machine.
     """
-    if get_accelerator().device_name() != device.type:
+    accelerator: Any = get_accelerator()
+    if accelerator.device_name() != device.type:
         raise LaunchError(
-            f"engine.name = deepspeed: uses the {get_accelerator().device_name()} that is there, not launch.device = "
+            f"engine.name = deepspeed: uses the {accelerator.device_name()} that is there, not launch.device = "
             f"{device.type}. Set launch.device=auto, or hide the GPUs with CUDA_VISIBLE_DEVICES= before llmtrain."
         )
-    if config.engine.offload == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+    if config.engine.offload == "nvme" and not accelerator.create_op_builder("AsyncIOBuilder").is_compatible(False):
         raise LaunchError(
             "engine.offload = nvme: needs libaio and its headers, which are not on this machine. "
             "Install them (Debian: apt-get install libaio-dev), or set engine.offload=cpu."

@@ -17,6 +17,7 @@ optim: {lr: 3e-3, warmup_steps: 5}
 evaluate: {every_steps: 20, steps: 1}
 checkpoint: {every_steps: 20}
 observe: {wandb: "off", tensorboard: false}
+launch: {threads_per_worker: 1}
 """
 
 

@@ -48,6 +48,9 @@ class Stage(nn.Module):
             if isinstance(module, Attention):
                 place_heads(module, groups)
         self.parts = cut(whole, chunk)
+        if config.train.compile:
+            for layer in whole.decoder.layers.values():
+                layer.compile()
         self.vocabulary = VocabularyPart.of_rank(config.model.padded_vocab_size, config.model.vocabulary, groups.tensor)
         if self.region is None:
             self.vocabulary = VocabularyPart(0, config.model.vocabulary)

@@ -63,3 +63,35 @@ def test_recompute_changes_nothing(recompute: str) -> None:
     config = parity_run("dropout", recompute=recompute)
     other = with_layout(config, {"name": "megatron", "zero_stage": 1}, parallel)
     assert verdict(parity_run("dropout"), other, ranks, num_steps=5).problems == []
+
+
+@pytest.mark.whole_grid
+def test_compiled_layers_change_nothing() -> None:
+    config = parity_run("dropout")
+    compiled = config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
+    other = with_layout(compiled, {"name": "megatron", "zero_stage": 1}, {})
+    assert verdict(config, other, 2, num_steps=3).problems == []
+
+
+@pytest.mark.parametrize("layout", ["cp2", "tp2+sp"])
+def test_packed_documents_are_kept_apart(layout: str) -> None:
+    ranks, parallel = LAYOUTS[layout]
+    config = parity_run("llama")
+    packed = config.model_copy(update={"data": config.data.model_copy(update={"reset_attention": True})})
+    other = with_layout(packed, {"name": "megatron", "zero_stage": 1}, parallel)
+    assert verdict(packed, other, ranks, num_steps=3).problems == []
+
+
+def test_fewer_key_heads_than_context_ranks() -> None:
+    config = parity_run("llama")
+    one = config.model_copy(update={"model": config.model.model_copy(update={"num_kv_heads": 1})})
+    other = with_layout(one, {"name": "megatron", "zero_stage": 1}, {"context": 4})
+    assert verdict(one, other, 4, num_steps=3).problems == []
+
+
+def test_uneven_stages_and_overlapped_reductions() -> None:
+    config = parity_run("llama")
+    other = with_layout(config, {"name": "megatron", "zero_stage": 1}, {"pipeline": 2, "pipeline_split": [1, 3]})
+    assert verdict(config, other, 2, num_steps=3).problems == []
+    overlapped = with_layout(config, {"name": "megatron", "zero_stage": 1}, {"overlap_grad_reduce": True})
+    assert verdict(config, overlapped, 2, num_steps=3).problems == []

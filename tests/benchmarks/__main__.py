@@ -1,12 +1,13 @@
 """`python -m tests.benchmarks [NAME ...] [--quick] [--json] [--rounds N]`: every figure beside its peers.
 
-Nothing is asserted: a figure is read, not passed. Tables go to stdout as they are ready; with --json, one object at
-the end.
+Nothing is asserted: a figure is read, not passed. Tables go to stdout as they are ready; with --json, one line with
+one object for each benchmark.
 """
 
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from importlib import import_module
 
 from tests.benchmarks.machine import describe_machine
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; none means all")
     parser.add_argument("--quick", action="store_true", help="small sizes and 2 rounds: shows that everything runs")
     parser.add_argument("--rounds", type=int, help="measurements of each contender (default: 5)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout, one line for each benchmark")
     given = parser.parse_args(arguments)
     unknown = [name for name in given.names if name not in BENCHMARKS]
     if unknown:
@@ -42,17 +43,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = Options(rounds=given.rounds or (2 if given.quick else 5), quick=given.quick)
 
     machine = describe_machine()
-    results = {}
     if not given.json:
         print("\n".join(f"{key}: {value}" for key, value in machine.items()))
     for name in given.names or BENCHMARKS:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        tables = import_module(f"tests.benchmarks.{name}").benchmark(options)
-        results[name] = [table.to_json() for table in tables]
-        if not given.json:
+        with redirect_stdout(sys.stderr):  # libraries print as they are imported
+            tables = import_module(f"tests.benchmarks.{name}").benchmark(options)
+        if given.json:
+            result = {"benchmark": name, "machine": machine, "rounds": options.rounds, "quick": options.quick}
+            print(json.dumps({**result, "tables": [table.to_json() for table in tables]}), flush=True)
+        else:
             print("".join(f"\n{table.to_text()}\n" for table in tables), end="", flush=True)
-    if given.json:
-        print(json.dumps({"machine": machine, "rounds": options.rounds, "quick": options.quick, "tables": results}))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import io
 import tempfile
 import time
 from contextlib import redirect_stderr
-from itertools import count, cycle
+from itertools import count, cycle, pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -75,8 +76,18 @@ def loaded_batches(config: RunConfig, number: int) -> list[Batch]:
     return batches
 
 
+def median_step(times: list[float]) -> float:
+    """Microseconds from the end of one step to that of the next, the first tenth left out.
+
+    The median, not the mean: another process that takes the core for some milliseconds would be counted as overhead.
+    What happens in few steps only, such as the status file that is written once a second, does not show.
+    """
+    settled = times[len(times) // 10 :]
+    return 1e6 * median(after - before for before, after in pairwise(settled))
+
+
 def whole_loop(config: RunConfig, trackers: str) -> Measurement:
-    """A run through set-up and loop in a fresh folder; the mean time from the end of one step to that of the next."""
+    """A run through set-up and loop in a fresh folder."""
     numbers = count()
     off = ObserveConfig.model_validate({"wandb": "off", "tensorboard": False})
     observe: dict[str, Any] = {"observe": off} if trackers == "off" else {}
@@ -94,8 +105,7 @@ def whole_loop(config: RunConfig, trackers: str) -> Measurement:
             run = setup(fresh, folder, find_start(fresh, folder), CPU)
             train(run, note_the_time)
             run.monitor.close("done")
-        settled = times[len(times) // 10 :]
-        return 1e6 * (settled[-1] - settled[0]) / (len(settled) - 1)
+        return median_step(times)
 
     return run
 
@@ -109,7 +119,7 @@ def bare_loop(config: RunConfig, batches: list[Batch], steps: int) -> Measuremen
     supply = cycle(batches)
 
     def run() -> float:
-        started = time.perf_counter()
+        times = [time.perf_counter()]
         for _ in range(steps):
             batch = next(supply)
             hidden = model(batch.tokens_BS, batch.positions_BS)
@@ -119,7 +129,8 @@ def bare_loop(config: RunConfig, batches: list[Batch], steps: int) -> Measuremen
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             loss.item()
-        return 1e6 * (time.perf_counter() - started) / steps
+            times.append(time.perf_counter())
+        return median_step(times)
 
     return run
 
@@ -131,9 +142,10 @@ def engine_alone(config: RunConfig, batches: list[Batch], steps: int) -> Measure
     numbers = count(1)
 
     def run() -> float:
-        started = time.perf_counter()
+        times = [time.perf_counter()]
         for _ in range(steps):
             engine.train_step(next(numbers), [next(supply)], config.optim.lr)
-        return 1e6 * (time.perf_counter() - started) / steps
+            times.append(time.perf_counter())
+        return median_step(times)
 
     return run

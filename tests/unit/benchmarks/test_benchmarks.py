@@ -32,7 +32,8 @@ def test_one_can_be_chosen_and_read_by_a_machine(capsys: pytest.CaptureFixture[s
     printed = json.loads(capsys.readouterr().out)
     assert printed["quick"] is True
     assert {"date", "processor", "versions", "threads"} <= printed["machine"].keys()
-    (table,) = printed["tables"]["sharding"]
+    assert printed["benchmark"] == "sharding"
+    (table,) = printed["tables"]
     assert [row["name"] for row in table["rows"]] == ["llmtrain: text to shards", "sentencepiece alone"]
 
 

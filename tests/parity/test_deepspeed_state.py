@@ -1,8 +1,9 @@
 """What the deepspeed engine keeps: skipped steps leave no trace, fragments carry a run to another engine."""
 
 import math
-from ctypes.util import find_library
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,10 @@ class Saved:
 
 @dataclass(frozen=True)
 class Run:
-    """Steps `first` to `last`, from `saved` and `state` where they are given; step `spoiled` is not finite."""
+    """Steps `first` to `last`, from `saved` and `state` where they are given; step `spoiled` is not finite.
+
+    `mutation` breaks something in the process of a rank.
+    """
 
     config: RunConfig
     first: int
@@ -50,6 +54,7 @@ class Run:
     saved: Saved | None = None
     state: dict[str, Any] | None = None
     spoiled: int | None = None
+    mutation: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class Outcome:
 
 def run_rank(rank: int, world_size: int, run: Run) -> Outcome:
     small_pieces()
+    if run.mutation:
+        run.mutation()
     layout = plan_layout(run.config.parallel, world_size)
     data = (layout.coordinates(rank).data, layout.data)
     return run_steps(engine_class(run.config.engine.name)(run.config, CPU), run, data)
@@ -192,9 +199,45 @@ def test_a_step_that_is_not_finite_leaves_no_trace(
     assert_equal(whole(spoiled, "final"), whole(third, "final"))
 
 
-def test_nvme_without_libaio_is_an_error_that_says_so() -> None:
-    if find_library("aio"):
-        pytest.skip("libaio is on this machine")
+def forget_to_drop() -> None:
+    from llmtrain.engines.deepspeed_engine.partitions import Partitions
+
+    Partitions.drop = lambda self: None
+
+
+def test_gradients_that_are_not_dropped_are_seen() -> None:
+    config = deepspeed_run("bf16", 2, {})
+    spoiled = run_ranks(run_rank, 2, Run(config, 1, 3, spoiled=2, mutation=forget_to_drop))
+    assert [result.skipped for result in spoiled[0].results] == [False, True, True]
+
+
+def nvme_rank(rank: int, world_size: int) -> bool:
+    from llmtrain.engines.deepspeed_engine.setup import can_offload_to_nvme
+
+    return can_offload_to_nvme()
+
+
+def nvme_run(folder: Path) -> RunConfig:
+    """A run with groups that are large enough to be swapped: 1 MiB and more."""
     config = deepspeed_run("fp32", 3, {}, "nvme")
-    with pytest.raises(RankError, match=f"{LaunchError.__name__}: engine.offload = nvme: needs libaio"):
-        run_ranks(run_rank, 1, Run(config, 1, 1))
+    engine = config.engine.model_copy(update={"nvme_path": str(folder)})
+    model = config.model.model_copy(update={"hidden_size": 128})
+    return config.model_copy(update={"engine": engine, "model": model})
+
+
+def test_nvme_offload_works_or_says_what_is_missing(tmp_path: Path) -> None:
+    """Where libaio is, two steps, a fresh engine and a skipped step; where not, the error."""
+    config = nvme_run(tmp_path)
+    if not run_ranks(nvme_rank, 1)[0]:
+        with pytest.raises(RankError, match=f"{LaunchError.__name__}: engine.offload = nvme: needs libaio"):
+            run_ranks(run_rank, 1, Run(config, 1, 1))
+        return
+    half = run_ranks(run_rank, 2, Run(config, 1, 2), timeout_seconds=400)
+    assert list(tmp_path.rglob("exp_avg*.swp"))
+    saved = whole(half, "final")
+    rest = run_ranks(run_rank, 2, Run(config, 3, 5, Saved(saved), half[0].state, spoiled=4))
+    assert_equal(whole(rest, "loaded"), saved)
+    assert [result.skipped for result in rest[0].results] == [False, True, False]
+    in_memory = config.model_copy(update={"engine": config.engine.model_copy(update={"offload": "none"})})
+    same = run_ranks(run_rank, 2, Run(in_memory, 3, 5, Saved(saved), half[0].state, spoiled=4))
+    assert_equal(whole(rest, "final"), whole(same, "final"))

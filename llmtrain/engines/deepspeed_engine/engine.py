@@ -171,11 +171,11 @@ class DeepSpeedEngine:
                     yield from self._fragments_of(master, "gradient", master.grad * factor)
 
     def fragments(self) -> Iterator[Fragment]:
+        swapped = self.config.engine.offload == "nvme"  # what is read from there stays in memory as long as its group
         for masters in self.sharding.resident():
             for master in filter(self._owns, masters):
-                yield from self._fragments_of(master, "master", master.tensor)
-                for kind in MOMENTS:
-                    yield from self._fragments_of(master, kind, master.moments[kind])
+                for kind, data in {"master": master.tensor, **master.moments}.items():
+                    yield from self._fragments_of(master, kind, data.clone() if swapped else data)
 
     def load(self, source: FragmentSource) -> None:
         self._read(source, ("master", *MOMENTS))

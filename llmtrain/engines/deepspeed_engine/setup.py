@@ -4,6 +4,7 @@ import io
 import os
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -89,7 +90,7 @@ def prepare_deepspeed(config: RunConfig, device: torch.device) -> None:
             f"engine.name = deepspeed: uses the {accelerator.device_name()} that is there, not launch.device = "
             f"{device.type}. Set launch.device=auto, or hide the GPUs with CUDA_VISIBLE_DEVICES= before llmtrain."
         )
-    if config.engine.offload == "nvme" and not accelerator.create_op_builder("AsyncIOBuilder").is_compatible(False):
+    if config.engine.offload == "nvme" and not can_offload_to_nvme():
         raise LaunchError(
             "engine.offload = nvme: needs libaio and its headers, which are not on this machine. "
             "Install them (Debian: apt-get install libaio-dev), or set engine.offload=cpu."
@@ -98,6 +99,12 @@ def prepare_deepspeed(config: RunConfig, device: torch.device) -> None:
     # A kernel for inference on CPUs, which DeepSpeed would compile at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed()
+
+
+def can_offload_to_nvme() -> bool:
+    """Whether DeepSpeed's asynchronous reads and writes can be compiled here."""
+    accelerator: Any = get_accelerator()
+    return accelerator.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
 
 
 def deepspeed_config(config: RunConfig, device: torch.device) -> dict[str, Any]:
@@ -138,5 +145,7 @@ def zero_keys(config: RunConfig, device: torch.device) -> dict[str, Any]:
     if config.engine.offload == "cpu":
         keys["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     elif config.engine.offload == "nvme":
-        keys["offload_optimizer"] = {"device": "nvme", "pin_memory": pinned, "nvme_path": config.engine.nvme_path}
+        assert config.engine.nvme_path is not None, "a rule says so"
+        folder = Path(config.engine.nvme_path) / config.name  # runs at the same time have files of the same names
+        keys["offload_optimizer"] = {"device": "nvme", "pin_memory": pinned, "nvme_path": str(folder)}
     return keys

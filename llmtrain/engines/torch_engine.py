@@ -75,7 +75,8 @@ class TorchEngine:
         return masters
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        self.model.train()
+        if not self.model.training:  # setting the mode visits every module
+            self.model.train()
         # The count of the whole step is known before the first backward: gradients are sums, divided once.
         num_tokens = int(self._over_ranks(sum(batch.num_valid_tokens for batch in micro_batches)))
         loss_scale = self.loss_scale.scale if self.loss_scale else 1.0
@@ -123,10 +124,11 @@ class TorchEngine:
         self._round_weights()
 
     def _round_weights(self) -> None:
-        """Low-precision weights are the masters, rounded."""
+        """Low-precision weights are the masters, rounded; in fp32 they are the masters."""
+        if self.config.train.precision == "fp32":
+            return
         for name, parameter in self.model.named_parameters():
-            if parameter is not self.masters[name]:
-                parameter.data.copy_(self.masters[name])
+            parameter.data.copy_(self.masters[name])
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:

@@ -34,13 +34,14 @@ def chunk_loss(
     """Sum of -log softmax(h W^T)[label] over the chunk's targets, in fp32; adds `scale` times its gradients."""
     valid_C, targets_C = labels_C >= 0, labels_C.clamp(min=0)
     logits_CV = (hidden_CH @ weight_VH.T).float()
-    log_sum_C, target_logit_C = objective.part.log_sum_and_target(logits_CV, targets_C)
+    sum_C, log_sum_C, target_logit_C = objective.part.exponentials(logits_CV, targets_C)
     if grads is not None:
-        probabilities_CV = logits_CV.sub_(log_sum_C[:, None]).exp_()
+        scale_C = valid_C * objective.scale
+        logits_CV.mul_((scale_C / sum_C)[:, None])
         if objective.part.rows:
             row_C, here_C = objective.part.local(targets_C)
-            probabilities_CV.scatter_add_(1, row_C[:, None], -here_C[:, None].to(probabilities_CV.dtype))
-        d_logits_CV = probabilities_CV.mul_((valid_C * objective.scale)[:, None]).to(hidden_CH.dtype)
+            logits_CV.scatter_add_(1, row_C[:, None], -(here_C * scale_C)[:, None])
+        d_logits_CV = logits_CV.to(hidden_CH.dtype)
         torch.mm(d_logits_CV, weight_VH, out=grads.hidden_CH)
         if grads.weight_VH.dtype == hidden_CH.dtype:
             grads.weight_VH.addmm_(d_logits_CV.T, hidden_CH)
@@ -74,7 +75,7 @@ class HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
         d_hidden_TH, d_weight_VH = ctx.saved_tensors
-        return d_hidden_TH * grad_outputs[0], d_weight_VH * grad_outputs[0], None, None
+        return d_hidden_TH.mul_(grad_outputs[0]), d_weight_VH.mul_(grad_outputs[0]), None, None
 
 
 def head_cross_entropy(

@@ -79,7 +79,8 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, H], without the rows that pad the vocabulary."""
         weight = self.embeddings.word.weight if self.head is None else self.head.weight
-        return weight[: self.config.vocabulary]
+        # A slice of everything would still cost its backward pass a copy of the gradient.
+        return weight if self.config.vocabulary == weight.shape[0] else weight[: self.config.vocabulary]
 
     def forward(
         self,

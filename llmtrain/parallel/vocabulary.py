@@ -26,21 +26,26 @@ class VocabularyPart:
         first = group.rank() * held
         return VocabularyPart(first, min(held, max(0, vocab_size - first)), group)
 
-    def log_sum_and_target(self, logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-        """log(sum(exp)) over the whole vocabulary, and the logit of each label; [C] each, fp32."""
-        if self.group is None:
-            return logits_CV.logsumexp(-1), logits_CV.gather(1, labels_C[:, None])[:, 0]
+    def exponentials(self, logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turns logits into exp(logit - peak) in place; (their sum, log(sum(exp(logit))), the labels' logits), [C], fp32.
+
+        The peak and the sums are over the whole vocabulary. Dividing by the sum makes probabilities, which spares a
+        second exponential.
+        """
+        row_C, here_C = self.local(labels_C)
         peak_C = logits_CV.new_full((len(labels_C),), float("-inf"))
-        if self.rows:
-            peak_C = logits_CV.amax(-1)
-        dist.all_reduce(peak_C, dist.ReduceOp.MAX, self.group)
-        local_C, here_C = self.local(labels_C)
         target_C = torch.zeros_like(peak_C)
         if self.rows:
-            target_C = logits_CV.gather(1, local_C[:, None])[:, 0] * here_C
-        sums_2C = torch.stack(((logits_CV - peak_C[:, None]).exp().sum(-1), target_C))
-        dist.all_reduce(sums_2C, group=self.group)
-        return peak_C + sums_2C[0].log(), sums_2C[1]
+            peak_C = logits_CV.amax(-1)
+            target_C = logits_CV.gather(1, row_C[:, None])[:, 0] * here_C
+        if self.group is not None:
+            dist.all_reduce(peak_C, dist.ReduceOp.MAX, self.group)
+        sum_C = logits_CV.sub_(peak_C[:, None]).exp_().sum(-1)
+        if self.group is not None:
+            sums_2C = torch.stack((sum_C, target_C))
+            dist.all_reduce(sums_2C, group=self.group)
+            sum_C, target_C = sums_2C.unbind()
+        return sum_C, peak_C + sum_C.log(), target_C
 
     def local(self, labels_C: Tensor) -> tuple[Tensor, Tensor]:
         """(row on this rank, whether the label is on this rank); the row is legal in either case."""

@@ -23,7 +23,12 @@ from llmtrain.parallel.draws import derived_key
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 
-PRELOADED = ("launch.parity", "llmtrain.engines.torch_engine", "llmtrain.engines.megatron_engine")
+PRELOADED = (
+    "launch.parity",
+    "llmtrain.engines.torch_engine",
+    "llmtrain.engines.megatron_engine",
+    "llmtrain.engines.deepspeed_engine",
+)
 """What takes long to import."""
 
 Pieces = list[tuple[str, tuple[int, ...], Box, np.ndarray]]

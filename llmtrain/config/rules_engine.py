@@ -103,6 +103,12 @@ def compile_needs_torch_linears(config: RunConfig) -> Found:
         yield Problem("train.compile", message, "true", uses=("parallel.tensor", "engine.name"))
 
 
+def deepspeed_does_not_compile(config: RunConfig) -> Found:
+    if config.train.compile and config.engine.name == "deepspeed" and config.parallel.tensor == 1:
+        message = "ZeRO's hooks inside of layers are not compiled. Try false, or engine.name=torch or megatron."
+        yield Problem("train.compile", message, "true", uses=("engine.name",))
+
+
 ENGINE_RULES = (
     engine_is_on_this_platform,
     torch_splits_the_batch_only,
@@ -111,4 +117,5 @@ ENGINE_RULES = (
     offload_has_a_place,
     deepspeed_has_fp16_on_gpus_only,
     compile_needs_torch_linears,
+    deepspeed_does_not_compile,
 )

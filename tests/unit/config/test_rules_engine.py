@@ -56,6 +56,11 @@ NVME = {**DEEPSPEED, "zero_stage": 3, "offload": "nvme", "nvme_path": "/tmp/x"}
             "train.compile",
             "Try false, or parallel.tensor=1.",
         ),
+        (
+            {"engine": DEEPSPEED, "train": {"compile": True}},
+            "train.compile",
+            "Try false, or engine.name=torch or megatron.",
+        ),
     ],
 )
 def test_what_an_engine_lacks(sections: dict[str, Any], key: str, says: str) -> None:

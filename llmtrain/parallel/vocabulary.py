@@ -27,10 +27,10 @@ class VocabularyPart:
         return VocabularyPart(first, min(held, max(0, vocab_size - first)), group)
 
     def exponentials(self, logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Turns logits into exp(logit - peak) in place; (their sum, log(sum(exp(logit))), the labels' logits), [C], fp32.
+        """Turns logits into exp(logit - peak) in place; returns their sum, log(sum(exp(logit))) and the labels' logits.
 
-        The peak and the sums are over the whole vocabulary. Dividing by the sum makes probabilities, which spares a
-        second exponential.
+        [C] each, fp32. The peak and the sums are over the whole vocabulary. Dividing by the sum makes probabilities,
+        which spares a second exponential.
         """
         row_C, here_C = self.local(labels_C)
         peak_C = logits_CV.new_full((len(labels_C),), float("-inf"))

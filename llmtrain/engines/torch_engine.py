@@ -15,17 +15,15 @@ from llmtrain.checkpoint.fragments import Box, Fragment, FragmentSource
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
+from llmtrain.engines.placement import Placement, read_range
 from llmtrain.engines.precision import DTYPES
-from llmtrain.errors import CheckpointError
 from llmtrain.models.build import build_model, materialize
 from llmtrain.models.cross_entropy import Objective
 from llmtrain.optim.groups import parameter_groups
 from llmtrain.optim.scaler import build_loss_scale
 from llmtrain.parallel.draws import Draws
+from llmtrain.parallel.sums import sum_over_ranks
 from llmtrain.parallel.vocabulary import VocabularyPart
-
-BUCKET_ELEMENTS = 1 << 24
-"""fp32 gradients that are summed over ranks in one collective: 64 MiB."""
 
 
 class TorchEngine:
@@ -193,25 +191,7 @@ def _accumulator_into(master: Tensor) -> Any:
     return accumulate
 
 
-def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace each tensor by its sum over the ranks, in buckets: one collective for many small tensors."""
-    bucket: list[Tensor] = []
-    for number, tensor in enumerate(tensors):
-        bucket.append(tensor)
-        if number == len(tensors) - 1 or sum(held.numel() for held in bucket) >= BUCKET_ELEMENTS:
-            flat = torch.cat([held.reshape(-1) for held in bucket])
-            dist.all_reduce(flat, group=group)
-            for held, total in zip(bucket, flat.split([held.numel() for held in bucket]), strict=True):
-                held.copy_(total.view_as(held))
-            bucket = []
-
-
 def _fill(target: Tensor, name: str, kind: str, source: FragmentSource) -> None:
-    shape = source.global_shape(name, kind)
-    if shape != tuple(target.shape):
-        found = "no such tensor" if shape is None else f"shape {list(shape)}"
-        raise CheckpointError(
-            f"{kind} of {name}: the model needs shape {list(target.shape)}, the checkpoint has {found}. "
-            "It was written by another architecture: train with the model section of its config.yaml."
-        )
-    target.copy_(source.read(name, kind, Box.whole(target.shape)))
+    """Replace a whole tensor by what the source has of it. Raises CheckpointError where the shapes differ."""
+    placement = Placement(name, tuple(target.shape), Box.whole(target.shape))
+    read_range(source, placement, kind, (0, target.numel()), target.view(-1))

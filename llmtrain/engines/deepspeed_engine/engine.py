@@ -19,7 +19,6 @@ from llmtrain.engines.deepspeed_engine.weights import PartitionedWeights
 from llmtrain.engines.placement import InitialWeights, Placement, iter_range_boxes, read_range
 from llmtrain.engines.precision import DTYPES
 from llmtrain.engines.stage import Stage
-from llmtrain.engines.torch_engine import sum_over_ranks
 from llmtrain.optim.groups import parameter_groups
 from llmtrain.optim.scaler import build_loss_scale
 from llmtrain.parallel.cpu import stand_in_for_cuda
@@ -27,6 +26,7 @@ from llmtrain.parallel.draws import Draws
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.layout import plan_chunks, plan_layout
 from llmtrain.parallel.marks import mark_parameter
+from llmtrain.parallel.sums import sum_over_ranks
 
 
 class DeepSpeedEngine:

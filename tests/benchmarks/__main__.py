@@ -15,12 +15,14 @@ from tests.benchmarks.measuring import Options
 
 BENCHMARKS = {
     "step": "a training step beside a bare loop, Hugging Face's GPT-2 and HF Trainer",
+    "engines": "a step of each engine beside a bare loop, one rank",
     "overhead": "what loop, loader and trackers add to a step of about a millisecond",
     "stream": "shards to packed batches beside webdataset and raw mmap",
     "resume": "how long the data stream takes to its first batch, far into a run",
     "sharding": "raw text to shards beside the tokenizer alone",
     "checkpoint": "saving a state beside a raw write, torch.save, safetensors and DCP; the stall of training",
     "command": "the command's help, and from command to first step",
+    "launch": "from command to first step with 2 ranks, beside torchrun",
 }
 """Each is the module tests.benchmarks.NAME with a function `benchmark(options) -> list[Table]`."""
 

@@ -40,4 +40,4 @@ def test_one_can_be_chosen_and_read_by_a_machine(capsys: pytest.CaptureFixture[s
 def test_an_unknown_name_is_refused_with_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["steps"])
-    assert "no benchmark named steps; there are step, overhead" in capsys.readouterr().err
+    assert "no benchmark named steps; there are step, engines, overhead" in capsys.readouterr().err

@@ -25,10 +25,15 @@ SYSTEM_CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "open")
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Run `work` in a forked process; its exit status as `os.waitstatus_to_exitcode` gives it."""
+    """Run `work` in a forked process; its exit status as `os.waitstatus_to_exitcode` gives it.
+
+    The child computes with one thread: a pool of threads that this process has started does not live on in it, and
+    would be waited for without end.
+    """
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)
             work()
             os._exit(0)
         except BaseException:

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help install quickstart test test-all check bench docs clean
 
 help:
-	@echo "make quickstart   train a small model on real text, sample from it, export it (5 minutes)"
+	@echo "make quickstart   train a small model on real text, sample from it, export it (a few minutes)"
 	@echo "make test         every kind of test"
 	@echo "make test-all     every test grid whole"
 	@echo "make check        ruff, basedpyright, import-linter"

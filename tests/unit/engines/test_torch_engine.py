@@ -162,6 +162,25 @@ def test_restoring_fragments_and_state_continues_bit_for_bit() -> None:
         assert torch.equal(a.tensor, b.tensor), a.name
 
 
+@pytest.mark.parametrize("forgotten", ["state", "exp_avg", "exp_avg_sq"])
+def test_a_resume_that_forgets_something_is_seen(forgotten: str) -> None:
+    first, second = engine(), engine()
+    for step in (1, 2, 3):
+        first.train_step(step, [random_batch(seed=step)], 1e-2)
+    source = Fragments(list(first.fragments()))
+    for name, kind in source.tensors:
+        if kind == forgotten:
+            source.tensors[name, kind].zero_()
+    second.load(source)
+    if forgotten != "state":
+        second.load_state(first.state())
+    batches = [[random_batch(seed=step)] for step in (4, 5)]
+    ours = [first.train_step(step, batch, 1e-2) for step, batch in enumerate(batches, 4)]
+    theirs = [second.train_step(step, batch, 1e-2) for step, batch in enumerate(batches, 4)]
+    assert ours[0] == theirs[0]
+    assert ours[1] != theirs[1]
+
+
 def test_a_checkpoint_of_another_shape_is_refused() -> None:
     source = Fragments(list(engine({"ffn_hidden_size": 64}).fragments()))
     with pytest.raises(CheckpointError, match=r"decoder\.layers\.0\.mlp\.gate\.weight: the model needs shape"):

@@ -1,9 +1,8 @@
 """What a training step sends between ranks: calls and bytes of every collective equal docs/communication.md.
 
-Each term is a line of `expected_megatron` or `expected_torch`; nothing is left over on either side.
+Each term is a line of `expected_megatron`, `expected_torch` or `block_calls`; nothing is left over on either side.
 """
 
-from collections import Counter
 from math import lcm
 from typing import Any
 
@@ -12,17 +11,20 @@ import torch
 
 from launch.parity import probe_batches
 from llmtrain.config.schema import RunConfig
-from llmtrain.models.build import build_model
-from llmtrain.models.sharding import DECODER, split_dim
-from llmtrain.parallel.layout import Layout, plan_chunks, plan_layout
+from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.train.setup import engine_class
 from tests.parity.cases import parity_run, with_layout
+from tests.parity.communication import (
+    COUNT_BYTES,
+    FP32_BYTES,
+    Calls,
+    block_calls,
+    held_parameters,
+    hidden_bytes,
+    micro_batches_of_rank,
+)
 from tests.support.collectives import Collectives
 from tests.support.ranks import run_ranks
-
-Calls = Counter[tuple[str, int]]
-
-FP32_BYTES, COUNT_BYTES = 4, 8
 
 
 def counted_rank(rank: int, world_size: int, config: RunConfig) -> Calls:
@@ -32,20 +34,6 @@ def counted_rank(rank: int, world_size: int, config: RunConfig) -> Calls:
     with Collectives() as collectives:
         engine.train_step(1, probe_batches(config, 1, *data), 1e-3)
     return collectives.calls
-
-
-def held_parameters(config: RunConfig, layout: Layout, stage: int) -> list[tuple[str, int]]:
-    """(name, elements) of what a rank of a pipeline stage holds, in the order of the model."""
-    chunks = plan_chunks(layout, config.model.num_layers, None, stage)
-    held = []
-    for name, parameter in build_model(config.model).named_parameters():
-        number = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
-        here = any(number in chunk.layers for chunk in chunks) if number is not None else {
-            "embeddings": any(chunk.first or (chunk.last and config.model.tie_embeddings) for chunk in chunks),
-        }.get(name.split(".")[0], any(chunk.last for chunk in chunks))  # fmt: skip
-        if here:
-            held.append((name, parameter.numel() // (layout.tensor if split_dim(name, DECODER) is not None else 1)))
-    return held
 
 
 def padded(sizes: list[int], ranks: int) -> int:
@@ -58,11 +46,8 @@ def padded(sizes: list[int], ranks: int) -> int:
 
 
 def expected_megatron(config: RunConfig, layout: Layout, stage: int) -> Calls:
-    model, train, calls = config.model, config.train, Calls()
-    micro_batches = train.global_batch_size // (train.micro_batch_size * layout.data)
-    tokens = train.micro_batch_size * config.data.seq_len // layout.context
-    hidden_bytes = tokens * model.hidden_size * FP32_BYTES
-    layers = sum(len(chunk.layers) for chunk in plan_chunks(layout, model.num_layers, None, stage))
+    model, calls = config.model, block_calls(config, layout, stage)
+    micro_batches = micro_batches_of_rank(config, layout)
     first, last = stage == 0, stage == layout.pipeline - 1
     held = held_parameters(config, layout, stage)
 
@@ -70,31 +55,11 @@ def expected_megatron(config: RunConfig, layout: Layout, stage: int) -> Calls:
     calls["all_reduce", COUNT_BYTES] += 2
     calls["all_reduce", FP32_BYTES] += 1
 
-    # Tensor: each block once into the region and once out of it, forward and backward; the ends once each.
-    if layout.tensor > 1:
-        crossings = micro_batches * (4 * layers + first + last)
-        for name in ("all_gather", "reduce_scatter") if layout.sequence else ("all_reduce",):
-            calls[name, hidden_bytes] += crossings
-        if last:  # cross-entropy: the largest logit, then the sum of exponentials and the label's logit
-            calls["all_reduce", tokens * FP32_BYTES] += micro_batches
-            calls["all_reduce", tokens * FP32_BYTES * 2] += micro_batches
-    # Sequence: parameters used on a part of the sequence have partial gradients.
-    if layout.sequence:
-        whole = sum(size for name, size in held if split_dim(name, DECODER) is None)
-        calls["all_reduce", whole * FP32_BYTES] += 1
-
-    # Context: queries and outputs, keys and values, each forward and backward.
-    if layout.context > 1:
-        head_bytes = tokens * model.head_size * FP32_BYTES
-        # Key heads that the ranks cannot share out are repeated first.
-        dealt = lcm(model.kv_heads // layout.tensor, layout.context)
-        calls["all_to_all", head_bytes * model.num_heads // layout.tensor] += 4 * layers * micro_batches
-        calls["all_to_all", head_bytes * dealt] += 4 * layers * micro_batches
-
     # Pipeline: one message per micro-batch and direction at each boundary; under sequence parallel a part of it.
     boundaries = (not first) + (not last)
     if boundaries:
-        calls["send", hidden_bytes // (layout.tensor if layout.sequence else 1)] += micro_batches * boundaries
+        message = hidden_bytes(config, layout) // (layout.tensor if layout.sequence else 1)
+        calls["send", message] += micro_batches * boundaries
         if model.tie_embeddings and (first or last):
             word = next(size for name, size in held if name == "embeddings.word.weight")
             calls["all_reduce", word * FP32_BYTES] += 1

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from launch.parity import LOW_PRECISION
-from tests.parity.cases import parity_run, verdict, with_layout
+from launch.parity import LOW_PRECISION, assemble_trace, worst_tensor
+from llmtrain.config.schema import LossScaleConfig
+from tests.parity.cases import parity_run, reference, traced_rank, verdict, with_layout
+from tests.support.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
@@ -95,3 +97,25 @@ def test_uneven_stages_and_overlapped_reductions() -> None:
     assert verdict(config, other, 2, num_steps=3).problems == []
     overlapped = with_layout(config, {"name": "megatron", "zero_stage": 1}, {"overlap_grad_reduce": True})
     assert verdict(config, overlapped, 2, num_steps=3).problems == []
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2+sp", "pp2"])
+def test_fp16_recovers_from_an_overflow(layout: str) -> None:
+    """All ranks skip the same steps until the scale is low enough. Where layers are whole, it is one process's steps.
+
+    A tensor rank's part of a sum may stay below fp16's largest number at a scale where the whole overflows.
+    """
+    ranks, parallel = LAYOUTS[layout]
+    config = parity_run("llama", "fp16")
+    scaled = config.optim.model_copy(update={"loss_scale": LossScaleConfig(initial=2.0**30)})
+    config = config.model_copy(update={"optim": scaled})
+    other = with_layout(config, {"name": "megatron", "zero_stage": 1}, parallel)
+    together = run_ranks(traced_rank, ranks, other, 20, None, timeout_seconds=120)
+    skipped = [step.skipped for step in together[0].steps]
+    assert skipped[0]
+    assert not skipped[-1]
+    assert all([step.skipped for step in rank.steps] == skipped for rank in together)
+    if "tensor" not in parallel:
+        alone = reference(config, 20)
+        assert [step.skipped for step in alone.steps] == skipped
+        assert worst_tensor(alone.final, assemble_trace(together).final, LOW_PRECISION.floor)[1] < LOW_PRECISION.weight

@@ -180,8 +180,8 @@ def compare(reference: Trace, other: Trace, levels: Levels) -> Verdict:
     _judge(verdict, f"weights of {name} after the last step", verdict.weight, levels.weight)
     if [a.num_tokens for a in reference.steps] != [b.num_tokens for b in other.steps]:
         verdict.problems.append("numbers of valid tokens differ")
-    a, b = reference.evaluation, other.evaluation
-    _judge(verdict, "evaluation", abs(b.loss_sum / b.num_tokens - a.loss_sum / a.num_tokens), levels.loss * 10)
+    before, after = (trace.evaluation.loss_sum / trace.evaluation.num_tokens for trace in (reference, other))
+    _judge(verdict, "loss of the evaluation", abs(after - before) / before, levels.loss)
     return verdict
 
 

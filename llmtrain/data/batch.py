@@ -29,10 +29,6 @@ class Batch:
     """Global number of the first sample; the others follow it."""
 
     @property
-    def num_samples(self) -> int:
-        return self.tokens_BS.shape[0]
-
-    @property
     def num_valid_tokens(self) -> int:
         """Number of targets. Call on the CPU batch, before `to`: on a device it waits for the device."""
         return int((self.labels_BS != IGNORED_LABEL).sum())

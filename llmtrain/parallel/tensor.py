@@ -38,10 +38,6 @@ class TensorRegion:
     def size(self) -> int:
         return self.group.size()
 
-    @property
-    def rank(self) -> int:
-        return self.group.rank()
-
     def enter(self, x_SBH: Tensor) -> Tensor:
         """Into a region: the whole sequence on every rank; gradients of the ranks are summed on the way back."""
         if self.sequence:

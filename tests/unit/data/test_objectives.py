@@ -63,7 +63,7 @@ def test_positions_and_numbers_equal_a_slow_reference(starts: set[int], seq_len:
 def test_stacking() -> None:
     rows = [causal(sample_of([n, 6, 3, 7, 8], [3]), data_config(reset_attention=True)) for n in range(4, 7)]
     batch = stack_samples(rows, first_sample=40)
-    assert (batch.num_samples, batch.first_sample, batch.num_valid_tokens) == (3, 40, 9)
+    assert (len(batch.tokens_BS), batch.first_sample, batch.num_valid_tokens) == (3, 40, 9)
     assert batch.tokens_BS[:, 0].tolist() == [4, 5, 6]
     assert batch.segments_BS is not None
     tensors = (batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.segments_BS)

@@ -20,6 +20,10 @@ PRELOAD_VARIABLE = "LLMTRAIN_PRELOAD"
 """Names the modules that the server imports, in its environment: a server is told nothing else before it forks."""
 
 
+MEETING_SECONDS = 300.0
+"""How long the ranks may take to start and meet, on a busy machine too. What they are given to do is timed after it."""
+
+
 class RankError(AssertionError):
     """A rank raised; the text is its traceback."""
 
@@ -38,21 +42,25 @@ class Forks:
         """Call `function(rank, world_size, *args)` on every rank of a new gloo group; returns the results by rank.
 
         The function belongs to a module. Each rank computes with one thread. Raises RankError with the traceback of the
-        first rank that raised, or where the ranks are not done in time; none is left running.
+        first rank that raised, or where the ranks, once they have met, are not done in time; none is left running.
         """
         with tempfile.TemporaryDirectory() as folder:
             pipes: list[Any] = []
             processes = []
             try:
                 for rank in range(world_size):
-                    here, there = self._context.Pipe(duplex=False)
+                    here, there = self._context.Pipe()
                     place = (rank, world_size, Path(folder) / "store", timeout_seconds)
                     process = self._context.Process(target=_run_rank, args=(there, place, function, args))
                     process.start()
                     there.close()
                     pipes.append(here)
                     processes.append(process)
-                return _gather(pipes, time.monotonic() + timeout_seconds)
+                _gather(pipes, MEETING_SECONDS)
+                for pipe in pipes:
+                    with suppress(OSError):  # it has ended: that is heard in its place
+                        pipe.send_bytes(b"begin")
+                return _gather(pipes, timeout_seconds)
             finally:
                 for process in processes:
                     process.kill()
@@ -68,7 +76,9 @@ def preload() -> None:
             importlib.import_module(name)
 
 
-def _gather(pipes: list[Connection], deadline: float) -> list[Any]:
+def _gather(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
+    """What each rank says next. Raises RankError where one raised or was killed, or where some say nothing in time."""
+    deadline = time.monotonic() + timeout_seconds
     results: dict[Connection, Any] = {}
     while len(results) < len(pipes):
         ready = wait([pipe for pipe in pipes if pipe not in results], max(0.0, deadline - time.monotonic()))
@@ -101,8 +111,10 @@ def _run_rank(
             store=dist.FileStore(str(store), world_size),  # pyright: ignore[reportPrivateImportUsage]  # documented
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timedelta(seconds=MEETING_SECONDS + timeout_seconds),
         )
+        told.send_bytes(pickle.dumps((None, "met")))
+        told.recv_bytes()  # nobody begins, and perhaps ends, while others still connect to it
         said = pickle.dumps((None, function(rank, world_size, *args)))
     except BaseException:
         said = pickle.dumps((traceback.format_exc(), None))

@@ -68,6 +68,12 @@ class LaunchError(LlmtrainError):
     exit_code = 1
 
 
+class NoProgressError(LlmtrainError):
+    """The run fails again and again at the same place: starting it once more would not help."""
+
+    exit_code = 93
+
+
 class ExportError(LlmtrainError):
     """An exported model does not reproduce the numbers of the trained one."""
 

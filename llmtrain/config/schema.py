@@ -40,6 +40,19 @@ class DataConfig(Section):
     verify: Literal["off", "first", "always"] = Field(
         default="first", description="Hash a shard never, before its first use in a run, or at every opening."
     )
+    on_corrupt: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="A damaged or missing shard ends the run, or its samples have no targets and it is listed in "
+        "skipped_shards.jsonl.",
+    )
+    max_skipped: Probability = Field(
+        default=0.001, description="Share of a source's samples that on_corrupt=skip may lose before the run ends."
+    )
+    cache_dir: str | None = Field(
+        default=None, description="Folder for shards of remote sources; absent: .cache/llmtrain in the home folder."
+    )
+    fetch_attempts: Count = Field(default=5, description="Tries to fetch a remote file, with growing pauses.")
+    fetch_timeout_seconds: Positive = Field(default=60.0, description="Longest silence of a remote server.")
     prefetch_steps: CountOrZero = Field(default=2, description="Steps whose batches are prepared ahead.")
 
 
@@ -159,6 +172,39 @@ class CheckpointConfig(Section):
         default="auto",
         description="auto: the newest valid checkpoint; none: a fresh run folder; or a run's or checkpoint's path.",
     )
+    allow_change: Annotated[tuple[str, ...], AsTuple] = Field(
+        default=(),
+        description="Keys that may differ from those of the checkpoint that a run continues, such as seed, "
+        "data.train or data.tokenizer.",
+    )
+    on_save_error: Literal["continue", "stop"] = Field(
+        default="continue",
+        description="When the file system does not take a checkpoint: train on and try again at the next one, or stop. "
+        "The last one must succeed.",
+    )
+
+
+class HealthConfig(Section):
+    """What is done about losses and gradients that are not as they should be."""
+
+    rerun: bool = Field(
+        default=True,
+        description="Run a step whose gradient is not finite once more, to tell a passing fault of the hardware from "
+        "the data's or the model's (not with fp16, whose scale overflows on purpose).",
+    )
+    rollback: bool = Field(
+        default=False,
+        description="After max_strikes or a spike of the loss, go back to the last good checkpoint and skip the data "
+        "since.",
+    )
+    max_strikes: Count = Field(default=3, description="Skipped steps in a row that lead to a rollback.")
+    spike_deviations: NotNegative = Field(
+        default=10.0,
+        description="A loss that is higher than the running median by this many median absolute deviations is a spike; "
+        "0: none is.",
+    )
+    window_steps: Count = Field(default=100, description="Steps of the running median.")
+    max_rollbacks: Count = Field(default=10, description="Rollbacks of a run before it is given up with exit code 93.")
 
 
 class ObserveConfig(Section):
@@ -168,6 +214,23 @@ class ObserveConfig(Section):
     wandb_project: str = Field(default="llmtrain", description="Weights & Biases project.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
     log_every_steps: Count = Field(default=1, description="Steps between recorded rows.")
+    straggler_score: Probability = Field(
+        default=0.7,
+        description="A rank is called slow when the other ranks' work takes this share of its own time or less, "
+        "in several windows in a row; 0: never.",
+    )
+
+
+class WatchdogConfig(Section):
+    """How long a rank may be in one part of a run without progress before all ranks are ended and started again."""
+
+    setup_seconds: Positive = Field(
+        default=1800.0, description="From the start of a rank to the end of its first step."
+    )
+    data_seconds: Positive = Field(default=600.0, description="Waiting for the batches of a step.")
+    step_seconds: Positive = Field(default=600.0, description="One step.")
+    evaluate_seconds: Positive = Field(default=1800.0, description="One evaluation.")
+    checkpoint_seconds: Positive = Field(default=1800.0, description="One checkpoint.")
 
 
 class LaunchConfig(Section):
@@ -177,6 +240,16 @@ class LaunchConfig(Section):
     num_workers: Count = Field(default=1, description="Number of ranks. Under torchrun and srun theirs counts.")
     threads_per_worker: CountOrZero = Field(default=0, description="CPU threads of a rank; 0: cores divided by ranks.")
     timeout_seconds: Positive = Field(default=600.0, description="Longest wait for other ranks before a run fails.")
+    max_stalled_attempts: CountOrZero = Field(
+        default=3,
+        description="Attempts in a row that end without a newer checkpoint before the run is given up with exit code "
+        "93. 0: a failed run is not started again.",
+    )
+    grace_seconds: NotNegative = Field(
+        default=0.0,
+        description="From being told to stop to the end; a save that is not done by then is abandoned. 0: no limit.",
+    )
+    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
 
 
@@ -196,6 +269,7 @@ class RunConfig(Section):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    health: HealthConfig = Field(default_factory=HealthConfig)
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
 

@@ -56,6 +56,12 @@ class CheckpointError(LlmtrainError):
     exit_code = 3
 
 
+class SaveError(CheckpointError):
+    """The file system did not take a checkpoint: nothing is damaged, and the next save may succeed."""
+
+    exit_code = 1
+
+
 class RunFolderInUseError(LlmtrainError):
     """Another process is writing to the run folder."""
 

@@ -1,6 +1,17 @@
-"""How the ranks that write one checkpoint together hear of each other."""
+"""How the ranks that write one checkpoint together hear of each other, and agree whether it is there.
 
+Of each save every rank says what it needs; rank 0 then whether the folder is ready; every rank what it has written;
+rank 0 in the end whether the checkpoint is there. A rank that fails says that in place of its text, so that nobody
+waits for what will not come.
+"""
+
+from dataclasses import dataclass
 from typing import Protocol
+
+from llmtrain.errors import SaveError
+
+FAILED = "failed: "
+"""Begins what a rank says in place of its text when it could not do its part."""
 
 
 class Exchange(Protocol):
@@ -18,3 +29,48 @@ class Exchange(Protocol):
     def hear(self, key: str) -> str:
         """Wait for the text of a key. Raises LaunchError where nobody leaves one in time."""
         ...
+
+
+@dataclass(frozen=True)
+class SaveTalk:
+    """What the ranks say of save `number`, counted alike on all of them. A single rank has nobody to talk to."""
+
+    ranks: Exchange | None
+    number: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.ranks is None or self.ranks.rank == 0
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.ranks is None else self.ranks.rank
+
+    def say(self, topic: str, text: str) -> None:
+        """Rank 0 says it to all, another rank to rank 0."""
+        if self.ranks is not None:
+            self.ranks.say(self._key(topic, self.ranks.rank), text)
+
+    def say_failed(self, topic: str, error: BaseException) -> None:
+        self.say(topic, f"{FAILED}{str(error) or type(error).__name__}")
+
+    def hear_first(self, topic: str) -> str:
+        """What rank 0 says. Raises SaveError where it has failed."""
+        assert self.ranks is not None
+        return _unless_failed(self.ranks.hear(self._key(topic, 0)))
+
+    def hear_others(self, topic: str) -> list[str]:
+        """What all ranks but 0 say, once all have said it. Raises SaveError where one of them has failed."""
+        if self.ranks is None:
+            return []
+        texts = [self.ranks.hear(self._key(topic, rank)) for rank in range(1, self.ranks.world_size)]
+        return [_unless_failed(text) for text in texts]
+
+    def _key(self, topic: str, rank: int) -> str:
+        return f"save {self.number}: {topic} {rank}"
+
+
+def _unless_failed(text: str) -> str:
+    if text.startswith(FAILED):
+        raise SaveError(text.removeprefix(FAILED))
+    return text

@@ -5,11 +5,13 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.checkpoint.exchange import Exchange
-from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name
+from llmtrain.checkpoint.exchange import Exchange, SaveTalk
+from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name, step_of_folder
 from llmtrain.checkpoint.fragments import Fragment
 from llmtrain.checkpoint.host_copy import HostCopy
 from llmtrain.checkpoint.manifest import (
@@ -19,29 +21,42 @@ from llmtrain.checkpoint.manifest import (
     writing_folder_name,
 )
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.checkpoint.retention import steps_to_remove
 from llmtrain.checkpoint.writer import (
     Contents,
     free_name,
     publish,
     recover,
     remove_checkpoint,
+    size_bytes,
     start_checkpoint,
     sync_folder,
     write_rank_files,
 )
 from llmtrain.config.schema import CheckpointConfig
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import CheckpointError, SaveError
 
 _logger = logging.getLogger(__name__)
 
-FAILED = "failed: "
-"""Begins what a rank says in place of its part of the manifest when it could not write its files."""
+
+@dataclass
+class Reports:
+    """Who hears of what happens to checkpoints: a person, and the run's audit log.
+
+    `warn` takes a text. `record` takes the name of an event and its facts as keywords; where it raises OSError,
+    training goes on.
+    """
+
+    warn: Callable[[str], object] = _logger.warning
+    record: Callable[..., object] = lambda event, **facts: None
 
 
 def find_newest_valid(
-    checkpoints: Path, warn: Callable[[str], object]
+    checkpoints: Path, warn: Callable[[str], object], before_step: int | None = None
 ) -> tuple[CheckpointReader | None, list[tuple[Path, CheckpointError]]]:
     """The newest checkpoint that is whole, and the damaged ones that were passed over. Changes nothing.
+
+    With `before_step`, of those before that step.
 
     None only where there is no checkpoint at all. Raises CheckpointError where there are some and none is valid: a
     run must not start again from nothing by itself. CheckpointUnusableError (a newer format, no permission) is
@@ -49,6 +64,8 @@ def find_newest_valid(
     """
     damaged: list[tuple[Path, CheckpointError]] = []
     for step in checkpoint_steps(checkpoints):
+        if before_step is not None and step >= before_step:
+            continue
         path = checkpoints / step_folder_name(step)
         try:
             return open_checkpoint(path), damaged
@@ -65,28 +82,14 @@ def find_newest_valid(
     return None, []
 
 
-def steps_to_remove(metrics: Mapping[int, float | None], settings: CheckpointConfig) -> list[int]:
-    """Which checkpoints to delete, oldest first.
-
-    Kept are the newest `keep`, every multiple of `keep_every_steps`, and with `keep_best` the one with the lowest
-    metric (of equal ones the oldest). `metrics` holds all that exist, None where a checkpoint has no metric.
-    """
-    kept = set(sorted(metrics)[-settings.keep :])
-    if settings.keep_every_steps:
-        kept |= {step for step in metrics if step % settings.keep_every_steps == 0}
-    measured = [(metric, step) for step, metric in metrics.items() if metric is not None]
-    if settings.keep_best and measured:
-        kept.add(min(measured)[1])
-    return sorted(metrics.keys() - kept)
-
-
 class CheckpointManager:
     """Saves and finds the checkpoints of one run.
 
     `folder` is the run's `checkpoints` folder. Make one only while holding the run folder's lock: it removes what
     killed saves left behind. `about` says where checkpoints come from (layout, engine) and goes into each manifest.
     Where several ranks hold the state, each has a manager with `ranks`; all save the same steps, in the same order.
-    Rank 0, which holds the lock, publishes what all have written.
+    Rank 0, which holds the lock, publishes what all have written, and reports. Where one rank cannot write, the
+    checkpoint is not there for any of them.
     """
 
     def __init__(
@@ -95,36 +98,42 @@ class CheckpointManager:
         settings: CheckpointConfig,
         config_text: str,
         about: Mapping[str, Any],
-        warn: Callable[[str], object] = _logger.warning,
+        reports: Reports | None = None,
         ranks: Exchange | None = None,
     ) -> None:
+        self.reports = reports or Reports()
         self._ranks = ranks
         self._num_saves = 0
         self._folder = Path(folder)
         self._settings = settings
         self._config_text = config_text
         self._about = dict(about)
-        self._warn = warn
         self._host_copy = HostCopy()
         self._writer: ThreadPoolExecutor | None = None
-        self._running: Future[None] | None = None
+        self._running: tuple[int, Future[None]] | None = None
+        self._failure: SaveError | None = None
         self._metrics: dict[int, float | None] = {}
-        if ranks is None or ranks.rank == 0:
+        if self._reports_here:
             recover(self._folder)
+
+    @property
+    def _reports_here(self) -> bool:
+        return self._ranks is None or self._ranks.rank == 0
 
     def latest_steps(self) -> list[int]:
         """Steps of the checkpoints on the disk, newest first."""
         return checkpoint_steps(self._folder)
 
-    def newest_valid(self) -> CheckpointReader | None:
-        """The newest checkpoint that is whole, every file hashed; None where the run has none.
+    def newest_valid(self, before_step: int | None = None) -> CheckpointReader | None:
+        """The newest checkpoint that is whole, every file hashed, of those before a step; None where there is none.
 
         Damaged newer ones are renamed to `damaged-step-...` and reported, so that nothing takes them for newest
         again. Raises as `find_newest_valid` does, and then renames nothing.
         """
-        reader, damaged = find_newest_valid(self._folder, self._warn)
-        for path, _ in damaged:
-            self._set_aside(path, "damaged")
+        self.wait()
+        reader, damaged = find_newest_valid(self._folder, self.reports.warn, before_step)
+        for path, error in damaged:
+            self._set_aside(path, "damaged", str(error))
         return reader
 
     def save(
@@ -137,83 +146,125 @@ class CheckpointManager:
     ) -> None:
         """Write the checkpoint of a step; with `async_save` it returns once the state is copied.
 
-        Waits for the save before and raises that one's error: two never run at once. `before_publish` runs right
-        before the checkpoint becomes visible, with `async_save` in the writer's thread. `metric` is the validation
-        loss that `keep_best` goes by. Raises CheckpointError where the file system does not take it; nothing is
-        left of it then, and the next save may succeed.
+        Waits for the save before: two never run at once. `before_publish` runs right before the checkpoint becomes
+        visible, with `async_save` in the writer's thread. `metric` is the validation loss that `keep_best` goes by.
+        What the file system does not take leaves nothing, is reported, and the next save may succeed. With
+        `on_save_error` stop it is raised as SaveError: where it ran behind training, by `poll`, `wait` or the next one.
         """
-        self.finish()
+        self.wait()
+        self._failure = None
         best_by = metric if metric is not None and math.isfinite(metric) else None
         contents = Contents(step, state, self._config_text, {**self._about, "metric": best_by})
+        self._num_saves += 1
+        talk = SaveTalk(self._ranks, self._num_saves)
         if not self._settings.async_save:
-            self._write(contents, fragments, before_publish)
+            # All at once: making fragments may need all ranks, and one of them may have to give up early.
+            held = list(fragments)
+            self._settle(step, lambda: self._write(talk, contents, held, before_publish))
             return
         copies = self._host_copy.take(fragments)
         if self._writer is None:
             self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._running = self._writer.submit(self._write, contents, copies, before_publish)
+        self._running = (step, self._writer.submit(self._write, talk, contents, copies, before_publish))
 
-    def finish(self) -> None:
-        """Return once nothing is being written. Raises the error of a save that ran behind training."""
+    def poll(self) -> None:
+        """Report a save that has failed behind training, once that is known. Waits for nothing. Raises as `wait`."""
+        if self._running is not None and self._running[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once nothing is being written. Raises SaveError for a failed save with `on_save_error` stop."""
         running, self._running = self._running, None
         if running is not None:
-            running.result()
+            self._settle(running[0], running[1].result)
 
-    def _write(self, contents: Contents, fragments: Iterable[Fragment], before_publish: Callable[[], object]) -> None:
-        self._num_saves += 1
-        if self._ranks is not None and self._ranks.rank > 0:
-            self._write_part(self._ranks, contents.step, list(fragments))
-            return
-        writing = start_checkpoint(self._folder, contents.step)
+    def finish(self) -> None:
+        """End with a whole checkpoint: as `wait`, and raises SaveError where the newest save has failed."""
+        self.wait()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _settle(self, step: int, result: Callable[[], object]) -> None:
+        """Take the result of a save. Only what the file system did not take is no reason to end."""
         try:
-            if self._ranks is not None:
-                self._ranks.say(f"save {self._num_saves}: folder", writing.name)
-            part = write_rank_files(writing, 0, fragments)
-            publish(writing, [part, *self._other_parts()], contents, before_publish)
-        except BaseException:
+            result()
+        except SaveError as error:
+            self._failure = error
+            if self._reports_here:
+                self._record("save_failed", step=step, error=str(error))
+            if self._settings.on_save_error == "stop":
+                self._failure = None
+                raise
+            if self._reports_here:
+                self.reports.warn(f"step {step:,} is not saved: {error} Training goes on; the next save tries again.")
+
+    def _write(
+        self, talk: SaveTalk, contents: Contents, fragments: list[Fragment], before_publish: Callable[[], object]
+    ) -> None:
+        if not talk.is_first:
+            self._write_part(talk, contents.step, fragments)
+            return
+        writing = self._start(talk, contents.step, size_bytes(fragments))
+        try:
+            parts = self._gather_parts(talk, writing, fragments)
+            publish(writing, parts, contents, before_publish)
+        except BaseException as error:
             shutil.rmtree(writing, ignore_errors=True)
+            talk.say_failed("outcome", error)
             raise
+        talk.say("outcome", "")
         self._metrics[contents.step] = contents.about["metric"]
         try:
-            self._set_aside_later_than(contents.step)
+            self.set_aside_later_than(contents.step)
             self._remove_old()
         except OSError as error:
-            self._warn(f"{error.filename or self._folder}: an old checkpoint could not be removed: {error.strerror}")
+            path = error.filename or self._folder
+            self.reports.warn(f"{path}: an old checkpoint could not be removed: {error.strerror}")
 
-    def _write_part(self, ranks: Exchange, step: int, fragments: list[Fragment]) -> None:
-        """Write what this rank holds, once rank 0 has made the folder, and tell rank 0 what that is."""
-        ranks.hear(f"save {self._num_saves}: folder")
-        key = f"save {self._num_saves}: part {ranks.rank}"
-        if not fragments:
-            ranks.say(key, ManifestPart(files={}, tensors={}).model_dump_json())
-            return
+    def _start(self, talk: SaveTalk, step: int, needed: int) -> Path:
+        """Make the folder that all ranks write into, if what all of them need fits."""
         try:
-            part = write_rank_files(self._folder / writing_folder_name(step), ranks.rank, fragments)
-        except CheckpointError as error:
-            ranks.say(key, f"{FAILED}{error}")
+            needed += sum(int(text) for text in talk.hear_others("need"))
+            writing = start_checkpoint(self._folder, step, needed)
+        except BaseException as error:
+            talk.say_failed("folder", error)
             raise
-        ranks.say(key, part.model_dump_json())
+        talk.say("folder", "")
+        return writing
 
-    def _other_parts(self) -> list[ManifestPart]:
-        """What the other ranks have written. Raises CheckpointError where one of them could not."""
-        if self._ranks is None:
-            return []
-        keys = [f"save {self._num_saves}: part {rank}" for rank in range(1, self._ranks.world_size)]
-        texts = [self._ranks.hear(key) for key in keys]
-        for text in texts:
-            if text.startswith(FAILED):
-                raise CheckpointError(text.removeprefix(FAILED))
-        return [ManifestPart.model_validate_json(text) for text in texts]
+    def _gather_parts(self, talk: SaveTalk, writing: Path, fragments: list[Fragment]) -> list[ManifestPart]:
+        """Write what rank 0 holds; returns all ranks' parts once no rank writes any more."""
+        try:
+            own = write_rank_files(writing, 0, fragments)
+        except SaveError:
+            with suppress(SaveError):
+                talk.hear_others("part")
+            raise
+        return [own, *map(ManifestPart.model_validate_json, talk.hear_others("part"))]
 
-    def _set_aside_later_than(self, step: int) -> None:
+    def _write_part(self, talk: SaveTalk, step: int, fragments: list[Fragment]) -> None:
+        """Write what this rank holds, once rank 0 has made the folder; returns once the checkpoint is there."""
+        talk.say("need", str(size_bytes(fragments)))
+        talk.hear_first("folder")
+        try:
+            part = ManifestPart(files={}, tensors={})
+            if fragments:
+                part = write_rank_files(self._folder / writing_folder_name(step), talk.rank, fragments)
+        except BaseException as error:
+            talk.say_failed("part", error)
+            raise
+        talk.say("part", part.model_dump_json())
+        talk.hear_first("outcome")
+
+    def set_aside_later_than(self, step: int) -> None:
         """A run that went back to an older checkpoint has left the later ones: they are not its newest any more."""
         for later in self.latest_steps():
             if later > step:
-                path = self._set_aside(self._folder / step_folder_name(later), "superseded")
+                why = f"step {later} belongs to a continuation that this run has left: it went back before."
+                path = self._set_aside(self._folder / step_folder_name(later), "superseded", why)
                 self._metrics.pop(later, None)
-                self._warn(
-                    f"{path}: step {later} belongs to a continuation that this run has left: it went back before."
-                )
+                self.reports.warn(f"{path}: {why}")
 
     def _remove_old(self) -> None:
         metrics = {step: self._metric(step) for step in self.latest_steps()}
@@ -231,8 +282,16 @@ class CheckpointManager:
             self._metrics[step] = metric if isinstance(metric, int | float) else None
         return self._metrics[step]
 
-    def _set_aside(self, path: Path, reason: str) -> Path:
+    def _set_aside(self, path: Path, reason: str, why: str) -> Path:
         target = free_name(self._folder, f"{reason}-{path.name}")
+        self._record("set_aside", step=step_of_folder(path.name), reason=reason, folder=target.name, error=why)
         path.rename(target)
         sync_folder(self._folder)
         return target
+
+    def _record(self, event: str, **facts: object) -> None:
+        """Write into the audit log. A disk that does not take a checkpoint may not take this line either."""
+        try:
+            self.reports.record(event, **facts)
+        except OSError as error:
+            self.reports.warn(f"{error.filename or self._folder}: {event} is not in the audit log: {error.strerror}")

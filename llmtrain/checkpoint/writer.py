@@ -27,6 +27,7 @@ from llmtrain.checkpoint.manifest import (
     step_folder_name,
     writing_folder_name,
 )
+from llmtrain.checkpoint.space import require_room, save_error
 from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, WrittenFile, write_all, write_tensor_file
 from llmtrain.errors import CheckpointError
 
@@ -41,42 +42,46 @@ class Contents:
     about: dict[str, Any]
 
 
-def start_checkpoint(checkpoints: Path, step: int) -> Path:
+def start_checkpoint(checkpoints: Path, step: int, needed: int = 0) -> Path:
     """An empty folder to write step `step` into. Its name is the same on all ranks; one of them calls this.
 
-    What a dead save left there is removed. Raises CheckpointError where the folder cannot be made.
+    What earlier saves have left is removed. `needed` is the size of the whole checkpoint in bytes, where that is known.
+    Raises SaveError where it does not fit or the folder cannot be made.
     """
     folder = checkpoints / writing_folder_name(step)
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
+        # What cannot be removed does not matter, unless it is this very folder.
+        with suppress(OSError):
+            _clear(checkpoints)
+        require_room(checkpoints, needed)
         folder.mkdir(parents=True)
     except OSError as error:
-        raise _write_error(folder, 0, error) from error
+        raise save_error(folder, needed, error) from error
     return folder
 
 
 def write_rank_files(folder: Path, rank: int, fragments: Iterable[Fragment]) -> ManifestPart:
     """Write what this rank holds and return its part of the manifest, once the data is on the disk.
 
-    The tensors must not change meanwhile. Raises CheckpointError with the path and the needed and free bytes where
-    the file system does not take them; the caller removes the folder.
+    The tensors must not change meanwhile. Raises SaveError with the path and the needed and free bytes where the file
+    system does not take them; the caller removes the folder.
     """
     held = list(fragments)
     tensors = {fragment_key(item.kind, item.name, item.box): item.tensor for item in held}
     assert len(tensors) == len(held), "an engine gave the same fragment twice"
     path = folder / f"rank-{rank:05d}{TENSOR_FILE_SUFFIX}"
-    needed = sum(tensor.nbytes for tensor in tensors.values())
     shapes = {fragment_key(item.kind, item.name, item.box): item.global_shape for item in held}
     metadata = {"format": "pt", "llmtrain.rank": str(rank), "llmtrain.global_shapes": json.dumps(shapes)}
     try:
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise CheckpointError(_no_room(path, needed, free, "the disk is too small"))
         written = write_tensor_file(path, tensors, metadata)
     except OSError as error:
-        raise _write_error(path, needed, error) from error
+        raise save_error(path, size_bytes(held), error) from error
     return ManifestPart(files={path.name: _entry(written)}, tensors=_tensor_entries(held, path.name))
+
+
+def size_bytes(fragments: Iterable[Fragment]) -> int:
+    """Bytes of the fragments' data."""
+    return sum(item.tensor.nbytes for item in fragments)
 
 
 def publish(
@@ -88,8 +93,8 @@ def publish(
     the checkpoint is. A checkpoint of the same step is replaced: what training computes now is what counts. The old
     one is renamed away first and `recover` brings it back if the process dies before the second rename.
 
-    Raises CheckpointError where the file system does not take it, ValueError where the parts do not make whole
-    tensors. The caller removes the folder then.
+    Raises SaveError where the file system does not take it, ValueError where the parts do not make whole tensors. The
+    caller removes the folder then.
     """
     try:
         files = {
@@ -104,7 +109,8 @@ def publish(
         before_publish()
         return _put_in_place(folder, folder.parent / step_folder_name(contents.step))
     except OSError as error:
-        raise _write_error(folder, 0, error) from error
+        needed = sum(entry.size_bytes for part in parts for entry in part.files.values())
+        raise save_error(folder, needed, error) from error
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -121,17 +127,21 @@ def recover(checkpoints: Path) -> None:
     Raises CheckpointError where the file system does not allow it.
     """
     try:
-        for folder in sorted(checkpoints.iterdir()) if checkpoints.exists() else ():
-            original = checkpoints / folder.name.removeprefix("replaced-")
-            if folder.name.startswith("replaced-step-") and not original.exists():
-                folder.rename(original)
-            elif folder.name.startswith(("replaced-step-", "writing-step-", "removing-")):
-                shutil.rmtree(folder)
+        _clear(checkpoints)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or checkpoints}: what an interrupted save left cannot be cleared: {error.strerror}. "
             "Make the folder writable."
         ) from error
+
+
+def _clear(checkpoints: Path) -> None:
+    for folder in sorted(checkpoints.iterdir()) if checkpoints.exists() else ():
+        original = checkpoints / folder.name.removeprefix("replaced-")
+        if folder.name.startswith("replaced-step-") and not original.exists():
+            folder.rename(original)
+        elif folder.name.startswith(("replaced-step-", "writing-step-", "removing-")):
+            shutil.rmtree(folder)
 
 
 def free_name(parent: Path, name: str) -> Path:
@@ -158,8 +168,17 @@ def _put_in_place(folder: Path, target: Path) -> Path:
         if replaced.exists():
             remove_checkpoint(replaced)
         target.rename(replaced)
-    folder.rename(target)
-    sync_folder(target.parent)
+    try:
+        folder.rename(target)
+        sync_folder(target.parent)
+    except OSError:
+        # Nobody may find a checkpoint that this save has called failed; the one before it is there again.
+        with suppress(OSError):
+            if not folder.exists():
+                target.rename(folder)
+            if replaced.exists():
+                replaced.rename(target)
+        raise
     if replaced.exists():
         # The new checkpoint is there; what cannot be removed now is removed at the next start.
         with suppress(OSError):
@@ -193,25 +212,3 @@ def _tensor_entries(fragments: Iterable[Fragment], file: str) -> dict[str, dict[
             dtype=DTYPE_NAMES[item.tensor.dtype], global_shape=item.global_shape, fragments=(*before, entry)
         )
     return entries
-
-
-def _write_error(path: Path, needed: int, error: OSError) -> CheckpointError:
-    """`needed` is 0 where the fault is not the size of what was to be written."""
-    return CheckpointError(_no_room(path, needed, _free_bytes(path), error.strerror or str(error)))
-
-
-def _free_bytes(path: Path) -> int | None:
-    """Free bytes of the nearest folder above that can be asked; never raises, for use where an error is described."""
-    for folder in (path, *path.parents):
-        with suppress(OSError):
-            return shutil.disk_usage(folder).free
-    return None
-
-
-def _no_room(path: Path, needed: int, free: int | None, reason: str) -> str:
-    sizes = f" Needed {needed:,} bytes." if needed else ""
-    sizes += f" Free {free:,} bytes." if free is not None else ""
-    return (
-        f"{path}: the checkpoint could not be written: {reason}.{sizes} "
-        "Free space, lower checkpoint.keep, or set output_dir to a folder that can be written."
-    )

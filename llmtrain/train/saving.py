@@ -22,6 +22,8 @@ class Saving:
     before_publish: Callable[[], object]
 
     def due(self, step: int) -> bool:
+        """Whether a step is saved. Asked at every step: a save that has failed behind training is told of here."""
+        self.manager.poll()
         return step == self.last_step or (self.every_steps > 0 and step % self.every_steps == 0)
 
     def save(self, state: TrainState, engine: Engine, valid_loss: float | None) -> None:
@@ -30,7 +32,7 @@ class Saving:
         self.manager.save(state.step, engine.fragments(), contents, self.before_publish, valid_loss)
 
     def finish(self) -> None:
-        """Return once the last save is complete."""
+        """Return once the last save is complete. Raises SaveError where it has failed: the run must not end so."""
         self.manager.finish()
 
 

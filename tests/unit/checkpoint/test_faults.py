@@ -43,7 +43,7 @@ def in_child(work: Callable[[], None]) -> int:
 
 
 def new_manager(folder: Path) -> CheckpointManager:
-    return CheckpointManager(folder, CheckpointConfig(keep=2, async_save=False), "", {}, lambda _: None)
+    return CheckpointManager(folder, CheckpointConfig(keep=2, async_save=False, on_save_error="stop"), "", {})
 
 
 def save_three(folder: Path) -> None:
@@ -167,13 +167,13 @@ def test_a_full_disk_is_named_and_the_next_save_works(tmp_path: Path, capfd: pyt
     assert in_child(child) == 0
     message = capfd.readouterr().out
     assert "writing-step-00000002/rank-00000.safetensors" in message
-    assert f"Needed {1 << 20:,} bytes. Free " in message
+    assert "Needed: 1.05 MB (1,048,576 bytes). Free: " in message
     assert new_manager(tmp_path).latest_steps() == [3, 1]
 
 
 def test_a_disk_that_is_too_small_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=10, used=9, free=1))
-    with pytest.raises(CheckpointError, match=r"too small. Needed 1,048,576 bytes. Free 1 bytes"):
+    with pytest.raises(CheckpointError, match=r"No space left on device. Needed: 1.05 MB \(1,048,576 bytes\). Free: 1 bytes"):
         new_manager(tmp_path).save(2, large_state(), {}, lambda: None)
     assert list(tmp_path.iterdir()) == []
 

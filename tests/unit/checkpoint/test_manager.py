@@ -8,9 +8,10 @@ import torch
 
 from llmtrain.checkpoint.folders import MANIFEST, checkpoint_steps
 from llmtrain.checkpoint.fragments import Box, Fragment
-from llmtrain.checkpoint.manager import CheckpointManager, steps_to_remove
+from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.manifest import CheckpointUnusableError
 from llmtrain.checkpoint.reader import open_checkpoint
+from llmtrain.checkpoint.retention import steps_to_remove
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError
 from tests.unit.checkpoint.saved import bits, save, state_fragments
@@ -18,7 +19,7 @@ from tests.unit.checkpoint.saved import bits, save, state_fragments
 
 def manager(folder: Path, warnings: list[str] | None = None, **settings: object) -> CheckpointManager:
     config = CheckpointConfig.model_validate({"keep": 100, **settings})
-    return CheckpointManager(folder, config, "name: t\n", {"engine": "torch"}, (warnings or []).append)
+    return CheckpointManager(folder, config, "name: t\n", {"engine": "torch"}, Reports((warnings or []).append))
 
 
 def names(folder: Path) -> list[str]:
@@ -94,20 +95,6 @@ def test_before_publish_runs_when_all_is_written_and_nothing_visible(tmp_path: P
     assert seen[0][0] == "writing-step-00000001"
     assert "manifest.json.sha256" in seen[0]
     assert names(tmp_path) == ["step-00000001"]
-
-
-def test_an_error_behind_training_is_raised_once_and_the_next_save_works(tmp_path: Path) -> None:
-    def fail() -> None:
-        raise OSError(28, "No space left on device", "metrics.jsonl")
-
-    saver = manager(tmp_path, async_save=True)
-    saver.save(1, state_fragments(), {}, fail)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        saver.save(2, state_fragments(), {}, nothing)
-    assert names(tmp_path) == []
-    saver.save(3, state_fragments(), {}, nothing)
-    saver.finish()
-    assert names(tmp_path) == ["step-00000003"]
 
 
 def test_the_newest_valid_one_is_found_and_damaged_ones_are_set_aside(tmp_path: Path) -> None:

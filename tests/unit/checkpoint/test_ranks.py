@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from llmtrain.checkpoint import manager as manager_module
+from llmtrain.checkpoint.folders import checkpoint_steps
 from llmtrain.checkpoint.fragments import Box, Fragment
-from llmtrain.checkpoint.manager import CheckpointManager, checkpoint_steps
+from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError

@@ -4,10 +4,11 @@ A rule yields what is wrong, names every key that it rests on in `uses`, and sug
 stands in a file is filled in by the loader.
 """
 
+import re
 from collections.abc import Iterator
 
 from llmtrain.config.legal_values import nearest_divisors, nearest_multiples
-from llmtrain.config.names import either
+from llmtrain.config.names import all_keys, either, nearest, suggested_keys
 from llmtrain.config.rules_engine import ENGINE_RULES
 from llmtrain.config.rules_parallel import PARALLEL_RULES, WORLD_RULES
 from llmtrain.config.schema import RunConfig
@@ -148,6 +149,15 @@ def best_needs_evaluation(config: RunConfig) -> Found:
         yield Problem("checkpoint.keep_best", message, "true", uses=("evaluate.every_steps",))
 
 
+def allowed_changes_are_keys(config: RunConfig) -> Found:
+    for number, name in enumerate(config.checkpoint.allow_change):
+        general = re.sub(r"\.\d+(?=\.|$)", ".0", name)
+        if not any(key == general or key.startswith(f"{general}.") for key in all_keys()):
+            guesses = suggested_keys(name.split(".")) or nearest(name, all_keys())
+            advice = f"Did you mean {either(guesses)}?" if guesses else "Write keys or sections, such as [seed]."
+            yield Problem(f"checkpoint.allow_change.{number}", f"is no key. {advice}", name)
+
+
 RULES = (
     name_is_a_folder,
     one_budget,
@@ -161,6 +171,7 @@ RULES = (
     loss_scale_has_room,
     evaluation_needs_data,
     best_needs_evaluation,
+    allowed_changes_are_keys,
     *ENGINE_RULES,
     *PARALLEL_RULES,
 )

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmtrain.checkpoint.folders import folder_of_checkpoints, is_checkpoint, nearest_checkpoint
+from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, read_manifest
 from llmtrain.errors import Problem
+from llmtrain.train.continuity import TOKENIZER_NAMES, differences, refusals, resume_target
 
 SHARDS_HINT = "Write it with `llmtrain data shards INPUT... OUT --tokenizer MODEL`."
-TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 
 
 def storage_problems(config: RunConfig) -> list[Problem]:
@@ -31,6 +32,7 @@ def storage_problems(config: RunConfig) -> list[Problem]:
     problems.extend(_vocabulary_problems(config, manifests))
     problems.extend(_tokenizer_problems(config, manifests))
     problems.extend(_resume_problems(config))
+    problems.extend(_continuity_problems(config, manifests))
     problems.extend(_output_problems(config))
     return problems
 
@@ -140,6 +142,17 @@ def _resume_problems(config: RunConfig) -> Iterator[Problem]:
     near = nearest_checkpoint(path)
     advice = f"Try {near}." if near else "Write auto, none, or the path of a checkpoint or of a run."
     yield Problem("checkpoint.resume", f"{fault} {advice}", resume)
+
+
+def _continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> list[Problem]:
+    """What differs from the checkpoint that the run would continue. Whether that one is whole is found out later."""
+    target = resume_target(config)
+    origin = newest_origin(target) if target else None
+    if origin is None:
+        return []
+    keys = [f"data.train.{number}.path" for number in range(len(config.data.train))]
+    training = [manifests[key] for key in keys if key in manifests]
+    return refusals(differences(origin, config, training if len(training) == len(keys) else None), config)
 
 
 def _output_problems(config: RunConfig) -> Iterator[Problem]:

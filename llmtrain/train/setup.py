@@ -12,19 +12,23 @@ import torch
 from llmtrain.checkpoint.exchange import Exchange
 from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.manager import CheckpointManager
+from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.rendering import to_yaml
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.loader import BatchLoader, build_stream
+from llmtrain.data.shards import Manifest, read_manifest
 from llmtrain.data.tokenizer import find_tokenizer
 from llmtrain.errors import ConfigError
 from llmtrain.infer.model import find_checkpoint
+from llmtrain.observe.audit import record
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.environment import save_environment
 from llmtrain.observe.monitor import Monitor, RunPlan
 from llmtrain.observe.throughput import flops_per_token, peak_flops
 from llmtrain.observe.trackers import METRICS_FILE, build_trackers
 from llmtrain.parallel.layout import plan_layout
+from llmtrain.train.continuity import data_record, differences, noted_changes, one_line, refusals, resume_target
 from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.loop import Run
 from llmtrain.train.progress import ProgressTracker
@@ -61,31 +65,45 @@ def engine_class(name: str) -> Any:
 def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = None) -> Start:
     """Decide what the run continues from. Where there are several ranks, rank 0 does.
 
-    `checkpoint.resume` is auto (the newest valid checkpoint), none (refused where the folder is used), or the path of a
-    checkpoint or of a run or import, whose newest valid one is meant. A path inside this run goes back to it; one
-    outside is where the run begins, until it has checkpoints of its own.
-    Raises ConfigError and CheckpointError.
+    Only the disk counts, whatever status.json or metrics.jsonl say. `checkpoint.resume` is none (refused where the
+    folder is used), or as `resume_target` says. Going back to an older checkpoint of this run, and what has changed
+    since the checkpoint, is said on stderr. Raises ConfigError and CheckpointError.
     """
     manager = build_manager(config, folder.path, ranks)
-    resume = config.checkpoint.resume
-    if resume == "none":
+    target = resume_target(config)
+    if target is None:
         if manager.latest_steps() or (folder.path / METRICS_FILE).exists():
             raise ConfigError(
                 f"checkpoint.resume = none: {folder.path} holds an earlier run. "
                 "Choose another name, remove the folder, or continue the run with checkpoint.resume=auto."
             )
         return Start(manager, None)
-    own = folder.path.resolve()
-    inside = resume != "auto" and Path(resume).resolve().is_relative_to(own)
-    newest = resume == "auto" or Path(resume).resolve() in (own, own / CHECKPOINTS)
-    if newest or (manager.latest_steps() and not inside):
-        return Start(manager, manager.newest_valid())
-    start = Start(manager, find_checkpoint(Path(resume)))
-    later = [step for step in manager.latest_steps() if step > start.step] if inside else []
+    own = folder.path / CHECKPOINTS
+    checkpoint = manager.newest_valid() if target == own else find_checkpoint(target)
+    start = Start(manager, checkpoint)
+    if start.checkpoint:
+        require_continuity(config, folder, start.checkpoint)
+    back = target.resolve().is_relative_to(own.resolve())
+    later = [step for step in manager.latest_steps() if step > start.step] if back else []
     if later:
         text = f"going back to step {start.step} of {folder.path}: what it did up to step {later[0]} will be set aside"
         print(text, file=sys.stderr)
     return start
+
+
+def require_continuity(config: RunConfig, folder: RunFolder, checkpoint: CheckpointReader) -> None:
+    """Raise ConfigError where the run may not continue a checkpoint; say and record what has changed otherwise."""
+    origin = origin_of(checkpoint.path, checkpoint.state, checkpoint.config_text, checkpoint.about)
+    found = differences(origin, config, read_manifests(config))
+    refused = refusals(found, config)
+    if refused:
+        raise ConfigError(refused)
+    for item in found:
+        place = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
+        record(folder.path, "changed", key=item.key, was=item.was, now=item.now, **place)
+    said = one_line([*found, *noted_changes(origin, config)])
+    if said:
+        print(f"changed since {checkpoint.path}: {said}", file=sys.stderr)
 
 
 def join_start(config: RunConfig, run_dir: Path, checkpoint: Path | None, ranks: Exchange) -> Start:
@@ -121,8 +139,14 @@ def build_manager(config: RunConfig, run_dir: Path, ranks: Exchange | None) -> C
         "engine": config.engine.name,
         "world_size": config.launch.num_workers,
         "precision": config.train.precision,
+        "data": data_record(config, read_manifests(config)),
     }
     return CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint, to_yaml(config), about, ranks=ranks)
+
+
+def read_manifests(config: RunConfig) -> list[Manifest]:
+    """Those of data.train, in its order. Raises DataError."""
+    return [read_manifest(source.path) for source in config.data.train]
 
 
 def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int = 0) -> BatchLoader:

@@ -1,6 +1,7 @@
 """Small states and checkpoints for the tests of this folder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,12 @@ def state_fragments(seed: int = 0) -> list[Fragment]:
     return fragments
 
 
-def save(checkpoints: Path, step: int, fragments: list[Fragment] | None = None) -> Path:
-    """A published checkpoint of one rank."""
+def save(checkpoints: Path, step: int, fragments: list[Fragment] | None = None, **contents: Any) -> Path:
+    """A published checkpoint of one rank; `contents` are fields of `Contents` in place of the usual ones."""
     writing = start_checkpoint(checkpoints, step)
     part = write_rank_files(writing, 0, fragments or state_fragments(step))
-    return publish(writing, [part], Contents(step, STATE, CONFIG_TEXT, {"layout": {"dp": 1}}), lambda: None)
+    usual = {"state": STATE, "config_text": CONFIG_TEXT, "about": {"layout": {"dp": 1}}}
+    return publish(writing, [part], Contents(step, **{**usual, **contents}), lambda: None)
 
 
 def bits(tensor: Tensor) -> bytes:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from llmtrain.config.load import load_config
-from llmtrain.errors import ConfigError
+from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.setup import Start, find_start, peak_of_run
 from tests.support.run_files import write_good_run
-from tests.unit.checkpoint.saved import save
+from tests.unit.train.saved_run import save_of_run
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.chdir(tmp_path)
     write_good_run(tmp_path)
     for run, step in (("small", 10), ("small", 20), ("other", 7)):
-        save(tmp_path / "runs" / run / "checkpoints", step)
+        save_of_run(step, name=run)
     return tmp_path
 
 
@@ -41,6 +41,34 @@ def test_a_run_with_checkpoints_continues_its_newest(resume: str, capsys: pytest
 def test_a_fresh_run_begins_with_another_ones_newest(resume: str) -> None:
     found = start(resume, name="fresh")
     assert found.checkpoint is not None and found.checkpoint.step == 7
+
+
+def test_the_newest_on_the_disk_counts_whatever_the_run_says_of_itself(workspace: Path) -> None:
+    """A crash between the checkpoint and the word of it: status, metrics and marks of other programs lag behind."""
+    run = workspace / "runs/small"
+    with RunFolder(run) as folder:
+        folder.write_status("failed", 3, 10, "killed")
+    (run / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n')
+    (run / "checkpoints/latest").write_text("step-00000010")
+    (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("")
+    found = start("auto")
+    assert found.step == 20
+    save_of_run(30)
+    assert start("auto").step == 30
+
+
+@pytest.mark.parametrize("name", ["small", "fresh"])
+def test_a_damaged_checkpoint_named_by_its_path_is_never_passed_over(name: str, workspace: Path) -> None:
+    named = workspace / "runs/small/checkpoints/step-00000020"
+    tensors = named / "rank-00000.safetensors"
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    before = sorted(named.parent.iterdir())
+    with pytest.raises(CheckpointError, match=rf"(?s){tensors.name}.*sha256") as error:
+        start("runs/small/checkpoints/step-00000020", name=name)
+    assert error.value.exit_code == 3
+    assert sorted(named.parent.iterdir()) == before
+    assert start("auto").step == 10
 
 
 def test_going_back_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,83 @@
+"""What a checkpoint was trained with, by its small files alone. Imports no torch: it is asked before a run starts."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from llmtrain.checkpoint.folders import MANIFEST, MANIFEST_HASH, checkpoint_steps, is_checkpoint, step_folder_name
+from llmtrain.errors import CheckpointError
+
+CONFIG = "config.yaml"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from. `config` is the resolved configuration of the run that saved it, as plain data.
+
+    `trained` is False for imported weights, which have an architecture but no training behind them. `about` is what
+    the manifest says beside that.
+    """
+
+    path: Path
+    trained: bool
+    config: Mapping[str, Any]
+    about: Mapping[str, Any]
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the configuration, empty where it has none."""
+        found = self.config.get(name)
+        return dict(found) if isinstance(found, dict) else {}
+
+
+def origin_of(path: Path, state: Mapping[str, Any], config_text: str, about: Mapping[str, Any]) -> Origin:
+    """The origin of a checkpoint that has been read. Raises CheckpointError where its configuration is none."""
+    try:
+        config = YAML(typ="safe", pure=True).load(config_text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / CONFIG}: is no YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / CONFIG}: is no configuration of a run")
+    return Origin(path, "train" in state, config, about)
+
+
+def read_origin(path: Path) -> Origin:
+    """The origin of a checkpoint folder; of its files only the small ones are read and hashed.
+
+    Raises CheckpointError where they are damaged. Whether the tensors are whole, only opening the checkpoint tells.
+    """
+    try:
+        content = (path / MANIFEST).read_bytes()
+        told = (path / MANIFEST_HASH).read_text("ascii").split()[0]
+        if hashlib.sha256(content).hexdigest() != told:
+            raise CheckpointError(f"{path / MANIFEST}: its sha256 is not the one that {MANIFEST_HASH} says")
+        manifest = json.loads(content)
+        texts = {name: (path / name).read_bytes() for name in (CONFIG, STATE)}
+        for name, text in texts.items():
+            if hashlib.sha256(text).hexdigest() != manifest["files"][name]["sha256"]:
+                raise CheckpointError(f"{path / name}: its sha256 is not the one that {MANIFEST} says")
+        return origin_of(path, json.loads(texts[STATE]), texts[CONFIG].decode(), manifest["about"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def newest_origin(target: Path) -> Origin | None:
+    """The origin of a checkpoint, or of the newest one in a folder of checkpoints whose small files are whole.
+
+    None where there is none: what that means is decided when it is opened.
+    """
+    found = (
+        [target] if is_checkpoint(target) else [target / step_folder_name(step) for step in checkpoint_steps(target)]
+    )
+    for path in found:
+        try:
+            return read_origin(path)
+        except CheckpointError:
+            continue
+    return None

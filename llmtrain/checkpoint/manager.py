@@ -205,10 +205,16 @@ class CheckpointManager:
         if not talk.is_first:
             self._write_part(talk, contents.step, fragments)
             return
+
+        def before_rename() -> None:
+            before_publish()
+            # Not after it: a run that dies in between must not continue from what it has left.
+            self.set_aside_later_than(contents.step)
+
         writing = self._start(talk, contents.step, size_bytes(fragments))
         try:
             parts = self._gather_parts(talk, writing, fragments)
-            publish(writing, parts, contents, before_publish)
+            publish(writing, parts, contents, before_rename)
         except BaseException as error:
             shutil.rmtree(writing, ignore_errors=True)
             talk.say_failed("outcome", error)
@@ -216,7 +222,6 @@ class CheckpointManager:
         talk.say("outcome", "")
         self._metrics[contents.step] = contents.about["metric"]
         try:
-            self.set_aside_later_than(contents.step)
             self._remove_old()
         except OSError as error:
             path = error.filename or self._folder

@@ -1,9 +1,7 @@
 """Checkpoints that several ranks write together: one whole checkpoint, or none."""
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -16,36 +14,9 @@ from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError
+from tests.unit.checkpoint.voices import Board, Voice
 
 WHOLE = torch.arange(12.0).view(4, 3)
-
-
-@dataclass
-class Board:
-    """What all ranks have said."""
-
-    texts: dict[str, str] = field(default_factory=dict)
-    changed: threading.Condition = field(default_factory=threading.Condition)
-
-
-@dataclass
-class Voice:
-    """One rank at the board."""
-
-    board: Board
-    rank: int
-    world_size: int
-
-    def say(self, key: str, text: str) -> None:
-        with self.board.changed:
-            assert key not in self.board.texts
-            self.board.texts[key] = text
-            self.board.changed.notify_all()
-
-    def hear(self, key: str) -> str:
-        with self.board.changed:
-            assert self.board.changed.wait_for(lambda: key in self.board.texts, timeout=20)
-            return self.board.texts[key]
 
 
 def rows(rank: int) -> list[Fragment]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmtrain.data.shards import Manifest, ShardFile, read_manifest
+from llmtrain.data.shard_file import ShardFile
+from llmtrain.data.shards import Manifest, read_manifest
 from llmtrain.data.stream import Sample
 from llmtrain.data.tokenizer import Tokenizer
 

@@ -1,6 +1,7 @@
 """What a sample's tokens are to be predicted from: an objective turns a sample into one row of a batch."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,3 +34,9 @@ def causal(sample: Sample, data: DataConfig) -> PackedSample:
 
 
 OBJECTIVES: dict[str, Objective] = {"causal": causal}
+
+
+def pack_sample(sample: Sample, data: DataConfig) -> PackedSample:
+    """A sample as the row of a batch that data.objective makes of it; a blank one has no targets."""
+    row = OBJECTIVES[data.objective](sample, data)
+    return replace(row, labels_S=np.full_like(row.labels_S, IGNORED_LABEL)) if sample.blank else row

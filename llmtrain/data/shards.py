@@ -10,16 +10,18 @@ import hashlib
 import json
 import struct
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrain.data.damage import DamagedFileError
 from llmtrain.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
+"""What the tokenizer is called that is kept in a data set's folder, or beside it."""
 SCHEMA_VERSION = 1
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -85,22 +87,31 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Read and check a folder's manifest.json. Raises DataError where it is missing or not what it should be."""
     path = Path(folder) / MANIFEST_NAME
     try:
-        raw = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise DataError(
             f"{path}: {reason}. A data set is a folder written by `llmtrain data shards`; "
             f"for a folder of tar shards, `llmtrain data index {folder}` writes the manifest."
         ) from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}). Copy the data set again, or write its shards again.") from None
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, location: str) -> Manifest:
+    """A manifest from its bytes, checked. Raises DataError that names `location` where it is not what it should be."""
     try:
-        return _parse_manifest(raw)
+        raw = json.loads(content)
     except ValueError as error:
-        raise DataError(f"{path}: {error}. Write the shards again, or copy the file again.") from None
+        raise DataError(
+            f"{location}: not JSON ({error}). Copy the data set again, or write its shards again."
+        ) from None
+    try:
+        return _parsed(raw)
+    except ValueError as error:
+        raise DataError(f"{location}: {error}. Write the shards again, or copy the file again.") from None
 
 
-def _parse_manifest(raw: Any) -> Manifest:
+def _parsed(raw: Any) -> Manifest:
     """Raises ValueError that says which key is wrong."""
     if isinstance(raw, dict) and (version := raw.get("schema_version")) != SCHEMA_VERSION:
         raise ValueError(f"schema_version = {version!r}: this version of llmtrain reads {SCHEMA_VERSION}")
@@ -152,88 +163,32 @@ def index_bytes(payloads: NDArray[np.uint64]) -> bytes:
 
 
 def read_index(path: Path) -> NDArray[np.uint64]:
-    """Array [documents, 2] of payload offset and size. Raises DataError where the sidecar is missing or damaged."""
+    """Array [documents, 2] of payload offset and size. Raises DamagedFileError where the sidecar is missing or torn."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: missing. `llmtrain data index {path.parent}` rebuilds it from the shard.") from None
+        message = f"{path}: missing. `llmtrain data index {path.parent}` rebuilds it from the shard."
+        raise DamagedFileError(message, "missing", f"no {path.name}") from None
     body = content[_INDEX_HEADER.size :]
     if len(content) < _INDEX_HEADER.size or len(body) % 16:
-        raise DataError(f"{path}: cut short at {len(content)} bytes. Delete it; `llmtrain data index` rebuilds it.")
+        message = f"{path}: cut short at {len(content)} bytes. Delete it; `llmtrain data index` rebuilds it."
+        raise DamagedFileError(message, "index", f"{path.name} of {len(content)} bytes")
     if (found := _INDEX_HEADER.unpack_from(content)) != (_INDEX_MAGIC, _INDEX_VERSION):
-        raise DataError(f"{path}: begins with {found}, expected {(_INDEX_MAGIC, _INDEX_VERSION)}: not a shard index.")
+        message = f"{path}: begins with {found}, expected {(_INDEX_MAGIC, _INDEX_VERSION)}: not a shard index."
+        raise DamagedFileError(message, "index", f"{path.name} begins with {found}")
     return np.frombuffer(body, "<u8").reshape(-1, 2)
 
 
 def check_file(path: Path, size_bytes: int | None = None, sha256: str | None = None) -> None:
-    """Compare a file with what the manifest says of it. Raises DataError that names file, expected and actual."""
+    """Compare a file with what the manifest says. Raises DamagedFileError that names file, expected and actual."""
     try:
         actual_bytes = path.stat().st_size
+        if size_bytes is not None and actual_bytes != size_bytes:
+            message = f"{path}: expected {size_bytes} bytes, actual {actual_bytes} bytes. Copy the file again."
+            raise DamagedFileError(message, "size", f"{actual_bytes} bytes")
+        if sha256 is not None and (actual := file_sha256(path)) != sha256:
+            message = f"{path}: expected sha256 {sha256}, actual {actual}. Copy the file again."
+            raise DamagedFileError(message, "sha256", actual)
     except FileNotFoundError:
-        raise DataError(f"{path}: missing, but the manifest names it. Copy the data set again.") from None
-    if size_bytes is not None and actual_bytes != size_bytes:
-        raise DataError(f"{path}: expected {size_bytes} bytes, actual {actual_bytes} bytes. Copy the file again.")
-    if sha256 is not None and (actual := file_sha256(path)) != sha256:
-        raise DataError(f"{path}: expected sha256 {sha256}, actual {actual}. Copy the file again.")
-
-
-class ShardFile:
-    """One shard opened for reading: the tar mapped into memory, and the place of each document in its stream."""
-
-    def __init__(self, folder: Path, manifest: Manifest, number: int, hashed: bool = True) -> None:
-        """Open shard `number`, comparing sizes with the manifest, and hashes where `hashed`. Raises DataError."""
-        entry = manifest.shards[number]
-        path = folder / entry.file
-        check_file(path, entry.bytes, entry.sha256 if hashed else None)
-        check_file(folder / entry.index_file, None, entry.index_sha256 if hashed else None)
-        payloads = read_index(folder / entry.index_file).astype(np.int64)
-        dtype = DTYPES[manifest.dtype]
-        offsets, sizes = payloads[:, 0], payloads[:, 1]
-        lengths = sizes // dtype.itemsize
-        if len(payloads) != entry.samples or int(lengths.sum()) != entry.tokens:
-            raise DataError(
-                f"{folder / entry.index_file}: expected {entry.samples} documents with {entry.tokens} tokens, actual "
-                f"{len(payloads)} with {int(lengths.sum())}. Delete it; `llmtrain data index {folder}` rebuilds it."
-            )
-        if (payloads % dtype.itemsize).any() or (payloads < 0).any() or (offsets + sizes > entry.bytes).any():
-            raise DataError(
-                f"{folder / entry.index_file}: places lie outside of the {entry.bytes} bytes of {entry.file} or "
-                f"between its tokens. Delete it; `llmtrain data index {folder}` rebuilds it."
-            )
-        self.lengths = lengths
-        self._eos_id = manifest.eos_id
-        # Payloads lie at multiples of the tar's 512-byte blocks: the file is one array of tokens, headers included.
-        # A file of zero bytes cannot be mapped.
-        mapped = np.memmap(path, np.uint8, mode="r") if entry.bytes else np.empty(0, np.uint8)
-        self._tokens = np.asarray(mapped)[: entry.bytes // dtype.itemsize * dtype.itemsize].view(dtype)
-        self._first = offsets // dtype.itemsize
-        self._starts = np.concatenate(([0], np.cumsum(lengths + 1)))
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.lengths)
-
-    def document(self, number: int) -> NDArray[Any]:
-        """The stored token ids of one document, without the end of sequence; a view of the mapped file."""
-        first = int(self._first[number])
-        return self._tokens[first : first + int(self.lengths[number])]
-
-    def window(self, number: int, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Window `number` of the stream: its seq_len + 1 tokens, and the positions in it where documents begin.
-
-        A document without tokens begins at its own end of sequence. Raises IndexError past the last whole window.
-        """
-        begin = number * seq_len
-        end = begin + seq_len + 1
-        if number < 0 or end > self._starts[-1]:
-            raise IndexError(f"window {number} of {seq_len} tokens: the shard's stream has {self._starts[-1]} tokens")
-        first, last = np.searchsorted(self._starts, (begin + 1, end)).tolist()
-        first -= 1  # the document, or its end of sequence, that the window's first token belongs to
-        bounds = self._starts[first : last + 1] - begin
-        starts = bounds[:-1]
-        sources = (self._first[first:last] - starts).tolist()  # where position 0 would lie in the file
-        tokens = np.full(seq_len + 1, self._eos_id, np.int64)
-        for source, (start, next_start) in zip(sources, pairwise(bounds.tolist()), strict=True):
-            low, high = max(start, 0), min(next_start - 1, seq_len + 1)
-            tokens[low:high] = self._tokens[source + low : source + high]
-        return tokens, starts[starts >= 0]
+        message = f"{path}: missing, but the manifest names it. Copy the data set again."
+        raise DamagedFileError(message, "missing", f"no {path.name}") from None

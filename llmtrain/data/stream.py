@@ -1,6 +1,5 @@
 """The endless stream of samples of a mixture: sample g is a pure function of g, so its only state is that number."""
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -9,8 +8,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.data.order import SampleOrder
-from llmtrain.data.shards import Manifest, ShardFile, Verify, read_manifest
+from llmtrain.data.folders import open_folder
+from llmtrain.data.read_ahead import ReadAhead
+from llmtrain.data.remote import FetchConfig
+from llmtrain.data.shard_file import ShardFile
+from llmtrain.data.skipped import SkippedShards
+from llmtrain.data.source_reader import Source, SourceReader, StreamConfig
 from llmtrain.errors import DataError
 
 LONGEST_PERIOD = 1_000_000
@@ -22,7 +25,8 @@ class Sample:
     """One window of tokens and where it came from.
 
     `tokens` has seq_len + 1 ids; `document_starts` are the positions in it where a document begins. The rest names
-    the sample in reports: its global number, source, epoch of that source, shard and window.
+    the sample in reports: its global number, source, epoch of that source, shard and window. A blank one stands for a
+    sample of a skipped shard: its tokens mean nothing, and it has no targets.
     """
 
     number: int
@@ -32,25 +36,17 @@ class Sample:
     epoch: int
     shard: int
     window: int
+    blank: bool = False
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data set of the mixture, with its manifest already read."""
+class SampleOrigin:
+    """Where a sample comes from, for reports: its global number, data set, shard file and window of that shard."""
 
-    path: Path
-    manifest: Manifest
-    weight: int = 1
-
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """What the stream is made with, beside its sources."""
-
-    seed: int
-    seq_len: int
-    shuffle_shards: int = 8
-    verify: Verify = "first"
+    number: int
+    source: str
+    shard: str
+    window: int
 
 
 class MixtureSchedule:
@@ -84,11 +80,15 @@ class MixtureSchedule:
 class SampleStream:
     """All samples of a mixture, addressed by their global number. Nothing in it depends on what was read before."""
 
-    def __init__(self, sources: Sequence[Source], config: StreamConfig) -> None:
-        """Raises DataError where a source has no whole sample."""
+    def __init__(self, sources: Sequence[Source], config: StreamConfig, skipped: SkippedShards | None = None) -> None:
+        """Samples of damaged shards are blank, and `skipped` records it; without `skipped`, damage is an error.
+
+        Raises DataError where a source has no whole sample, or has lost too many.
+        """
         self.seq_len = config.seq_len
         self._schedule = MixtureSchedule([source.weight for source in sources])
-        self._readers = [_SourceReader(source, index, config) for index, source in enumerate(sources)]
+        ahead: ReadAhead[ShardFile] = ReadAhead()
+        self._readers = [SourceReader(source, index, config, skipped, ahead) for index, source in enumerate(sources)]
 
     @property
     def eos_id(self) -> int:
@@ -97,60 +97,36 @@ class SampleStream:
     def sample(self, number: int) -> Sample:
         """Sample `number`, from 0 without end. Raises DataError where its shard is damaged."""
         source, number_in_source = self._schedule.source_of(number)
+        window = self._readers[source].window(number_in_source)
+        place = window.place
+        return Sample(
+            number, window.tokens, window.document_starts, source, place.epoch, place.shard, place.window, window.blank
+        )
+
+    def origin(self, number: int) -> SampleOrigin:
+        """Where sample `number` comes from; found without opening its shard."""
+        source, number_in_source = self._schedule.source_of(number)
         reader = self._readers[source]
         place = reader.order.place(number_in_source)
-        tokens, document_starts = reader.shard(place.shard).window(place.window, self.seq_len)
-        return Sample(number, tokens, document_starts, source, place.epoch, place.shard, place.window)
+        shard = reader.source.manifest.shards[place.shard].file
+        return SampleOrigin(number, str(reader.source.folder), shard, place.window)
 
-    def shard_path(self, sample: Sample) -> Path:
-        """The file that a sample came from."""
-        source = self._readers[sample.source].source
-        return source.path / source.manifest.shards[sample.shard].file
-
-
-class _SourceReader:
-    """One source's order and the shards of it that are open."""
-
-    def __init__(self, source: Source, index: int, config: StreamConfig) -> None:
-        self.source = source
-        windows = [shard.num_windows(config.seq_len) for shard in source.manifest.shards]
-        if not sum(windows):
-            longest = max((shard.tokens + shard.samples for shard in source.manifest.shards), default=0)
-            raise DataError(
-                f"{source.path}: no shard holds a whole sample of {config.seq_len} + 1 tokens; its largest has "
-                f"{longest} with ends of sequence. Lower data.seq_len, or write shards from more text."
-            )
-        self.order = SampleOrder(windows, config.seed, index, config.shuffle_shards)
-        self._verify = config.verify
-        self._hashed: set[int] = set()
-        self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._most_open = 2 * config.shuffle_shards  # the current group, and the one that follows it
-
-    def shard(self, number: int) -> ShardFile:
-        """The opened shard; the least recently used one is closed where too many are open."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        hashed = self._verify == "always" or (self._verify == "first" and number not in self._hashed)
-        shard = ShardFile(self.source.path, self.source.manifest, number, hashed)
-        if hashed:
-            self._hashed.add(number)
-        self._open[number] = shard
-        if len(self._open) > self._most_open:
-            self._open.popitem(last=False)
-        return shard
+    def shard_path(self, sample: Sample) -> str:
+        """The file or URL that a sample came from."""
+        return self._readers[sample.source].location(sample.shard)
 
 
-def load_sources(paths: Sequence[str | Path], weights: Sequence[int]) -> list[Source]:
+def load_sources(paths: Sequence[str | Path], weights: Sequence[int], fetch: FetchConfig | None = None) -> list[Source]:
     """Read the manifests of a mixture. Raises DataError where they do not belong to one tokenizer."""
-    sources = [Source(Path(path), read_manifest(path), weight) for path, weight in zip(paths, weights, strict=True)]
+    folders = [open_folder(path, fetch) for path in paths]
+    sources = [Source(folder, folder.read_manifest(), weight) for folder, weight in zip(folders, weights, strict=True)]
     first = sources[0]
     for other in sources[1:]:
         for key in ("tokenizer_sha256", "vocab_size", "eos_id"):
             expected, actual = getattr(first.manifest, key), getattr(other.manifest, key)
             if expected != actual:
                 raise DataError(
-                    f"{other.path}: {key} is {actual}, but {expected} in {first.path}. The sources of a mixture must "
-                    "be written with one tokenizer: write the shards of one of them again."
+                    f"{other.folder}: {key} is {actual}, but {expected} in {first.folder}. The sources of a mixture "
+                    "must be written with one tokenizer: write the shards of one of them again."
                 )
     return sources

@@ -9,10 +9,9 @@ import sentencepiece
 import tokenizers
 from numpy.typing import NDArray
 
-from llmtrain.data.shards import file_sha256
+from llmtrain.data.shards import TOKENIZER_NAMES, file_sha256
 from llmtrain.errors import ConfigError, DataError
 
-TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 """What a tokenizer is called beside the shards that were written with it."""
 
 SPACE_MARK = "\u2581"

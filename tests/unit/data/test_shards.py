@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.sharding import ShardWriter
-from llmtrain.data.shards import DTYPES, ShardFile, index_bytes, read_index, read_manifest
+from llmtrain.data.shard_file import ShardFile
+from llmtrain.data.shards import DTYPES, index_bytes, read_index, read_manifest
 from llmtrain.errors import DataError
 from tests.support.datasets import EOS_ID, random_documents, token_stream, write_dataset
 

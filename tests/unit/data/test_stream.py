@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.shards import Manifest, ShardFile, read_manifest
+from llmtrain.data.shard_file import ShardFile
+from llmtrain.data.shards import Manifest, read_manifest
 from llmtrain.data.stream import MixtureSchedule, SampleStream, StreamConfig, load_sources
 from llmtrain.errors import DataError
 from tests.support.datasets import random_documents, token_stream, write_dataset
@@ -74,7 +75,7 @@ def test_an_epoch_serves_every_window_of_the_data_once(two_sources: list[Path]) 
             expected[tokens[begin : begin + SEQ_LEN + 1].tobytes()] += 1
     assert served == expected
     assert stream.sample(count).epoch == 1
-    assert {stream.shard_path(sample).name for sample in samples} == {entry.file for entry in manifest.shards}
+    assert {Path(stream.shard_path(sample)).name for sample in samples} == {entry.file for entry in manifest.shards}
 
 
 def test_seed_changes_the_order_but_not_the_mixture(two_sources: list[Path]) -> None:
@@ -108,7 +109,7 @@ def test_verify_policies_hash_as_often_as_they_say(tmp_path: Path, monkeypatch: 
             opened.append(hashed)
             super().__init__(folder, manifest, number, hashed)
 
-    monkeypatch.setattr("llmtrain.data.stream.ShardFile", Recorded)
+    monkeypatch.setattr("llmtrain.data.folders.ShardFile", Recorded)
     hashes = {}
     for verify in ("off", "first", "always"):
         opened.clear()

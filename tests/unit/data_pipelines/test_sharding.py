@@ -6,7 +6,8 @@ import pytest
 from data_pipelines.sharding import ShardingConfig, in_valid, write_shards
 from data_pipelines.tokenizer_training import train_tokenizer
 from data_pipelines.verification import verify_dataset
-from llmtrain.data.shards import ShardFile, read_manifest
+from llmtrain.data.shard_file import ShardFile
+from llmtrain.data.shards import read_manifest
 from llmtrain.data.tokenizer import SentencePieceTokenizer
 from llmtrain.errors import ConfigError, DataError
 

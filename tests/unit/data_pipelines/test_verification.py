@@ -10,7 +10,8 @@ import pytest
 from data_pipelines.indexing import index_folder, rebuild_sidecars, scan_tar
 from data_pipelines.tokenizer_training import train_tokenizer
 from data_pipelines.verification import datasets_in, verify_dataset
-from llmtrain.data.shards import MANIFEST_NAME, ShardFile, read_index, read_manifest
+from llmtrain.data.shard_file import ShardFile
+from llmtrain.data.shards import MANIFEST_NAME, read_index, read_manifest
 from llmtrain.errors import ConfigError, DataError
 from tests.support.datasets import random_documents, write_dataset
 

@@ -1,0 +1,124 @@
+"""Where a data set lies: a folder of a file system, or a URL. Imports no torch."""
+
+from functools import partial
+from pathlib import Path
+
+from llmtrain.config.schema import DataConfig
+from llmtrain.data.damage import DamagedFileError
+from llmtrain.data.remote import SCHEMES, FetchConfig, RemoteFolder, default_cache_dir, scheme_of, without_credentials
+from llmtrain.data.retry import retried
+from llmtrain.data.shard_file import ShardFile, ShardPaths
+from llmtrain.data.shards import MANIFEST_NAME, TOKENIZER_NAMES, Manifest, parse_manifest, read_manifest
+from llmtrain.errors import ConfigError
+
+LOCAL_ATTEMPTS = 5
+"""How often a file of a file system is tried."""
+
+
+class LocalFolder:
+    """A data set in a folder that every rank sees."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def location(self, name: str) -> str:
+        return str(self.path / name)
+
+    def read_manifest(self) -> Manifest:
+        return read_manifest(self.path)
+
+    def open_shard(self, manifest: Manifest, number: int, hashed: bool) -> ShardFile:
+        """Raises DamagedFileError where the shard is not what the manifest says, DataError where it cannot be read."""
+        action = partial(ShardFile, self.path, manifest, number, hashed)
+        return retried(action, LOCAL_ATTEMPTS, self.location(manifest.shards[number].file))
+
+
+class CachedFolder:
+    """A data set behind a URL, whose shards come through this machine's cache."""
+
+    def __init__(self, remote: RemoteFolder) -> None:
+        self.remote = remote
+
+    def __str__(self) -> str:
+        return str(self.remote)
+
+    def location(self, name: str) -> str:
+        return self.remote.location(name)
+
+    def read_manifest(self) -> Manifest:
+        """Raises DamagedFileError where there is none, DataError where it cannot be had or is wrong."""
+        return parse_manifest(self.remote.read(MANIFEST_NAME), self.location(MANIFEST_NAME))
+
+    def open_shard(self, manifest: Manifest, number: int, hashed: bool) -> ShardFile:
+        """Raises as LocalFolder does. Files are hashed while they arrive, and with `hashed` also those in the cache."""
+        entry = manifest.shards[number]
+        index = self.remote.fetch(entry.index_file, entry.index_sha256, None, hashed)
+        tar = self.remote.fetch(entry.file, entry.sha256, entry.bytes, hashed)
+        try:
+            return ShardFile(tar.parent, manifest, number, hashed=False, paths=ShardPaths(tar, index))
+        except DamagedFileError as damage:
+            message = f"{self.location(entry.file)}, in the cache as {damage}"
+            raise DamagedFileError(message, damage.reason, damage.actual) from None
+
+
+DataFolder = LocalFolder | CachedFolder
+
+
+def open_folder(path: str | Path, fetch: FetchConfig | None = None) -> DataFolder:
+    """The place that a source's path names. Raises ConfigError for a scheme that nothing is fetched with."""
+    scheme = scheme_of(str(path))
+    if scheme is None:
+        return LocalFolder(Path(path))
+    fault = scheme_fault(str(path))
+    if fault is not None:
+        raise ConfigError(f"{without_credentials(str(path))}: {fault}")
+    return CachedFolder(RemoteFolder(str(path), fetch or FetchConfig(default_cache_dir(), 5, 60.0)))
+
+
+def scheme_fault(path: str) -> str | None:
+    """What is wrong with the scheme of a path; None where it is one of SCHEMES, or the path is none of a URL."""
+    scheme = scheme_of(path)
+    if scheme is None or (scheme in SCHEMES and "://" in path and "::" not in path):
+        return None
+    written = f"{scheme}: is no scheme" if scheme not in SCHEMES else "is no URL"
+    allowed = ", ".join(f"{name}://" for name in SCHEMES)
+    return f"{written} that data is fetched with. Allowed are {allowed} and paths of folders, written without a scheme."
+
+
+def fetch_config(data: DataConfig) -> FetchConfig:
+    """How a run fetches."""
+    cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    return FetchConfig(cache_dir, data.fetch_attempts, data.fetch_timeout_seconds)
+
+
+def run_tokenizer(data: DataConfig) -> Path:
+    """The run's tokenizer: the one it names, or the one kept with its first training source.
+
+    Raises ConfigError where there is none.
+    """
+    from llmtrain.data.tokenizer import find_tokenizer  # its libraries are slow to import
+
+    if data.tokenizer:
+        return Path(data.tokenizer)
+    folder = open_folder(data.train[0].path, fetch_config(data))
+    if isinstance(folder, LocalFolder):
+        return find_tokenizer(folder.path)
+    return fetch_tokenizer(data, folder.read_manifest())
+
+
+def fetch_tokenizer(data: DataConfig, manifest: Manifest) -> Path:
+    """The tokenizer kept with the first training source, a URL. Raises ConfigError where there is not the right one."""
+    remote = RemoteFolder(data.train[0].path, fetch_config(data))
+    for place in (remote, remote.parent):
+        for name in TOKENIZER_NAMES:
+            try:
+                return place.fetch(name, manifest.tokenizer_sha256)
+            except DamagedFileError:
+                continue
+    raise ConfigError(
+        f"{remote}: neither it nor the folder above holds a {' or '.join(TOKENIZER_NAMES)} with the sha256 "
+        f"{manifest.tokenizer_sha256} of its manifest. Set data.tokenizer to that file."
+    )

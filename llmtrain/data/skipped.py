@@ -1,0 +1,127 @@
+"""skipped_shards.jsonl: which damaged shards a run goes without, the same for every rank and after every resume."""
+
+import fcntl
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llmtrain.errors import DataError
+
+LEDGER_NAME = "skipped_shards.jsonl"
+
+
+@dataclass(frozen=True)
+class SkippedShard:
+    """One line: a shard, the hash that the manifest expects, what was found instead, why, and the samples it had."""
+
+    path: str
+    sha256: str
+    actual: str
+    reason: str
+    samples: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes it this shard, wherever the data set was moved to: its name and the hash that it should have."""
+        return shard_key(self.path, self.sha256)
+
+
+def shard_key(path: str, sha256: str) -> tuple[str, str]:
+    """The key of the shard at a path or URL."""
+    return path.rpartition("/")[2], sha256
+
+
+@dataclass(frozen=True)
+class SourceSamples:
+    """The shards of one source and the number of its samples, which the share of skipped ones is counted against."""
+
+    name: str
+    keys: frozenset[tuple[str, str]]
+    samples: int
+
+
+class SkippedShards:
+    """The ledger of a run. Every rank has one; what one rank writes the others find before they open a shard."""
+
+    def __init__(self, path: Path, max_share: float) -> None:
+        """Read the ledger, where there is one. `max_share` is the share of a source's samples that may be skipped."""
+        self.path = path
+        self._max_share = max_share
+        self._size = 0
+        self._shards: dict[tuple[str, str], SkippedShard] = {}
+        self.refresh()
+
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        return key in self._shards
+
+    def refresh(self) -> bool:
+        """Read what other ranks have added; whether there was anything. Raises DataError for a line that is none."""
+        try:
+            if self.path.stat().st_size == self._size:
+                return False
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return False
+        before = len(self._shards)
+        self._size = len(content)
+        for number, line in enumerate(content.splitlines(), start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # torn by a crash: that shard is found again
+            try:
+                shard = SkippedShard(**row)
+            except TypeError:
+                raise DataError(
+                    f"{self.path}:{number}: not a skipped shard: {line[:80]!r}. Remove that line."
+                ) from None
+            self._shards[shard.key] = shard
+        return len(self._shards) > before
+
+    def add(self, shard: SkippedShard, source: SourceSamples) -> None:
+        """Record a shard on the disk, once whichever ranks find it, and warn.
+
+        Raises DataError where the source would lose more than its share, or the ledger cannot be written.
+        """
+        try:
+            with self.path.open("ab+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                self.refresh()
+                if shard.key in self._shards:
+                    return
+                self._require_share([*self._shards.values(), shard], source)
+                # A line that a crash has torn gets its end here: it spoils itself only.
+                size = os.fstat(file.fileno()).st_size
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    file.write(b"\n")
+                file.write(json.dumps(asdict(shard)).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be written: {error.strerror}. A shard is not skipped without a record of it: "
+                "free space there, or set data.on_corrupt=fail."
+            ) from None
+        self._shards[shard.key] = shard
+        share = f"{shard.samples:,} of the {source.samples:,} samples of {source.name}"
+        print(f"warning: skipping {shard.path} ({shard.reason}): {share} have no targets", file=sys.stderr, flush=True)
+
+    def require_share(self, source: SourceSamples) -> None:
+        """Raise DataError where the ledger already lists more of a source than may be skipped."""
+        self._require_share(self._shards.values(), source)
+
+    def _require_share(self, shards: Iterable[SkippedShard], source: SourceSamples) -> None:
+        lost = [shard for shard in shards if shard.key in source.keys]
+        samples = sum(shard.samples for shard in lost)
+        if samples <= self._max_share * source.samples:
+            return
+        lines = "".join(f"\n  {shard.path}: {shard.reason}, {shard.samples:,} samples" for shard in lost)
+        needed = -(-samples * 10_000 // source.samples) / 10_000  # rounded up
+        raise DataError(
+            f"{source.name}: {samples:,} of {source.samples:,} samples lie in damaged shards, more than "
+            f"data.max_skipped = {self._max_share:g} of them:{lines}\n"
+            f"Copy these shards again, or set data.max_skipped={needed:g}."
+        )

@@ -1,0 +1,179 @@
+"""The samples of one source: its order, the shards of it that are open, and those that the run goes without."""
+
+from collections import OrderedDict
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrain.data.damage import DamagedFileError
+from llmtrain.data.folders import DataFolder
+from llmtrain.data.order import Place, SampleOrder
+from llmtrain.data.read_ahead import ReadAhead
+from llmtrain.data.shard_file import ShardFile
+from llmtrain.data.shards import Manifest
+from llmtrain.data.skipped import SkippedShard, SkippedShards, SourceSamples, shard_key
+from llmtrain.errors import DataError
+
+Verify = Literal["off", "first", "always"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set of the mixture, with its manifest already read."""
+
+    folder: DataFolder
+    manifest: Manifest
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """What the stream is made with, beside its sources.
+
+    With `read_ahead` a thread opens, hashes and fetches shards before they are needed.
+    """
+
+    seed: int
+    seq_len: int
+    shuffle_shards: int = 8
+    verify: Verify = "first"
+    read_ahead: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """A sample's place, tokens, and positions in it where documents begin; blank where its shard is skipped."""
+
+    place: Place
+    tokens: NDArray[np.int64]
+    document_starts: NDArray[np.int64]
+    blank: bool
+
+
+class SourceReader:
+    """The windows of one source. Which shards are skipped depends only on the files and on the run's ledger."""
+
+    def __init__(
+        self,
+        source: Source,
+        index: int,
+        config: StreamConfig,
+        skipped: SkippedShards | None,
+        ahead: ReadAhead[ShardFile],
+    ) -> None:
+        """Without `skipped`, damage is an error. Raises DataError where there is no whole sample, or too few are left.
+
+        `index` is the source's number in the mixture.
+        """
+        self.source = source
+        self._config = config
+        self._windows = [shard.num_windows(config.seq_len) for shard in source.manifest.shards]
+        if not sum(self._windows):
+            longest = max((shard.tokens + shard.samples for shard in source.manifest.shards), default=0)
+            raise DataError(
+                f"{source.folder}: no shard holds a whole sample of {config.seq_len} + 1 tokens; its largest has "
+                f"{longest} with ends of sequence. Lower data.seq_len, or write shards from more text."
+            )
+        self.order = SampleOrder(self._windows, config.seed, index, config.shuffle_shards)
+        self._keys = [shard_key(shard.file, shard.sha256) for shard in source.manifest.shards]
+        self._samples = SourceSamples(str(source.folder), frozenset(self._keys), self.order.num_windows)
+        self._skipped = skipped
+        if skipped:
+            skipped.require_share(self._samples)
+        self._blank: set[int] = set()
+        self._hashed: set[int] = set()
+        self._used: set[int] = set()
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._most_open = 2 * config.shuffle_shards  # the current group, and the one that follows it
+        self._ahead = ahead
+        self._coming: dict[int, Future[ShardFile]] = {}
+        self._looked_at = range(0)
+
+    def location(self, shard: int) -> str:
+        """The path or URL of a shard."""
+        return self.source.folder.location(self.source.manifest.shards[shard].file)
+
+    def window(self, number: int) -> Window:
+        """Sample `number` of this source. Raises DataError where its shard is damaged and may not be skipped."""
+        if self._config.read_ahead and number not in self._looked_at:
+            self._look_ahead(number)
+        place, seq_len = self.order.place(number), self._config.seq_len
+        shard = self._shard(place.shard)
+        if shard is None:
+            tokens = np.full(seq_len + 1, self.source.manifest.eos_id, np.int64)
+            return Window(place, tokens, np.empty(0, np.int64), blank=True)
+        return Window(place, *shard.window(place.window, seq_len), blank=False)
+
+    def _look_ahead(self, number: int) -> None:
+        shards, until = self.order.coming_shards(number)
+        self._looked_at = range(number, until)
+        for shard in shards:
+            if shard not in self._open and shard not in self._coming and shard not in self._blank:
+                self._coming[shard] = self._ahead.submit(partial(self._opened, shard))
+
+    def _shard(self, number: int) -> ShardFile | None:
+        """The opened shard, None where it is skipped; the least recently used one is closed where too many are open."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        if number in self._blank:
+            return None
+        if self._skipped and self._skipped.refresh():
+            self._require_agreement(self._skipped)
+        if self._skipped and self._keys[number] in self._skipped:
+            self._blank.add(number)
+            return None
+        try:
+            shard = self._taken(number)
+        except DamagedFileError as damage:
+            if self._skipped is None:
+                raise
+            self._skip(number, damage, self._skipped)
+            return None
+        self._used.add(number)
+        self._open[number] = shard
+        if len(self._open) > self._most_open:
+            self._open.popitem(last=False)
+        return shard
+
+    def _taken(self, number: int) -> ShardFile:
+        """The shard as the thread ahead has opened it; opened here where it has not begun to, or could not."""
+        future = self._coming.pop(number, None)
+        if future is not None and not future.cancel():
+            try:
+                return future.result()
+            except (DataError, CancelledError):
+                pass  # what failed some time ago may be well by now: only what is found at its use counts
+        return self._opened(number)
+
+    def _opened(self, number: int) -> ShardFile:
+        verify = self._config.verify
+        hashed = verify == "always" or (verify == "first" and number not in self._hashed)
+        shard = self.source.folder.open_shard(self.source.manifest, number, hashed)
+        if hashed:
+            self._hashed.add(number)
+        return shard
+
+    def _skip(self, number: int, damage: DamagedFileError, skipped: SkippedShards) -> None:
+        sha256 = self.source.manifest.shards[number].sha256
+        shard = SkippedShard(self.location(number), sha256, damage.actual, damage.reason, self._windows[number])
+        skipped.add(shard, self._samples)
+        self._blank.add(number)
+        self._open.pop(number, None)
+
+    def _require_agreement(self, skipped: SkippedShards) -> None:
+        """Raise DataError where another rank skips a shard that this one has already taken samples from.
+
+        Ranks that hold parts of one model must see the same samples. After a restart they do: all read the ledger.
+        """
+        for number in sorted(self._used - self._blank):
+            if self._keys[number] in skipped:
+                raise DataError(
+                    f"{self.location(number)}: another rank found it damaged, but this one has already used it: it "
+                    "changed, or the ranks do not see the same files. Start the run again: it goes on without this "
+                    f"shard, which {skipped.path} lists."
+                )

@@ -24,7 +24,7 @@ class Failure:
     """The end of one rank. `seconds` is the machine's monotonic clock, to tell which failed first.
 
     `details` is the whole text: a traceback for a defect, the message for what a user can mend. `consequence` says that
-    another rank's failure is the reason.
+    another rank's failure is the reason; `killed` that it did not end by itself.
     """
 
     rank: int
@@ -32,6 +32,7 @@ class Failure:
     summary: str
     details: str
     consequence: bool = False
+    killed: bool = False
     host: str = field(default_factory=socket.gethostname)
     seconds: float = field(default_factory=time.monotonic)
 
@@ -54,7 +55,7 @@ class Failure:
         text = f"was killed by {_signal_name(-exit_code)}"
         hint = ". When memory runs out, the system kills: see `dmesg`" if -exit_code == signal.SIGKILL else ""
         # A death is noticed a moment after the peers have noticed it: it counts as earlier than what they say.
-        return Failure(rank, 1, text, text + hint, seconds=0.0)
+        return Failure(rank, 1, text, text + hint, killed=True, seconds=0.0)
 
     @property
     def is_defect(self) -> bool:
@@ -74,12 +75,16 @@ def first_cause(failures: Sequence[Failure]) -> Failure:
     return min(failures, key=lambda failure: (failure.consequence, failure.seconds, failure.rank))
 
 
-def failure_text(failures: Sequence[Failure], stopped: Sequence[int] = (), logs: str = "") -> str:
-    """All of it for a person; `stopped` are the ranks that had to be ended, `logs` is where the ranks' logs are."""
+def failure_text(failures: Sequence[Failure], stopped: Sequence[int] = (), logs: str = "", alone: bool = False) -> str:
+    """All of it for a person.
+
+    `stopped` are the ranks that had to be ended, `logs` is where the ranks' logs are; a rank `alone` needs no name.
+    """
     cause = first_cause(failures)
-    lines = [f"error: rank {cause.rank} on {cause.host}: {cause.details}"]
+    place = "" if alone else f"rank {cause.rank} on {cause.host}"
+    lines = [": ".join(part for part in ("error", place, cause.details) if part)]
     if "\n" in cause.details:
-        lines = [f"error: rank {cause.rank} on {cause.host} failed:", cause.details]
+        lines = [f"error: {place or 'the run'} failed:", cause.details]
     others = sorted((failure for failure in failures if failure is not cause), key=lambda failure: failure.rank)
     lines += [f"then rank {other.rank} on {other.host}: {_first_line(other.summary)}" for other in others]
     lines += [f"then rank {rank} on {cause.host}: stopped" for rank in stopped]

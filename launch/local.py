@@ -1,49 +1,57 @@
 """Ranks as processes of this machine.
 
-One rank runs in this very process. Several are forked once everything they need is imported: PyTorch and an engine are
-imported once, not once per rank on the same cores. Nothing has been computed by then, so no thread is lost in the fork.
+They are forked once everything they need is imported: PyTorch and an engine are imported once, not once per rank on the
+same cores, nor again when all are started again. Nothing has been computed by then, so no thread is lost in the fork.
 """
 
-import ctypes
-import multiprocessing
 import os
-import signal
 import socket
 import sys
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.failure import Failure, failure_text, first_cause
+from launch.failure import Failure, failure_text
+from launch.processes import Ending, RankProcess, start_rank, watch
+from launch.pulse import PulseBoard
 from launch.rank import Rank, num_threads, set_threads
-from launch.rank_log import log_path
-from launch.stop import StopSignal
+from launch.rank_log import log_path, stacks_path
+from launch.stop import StopSignal, exit_after_grace
+from launch.supervise import AttemptEnd, newest_step, supervise
+from launch.watchdog import save_stacks
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE
-from llmtrain.train.run_folder import RunFolder, read_status
+from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError
+from llmtrain.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from llmtrain.train.loop import Run
 
 LOOPBACK = "127.0.0.1"
-GRACE_SECONDS = 1.5
-"""How long ranks may take to end by themselves once one has failed; then they are killed."""
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def launch(config: RunConfig) -> int:
-    """Run the configuration and return the exit code."""
-    num_ranks = config.launch.num_workers
-    set_threads(num_threads(config.launch, num_ranks))
-    if num_ranks > 1:
-        # Asked through the driver's library, a GPU is not initialized by the question: the forked ranks can be.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    from launch.worker import run_worker  # imports torch: only once the configuration is known to be right
-
+def launch(config: RunConfig, change_run: Callable[["Run", Rank], "Run"] | None = None) -> int:
+    """Run the configuration and return the exit code; `change_run` may replace parts of the run on each rank."""
+    set_threads(num_threads(config.launch, config.launch.num_workers))
     with StopSignal() as stop:
-        return run_worker(config, stop) if num_ranks == 1 else run_ranks(config, stop)
+        if config.launch.num_workers > 1 or is_supervised(config):
+            return supervise(config, Attempts(config, stop, change_run).run)
+        from launch.worker import (
+            run_worker,
+            unchanged,
+        )  # imports torch: only once the configuration is known to be right
+
+        exit_after_grace(stop, config.launch.grace_seconds)
+        return run_worker(config, stop, change_run=change_run or unchanged)
+
+
+def is_supervised(config: RunConfig) -> bool:
+    """Whether a single rank gets a process of its own, which this one can start again.
+
+    Elsewhere than on Linux a fork after the imports is not safe with every system library.
+    """
+    return config.launch.max_stalled_attempts > 0 and sys.platform == "linux"
 
 
 def run_as_rank(config: RunConfig, place: Rank) -> int:
@@ -53,163 +61,94 @@ def run_as_rank(config: RunConfig, place: Rank) -> int:
 
     try:
         with StopSignal() as stop:
+            exit_after_grace(stop, config.launch.grace_seconds)
             return run_worker(config, stop, place)
     except BaseException as error:
         failure = Failure.of_error(place.rank, error)
-        sys.stderr.write(failure_text([failure], logs=log_of(config, failure)) + "\n")
+        log = log_path(Path(config.output_dir) / config.name, place.rank)
+        logs = str(log) if failure.is_defect and log.exists() else ""
+        sys.stderr.write(failure_text([failure], logs=logs) + "\n")
         sys.stderr.flush()
         # A thread may wait for ranks that are gone: it must not keep this one.
         os._exit(failure.exit_code)
 
 
-def log_of(config: RunConfig, failure: Failure) -> str:
-    """The log to look into; none for what the message explains."""
-    path = log_path(Path(config.output_dir) / config.name, failure.rank)
-    return str(path) if failure.is_defect and path.exists() else ""
-
-
 @dataclass(frozen=True)
-class RankProcess:
-    """A forked rank, and the pipe through which it says why it failed."""
+class Attempts:
+    """Starts all ranks of a run and waits for their end, as often as asked."""
 
-    rank: int
-    process: BaseProcess
-    told: Connection
+    config: RunConfig
+    stop: StopSignal
+    change_run: Callable[["Run", Rank], "Run"] | None = None
 
+    def run(self, number: int) -> AttemptEnd:
+        """One attempt, from the newest valid checkpoint."""
+        import torch
 
-def run_ranks(config: RunConfig, stop: StopSignal) -> int:
-    """Start the ranks, wait for all of them, and return the exit code of the run."""
-    import torch
+        from launch.meeting import serve_store
+        from llmtrain.train.setup import engine_class
 
-    from launch.meeting import serve_store
-    from llmtrain.train.setup import engine_class
+        # Asked through the driver's library, a GPU is not initialized by the question: the forked ranks can be.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        engine_class(self.config.engine.name)
+        assert not torch.cuda.is_initialized(), "a GPU cannot be used after a fork"
+        run_dir = Path(self.config.output_dir) / self.config.name
+        board = PulseBoard(self.config.launch.num_workers, newest_step(run_dir))
+        # The port is taken before anybody knows it, and stays with this process: nobody else can get it.
+        listener = socket.create_server((LOOPBACK, 0))
+        ranks: list[RankProcess] = []
+        try:
+            for rank in range(self.config.launch.num_workers):
+                ranks.append(self._start(rank, number, listener, board))
+            store = serve_store(listener)
+            ending = watch(ranks, board, self.stop, self.config.launch)
+            del store
+        finally:
+            for rank in ranks:
+                rank.end()
+        if ending.stacks is not None:
+            save_stacks(ending.stacks, stacks_path(run_dir))
+        if ending.out_of_time:
+            self._abandon_save(run_dir)
+        return self._attempt_end(ending, ranks, board)
 
-    engine_class(config.engine.name)
-    assert not torch.cuda.is_initialized(), "a GPU cannot be used after a fork"
-    # The port is taken before anybody knows it, and stays with this process: nobody else can get it.
-    listener = socket.create_server((LOOPBACK, 0))
-    port = listener.getsockname()[1]
-    ranks: list[RankProcess] = []
-    try:
-        for rank in range(config.launch.num_workers):
-            place = Rank(rank, config.launch.num_workers, rank, config.launch.num_workers, LOOPBACK, port)
-            ranks.append(start_rank(config, stop, place, listener))
-        store = serve_store(listener)
-        failures, stopped = watch(ranks)
-        del store
-    finally:
-        kill(ranks)
-    if failures:
-        return report(config, failures, stopped, ranks[0])
-    return max(rank.process.exitcode or 0 for rank in ranks)
+    def _start(self, rank: int, attempt: int, listener: socket.socket, board: PulseBoard) -> RankProcess:
+        world_size = self.config.launch.num_workers
+        host, port = listener.getsockname()
+        place = Rank(rank, world_size, rank, world_size, host, port, attempt=attempt)
+        return start_rank(place, self.stop, listener, self._work(place, board))
 
+    def _work(self, place: Rank, board: PulseBoard) -> Callable[[], int]:
+        from launch.worker import run_worker, unchanged
 
-def start_rank(config: RunConfig, stop: StopSignal, place: Rank, listener: socket.socket) -> RankProcess:
-    """Fork one rank."""
-    read_end, write_end = os.pipe()
-    told, telling = Connection(read_end, writable=False), Connection(write_end, readable=False)
+        def work() -> int:
+            # All ranks are on this machine: no other network interface, and no name of this machine, is needed.
+            if sys.platform == "linux":
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            return run_worker(self.config, self.stop, place, board.pulse(place.rank), self.change_run or unchanged)
 
-    def body() -> None:
-        listener.close()
-        die_with(launcher)
-        rank_main(config, stop, place, telling)
+        return work
 
-    launcher = os.getpid()
-    process = multiprocessing.get_context("fork").Process(target=body, name=f"rank-{place.rank}")
-    process.start()
-    telling.close()
-    return RankProcess(place.rank, process, told)
+    def _attempt_end(self, ending: Ending, ranks: list[RankProcess], board: PulseBoard) -> AttemptEnd:
+        positions = board.positions()
+        codes = [rank.process.exitcode or 0 for rank in ranks]
+        return AttemptEnd(
+            exit_code=EXIT_PREEMPTED if ending.out_of_time else max(codes),
+            failures=ending.failures,
+            stopped=ending.stopped,
+            saved_step=newest_step(Path(self.config.output_dir) / self.config.name),
+            step=max(position.step for position in positions),
+            worked=any(position.step > position.first_step for position in positions),
+            told_to_stop=self.stop.requested,
+        )
 
+    def _abandon_save(self, run_dir: Path) -> None:
+        """Leave nothing of a save that took longer than there was time for; the checkpoints before it stay."""
+        from llmtrain.checkpoint.folders import CHECKPOINTS
+        from llmtrain.checkpoint.writer import recover
 
-def rank_main(config: RunConfig, stop: StopSignal, place: Rank, telling: Connection) -> None:
-    """The life of a forked rank. Never returns: nothing of the launcher's own ending may run in it."""
-    from launch.worker import run_worker
-
-    stop.announces = False  # the launcher says it
-    # All ranks are on this machine: no other network interface, and no name of this machine, is needed.
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    try:
-        code = run_worker(config, stop, place)
-    except BaseException as error:
-        failure = Failure.of_error(place.rank, error)
-        telling.send_bytes(failure.to_bytes())
-        code = failure.exit_code
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def die_with(launcher: int) -> None:
-    """Let this process be killed as soon as its launcher is gone, however that ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        threading.Thread(target=_watch_parent, args=(launcher,), daemon=True).start()
-    if os.getppid() != launcher:  # it was gone before this process asked
-        os._exit(1)
-
-
-def _watch_parent(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def watch(ranks: Sequence[RankProcess]) -> tuple[list[Failure], list[int]]:
-    """Wait until every rank has ended, or a little longer than the first failure: (failures, ranks that go on)."""
-    failures: dict[int, Failure] = {}
-    running = {rank.rank: rank for rank in ranks}
-    deadline = None
-    while running and (deadline is None or time.monotonic() < deadline):
-        pipes = [rank.told for rank in running.values() if not rank.told.closed]
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = wait([*pipes, *(rank.process.sentinel for rank in running.values())], left)
-        for rank in list(running.values()):
-            if rank.told in ready:
-                failure = hear_failure(rank)
-                if failure:
-                    failures[rank.rank] = failure
-            elif rank.process.sentinel in ready:
-                rank.process.join()
-                del running[rank.rank]
-                code = rank.process.exitcode or 0
-                if code not in (0, EXIT_PREEMPTED) and rank.rank not in failures:
-                    failures[rank.rank] = Failure.of_exit(rank.rank, code)
-        if failures and deadline is None:
-            deadline = time.monotonic() + GRACE_SECONDS
-    return list(failures.values()), sorted(running.keys() - failures.keys())
-
-
-def hear_failure(rank: RankProcess) -> Failure | None:
-    """What a rank says of its failure; None where it has ended without a word."""
-    try:
-        return Failure.from_bytes(rank.told.recv_bytes())
-    except EOFError:
-        rank.told.close()
-        return None
-
-
-def kill(ranks: Sequence[RankProcess]) -> None:
-    """End what still runs. TERM would mean: save first."""
-    for rank in ranks:
-        if rank.process.is_alive():
-            rank.process.kill()
-    for rank in ranks:
-        rank.process.join()
-
-
-def report(config: RunConfig, failures: Sequence[Failure], stopped: Sequence[int], leader: RankProcess) -> int:
-    """Say why the run failed, here and in its status; returns the exit code."""
-    cause = first_cause(failures)
-    if cause.exit_code == EXIT_TOLD_TWICE:
-        return EXIT_TOLD_TWICE
-    run_dir = Path(config.output_dir) / config.name
-    sys.stderr.write(failure_text(failures, stopped, log_of(config, cause)) + "\n")
-    status = read_status(run_dir)
-    if status is not None and status.pid == leader.process.pid:
-        # Rank 0 may have been killed in the middle, and knows the consequence only.
-        with RunFolder(run_dir) as folder:
-            message = f"rank {cause.rank} on {cause.host}: {cause.summary}"
-            folder.write_status("failed", status.step, config.total_steps, message)
-    return cause.exit_code
+        message = f"told to stop; not saved within launch.grace_seconds = {self.config.launch.grace_seconds:g}"
+        sys.stderr.write(f"{message}: it continues from step {newest_step(run_dir)}\n")
+        with suppress(LlmtrainError, OSError), RunFolder(run_dir) as folder:
+            recover(run_dir / CHECKPOINTS)
+            folder.write_status("preempted", newest_step(run_dir), self.config.total_steps, message)

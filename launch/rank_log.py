@@ -18,6 +18,11 @@ def log_path(run_dir: Path, rank: int) -> Path:
     return run_dir / LOGS / f"rank-{rank:05d}.log"
 
 
+def stacks_path(run_dir: Path) -> Path:
+    """Where it is kept what hung ranks were doing."""
+    return run_dir / LOGS / "stacks.txt"
+
+
 @contextmanager
 def rank_log(run_dir: Path, place: Rank) -> Iterator[None]:
     """Append what this process prints to its log, headed by a line about the attempt; an error that leaves is kept too.

@@ -4,12 +4,17 @@ import mmap
 import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType, TracebackType
 
-from llmtrain.errors import EXIT_TOLD_TWICE
+from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """TERM from schedulers and supervisors, INT from a keyboard, USR1 as Slurm's warning before the time limit."""
+
+
+POLL_SECONDS = 0.1
 
 
 class StopSignal:
@@ -47,3 +52,21 @@ class StopSignal:
         if self.announces:
             name = signal.Signals(number).name
             sys.stderr.write(f"\n{name}: saving after this step, then stopping. Once more stops at once, unsaved.\n")
+
+
+def exit_after_grace(stop: StopSignal, grace_seconds: float) -> None:
+    """Let this process end with EXIT_PREEMPTED so long after it was told to stop, saved or not; 0: never.
+
+    A save that is not done then leaves nothing that a later start would take for a checkpoint.
+    """
+
+    def wait() -> None:
+        while not stop.requested:
+            time.sleep(POLL_SECONDS)
+        time.sleep(grace_seconds)
+        sys.stderr.write(f"told to stop; not saved within launch.grace_seconds = {grace_seconds:g}: abandoned\n")
+        sys.stderr.flush()
+        os._exit(EXIT_PREEMPTED)
+
+    if grace_seconds > 0:
+        threading.Thread(target=wait, name="grace", daemon=True).start()

@@ -12,25 +12,42 @@ import torch.distributed as dist
 
 from launch.failure import OtherRankFailedError
 from launch.meeting import StoreExchange, anybody, connect, lone_store, open_exchange, open_group
+from launch.pulse import Pulse
 from launch.rank import ALONE, Rank, num_threads
 from launch.rank_log import rank_log
 from launch.stop import StopSignal
 from llmtrain.config.schema import LaunchConfig, RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError
-from llmtrain.train.loop import train
+from llmtrain.observe.monitor import Section
+from llmtrain.train.loop import Run, train
 from llmtrain.train.preflight import with_vocab_size
 from llmtrain.train.run_folder import RunFolder, Status, read_status
-from llmtrain.train.setup import Start, find_start, join_start, setup
+from llmtrain.train.setup import Start, describe_start, find_start, join_start, setup
 
 SINGLE_PROCESS_ENGINES = ("torch",)
 """Engines that need no process group where there is one rank."""
 
 
-def run_worker(config: RunConfig, stop: StopSignal, place: Rank = ALONE) -> int:
+def unwatched(section: Section, step: int) -> None:
+    """The pulse of a rank that nobody watches over."""
+
+
+def unchanged(run: Run, place: Rank) -> Run:
+    """The parts of a run as they are; a drill puts others in their place."""
+    return run
+
+
+def run_worker(
+    config: RunConfig,
+    stop: StopSignal,
+    place: Rank = ALONE,
+    pulse: Pulse = unwatched,
+    change_run: Callable[[Run, Rank], Run] = unchanged,
+) -> int:
     """Train, or continue, the run; returns the exit code.
 
     launch.num_workers is the world size. Rank 0 holds the run folder, decides what the run continues from and records
-    it; the others wait for that decision.
+    it; the others wait for that decision. `pulse` hears where this rank is; `change_run` may replace parts of the run.
     """
     assert config.launch.num_workers == place.world_size
     config = with_vocab_size(config)
@@ -40,20 +57,20 @@ def run_worker(config: RunConfig, stop: StopSignal, place: Rank = ALONE) -> int:
     timeout_seconds = config.launch.timeout_seconds
     with ExitStack() as held:
         if place.world_size == 1:
-            folder = held.enter_context(RunFolder(run_dir))
-            attempt = Attempt(config, device, find_start(config, folder), folder)
+            folder = held.enter_context(RunFolder(run_dir, place.attempt))
+            attempt = Attempt(config, device, find_start(config, folder), folder, place, pulse, change_run)
             if config.engine.name not in SINGLE_PROCESS_ENGINES and not attempt.finished_before:
                 open_group(lone_store(), place, device, timeout_seconds)
             return attempt.run(lambda: stop.requested)
         store = connect(place, timeout_seconds)
         ranks = open_exchange(place, timeout_seconds)
-        folder, start = agree_on_start(config, run_dir, ranks, held)
-        attempt = Attempt(config, device, start, folder, place.rank)
+        folder, start = agree_on_start(config, place, ranks, held)
+        attempt = Attempt(config, device, start, folder, place, pulse, change_run)
         if attempt.finished_before:
             return attempt.run(lambda: stop.requested)
         held.enter_context(rank_log(run_dir, place))
         open_group(store, place, device, timeout_seconds)
-        code = attempt.run(lambda: anybody(stop.requested))
+        code = attempt.run(lambda: anybody(stop.requested), anybody)
         dist.destroy_process_group()
         return code
 
@@ -66,14 +83,16 @@ class Attempt:
     device: torch.device
     start: Start
     folder: RunFolder | None
-    rank: int = 0
+    place: Rank
+    pulse: Pulse
+    change_run: Callable[[Run, Rank], Run]
 
     @property
     def finished_before(self) -> bool:
         return self.start.step >= self.config.total_steps
 
-    def run(self, stop_requested: Callable[[], bool]) -> int:
-        """Train to the end or until told to stop; returns the exit code."""
+    def run(self, stop_requested: Callable[[], bool], on_any_rank: Callable[[bool], bool] = bool) -> int:
+        """Train to the end or until told to stop; returns the exit code. `on_any_rank`: is a flag set on any rank?"""
         total_steps = self.config.total_steps
         if self.finished_before:
             if self.folder:
@@ -83,12 +102,13 @@ class Attempt:
         self._write_status("running", self.start.step, "starting")
         run = None
         try:
-            run = setup(self.config, self.folder, self.start, self.device, self.rank)
-            status, state = train(run, stop_requested)
+            run = setup(self.config, self.folder, self.start, self.device, self.place.rank, self.pulse)
+            status, state = train(self.change_run(run, self.place), stop_requested, on_any_rank)
         except BaseException as error:
             if run:
                 run.monitor.close("failed")
-            self._write_status("failed", self._last_step(), f"{type(error).__name__}: {error}")
+            said = f"{type(error).__name__}: {error}"
+            self._write_status("failed", self._last_step(), said, said)
             raise
         run.monitor.close(status)
         self._write_status(status, state.step, "" if status == "done" else "told to stop; the same command continues")
@@ -99,31 +119,32 @@ class Attempt:
         status = read_status(self.folder.path) if self.folder else None
         return status.step if status else self.start.step
 
-    def _write_status(self, status: Status, step: int, message: str) -> None:
+    def _write_status(self, status: Status, step: int, message: str, cause: str = "") -> None:
         if self.folder:
-            self.folder.write_status(status, step, self.config.total_steps, message)
+            self.folder.write_status(status, step, self.config.total_steps, message, cause)
 
 
 def agree_on_start(
-    config: RunConfig, run_dir: Path, ranks: StoreExchange, held: ExitStack
+    config: RunConfig, place: Rank, ranks: StoreExchange, held: ExitStack
 ) -> tuple[RunFolder | None, Start]:
     """Rank 0 locks the run folder, until `held` closes, and decides where the run begins; the others hear of it.
 
     Raises on rank 0 what `find_start` and the lock raise, on the others OtherRankFailedError with the same exit code.
     """
+    run_dir = Path(config.output_dir) / config.name
     if ranks.rank > 0:
         said = json.loads(ranks.hear("start"))
         if "exit_code" in said:
             raise OtherRankFailedError("rank 0 could not start", said["exit_code"])
-        return None, join_start(config, run_dir, said["checkpoint"] and Path(said["checkpoint"]), ranks)
+        return None, join_start(config, run_dir, said, ranks)
     try:
-        folder = held.enter_context(RunFolder(run_dir))
+        folder = held.enter_context(RunFolder(run_dir, place.attempt))
         start = find_start(config, folder, ranks)
     except BaseException as error:
         exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
         ranks.say("start", json.dumps({"exit_code": exit_code}))
         raise
-    ranks.say("start", json.dumps({"checkpoint": str(start.checkpoint.path) if start.checkpoint else None}))
+    ranks.say("start", json.dumps(describe_start(start)))
     return folder, start
 
 

@@ -32,6 +32,7 @@ TRAINING, DATA, RESULTS = "Training", "Data", "Results"
 VERBS = {
     "train": Verb("llmtrain.cli.train", "train", "Train a model, or go on where the run stopped.", TRAINING),
     "parity": Verb("llmtrain.cli.parity", "parity", "Compare layouts and engines with one process.", TRAINING),
+    "drill": Verb("llmtrain.cli.drill", "drill", "Inject faults into short runs and see what follows.", TRAINING),
     "schema": Verb("llmtrain.cli.schema", "schema", "Print the JSON schema of run files, for editors.", TRAINING),
     "data": Verb("llmtrain.cli.data", "app", "Make, look at and check data sets.", DATA),
     "checkpoint": Verb("llmtrain.cli.checkpoint", "app", "List, inspect, verify and compare checkpoints.", RESULTS),

@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.throughput import mfu
-from llmtrain.observe.tracker import Row, Tracker
+from llmtrain.observe.tracker import RESUMED_FROM, Row, Tracker
 
-Section = Literal["data", "evaluate", "checkpoint"]
+Section = Literal["setup", "data", "step", "evaluate", "checkpoint"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
+"""Where a run spends its time. Its first step belongs to the setup: compilers and allocators work in it."""
+
 Status = Literal["done", "preempted", "failed"]
 
 
@@ -75,25 +78,33 @@ class Monitor:
         trackers: Sequence[Tracker] = (),
         console: ConsoleTracker | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        on_section: Callable[[Section, int], None] = lambda section, step: None,
     ) -> None:
+        """`on_section` hears of every section that begins, with the number of steps that are done."""
         self._plan = plan
         self._trackers: list[Tracker] = [*trackers, *([console] if console else [])]
         self._console = console
         self._clock = clock
+        self._on_section = on_section
+        self._step, self._has_stepped = plan.start_step, False
         self._tokens = plan.start_tokens
         self._interval = _Interval()
         self._failed_trackers: set[int] = set()
         self._step_began = clock()
         self._evaluate_seconds = 0.0
+        self._went_back_to: int | None = None
+        on_section("setup", plan.start_step)
 
     @contextmanager
-    def section(self, name: Section) -> Iterator[None]:
+    def section(self, name: Literal["data", "evaluate", "checkpoint"]) -> Iterator[None]:
         """Time a part of the loop. Evaluation and checkpoints are no part of a step's time; waiting for data is."""
         began = self._clock()
+        self._on_section(name, self._step)
         try:
             yield
         finally:
             seconds = self._clock() - began
+            self._on_section("step" if self._has_stepped else "setup", self._step)
             if name == "data":
                 self._interval.data_seconds += seconds
             else:
@@ -112,11 +123,11 @@ class Monitor:
         interval.step_seconds += now - self._step_began
         interval.skipped += result.skipped
         self._step_began = now
+        self._step, self._has_stepped = step, True
+        self._on_section("step", step)
         self._tokens += result.num_tokens
         if self._console:
             self._console.advance(step)
-        if result.skipped:
-            self.say(f"step {step:,} skipped: its gradient is not finite; weights and moments are unchanged")
         if step == 1 or step == self._plan.last_step or step % self._plan.log_every_steps == 0:
             self._record(self._training_row(step, lr, result))
             self._interval = _Interval()
@@ -133,6 +144,12 @@ class Monitor:
         }
         self._evaluate_seconds = 0.0
         self._record(row)
+
+    def went_back(self, step: int, tokens: int) -> None:
+        """The run continues from an earlier step: the next row says so, as the first one after a resume does."""
+        self._step, self._tokens = step, tokens
+        self._interval = _Interval()
+        self._went_back_to = step
 
     def say(self, text: str) -> None:
         """Tell the person at the terminal one thing, above the progress bar."""
@@ -171,6 +188,8 @@ class Monitor:
         return {**result.metrics, **row}
 
     def _record(self, row: Row) -> None:
+        if self._went_back_to is not None:
+            row, self._went_back_to = {**row, RESUMED_FROM: self._went_back_to}, None
         for tracker in self._trackers:
             self._guard(tracker, lambda tracker=tracker: tracker.log(row))
 

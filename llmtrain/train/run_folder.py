@@ -26,12 +26,25 @@ STATUS = "status.json"
 RENEW_SECONDS = 10.0
 LEASE_SECONDS = 60.0
 
-Status = Literal["running", "done", "preempted", "failed"]
+Status = Literal["running", "restarting", "done", "preempted", "failed", "stalled"]
+
+NEXT_ACTIONS: dict[Status, str] = {
+    "running": "wait",
+    "restarting": "wait: all ranks are started again from the newest valid checkpoint",
+    "done": "nothing: raise train.steps to go on",
+    "preempted": "start the same command again: it continues",
+    "failed": "mend the cause, then start the same command again: it continues from the newest valid checkpoint",
+    "stalled": "mend the cause first: started again as it is, it would fail at the same place",
+}
+"""What is to be done about a run, by its status."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What `status.json` says. `updated` is an ISO time in UTC."""
+    """What `status.json` says. `updated` is an ISO time in UTC.
+
+    `attempt` counts the starts by one launcher, from 0; `cause` is why the run, or its last attempt, has failed.
+    """
 
     status: Status
     step: int
@@ -40,6 +53,9 @@ class RunStatus:
     pid: int
     host: str
     updated: str
+    attempt: int = 0
+    cause: str = ""
+    next_action: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,11 +73,12 @@ class LockOwner:
 class RunFolder:
     """A run folder that this process alone writes to, from construction until `close` or the end of the process.
 
-    Raises RunFolderInUseError where another process holds it, LlmtrainError where it cannot be made.
+    `attempt` is which of its launcher's attempts writes. Raises RunFolderInUseError where another process holds it, LlmtrainError where it cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, attempt: int = 0) -> None:
         self.path = Path(path)
+        self._attempt = attempt
         self._lock = self.path / LOCK
         self._owner = LockOwner(
             socket.gethostname(), _machine(), os.getpid(), _process_started(os.getpid()) or "", _now(), uuid.uuid4().hex
@@ -101,9 +118,10 @@ class RunFolder:
             owner = _read_owner(self._lock)
             raise _in_use(self.path, owner) if owner else RunFolderInUseError(f"{self._lock}: was removed. Stopping.")
 
-    def write_status(self, status: Status, step: int, total_steps: int, message: str = "") -> None:
+    def write_status(self, status: Status, step: int, total_steps: int, message: str = "", cause: str = "") -> None:
         """Replace `status.json` in one step. Raises LlmtrainError where the file system does not take it."""
-        content = RunStatus(status, step, total_steps, message, self._owner.pid, self._owner.host, _now())
+        owner, attempt, action = self._owner, self._attempt, NEXT_ACTIONS[status]
+        content = RunStatus(status, step, total_steps, message, owner.pid, owner.host, _now(), attempt, cause, action)
         temporary = self.path / f".{STATUS}.{self._owner.token}"
         try:
             temporary.write_text(json.dumps(asdict(content), indent=1) + "\n", "utf-8")

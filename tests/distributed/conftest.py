@@ -19,7 +19,7 @@ optim: {lr: 3e-3, warmup_steps: 5}
 evaluate: {every_steps: 10, steps: 1}
 checkpoint: {every_steps: 10}
 observe: {wandb: "off", tensorboard: false}
-launch: {num_workers: 2, threads_per_worker: 1}
+launch: {num_workers: 2, threads_per_worker: 1, max_stalled_attempts: 0}
 """
 
 

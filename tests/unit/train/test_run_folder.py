@@ -206,7 +206,9 @@ def test_a_status_that_does_not_exist_is_named(tmp_path: Path) -> None:
         owner.write_status("done", 3, 3)
     content = json.loads((tmp_path / "status.json").read_bytes())
     (tmp_path / "status.json").write_text(json.dumps(content | {"status": "on fire"}))
-    with pytest.raises(LlmtrainError, match="status = on fire, allowed are running, done, preempted, failed"):
+    with pytest.raises(
+        LlmtrainError, match="status = on fire, allowed are running, restarting, done, preempted, failed, stalled"
+    ):
         read_status(tmp_path)
 
 

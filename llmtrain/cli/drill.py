@@ -1,0 +1,63 @@
+"""`llmtrain drill`: does a run survive what may happen to it?"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from launch.drill import Outcome
+
+
+def drill(
+    config: Annotated[Path, typer.Argument(help="A run's configuration; the runs are short.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides.")] = None,
+    only: Annotated[str, typer.Option(help="Only the faults whose name contains this.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="A line of JSON per fault on stdout.")] = False,
+) -> None:
+    """Inject faults into short runs of a configuration, and say what follows.
+
+    Processes are killed and stopped, files damaged, memory and disk made scarce, for real. For each fault: after how
+    many seconds it was noticed, after how many the next step was finished, how many steps were lost, and whether the
+    weights are those of the undisturbed run, bit for bit. Ends with 1 where one does not go as it must.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from launch.drill import drill_config, try_fault, undisturbed
+    from launch.faults import FAULTS
+    from llmtrain.config.load import load_config
+    from llmtrain.errors import ConfigError
+    from llmtrain.train.preflight import storage_problems, with_vocab_size
+
+    faults = [fault for fault in FAULTS if only in fault.name]
+    if not faults:
+        raise ConfigError(f"--only {only}: no fault has that in its name: {'; '.join(f.name for f in FAULTS)}.")
+    run = drill_config(with_vocab_size(load_config(config, overrides or [], storage_problems).config))
+    typer.echo(f"{len(faults)} faults, after one run without: {run.output_dir}", err=True)
+    run = undisturbed(run)
+    failed = 0
+    if not json:
+        typer.echo(_HEADER)
+    for fault in faults:
+        outcome = try_fault(run, fault)
+        failed += bool(outcome.problems)
+        typer.echo(dumps(asdict(outcome)) if json else _line(outcome))
+        for problem in outcome.problems:
+            typer.echo(f"  {problem}", err=True)
+    typer.echo(f"{len(faults) - failed} as they must, {failed} not", err=True)
+    raise typer.Exit(1 if failed else 0)
+
+
+_HEADER = f"{'fault':<42} {'noticed':>9} {'back':>9} {'steps lost':>10}  {'weights':<9} exit"
+
+
+def _line(outcome: "Outcome") -> str:
+    same = {True: "identical", False: "other", None: "-"}[outcome.same_weights]
+    codes = ", ".join(map(str, outcome.exit_codes))
+    noticed, back = _seconds(outcome.detected_seconds), _seconds(outcome.back_seconds)
+    return f"{outcome.fault:<42} {noticed:>9} {back:>9} {outcome.steps_lost:>10}  {same:<9} {codes}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.2f} s"

@@ -20,6 +20,7 @@ from llmtrain.checkpoint.origin import CONFIG, Origin
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.names import shown
 from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConfig
+from llmtrain.data.remote import shown_path
 from llmtrain.data.shards import Manifest, file_sha256
 from llmtrain.errors import CheckpointError, Problem
 
@@ -102,7 +103,7 @@ def content_sha256(manifest: Manifest) -> str:
 def data_record(config: RunConfig, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """What a checkpoint says about the data it was trained on, as JSON; `manifests` are those of data.train."""
     sources = [
-        {"path": source.path, "weight": source.weight, "content_sha256": content_sha256(manifest)}
+        {"path": shown_path(source.path), "weight": source.weight, "content_sha256": content_sha256(manifest)}
         for source, manifest in zip(config.data.train, manifests, strict=True)
     ]
     return {"tokenizer_sha256": manifests[0].tokenizer_sha256, "sources": sources}
@@ -246,7 +247,7 @@ def _tokenizer_differences(
         return
     now = manifests[0].tokenizer_sha256
     text = (
-        f"the tokenizer of {config.data.train[0].path} has sha256 {now[:SHOWN_DIGITS]}, "
+        f"the tokenizer of {shown_path(config.data.train[0].path)} has sha256 {now[:SHOWN_DIGITS]}, "
         f"that of the checkpoint {origin.path} has {was[:SHOWN_DIGITS]}"
     )
     yield Difference("data.tokenizer", was, now, config.data.tokenizer, text)

@@ -1,12 +1,17 @@
-"""Checkpoints of the good run, with all that they say about where they come from."""
+"""Checkpoints of the good run, with all that they say about where they come from, and the run started after them."""
 
 from pathlib import Path
 
+import pytest
+
+from llmtrain.cli import main
 from llmtrain.config.load import load_config
 from llmtrain.config.rendering import to_yaml
 from llmtrain.data.shards import read_manifest
 from llmtrain.train.continuity import data_record
 from llmtrain.train.preflight import with_vocab_size
+from llmtrain.train.run_folder import RunFolder
+from llmtrain.train.setup import Start, find_start
 from tests.unit.checkpoint.saved import save
 
 
@@ -20,3 +25,17 @@ def save_of_run(step: int, *overrides: str, name: str = "small") -> Path:
 def save_import(out: Path, config_text: str) -> Path:
     """Imported weights: an architecture and no training state."""
     return save(out / "checkpoints", 0, config_text=config_text, state={}, about={"imported": "Llama"})
+
+
+def check(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str]:
+    """Exit code and stderr of the real command, which stops before it starts anything."""
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "run.yaml", *overrides, "--dry-run"])
+    return int(ended.value.code or 0), capsys.readouterr().err
+
+
+def start(*overrides: str) -> Start:
+    """What a rank decides, with the run folder locked."""
+    config = load_config(Path("run.yaml"), overrides).config
+    with RunFolder(Path("runs/small")) as held:
+        return find_start(config, held)

@@ -1,28 +1,20 @@
 """A run continues a checkpoint only with what it was trained with, or with what is allowed by name."""
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from llmtrain.cli import main
-from llmtrain.config.load import load_config
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.rendering import to_yaml
 from llmtrain.config.schema import DataConfig
-from llmtrain.data.shards import ShardEntry, file_sha256, read_manifest, write_manifest
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.models.build import build_model
 from llmtrain.observe.audit import iter_events
 from llmtrain.train.continuity import FREE_DATA_KEYS, FREE_MODEL_KEYS, is_allowed, shape_keys
-from llmtrain.train.run_folder import RunFolder
-from llmtrain.train.setup import find_start
 from tests.support.run_files import GOOD_RUN, write_data_set, write_good_run
 from tests.unit.checkpoint.saved import save
-from tests.unit.train.saved_run import save_import, save_of_run
+from tests.unit.train.saved_run import check, save_of_run, start
 
 NEWEST = "runs/small/checkpoints/step-00000010"
 
@@ -74,20 +66,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def check(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str]:
-    """Exit code and stderr of the real command, which stops before it starts anything."""
-    with pytest.raises(SystemExit) as ended:
-        main(["train", "run.yaml", *overrides, "--dry-run"])
-    return int(ended.value.code or 0), capsys.readouterr().err
-
-
-def start(*overrides: str) -> Any:
-    """What a rank decides, with the run folder locked."""
-    config = load_config(Path("run.yaml"), overrides).config
-    with RunFolder(Path("runs/small")) as held:
-        return find_start(config, held)
-
-
 def write_key(section: str, key: str, value: str) -> int:
     """Set a key in run.yaml; returns its line."""
     lines, inside = [], ""
@@ -98,15 +76,6 @@ def write_key(section: str, key: str, value: str) -> int:
     place = lines.index(f"{section}:") + 1
     Path("run.yaml").write_text("\n".join([*lines[:place], f"  {key}: {value}", *lines[place:]]) + "\n")
     return place + 1
-
-
-def rewrite_shards(folder: Path, *shards: ShardEntry) -> None:
-    """Other shards in a data set's manifest."""
-    write_manifest(folder, replace(read_manifest(folder), shards=shards))
-
-
-def shard(number: int, content: str) -> ShardEntry:
-    return ShardEntry(f"{number}.tar", 1, content * 64, f"{number}.idx", "0" * 64, samples=10, tokens=1000)
 
 
 def test_the_unchanged_run_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,71 +222,6 @@ def test_learned_positions_have_a_length(folder: Path, capsys: pytest.CaptureFix
     assert "model.max_seq_len = 256" in err and "can never be allowed" in err
 
 
-def test_a_moved_data_set_is_no_change(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.move(folder / "shards", folder / "elsewhere")
-    entry = read_manifest(folder / "elsewhere/train").shards[0]
-    rewrite_shards(folder / "elsewhere/train", replace(entry, file="renamed.tar", index_file="renamed.idx"))
-    moved = "data.train.0.path=elsewhere/train"
-    assert check(capsys, moved) == (0, "")
-    assert start(moved).step == 10
-
-
-@pytest.mark.parametrize("change", ["one more", "one less", "other order", "other tokens"])
-def test_a_changed_data_set_is_refused(change: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    three = [shard(0, "a"), shard(1, "b"), shard(2, "c")]
-    rewrite_shards(folder / "shards/train", *three)
-    save_of_run(20)
-    assert check(capsys) == (0, "")
-    after = {
-        "one more": [*three, shard(3, "d")],
-        "one less": three[:2],
-        "other order": [three[1], three[0], three[2]],
-        "other tokens": [*three[:2], shard(2, "d")],
-    }
-    rewrite_shards(folder / "shards/train", *after[change])
-    code, err = check(capsys)
-    assert code == 2
-    assert err.startswith("error: data.train.0.path = shards/train (run.yaml:8): its content has sha256 ")
-    assert "the checkpoint runs/small/checkpoints/step-00000020 was trained on shards/train with " in err
-    assert err.endswith("1 problem in run.yaml; nothing was started.\n")
-    with pytest.raises(ConfigError, match="its content has sha256"):
-        start()
-    for allowed in ("data.train", "data.train.0.path", "data"):
-        assert check(capsys, f"checkpoint.allow_change=[{allowed}]") == (0, "")
-
-
-def test_a_mixture_s_sources_shares_and_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_data_set(folder / "shards/more", tokens=2000)
-
-    def mixture(*sources: tuple[str, int]) -> str:
-        return f"data.train=[{', '.join(f'{{path: shards/{name}, weight: {weight}}}' for name, weight in sources)}]"
-
-    save_of_run(20, mixture(("train", 2), ("more", 4)))
-    assert check(capsys, mixture(("train", 1), ("more", 2))) == (0, "")
-
-    code, err = check(capsys, mixture(("train", 1), ("more", 3)))
-    assert code == 2 and "data.train.0.weight = 1" in err and "step-00000020 has 4." in err
-    code, err = check(capsys, mixture(("more", 2), ("train", 4)))
-    assert code == 2 and "data.train.0.path = shards/more" in err and "data.train.1.path = shards/train" in err
-    code, err = check(capsys)
-    assert code == 2 and 'was trained on ["shards/train", "shards/more"]' in err
-    assert "allow_change=[data.train]." in err
-
-
-def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer = folder / "other.model"
-    tokenizer.write_text("other pieces")
-    write_data_set(folder / "shards/other", vocab_size=301, tokenizer_sha256=file_sha256(tokenizer))
-    others = ("data.train.0.path=shards/other", "data.tokenizer=other.model")
-    code, err = check(capsys, *others)
-    assert code == 2
-    told = file_sha256(tokenizer)[:12]
-    assert f"data.tokenizer = other.model (command line): the tokenizer of shards/other has sha256 {told}" in err
-    assert f"that of the checkpoint {NEWEST} has {'a' * 12}. " in err
-    assert "model.vocab_size = 301 (default): the checkpoint" in err
-    assert err.endswith("3 problems in run.yaml; nothing was started.\n")
-
-
 def test_a_newer_checkpoint_with_damage_is_left_to_the_opening(capsys: pytest.CaptureFixture[str]) -> None:
     newer = save_of_run(20, "seed=7")
     state = newer / "state.json"
@@ -345,25 +249,6 @@ def test_a_checkpoint_of_another_run(capsys: pytest.CaptureFixture[str]) -> None
     assert "Set it back, take another checkpoint, or allow it with checkpoint.allow_change=[seed]." in err
     save_of_run(5, "seed=7", name="new")
     assert check(capsys, "name=new", resume, "seed=7") == (0, "")  # it has one of its own by now
-
-
-def test_imported_weights_need_their_shape_and_tokenizer_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = load_config(Path("run.yaml"), ["model.vocab_size=300"]).config
-    save_import(folder / "weights", to_yaml(config))
-    resume = ("name=tuned", "checkpoint.resume=weights")
-    assert check(capsys, *resume, "seed=7", "data.seq_len=32", "model.dropout=0.1") == (0, "")
-    with RunFolder(Path("runs/tuned")) as held:
-        find_start(load_config(Path("run.yaml"), [*resume, "seed=7", "model.dropout=0.1"]).config, held)
-    assert "model.dropout 0.0 -> 0.1\n" in capsys.readouterr().err
-    assert list(iter_events(Path("runs/tuned"))) == []
-
-    code, err = check(capsys, *resume, "model.num_layers=3")
-    assert code == 2 and "model.num_layers = 3 (command line): the checkpoint" in err
-    (folder / "weights/tokenizer.json").write_text("{}")
-    code, err = check(capsys, *resume)
-    assert code == 2 and "the tokenizer of shards/train has sha256 aaaaaaaaaaaa" in err
-    write_data_set(folder / "fitting", tokenizer_sha256=file_sha256(folder / "weights/tokenizer.json"))
-    assert check(capsys, *resume, "data.train.0.path=fitting") == (0, "")
 
 
 def test_an_architecture_of_another_version(capsys: pytest.CaptureFixture[str]) -> None:

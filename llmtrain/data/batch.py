@@ -26,7 +26,7 @@ class Batch:
     positions_BS: Tensor
     segments_BS: Tensor | None = None
     first_sample: int = 0
-    """Global number of the first sample; the others follow it."""
+    """Global number of the first sample; the others follow it, but for those that the run skips."""
 
     @property
     def num_valid_tokens(self) -> int:

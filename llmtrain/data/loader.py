@@ -1,28 +1,45 @@
 """From the stream of samples to the micro-batches of this rank, step by step, prepared ahead of the engine."""
 
+import copy
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count
+from pathlib import Path
 
 from llmtrain.config.schema import DataConfig, SourceConfig
 from llmtrain.data.batch import Batch
-from llmtrain.data.objectives import OBJECTIVES
+from llmtrain.data.folders import fetch_config
+from llmtrain.data.objectives import pack_sample
 from llmtrain.data.pack import stack_samples
-from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
+from llmtrain.data.skipped import LEDGER_NAME, SkippedShards
+from llmtrain.data.stream import SampleOrigin, SampleStream, StreamConfig, load_sources
+
+Window = tuple[int, int]
+"""Global samples [first, end) that a run passes over, whatever its layout and batch size."""
 
 
-def build_stream(sources: Sequence[SourceConfig], data: DataConfig, seed: int) -> SampleStream:
-    """The stream of a mixture of data sets. Raises DataError where one is damaged or written with another tokenizer."""
-    loaded = load_sources([source.path for source in sources], [source.weight for source in sources])
-    return SampleStream(loaded, StreamConfig(seed, data.seq_len, data.shuffle_shards, data.verify))
+def build_stream(
+    sources: Sequence[SourceConfig], data: DataConfig, seed: int, run_dir: Path | None = None
+) -> SampleStream:
+    """The stream of a mixture of data sets. Raises DataError where one is damaged or written with another tokenizer.
+
+    With data.on_corrupt = skip, the shards that the run goes without are listed in its folder; without `run_dir` damage
+    is an error.
+    """
+    paths, weights = [source.path for source in sources], [source.weight for source in sources]
+    config = StreamConfig(seed, data.seq_len, data.shuffle_shards, data.verify, read_ahead=data.prefetch_steps > 0)
+    skipped = None
+    if run_dir is not None and data.on_corrupt == "skip":
+        skipped = SkippedShards(run_dir / LEDGER_NAME, data.max_skipped)
+    return SampleStream(load_sources(paths, weights, fetch_config(data)), config, skipped)
 
 
 class BatchLoader:
     """This rank's micro-batches.
 
-    Micro-batch j of a step holds samples [j * micro_batch_size, (j + 1) * micro_batch_size) of that step whatever the
-    layout; data-parallel rank r takes micro-batches r, r + dp_size, ...
+    A step holds the next global_batch_size samples of the stream that lie in no skipped window. Micro-batch j of it
+    holds samples [j * micro_batch_size, (j + 1) * micro_batch_size) of them whatever the layout; data-parallel rank r
+    takes micro-batches r, r + dp_size, ...
     """
 
     def __init__(
@@ -41,14 +58,21 @@ class BatchLoader:
         self.global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._micro_batches = range(dp_rank, global_batch_size // micro_batch_size, dp_size)
+        self._skipped: list[Window] = []
+
+    def skipping(self, windows: Iterable[Window]) -> "BatchLoader":
+        """The same loader, which passes over these windows too. They may overlap."""
+        other = copy.copy(self)
+        other._skipped = sorted([*self._skipped, *windows])
+        return other
 
     def steps(self, first_sample: int) -> Generator[list[Batch], None, None]:
-        """Each step's micro-batches, from global sample `first_sample` on, without end.
+        """Each step's micro-batches, from position `first_sample` of the stream on, without end.
 
         Steps are prepared ahead in one thread, which ends when the iterator is closed. Raises DataError, where the
         step that needs a damaged shard is due.
         """
-        firsts = count(first_sample, self.global_batch_size)
+        firsts = self._iter_firsts(first_sample)
         if not self._data.prefetch_steps:
             yield from map(self._step, firsts)  # without end
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
@@ -61,10 +85,34 @@ class BatchLoader:
         finally:
             thread.shutdown(cancel_futures=True)
 
-    def _step(self, first_sample: int) -> list[Batch]:
-        return [self._batch(first_sample + number * self._micro_batch_size) for number in self._micro_batches]
+    def step_length(self, first_sample: int) -> int:
+        """How far a step that begins at a position of the stream moves on in it, samples passed over included."""
+        return self._samples(first_sample)[-1] + 1 - first_sample
 
-    def _batch(self, first_sample: int) -> Batch:
-        objective = OBJECTIVES[self._data.objective]
-        samples = map(self._stream.sample, range(first_sample, first_sample + self._micro_batch_size))
-        return stack_samples([objective(sample, self._data) for sample in samples], first_sample)
+    def step_origins(self, first_sample: int) -> list[SampleOrigin]:
+        """Where all samples of the step that begins at a position of the stream come from, on every rank."""
+        return [self._stream.origin(number) for number in self._samples(first_sample)]
+
+    def _iter_firsts(self, first_sample: int) -> Iterator[int]:
+        while True:
+            yield first_sample
+            first_sample += self.step_length(first_sample)
+
+    def _samples(self, first_sample: int) -> Sequence[int]:
+        """The numbers of a whole step's samples."""
+        numbers: list[int] = []
+        for first, end in self._skipped:
+            missing = self.global_batch_size - len(numbers)
+            numbers.extend(range(first_sample, min(first, first_sample + missing)))
+            if len(numbers) == self.global_batch_size:
+                return numbers
+            first_sample = max(first_sample, end)
+        return [*numbers, *range(first_sample, first_sample + self.global_batch_size - len(numbers))]
+
+    def _step(self, first_sample: int) -> list[Batch]:
+        samples, size = self._samples(first_sample), self._micro_batch_size
+        return [self._batch(samples[number * size : (number + 1) * size]) for number in self._micro_batches]
+
+    def _batch(self, numbers: Sequence[int]) -> Batch:
+        samples = map(self._stream.sample, numbers)
+        return stack_samples([pack_sample(sample, self._data) for sample in samples], numbers[0])

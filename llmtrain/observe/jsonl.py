@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import DataError
-from llmtrain.observe.tracker import Row
+from llmtrain.observe.tracker import RESUMED_FROM, Row
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TAIL_BYTES = 1 << 16
@@ -37,7 +37,8 @@ class JsonlTracker:
         """Append one row. Raises OSError where it cannot be written; the file then still ends with a whole row."""
         cells = {key: _to_json(value) for key, value in row.items()}
         if self._resumed_from is not None:
-            cells["resumed_from"] = self._resumed_from
+            # A run that resumes may go back further before its first row.
+            cells[RESUMED_FROM] = min(self._resumed_from, cells.get(RESUMED_FROM, self._resumed_from))
         line = json.dumps(cells, allow_nan=False).encode() + b"\n"
         try:
             written = self._file.write(line)
@@ -69,7 +70,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     kept: list[dict[str, Any]] = []
     for row in iter_rows(path):
-        restart = row.get("resumed_from")
+        restart = row.get(RESUMED_FROM)
         if restart is None and _goes_back(kept, row):
             restart = row["step"] - 1
         if restart is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from llmtrain.config.schema import OptimConfig
@@ -10,6 +11,8 @@ from llmtrain.engines.base import Engine
 from llmtrain.observe.monitor import Monitor
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.train.evaluate import Evaluation
+from llmtrain.train.health import Health
+from llmtrain.train.rollback import Rollbacks
 from llmtrain.train.saving import Saving
 from llmtrain.train.state import TrainState
 
@@ -23,15 +26,22 @@ class Run:
     monitor: Monitor
     evaluation: Evaluation
     saving: Saving
+    health: Health
+    rollbacks: Rollbacks
     state: TrainState
     total_steps: int
     optim: OptimConfig
 
 
-def train(run: Run, stop_requested: Callable[[], bool]) -> tuple[Literal["done", "preempted"], TrainState]:
-    """Train to the last step, or until `stop_requested`, which is asked once per step. Either way the end is saved."""
-    state, monitor, stopping = run.state, run.monitor, False
-    steps = run.loader.steps(first_sample=state.samples)
+def train(
+    run: Run, stop_requested: Callable[[], bool], anybody: Callable[[bool], bool] = bool
+) -> tuple[Literal["done", "preempted"], TrainState]:
+    """Train to the last step, or until `stop_requested`, which is asked once per step. Either way the end is saved.
+
+    `anybody` tells whether a flag is set on any rank.
+    """
+    state, loader, monitor, stopping = run.state, run.loader, run.monitor, False
+    steps = loader.steps(first_sample=state.samples)
     try:
         while state.step < run.total_steps and not stopping:
             with monitor.section("data"):
@@ -39,9 +49,23 @@ def train(run: Run, stop_requested: Callable[[], bool]) -> tuple[Literal["done",
 
             step = state.step + 1
             lr = learning_rate(step, run.optim, run.total_steps)
-            result = run.engine.train_step(step, micro_batches, lr)
-            state = state.advanced(run.loader.global_batch_size, result.num_tokens)
+            attempt = partial(run.engine.train_step, step, micro_batches, lr)
+            result = attempt()
+            if result.skipped:
+                result = run.health.skipped(step, result, attempt, loader.step_origins(state.samples))
+            history, trouble = run.health.judge(state.history, step, result)
+            state = state.advanced(loader.step_length(state.samples), result.num_tokens, history)
             monitor.step(step, lr, result)
+
+            if run.rollbacks.wanted(trouble, anybody):
+                with monitor.section("checkpoint"):
+                    back = run.rollbacks.go_back(trouble, state, run.engine)
+                if back:
+                    steps.close()
+                    state, loader = back[0], loader.skipping([back[1]])
+                    steps = loader.steps(first_sample=state.samples)
+                    monitor.went_back(state.step, state.tokens)
+                    continue
 
             valid_loss = None
             if run.evaluation.due(step):

@@ -2,7 +2,9 @@
 
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,27 +13,29 @@ import torch
 
 from llmtrain.checkpoint.exchange import Exchange
 from llmtrain.checkpoint.folders import CHECKPOINTS
-from llmtrain.checkpoint.manager import CheckpointManager
+from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.rendering import to_yaml
 from llmtrain.config.schema import RunConfig, SourceConfig
-from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.shards import Manifest, read_manifest
-from llmtrain.data.tokenizer import find_tokenizer
+from llmtrain.data.folders import fetch_config, open_folder, run_tokenizer
+from llmtrain.data.loader import BatchLoader, Window, build_stream
+from llmtrain.data.shards import Manifest
 from llmtrain.errors import ConfigError
 from llmtrain.infer.model import find_checkpoint
 from llmtrain.observe.audit import record
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.environment import save_environment
-from llmtrain.observe.monitor import Monitor, RunPlan
+from llmtrain.observe.monitor import Monitor, RunPlan, Section
 from llmtrain.observe.throughput import flops_per_token, peak_flops
 from llmtrain.observe.trackers import METRICS_FILE, build_trackers
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.continuity import data_record, differences, noted_changes, one_line, refusals, resume_target
 from llmtrain.train.evaluate import Evaluation
+from llmtrain.train.health import Health
 from llmtrain.train.loop import Run
 from llmtrain.train.progress import ProgressTracker
+from llmtrain.train.rollback import Rollbacks, newest_kept, skipped_windows
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.saving import Saving, restore
 from llmtrain.train.state import TrainState
@@ -46,10 +50,15 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: the checkpoint that it continues (None: from nothing), and who manages the next ones."""
+    """Where a run begins: the checkpoint that it continues (None: from nothing), and who manages the next ones.
+
+    `skipped` are the windows of data that the run passes over. `ranks` is absent where there is one.
+    """
 
     manager: CheckpointManager
     checkpoint: CheckpointReader | None
+    skipped: tuple[Window, ...] = ()
+    ranks: Exchange | None = None
 
     @property
     def step(self) -> int:
@@ -70,6 +79,7 @@ def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = No
     since the checkpoint, is said on stderr. Raises ConfigError and CheckpointError.
     """
     manager = build_manager(config, folder.path, ranks)
+    skipped = skipped_windows(folder.path)
     target = resume_target(config)
     if target is None:
         if manager.latest_steps() or (folder.path / METRICS_FILE).exists():
@@ -77,10 +87,10 @@ def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = No
                 f"checkpoint.resume = none: {folder.path} holds an earlier run. "
                 "Choose another name, remove the folder, or continue the run with checkpoint.resume=auto."
             )
-        return Start(manager, None)
+        return Start(manager, None, skipped, ranks)
     own = folder.path / CHECKPOINTS
-    checkpoint = manager.newest_valid() if target == own else find_checkpoint(target)
-    start = Start(manager, checkpoint)
+    checkpoint = newest_kept(manager, skipped) if target == own else find_checkpoint(target)
+    start = Start(manager, checkpoint, skipped, ranks)
     if start.checkpoint:
         require_continuity(config, folder, start.checkpoint)
     back = target.resolve().is_relative_to(own.resolve())
@@ -106,32 +116,49 @@ def require_continuity(config: RunConfig, folder: RunFolder, checkpoint: Checkpo
         print(f"changed since {checkpoint.path}: {said}", file=sys.stderr)
 
 
-def join_start(config: RunConfig, run_dir: Path, checkpoint: Path | None, ranks: Exchange) -> Start:
-    """What rank 0 has decided. It has hashed the files: they are not hashed again."""
-    reader = open_checkpoint(checkpoint, verify=False) if checkpoint else None
-    return Start(build_manager(config, run_dir, ranks), reader)
+def describe_start(start: Start) -> dict[str, Any]:
+    """What the other ranks need to know of what rank 0 has decided, as JSON."""
+    return {"checkpoint": str(start.checkpoint.path) if start.checkpoint else None, "skipped": start.skipped}
 
 
-def setup(config: RunConfig, folder: RunFolder | None, start: Start, device: torch.device, rank: int = 0) -> Run:
+def join_start(config: RunConfig, run_dir: Path, said: Mapping[str, Any], ranks: Exchange) -> Start:
+    """What rank 0 has decided and described. It has hashed the files: they are not hashed again."""
+    reader = open_checkpoint(Path(said["checkpoint"]), verify=False) if said["checkpoint"] else None
+    skipped = tuple((first, end) for first, end in said["skipped"])
+    return Start(build_manager(config, run_dir, ranks), reader, skipped, ranks)
+
+
+def setup(
+    config: RunConfig,
+    folder: RunFolder | None,
+    start: Start,
+    device: torch.device,
+    rank: int = 0,
+    on_section: Callable[[Section, int], None] = lambda section, step: None,
+) -> Run:
     """Build the parts of a run on one of its launch.num_workers ranks.
 
     Rank 0 holds the lock of the run folder and records the run; the others have no `folder`. The vocabulary size is
-    known, and where there are several ranks, torch.distributed is initialized.
+    known, and where there are several ranks, torch.distributed is initialized. `on_section` hears where this rank is.
     """
     torch.set_float32_matmul_precision("highest")
     if folder:
         save_run_files(config, folder.path)
     engine = engine_class(config.engine.name)(config, device)
     state = restore(start.checkpoint, engine) if start.checkpoint else TrainState()
-    monitor = build_monitor(config, folder, state, device)
+    monitor = build_monitor(config, folder, state, device, on_section)
+    start.manager.reports.warn = monitor.say
     saving = Saving(start.manager, config.checkpoint.every_steps, config.total_steps, monitor.flush)
     evaluation = Evaluation(
         build_loader(config, config.data.valid, rank) if config.data.valid else None,
         config.evaluate.every_steps,
         config.evaluate.steps,
     )
-    loader = build_loader(config, config.data.train, rank)
-    return Run(loader, engine, monitor, evaluation, saving, state, config.total_steps, config.optim)
+    log = start.manager.reports.record if folder else lambda event, **facts: None
+    health = Health(config.health, config.optim.loss_scale.minimum, log, monitor.say)
+    rollbacks = Rollbacks(config.health, start.manager, folder.path if folder else None, start.ranks, log, monitor.say)
+    loader = build_loader(config, config.data.train, rank).skipping(start.skipped)
+    return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, state, config.total_steps, config.optim)
 
 
 def build_manager(config: RunConfig, run_dir: Path, ranks: Exchange | None) -> CheckpointManager:
@@ -141,23 +168,30 @@ def build_manager(config: RunConfig, run_dir: Path, ranks: Exchange | None) -> C
         "precision": config.train.precision,
         "data": data_record(config, read_manifests(config)),
     }
-    return CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint, to_yaml(config), about, ranks=ranks)
+    reports = Reports(record=partial(record, run_dir))
+    return CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint, to_yaml(config), about, reports, ranks)
 
 
 def read_manifests(config: RunConfig) -> list[Manifest]:
     """Those of data.train, in its order. Raises DataError."""
-    return [read_manifest(source.path) for source in config.data.train]
+    return [open_folder(source.path, fetch_config(config.data)).read_manifest() for source in config.data.train]
 
 
 def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int = 0) -> BatchLoader:
     """The micro-batches of a rank: those of its place on the data axis."""
-    stream = build_stream(sources, config.data, config.seed)
+    stream = build_stream(sources, config.data, config.seed, Path(config.output_dir) / config.name)
     layout = plan_layout(config.parallel, config.launch.num_workers)
     sizes = (config.train.global_batch_size, config.train.micro_batch_size)
     return BatchLoader(stream, config.data, *sizes, layout.coordinates(rank).data, layout.data)
 
 
-def build_monitor(config: RunConfig, folder: RunFolder | None, state: TrainState, device: torch.device) -> Monitor:
+def build_monitor(
+    config: RunConfig,
+    folder: RunFolder | None,
+    state: TrainState,
+    device: torch.device,
+    on_section: Callable[[Section, int], None] = lambda section, step: None,
+) -> Monitor:
     """What records the run from `state` on, into `folder`; without a folder it times and records nothing."""
     plan = RunPlan(
         last_step=config.total_steps,
@@ -168,14 +202,14 @@ def build_monitor(config: RunConfig, folder: RunFolder | None, state: TrainState
         peak_flops=peak_of_run(config, device),
     )
     if folder is None:
-        return Monitor(plan)
+        return Monitor(plan, on_section=on_section)
     # Among several ranks, rank 0 has a log like the others; launch/rank_log.py has begun it.
     log = (
         (folder.path / "logs" / "rank-00000.log").open("a", encoding="utf-8") if config.launch.num_workers > 1 else None
     )
     console = ConsoleTracker(config.name, state.step, config.total_steps, log=log)
     trackers = build_trackers(config, folder.path, state.step, console)
-    return Monitor(plan, [*trackers, ProgressTracker(folder, config.total_steps)], console)
+    return Monitor(plan, [*trackers, ProgressTracker(folder, config.total_steps)], console, on_section=on_section)
 
 
 def peak_of_run(config: RunConfig, device: torch.device) -> float | None:
@@ -190,5 +224,5 @@ def save_run_files(config: RunConfig, path: Path) -> None:
     """The resolved configuration, the environment and the tokenizer: with them the folder explains itself."""
     (path / "config.yaml").write_text(to_yaml(config), "utf-8")
     save_environment(path)
-    tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else find_tokenizer(config.data.train[0].path)
+    tokenizer = run_tokenizer(config.data)
     shutil.copyfile(tokenizer, path / f"tokenizer{tokenizer.suffix}")

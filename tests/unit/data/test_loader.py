@@ -99,3 +99,51 @@ def test_damage_is_raised_where_the_batch_is_due(tmp_path: Path, prefetch_steps:
         for _ in range(100):
             next(steps)
     assert not batch_threads()
+
+
+@pytest.mark.parametrize(
+    ("windows", "first", "expected"),
+    [
+        ([], 0, [[*range(16)], [*range(16, 32)]]),
+        ([(16, 40)], 0, [[*range(16)], [*range(40, 56)]]),
+        ([(5, 7), (10, 30)], 0, [[*range(5), 7, 8, 9, *range(30, 38)], [*range(38, 54)]]),
+        ([(10, 30), (20, 25), (28, 33), (33, 34)], 4, [[*range(4, 10), *range(34, 44)], [*range(44, 60)]]),
+        ([(10, 30)], 20, [[*range(30, 46)], [*range(46, 62)]]),
+        ([(40, 50)], 50, [[*range(50, 66)], [*range(66, 82)]]),
+    ],
+)
+@pytest.mark.parametrize("prefetch_steps", [0, 2])
+def test_windows_are_passed_over(
+    dataset: Path, windows: list[tuple[int, int]], first: int, expected: list[list[int]], prefetch_steps: int
+) -> None:
+    data = config(dataset, prefetch_steps)
+    stream = build_stream(data.train, data, seed=1)
+    skipping = loader(data).skipping(windows[1:]).skipping(windows[:1])
+    steps, position = skipping.steps(first), first
+    for numbers in expected:
+        rows = torch.cat([batch.tokens_BS for batch in next(steps)])
+        assert rows.tolist() == [stream.sample(number).tokens[:-1].tolist() for number in numbers]
+        assert [origin.number for origin in skipping.step_origins(position)] == numbers
+        position += skipping.step_length(position)
+        assert position == numbers[-1] + 1
+    steps.close()
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_the_same_samples_are_passed_over_in_every_layout_and_batch_size(dataset: Path, dp_size: int) -> None:
+    data, window = config(dataset), (10, 30)
+    stream = build_stream(data.train, data, seed=1)
+    firsts = set()
+    for rank in range(dp_size):
+        steps = BatchLoader(stream, data, 8, 1, rank, dp_size).skipping([window]).steps(0)
+        firsts |= {batch.first_sample for micro_batches in islice(steps, 4) for batch in micro_batches}
+    assert firsts == {*range(10), *range(30, 52)}
+
+
+def test_the_origin_of_a_sample_is_where_it_is_read(dataset: Path) -> None:
+    data = config(dataset)
+    stream = build_stream(data.train, data, seed=1)
+    for number in range(100):
+        sample, origin = stream.sample(number), stream.origin(number)
+        assert (origin.number, origin.window) == (number, sample.window)
+        assert f"{origin.source}/{origin.shard}" == str(stream.shard_path(sample))

@@ -1,0 +1,161 @@
+"""What is done about bad numbers: a step without finite gradients is run once more and named, a loss is judged."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import median
+from typing import Any, Literal
+
+from llmtrain.config.schema import HealthConfig
+from llmtrain.data.stream import SampleOrigin
+from llmtrain.engines.base import StepResult
+
+FEWEST_LOSSES = 20
+"""Before there are so many losses to compare with, none is a spike: a run begins with steep ones."""
+
+LEAST_DEVIATION = 0.01
+"""The least median absolute deviation, as a share of the median: beside a flat curve every loss would be a spike."""
+
+LONGEST_LIST = 300
+"""Characters of samples and shards that a message has room for; the audit log has all."""
+
+Verdict = Literal["transient", "persistent", "loss_scale", "not_rerun"]
+"""Of a step whose gradient was not finite: finite when it was run again; not finite again; a loss scale that was too
+high, as fp16 finds out by trying; or not known, as health.rerun is off."""
+
+Record = Callable[..., object]
+"""Takes the name of an event and its facts as keywords. Raises OSError."""
+
+
+@dataclass(frozen=True)
+class LossHistory:
+    """What a loss is judged by: the losses of the last good steps, oldest first, and the strikes in a row up to now.
+
+    A plain value that is saved with the state of the run, so that after a resume every judgement is the same.
+    """
+
+    losses: tuple[float, ...] = ()
+    strikes: int = 0
+
+    def limit(self, health: HealthConfig) -> float:
+        """The highest loss that is no spike."""
+        if len(self.losses) < min(FEWEST_LOSSES, health.window_steps) or not health.spike_deviations:
+            return math.inf
+        middle = median(self.losses)
+        deviation = median(abs(loss - middle) for loss in self.losses)
+        return middle + health.spike_deviations * max(deviation, LEAST_DEVIATION * abs(middle))
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a run should go back, and the first step whose numbers were bad."""
+
+    reason: str
+    first_bad_step: int
+
+
+def judge(
+    history: LossHistory, step: int, result: StepResult, health: HealthConfig, least_scale: float
+) -> tuple[LossHistory, Trouble | None]:
+    """The history with a step added, and whether the run should go back because of that step.
+
+    In fp16 a gradient that is not finite is a strike only where the loss scale cannot be lowered below `least_scale`,
+    or where the loss is not finite either. A spike joins the history: where a run cannot go back, or is told not to,
+    a level that stays is the new level.
+    """
+    if result.skipped:
+        if is_scale_too_high(result, least_scale):
+            return LossHistory(history.losses), None
+        strikes = history.strikes + 1
+        trouble = None
+        if strikes % health.max_strikes == 0:
+            reason = f"{strikes} steps in a row were skipped: their gradients are not finite"
+            trouble = Trouble(reason, step - strikes + 1)
+        return LossHistory(history.losses, strikes), trouble
+    limit = history.limit(health)
+    trouble = None
+    if result.loss > limit:
+        reason = f"the loss {result.loss:.4g} is a spike: {median(history.losses):.4g} is usual, {limit:.4g} the limit"
+        trouble = Trouble(reason, step)
+    return LossHistory((*history.losses, result.loss)[-health.window_steps :]), trouble
+
+
+def is_scale_too_high(result: StepResult, least_scale: float) -> bool:
+    """Whether a skipped step is one of fp16's trials: its loss is finite, and its loss scale can still be lowered."""
+    return math.isfinite(result.loss) and result.metrics.get("loss_scale", 0.0) > least_scale
+
+
+@dataclass(frozen=True)
+class Health:
+    """Judges the steps of a run. `record` writes into its audit log, on rank 0; `say` tells the person at it."""
+
+    config: HealthConfig
+    least_scale: float
+    record: Record
+    say: Callable[[str], object]
+
+    def judge(self, history: LossHistory, step: int, result: StepResult) -> tuple[LossHistory, Trouble | None]:
+        """As the function; without health.rollback no history is kept."""
+        if not self.config.rollback:
+            return history, None
+        return judge(history, step, result, self.config, self.least_scale)
+
+    def skipped(
+        self, step: int, result: StepResult, attempt: Callable[[], StepResult], origins: Sequence[SampleOrigin]
+    ) -> StepResult:
+        """Name the samples of a step that was skipped, and run it once more with `attempt` where that may help.
+
+        A skipped step has changed nothing and a step draws nothing from outside, so the second attempt does what the
+        first would have done. All ranks call this alike. Returns the result that counts.
+        """
+        verdict: Verdict = "not_rerun"
+        if "loss_scale" in result.metrics:
+            if is_scale_too_high(result, self.least_scale):
+                verdict = "loss_scale"
+        elif self.config.rerun:
+            result = attempt()
+            verdict = "persistent" if result.skipped else "transient"
+        shards = list(_by_shard(origins))
+        first, last = origins[0].number, origins[-1].number
+        self.say(_message(step, verdict, f"samples {first:,} to {last:,} of {_in_words(shards)}"))
+        facts: dict[str, Any] = {"first_sample": first, "last_sample": last, "verdict": verdict, "shards": shards}
+        try:
+            self.record("skipped_step", step=step, **facts)
+        except OSError as error:
+            self.say(f"warning: step {step:,} is not in the audit log: {error}. Training goes on.")
+        return result
+
+
+def _message(step: int, verdict: Verdict, samples: str) -> str:
+    skipped = f"step {step:,} skipped: its gradient is not finite; weights and moments are unchanged"
+    return {
+        "transient": f"step {step:,}: its gradient was not finite, and finite when the step was run again: a passing "
+        f"fault of this hardware. The update is made. It has {samples}",
+        "persistent": f"{skipped}. It was run twice: the fault is in the data or the model. It has {samples}",
+        "loss_scale": f"{skipped}, and the loss scale is halved. It has {samples}",
+        "not_rerun": f"{skipped}. It has {samples}",
+    }[verdict]
+
+
+def _by_shard(origins: Sequence[SampleOrigin]) -> Iterable[dict[str, Any]]:
+    """Which samples, and which windows of the shard, a step has of each shard."""
+    ordered = sorted(origins, key=lambda origin: (origin.source, origin.shard, origin.number))
+    for (source, shard), group in groupby(ordered, key=lambda origin: (origin.source, origin.shard)):
+        found = list(group)
+        samples, windows = [origin.number for origin in found], [origin.window for origin in found]
+        yield {"source": str(source), "shard": shard, "samples": samples, "windows": windows}
+
+
+def _in_words(shards: Sequence[dict[str, Any]]) -> str:
+    text = "; ".join(f"{each['source']}/{each['shard']} ({_ranges(each['samples'])})" for each in shards)
+    return text if len(text) <= LONGEST_LIST else f"{text[:LONGEST_LIST]}... (audit.jsonl has all)"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers in short: 3-5, 9."""
+    parts = []
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
+    return ", ".join(parts)

@@ -50,6 +50,11 @@ class Box:
             for offset, start, size in zip(self.offsets, outer.offsets, self.shape, strict=True)
         )
 
+    def relative_to(self, outer: "Box") -> "Box":
+        """The same elements, counted from where `outer` begins."""
+        offsets = tuple(offset - start for offset, start in zip(self.offsets, outer.offsets, strict=True))
+        return Box(offsets, self.shape)
+
 
 def tiling_problem(global_shape: Sequence[int], boxes: Iterable[Box]) -> str | None:
     """Why the boxes do not hold every element of the tensor exactly once; None where they do."""

@@ -26,6 +26,7 @@ from llmtrain.checkpoint.manifest import (
     load_manifest,
     unreadable,
 )
+from llmtrain.checkpoint.stored_tensors import StoredTensors
 from llmtrain.checkpoint.tensor_file import DTYPES
 from llmtrain.errors import CheckpointError, ConfigError
 
@@ -34,6 +35,8 @@ WHAT_TO_DO = (
     "(`llmtrain checkpoint list RUN`)."
 )
 MAX_SHOWN = 10
+MAX_OPEN_FILES = 64
+"""A checkpoint has a file per rank that saved it, and a process may not open so many."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class CheckpointReader:
         self.config_text = config_text
         """The resolved configuration of the run that saved it, as YAML."""
         self._manifest = manifest
-        self._open_files: dict[str, safe_open] = {}
+        self.bytes_read = 0
+        """Bytes that `read` has taken from tensor files; more than it returned where parts of pages are not needed."""
+        self._open_files: dict[str, StoredTensors] = {}
 
     @property
     def step(self) -> int:
@@ -117,9 +122,8 @@ class CheckpointReader:
             shared = box.overlap(fragment.box)
             if shared is None:
                 continue
-            stored = self._file(fragment.file).get_slice(fragment.key)
-            # The slice is a view of the mapped file: copying it is what reads, and only the pages of the box.
-            result[shared.slices_in(box)] = stored[shared.slices_in(fragment.box)]
+            place = shared.relative_to(fragment.box)
+            self._read_stored(fragment.file, fragment.key, place, result[shared.slices_in(box)])
             copied += shared.num_elements
         assert copied == box.num_elements, "fragments tile the tensor: that was checked at opening"
         return result
@@ -135,10 +139,15 @@ class CheckpointReader:
                 f"{list(box.offsets)} of shape {list(box.shape)}. The model section differs from the saved config.yaml."
             )
 
-    def _file(self, name: str) -> safe_open:
-        if name not in self._open_files:
-            self._open_files[name] = safe_open(self.path / name, framework="pt")
-        return self._open_files[name]
+    def _read_stored(self, name: str, key: str, box: Box, target: Tensor) -> None:
+        try:
+            if name not in self._open_files:
+                if len(self._open_files) == MAX_OPEN_FILES:
+                    self._open_files.pop(next(iter(self._open_files)))
+                self._open_files[name] = StoredTensors(self.path / name)
+            self.bytes_read += self._open_files[name].read(key, box, target)
+        except OSError as error:
+            raise unreadable(self.path / name, error) from error
 
 
 def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:

@@ -34,9 +34,16 @@ DTYPE_NAMES = {
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
+LENGTH_BYTES = 8
+PAGE_BYTES = 4096
+"""What a disk reads at least."""
+
 CHUNK_BYTES = 8 << 20
-CHUNKS_AHEAD = 64
-"""Chunks that may wait for the hash: so many that the disk stays busy, and few enough to bound copied tensors."""
+CHUNKS_AHEAD = 4
+"""Chunks that may wait for the hash; they keep copies of tensors that are not contiguous, or on a GPU, in memory."""
+
+DISK_BYTES = 32 << 20
+"""The disk is given this much at a time while the rest is written and hashed: it would begin at the end by itself."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,8 @@ class WrittenFile:
 
 
 def tensor_file_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Length and header, padded with spaces so that the data starts at a multiple of eight bytes.
+    """Length and header, padded with spaces so that the data starts with a page: rows of whole pages are read apart
+    without parts of others.
 
     The data follows in the order of `in_file_order`.
     """
@@ -63,8 +71,8 @@ def tensor_file_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
             "data_offsets": [begin, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    text += b" " * (-(len(text) + LENGTH_BYTES) % PAGE_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -91,16 +99,26 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with _BackgroundHash() as digest:
-            size = 0
+            size = given = 0
             for chunk in iter_chunks(tensors, metadata):
                 digest.take(chunk)
                 write_all(descriptor, chunk)
                 size += len(chunk)
+                if size - given >= DISK_BYTES:
+                    _give_to_disk(descriptor, given, size - given)
+                    given = size
             # The hash still has chunks to read: the disk works through the same time.
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return WrittenFile(size, digest.hexdigest())
+
+
+def _give_to_disk(descriptor: int, start: int, length: int) -> None:
+    """Let the system begin to write what has just been handed to it; waits for nothing."""
+    if hasattr(os, "posix_fadvise"):  # not on every platform
+        # Linux starts the writing of what it is told to forget, and forgets only what is on the disk already.
+        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(descriptor: int, data: memoryview) -> None:

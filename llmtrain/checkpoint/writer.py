@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,12 @@ from llmtrain.checkpoint.manifest import (
 from llmtrain.checkpoint.space import require_room, save_error
 from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, WrittenFile, write_all, write_tensor_file
 from llmtrain.errors import CheckpointError
+
+MAX_FILES = 4
+"""Files that a rank writes at once, if it has the cores to hash them."""
+
+SMALL_FILE_BYTES = 64 << 20
+"""A rank that holds less than twice this writes one file."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +74,42 @@ def write_rank_files(folder: Path, rank: int, fragments: Iterable[Fragment]) -> 
     system does not take them; the caller removes the folder.
     """
     held = list(fragments)
+    keys = {fragment_key(item.kind, item.name, item.box) for item in held}
+    assert len(keys) == len(held), "an engine gave the same fragment twice"
+    shares = _equal_shares(held)
+    names = [f"rank-{rank:05d}{f'-{number}' if number else ''}{TENSOR_FILE_SUFFIX}" for number in range(len(shares))]
+
+    def write(name: str, share: Sequence[Fragment]) -> FileEntry:
+        try:
+            return _entry(_write_fragments(folder / name, rank, share))
+        except OSError as error:
+            raise save_error(folder / name, size_bytes(held), error) from error
+
+    # A hash takes longer than the disk: several files are written at once, the first of them by this thread.
+    with ThreadPoolExecutor(MAX_FILES, thread_name_prefix="checkpoint-file") as threads:
+        others = threads.map(write, names[1:], shares[1:])
+        files = dict(zip(names, [write(names[0], shares[0]), *others], strict=True))
+    return ManifestPart(files=files, tensors=_tensor_entries(dict(zip(names, shares, strict=True))))
+
+
+def _equal_shares(held: Sequence[Fragment]) -> list[list[Fragment]]:
+    """The fragments in as many lists as are written at once, of about the same number of bytes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, min(MAX_FILES, cores, size_bytes(held) // SMALL_FILE_BYTES))
+    shares: list[list[Fragment]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for item in held:
+        smallest = sizes.index(min(sizes))
+        shares[smallest].append(item)
+        sizes[smallest] += item.tensor.nbytes
+    return shares
+
+
+def _write_fragments(path: Path, rank: int, held: Sequence[Fragment]) -> WrittenFile:
     tensors = {fragment_key(item.kind, item.name, item.box): item.tensor for item in held}
-    assert len(tensors) == len(held), "an engine gave the same fragment twice"
-    path = folder / f"rank-{rank:05d}{TENSOR_FILE_SUFFIX}"
     shapes = {fragment_key(item.kind, item.name, item.box): item.global_shape for item in held}
     metadata = {"format": "pt", "llmtrain.rank": str(rank), "llmtrain.global_shapes": json.dumps(shapes)}
-    try:
-        written = write_tensor_file(path, tensors, metadata)
-    except OSError as error:
-        raise save_error(path, size_bytes(held), error) from error
-    return ManifestPart(files={path.name: _entry(written)}, tensors=_tensor_entries(held, path.name))
+    return write_tensor_file(path, tensors, metadata)
 
 
 def size_bytes(fragments: Iterable[Fragment]) -> int:
@@ -200,9 +233,9 @@ def _entry(written: WrittenFile) -> FileEntry:
     return FileEntry(size_bytes=written.size_bytes, sha256=written.sha256)
 
 
-def _tensor_entries(fragments: Iterable[Fragment], file: str) -> dict[str, dict[str, TensorEntry]]:
+def _tensor_entries(files: Mapping[str, Sequence[Fragment]]) -> dict[str, dict[str, TensorEntry]]:
     entries: dict[str, dict[str, TensorEntry]] = {}
-    for item in fragments:
+    for file, item in ((file, item) for file, held in files.items() for item in held):
         assert item.kind in KINDS and tuple(item.tensor.shape) == item.box.shape, f"a wrong fragment of {item.name}"
         key = fragment_key(item.kind, item.name, item.box)
         entry = FragmentEntry(offsets=item.box.offsets, shape=item.box.shape, file=file, key=key)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llmtrain.checkpoint import writer
 from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.manifest import CheckpointUnusableError, manifest_hash_line
 from llmtrain.checkpoint.reader import open_checkpoint
@@ -200,3 +201,14 @@ def test_no_pickle_is_read_on_any_path(tmp_path: Path, monkeypatch: pytest.Monke
     reader = open_checkpoint(save(tmp_path, 7))
     for item in reader.tensors():
         reader.read(item.name, item.kind, Box.whole(item.shape))
+
+
+def test_a_rank_that_holds_much_writes_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "SMALL_FILE_BYTES", 100)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(3), raising=False)
+    path = save(tmp_path, 7)
+    files = {file.name: file.stat().st_size for file in path.glob("rank-*")}
+    assert sorted(files) == ["rank-00000-1.safetensors", "rank-00000.safetensors"]
+    reader = open_checkpoint(path)
+    for item in state_fragments(7):
+        assert bits(reader.read(item.name, item.kind, item.box)) == bits(item.tensor)

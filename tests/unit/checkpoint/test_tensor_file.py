@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, iter_chunks, tensor_file_header, write_tensor_file
+from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, PAGE_BYTES, iter_chunks, tensor_file_header, write_tensor_file
 from tests.unit.checkpoint.saved import bits
 
 
@@ -56,7 +56,7 @@ def test_contiguous_memory_is_not_copied() -> None:
 def test_header_is_aligned_and_bounded_by_its_length() -> None:
     for size in range(1, 12):
         header = tensor_file_header({"x" * size: torch.zeros(1)}, {})
-        assert len(header) % 8 == 0
+        assert len(header) % PAGE_BYTES == 0
         assert int.from_bytes(header[:8], "little") == len(header) - 8
 
 

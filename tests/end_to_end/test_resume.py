@@ -1,9 +1,12 @@
 """Killed, told to stop, or left alone: the run ends with the same bits."""
 
+import hashlib
 import json
+import random
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 from llmtrain.checkpoint.fragments import Box
@@ -54,6 +57,49 @@ def test_killed_and_resumed_ends_with_the_same_bits(workspace: Path) -> None:
     again = llmtrain("train", "run.yaml", "name=killed", folder=workspace)
     assert again.returncode == 0
     assert "already done" in again.stdout
+
+
+def sha256_of_state(run: Path) -> str:
+    """One hash of every weight and moment of the last checkpoint, by name, in whatever pieces it was saved."""
+    reader, digest = open_checkpoint(run / "checkpoints" / "step-00000040"), hashlib.sha256()
+    for info in reader.tensors():
+        whole = reader.read(info.name, info.kind, Box.whole(info.shape))
+        digest.update(f"{info.name} {info.kind} {info.dtype} {info.shape}".encode())
+        digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+RESUMED = [
+    ("megatron", 2, "engine.zero_stage=1"),
+    pytest.param("deepspeed", 2, "engine.zero_stage=3", marks=pytest.mark.whole_grid),
+    pytest.param("megatron", 1, "parallel.tensor=1", marks=pytest.mark.whole_grid),
+    pytest.param("deepspeed", 1, "engine.zero_stage=2", marks=pytest.mark.whole_grid),
+]
+
+
+@pytest.mark.parametrize(("engine", "num_ranks", "setting"), RESUMED)
+def test_three_resumes_at_random_points_change_nothing(
+    workspace: Path, engine: str, num_ranks: int, setting: str
+) -> None:
+    settings = (f"engine.name={engine}", f"launch.num_workers={num_ranks}", setting, "checkpoint.every_steps=3")
+    draw = random.Random(f"{engine} {num_ranks}")
+    resumed = workspace / "runs" / "resumed"
+    for number, stop in enumerate(sorted(draw.sample(range(4, 30), 3))):
+        process = start_llmtrain("train", "run.yaml", "name=resumed", *settings, folder=workspace)
+        wait_until(lambda stop=stop: last_step(resumed) >= stop, process)
+        process.send_signal(signal.SIGTERM if number == 1 else signal.SIGKILL)
+        assert process.wait() == (75 if number == 1 else -signal.SIGKILL)
+        assert last_step(resumed) < 40
+    last = llmtrain("train", "run.yaml", "name=resumed", *settings, folder=workspace)
+    assert last.returncode == 0, last.stderr
+    whole = llmtrain("train", "run.yaml", "name=whole", *settings, folder=workspace)
+    assert whole.returncode == 0, whole.stderr
+
+    assert_same_end(workspace / "runs" / "whole", resumed)
+    assert sha256_of_state(resumed) == sha256_of_state(workspace / "runs" / "whole")
+    # Equal losses of every step are those of equal samples; that many of them is each of them once.
+    state = open_checkpoint(resumed / "checkpoints" / "step-00000040").state
+    assert state["train"]["samples"] == 40 * 16
 
 
 def test_told_to_stop_saves_at_the_very_step_and_continues(workspace: Path) -> None:

@@ -1,0 +1,244 @@
+"""Saving a run in one layout and continuing it in another, and saying where the two differ."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from launch.meeting import StoreExchange
+from launch.parity import Pieces, Tensors, assemble, pieces
+from launch.parity_plan import iter_candidates, short_name
+from llmtrain.checkpoint.fragments import Box, Fragment
+from llmtrain.checkpoint.manager import CheckpointManager
+from llmtrain.checkpoint.reader import open_checkpoint
+from llmtrain.config.rules import arithmetic_problems
+from llmtrain.config.schema import CheckpointConfig, RunConfig, SourceConfig
+from llmtrain.engines.base import StepResult
+from llmtrain.engines.precision import DTYPES
+from llmtrain.optim.schedule import learning_rate
+from llmtrain.parallel.layout import plan_layout
+from llmtrain.train.saving import Saving, restore
+from llmtrain.train.setup import build_loader, engine_class
+from llmtrain.train.state import TrainState
+from tests.parity.cases import parity_run
+from tests.parity.test_deepspeed import small_pieces
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+SAVED_STEP = 3
+MORE_STEPS = 20
+MAX_RANKS = 4
+ENGINES = ("torch", "megatron", "deepspeed")
+PRECISIONS = [("fp32", "fp32")] * 3 + [("fp32", "bf16"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")]
+"""What a pair is drawn from: most in fp32, where losses can be compared closely."""
+
+Mutation = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Save with `source`, continue with `target`: two configurations of the same model."""
+
+    model: str
+    source: RunConfig
+    target: RunConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-{layout_name(self.source)}-to-{layout_name(self.target)}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank held at the checkpoint and did after it. `weights` are those that it computes with."""
+
+    held: dict[str, Pieces]
+    weights: Pieces
+    engine_state: dict[str, Any]
+    results: list[StepResult]
+    samples: list[list[int | None]]
+
+
+def layout_name(config: RunConfig) -> str:
+    data = config.launch.num_workers // config.parallel.replica_size
+    split = "+split" if config.parallel.pipeline_split else ""
+    return f"{short_name(config.parallel, config.engine, data)}{split}:{config.train.precision}"
+
+
+@lru_cache
+def legal_layouts(model: str, engine: str, precision: str) -> list[RunConfig]:
+    """Every configuration that the rules allow, up to four ranks: offload to the CPU and uneven stages too."""
+    run = parity_run(model, precision)
+    train = run.train.model_copy(update={"global_batch_size": 8, "steps": SAVED_STEP + MORE_STEPS})
+    run = run.model_copy(update={"train": train})
+    found = []
+    for candidate in iter_candidates(run, MAX_RANKS):
+        config = candidate.config
+        if config.engine.name != engine:
+            continue
+        found.append(config)
+        offloaded = config.model_copy(update={"engine": config.engine.model_copy(update={"offload": "cpu"})})
+        stages = config.parallel.pipeline * config.parallel.virtual_pipeline
+        layers = (1, config.model.num_layers - 1) if stages == 2 else None
+        split = config.model_copy(update={"parallel": config.parallel.model_copy(update={"pipeline_split": layers})})
+        for other in (offloaded, *((split,) if layers else ())):
+            if not arithmetic_problems(other, candidate.world_size):
+                found.append(other)
+    return found
+
+
+def draw_pairs(count: int, seed: int) -> list[Pair]:
+    """Pairs from every engine to every engine in turn, the rest at random; model and layouts at random."""
+    draw = random.Random(seed)
+    pairs = []
+    for number in range(count):
+        engines = list(product(ENGINES, ENGINES))[number % len(ENGINES) ** 2]
+        model = draw.choice(("llama", "dropout", "gpt"))
+        # The engines' first nine pairs are all in fp32, so that each is followed by losses.
+        precisions = draw.choice(PRECISIONS) if number >= len(ENGINES) ** 2 else ("fp32", "fp32")
+        source, target = (
+            draw.choice(legal_layouts(model, engine, precision))
+            for engine, precision in zip(engines, precisions, strict=True)
+        )
+        pairs.append(Pair(model, source, target))
+    return pairs
+
+
+def with_data(config: RunConfig, dataset: Path) -> RunConfig:
+    data = config.data.model_copy(update={"train": (SourceConfig(path=str(dataset)),), "verify": "off"})
+    return config.model_copy(update={"data": data})
+
+
+def save_and_continue(rank: int, world_size: int, config: RunConfig, folder: Path) -> Outcome:
+    """Train some steps, save a checkpoint as a run does, and train on."""
+    engine = build_engine(config)
+    state, _, _ = train(engine, config, TrainState(), SAVED_STEP, rank)
+    store = dist.FileStore(str(folder / "said"), world_size)  # pyright: ignore[reportPrivateImportUsage]  # documented
+    exchange = StoreExchange(store, rank, world_size, timeout_seconds=60)
+    manager = CheckpointManager(folder / "checkpoints", CheckpointConfig(), "name: x\n", {}, ranks=exchange)
+    saving = Saving(manager, SAVED_STEP, config.total_steps, lambda: None)
+    saving.save(state, engine, None)
+    outcome = held_by(engine, config), weights_of(engine), engine.state()
+    _, results, samples = train(engine, config, state, MORE_STEPS, rank)
+    saving.finish()
+    return Outcome(*outcome, results, samples)
+
+
+def load_and_continue(
+    rank: int, world_size: int, config: RunConfig, checkpoint: Path, mutation: Mutation | None = None
+) -> Outcome:
+    """Continue the checkpoint on one rank of another layout; `mutation` first breaks something in its process."""
+    if mutation:
+        mutation()
+    engine = build_engine(config)
+    state = restore(open_checkpoint(checkpoint, verify=rank == 0), engine)
+    outcome = held_by(engine, config), weights_of(engine), engine.state()
+    _, results, samples = train(engine, config, state, 0 if mutation else MORE_STEPS, rank)
+    return Outcome(*outcome, results, samples)
+
+
+def build_engine(config: RunConfig) -> Any:
+    if config.engine.name == "deepspeed":
+        small_pieces()
+    return engine_class(config.engine.name)(config, torch.device("cpu"))
+
+
+def train(
+    engine: Any, config: RunConfig, state: TrainState, num_steps: int, rank: int
+) -> tuple[TrainState, list[StepResult], list[list[int | None]]]:
+    """Further steps as the loop does them: the state after them, their results, and the samples of this rank."""
+    loader = build_loader(config, config.data.train, rank)
+    steps = loader.steps(first_sample=state.samples)
+    results, samples = [], []
+    for micro_batches in islice(steps, num_steps):
+        step = state.step + 1
+        lr = learning_rate(step, config.optim, config.total_steps)
+        result = engine.train_step(step, micro_batches, lr)
+        state = state.advanced(loader.global_batch_size, result.num_tokens)
+        results.append(result)
+        samples.append([batch.first_sample for batch in micro_batches])
+    steps.close()
+    return state, results, samples
+
+
+def held_by(engine: Any, config: RunConfig) -> dict[str, Pieces]:
+    fragments = list(engine.fragments())
+    return {kind: pieces(f for f in fragments if f.kind == kind) for kind in KINDS}
+
+
+def weights_of(engine: Any) -> Pieces:
+    """The weights that this rank computes with, as boxes of the global tensors: copies on other ranks included."""
+    if engine.config.engine.name == "torch":
+        return pieces(Fragment.whole(name, "weight", parameter) for name, parameter in engine.model.named_parameters())
+    return [piece for parameter, place in engine.placements.items() for piece in _weight(engine, parameter, place)]
+
+
+def _weight(engine: Any, parameter: Any, place: Any) -> Pieces:
+    whole: Any = nullcontext()
+    if engine.config.engine.zero_stage == 3:
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters([parameter])
+    with whole:
+        return pieces([Fragment(place.name, "weight", place.global_shape, place.box, parameter.view(place.box.shape))])
+
+
+def differences(saved: Sequence[Outcome], loaded: Sequence[Outcome], pair: Pair) -> list[str]:
+    """What the target does not have as the source had it, in words; nothing where all is bit-identical."""
+    problems: list[str] = []
+    masters: Tensors = {}
+    for kind in KINDS:
+        before, after = (assemble([outcome.held[kind] for outcome in outcomes]) for outcomes in (saved, loaded))
+        if before.keys() != after.keys():
+            problems.append(f"{kind}: other tensors: {sorted(before.keys() ^ after.keys())}")
+        problems += [
+            f"{kind} of {name} differs in {_num_different(value, after[name])} of {value.size} elements"
+            for name, value in before.items()
+            if name in after and _num_different(value, after[name])
+        ]
+        masters = masters or before
+    for config, outcomes in ((pair.source, saved), (pair.target, loaded)):
+        problems += _weight_problems(masters, outcomes, config)
+    before_state, after_state = saved[0].engine_state, [outcome.engine_state for outcome in loaded]
+    for rank, state in enumerate(after_state):
+        if state["adam_steps"] != before_state["adam_steps"]:
+            problems.append(f"rank {rank}: adam_steps = {state['adam_steps']}, saved {before_state['adam_steps']}")
+        if "fp16" == pair.source.train.precision == pair.target.train.precision and state != before_state:
+            problems.append(f"rank {rank}: loss scale {state['loss_scale']}, saved {before_state['loss_scale']}")
+    return problems
+
+
+def _num_different(a: np.ndarray, b: np.ndarray) -> int:
+    """Elements whose bits differ: 0 and -0 count as different."""
+    return int((a.view(np.uint32) != b.view(np.uint32)).sum()) if a.shape == b.shape else a.size
+
+
+def _weight_problems(masters: Tensors, outcomes: Sequence[Outcome], config: RunConfig) -> Iterator[str]:
+    """Weights on any rank that are not the masters, rounded."""
+    dtype, seen = DTYPES[config.train.precision], set()
+    for rank, outcome in enumerate(outcomes):
+        for name, shape, box, data in outcome.weights:
+            seen.add(name)
+            expected = torch.from_numpy(masters[name][box.slices_in(Box.whole(shape))]).to(dtype).float().numpy()
+            if _num_different(np.ascontiguousarray(expected), data):
+                yield f"weights of {name} on rank {rank} of {layout_name(config)} are not the masters, rounded"
+    if seen != masters.keys():
+        yield f"{layout_name(config)} computes without {sorted(masters.keys() - seen)}"
+
+
+def samples_by_step(outcomes: Sequence[Outcome], config: RunConfig) -> list[list[int | None]]:
+    """The first samples of each step's micro-batches in their order, from the ranks of all places on the data axis."""
+    layout = plan_layout(config.parallel, config.launch.num_workers)
+    of_place: dict[int, list[list[int | None]]] = {}
+    for rank, outcome in enumerate(outcomes):
+        known = of_place.setdefault(layout.coordinates(rank).data, outcome.samples)
+        assert known == outcome.samples, "ranks of one place on the data axis were given other samples"
+    steps = zip(*(of_place[place] for place in range(layout.data)), strict=True)
+    return [[sample for micro in zip(*ranks, strict=True) for sample in micro] for ranks in steps]

@@ -1,0 +1,177 @@
+"""A checkpoint of any engine and layout continues in any other: bit for bit at the start, on the same data, and with
+the losses of the run that was never stopped."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from llmtrain.config.schema import RunConfig
+from tests.parity.resharding import (
+    MORE_STEPS,
+    SAVED_STEP,
+    Mutation,
+    Outcome,
+    Pair,
+    differences,
+    draw_pairs,
+    legal_layouts,
+    load_and_continue,
+    samples_by_step,
+    save_and_continue,
+    with_data,
+)
+from tests.support.datasets import random_documents, write_dataset
+from tests.support.ranks import run_ranks
+
+PAIRS = draw_pairs(60, seed=2204)
+IN_SHORT = 12
+"""The first pairs run in `make test`: from every engine to every engine; the rest in `make test-all`."""
+
+LOSS_FP32 = 1e-5
+LOSS_LOW_PRECISION = 1e-2
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    write_dataset(folder, [random_documents(60, seed) for seed in range(3)])
+    return folder
+
+
+def run_pair(pair: Pair, dataset: Path, folder: Path, mutation: Mutation | None = None) -> list[list[Outcome]]:
+    source, target = (with_data(config, dataset) for config in (pair.source, pair.target))
+    saved = run_ranks(save_and_continue, source.launch.num_workers, source, folder, timeout_seconds=120)
+    checkpoint = folder / "checkpoints" / f"step-{SAVED_STEP:08d}"
+    loaded = run_ranks(load_and_continue, target.launch.num_workers, target, checkpoint, mutation, timeout_seconds=120)
+    return [saved, loaded]
+
+
+def cases() -> list[Any]:
+    marks = {True: [], False: [pytest.mark.whole_grid]}
+    return [
+        pytest.param(pair, marks=marks[number < IN_SHORT], id=f"{number}-{pair.name}")
+        for number, pair in enumerate(PAIRS)
+    ]
+
+
+@pytest.mark.parametrize("pair", cases())
+def test_a_checkpoint_continues_in_another_layout(pair: Pair, dataset: Path, tmp_path: Path) -> None:
+    saved, loaded = run_pair(pair, dataset, tmp_path)
+    assert differences(saved, loaded, pair) == []
+    first = SAVED_STEP * pair.source.train.global_batch_size
+    assert samples_by_step(saved, pair.source) == samples_by_step(loaded, pair.target)
+    assert list(chain(*samples_by_step(loaded, pair.target))) == list(range(first, first + 8 * MORE_STEPS, 2))
+    before, after = ([result.loss for result in outcomes[0].results] for outcomes in (saved, loaded))
+    allowed = LOSS_FP32 if pair.source.train.precision == pair.target.train.precision == "fp32" else LOSS_LOW_PRECISION
+    np.testing.assert_allclose(after, before, rtol=allowed)
+
+
+def kinds(pair: Pair) -> set[str]:
+    """What is special about a pair."""
+    found = set()
+    for config in (pair.source, pair.target):
+        parallel, engine = config.parallel, config.engine
+        marks = {
+            "uneven stages, tied embeddings": parallel.pipeline_split and config.model.tie_embeddings,
+            "interleaved stages": parallel.virtual_pipeline > 1,
+            "sequence parallel": parallel.sequence,
+            "context parallel": parallel.context > 1,
+            "offload": engine.offload == "cpu",
+            f"{engine.name} ZeRO {engine.zero_stage}": True,
+            "grouped queries": config.model.kv_heads < config.model.num_heads,
+            "untied embeddings": not config.model.tie_embeddings,
+        }
+        found |= {mark for mark, there in marks.items() if there}
+    before, after = (config.launch.num_workers // config.parallel.replica_size for config in (pair.source, pair.target))
+    found.add("data parallel grows" if after > before else "data parallel shrinks" if after < before else "")
+    return found | {f"{pair.source.train.precision} to {pair.target.train.precision}"}
+
+
+def test_the_short_selection_leaves_nothing_out() -> None:
+    engines = {(pair.source.engine.name, pair.target.engine.name) for pair in PAIRS[:IN_SHORT]}
+    assert len(engines) == 9
+    wanted = {
+        "uneven stages, tied embeddings", "interleaved stages", "sequence parallel", "context parallel", "offload",
+        "megatron ZeRO 1", "deepspeed ZeRO 3", "grouped queries", "untied embeddings", "data parallel grows",
+        "data parallel shrinks", "fp32 to bf16", "bf16 to fp32",
+    }  # fmt: skip
+    assert wanted <= set.union(*map(kinds, PAIRS[:IN_SHORT]))
+
+
+def layout(engine: str, **wanted: int) -> RunConfig:
+    """The legal fp32 layout of the Llama with these sizes and nothing else."""
+    (found,) = (
+        config
+        for config in legal_layouts("llama", engine, "fp32")
+        if config.launch.num_workers == wanted.get("ranks", 1)
+        and config.parallel.tensor == wanted.get("tensor", 1)
+        and config.parallel.pipeline == wanted.get("pipeline", 1)
+        and config.engine.zero_stage == wanted.get("zero_stage", 0)
+        and config.parallel.context == config.parallel.virtual_pipeline == 1
+        and not (config.parallel.sequence or config.parallel.pipeline_split or config.engine.offload != "none")
+    )
+    return found
+
+
+def swap_two_fragments() -> None:
+    """Where one half of a tensor is wanted, the file and the key of the other are opened."""
+    from llmtrain.checkpoint.fragments import Box
+    from llmtrain.checkpoint.reader import CheckpointReader
+
+    read = CheckpointReader._read_stored
+
+    def swapped(self: CheckpointReader, file: str, key: str, box: Box, target: torch.Tensor) -> None:
+        first, second = ((entry.file, entry.key) for entry in self._manifest.tensors[SPOILED]["exp_avg"].fragments)
+        other = {first: second, second: first}.get((file, key), (file, key))
+        read(self, *other, box, target)
+
+    CheckpointReader._read_stored = swapped
+
+
+def forget_an_offset() -> None:
+    """Every part of a stored fragment is taken from its beginning."""
+    from llmtrain.checkpoint.fragments import Box
+
+    Box.relative_to = lambda self, outer: Box((0,) * len(self.offsets), self.shape)
+
+
+def forget_adam_count() -> None:
+    from llmtrain.engines.megatron_engine.engine import MegatronEngine
+
+    MegatronEngine.load_state = lambda self, state: None
+
+
+def skip_rounding() -> None:
+    """The masters arrive, the weights of bf16 stay those before the first step."""
+    from llmtrain.engines.megatron_engine import engine
+
+    engine.round_weights = lambda optimizer: None
+
+
+SPOILED = "decoder.layers.1.mlp.up.weight"
+
+
+@pytest.mark.parametrize(
+    ("mutation", "precision", "named"),
+    [
+        (swap_two_fragments, "fp32", f"exp_avg of {SPOILED} differs in "),
+        (forget_an_offset, "fp32", f"master of {SPOILED} differs in "),
+        (forget_adam_count, "fp32", "adam_steps = 0, saved 3"),
+        (skip_rounding, "bf16", "are not the masters, rounded"),
+    ],
+)
+def test_what_is_not_loaded_rightly_is_named(
+    mutation: Mutation, precision: str, named: str, dataset: Path, tmp_path: Path
+) -> None:
+    target = layout("megatron", ranks=2, tensor=2, zero_stage=1)
+    target = target.model_copy(update={"train": target.train.model_copy(update={"precision": precision})})
+    source = layout("megatron", ranks=2, tensor=2) if mutation is swap_two_fragments else layout("torch")
+    pair = Pair("llama", source, target)
+    problems = differences(*run_pair(pair, dataset, tmp_path, mutation), pair)
+    assert any(named in problem for problem in problems), problems
+    if mutation is swap_two_fragments:
+        assert len(problems) == 1

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from llmtrain.errors import DataError
 
-_TAR_BLOCK_BYTES = 512
+TAR_BLOCK_BYTES = 512
 _CHECKSUM = slice(148, 156)
 
 
@@ -33,7 +33,7 @@ def place_of_cut(payloads: NDArray[np.int64], size_bytes: int) -> str:
     begin, end = int(payloads[number, 0]), int(ends[number])
     if size_bytes > begin:
         return f"byte {size_bytes} lies inside document {number} (bytes {begin} to {end})"
-    if size_bytes > begin - _TAR_BLOCK_BYTES:
+    if size_bytes > begin - TAR_BLOCK_BYTES:
         return f"byte {size_bytes} lies inside the header of document {number}"
     return f"byte {size_bytes} lies before the header of document {number}"
 
@@ -42,9 +42,9 @@ def place_of_flip(path: Path, payloads: NDArray[np.int64]) -> str:
     """The first header of a shard whose own checksum is wrong, or that none is."""
     with path.open("rb") as file:
         for number, (offset, size) in enumerate(payloads.tolist()):
-            begin = offset - _TAR_BLOCK_BYTES
+            begin = offset - TAR_BLOCK_BYTES
             file.seek(max(0, begin))
-            header = file.read(_TAR_BLOCK_BYTES)
+            header = file.read(TAR_BLOCK_BYTES)
             if begin < 0 or not _is_header(header, size):
                 return f"the header of document {number} at byte {begin} is damaged"
     return "every header is whole, so the damage lies in the documents or between them"

@@ -33,13 +33,20 @@ class ReadAhead(Generic[Result]):
 
 
 def _work(tasks: SimpleQueue[Task[Result] | None]) -> None:
-    while (task := tasks.get()) is not None:
-        future, action = task
-        if not future.set_running_or_notify_cancel():
-            continue
+    while _do_next(tasks):
+        pass
+
+
+def _do_next(tasks: SimpleQueue[Task[Result] | None]) -> bool:
+    """A function of its own: while the thread waits for a task, nothing of the one before is held any more."""
+    task = tasks.get()
+    if task is None:
+        return False
+    future, action = task
+    if future.set_running_or_notify_cancel():
         # Whoever waits for the future gets the error, whatever it is.
         try:
             future.set_result(action())
         except BaseException as error:
             future.set_exception(error)
-        del task, future, action  # a shard must not stay open because this thread waits
+    return True

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.data.damage import DamagedFileError, place_of_cut, place_of_flip
+from llmtrain.data.damage import TAR_BLOCK_BYTES, DamagedFileError, place_of_cut, place_of_flip
 from llmtrain.data.shards import DTYPES, Manifest, ShardEntry, check_file, read_index
 from llmtrain.errors import DataError
 
@@ -35,8 +35,8 @@ class ShardFile:
         paths = paths or ShardPaths(folder / entry.file, folder / entry.index_file)
         dtype = DTYPES[manifest.dtype]
         check_file(paths.tar)  # a shard that is gone is named before its sidecar
-        check_file(paths.index, None, entry.index_sha256 if hashed else None)
         payloads = read_index(paths.index).astype(np.int64)
+        check_file(paths.index, None, entry.index_sha256 if hashed else None)
         _check_index(paths.index, payloads, entry, dtype.itemsize)
         _check_shard(paths.tar, payloads, entry, hashed)
         self.path = paths.tar
@@ -105,10 +105,13 @@ def _check_index(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, ite
             "index",
             f"{found[0]} documents with {found[1]} tokens in {path.name}",
         )
-    if (payloads % itemsize).any() or (payloads < 0).any() or (offsets + sizes > entry.bytes).any():
+    # Each document has its header before it, and nothing else's: an archive is made of blocks.
+    ends = np.concatenate(([0], -(-(offsets + sizes) // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES))
+    apart = not (offsets % TAR_BLOCK_BYTES).any() and bool((offsets - ends[:-1] >= TAR_BLOCK_BYTES).all())
+    if not apart or (sizes % itemsize).any() or (payloads < 0).any() or (offsets + sizes > entry.bytes).any():
         raise DamagedFileError(
-            f"{path}: places lie outside of the {entry.bytes} bytes of {entry.file} or between its tokens. Delete it; "
-            f"`llmtrain data index {path.parent}` rebuilds it.",
+            f"{path}: places lie outside of the {entry.bytes} bytes of {entry.file} or where no document can be. "
+            f"Delete it; `llmtrain data index {path.parent}` rebuilds it.",
             "index",
             f"places outside of {entry.file} in {path.name}",
         )

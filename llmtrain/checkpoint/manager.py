@@ -197,7 +197,7 @@ class CheckpointManager:
                 self._failure = None
                 raise
             if self._reports_here:
-                self.reports.warn(f"step {step:,} is not saved: {error} Training goes on; the next save tries again.")
+                self.reports.warn(f"step {step:,} is not saved (checkpoint.on_save_error = continue): {error}")
 
     def _write(
         self, talk: SaveTalk, contents: Contents, fragments: list[Fragment], before_publish: Callable[[], object]

@@ -192,8 +192,8 @@ def _read(path: Path) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that is there but gives no bytes. Only the disk's own fault counts as damage."""
-    kind = CheckpointError if error.errno == errno.EIO else CheckpointUnusableError
+    """The error for a file that is there but gives no bytes. Missing permission is no damage."""
+    kind = CheckpointError if error.errno in (errno.EIO, errno.EISDIR) else CheckpointUnusableError
     return kind(f"{path}: cannot be read: {error.strerror}. Check its permissions and its file system.")
 
 

@@ -46,12 +46,14 @@ def train(
         return
 
     from launch.rank import rank_from_environment
-    from llmtrain.train.preflight import storage_problems, with_vocab_size
+    from llmtrain.train.preflight import storage_problems, storage_warnings, with_vocab_size
 
     place = rank_from_environment(os.environ)
     world_size = place.world_size if place and ranks is None else None
     hypothetical = [] if ranks is None else [f"launch.num_workers={ranks}"]
     run = with_vocab_size(load_config(config, [*(overrides or []), *hypothetical], storage_problems, world_size).config)
+    for warning in storage_warnings(run):
+        typer.echo(f"warning: {warning}", err=True)
     if dry_run:
         from llmtrain.train.outline import plan_outline
 

@@ -7,11 +7,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmtrain.checkpoint.folders import folder_of_checkpoints, is_checkpoint, nearest_checkpoint
+from llmtrain.checkpoint.folders import CHECKPOINTS, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
 from llmtrain.checkpoint.origin import newest_origin
+from llmtrain.checkpoint.space import BYTES_PER_PARAMETER, Room, bytes_text, plan_room
 from llmtrain.config.schema import RunConfig, SourceConfig
-from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, read_manifest
-from llmtrain.errors import Problem
+from llmtrain.config.sizes import num_parameters
+from llmtrain.data.folders import fetch_config, fetch_tokenizer, open_folder, scheme_fault
+from llmtrain.data.remote import RemoteFolder, scheme_of, shown_path
+from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
+from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.train.continuity import TOKENIZER_NAMES, differences, refusals, resume_target
 
 SHARDS_HINT = "Write it with `llmtrain data shards INPUT... OUT --tokenizer MODEL`."
@@ -22,26 +26,42 @@ def storage_problems(config: RunConfig) -> list[Problem]:
     manifests: dict[str, Manifest] = {}
     problems: list[Problem] = []
     for key, source in _iter_sources(config):
-        problem = _source_problem(key, source)
-        if problem is not None:
-            problems.append(problem)
+        found = _remote_manifest(key, source, config) if scheme_of(source.path) else _local_manifest(key, source)
+        if isinstance(found, Problem):
+            problems.append(found)
             continue
-        manifests[key] = read_manifest(Path(source.path))
+        manifests[key] = found
         problems.extend(_too_short(config, key, source, manifests[key]))
     problems.extend(_disagreements(config, manifests))
     problems.extend(_vocabulary_problems(config, manifests))
     problems.extend(_tokenizer_problems(config, manifests))
     problems.extend(_resume_problems(config))
     problems.extend(_continuity_problems(config, manifests))
-    problems.extend(_output_problems(config))
+    problems.extend(_output_problems(config) or _room_problems(config, manifests))
     return problems
+
+
+def storage_warnings(config: RunConfig) -> list[str]:
+    """What may stop the run on its way. Needs model.vocab_size."""
+    room = _room(config)
+    if room.free_bytes is None or room.free_bytes >= room.planned_bytes:
+        return []
+    text = (
+        f"{room.folder}: not all checkpoints will fit that the run keeps at once (checkpoint.keep, keep_best, "
+        f"keep_every_steps): they need {bytes_text(room.planned_bytes)} more, {bytes_text(room.free_bytes)} are free."
+    )
+    return [text]
 
 
 def with_vocab_size(config: RunConfig) -> RunConfig:
     """The configuration with model.vocab_size from the first training source, where it does not say one."""
     if config.model.vocab_size is not None:
         return config
-    vocab_size = read_manifest(Path(config.data.train[0].path)).vocab_size
+    folder = open_folder(config.data.train[0].path, fetch_config(config.data))
+    return _with_vocab_size(config, folder.read_manifest().vocab_size)
+
+
+def _with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
 
 
@@ -49,6 +69,24 @@ def _iter_sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:
     for split, sources in (("train", config.data.train), ("valid", config.data.valid)):
         for number, source in enumerate(sources):
             yield f"data.{split}.{number}.path", source
+
+
+def _remote_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manifest | Problem:
+    """The manifest behind a URL, or why there is none. Raises DataError where it is damaged."""
+    shown = shown_path(source.path)
+    fault = scheme_fault(source.path)
+    if fault is not None:
+        return Problem(key, fault, shown)
+    remote = RemoteFolder(source.path, fetch_config(config.data))
+    try:
+        content = remote.read(MANIFEST_NAME)
+    except DataError as error:
+        return Problem(key, f"no manifest can be fetched: {error}", shown)
+    return parse_manifest(content, remote.location(MANIFEST_NAME))
+
+
+def _local_manifest(key: str, source: SourceConfig) -> Manifest | Problem:
+    return _source_problem(key, source) or read_manifest(Path(source.path))
 
 
 def _source_problem(key: str, source: SourceConfig) -> Problem | None:
@@ -75,7 +113,7 @@ def _too_short(config: RunConfig, key: str, source: SourceConfig, manifest: Mani
     longest = max((shard.tokens + shard.samples - 1 for shard in manifest.shards), default=0)
     advice = f"Try data.seq_len={longest} or less, or more text." if longest > 0 else "It needs more text."
     message = f"holds no shard with the {seq_len + 1} tokens of one sample (data.seq_len = {seq_len}). {advice}"
-    yield Problem(key, message, source.path, uses=("data.seq_len",))
+    yield Problem(key, message, shown_path(source.path), uses=("data.seq_len",))
 
 
 def _disagreements(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
@@ -83,7 +121,7 @@ def _disagreements(config: RunConfig, manifests: dict[str, Manifest]) -> Iterato
     if not manifests:
         return
     first_key, first = next(iter(manifests.items()))
-    paths = {key: source.path for key, source in _iter_sources(config)}
+    paths = {key: shown_path(source.path) for key, source in _iter_sources(config)}
     for key, manifest in manifests.items():
         if manifest.tokenizer_sha256 != first.tokenizer_sha256 or manifest.vocab_size != first.vocab_size:
             message = (
@@ -98,7 +136,8 @@ def _vocabulary_problems(config: RunConfig, manifests: dict[str, Manifest]) -> I
     size, first_key = config.model.vocab_size, "data.train.0.path"
     if size is not None and first_key in manifests and size != manifests[first_key].vocab_size:
         message = (
-            f"the data's tokenizer has {manifests[first_key].vocab_size} tokens ({config.data.train[0].path}). "
+            f"the data's tokenizer has {manifests[first_key].vocab_size} tokens "
+            f"({shown_path(config.data.train[0].path)}). "
             f"Try model.vocab_size={manifests[first_key].vocab_size}, or null to take it from the data."
         )
         yield Problem("model.vocab_size", message, size)
@@ -106,16 +145,16 @@ def _vocabulary_problems(config: RunConfig, manifests: dict[str, Manifest]) -> I
 
 def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
     """The named tokenizer is there, and is the one that the first training source was written with."""
-    named = config.data.tokenizer
+    named, first = config.data.tokenizer, manifests.get("data.train.0.path")
     if named is None:
+        yield from _fetched_tokenizer_problems(config, first)
         return
     path = Path(named)
     if path.is_file():
-        first_key = "data.train.0.path"
-        wanted = manifests[first_key].tokenizer_sha256 if first_key in manifests else None
+        wanted = first.tokenizer_sha256 if first else None
         if wanted is not None and file_sha256(path) != wanted:
             message = (
-                f"is not the tokenizer that {config.data.train[0].path} was written with (sha256 "
+                f"is not the tokenizer that {shown_path(config.data.train[0].path)} was written with (sha256 "
                 f"{file_sha256(path)[:12]} instead of {wanted[:12]}). Name that one, or write the shards again."
             )
             yield Problem("data.tokenizer", message, named)
@@ -126,6 +165,16 @@ def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> It
     advice = f"Try {found[0]}." if found else "Train one with `llmtrain data tokenizer INPUT... OUT.model`."
     kind = "is a folder" if path.is_dir() else "no such file"
     yield Problem("data.tokenizer", f"{kind}. {_seen_from(path)}{advice}", named)
+
+
+def _fetched_tokenizer_problems(config: RunConfig, first: Manifest | None) -> Iterator[Problem]:
+    """A run whose first training source is remote and that names no tokenizer finds one beside the data."""
+    if first is None or not scheme_of(config.data.train[0].path):
+        return
+    try:
+        fetch_tokenizer(config.data, first)
+    except (ConfigError, DataError) as error:
+        yield Problem("data.tokenizer", str(error))
 
 
 def _resume_problems(config: RunConfig) -> Iterator[Problem]:
@@ -155,13 +204,37 @@ def _continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> l
     return refusals(differences(origin, config, training if len(training) == len(keys) else None), config)
 
 
-def _output_problems(config: RunConfig) -> Iterator[Problem]:
+def _output_problems(config: RunConfig) -> list[Problem]:
     """The run folder must be a folder that can be written, or one that can be made."""
     wanted = (Path(config.output_dir) / config.name).absolute()
     existing = next(path for path in (wanted, *wanted.parents) if path.exists())
     if not existing.is_dir():
         message = f"{existing} is a file, so the run folder {wanted} cannot be made. Choose another output_dir."
-        yield Problem("output_dir", message, config.output_dir, uses=("name",))
-    elif not os.access(existing, os.W_OK | os.X_OK):
+        return [Problem("output_dir", message, config.output_dir, uses=("name",))]
+    if not os.access(existing, os.W_OK | os.X_OK):
         message = f"{existing} may not be written by this user. Choose another output_dir, or change its rights."
+        return [Problem("output_dir", message, config.output_dir, uses=("name",))]
+    return []
+
+
+def _room_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
+    """A save needs room beside the checkpoint before it: an old one is removed once the new one is whole."""
+    if config.model.vocab_size is None:
+        first = manifests.get("data.train.0.path")
+        if first is None:
+            return
+        config = _with_vocab_size(config, first.vocab_size)
+    room = _room(config)
+    if room.free_bytes is not None and room.free_bytes < room.needed_bytes:
+        message = (
+            f"the checkpoints of this run do not fit. Needed: {bytes_text(room.needed_bytes)} in {room.folder}, where "
+            f"one takes {bytes_text(room.checkpoint_bytes)} ({BYTES_PER_PARAMETER} bytes per parameter) and a new one "
+            f"is written beside the one before. Free: {bytes_text(room.free_bytes)}. "
+            "Free space there, or choose an output_dir on a larger file system."
+        )
         yield Problem("output_dir", message, config.output_dir, uses=("name",))
+
+
+def _room(config: RunConfig) -> Room:
+    folder = Path(config.output_dir) / config.name / CHECKPOINTS
+    return plan_room(folder, num_parameters(config.model), config.checkpoint, config.total_steps)

@@ -3,8 +3,9 @@
 import itertools
 import os
 import signal
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,28 @@ def on_file_operations(tell: Callable[[str, tuple[Any, ...]], object]) -> None:
             return _original(*args, **kwargs)
 
         setattr(os, name, told)
+
+
+def only_within(owner: type, names: Sequence[str], tell: Callable[..., object]) -> Callable[..., None]:
+    """`tell`, silent in threads that are not inside one of these methods. For good: for a process of its own."""
+    here = threading.local()
+    for name in names:
+        original = getattr(owner, name)
+
+        def entered(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+            here.depth = getattr(here, "depth", 0) + 1
+            try:
+                return _original(*args, **kwargs)
+            finally:
+                here.depth -= 1
+
+        setattr(owner, name, entered)
+
+    def told(*args: Any) -> None:
+        if getattr(here, "depth", 0):
+            tell(*args)
+
+    return told
 
 
 def die_at(number: int) -> Callable[..., None]:

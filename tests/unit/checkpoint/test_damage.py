@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.checkpoint.manager import find_newest_valid
+from llmtrain.checkpoint.manifest import CheckpointUnusableError
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.errors import CheckpointError
 from tests.unit.checkpoint.saved import save
@@ -78,6 +80,20 @@ def test_files_that_the_manifest_does_not_list_are_refused(tmp_path: Path) -> No
     (path / "folder").mkdir()
     with pytest.raises(CheckpointError, match="folder: is not listed"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "state.json", "manifest.json", "manifest.json.sha256"])
+def test_a_folder_in_place_of_a_file_is_damage(tmp_path: Path, name: str) -> None:
+    save(tmp_path, 5)
+    file = save(tmp_path, 7) / name
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(CheckpointError, match=f"{name}: (is not a plain file|cannot be read)") as caught:
+        open_checkpoint(tmp_path / "step-00000007")
+    assert not isinstance(caught.value, CheckpointUnusableError)
+    reader, damaged = find_newest_valid(tmp_path, lambda _: None)
+    assert reader is not None
+    assert (reader.step, [path.name for path, _ in damaged]) == (5, ["step-00000007"])
 
 
 def test_a_link_in_place_of_a_file_is_refused(tmp_path: Path) -> None:

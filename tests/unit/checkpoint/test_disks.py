@@ -134,7 +134,7 @@ def test_a_failed_save_is_told_once_and_the_end_must_be_saved(tmp_path: Path) ->
     saver.wait()
     saver.poll()
     assert [(name, facts["step"]) for name, facts in events] == [("save_failed", 1)]
-    assert "step 1 is not saved" in warnings[0]
+    assert "step 1 is not saved (checkpoint.on_save_error = continue): " in warnings[0]
     assert "No space left on device. Needed: " in warnings[0]
     saver.save(2, state_fragments(), {}, nothing)
     saver.finish()
@@ -166,7 +166,7 @@ def test_training_goes_on_without_an_audit_log(tmp_path: Path) -> None:
     saver.save(1, state_fragments(), {}, full)
     saver.wait()
     assert "audit.jsonl: save_failed is not in the audit log: No space left on device" in warnings[0]
-    assert "step 1 is not saved" in warnings[1]
+    assert "step 1 is not saved (checkpoint.on_save_error = continue): " in warnings[1]
 
 
 def test_a_defect_is_no_failed_save(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError
-from tests.support.mortality import die_at, in_child, on_file_operations
+from tests.support.mortality import die_at, in_child, on_file_operations, only_within
 from tests.unit.checkpoint.saved import save, state_fragments
 from tests.unit.checkpoint.voices import Board, Voice
 
@@ -97,26 +97,9 @@ def play(scene: Scene, folder: Path, world_size: int, async_save: bool, first: i
             future.result()
 
 
-def only_within(names: tuple[str, ...], tell: Callable[..., object]) -> Callable[..., object]:
-    """`tell`, but silent outside of some functions of the manager. Only for a forked child."""
-    inside: list[str] = []
-    for name in names:
-        original = getattr(CheckpointManager, name)
-
-        def entered(*args: object, _original: Callable = original, _name: str = name) -> object:
-            inside.append(_name)
-            try:
-                return _original(*args)
-            finally:
-                inside.pop()
-
-        setattr(CheckpointManager, name, entered)
-    return lambda *args: tell(*args) if inside or not names else None
-
-
 def disturbed(scene: Scene, folder: Path, tell: Callable[..., object], world_size: int, async_save: bool) -> int:
     def child() -> None:
-        on_file_operations(only_within(scene.mortal, tell))
+        on_file_operations(only_within(CheckpointManager, scene.mortal, tell) if scene.mortal else tell)
         play(scene, folder, world_size, async_save)
 
     scene.prepare(folder)

@@ -1,16 +1,19 @@
 """What a run misses on storage is found before it starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llmtrain.config.load import load_config
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.sizes import num_parameters
 from llmtrain.data.shards import file_sha256
-from llmtrain.errors import DataError
+from llmtrain.errors import ConfigError, DataError
 from llmtrain.train.outline import plan_outline
-from llmtrain.train.preflight import storage_problems, with_vocab_size
+from llmtrain.train.preflight import storage_problems, storage_warnings, with_vocab_size
+from tests.support.http_folder import serve
 from tests.support.run_files import write_data_set, write_good_run
 
 
@@ -132,3 +135,65 @@ def test_outline(folder: Path) -> None:
     assert (outline.data_parallel_size, outline.micro_batches_per_rank) == (2, 2)
     assert outline.tokens == 10 * 16 * 64
     assert outline.run_folder == "runs/small"
+
+
+def test_checkpoints_that_do_not_fit_are_told_with_their_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_vocab_size(run("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep=3"))
+    size = 12 * num_parameters(config.model)
+
+    def free(count: float) -> tuple[dict[str, str], list[str]]:
+        usage = SimpleNamespace(free=int(count * size))
+        monkeypatch.setattr("llmtrain.checkpoint.space.shutil.disk_usage", lambda _: usage)
+        return {problem.key: problem.message for problem in storage_problems(config)}, storage_warnings(config)
+
+    found, _ = free(1.9)
+    assert list(found) == ["output_dir"]
+    for part in (f"{2 * size:,} bytes", f"{size:,} bytes", f"{int(1.9 * size):,} bytes", "runs/small/checkpoints"):
+        assert part in found["output_dir"]
+    found, warnings = free(3.9)
+    assert found == {}
+    assert f"{4 * size:,} bytes) more" in warnings[0]
+    assert "checkpoint.keep" in warnings[0]
+    assert free(4) == ({}, [])
+
+    (folder / "runs/small/checkpoints/step-00000010").mkdir(parents=True)
+    assert list(free(0.9)[0]) == ["output_dir"]
+    assert free(1)[0] == {}
+    (folder / "runs/small/checkpoints/step-00000100").mkdir(parents=True)
+    assert free(0) == ({}, []), "a finished run saves nothing"
+
+
+def test_a_remote_manifest_is_read_and_a_missing_one_is_told_as_a_local_one(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("llmtrain.data.retry.FIRST_PAUSE_SECONDS", 0.001)
+    served = tmp_path_factory.mktemp("served")
+    (served / "tokenizer.model").write_text("pieces")
+    write_data_set(served / "train", tokenizer_sha256=file_sha256(served / "tokenizer.model"))
+    with serve(served) as server:
+        cache = f"data.cache_dir={folder / 'cache'}"
+        assert problems(f"data.train.0.path={server.url}/train", cache) == {}
+        assert with_vocab_size(run(f"data.train.0.path={server.url}/train", cache)).model.vocab_size == 300
+
+        secret = server.url.replace("//", "//user:canary@") + "/gone?key=canary"
+        with pytest.raises(ConfigError) as raised:
+            load_config(Path("run.yaml"), [f"data.train.0.path={secret}", cache], storage_problems)
+        (problem,) = raised.value.problems
+        assert problem.key == "data.train.0.path" and problem.where == "command line"
+        assert problem.value == f"{server.url}/gone" and "404" in problem.message and "canary" not in str(raised.value)
+
+        server.forever["manifest.json"] = "500"
+        found = problems(f"data.train.0.path={server.url}/train", cache, "data.fetch_attempts=2")
+        assert "answers 500 (2 attempts)" in found["data.train.0.path"]
+        server.forever.clear()
+        (served / "tokenizer.model").unlink()
+        found = problems(f"data.train.0.path={server.url}/train", f"data.cache_dir={folder / 'other'}")
+        assert "Set data.tokenizer" in found["data.tokenizer"]
+
+
+@pytest.mark.parametrize("path", ["pipe:cat shards", "ftp://host/data", "file:///data"])
+def test_other_schemes_are_refused_before_anything_is_opened(folder: Path, path: str) -> None:
+    found = problems(f"data.train.0.path={path}", f"data.valid=[{{path: '{path}'}}]")
+    assert list(found) == ["data.train.0.path", "data.valid.0.path"]
+    assert "Allowed are https://, http://, s3://, gs://, hf://" in found["data.train.0.path"]

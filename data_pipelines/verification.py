@@ -7,6 +7,7 @@ import numpy as np
 
 from data_pipelines.indexing import has_manifest, scan_tar, token_problems
 from data_pipelines.sharding import SPLITS
+from llmtrain.data.remote import scheme_of
 from llmtrain.data.shards import (
     DTYPES,
     MANIFEST_NAME,
@@ -24,8 +25,13 @@ from llmtrain.errors import ConfigError, DataError
 def datasets_in(folder: Path) -> list[Path]:
     """The data sets that a folder means: itself, or the splits that `llmtrain data shards` wrote into it.
 
-    Raises ConfigError where the folder does not exist, or holds neither a manifest nor a shard.
+    Raises ConfigError for a URL, and where the folder does not exist or holds neither a manifest nor a shard.
     """
+    if (scheme := scheme_of(str(folder))) is not None:
+        raise ConfigError(
+            f"{scheme}: this command reads folders on a file system, and no URLs. Copy the data set here first; "
+            "`llmtrain train` reads it where it is."
+        )
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder. Name one written by `llmtrain data shards`.")
     splits = [folder / name for name in SPLITS if (folder / name).is_dir()]

@@ -16,7 +16,9 @@ RUN_NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 class SourceConfig(Section):
     """One data set and its share of a mixture."""
 
-    path: str = Field(description="Folder with shards and their manifest.json.")
+    path: str = Field(
+        description="Folder with shards and their manifest.json, or the URL of one: https, http, s3, gs or hf."
+    )
     weight: Count = Field(default=1, description="Samples of this source per period of the mixture.")
 
 
@@ -43,13 +45,13 @@ class DataConfig(Section):
     on_corrupt: Literal["fail", "skip"] = Field(
         default="fail",
         description="A damaged or missing shard ends the run, or its samples have no targets and it is listed in "
-        "skipped_shards.jsonl.",
+        "skipped_shards.jsonl, for good.",
     )
     max_skipped: Probability = Field(
         default=0.001, description="Share of a source's samples that on_corrupt=skip may lose before the run ends."
     )
     cache_dir: str | None = Field(
-        default=None, description="Folder for shards of remote sources; absent: .cache/llmtrain in the home folder."
+        default=None, description="Folder for shards of remote sources; absent: llmtrain in XDG_CACHE_HOME or ~/.cache."
     )
     fetch_attempts: Count = Field(default=5, description="Tries to fetch a remote file, with growing pauses.")
     fetch_timeout_seconds: Positive = Field(default=60.0, description="Longest silence of a remote server.")

@@ -35,8 +35,8 @@ class ShardFile:
         paths = paths or ShardPaths(folder / entry.file, folder / entry.index_file)
         dtype = DTYPES[manifest.dtype]
         check_file(paths.tar)  # a shard that is gone is named before its sidecar
-        payloads = read_index(paths.index).astype(np.int64)
         check_file(paths.index, None, entry.index_sha256 if hashed else None)
+        payloads = read_index(paths.index).astype(np.int64)
         _check_index(paths.index, payloads, entry, dtype.itemsize)
         _check_shard(paths.tar, payloads, entry, hashed)
         self.path = paths.tar

@@ -171,10 +171,12 @@ def read_index(path: Path) -> NDArray[np.uint64]:
         raise DamagedFileError(message, "missing", f"no {path.name}") from None
     body = content[_INDEX_HEADER.size :]
     if len(content) < _INDEX_HEADER.size or len(body) % 16:
-        message = f"{path}: cut short at {len(content)} bytes. Delete it; `llmtrain data index` rebuilds it."
+        expected = f"{_INDEX_HEADER.size} bytes and 16 for each document"
+        message = f"{path}: expected {expected}, actual {len(content)} bytes: it is cut short. Delete it; "
+        message += f"`llmtrain data index {path.parent}` rebuilds it."
         raise DamagedFileError(message, "index", f"{path.name} of {len(content)} bytes")
     if (found := _INDEX_HEADER.unpack_from(content)) != (_INDEX_MAGIC, _INDEX_VERSION):
-        message = f"{path}: begins with {found}, expected {(_INDEX_MAGIC, _INDEX_VERSION)}: not a shard index."
+        message = f"{path}: expected {(_INDEX_MAGIC, _INDEX_VERSION)} at its begin, actual {found}: not a shard index."
         raise DamagedFileError(message, "index", f"{path.name} begins with {found}")
     return np.frombuffer(body, "<u8").reshape(-1, 2)
 

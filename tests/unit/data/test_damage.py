@@ -112,9 +112,10 @@ DAMAGES = {
         flip(SHARD, lambda folder: place(folder)[0] + 1, bit=128), (SHARD, "expected", "actual")
     ),
     "missing shard": Damage(lambda folder: (folder / SHARD).unlink(), (SHARD, "missing")),
-    "missing index": Damage(lambda folder: (folder / INDEX).unlink(), (INDEX, "missing", "llmtrain data index")),
+    "missing index": Damage(lambda folder: (folder / INDEX).unlink(), (INDEX, "missing")),
     "cut index": Damage(
-        lambda folder: (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[:-5]) and None, (INDEX,)
+        lambda folder: (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[:-5]) and None,
+        (INDEX, "expected", "actual")
     ),
     "shifted index": Damage(shifted, (INDEX,)),
     "manifest: bytes": Damage(in_manifest(bytes=1 << 20), (SHARD, "expected 1048576 bytes", "actual")),

@@ -131,7 +131,7 @@ class CheckpointManager:
         again. Raises as `find_newest_valid` does, and then renames nothing.
         """
         self.wait()
-        reader, damaged = find_newest_valid(self._folder, self.reports.warn, before_step)
+        reader, damaged = find_newest_valid(self._folder, self._warn, before_step)
         for path, error in damaged:
             self._set_aside(path, "damaged", str(error))
         return reader
@@ -197,7 +197,7 @@ class CheckpointManager:
                 self._failure = None
                 raise
             if self._reports_here:
-                self.reports.warn(f"step {step:,} is not saved (checkpoint.on_save_error = continue): {error}")
+                self._warn(f"step {step:,} is not saved (checkpoint.on_save_error = continue): {error}")
 
     def _write(
         self, talk: SaveTalk, contents: Contents, fragments: list[Fragment], before_publish: Callable[[], object]
@@ -225,7 +225,7 @@ class CheckpointManager:
             self._remove_old()
         except OSError as error:
             path = error.filename or self._folder
-            self.reports.warn(f"{path}: an old checkpoint could not be removed: {error.strerror}")
+            self._warn(f"{path}: an old checkpoint could not be removed: {error.strerror}")
 
     def _start(self, talk: SaveTalk, step: int, needed: int) -> Path:
         """Make the folder that all ranks write into, if what all of them need fits."""
@@ -269,7 +269,7 @@ class CheckpointManager:
                 why = f"step {later} belongs to a continuation that this run has left: it went back before."
                 path = self._set_aside(self._folder / step_folder_name(later), "superseded", why)
                 self._metrics.pop(later, None)
-                self.reports.warn(f"{path}: {why}")
+                self._warn(f"{path}: {why}")
 
     def _remove_old(self) -> None:
         metrics = {step: self._metric(step) for step in self.latest_steps()}
@@ -294,9 +294,14 @@ class CheckpointManager:
         sync_folder(self._folder)
         return target
 
+    def _warn(self, text: str) -> None:
+        """Tell a person. A full disk may not take a line of a log either: that is no reason to end."""
+        with suppress(OSError):
+            self.reports.warn(text)
+
     def _record(self, event: str, **facts: object) -> None:
         """Write into the audit log. A disk that does not take a checkpoint may not take this line either."""
         try:
             self.reports.record(event, **facts)
         except OSError as error:
-            self.reports.warn(f"{error.filename or self._folder}: {event} is not in the audit log: {error.strerror}")
+            self._warn(f"{error.filename or self._folder}: {event} is not in the audit log: {error.strerror}")

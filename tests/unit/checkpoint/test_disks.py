@@ -169,6 +169,17 @@ def test_training_goes_on_without_an_audit_log(tmp_path: Path) -> None:
     assert "step 1 is not saved (checkpoint.on_save_error = continue): " in warnings[1]
 
 
+def test_training_goes_on_without_a_log(tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "rank-00000.log")
+
+    saver = CheckpointManager(tmp_path, CheckpointConfig(async_save=False), "", {}, Reports(full))
+    saver.save(1, state_fragments(), {}, full)
+    saver.save(2, state_fragments(), {}, nothing)
+    saver.finish()
+    assert names(tmp_path) == ["step-00000002"]
+
+
 def test_a_defect_is_no_failed_save(tmp_path: Path) -> None:
     saver = new_manager(tmp_path)
     with pytest.raises(ValueError, match="is not inside the shape"):

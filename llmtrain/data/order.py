@@ -138,24 +138,23 @@ class SampleOrder:
         return Place(epoch, order.shards[rank], shuffled - before[rank])
 
     def coming_shards(self, number: int) -> tuple[list[int], int]:
-        """The shards that samples from `number` on lie in, and the sample from which on the answer is another one.
+        """The shards of the group that follows, and the sample from which on the answer is another one.
 
-        They are those of the sample's group; in the second half of the group those of the next one follow.
+        There are none in the first half of a group: who reads a few samples only needs none of them.
         """
         epoch, position = divmod(number, self.num_windows)
         order = self._epoch(epoch)
         before, size = order.windows_before, self._group_size
         first = (bisect_right(before, position) - 1) // size * size
         begin, end = before[first], before[min(first + size, len(order.shards))]
-        shards = order.shards[first : first + size]
         middle = (begin + end) // 2
         if position < middle:
-            return self._with_windows(shards), epoch * self.num_windows + middle
-        if first + size < len(order.shards):
+            return [], epoch * self.num_windows + middle
+        if end < self.num_windows:
             following = order.shards[first + size : first + 2 * size]
         else:
             following = self._epoch(epoch + 1).shards[:size]
-        return self._with_windows(shards + following), epoch * self.num_windows + end
+        return self._with_windows(following), epoch * self.num_windows + end
 
     def _with_windows(self, shards: list[int]) -> list[int]:
         return [shard for shard in shards if self._windows[shard]]

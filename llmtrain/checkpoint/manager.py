@@ -134,6 +134,9 @@ class CheckpointManager:
         reader, damaged = find_newest_valid(self._folder, self._warn, before_step)
         for path, error in damaged:
             self._set_aside(path, "damaged", str(error))
+        if before_step is None and not damaged:
+            # A run that died before it removed an old one may have no save to come that would.
+            self._remove_old()
         return reader
 
     def save(
@@ -221,11 +224,7 @@ class CheckpointManager:
             raise
         talk.say("outcome", "")
         self._metrics[contents.step] = contents.about["metric"]
-        try:
-            self._remove_old()
-        except OSError as error:
-            path = error.filename or self._folder
-            self._warn(f"{path}: an old checkpoint could not be removed: {error.strerror}")
+        self._remove_old()
 
     def _start(self, talk: SaveTalk, step: int, needed: int) -> Path:
         """Make the folder that all ranks write into, if what all of them need fits."""
@@ -273,9 +272,13 @@ class CheckpointManager:
 
     def _remove_old(self) -> None:
         metrics = {step: self._metric(step) for step in self.latest_steps()}
-        for step in steps_to_remove(metrics, self._settings):
-            remove_checkpoint(self._folder / step_folder_name(step))
-            self._metrics.pop(step, None)
+        try:
+            for step in steps_to_remove(metrics, self._settings):
+                remove_checkpoint(self._folder / step_folder_name(step))
+                self._metrics.pop(step, None)
+        except OSError as error:
+            path = error.filename or self._folder
+            self._warn(f"{path}: an old checkpoint could not be removed: {error.strerror}")
 
     def _metric(self, step: int) -> float | None:
         """The metric of a checkpoint, from its manifest when this process did not write it."""

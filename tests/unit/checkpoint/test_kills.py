@@ -138,7 +138,7 @@ def whole_steps(folder: Path) -> list[int]:
 def assert_survived(scene: Scene, folder: Path, world_size: int, async_save: bool) -> None:
     """After a kill: nothing half is visible, a resume takes the newest whole one, and the same saves work."""
     published = whole_steps(folder)
-    manager = CheckpointManager(folder, CheckpointConfig(), "", {}, Reports(lambda _: None))
+    manager = CheckpointManager(folder, CheckpointConfig(keep=100), "", {}, Reports(lambda _: None))
     assert all(name.startswith(("step-", "damaged-step-", "superseded-step-")) for name in names(folder))
     steps = whole_steps(folder)
     assert set(published) <= set(steps)

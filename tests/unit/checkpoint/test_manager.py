@@ -119,6 +119,20 @@ def test_the_newest_valid_one_is_found_and_damaged_ones_are_set_aside(tmp_path: 
     assert newest.step == 10
 
 
+def test_old_ones_that_a_dead_run_has_left_are_removed_once_the_newest_is_known_to_be_whole(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    spoiled = tmp_path / "step-00000015" / "state.json"
+    content = spoiled.read_bytes()
+    spoiled.write_bytes(b"")
+    assert manager(tmp_path, keep=1).newest_valid() is not None
+    assert names(tmp_path) == ["damaged-step-00000015", "step-00000005", "step-00000010"]
+    (tmp_path / "damaged-step-00000015").rename(spoiled.parent)
+    spoiled.write_bytes(content)
+    assert manager(tmp_path, keep=1).newest_valid() is not None
+    assert names(tmp_path) == ["step-00000015"]
+
+
 def test_no_checkpoint_is_none_but_no_valid_one_is_an_error(tmp_path: Path) -> None:
     """A run whose checkpoints are all damaged must not silently start again from nothing, now or at the next start."""
     folder = tmp_path / "checkpoints"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmtrain.checkpoint.fragments import Box
@@ -26,7 +25,7 @@ from llmtrain.checkpoint.manifest import (
     load_manifest,
     unreadable,
 )
-from llmtrain.checkpoint.stored_tensors import StoredTensors
+from llmtrain.checkpoint.stored_tensors import Scratch, StoredTensors
 from llmtrain.checkpoint.tensor_file import DTYPES
 from llmtrain.errors import CheckpointError, ConfigError
 
@@ -71,6 +70,7 @@ class CheckpointReader:
         self.bytes_read = 0
         """Bytes that `read` has taken from tensor files; more than it returned where parts of pages are not needed."""
         self._open_files: dict[str, StoredTensors] = {}
+        self._scratch = Scratch()
 
     @property
     def step(self) -> int:
@@ -144,7 +144,7 @@ class CheckpointReader:
             if name not in self._open_files:
                 if len(self._open_files) == MAX_OPEN_FILES:
                     self._open_files.pop(next(iter(self._open_files)))
-                self._open_files[name] = StoredTensors(self.path / name)
+                self._open_files[name] = StoredTensors(self.path / name, self._scratch)
             self.bytes_read += self._open_files[name].read(key, box, target)
         except OSError as error:
             raise unreadable(self.path / name, error) from error
@@ -237,14 +237,13 @@ def _header_problems(folder: Path, manifest: Manifest) -> list[str]:
             listed[fragment.file][fragment.key] = (tensor.dtype, fragment.shape)
     for name, expected in listed.items():
         try:
-            with safe_open(folder / name, framework="pt") as file:
-                actual = {}
-                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    header = file.get_slice(key)
-                    actual[key] = (header.get_dtype(), tuple(header.get_shape()))
-        except (SafetensorError, OSError) as error:
+            stored = StoredTensors(folder / name, Scratch()).tensors
+        except (ValueError, RecursionError) as error:
             problems.append(f"{folder / name}: is no valid safetensors file: {error}")
             continue
+        except OSError as error:
+            raise unreadable(folder / name, error) from error
+        actual = {key: (tensor.dtype, tensor.shape) for key, tensor in stored.items()}
         for key in sorted(expected.keys() | actual.keys()):
             if expected.get(key) != actual.get(key):
                 problems.append(

@@ -13,15 +13,19 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
 from llmtrain.checkpoint.fragments import Box
 from llmtrain.checkpoint.tensor_file import DTYPES, LENGTH_BYTES, PAGE_BYTES
 from llmtrain.errors import CheckpointError
+
+LONGEST_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 SCRATCH_BYTES = 8 << 20
 """Memory for data that cannot be read right into its place."""
@@ -32,39 +36,86 @@ WILL_NEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in its file: row-major from byte `start`."""
+    """Where a tensor lies in its file: row-major from byte `start`. `dtype` is safetensors' name of the type."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def end(self) -> int:
+        return self.start + prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def _known_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"allowed are {', '.join(DTYPES)}")
+    return name
+
+
+class _HeaderEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    dtype: Annotated[str, AfterValidator(_known_dtype)]
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+class Scratch:
+    """Memory that all files of a reader share, kept from use to use."""
+
+    def __init__(self) -> None:
+        self._of_use: dict[str, np.ndarray] = {}
+
+    def take(self, use: str, size: int) -> np.ndarray:
+        """So many bytes, valid until the next call for the same use."""
+        if len(self._of_use.get(use, ())) < size:
+            self._of_use[use] = np.empty(size, np.uint8)
+        return self._of_use[use][:size]
+
 
 class StoredTensors:
-    """An open safetensors file whose header has been checked."""
+    """An open safetensors file."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises OSError where the file cannot be opened."""
+    def __init__(self, path: Path, scratch: Scratch) -> None:
+        """Raises OSError where the file cannot be opened, ValueError where it is no safetensors file."""
         self.path = path
+        self._scratch = scratch
         self._descriptor = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
-        header_bytes = int.from_bytes(os.pread(self._descriptor, LENGTH_BYTES, 0), "little")
-        header = json.loads(os.pread(self._descriptor, header_bytes, LENGTH_BYTES))
-        data = LENGTH_BYTES + header_bytes
-        self._tensors = {
-            key: StoredTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), data + entry["data_offsets"][0])
-            for key, entry in header.items()
-            if key != "__metadata__"
-        }
         _advise(self._descriptor, 0, 0, IN_ANY_ORDER)
-        self._scratch = np.empty(0, np.uint8)
+        self.tensors = self._read_header()
+        """By key; the dtype is safetensors' name."""
+
+    def _read_header(self) -> dict[str, StoredTensor]:
+        """The tensors in the order in which they lie, end to end, from the header to the end of the file."""
+        size = os.fstat(self._descriptor).st_size
+        header_bytes = int.from_bytes(os.pread(self._descriptor, LENGTH_BYTES, 0), "little")
+        end = LENGTH_BYTES + header_bytes
+        if not 2 <= header_bytes <= min(LONGEST_HEADER_BYTES, size - LENGTH_BYTES):
+            raise ValueError(f"its header cannot have {header_bytes:,} bytes")
+        header = json.loads(os.pread(self._descriptor, header_bytes, LENGTH_BYTES))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        header.pop("__metadata__", None)
+        found = {key: _HeaderEntry.model_validate(entry) for key, entry in header.items()}
+        tensors = {}
+        for key, entry in sorted(found.items(), key=lambda item: item[1].data_offsets):
+            stored = StoredTensor(entry.dtype, entry.shape, end)
+            if entry.data_offsets != (end - LENGTH_BYTES - header_bytes, stored.end - LENGTH_BYTES - header_bytes):
+                raise ValueError(f"{key} lies at {entry.data_offsets}, where it does not fit")
+            tensors[key], end = stored, stored.end
+        if end != size:
+            raise ValueError(f"its tensors end at byte {end:,}, the file at {size:,}")
+        return tensors
 
     def read(self, key: str, box: Box, target: Tensor) -> int:
         """Copy a box of the tensor `key` into `target`, of the same shape and type, on the CPU.
 
         Returns how many bytes were read for it. Raises OSError, and CheckpointError where the file ends too early.
         """
-        stored = self._tensors[key]
-        assert target.dtype == stored.dtype and tuple(target.shape) == box.shape
+        stored = self.tensors[key]
+        assert target.dtype == DTYPES[stored.dtype] and tuple(target.shape) == box.shape
         if target.is_contiguous():
             return self._read_dense(stored, box, target)
         # Rows that go to separate places come through memory of their own, some at a time.
@@ -72,7 +123,7 @@ class StoredTensors:
         count = 0
         for first in range(0, box.shape[0], rows):
             part = target[first : first + rows]
-            dense = torch.empty(part.shape, dtype=part.dtype)
+            dense = torch.from_numpy(self._scratch.take("rows", part.nbytes)).view(part.dtype).view(part.shape)
             offsets = (box.offsets[0] + first, *box.offsets[1:])
             count += self._read_dense(stored, Box(offsets, tuple(part.shape)), dense)
             part.copy_(dense)
@@ -120,17 +171,18 @@ class StoredTensors:
 
     def _read_over_gaps(self, target: np.ndarray, start: int, stride: int) -> int:
         span = (len(target) - 1) * stride + target.shape[1]
-        if len(self._scratch) < span:
-            self._scratch = np.empty(span, np.uint8)
-        count = self._read_run(self._scratch.data[:span], start)
-        target[:] = as_strided(self._scratch, target.shape, (stride, 1))
+        covered = self._scratch.take("gaps", span)
+        count = self._read_run(covered.data, start)
+        target[:] = as_strided(covered, target.shape, (stride, 1))
         return count
 
     def _read_run(self, target: memoryview, start: int) -> int:
         """Fill memory from one place on: the system may give fewer bytes at a time than it was asked for."""
         size = len(target)
+        if size > SCRATCH_BYTES:  # the disk goes on while a part is copied
+            _advise(self._descriptor, start, size, WILL_NEED)
         while target:
-            count = os.preadv(self._descriptor, [target], start)
+            count = os.preadv(self._descriptor, [target[:SCRATCH_BYTES]], start)
             if count == 0:
                 raise CheckpointError(
                     f"{self.path}: ends at byte {start:,}, inside a tensor. It was changed meanwhile."

@@ -1,5 +1,6 @@
 """Any box of a stored tensor, into any memory, with no more bytes read than it needs."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 
 from llmtrain.checkpoint import stored_tensors
 from llmtrain.checkpoint.fragments import Box
-from llmtrain.checkpoint.stored_tensors import StoredTensors
+from llmtrain.checkpoint.stored_tensors import Scratch, StoredTensors
 from llmtrain.checkpoint.tensor_file import PAGE_BYTES, write_tensor_file
 from llmtrain.errors import CheckpointError
 from tests.unit.checkpoint.saved import bits
@@ -20,7 +22,7 @@ from tests.unit.checkpoint.test_reader import boxes_in
 def stored(path: Path, **tensors: torch.Tensor) -> StoredTensors:
     path.unlink(missing_ok=True)
     write_tensor_file(path, {"before": torch.zeros(3), **tensors}, {"note": "x"})
-    return StoredTensors(path)
+    return StoredTensors(path, Scratch())
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -82,7 +84,50 @@ def test_its_descriptor_is_closed_with_the_file(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         os, "close", lambda descriptor, _close=os.close: (closed.append(descriptor), _close(descriptor))
     )
-    file = StoredTensors(file.path)
+    file = StoredTensors(file.path, Scratch())
     assert (len(opened), closed) == (1, [])
     del file
     assert closed == opened
+
+
+def with_header(path: Path, header: object, data: bytes = b"\0" * 8, length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        ({"a": entry(0, 4, [1])}, None),  # bytes after the last tensor
+        ({"a": entry(0, 12, [3])}, None),  # a tensor behind the end
+        ({"a": entry(4, 8, [1])}, None),  # a hole
+        ({"a": entry(0, 8, [2]), "b": entry(4, 8, [1])}, None),  # an overlap
+        ({"a": entry(0, 8, [1])}, None),  # more bytes than elements
+        ({"a": entry(0, 8, [2], "F31")}, None),
+        ({"a": entry(0, 8, [-2])}, None),
+        ({"a": {**entry(0, 8, [2]), "module": "os"}}, None),
+        ({"a": 1}, None),
+        ([], None),
+        (b"{", None),
+        (b"\xff\xff", None),
+        (b"[" * 100_000, None),
+        ({"a": entry(0, 8, [2])}, 1 << 62),
+        ({"a": entry(0, 8, [2])}, 0),
+        (b"", None),
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path: Path, header: object, length: int | None) -> None:
+    """The stock library refuses the same files."""
+    path = tmp_path / "x.safetensors"
+    assert StoredTensors(with_header(path, {"a": entry(0, 8, [2])}), Scratch()).tensors["a"].shape == (2,)
+    with_header(path, header, length=length)
+    with pytest.raises((ValueError, RecursionError)):
+        StoredTensors(path, Scratch())
+    if not (isinstance(header, dict) and "module" in str(header)):
+        with pytest.raises(SafetensorError):
+            safe_open(path, framework="pt")

@@ -20,7 +20,8 @@ BENCHMARKS = {
     "stream": "shards to packed batches beside webdataset and raw mmap",
     "resume": "how long the data stream takes to its first batch, far into a run",
     "sharding": "raw text to shards beside the tokenizer alone",
-    "checkpoint": "saving a state beside a raw write, torch.save, safetensors and DCP; the stall of training",
+    "checkpoint": "saving and loading a state beside raw files, torch.save, safetensors and DCP; training's stall",
+    "resharding": "loading with another layout on two ranks beside DCP: time, bytes from the disk, peak memory",
     "command": "the command's help, and from command to first step",
     "launch": "from command to first step with 2 ranks, beside torchrun",
 }

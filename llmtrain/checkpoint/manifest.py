@@ -1,7 +1,7 @@
 """What a checkpoint folder holds, as data: `manifest.json` and the names around it.
 
 checkpoints/step-00000050/
-    rank-00000.safetensors   fragments that one rank held
+    rank-00000.safetensors   fragments that one rank held; more of them in rank-00000-1.safetensors, ...
     config.yaml              the run's resolved configuration
     state.json               position of the run, engine state, environment
     manifest.json            every file with size and sha256, every tensor with its fragments

@@ -27,7 +27,7 @@ from tests.parity.resharding import (
 from tests.support.datasets import random_documents, write_dataset
 from tests.support.ranks import run_ranks
 
-PAIRS = draw_pairs(60, seed=2204)
+PAIRS = draw_pairs(60, seed=7016)
 IN_SHORT = 12
 """The first pairs run in `make test`: from every engine to every engine; the rest in `make test-all`."""
 

@@ -19,13 +19,13 @@ from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_fold
 from llmtrain.checkpoint.manifest import load_manifest
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError, NoProgressError
-from llmtrain.observe.audit import iter_events
+from llmtrain.observe.audit import AUDIT_FILE, iter_events
 from llmtrain.observe.jsonl import iter_rows, read_rows
 from llmtrain.observe.trackers import METRICS_FILE
 from llmtrain.train.loop import Run
 from llmtrain.train.run_folder import read_status
 
-STEPS = 20
+STEPS = 30
 SAVE_EVERY = 5
 FAULT_STEP = 13
 """The step of a fault: between two checkpoints, and after the first."""
@@ -166,6 +166,8 @@ def judge(fault: Fault, folder: Path, ends: list[tuple[int, float]], reference: 
             problems.append("a loss is not finite")
         if fault.same_weights and losses(folder) != losses(reference):
             problems.append("the losses are not those of the undisturbed run")
+    if fault.notice and not any(iter_events(folder, fault.notice)):
+        problems.append(f"no {fault.notice} in {AUDIT_FILE}")
     problems += [f"left behind: {path.name}" for path in leftovers(folder)]
     detected, back = reaction(folder, struck, [time for _, time in ends])
     status = read_status(folder)

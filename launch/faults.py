@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, cast
 
 import psutil
@@ -28,6 +29,10 @@ SMALLEST_FILE_BYTES = 64 << 10
 """The largest file on a disk that is called full: metrics and logs of a drill fit, tensors do not."""
 
 HANG_SECONDS = 3600.0
+
+LEAST_SLOWDOWN_SECONDS = 0.1
+"""How much longer a step of a slow rank takes at least."""
+
 POLL_SECONDS = 0.02
 
 
@@ -50,7 +55,8 @@ class Fault:
     It strikes once, unless it is `lasting`: at the beginning of a step, while the batches of a step are waited for, or
     when a checkpoint is about to become visible. `expected` is how the run must end: it recovers by itself; it stops
     with exit code 75, and the same command continues it; it is given up with 93. `lr_factor` is what it does to the
-    learning rate of its step. `changes` are settings that its drill needs, by section.
+    learning rate of its step; from its step on, each takes `slowdown` median steps longer. `notice` is the audit log's
+    event that must follow, if one must. `changes` are settings that its drill needs, by section, `least_ranks` ranks.
     """
 
     name: str
@@ -61,6 +67,9 @@ class Fault:
     expected: Literal["recovers", "preempted", "given up"] = "recovers"
     same_weights: bool = True
     lr_factor: float = 1.0
+    slowdown: float = 0.0
+    notice: str = ""
+    least_ranks: int = 1
     changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
 
@@ -124,7 +133,7 @@ def fill_disk(victim: Victim) -> None:
 
 
 def nothing(victim: Victim) -> None:
-    """The fault is in the step itself."""
+    """The fault is in the steps themselves."""
 
 
 FAULTS = (
@@ -135,6 +144,7 @@ FAULTS = (
     Fault("memory runs out on a rank", exhaust_memory),
     Fault("rank stopped (SIGSTOP)", stop),
     Fault("data loader hangs", hang, where="data"),
+    Fault("slow rank", nothing, slowdown=2.0, notice="straggler", least_ranks=2),
     Fault("told to stop", tell_to_stop, expected="preempted"),
     Fault(
         "told to stop, save slower than the grace",
@@ -174,7 +184,7 @@ def inject(fault: Fault, config: RunConfig, step: int) -> Callable[[Run, Rank], 
             return replace(run, saving=replace(run.saving, before_publish=_struck_publish(run, strike, victim)))
         if fault.where == "data":
             return replace(run, loader=cast(Any, _StruckLoader(run.loader, strike, step - run.state.step)))
-        return replace(run, engine=cast(Any, _StruckEngine(run.engine, strike, step, fault.lr_factor)))
+        return replace(run, engine=cast(Any, _StruckEngine(run.engine, strike, step, fault)))
 
     return change_run
 
@@ -216,14 +226,20 @@ class _Stand:
 
 
 class _StruckEngine(_Stand):
-    def __init__(self, part: Any, strike: Callable[[], bool], step: int, lr_factor: float) -> None:
+    def __init__(self, part: Any, strike: Callable[[], bool], step: int, fault: Fault) -> None:
         super().__init__(part)
-        self._strike, self._step, self._lr_factor = strike, step, lr_factor
+        self._strike, self._step, self._fault = strike, step, fault
+        self._step_seconds: list[float] = []
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
         if step == self._step and self._strike():
-            lr *= self._lr_factor
-        return self._part.train_step(step, micro_batches, lr)
+            lr *= self._fault.lr_factor
+        if step >= self._step and self._fault.slowdown:
+            time.sleep(max(LEAST_SLOWDOWN_SECONDS, self._fault.slowdown * median(self._step_seconds)))
+        began = time.perf_counter()
+        result = self._part.train_step(step, micro_batches, lr)
+        self._step_seconds.append(time.perf_counter() - began)
+        return result
 
 
 class _StruckLoader(_Stand):

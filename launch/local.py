@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from launch.pulse import PulseBoard
 from launch.rank import Rank, num_threads, set_threads
 from launch.rank_log import log_path, stacks_path
 from launch.stop import StopSignal, exit_after_grace
+from launch.stragglers import Stragglers
 from launch.supervise import AttemptEnd, newest_step, supervise
 from launch.watchdog import save_stacks
 from llmtrain.config.schema import RunConfig
@@ -81,6 +83,11 @@ class Attempts:
     stop: StopSignal
     change_run: Callable[["Run", Rank], "Run"] | None = None
 
+    @property
+    def _watches_speed(self) -> bool:
+        """Whether it is looked for slow ranks. Nobody waits for one that is alone."""
+        return self.config.observe.straggler_score > 0 and self.config.launch.num_workers > 1
+
     def run(self, number: int) -> AttemptEnd:
         """One attempt, from the newest valid checkpoint."""
         import torch
@@ -101,7 +108,8 @@ class Attempts:
             for rank in range(self.config.launch.num_workers):
                 ranks.append(self._start(rank, number, listener, board))
             store = serve_store(listener)
-            ending = watch(ranks, board, self.stop, self.config.launch)
+            look = Stragglers(self.config, board).look if self._watches_speed else lambda: None
+            ending = watch(ranks, board, self.stop, self.config.launch, look)
             del store
         finally:
             for rank in ranks:
@@ -125,7 +133,14 @@ class Attempts:
             # All ranks are on this machine: no other network interface, and no name of this machine, is needed.
             if sys.platform == "linux":
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            return run_worker(self.config, self.stop, place, board.pulse(place.rank), self.change_run or unchanged)
+            pulse = board.pulse(place.rank)
+            if self._watches_speed:
+                from launch.worktime import WorkMeter
+
+                pulse = WorkMeter(
+                    pulse, partial(board.add_window, place.rank), partial(board.places_wanted, place.rank)
+                )
+            return run_worker(self.config, self.stop, place, pulse, self.change_run or unchanged)
 
         return work
 

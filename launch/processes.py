@@ -103,8 +103,14 @@ def start_rank(place: Rank, stop: StopSignal, listener: socket.socket, work: Cal
     return RankProcess(place.rank, process, told, stacks)
 
 
-def watch(ranks: Sequence[RankProcess], board: PulseBoard, stop: StopSignal, limits: LaunchConfig) -> Ending:
-    """Wait until every rank has ended, or until it is known that they must be ended."""
+def watch(
+    ranks: Sequence[RankProcess],
+    board: PulseBoard,
+    stop: StopSignal,
+    limits: LaunchConfig,
+    look: Callable[[], None] = lambda: None,
+) -> Ending:
+    """Wait until every rank has ended, or until it is known that they must be ended. `look` is called now and then."""
     failures: dict[int, Failure] = {}
     running = {rank.rank: rank for rank in ranks}
     deadline = None  # of those that run on after a failure
@@ -121,6 +127,7 @@ def watch(ranks: Sequence[RankProcess], board: PulseBoard, stop: StopSignal, lim
                     failure = Failure.of_exit(rank.rank, rank.process.exitcode)
             if failure:
                 failures[rank.rank] = failure
+        look()
         now = time.monotonic()
         if failures and deadline is None:
             deadline = now + GRACE_SECONDS

@@ -34,6 +34,7 @@ def drill(
     if not faults:
         raise ConfigError(f"--only {only}: no fault has that in its name: {'; '.join(f.name for f in FAULTS)}.")
     run = drill_config(with_vocab_size(load_config(config, overrides or [], storage_problems).config))
+    faults = [fault for fault in faults if fault.least_ranks <= run.launch.num_workers]
     typer.echo(f"{len(faults)} faults, after one run without: {run.output_dir}", err=True)
     run = undisturbed(run)
     failed = 0

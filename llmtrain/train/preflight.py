@@ -219,6 +219,8 @@ def _output_problems(config: RunConfig) -> list[Problem]:
 
 def _room_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
     """A save needs room beside the checkpoint before it: an old one is removed once the new one is whole."""
+    if config.train.steps is None and config.train.tokens is None:
+        return  # a run without a length is told of already
     if config.model.vocab_size is None:
         first = manifests.get("data.train.0.path")
         if first is None:

@@ -169,7 +169,7 @@ def test_another_layout_passes_over_the_same_samples(folder: Path, other: Layout
 
 
 def test_strikes_lead_back_before_the_first(folder: Path) -> None:
-    """Samples of steps 10, 11 and 12 are poisoned. The run goes back before it saves step 12; 8 has made a good step since."""
+    """Samples of steps 10 to 12 are poisoned: the run goes back before it saves step 12."""
     poisoned = tuple(step * BATCH - 1 for step in (10, 11, 12))
     ranks = trained(folder, ("torch", 2, {}), Fault(poisoned=poisoned), steps=14, rollback=True, max_strikes=3)
     (event,) = events(folder, "rollback")

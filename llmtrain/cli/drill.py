@@ -1,18 +1,21 @@
 """`llmtrain drill`: does a run survive what may happen to it?"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from launch.drill import Outcome
+    from llmtrain.config.schema import RunConfig
 
 
 def drill(
     config: Annotated[Path, typer.Argument(help="A run's configuration; the runs are short.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides.")] = None,
     only: Annotated[str, typer.Option(help="Only the faults whose name contains this.")] = "",
+    kills: Annotated[int, typer.Option(min=0, help="In place of the faults: kill ranks at random so often.")] = 0,
+    mean_seconds: Annotated[float, typer.Option(min=0.1, help="Mean time between two of these kills.")] = 10.0,
     json: Annotated[bool, typer.Option("--json", help="A line of JSON per fault on stdout.")] = False,
 ) -> None:
     """Inject faults into short runs of a configuration, and say what follows.
@@ -20,6 +23,8 @@ def drill(
     Processes are killed and stopped, files damaged, memory and disk made scarce, for real. For each fault: after how
     many seconds it was noticed, after how many the next step was finished, how many steps were lost, and whether the
     weights are those of the undisturbed run, bit for bit. Ends with 1 where one does not go as it must.
+
+    With --kills, one longer run whose ranks are killed at random times.
     """
     from dataclasses import asdict
     from json import dumps
@@ -33,7 +38,10 @@ def drill(
     faults = [fault for fault in FAULTS if only in fault.name]
     if not faults:
         raise ConfigError(f"--only {only}: no fault has that in its name: {'; '.join(f.name for f in FAULTS)}.")
-    run = drill_config(with_vocab_size(load_config(config, overrides or [], storage_problems).config))
+    asked = with_vocab_size(load_config(config, overrides or [], storage_problems).config)
+    if kills:
+        _punish(asked, kills, mean_seconds, json)
+    run = drill_config(asked)
     faults = [fault for fault in faults if fault.least_ranks <= run.launch.num_workers]
     typer.echo(f"{len(faults)} faults, after one run without: {run.output_dir}", err=True)
     run = undisturbed(run)
@@ -48,6 +56,26 @@ def drill(
             typer.echo(f"  {problem}", err=True)
     typer.echo(f"{len(faults) - failed} as they must, {failed} not", err=True)
     raise typer.Exit(1 if failed else 0)
+
+
+def _punish(config: "RunConfig", kills: int, mean_seconds: float, as_json: bool) -> NoReturn:
+    """The long drill. Ends the command."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from launch.punisher import punish
+
+    done = punish(config, kills, mean_seconds)
+    typer.echo(
+        dumps(asdict(done))
+        if as_json
+        else f"{done.kills} kills in {done.seconds:.0f} s: {done.restarts} restarts, {done.steps:,} steps, "
+        f"{done.steps_lost:,} of them lost and done again, {done.useful_share:.0%} of the time useful, weights "
+        f"{'identical' if done.same_weights else 'other'}"
+    )
+    for problem in done.problems:
+        typer.echo(f"  {problem}", err=True)
+    raise typer.Exit(1 if done.problems else 0)
 
 
 _HEADER = f"{'fault':<42} {'noticed':>9} {'back':>9} {'steps lost':>10}  {'weights':<9} exit"

@@ -24,6 +24,7 @@ BENCHMARKS = {
     "resharding": "loading with another layout on two ranks beside DCP: time, bytes from the disk, peak memory",
     "command": "the command's help, and from command to first step",
     "launch": "from command to first step with 2 ranks, beside torchrun",
+    "recovery": "from the death of a rank to the next finished step, beside torchrun",
 }
 """Each is the module tests.benchmarks.NAME with a function `benchmark(options) -> list[Table]`."""
 

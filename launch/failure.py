@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from llmtrain.errors import ConfigError, LlmtrainError
+from llmtrain.errors import ConfigError, LaunchError, LlmtrainError
 
 
 class OtherRankFailedError(LlmtrainError):
@@ -24,7 +24,8 @@ class Failure:
     """The end of one rank. `seconds` is the machine's monotonic clock, to tell which failed first.
 
     `details` is the whole text: a traceback for a defect, the message for what a user can mend. `consequence` says that
-    another rank's failure is the reason; `killed` that it did not end by itself.
+    another rank's failure is the reason; `killed` that it did not end by itself; `lasting` that it would happen again,
+    because a person must mend something first.
     """
 
     rank: int
@@ -33,6 +34,7 @@ class Failure:
     details: str
     consequence: bool = False
     killed: bool = False
+    lasting: bool = False
     host: str = field(default_factory=socket.gethostname)
     seconds: float = field(default_factory=time.monotonic)
 
@@ -43,7 +45,10 @@ class Failure:
         if isinstance(error, LlmtrainError):
             lines = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else []
             details = "\n".join([*(lines or [str(error)]), *getattr(error, "__notes__", ())])
-            return Failure(rank, error.exit_code, str(error), details, isinstance(error, OtherRankFailedError))
+            consequence = isinstance(error, OtherRankFailedError)
+            # That ranks did not find each other may pass; what else llmtrain foresees, a person must mend.
+            lasting = not isinstance(error, LaunchError)
+            return Failure(rank, error.exit_code, str(error), details, consequence, lasting=lasting)
         return Failure(rank, 1, summary, "".join(traceback.format_exception(error)).rstrip())
 
     @staticmethod

@@ -52,8 +52,8 @@ class Decision:
 def decide(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_before: int = 0) -> Decision:
     """What follows the last of the attempts of this launch; `saved_before` is the newest step saved before the first.
 
-    A run is started again from its newest valid checkpoint, unless it was told to stop, a person must mend something
-    (exit codes 2, 3, 4), nothing has ever worked, or attempts end again and again without a newer checkpoint.
+    A run is started again from its newest valid checkpoint, unless it was told to stop, a person must mend something,
+    nothing has ever worked, or attempts end again and again without a newer checkpoint.
     """
     end = attempts[-1]
     if not end.failures:
@@ -61,7 +61,7 @@ def decide(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_befo
     cause = end.cause
     if cause.exit_code == EXIT_TOLD_TWICE or end.told_to_stop:
         return Decision("stop", cause.exit_code, "told to stop")
-    if not cause.is_defect:
+    if cause.lasting or not cause.is_defect:
         return Decision("stop", cause.exit_code, "starting again would not mend it")
     if max_stalled_attempts == 0:
         return Decision("stop", cause.exit_code, "launch.max_stalled_attempts = 0")

@@ -3,7 +3,7 @@
 import json
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,8 @@ class Attempt:
             if run:
                 run.monitor.close("failed")
             said = f"{type(error).__name__}: {error}"
-            self._write_status("failed", self._last_step(), said, said)
+            with suppress(LlmtrainError, OSError):  # a full disk must not hide why the run has failed
+                self._write_status("failed", self._last_step(), said, said)
             raise
         run.monitor.close(status)
         self._write_status(status, state.step, "" if status == "done" else "told to stop; the same command continues")

@@ -1,6 +1,7 @@
 """`llmtrain train`: check a configuration in every way that needs no device, then run it."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,8 +52,9 @@ def train(
     place = rank_from_environment(os.environ)
     world_size = place.world_size if place and ranks is None else None
     hypothetical = [] if ranks is None else [f"launch.num_workers={ranks}"]
-    run = with_vocab_size(load_config(config, [*(overrides or []), *hypothetical], storage_problems, world_size).config)
-    for warning in storage_warnings(run):
+    on_storage = partial(storage_problems, asks_room=ranks is None)
+    run = with_vocab_size(load_config(config, [*(overrides or []), *hypothetical], on_storage, world_size).config)
+    for warning in storage_warnings(run) if ranks is None else ():
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
         from llmtrain.train.outline import plan_outline

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
+from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.placement import Placement, split_placement
 from llmtrain.models.attention import Attention, AttentionInputs, document_mask
 from llmtrain.models.build import build_model
@@ -49,8 +50,7 @@ class Stage(nn.Module):
                 place_heads(module, groups)
         self.parts = cut(whole, chunk)
         if config.train.compile:
-            for layer in whole.decoder.layers.values():
-                layer.compile()
+            compile_layers(whole.decoder.layers.values())
         self.vocabulary = VocabularyPart.of_rank(config.model.padded_vocab_size, config.model.vocabulary, groups.tensor)
         if self.region is None:
             self.vocabulary = VocabularyPart(0, config.model.vocabulary)

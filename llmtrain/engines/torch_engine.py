@@ -15,6 +15,7 @@ from llmtrain.checkpoint.fragments import Box, Fragment, FragmentSource
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
+from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.placement import Placement, read_range
 from llmtrain.engines.precision import DTYPES
 from llmtrain.models.build import build_model, materialize
@@ -59,8 +60,7 @@ class TorchEngine:
         self.loss_scale = build_loss_scale(config.train.precision, optim)
         self.inspect_gradients: GradientInspector | None = None
         if config.train.compile:
-            for layer in self.model.decoder.layers.values():
-                layer.compile()
+            compile_layers(self.model.decoder.layers.values())
 
     def _build_masters(self, dtype: torch.dtype) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())

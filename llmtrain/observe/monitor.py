@@ -154,7 +154,7 @@ class Monitor:
     def say(self, text: str) -> None:
         """Tell the person at the terminal one thing, above the progress bar."""
         if self._console:
-            self._console.say(text)
+            self._guard(self._console, lambda: self._console.say(text) if self._console else None)
 
     def flush(self) -> None:
         """Make all rows durable; call it before a checkpoint becomes visible."""

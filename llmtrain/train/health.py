@@ -88,12 +88,17 @@ def is_scale_too_high(result: StepResult, least_scale: float) -> bool:
 
 @dataclass(frozen=True)
 class Health:
-    """Judges the steps of a run. `record` writes into its audit log, on rank 0; `say` tells the person at it."""
+    """Judges the steps of a run.
+
+    `record` writes into its audit log, on rank 0; `say` tells the person at it; `report` keeps the verdict about a step
+    where those find it who look from outside.
+    """
 
     config: HealthConfig
     least_scale: float
     record: Record
     say: Callable[[str], object]
+    report: Callable[[str], object]
 
     def judge(self, history: LossHistory, step: int, result: StepResult) -> tuple[LossHistory, Trouble | None]:
         """As the function; without health.rollback no history is kept."""
@@ -118,7 +123,10 @@ class Health:
             verdict = "persistent" if result.skipped else "transient"
         shards = list(_by_shard(origins))
         first, last = origins[0].number, origins[-1].number
-        self.say(_message(step, verdict, f"samples {first:,} to {last:,} of {_in_words(shards)}"))
+        message = _message(step, verdict, f"samples {first:,} to {last:,} of {_in_words(shards)}")
+        self.say(message)
+        if verdict in ("transient", "persistent"):
+            self.report(f"{verdict}: {message}")
         facts: dict[str, Any] = {"first_sample": first, "last_sample": last, "verdict": verdict, "shards": shards}
         try:
             self.record("skipped_step", step=step, **facts)

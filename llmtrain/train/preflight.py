@@ -21,8 +21,11 @@ from llmtrain.train.continuity import TOKENIZER_NAMES, differences, refusals, re
 SHARDS_HINT = "Write it with `llmtrain data shards INPUT... OUT --tokenizer MODEL`."
 
 
-def storage_problems(config: RunConfig) -> list[Problem]:
-    """What the run would miss on storage. Raises DataError where a manifest is there but damaged."""
+def storage_problems(config: RunConfig, asks_room: bool = True) -> list[Problem]:
+    """What the run would miss on storage. Raises DataError where a manifest is there but damaged.
+
+    Room for checkpoints is not asked for where it is known that the run will not be here.
+    """
     manifests: dict[str, Manifest] = {}
     problems: list[Problem] = []
     for key, source in _iter_sources(config):
@@ -37,7 +40,7 @@ def storage_problems(config: RunConfig) -> list[Problem]:
     problems.extend(_tokenizer_problems(config, manifests))
     problems.extend(_resume_problems(config))
     problems.extend(_continuity_problems(config, manifests))
-    problems.extend(_output_problems(config) or _room_problems(config, manifests))
+    problems.extend(_output_problems(config) or (_room_problems(config, manifests) if asks_room else ()))
     return problems
 
 

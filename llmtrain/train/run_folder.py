@@ -43,7 +43,8 @@ NEXT_ACTIONS: dict[Status, str] = {
 class RunStatus:
     """What `status.json` says. `updated` is an ISO time in UTC.
 
-    `attempt` counts the starts by one launcher, from 0; `cause` is why the run, or its last attempt, has failed.
+    `attempt` counts the starts by one launcher, from 0; `cause` is why the run, or its last attempt, has failed;
+    `verdict` is what was last found out about a step that was not as it should be.
     """
 
     status: Status
@@ -56,6 +57,7 @@ class RunStatus:
     attempt: int = 0
     cause: str = ""
     next_action: str = ""
+    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,14 @@ class LockOwner:
 class RunFolder:
     """A run folder that this process alone writes to, from construction until `close` or the end of the process.
 
-    `attempt` is which of its launcher's attempts writes. Raises RunFolderInUseError where another process holds it, LlmtrainError where it cannot be made.
+    `attempt` is which of its launcher's attempts writes. `verdict` is the last judgement of the run's health; it goes
+    into every status. Raises RunFolderInUseError where another process holds it, LlmtrainError where it cannot be made.
     """
 
     def __init__(self, path: Path, attempt: int = 0) -> None:
         self.path = Path(path)
         self._attempt = attempt
+        self.verdict = ""
         self._lock = self.path / LOCK
         self._owner = LockOwner(
             socket.gethostname(), _machine(), os.getpid(), _process_started(os.getpid()) or "", _now(), uuid.uuid4().hex
@@ -120,8 +124,19 @@ class RunFolder:
 
     def write_status(self, status: Status, step: int, total_steps: int, message: str = "", cause: str = "") -> None:
         """Replace `status.json` in one step. Raises LlmtrainError where the file system does not take it."""
-        owner, attempt, action = self._owner, self._attempt, NEXT_ACTIONS[status]
-        content = RunStatus(status, step, total_steps, message, owner.pid, owner.host, _now(), attempt, cause, action)
+        content = RunStatus(
+            status,
+            step,
+            total_steps,
+            message,
+            self._owner.pid,
+            self._owner.host,
+            _now(),
+            self._attempt,
+            cause,
+            next_action=NEXT_ACTIONS[status],
+            verdict=self.verdict,
+        )
         temporary = self.path / f".{STATUS}.{self._owner.token}"
         try:
             temporary.write_text(json.dumps(asdict(content), indent=1) + "\n", "utf-8")

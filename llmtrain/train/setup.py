@@ -155,7 +155,8 @@ def setup(
         config.evaluate.steps,
     )
     log = start.manager.reports.record if folder else lambda event, **facts: None
-    health = Health(config.health, config.optim.loss_scale.minimum, log, monitor.say)
+    report = partial(setattr, folder, "verdict") if folder else lambda verdict: None
+    health = Health(config.health, config.optim.loss_scale.minimum, log, monitor.say, report)
     rollbacks = Rollbacks(config.health, start.manager, folder.path if folder else None, start.ranks, log, monitor.say)
     loader = build_loader(config, config.data.train, rank).skipping(start.skipped)
     return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, state, config.total_steps, config.optim)

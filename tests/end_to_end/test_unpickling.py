@@ -1,8 +1,7 @@
 """Nothing is unpickled, from the first step to the export: a pickle runs whatever code its writer put into it.
 
 Each command runs with the hook of tests/support/unpickling, which refuses and notes every attempt in the command's
-process, its ranks and its children; what it allows, and why, stands there. Not among the commands is a run with
-train.compile: PyTorch keeps compiled layers as pickles in a cache of its own, which the hook finds and refuses.
+process, its ranks and its children; what it allows, and why, stands there.
 """
 
 import os
@@ -58,6 +57,15 @@ def test_nothing_is_unpickled_from_training_to_export(workspace: Path) -> None:
     assert sorted(path.name for path in (workspace / checkpoints).iterdir()) == [
         f"step-{step:08d}" for step in (6, 7, 8)
     ]
+
+
+@pytest.mark.whole_grid
+def test_compiled_layers_are_compiled_again_and_not_unpickled(workspace: Path) -> None:
+    """PyTorch would keep them as pickles, and read those when the run goes on."""
+    for steps in (6, 8):
+        line = [COMMAND, "train", "run.yaml", "train.compile=true", f"train.steps={steps}"]
+        done, noted = run_hooked(line, workspace)
+        assert (done.returncode, noted) == (0, ""), done.stderr
 
 
 WAYS = {

@@ -10,7 +10,7 @@ from launch.supervise import AttemptEnd, Decision, decide, num_stalled, supervis
 from llmtrain.checkpoint.folders import CHECKPOINTS, step_folder_name
 from llmtrain.config.load import load_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import DataError
+from llmtrain.errors import DataError, LaunchError, SaveError
 from llmtrain.observe.audit import iter_events
 from llmtrain.train.run_folder import RunFolder, read_status
 from tests.support.run_files import write_good_run
@@ -44,6 +44,12 @@ def test_a_run_that_never_worked_is_not_started_again() -> None:
 def test_what_a_person_must_mend_is_not_started_again() -> None:
     decision = decide([failed(DAMAGE, saved=5)], 3)
     assert (decision.action, decision.exit_code) == ("stop", 3)
+
+
+def test_a_last_save_that_failed_is_not_trained_for_again() -> None:
+    decision = decide([failed(Failure.of_error(0, SaveError("runs/x: no space left")), saved=5)], 3)
+    assert (decision.action, decision.exit_code) == ("stop", 1)
+    assert decide([failed(Failure.of_error(0, LaunchError("the store is gone")), saved=5)], 3).action == "restart"
 
 
 def test_told_to_stop_means_stop() -> None:

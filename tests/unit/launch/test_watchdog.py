@@ -39,7 +39,7 @@ Current thread 0x00007f0000000002 (most recent call first):
 
 
 def test_late_is_only_who_is_late_in_its_section() -> None:
-    step, data, checkpoint = (Position(section, 7, since=0.0) for section in ("step", "data", "checkpoint"))
+    step, data = Position("step", 7, since=0.0), Position("data", 7, since=0.0)
     assert not is_stuck([step, step], LIMITS, now=20.0)
     assert is_stuck([step, step], LIMITS, now=20.1)
     assert not is_stuck([data, step], LIMITS, now=15.0)

@@ -99,6 +99,7 @@ def test_the_history_goes_with_the_state_and_older_states_have_none() -> None:
 class Listener:
     def __init__(self, full: bool = False) -> None:
         self.said: list[str] = []
+        self.verdicts: list[str] = []
         self.events: list[dict[str, Any]] = []
         self._full = full
 
@@ -108,7 +109,7 @@ class Listener:
         self.events.append({"event": event, **facts})
 
     def health(self, **config: Any) -> Health:
-        return Health(HealthConfig(**config), 1.0, self.record, self.said.append)
+        return Health(HealthConfig(**config), 1.0, self.record, self.said.append, self.verdicts.append)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,7 @@ def test_a_skipped_step_is_run_again_where_that_may_help(
     ]
     (text,) = listener.said
     assert "samples 16 to 23 of data/shard-0.tar (16-21); data/shard-1.tar (22-23)" in text
+    assert listener.verdicts == ([f"{verdict}: {text}"] if verdict in ("persistent", "transient") else [])
 
 
 def test_a_full_disk_does_not_stop_a_run_that_skips() -> None:

@@ -186,11 +186,14 @@ def test_status_round_trip(tmp_path: Path) -> None:
     assert read_status(tmp_path) is None
     with RunFolder(tmp_path) as owner:
         owner.write_status("running", 3, 200)
+        owner.verdict = "persistent: step 40 skipped"
         owner.write_status("preempted", 40, 200, "told to stop")
     status = read_status(tmp_path)
     assert status is not None
     assert (status.status, status.step, status.total_steps, status.message) == ("preempted", 40, 200, "told to stop")
     assert (status.pid, status.updated[:2]) == (os.getpid(), "20")
+    assert status.next_action == "start the same command again: it continues"
+    assert status.verdict == "persistent: step 40 skipped"
     assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
 
 

@@ -82,3 +82,15 @@ def test_a_name_that_no_fault_has_is_refused(workspace: Path) -> None:
     done = llmtrain("drill", "run.yaml", "--only", "locusts", folder=workspace)
     assert done.returncode == 2
     assert "--only locusts: no fault has that in its name: rank killed in a step" in done.stderr
+
+
+@pytest.mark.whole_grid
+def test_ranks_killed_at_random_leave_no_trace(workspace: Path) -> None:
+    line = ("drill", "run.yaml", SUPERVISED, "evaluate.every_steps=0", "--kills", "4", "--mean-seconds", "2", "--json")
+    done = llmtrain(*line, folder=workspace)
+    assert done.returncode == 0, done.stdout + done.stderr
+    punished = json.loads(done.stdout)
+    assert punished["problems"] == [] and punished["same_weights"]
+    # The last kills may come after the end of the run; what was killed was started again.
+    assert 1 <= punished["restarts"] <= punished["kills"] <= 4
+    assert 0 < punished["useful_share"] < 1

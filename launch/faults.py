@@ -56,7 +56,8 @@ class Fault:
     when a checkpoint is about to become visible. `expected` is how the run must end: it recovers by itself; it stops
     with exit code 75, and the same command continues it; it is given up with 93. `lr_factor` is what it does to the
     learning rate of its step; from its step on, each takes `slowdown` median steps longer. `notice` is the audit log's
-    event that must follow, if one must. `changes` are settings that its drill needs, by section, `least_ranks` ranks.
+    event that must follow; empty where the command ends and its exit code tells. `changes` are settings that its drill
+    needs, by section, `least_ranks` ranks.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Fault:
     same_weights: bool = True
     lr_factor: float = 1.0
     slowdown: float = 0.0
-    notice: str = ""
+    notice: str = "restarting"
     least_ranks: int = 1
     changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
@@ -139,30 +140,32 @@ def nothing(victim: Victim) -> None:
 FAULTS = (
     Fault("rank killed in a step", kill),
     Fault("rank killed while a checkpoint is written", kill, where="publish", on_first_rank=True),
-    Fault("newest checkpoint damaged", damage_newest_checkpoint_and_die),
+    Fault("newest checkpoint damaged", damage_newest_checkpoint_and_die, notice="set_aside"),
     Fault("rank raises an error", fail),
     Fault("memory runs out on a rank", exhaust_memory),
     Fault("rank stopped (SIGSTOP)", stop),
     Fault("data loader hangs", hang, where="data"),
     Fault("slow rank", nothing, slowdown=2.0, notice="straggler", least_ranks=2),
-    Fault("told to stop", tell_to_stop, expected="preempted"),
+    Fault("told to stop", tell_to_stop, expected="preempted", notice=""),
     Fault(
         "told to stop, save slower than the grace",
         tell_to_stop_in_a_slow_save,
         where="publish",
         on_first_rank=True,
         expected="preempted",
+        notice="",
         changes={"launch": {"grace_seconds": 1.0}},
     ),
-    Fault("disk full", fill_disk, on_first_rank=True),
+    Fault("disk full", fill_disk, on_first_rank=True, notice="save_failed"),
     Fault(
         "weights destroyed",
         nothing,
         same_weights=False,
         lr_factor=1e30,
+        notice="rollback",
         changes={"health": {"rollback": True, "max_strikes": 2}},
     ),
-    Fault("same step fails every time", fail, lasting=True, expected="given up"),
+    Fault("same step fails every time", fail, lasting=True, expected="given up", notice="stalled"),
 )
 """In the order in which a drill goes through them."""
 

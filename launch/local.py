@@ -39,10 +39,8 @@ def launch(config: RunConfig, change_run: Callable[["Run", Rank], "Run"] | None 
     with StopSignal() as stop:
         if config.launch.num_workers > 1 or is_supervised(config):
             return supervise(config, Attempts(config, stop, change_run).run)
-        from launch.worker import (
-            run_worker,
-            unchanged,
-        )  # imports torch: only once the configuration is known to be right
+        # It imports torch: only once the configuration is known to be right.
+        from launch.worker import run_worker, unchanged
 
         exit_after_grace(stop, config.launch.grace_seconds)
         return run_worker(config, stop, change_run=change_run or unchanged)

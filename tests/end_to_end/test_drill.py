@@ -31,7 +31,7 @@ def check(outcomes: dict[str, Any], workspace: Path, num_ranks: int = 2) -> None
     for fault in faults:
         outcome = outcomes[fault.name]
         assert outcome["problems"] == []
-        assert outcome["back_seconds"] is not None, fault.name
+        assert outcome["detected_seconds"] is not None and outcome["back_seconds"] is not None, fault.name
         assert outcome["same_weights"] is (None if fault.expected == "given up" else fault.same_weights)
     lost = {name: outcome["steps_lost"] for name, outcome in outcomes.items()}
     # Saved after 5 and 10, struck in 13.
@@ -75,7 +75,9 @@ def test_a_fault_that_is_not_survived_is_told(workspace: Path) -> None:
     """Without supervision nobody starts the ranks again."""
     done = llmtrain("drill", "run.yaml", "--json", "--only", "killed in a step", folder=workspace)
     assert done.returncode == 1
-    assert json.loads(done.stdout)["problems"][0] == "ended with [1], not [0]"
+    problems = json.loads(done.stdout)["problems"]
+    assert problems[0] == "ended with [1], not [0]"
+    assert "no restarting in audit.jsonl" in problems
 
 
 def test_a_name_that_no_fault_has_is_refused(workspace: Path) -> None:

@@ -9,6 +9,8 @@ CHECKPOINTS = "checkpoints"
 
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.json.sha256"
+CONFIG = "config.yaml"
+STATE = "state.json"
 
 _STEP_FOLDER = re.compile(r"^step-(\d{8,})$")
 

@@ -24,8 +24,6 @@ from llmtrain.checkpoint.tensor_file import DTYPES
 from llmtrain.errors import CheckpointError
 
 SCHEMA_VERSION = 1
-CONFIG = "config.yaml"
-STATE = "state.json"
 TENSOR_FILE_SUFFIX = ".safetensors"
 
 PLAIN_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$"

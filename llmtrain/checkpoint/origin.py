@@ -10,11 +10,16 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from llmtrain.checkpoint.folders import MANIFEST, MANIFEST_HASH, checkpoint_steps, is_checkpoint, step_folder_name
+from llmtrain.checkpoint.folders import (
+    CONFIG,
+    MANIFEST,
+    MANIFEST_HASH,
+    STATE,
+    checkpoint_steps,
+    is_checkpoint,
+    step_folder_name,
+)
 from llmtrain.errors import CheckpointError
-
-CONFIG = "config.yaml"
-STATE = "state.json"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE
 from llmtrain.checkpoint.fragments import Box
 from llmtrain.checkpoint.manifest import (
-    CONFIG,
-    MANIFEST,
-    MANIFEST_HASH,
-    STATE,
     TENSOR_FILE_SUFFIX,
     Manifest,
     TensorEntry,

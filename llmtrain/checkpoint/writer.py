@@ -11,12 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE, step_folder_name
 from llmtrain.checkpoint.fragments import KINDS, Fragment
 from llmtrain.checkpoint.manifest import (
-    CONFIG,
-    MANIFEST,
-    MANIFEST_HASH,
-    STATE,
     TENSOR_FILE_SUFFIX,
     FileEntry,
     FragmentEntry,
@@ -25,7 +22,6 @@ from llmtrain.checkpoint.manifest import (
     fragment_key,
     manifest_hash_line,
     merge_parts,
-    step_folder_name,
     writing_folder_name,
 )
 from llmtrain.checkpoint.space import require_room, save_error

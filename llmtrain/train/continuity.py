@@ -15,13 +15,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, folder_of_checkpoints, is_checkpoint
-from llmtrain.checkpoint.origin import CONFIG, Origin
+from llmtrain.checkpoint.folders import CHECKPOINTS, CONFIG, checkpoint_steps, folder_of_checkpoints, is_checkpoint
+from llmtrain.checkpoint.origin import Origin
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.names import shown
 from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConfig
 from llmtrain.data.remote import shown_path
-from llmtrain.data.shards import Manifest, file_sha256
+from llmtrain.data.shards import TOKENIZER_NAMES, Manifest, file_sha256
 from llmtrain.errors import CheckpointError, Problem
 
 FREE_MODEL_KEYS = ("init",)
@@ -56,7 +56,6 @@ SHAPE_KEYS = (
 """Which tensors there are, their shapes, and how heads lie in them. More keys do for some values: `shape_keys`."""
 
 SHOWN_DIGITS = 12
-TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def benchmark(options: Options) -> list[Table]:
         rows = measure(ways, options.rounds, warm_up=0)
     notes = (
         "torchrun looks every 0.1 s, its default; both save every few steps and lose two",
-        f"a plain script that does not come back counts as {LONGEST_SECONDS:.0f} s: after some restarts its ranks hang",
+        f"a plain script that does not come back counts as {LONGEST_SECONDS:.0f} s; after some restarts it hangs",
     )
     return [Table("SIGKILL of a rank to the next finished step", "s", "lower", OURS, rows, notes)]
 
@@ -96,7 +96,7 @@ def drilled(line: list[str]) -> float:
 
 
 def restarted(line: list[str]) -> float:
-    """What the script wrote down; LONGEST_SECONDS where it is not done after that time."""
+    """What the script wrote down; LONGEST_SECONDS where it is not done after that time, or ends without a step."""
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [*line, folder],
@@ -111,6 +111,8 @@ def restarted(line: list[str]) -> float:
             # torchrun ends its ranks when it is told to, also those that hang.
             process.terminate()
             process.wait()
+            return LONGEST_SECONDS
+        if not (Path(folder) / "back").exists():
             return LONGEST_SECONDS
         killed, back = (float((Path(folder) / name).read_text()) for name in ("killed", "back"))
     return back - killed

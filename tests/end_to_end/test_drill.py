@@ -36,6 +36,7 @@ def check(outcomes: dict[str, Any], workspace: Path, num_ranks: int = 2) -> None
     lost = {name: outcome["steps_lost"] for name, outcome in outcomes.items()}
     # Saved after 5 and 10, struck in 13.
     assert lost["rank killed in a step"] == 2
+    assert lost["newest checkpoint damaged"] == 7
     assert lost["told to stop"] == lost["disk full"] == 0
     assert lost["weights destroyed"] > 0
     assert "SIGKILL" in outcomes["rank killed in a step"]["cause"]

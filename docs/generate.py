@@ -20,7 +20,7 @@ PAGE = Path(__file__).parent / "configuration.md"
 INTRODUCTION = """\
 # Configuration reference
 
-Written by `make docs` from `llmtrain/config/schema.py` and `llmtrain/config/model.py`. Do not edit it by hand.
+Written by `make docs` from the modules of `llmtrain/config/`. Do not edit it by hand.
 
 A run is one YAML 1.2 file. It must give `name`, `model`, `data.train`, and either `train.steps` or `train.tokens`.
 A key that is not on this page is an error.

@@ -26,7 +26,7 @@ from launch.watchdog import (
     read_stacks,
     stopped_processes,
 )
-from llmtrain.config.schema import LaunchConfig
+from llmtrain.config.launch import LaunchConfig
 from llmtrain.errors import EXIT_PREEMPTED
 
 GRACE_SECONDS = 1.5

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmtrain.config.schema import LaunchConfig
+from llmtrain.config.launch import LaunchConfig
 from llmtrain.errors import LaunchError
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000

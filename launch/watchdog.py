@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from launch.pulse import Position
-from llmtrain.config.schema import WatchdogConfig
+from llmtrain.config.launch import WatchdogConfig
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Tells a rank to write what its threads are doing."""

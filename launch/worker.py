@@ -16,7 +16,8 @@ from launch.pulse import Pulse
 from launch.rank import ALONE, Rank, num_threads
 from launch.rank_log import rank_log
 from launch.stop import StopSignal
-from llmtrain.config.schema import LaunchConfig, RunConfig
+from llmtrain.config.launch import LaunchConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError
 from llmtrain.observe.monitor import Section
 from llmtrain.train.loop import Run, train

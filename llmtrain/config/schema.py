@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.observe import ObserveConfig
 from llmtrain.config.section import AsTuple, AsWhole, Count, CountOrZero, NotNegative, Positive, Probability, Section
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
@@ -207,52 +209,6 @@ class HealthConfig(Section):
     )
     window_steps: Count = Field(default=100, description="Steps of the running median.")
     max_rollbacks: Count = Field(default=10, description="Rollbacks of a run before it is given up with exit code 93.")
-
-
-class ObserveConfig(Section):
-    """What is recorded and where."""
-
-    wandb: Literal["offline", "online", "off"] = Field(default="offline", description="Weights & Biases mode.")
-    wandb_project: str = Field(default="llmtrain", description="Weights & Biases project.")
-    tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
-    log_every_steps: Count = Field(default=1, description="Steps between recorded rows.")
-    straggler_score: Probability = Field(
-        default=0.7,
-        description="A rank is called slow when the other ranks' work takes this share of its own time or less, "
-        "in several windows in a row; 0: never.",
-    )
-
-
-class WatchdogConfig(Section):
-    """How long a rank may be in one part of a run without progress before all ranks are ended and started again."""
-
-    setup_seconds: Positive = Field(
-        default=1800.0, description="From the start of a rank to the end of its first step."
-    )
-    data_seconds: Positive = Field(default=600.0, description="Waiting for the batches of a step.")
-    step_seconds: Positive = Field(default=600.0, description="One step.")
-    evaluate_seconds: Positive = Field(default=1800.0, description="One evaluation.")
-    checkpoint_seconds: Positive = Field(default=1800.0, description="One checkpoint.")
-
-
-class LaunchConfig(Section):
-    """How workers are started."""
-
-    backend: Literal["local"] = Field(default="local", description="local: processes on this machine.")
-    num_workers: Count = Field(default=1, description="Number of ranks. Under torchrun and srun theirs counts.")
-    threads_per_worker: CountOrZero = Field(default=0, description="CPU threads of a rank; 0: cores divided by ranks.")
-    timeout_seconds: Positive = Field(default=600.0, description="Longest wait for other ranks before a run fails.")
-    max_stalled_attempts: CountOrZero = Field(
-        default=3,
-        description="Attempts in a row that end without a newer checkpoint before the run is given up with exit code "
-        "93. 0: a failed run is not started again.",
-    )
-    grace_seconds: NotNegative = Field(
-        default=0.0,
-        description="From being told to stop to the end; a save that is not done by then is abandoned. 0: no limit.",
-    )
-    watchdog: WatchdogConfig = Field(default_factory=WatchdogConfig)
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one.")
 
 
 class RunConfig(Section):

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.architecture.source_tree import ROOT, SourceFile, read_sources
 
 ROOMS = {
-    "ray": ("launch/on_ray.py", "data_pipelines/"),
+    "ray": ("launch/on_ray/", "data_pipelines/"),
     "megatron": ("llmtrain/engines/megatron_engine/", "llmtrain/parallel/"),
     "deepspeed": ("llmtrain/engines/deepspeed_engine/",),
     "wandb": ("llmtrain/observe/wandb_tracker.py",),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llmtrain.config.schema import ObserveConfig, RunConfig
+from llmtrain.config.observe import ObserveConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.models.build import build_model, materialize

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.rank import ALONE, FIRST_PORT, NUM_PORTS, Rank, first_host, num_threads, rank_from_environment
-from llmtrain.config.schema import LaunchConfig
+from llmtrain.config.launch import LaunchConfig
 from llmtrain.errors import LaunchError
 
 TORCHRUN = {

@@ -19,7 +19,7 @@ from launch.watchdog import (
     stopped_processes,
     waits_for_others,
 )
-from llmtrain.config.schema import WatchdogConfig
+from llmtrain.config.launch import WatchdogConfig
 
 LIMITS = WatchdogConfig(setup_seconds=100, data_seconds=10, step_seconds=20, checkpoint_seconds=50)
 

@@ -25,7 +25,7 @@ class WatchdogConfig(Section):
 
 
 class SlurmConfig(Section):
-    """What a job that `llmtrain submit --to slurm` writes asks Slurm for. Absent keys are left to the site's default."""
+    """What a job of `llmtrain submit --to slurm` asks Slurm for. Absent keys are left to the site's default."""
 
     nodes: Count = Field(default=1, description="Machines. The ranks are spread over them evenly.")
     partition: SlurmWord | None = Field(default=None, description="Letters, digits and _ . , : @ + / * [ ] - only.")
@@ -45,7 +45,7 @@ class SlurmConfig(Section):
     )
     setup: str | None = Field(
         default=None,
-        description="File that the job's shell reads before it starts the run: modules, a venv's activate.",
+        description="File that the shell of the job reads first: modules, a venv to activate.",
     )
 
 

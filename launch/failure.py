@@ -52,15 +52,16 @@ class Failure:
         return Failure(rank, 1, summary, "".join(traceback.format_exception(error)).rstrip())
 
     @staticmethod
-    def of_exit(rank: int, exit_code: int) -> "Failure":
+    def of_exit(rank: int, exit_code: int, host: str = "") -> "Failure":
         """What the end of a process that said nothing means; a negative code is the signal that killed it."""
+        host = host or socket.gethostname()
         if exit_code >= 0:
             text = f"ended with exit code {exit_code} and said nothing"
-            return Failure(rank, exit_code or 1, text, text)
+            return Failure(rank, exit_code or 1, text, text, host=host)
         text = f"was killed by {_signal_name(-exit_code)}"
         hint = ". When memory runs out, the system kills: see `dmesg`" if -exit_code == signal.SIGKILL else ""
         # A death is noticed a moment after the peers have noticed it: it counts as earlier than what they say.
-        return Failure(rank, 1, text, text + hint, killed=True, seconds=0.0)
+        return Failure(rank, 1, text, text + hint, killed=True, host=host, seconds=0.0)
 
     @property
     def is_defect(self) -> bool:
@@ -92,7 +93,7 @@ def failure_text(failures: Sequence[Failure], stopped: Sequence[int] = (), logs:
         lines = [f"error: {place or 'the run'} failed:", cause.details]
     others = sorted((failure for failure in failures if failure is not cause), key=lambda failure: failure.rank)
     lines += [f"then rank {other.rank} on {other.host}: {_first_line(other.summary)}" for other in others]
-    lines += [f"then rank {rank} on {cause.host}: stopped" for rank in stopped]
+    lines += [f"then rank {rank}: stopped" for rank in stopped]
     return "\n".join([*lines, *([f"logs: {logs}"] if logs else [])])
 
 

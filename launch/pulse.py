@@ -70,25 +70,29 @@ class PulseBoard:
 
     def __init__(self, world_size: int, step: int) -> None:
         self._memory = mmap.mmap(-1, _RANK_BYTES * world_size)
-        self._world_size = world_size
+        self.world_size = world_size
         for rank in range(world_size):
             self.pulse(rank)("setup", step)
 
     def pulse(self, rank: int) -> Pulse:
         """What a rank calls. The step of the first call is the one that its attempt continues from."""
-        offset = rank * _RANK_BYTES
         first_step: int | None = None
 
         def tell(section: Section, step: int) -> None:
             nonlocal first_step
             first_step = step if first_step is None else first_step
-            _RECORD.pack_into(self._memory, offset, time.monotonic(), SECTIONS.index(section), step, first_step)
+            self.put(rank, Position(section, step, time.monotonic(), first_step))
 
         return tell
 
+    def put(self, rank: int, position: Position) -> None:
+        """Set where a rank is."""
+        values = (position.since, SECTIONS.index(position.section), position.step, position.first_step)
+        _RECORD.pack_into(self._memory, rank * _RANK_BYTES, *values)
+
     def positions(self) -> list[Position]:
         """Where the ranks are now, by rank."""
-        records = (_RECORD.unpack_from(self._memory, rank * _RANK_BYTES) for rank in range(self._world_size))
+        records = (_RECORD.unpack_from(self._memory, rank * _RANK_BYTES) for rank in range(self.world_size))
         return [Position(SECTIONS[section], step, since, first) for since, section, step, first in records]
 
     def add_window(self, rank: int, window: Window) -> None:
@@ -101,11 +105,11 @@ class PulseBoard:
 
     def num_windows(self) -> int:
         """How many windows every rank has added."""
-        return min(self._count(rank) for rank in range(self._world_size))
+        return min(self._count(rank) for rank in range(self.world_size))
 
     def windows(self, number: int) -> list[Window]:
         """The window with this number, by rank: one of the last NUM_WINDOWS."""
-        return [self._window(rank, number) for rank in range(self._world_size)]
+        return [self._window(rank, number) for rank in range(self.world_size)]
 
     def want_places(self, rank: int, wanted: bool) -> None:
         """Ask a rank to find out where it spends its time, from its next step on, or no more."""

@@ -18,7 +18,9 @@ class Rank:
     """A process's place among those of a run, and where they meet.
 
     `rank` counts over all machines, `local_rank` over this one. All ranks meet at a store on `host`:`port`, which this
-    process serves where `serves_store`. `attempt` counts the starts that share a store.
+    process serves where `serves_store`. `attempt` counts the starts of one launch. `device` is the number of its GPU
+    among those that it sees, absent: its local rank. `launch_id` is shared by all attempts of a launcher that knows
+    when none of an earlier attempt's ranks is left; empty where nobody does.
     """
 
     rank: int = 0
@@ -29,6 +31,8 @@ class Rank:
     port: int = 0
     serves_store: bool = False
     attempt: int = 0
+    device: int | None = None
+    launch_id: str = ""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {socket.gethostname()}"

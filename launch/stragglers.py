@@ -1,9 +1,8 @@
 """Ranks that are slower than the others: who they are, and where they spend their time."""
 
-import socket
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +110,9 @@ def _total(window: Window) -> float:
 class Stragglers:
     """Tells of the slow ranks of one attempt, at the terminal and in the run's audit log."""
 
-    def __init__(self, config: RunConfig, board: PulseBoard) -> None:
+    def __init__(self, config: RunConfig, board: PulseBoard, host: Callable[[int], str]) -> None:
+        """`host` names the machine of a rank."""
+        self._host = host
         self._num_ranks = config.launch.num_workers
         layout = plan_layout(config.parallel, self._num_ranks)
         # Ranks of one pipeline stage have the same layers.
@@ -131,7 +132,7 @@ class Stragglers:
             self._board.want_places(rank, rank in self._judge.suspects())
 
     def _tell(self, straggler: Straggler) -> None:
-        host = socket.gethostname()
+        host = self._host(straggler.rank)
         where = f", most of it in {straggler.place}" if straggler.place else ""
         sys.stderr.write(
             f"slow: rank {straggler.rank} on {host}: what it does should take {straggler.score:.0%} of the time that "

@@ -23,7 +23,8 @@ class AttemptEnd:
     """How an attempt ended, as its launcher saw it.
 
     `saved_step` is the newest checkpoint's afterwards, `step` the last step that any rank finished. `worked` says that
-    this attempt finished a step. `stopped` are ranks that had to be ended; `told_to_stop` says that the end was wanted.
+    this attempt finished a step. `stopped` are ranks that had to be ended; `told_to_stop` says that the end was wanted,
+    `resized` that the launcher wanted it, to go on with another number of ranks.
     """
 
     exit_code: int
@@ -33,6 +34,7 @@ class AttemptEnd:
     step: int = 0
     worked: bool = False
     told_to_stop: bool = False
+    resized: bool = False
 
     @property
     def cause(self) -> Failure:
@@ -57,7 +59,7 @@ def decide(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_befo
     """
     end = attempts[-1]
     if not end.failures:
-        return Decision("stop", end.exit_code)
+        return Decision("restart") if end.resized else Decision("stop", end.exit_code)
     cause = end.cause
     if cause.exit_code == EXIT_TOLD_TWICE or end.told_to_stop:
         return Decision("stop", cause.exit_code, "told to stop")
@@ -79,7 +81,8 @@ def num_stalled(attempts: Sequence[AttemptEnd], saved_before: int = 0) -> int:
     """How many of the last attempts have ended without a checkpoint newer than any before."""
     newest, stalled = saved_before, 0
     for attempt in attempts:
-        stalled = 0 if attempt.saved_step > newest else stalled + 1
+        if not attempt.resized or attempt.failures:
+            stalled = 0 if attempt.saved_step > newest else stalled + 1
         newest = max(newest, attempt.saved_step)
     return stalled
 
@@ -89,10 +92,11 @@ def newest_step(run_dir: Path) -> int:
     return next(iter(checkpoint_steps(run_dir / CHECKPOINTS)), 0)
 
 
-def supervise(config: RunConfig, run_attempt: Callable[[int], AttemptEnd]) -> int:
+def supervise(config: RunConfig, run_attempt: Callable[[int], AttemptEnd], launch_id: str = "") -> int:
     """Run attempts until the run ends; returns its exit code.
 
     `run_attempt(number)` starts all ranks, from the newest valid checkpoint, and returns once none of them is left.
+    `launch_id` is that of the ranks, see `Rank`.
     """
     saved_before = newest_step(Path(config.output_dir) / config.name)
     attempts: list[AttemptEnd] = []
@@ -101,12 +105,12 @@ def supervise(config: RunConfig, run_attempt: Callable[[int], AttemptEnd]) -> in
         attempts.append(end)
         decision = decide(attempts, config.launch.max_stalled_attempts, saved_before)
         if end.failures:
-            _tell(config, end, decision, len(attempts) - 1)
+            _tell(config, end, decision, len(attempts) - 1, launch_id)
         if decision.action == "stop":
             return decision.exit_code
 
 
-def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int) -> None:
+def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int, launch_id: str) -> None:
     """Say what failed and what follows: at the terminal, in status.json and in the audit log."""
     cause = end.cause
     if cause.exit_code == EXIT_TOLD_TWICE:
@@ -131,7 +135,7 @@ def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int) 
         before = read_status(run_dir)
         if before is None or cause.exit_code == RunFolderInUseError.exit_code:
             return
-        with RunFolder(run_dir, attempt) as folder:
+        with RunFolder(run_dir, attempt, launch_id) as folder:
             message = decision.reason if status == "stalled" else text
             folder.write_status(status, max(end.step, before.step), config.total_steps, message, text)
             record(run_dir, status, saved_step=end.saved_step, **facts)

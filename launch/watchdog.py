@@ -18,6 +18,8 @@ from llmtrain.config.launch import WatchdogConfig
 DUMP_SIGNAL = signal.SIGUSR2
 """Tells a rank to write what its threads are doing."""
 
+STOPPED = "its process is stopped (SIGSTOP)"
+
 DUMP_SECONDS = 1.0
 """How long ranks may take to write it. One that is stopped never does."""
 
@@ -51,19 +53,20 @@ def limit_seconds(position: Position, limits: WatchdogConfig) -> float:
 
 
 def find_suspects(
-    positions: Mapping[int, Position], stopped: Sequence[int], stacks: Mapping[int, str]
+    positions: Mapping[int, Position], helpless: Mapping[int, str], stacks: Mapping[int, str]
 ) -> list[Suspect]:
     """Which of the ranks that hang are the reason, most telling sign first. Never empty.
 
-    A stopped process; a rank with fewer finished steps than others; one that is at work on its own (data, evaluation, a
-    checkpoint) while others are in the step; one whose stack waits for nobody. Where nothing tells them apart, all.
+    One that is `helpless`, with the reason (its process is stopped, or cannot be reached); a rank with fewer finished
+    steps than others; one that is at work on its own (data, evaluation, a checkpoint) while others are in the step; one
+    whose stack waits for nobody. Where nothing tells them apart, all.
     """
 
     def suspects(ranks: Sequence[int], reason: str) -> list[Suspect]:
         return [Suspect(rank, positions[rank], reason, current_place(stacks.get(rank, ""))) for rank in ranks]
 
-    if stopped:
-        return suspects(stopped, "its process is stopped (SIGSTOP)")
+    if helpless:
+        return [suspect for rank, reason in helpless.items() for suspect in suspects([rank], reason)]
     furthest = max(position.step for position in positions.values())
     behind = [rank for rank, position in positions.items() if position.step < furthest]
     if behind:
@@ -102,30 +105,30 @@ def dump_on_signal(descriptor: int) -> None:
     faulthandler.register(DUMP_SIGNAL, file=descriptor, all_threads=True)
 
 
-def read_stacks(processes: Mapping[int, int], descriptors: Mapping[int, int]) -> dict[int, str]:
-    """Tell ranks (rank -> process) to dump their stacks and read them from their pipes (rank -> descriptor)."""
-    for rank, process in processes.items():
-        os.set_blocking(descriptors[rank], False)
+def read_stacks(ranks: Mapping[int, tuple[int, int]]) -> dict[int, str]:
+    """Tell ranks to dump their stacks and read them. Each has a process and the descriptor of its pipe."""
+    for process, descriptor in ranks.values():
+        os.set_blocking(descriptor, False)
         os.kill(process, DUMP_SIGNAL)
-    stacks = dict.fromkeys(processes, b"")
+    stacks = dict.fromkeys(ranks, b"")
     deadline = time.monotonic() + DUMP_SECONDS
     while time.monotonic() < deadline:
         time.sleep(DUMP_SECONDS / 20)
-        for rank in processes:
+        for rank, (_, descriptor) in ranks.items():
             try:
-                stacks[rank] += os.read(descriptors[rank], 1 << 20)
+                stacks[rank] += os.read(descriptor, 1 << 20)
             except BlockingIOError:
                 continue
     return {rank: stack.decode("utf-8", "replace") for rank, stack in stacks.items()}
 
 
-def stopped_processes(processes: Mapping[int, int]) -> list[int]:
-    """The ranks whose process somebody has stopped (SIGSTOP, a debugger, a frozen container)."""
-    stopped = []
+def stopped_processes(processes: Mapping[int, int]) -> dict[int, str]:
+    """The ranks whose process somebody has stopped (SIGSTOP, a debugger, a frozen container), with that as reason."""
+    stopped = {}
     for rank, process in processes.items():
         try:
             if psutil.Process(process).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP):
-                stopped.append(rank)
+                stopped[rank] = STOPPED
         except psutil.Error:
             continue
     return stopped

@@ -58,7 +58,7 @@ def run_worker(
     timeout_seconds = config.launch.timeout_seconds
     with ExitStack() as held:
         if place.world_size == 1:
-            folder = held.enter_context(RunFolder(run_dir, place.attempt))
+            folder = held.enter_context(RunFolder(run_dir, place.attempt, place.launch_id))
             attempt = Attempt(config, device, find_start(config, folder), folder, place, pulse, change_run)
             if config.engine.name not in SINGLE_PROCESS_ENGINES and not attempt.finished_before:
                 open_group(lone_store(), place, device, timeout_seconds)
@@ -140,7 +140,7 @@ def agree_on_start(
             raise OtherRankFailedError("rank 0 could not start", said["exit_code"])
         return None, join_start(config, run_dir, said, ranks)
     try:
-        folder = held.enter_context(RunFolder(run_dir, place.attempt))
+        folder = held.enter_context(RunFolder(run_dir, place.attempt, place.launch_id))
         start = find_start(config, folder, ranks)
     except BaseException as error:
         exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
@@ -158,6 +158,8 @@ def choose_device(config: LaunchConfig, place: Rank) -> torch.device:
         )
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if place.device is not None:
+        return torch.device("cuda", place.device)
     if place.local_world_size > torch.cuda.device_count():
         raise ConfigError(
             f"launch.num_workers: {place.local_world_size} ranks on {socket.gethostname()}, which has "

@@ -70,22 +70,31 @@ class LockOwner:
     process_started: str
     since: str
     token: str
+    launch_id: str = ""
 
 
 class RunFolder:
     """A run folder that this process alone writes to, from construction until `close` or the end of the process.
 
-    `attempt` is which of its launcher's attempts writes. `verdict` is the last judgement of the run's health; it goes
-    into every status. Raises RunFolderInUseError where another process holds it, LlmtrainError where it cannot be made.
+    `attempt` is which of its launcher's attempts writes. A launcher whose earlier ranks are all gone, or cut off, gives
+    its attempts one `launch_id`: the lock of an earlier one is taken over at once. `verdict` is the last judgement of
+    the run's health; it goes into every status. Raises RunFolderInUseError where another process holds it,
+    LlmtrainError where it cannot be made.
     """
 
-    def __init__(self, path: Path, attempt: int = 0) -> None:
+    def __init__(self, path: Path, attempt: int = 0, launch_id: str = "") -> None:
         self.path = Path(path)
         self._attempt = attempt
         self.verdict = ""
         self._lock = self.path / LOCK
         self._owner = LockOwner(
-            socket.gethostname(), _machine(), os.getpid(), _process_started(os.getpid()) or "", _now(), uuid.uuid4().hex
+            socket.gethostname(),
+            _machine(),
+            os.getpid(),
+            _process_started(os.getpid()) or "",
+            _now(),
+            uuid.uuid4().hex,
+            launch_id,
         )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -177,6 +186,8 @@ class RunFolder:
     def _require_stale(self, mine: Path) -> None:
         """Return where the lock's owner is dead or the lock is gone; raise RunFolderInUseError where it lives."""
         owner = _read_owner(self._lock)
+        if owner is not None and owner.launch_id and owner.launch_id == self._owner.launch_id:
+            return
         if owner is not None and owner.machine == self._owner.machine and owner.host == self._owner.host:
             if _process_started(owner.pid) in (owner.process_started, ""):
                 raise _in_use(self.path, owner)

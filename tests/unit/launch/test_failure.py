@@ -22,7 +22,7 @@ def test_the_earliest_is_the_cause() -> None:
     assert text[-4:] == [
         "ValueError: bad",
         "then rank 0 on h: RuntimeError: peer closed",
-        "then rank 2 on h: stopped",
+        "then rank 2: stopped",
         "logs: runs/x/logs/rank-00001.log",
     ]
 

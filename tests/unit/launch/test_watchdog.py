@@ -57,20 +57,20 @@ def at(section: str, step: int) -> Position:
 
 
 @pytest.mark.parametrize(
-    ("positions", "stopped", "stacks", "ranks", "reason"),
+    ("positions", "helpless", "stacks", "ranks", "reason"),
     [
-        ({0: at("step", 7), 1: at("step", 7)}, [1], {0: IN_COLLECTIVE}, [1], "SIGSTOP"),
-        ({0: at("step", 8), 1: at("step", 7), 2: at("step", 8)}, [], {}, [1], "fewer steps"),
-        ({0: at("step", 7), 1: at("data", 7)}, [], {}, [1], "wait for it in the step"),
-        ({0: at("step", 7), 1: at("step", 7)}, [], {0: IN_COLLECTIVE, 1: AT_WORK}, [1], "waits for no other rank"),
-        ({0: at("step", 7), 1: at("step", 7)}, [], {0: IN_COLLECTIVE, 1: IN_COLLECTIVE}, [0, 1], "nothing tells"),
-        ({0: at("step", 7), 1: at("step", 7)}, [], {0: IN_COLLECTIVE, 1: ""}, [0, 1], "nothing tells"),
+        ({0: at("step", 7), 1: at("step", 7)}, {1: "stopped (SIGSTOP)"}, {0: IN_COLLECTIVE}, [1], "SIGSTOP"),
+        ({0: at("step", 8), 1: at("step", 7), 2: at("step", 8)}, {}, {}, [1], "fewer steps"),
+        ({0: at("step", 7), 1: at("data", 7)}, {}, {}, [1], "wait for it in the step"),
+        ({0: at("step", 7), 1: at("step", 7)}, {}, {0: IN_COLLECTIVE, 1: AT_WORK}, [1], "waits for no other rank"),
+        ({0: at("step", 7), 1: at("step", 7)}, {}, {0: IN_COLLECTIVE, 1: IN_COLLECTIVE}, [0, 1], "nothing tells"),
+        ({0: at("step", 7), 1: at("step", 7)}, {}, {0: IN_COLLECTIVE, 1: ""}, [0, 1], "nothing tells"),
     ],
 )
 def test_the_reason_is_found(
-    positions: dict[int, Position], stopped: list[int], stacks: dict[int, str], ranks: list[int], reason: str
+    positions: dict[int, Position], helpless: dict[int, str], stacks: dict[int, str], ranks: list[int], reason: str
 ) -> None:
-    suspects = find_suspects(positions, stopped, stacks)
+    suspects = find_suspects(positions, helpless, stacks)
     assert [suspect.rank for suspect in suspects] == ranks
     assert all(reason in suspect.reason for suspect in suspects)
 
@@ -92,15 +92,16 @@ def test_a_process_in_a_c_call_dumps_its_stack_and_a_stopped_one_is_seen(tmp_pat
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path.cwd()) as process:
         assert process.stdout and process.stderr
         process.stderr.read(5)
-        stacks = read_stacks({3: process.pid}, {3: process.stdout.fileno()})
+        ranks = {3: (process.pid, process.stdout.fileno())}
+        stacks = read_stacks(ranks)
         assert current_place(stacks[3]).startswith("waits_for_ever (")
-        assert stopped_processes({3: process.pid}) == []
+        assert stopped_processes({3: process.pid}) == {}
         os.kill(process.pid, signal.SIGSTOP)
         deadline = time.monotonic() + 10
         while not stopped_processes({3: process.pid}) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert stopped_processes({3: process.pid, 4: 2**22 + 1}) == [3]
-        assert read_stacks({3: process.pid}, {3: process.stdout.fileno()}) == {3: ""}
+        assert list(stopped_processes({3: process.pid, 4: 2**22 + 1})) == [3]
+        assert read_stacks(ranks) == {3: ""}
         process.kill()
     save_stacks({**stacks, 4: ""}, tmp_path / "logs" / "stacks.txt")
     saved = (tmp_path / "logs" / "stacks.txt").read_text()

@@ -7,7 +7,7 @@ JSON has no NaN and no infinity. They are written as the strings "NaN", "Infinit
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,19 @@ class JsonlTracker:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows that count, in order of their steps. Raises DataError for a damaged line.
+    """The rows that count, in order of their steps. Raises DataError for a damaged line."""
+    return rows_that_count(iter_rows(path))
+
+
+def rows_that_count(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all rows as written, those that no later one replaces, in order of their steps.
 
     A row with `resumed_from: N` replaces all earlier rows after step N. Where a file lacks that key, a row whose step
     lies before the previous row's, or that repeats a step, replaces all from its step on. So rows of an attempt that
     got further than the one that followed it do not show.
     """
     kept: list[dict[str, Any]] = []
-    for row in iter_rows(path):
+    for row in rows:
         restart = row.get(RESUMED_FROM)
         if restart is None and _goes_back(kept, row):
             restart = row["step"] - 1

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -25,6 +26,7 @@ from llmtrain.errors import ConfigError
 from llmtrain.infer.model import find_checkpoint
 from llmtrain.observe.audit import record
 from llmtrain.observe.console import ConsoleTracker
+from llmtrain.observe.efficiency import STARTED
 from llmtrain.observe.environment import save_environment
 from llmtrain.observe.monitor import Monitor, RunPlan, Section
 from llmtrain.observe.throughput import flops_per_token, peak_flops
@@ -144,6 +146,8 @@ def setup(
     torch.set_float32_matmul_precision("highest")
     if folder:
         save_run_files(config, folder.path)
+        with suppress(OSError):  # the file system may not take a line: no reason not to train
+            record(folder.path, STARTED, step=start.step, workers=config.launch.num_workers)
     engine = engine_class(config.engine.name)(config, device)
     state = restore(start.checkpoint, engine) if start.checkpoint else TrainState()
     monitor = build_monitor(config, folder, state, device, on_section)

@@ -34,8 +34,8 @@ ENDS = ("restarting", "failed", "stalled")
 class Efficiency:
     """Where the time of a run went, in seconds, and what was done for nothing.
 
-    `down_seconds` is the time between the last row before a start and that start: hanging, stopped, queued. `starts` counts every start of the
-    ranks. `lost_steps` were finished and do not count; some of them may have left no row.
+    `down_seconds` is the time between the last row before a start and that start: hanging, stopped, queued. `starts`
+    counts every start of the ranks. `lost_steps` were finished and do not count; some of them may have left no row.
     """
 
     wall_seconds: float = 0.0

@@ -35,6 +35,7 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
     tokens = last.get("tokens")
     mfus = [row["mfu"] for row in record.rows if "mfu" in row]
     skipped = record.skipped
+    spent = record.efficiency
     resumed = ", ".join(f"{step:,}" for step in record.resumes[-3:])
     return [
         ("Training loss", _loss(last.get("loss")), f"at step {last['step']:,}" if last else ""),
@@ -46,7 +47,13 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
         ("MFU", f"{100 * sum(mfus) / len(mfus):.1f}%" if mfus else _ABSENT, "mean of the rows"),
         ("Training time", duration(seconds), _other_times(record)),
         ("Peak memory", _memory(record), ""),
-        ("Resumes", str(len(record.resumes)), f"from step {resumed}" if resumed else "one attempt"),
+        (
+            "Effective time",
+            _ABSENT if spent.ratio is None else f"{spent.ratio:.1%}",
+            f"of {duration(spent.wall_seconds)}",
+        ),
+        ("Restarts", f"{spent.restarts:,}", f"from step {resumed}" if resumed else "one attempt"),
+        ("Lost steps", f"{spent.lost_steps:,}", "done, and left behind" if spent.lost_steps else "none"),
         ("Skipped steps", str(skipped), "gradient not finite" if skipped else "none"),
     ]
 
@@ -161,6 +168,10 @@ def _yaml_html(text: str) -> str:
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
+
+
+def _share(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:.1%}"
 
 
 def _loss(value: float | None) -> str:

@@ -11,8 +11,11 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 
 from llmtrain.errors import ConfigError
+from llmtrain.observe.audit import iter_events
+from llmtrain.observe.efficiency import Efficiency, measure
 from llmtrain.observe.environment import ENVIRONMENT_FILE
-from llmtrain.observe.jsonl import iter_rows, read_rows
+from llmtrain.observe.jsonl import iter_rows, rows_that_count
+from llmtrain.observe.tracker import RESUMED_FROM
 from llmtrain.observe.trackers import METRICS_FILE
 
 MOST_POINTS = 2000
@@ -34,13 +37,17 @@ class CheckpointEntry:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds. `rows` are training rows, `evaluations` those with `valid_loss`."""
+    """What a run folder holds. `rows` are training rows, `evaluations` those with `valid_loss`; replaced ones are in
+    neither. `resumes` are the steps that rows say the run went back to, `events` its audit log.
+    """
 
     path: Path
     name: str
     rows: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     resumes: list[int]
+    events: list[dict[str, Any]]
+    efficiency: Efficiency
     status: dict[str, Any]
     config_text: str
     config: dict[str, Any]
@@ -76,7 +83,9 @@ def load_run(path: Path) -> RunRecord:
         raise ConfigError(
             f"{path}: not a run folder: it {missing}. Give the folder that `llmtrain train` wrote: <output_dir>/<name>."
         )
-    rows = read_rows(metrics)
+    written = list(iter_rows(metrics))
+    rows = rows_that_count(written)
+    events = list(iter_events(path))
     config_text = _text(path / "config.yaml")
     config = _yaml(config_text)
     return RunRecord(
@@ -84,7 +93,9 @@ def load_run(path: Path) -> RunRecord:
         name=str(config.get("name") or path.resolve().name),
         rows=[row for row in rows if "loss" in row],
         evaluations=[row for row in rows if "valid_loss" in row],
-        resumes=[row["resumed_from"] for row in iter_rows(metrics) if "resumed_from" in row],
+        resumes=[row[RESUMED_FROM] for row in written if RESUMED_FROM in row],
+        events=events,
+        efficiency=measure(written, events),
         status=_json(path / "status.json"),
         config_text=config_text,
         config=config,

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from llmtrain.cli.report import report
 from llmtrain.errors import ConfigError
 from llmtrain.observe.jsonl import JsonlTracker
 from llmtrain.observe.report import chart_data, render, script_json, write_report
+from llmtrain.observe.report_history import MOST_EVENTS
 from llmtrain.observe.report_sections import summary
 from llmtrain.observe.run_record import load_run, smoothed, thinned
 
@@ -145,8 +147,66 @@ def test_a_resumed_run_with_values_that_are_not_finite(tmp_path: Path):
     assert data["resumes"] == [20]
     assert data["curves"]["loss"][0][-1] == 21
     assert data["curves"]["loss"][1][-1] is None
-    assert {label: value for label, value, _ in summary(record)}["Resumes"] == "1"
+    assert {label: note for label, _, note in summary(record)}["Restarts"] == "from step 20"
     render([record])
+
+
+def add_history(run: Path, cause: str = "ValueError: no") -> None:
+    """Events and times: 40 steps of a second each, of which 5 were done twice after a restart that took 10 seconds."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    begun = 1_700_000_000.0
+    first = [{**row, "time": begun + row["step"], "step_seconds": 1.0} for row in rows if row["step"] <= 25]
+    rest = [{**row, "time": begun + 15 + row["step"], "step_seconds": 1.0} for row in rows if row["step"] > 20]
+    rest[0]["resumed_from"] = 20
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*first, *rest]))
+    events = [
+        (0, {"event": "started", "step": 0, "workers": 4}),
+        (26, {"event": "restarting", "rank": 3, "host": "n1", "cause": cause, "step": 25, "saved_step": 20}),
+        (35, {"event": "resized", "from_workers": 4, "to_workers": 2, "step": 20}),
+        (35, {"event": "started", "step": 20, "workers": 2}),
+        (40, {"event": "something_new", "fact": 7}),
+    ]
+    with (run / "audit.jsonl").open("w") as file:
+        for seconds, event in events:
+            moment = datetime.fromtimestamp(begun + seconds, UTC).isoformat(timespec="milliseconds")
+            file.write(json.dumps({"time": moment, **event}) + "\n")
+
+
+def test_the_page_tells_what_happened_and_where_the_time_went(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    add_history(run, cause=HOSTILE)
+    record = load_run(run)
+    cells = {label: (value, note) for label, value, note in summary(record)}
+    assert cells["Effective time"] == ("72.7%", "of 0:00:55")
+    assert cells["Restarts"] == ("1", "from step 20")
+    assert cells["Lost steps"] == ("5", "done, and left behind")
+    page = Elements(render([record]))
+    for part in (
+        "started on 4 ranks, after step 0",
+        f"rank 3 on n1, at step 25: {HOSTILE}. Started again after step 20",
+        "from 4 ranks to 2, after step 20",
+        "fact 7",
+        "2023-11-14 22:13:46+0:00:26",
+        "steps that count 72.7%0:00:40",
+        "lost steps 9.1%5.0 s",
+    ):
+        assert part in page.text, part
+    assert "img" not in [tag for tag, _ in page.tags]
+    other = make_run(tmp_path / "other")
+    compared = Elements(render([record, load_run(other)])).text
+    assert "72.7%–" in compared.replace("\n", ""), "a run without times has no share"
+    assert "5 events" in compared
+
+
+def test_the_last_events_are_shown(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    event = {"time": "2026-01-01T00:00:00.000+00:00", "event": "save_failed", "error": "full"}
+    lines = [json.dumps({**event, "step": step}) for step in range(MOST_EVENTS + 7)]
+    (run / "audit.jsonl").write_text("\n".join(lines) + "\n")
+    text = Elements(render([load_run(run)])).text
+    assert "7 earlier events are in audit.jsonl" in text
+    assert "checkpoint of step 6: full" not in text
+    assert "checkpoint of step 7: full" in text and f"checkpoint of step {MOST_EVENTS + 6}: full" in text
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path):

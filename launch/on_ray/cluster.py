@@ -1,0 +1,176 @@
+"""The Ray that a run's ranks are started on: one of the run's own, or a cluster that exists.
+
+Ray reads what it is told through the environment when it is imported and when its processes start. So it is imported
+here, once the environment is right, and everything else below `launch/on_ray/` is imported within `ray_cluster`.
+"""
+
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from launch.on_ray.access import ask_head, split_address, token_for
+from launch.on_ray.private_folder import private_folder
+from llmtrain.config.launch import LaunchConfig
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import LaunchError
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 100 << 20
+"""What ranks say to their launcher is small. Ray takes no less than 75 MiB."""
+
+SILENCE_SECONDS = 15.0
+"""A head that has not answered for so long counts as dead: a restart of a head with storage of its own takes less."""
+
+ASK_SECONDS = 5.0
+SHUTDOWN_SECONDS = 10.0
+
+OF_ANY_RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray ends a process whose head is gone, without a word. We say what happened, and have to be earlier.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "90",
+}
+OF_OUR_RAY = {
+    **OF_ANY_RAY,
+    "RAY_AUTH_MODE": "token",
+    # Despite its name: off, a node knows itself as 127.0.0.1 on Linux too, and all servers of Ray listen there only.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Pages of figures that ask for no token: on ports that do not exist they are not opened.
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
+    # One idle process per CPU would be started beside the ranks.
+    "RAY_prestart_worker_first_driver": "0",
+}
+
+
+@dataclass
+class Cluster:
+    """A Ray that this process is connected to. `own` says that it was started for this run and ends with it."""
+
+    address: str
+    own: bool
+    node_ip: str
+    token: str | None = field(repr=False)
+    _last_answer: float = field(default_factory=time.monotonic, repr=False)
+
+    def is_alive(self) -> bool:
+        """Whether the head has answered within the last SILENCE_SECONDS.
+
+        Asks it, which takes milliseconds, or ASK_SECONDS where it is silent. May be called from any thread.
+        """
+        if ask_head(self.address, self.token, ASK_SECONDS) != "silent":
+            self._last_answer = time.monotonic()
+        return time.monotonic() - self._last_answer < SILENCE_SECONDS
+
+
+@contextmanager
+def ray_cluster(config: RunConfig) -> Iterator[Cluster]:
+    """Connect this process to the configuration's Ray, starting one where it names none; disconnect, or end it.
+
+    Call it in the main thread: a Ray of our own dies with the thread that started it. The handlers of signals stay as
+    they are. Raises LaunchError where there is no such cluster, where its token is missing or wrong, or where it is
+    open to other machines and that is not allowed.
+    """
+    assert threading.current_thread() is threading.main_thread()
+    assert "ray" not in sys.modules, "Ray has read its environment already"
+    address = config.launch.ray_address or os.environ.get("RAY_ADDRESS", "")
+    with _own_ray(config.launch) if address in ("", "local") else _existing_ray(address, config.launch) as cluster:
+        yield cluster
+
+
+def num_worker_cpus(launch: LaunchConfig) -> int:
+    """CPUs that Ray sets aside for one rank."""
+    return launch.cpus_per_worker or launch.threads_per_worker or 1
+
+
+@contextmanager
+def _own_ray(launch: LaunchConfig) -> Iterator[Cluster]:
+    token = secrets.token_hex(32)
+    with private_folder() as folder:
+        token_path = folder / "token"
+        token_path.touch(0o600)
+        token_path.write_text(token, "utf-8")
+        settings = {**OF_OUR_RAY, "RAY_AUTH_TOKEN_PATH": str(token_path)}
+        options = {
+            "address": "local",
+            # As many as the ranks need, whether this machine has them or not, and one for whatever else is started.
+            "num_cpus": launch.num_workers * num_worker_cpus(launch) + 1,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "_node_ip_address": LOOPBACK,
+            "_temp_dir": str(folder),
+        }
+        # Ray would prefer this variable to the file.
+        with _environment(settings, without=("RAY_AUTH_TOKEN", "RAY_ADDRESS")), _connected(**options) as context:
+            yield Cluster(context.address_info["gcs_address"], True, LOOPBACK, token)
+
+
+@contextmanager
+def _existing_ray(address: str, launch: LaunchConfig) -> Iterator[Cluster]:
+    if address == "auto":
+        address = _address_on_this_machine()
+    split_address(address)
+    token = token_for(address, os.environ, launch.allow_open_cluster)
+    settings = {**OF_ANY_RAY, "RAY_AUTH_MODE": "token" if token else "disabled"}
+    with _environment(settings), _connected(address=address) as context:
+        yield Cluster(address, False, context.address_info["node_ip_address"], token)
+
+
+def _address_on_this_machine() -> str:
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address("auto") or ""
+    except (ConnectionError, ValueError) as error:
+        raise LaunchError(f"launch.ray_address = auto: {error}") from None
+
+
+@contextmanager
+def _connected(**options: Any) -> Iterator[Any]:
+    """What `ray.init` returns. In the end disconnects, and waits for the processes that it had started."""
+    import ray
+    from ray.exceptions import RayError
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        context = ray.init(**options, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, RayError) as error:
+        ray.shutdown()
+        raise LaunchError(f"Ray at {options['address']} could not be started or joined: {error}") from error
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    started = psutil.Process().children(recursive=True) if options["address"] == "local" else []
+    try:
+        yield context
+    finally:
+        ray.shutdown()
+        for process in psutil.wait_procs(started, timeout=SHUTDOWN_SECONDS)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+@contextmanager
+def _environment(settings: dict[str, str], without: tuple[str, ...] = ()) -> Iterator[None]:
+    """The process's environment with these settings, for as long as it is needed."""
+    before = {name: os.environ.get(name) for name in (*settings, *without)}
+    os.environ.update(settings)
+    for name in without:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -9,11 +9,12 @@ Messages are JSON objects. It is told, by `do`:
     start     place, config, first_step: fork the rank
     places    wanted: look where the rank spends its time, or no more
     stop      tell the rank to save and stop
+    helpless  answers `helpless` with the reason, empty where it is not
     stacks    answers `stacks`
     end       end the rank; answers `ended`
-It says: `ready` when everything is imported; `listening`, `stacks` and `ended`; `output`, what the rank prints;
-`position` and `window`, as on a PulseBoard; `failure`; `exited` with the exit code. Times are ages, in seconds: clocks
-of machines differ.
+It says: `ready` when everything is imported, or `broken`; `listening`, `helpless`, `stacks` and `ended`; `output`,
+what the rank prints; `position` and `window`, as on a PulseBoard; `failure`; `exited` with the exit code. Times are
+ages, in seconds: clocks of machines differ.
 """
 
 import json
@@ -98,13 +99,15 @@ class Nursling:
             self._told_to_stop = True
             os.kill(self._process.pid, signal.SIGTERM)
 
-    def stacks(self) -> dict[str, str]:
-        """What its threads are doing, and why it says nothing of that where its process is stopped."""
+    def helpless(self) -> str:
+        """Why it can do nothing; empty where that is not so."""
+        return stopped_processes({0: self._process.pid}).get(0, "")
+
+    def stacks(self) -> str:
+        """What its threads are doing."""
         if self._process.has_ended():
-            return {"text": "", "helpless": ""}
-        stopped = stopped_processes({0: self._process.pid}).get(0, "")
-        text = "" if stopped else read_stacks({0: (self._process.pid, self._process.stacks.fileno())})[0]
-        return {"text": text, "helpless": stopped}
+            return ""
+        return read_stacks({0: (self._process.pid, self._process.stacks.fileno())})[0]
 
     def end(self, say: Say) -> None:
         """End what is left of it, telling what it printed last."""
@@ -165,8 +168,10 @@ class Nursery:
                 self._rank.want_places(message["wanted"])
             case "stop" if self._rank:
                 self._rank.stop()
+            case "helpless":
+                self._say("helpless", text=self._rank.helpless() if self._rank else "")
             case "stacks":
-                self._say("stacks", **(self._rank.stacks() if self._rank else {"text": "", "helpless": ""}))
+                self._say("stacks", text=self._rank.stacks() if self._rank else "")
             case "end":
                 if self._rank:
                     self._rank.end(self._say)
@@ -207,12 +212,17 @@ def main() -> None:
     control = Connection(int(sys.argv[1]))
     # What a keyboard sends goes to whoever started the run, and comes from there.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import_for_ranks(sys.argv[2])
     try:
-        control.send_bytes(json.dumps({"say": "ready"}).encode())
+        import_for_ranks(sys.argv[2])
+        said = {"say": "ready"}
+    except Exception as error:
+        said = {"say": "broken", "text": f"on {socket.gethostname()}: {type(error).__name__}: {error}"}
+    try:
+        control.send_bytes(json.dumps(said).encode())
     except ConnectionError:
         return
-    Nursery(control).run()
+    if said["say"] == "ready":
+        Nursery(control).run()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,10 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(help="Keys set over the file's, such as optim.lr=1e-4.", metavar="KEY=VALUE"),
 ]
+
+
+LAUNCHERS = {"local": "launch.local", "ray": "launch.on_ray.launcher", "slurm": "launch.on_slurm"}
+"""Where the function `launch` of each launch.backend is."""
 
 
 def train(
@@ -62,9 +67,11 @@ def train(
         _print_outline(plan_outline(run, run.launch.num_workers), as_json)
         return
 
-    from launch.local import launch, run_as_rank
+    if place:
+        from launch.local import run_as_rank
 
-    raise typer.Exit(run_as_rank(run, place) if place else launch(run))
+        raise typer.Exit(run_as_rank(run, place))
+    raise typer.Exit(import_module(LAUNCHERS[run.launch.backend]).launch(run))
 
 
 def _print_outline(outline: "Outline", as_json: bool) -> None:

@@ -1,0 +1,162 @@
+"""Ranks on a Ray cluster: room for them, attempts, and what follows when ranks, workers or machines are lost.
+
+Ray places the ranks, starts and watches the workers, and carries messages. It does not know the ranks: each is forked
+by a process that its worker has started, so a rank that is started again imports nothing anew, and no library's process
+group is ever rebuilt in place.
+"""
+
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.attempt import sum_up, watches_speed
+from launch.failure import Failure
+from launch.on_ray.cluster import Cluster, ray_cluster
+from launch.on_ray.ranking import seat_ranks, sized
+from launch.pulse import PulseBoard
+from launch.stop import StopSignal
+from launch.stragglers import Stragglers
+from launch.supervise import AttemptEnd, newest_step, supervise
+from launch.watch import watch
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import EXIT_PREEMPTED, LaunchError
+from llmtrain.observe.audit import record
+
+if TYPE_CHECKING:
+    from launch.on_ray.crew import Member, RayCrew
+    from launch.on_ray.placement import Placement, Replica
+
+LOOK_SECONDS = 2.0
+"""How often the cluster is asked whether its head lives, and whether there is room for more ranks."""
+
+SILENT_SECONDS = 30.0
+"""A cluster that has kept such a question waiting for so long is lost."""
+
+
+def launch(config: RunConfig) -> int:
+    """Run the configuration on its cluster and return the exit code. Raises LaunchError."""
+    with StopSignal() as stop, ray_cluster(config) as cluster:
+        # Ray reads its environment when it is imported, which is right now only.
+        from launch.on_ray.placement import Placement
+
+        with Placement(config, str(Path.cwd()), os.environ) as placement:
+            attempts = Attempts(config, cluster, placement, stop)
+            return supervise(config, attempts.run, attempts.launch_id)
+
+
+class Lookout:
+    """Asks the cluster now and then, in a thread of its own: a head that is gone may never answer."""
+
+    def __init__(self, cluster: Cluster, placement: "Placement", num_workers: int) -> None:
+        self._cluster, self._placement, self._num_workers = cluster, placement, num_workers
+        self._ended = threading.Event()
+        self._asked = time.monotonic()
+        self._alive = True
+        self.has_room = False
+        """Whether there is room for more ranks than there are."""
+
+    def __enter__(self) -> "Lookout":
+        threading.Thread(target=self._look_often, name="lookout", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    @property
+    def cluster_is_lost(self) -> bool:
+        return not self._alive or time.monotonic() - self._asked > SILENT_SECONDS
+
+    def _look_often(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            self._asked = time.monotonic()
+            self._alive = self._cluster.is_alive()
+            if self._alive and not self.has_room:
+                self.has_room = self._placement.can_grow(self._num_workers)
+
+
+class Attempts:
+    """Starts all ranks of a run on the cluster and waits for their end, as often as asked."""
+
+    def __init__(self, config: RunConfig, cluster: Cluster, placement: "Placement", stop: StopSignal) -> None:
+        self._config, self._cluster, self._placement, self._stop = config, cluster, placement, stop
+        self._run_dir = Path(config.output_dir) / config.name
+        self._size = 0
+        self.launch_id = uuid.uuid4().hex
+
+    def run(self, number: int) -> AttemptEnd:
+        """One attempt, from the newest valid checkpoint, on as many workers as there are."""
+        from launch.on_ray.crew import RayCrew
+
+        try:
+            replicas = self._placement.gather(self._stop)
+        except LaunchError as error:
+            if number == 0:
+                raise
+            return self._unable(str(error))
+        if not replicas:
+            return AttemptEnd(EXIT_PREEMPTED, saved_step=newest_step(self._run_dir), told_to_stop=True)
+        config, members = seated(self._config, replicas)
+        self._note_size(len(members))
+        board = PulseBoard(len(members), newest_step(self._run_dir))
+        crew = RayCrew(members, board, self._stop)
+        with Lookout(self._cluster, self._placement, len(members)) as lookout:
+            try:
+                crew.start(config, number, self.launch_id)
+                ending = watch(crew, board, self._stop, config.launch, self._look(config, board, crew, lookout))
+            finally:
+                crew.end()
+        end = sum_up(config, ending, board, self._stop)
+        if lookout.cluster_is_lost:
+            return self._unable(
+                f"the head of the Ray cluster at {self._cluster.address} does not answer any more; saved at step "
+                f"{end.saved_step}. Start the cluster again, then the same command continues."
+            )
+        grows = lookout.has_room and end.exit_code == EXIT_PREEMPTED and not self._stop.requested
+        return replace(end, resized=grows)
+
+    def _look(self, config: RunConfig, board: PulseBoard, crew: "RayCrew", lookout: Lookout) -> Callable[[], None]:
+        """What is looked after while the ranks train: slow ones, more room, a cluster that is gone."""
+        stragglers = Stragglers(config, board, crew.host) if watches_speed(config) else None
+
+        def look() -> None:
+            if stragglers:
+                stragglers.look()
+            if lookout.has_room or lookout.cluster_is_lost:
+                crew.save_and_end()
+
+        return look
+
+    def _unable(self, text: str) -> AttemptEnd:
+        """The end of an attempt that the cluster has brought about."""
+        failure = Failure(0, LaunchError.exit_code, text, text, lasting=True)
+        return AttemptEnd(LaunchError.exit_code, (failure,), saved_step=newest_step(self._run_dir))
+
+    def _note_size(self, size: int) -> None:
+        """Record that the run goes on with another number of ranks."""
+        if self._size and size != self._size:
+            sys.stderr.write(f"going on with {size} ranks, after {self._size}\n")
+            facts = {"from_workers": self._size, "to_workers": size, "step": newest_step(self._run_dir)}
+            with suppress(OSError):
+                record(self._run_dir, "resized", **facts)
+        self._size = size
+
+
+def seated(config: RunConfig, replicas: "list[Replica]") -> "tuple[RunConfig, list[Member]]":
+    """The configuration with as many ranks as the replicas have workers, and the worker of each rank."""
+    from launch.on_ray.crew import Member
+    from launch.on_ray.placement import iter_machines
+
+    seats = seat_ranks(config, list(iter_machines(replicas)))
+    members = []
+    for seat in seats:
+        worker = replicas[seat.replica].workers[seat.bundle]
+        assert worker
+        members.append(Member(replicas[seat.replica], seat, worker))
+    return sized(config, len(seats)), members

@@ -1,0 +1,204 @@
+"""Room for ranks on a cluster: a placement group per replica of the model, with a worker per rank in it.
+
+A replica's workers are reserved together, so a run that may shrink and grow (launch.min_workers) has as many replicas
+as there is room for: where a machine is lost, Ray looks for another place for its replicas, and the run takes them back
+when they are there.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from launch.environment import passed_environment
+from launch.on_ray.cluster import num_worker_cpus
+from launch.on_ray.host import HostFacts, RankHost
+from launch.on_ray.ranking import legal_sizes
+from launch.stop import StopSignal
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import LaunchError
+
+SETTLE_SECONDS = 5.0
+"""How long a run that may have fewer ranks waits for more before it begins."""
+
+POLL_SECONDS = 0.05
+
+MOST_STARTS = 3
+"""A worker that cannot be started so often ends the run, with what it says."""
+
+
+@dataclass
+class Worker:
+    """An actor in a replica's placement group. `facts` are known once it is ready."""
+
+    actor: Any
+    asked: Any
+    facts: HostFacts | None = None
+
+
+class Replica:
+    """The workers of one replica of the model."""
+
+    def __init__(self, size: int, bundle: Mapping[str, float], start: Sequence[Any]) -> None:
+        """So many workers, with the resources of a bundle each; `start` is what RankHost is made from."""
+        self._group: PlacementGroup = placement_group([dict(bundle)] * size, strategy="PACK")
+        self._bundle, self._start = bundle, start
+        self.workers: list[Worker | None] = [None] * size
+        self._starts = 0
+        self._problem: Exception | None = None
+
+    def has_room(self) -> bool:
+        """Whether Ray has found a place for it."""
+        return placement_group_table(self._group)["state"] == "CREATED"
+
+    def is_ready(self) -> bool:
+        """Whether all its workers can fork ranks; starts those that are missing where it has room.
+
+        Raises LaunchError where a worker cannot be started.
+        """
+        if not self.has_room():
+            return False
+        ready = True
+        for bundle, worker in enumerate(self.workers):
+            if worker is None:
+                self._start_worker(bundle)
+                ready = False
+            elif worker.asked is not None:
+                ready = self._hear(bundle, worker) and ready
+        return ready
+
+    def ask(self) -> None:
+        """Ask the workers whether they still live: they count as ready again when they have answered."""
+        for worker in self.workers:
+            if worker is not None and worker.asked is None:
+                worker.asked = worker.actor.ping.remote()
+
+    def drop(self, bundle: int) -> None:
+        """End a worker that is of no use any more; another takes its place."""
+        worker, self.workers[bundle] = self.workers[bundle], None
+        if worker is not None:
+            ray.kill(worker.actor)
+
+    def remove(self) -> None:
+        """Give the room back; this ends the workers."""
+        remove_placement_group(self._group)
+
+    def _start_worker(self, bundle: int) -> None:
+        if self._starts >= MOST_STARTS * len(self.workers):
+            raise LaunchError(f"a worker of the cluster cannot be started: {self._problem}")
+        self._starts += 1
+        actor: Any = ray.remote(RankHost).options(
+            num_cpus=self._bundle["CPU"],
+            num_gpus=self._bundle.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
+            max_concurrency=4,
+        )
+        actor = actor.remote(*self._start)
+        self.workers[bundle] = Worker(actor, actor.ready.remote())
+
+    def _hear(self, bundle: int, worker: Worker) -> bool:
+        """Whether a worker has answered; one that is dead is forgotten."""
+        done, _ = ray.wait([worker.asked], timeout=0)
+        if not done:
+            return False
+        try:
+            answer: Any = ray.get(worker.asked)
+        except LaunchError:
+            raise
+        except RayError as error:
+            self._problem = error
+            self.workers[bundle] = None
+            return False
+        worker.asked = None
+        worker.facts = answer or worker.facts
+        self._starts = 0
+        return True
+
+
+class Placement:
+    """All replicas of a run. As a context manager it gives everything back."""
+
+    def __init__(self, config: RunConfig, folder: str, environment: Mapping[str, str]) -> None:
+        self._config = config
+        self._sizes = legal_sizes(config)
+        launch = config.launch
+        bundle = {"CPU": float(num_worker_cpus(launch))}
+        on_gpu = launch.device == "cuda" or (launch.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+        if on_gpu:
+            bundle["GPU"] = 1.0
+        self._bundle = bundle
+        size = config.parallel.replica_size
+        start = (folder, config.engine.name, passed_environment(environment, launch.pass_environment))
+        self.replicas = [Replica(size, bundle, start) for _ in range(launch.num_workers // size)]
+
+    def __enter__(self) -> "Placement":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for replica in self.replicas:
+            replica.remove()
+
+    def gather(self, stop: StopSignal) -> list[Replica]:
+        """Wait for as many replicas as the run may have; empty where it is told to stop meanwhile.
+
+        Raises LaunchError where there is no room, or workers cannot be started.
+        """
+        began = time.monotonic()
+        for replica in self.replicas:
+            replica.ask()
+        told = False
+        while not stop.requested:
+            ready = [replica for replica in self.replicas if replica.is_ready()]
+            # Those for which there is room will be ready soon.
+            hoped = max(len(ready), sum(replica.has_room() for replica in self.replicas))
+            waited = time.monotonic() - began
+            size = self._largest(len(ready))
+            if size and (len(ready) == len(self.replicas) or (len(ready) == hoped and waited > SETTLE_SECONDS)):
+                return ready[: size // self._config.parallel.replica_size]
+            if waited > self._config.launch.timeout_seconds:
+                raise LaunchError(self._no_room(len(ready)))
+            if waited > SETTLE_SECONDS and not told and hoped < len(self.replicas):
+                told = True
+                sys.stderr.write(f"waiting for room on the cluster: {self._resources()}\n")
+            time.sleep(POLL_SECONDS)
+        return []
+
+    def can_grow(self, size: int) -> bool:
+        """Whether a run of so many ranks could have more. Asks the cluster: not from the thread that watches ranks."""
+        if size == self._sizes[0]:
+            return False
+        largest = self._largest(sum(replica.is_ready() for replica in self.replicas))
+        return largest is not None and largest > size
+
+    def _largest(self, num_replicas: int) -> int | None:
+        """The largest legal number of ranks on so many replicas."""
+        most = num_replicas * self._config.parallel.replica_size
+        return next((size for size in self._sizes if size <= most), None)
+
+    def _resources(self) -> str:
+        """What is wanted and what the cluster has, in words."""
+        total, free = ray.cluster_resources(), ray.available_resources()
+        each = " and ".join(f"{amount:g} {name}" for name, amount in self._bundle.items())
+        has = " and ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in self._bundle)
+        return f"launch.num_workers = {self._config.launch.num_workers} with {each} each, and the cluster has {has}"
+
+    def _no_room(self, num_ready: int) -> str:
+        have = num_ready * self._config.parallel.replica_size
+        return (
+            f"no room for the run within launch.timeout_seconds = {self._config.launch.timeout_seconds:g}: "
+            f"{self._resources()}; {have} workers were ready. Add machines, ask for fewer ranks, or set "
+            "launch.min_workers."
+        )
+
+
+def iter_machines(replicas: Sequence[Replica]) -> Iterator[list[str]]:
+    """The machine of each worker, by replica. All of them are ready."""
+    for replica in replicas:
+        facts = [worker.facts for worker in replica.workers if worker]
+        yield [found.node for found in facts if found]

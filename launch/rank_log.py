@@ -9,13 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from launch.rank import Rank
-
-LOGS = "logs"
-"""The folder inside a run folder."""
-
-
-def log_path(run_dir: Path, rank: int) -> Path:
-    return run_dir / LOGS / f"rank-{rank:05d}.log"
+from llmtrain.train.rank_logs import LOGS, log_path
 
 
 def stacks_path(run_dir: Path) -> Path:

@@ -27,7 +27,7 @@ class Verb:
     panel: str
 
 
-TRAINING, DATA, RESULTS = "Training", "Data", "Results"
+TRAINING, WATCHING, DATA, RESULTS = "Training", "Watching", "Data", "Results"
 
 VERBS = {
     "train": Verb("llmtrain.cli.train", "train", "Train a model, or go on where the run stopped.", TRAINING),
@@ -36,7 +36,9 @@ VERBS = {
     "schema": Verb("llmtrain.cli.schema", "schema", "Print the JSON schema of run files, for editors.", TRAINING),
     "data": Verb("llmtrain.cli.data", "app", "Make, look at and check data sets.", DATA),
     "checkpoint": Verb("llmtrain.cli.checkpoint", "app", "List, inspect, verify and compare checkpoints.", RESULTS),
-    "report": Verb("llmtrain.cli.report", "report", "Write one HTML page about one run or several.", RESULTS),
+    "status": Verb("llmtrain.cli.status", "status", "Say how far runs are, and what is to be done.", WATCHING),
+    "logs": Verb("llmtrain.cli.logs", "logs", "Print and follow the logs of a run's ranks.", WATCHING),
+    "report": Verb("llmtrain.cli.report", "report", "Write one HTML page about one run or several.", WATCHING),
     "generate": Verb("llmtrain.cli.generate", "generate", "Continue a text with a trained model.", RESULTS),
     "export": Verb("llmtrain.cli.interop", "export", "Write a model as a Hugging Face folder.", RESULTS),
     "import": Verb("llmtrain.cli.interop", "import_", "Read a Hugging Face folder as a checkpoint.", RESULTS),

@@ -1,13 +1,13 @@
 """`llmtrain checkpoint`: what a run has saved, whether it is whole, and how two checkpoints differ."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmtrain.cli.tables import print_table
 from llmtrain.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
         ]
         for row in rows
     ]
-    _print_table(header, cells)
+    print_table(header, cells)
 
 
 @app.command()
@@ -75,7 +75,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
         text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else json.dumps(value)
         typer.echo(f"{key.replace('_', ' '):<12} {text}")
     typer.echo()
-    _print_table(["tensor", "dtype", "shape", "kinds"], list(_tensor_rows(tensors)))
+    print_table(["tensor", "dtype", "shape", "kinds"], list(_tensor_rows(tensors)))
 
 
 @app.command()
@@ -117,7 +117,7 @@ def diff(
     else:
         if different:
             header = ["tensor", "kind", "result", "max abs difference"]
-            _print_table(
+            print_table(
                 header,
                 [
                     [row["name"], row["kind"], row["result"], "" if row["max_abs"] is None else f"{row['max_abs']:.6g}"]
@@ -237,19 +237,3 @@ def _size(size_bytes: int) -> str:
 
 def _print_json(value: object) -> None:
     typer.echo(json.dumps(value, indent=1))
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A table on a terminal; elsewhere columns separated by tabs, for `cut` and `awk`."""
-    if not sys.stdout.isatty():
-        for row in [header, *rows]:
-            typer.echo("\t".join(row))
-        return
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=SIMPLE, show_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)

@@ -58,13 +58,13 @@ def timeline_section(records: list[RunRecord]) -> str:
     if not tables:
         return ""
     if len(records) == 1:
-        return f'<section><h2>What happened</h2><div class="scroll tall">{tables[0][1]}</div></section>'
+        return f'<section><h2>What happened (UTC)</h2><div class="scroll tall">{tables[0][1]}</div></section>'
     folds = "".join(
         f"<details><summary>{escape(record.name)}<small>{len(record.events):,} events</small></summary>"
         f'<div class="scroll tall">{table}</div></details>'
         for record, table in tables
     )
-    return f"<section><h2>What happened</h2>{folds}</section>"
+    return f"<section><h2>What happened (UTC)</h2>{folds}</section>"
 
 
 def _parts(spent: Efficiency) -> list[tuple[str, str, float]]:
@@ -85,7 +85,8 @@ def _bar(record: RunRecord) -> str:
     total = sum(seconds for _, _, seconds in parts) or 1.0
     pieces = "".join(f'<i class="{kind}" style="width:{100 * seconds / total:.2f}%"></i>' for kind, _, seconds in parts)
     legend = "".join(
-        f'<li><span class="swatch {kind}"></span>{label} {seconds / spent.wall_seconds:.1%}<small>{_length(seconds)}</small></li>'
+        f'<li><span class="swatch {kind}"></span>{label} {seconds / spent.wall_seconds:.1%}'
+        f"<small>{_length(seconds)}</small></li>"
         for kind, label, seconds in parts
     )
     title = f"{record.name}: {spent.ratio or 0:.1%} effective, {duration(spent.wall_seconds)} in all"

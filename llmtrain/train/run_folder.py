@@ -89,9 +89,9 @@ class RunFolder:
         self._lock = self.path / LOCK
         self._owner = LockOwner(
             socket.gethostname(),
-            _machine(),
+            this_machine(),
             os.getpid(),
-            _process_started(os.getpid()) or "",
+            process_start(os.getpid()) or "",
             _now(),
             uuid.uuid4().hex,
             launch_id,
@@ -128,7 +128,7 @@ class RunFolder:
     def ensure_held(self) -> None:
         """Raise RunFolderInUseError where the lock was lost: this machine was suspended for longer than the lease."""
         if not self._is_ours():
-            owner = _read_owner(self._lock)
+            owner = read_owner(self._lock)
             raise _in_use(self.path, owner) if owner else RunFolderInUseError(f"{self._lock}: was removed. Stopping.")
 
     def write_status(self, status: Status, step: int, total_steps: int, message: str = "", cause: str = "") -> None:
@@ -185,11 +185,11 @@ class RunFolder:
 
     def _require_stale(self, mine: Path) -> None:
         """Return where the lock's owner is dead or the lock is gone; raise RunFolderInUseError where it lives."""
-        owner = _read_owner(self._lock)
+        owner = read_owner(self._lock)
         if owner is not None and owner.launch_id and owner.launch_id == self._owner.launch_id:
             return
         if owner is not None and owner.machine == self._owner.machine and owner.host == self._owner.host:
-            if _process_started(owner.pid) in (owner.process_started, ""):
+            if process_start(owner.pid) in (owner.process_started, ""):
                 raise _in_use(self.path, owner)
             return
         # Another machine's clock does not matter: both times are the file system's.
@@ -211,7 +211,7 @@ class RunFolder:
                 continue
 
     def _is_ours(self) -> bool:
-        owner = _read_owner(self._lock)
+        owner = read_owner(self._lock)
         return owner is not None and owner.token == self._owner.token
 
 
@@ -229,7 +229,7 @@ def read_status(path: Path) -> RunStatus | None:
     return status
 
 
-def _read_owner(lock: Path) -> LockOwner | None:
+def read_owner(lock: Path) -> LockOwner | None:
     """Who holds the lock; None where it is gone or says nothing that can be understood."""
     try:
         fields: dict[str, Any] = json.loads(lock.read_bytes())
@@ -252,7 +252,7 @@ def _in_use(path: Path, owner: LockOwner | None) -> RunFolderInUseError:
     )
 
 
-def _process_started(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process started, as a text to compare; None where none is alive, empty where the system hides it.
 
     On Linux in clock ticks since boot, which a change of the system's clock does not move.
@@ -270,7 +270,7 @@ def _process_started(pid: int) -> str | None:
         return "" if psutil.pid_exists(pid) else None
 
 
-def _machine() -> str:
+def this_machine() -> str:
     """This boot of this machine, and the namespace that its process ids belong to; empty where Linux does not say."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()

@@ -1,0 +1,196 @@
+"""`llmtrain status`: how far runs are, and what is to be done about them."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+    from llmtrain.train.watching import RunView
+
+WATCH_SECONDS = 2.0
+
+ATTENTION = ("failed", "stalled", "dead", "unknown", "preempted", "restarting")
+"""States of which a list of runs says more."""
+
+
+def status(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that hold runs.", metavar="RUN")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per run.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on until all of them are over.")] = False,
+) -> None:
+    """Say how far runs are, whether their processes live, and what is to be done.
+
+    Ends with 0 where that could be told of every run, whatever has become of it.
+    """
+    from llmtrain.train.watching import OVER, find_runs
+
+    folders = list(dict.fromkeys(folder for path in runs for folder in find_runs(path)))
+    shown: list[RunView] = []
+    live = _screen() if watch and not as_json and sys.stdout.isatty() else None
+    try:
+        for views in _looks(folders, watch):
+            if live:
+                live.update(_drawing(views), refresh=True)
+            elif [_news(view) for view in views] != [_news(view) for view in shown]:
+                _print(views, as_json)
+            shown = views
+            if all(view.state in OVER for view in views):
+                break
+    finally:
+        if live:
+            live.stop()
+    raise typer.Exit(1 if any(view.state == "unknown" for view in shown) else 0)
+
+
+def _looks(folders: list[Path], again: bool) -> Iterator[list["RunView"]]:
+    """What is seen of the runs, over and over. A process that is gone once may be one that is being replaced."""
+    before: set[str] = set()
+    while True:
+        views = [_look(folder) for folder in folders]
+        dead = {view.path for view in views if view.state == "dead"}
+        if again and dead - before:
+            before = dead
+            time.sleep(WATCH_SECONDS)
+            continue
+        yield views
+        if not again:
+            return
+        before = dead
+        time.sleep(WATCH_SECONDS)
+
+
+def _look(folder: Path) -> "RunView":
+    from llmtrain.errors import LlmtrainError
+    from llmtrain.train.watching import RunView, look
+
+    try:
+        return look(folder)
+    except LlmtrainError as error:
+        return RunView(folder.resolve().name, str(folder), "unknown", cause=str(error))
+
+
+def _news(view: "RunView") -> dict[str, object]:
+    """What is worth another line: not that time has passed."""
+    passing = ("seconds_left", "last_row_age_seconds", "checkpoint_age_seconds", "updated")
+    return {key: value for key, value in asdict(view).items() if key not in passing}
+
+
+def _screen() -> "Live":
+    from rich.console import Console
+    from rich.live import Live
+
+    live = Live("", console=Console(highlight=False), auto_refresh=False)
+    live.start()
+    return live
+
+
+def _drawing(views: list["RunView"]) -> "RenderableType":
+    from rich.text import Text
+
+    from llmtrain.cli.tables import build_table
+
+    return Text("\n".join(in_words(views[0]))) if len(views) == 1 else build_table(*_table(views))
+
+
+def _print(views: list["RunView"], as_json: bool) -> None:
+    from llmtrain.cli.tables import print_table
+
+    if as_json:
+        typer.echo("\n".join(json.dumps(asdict(view)) for view in views))
+    elif len(views) == 1:
+        typer.echo("\n".join(in_words(views[0])))
+    else:
+        print_table(*_table(views))
+    sys.stdout.flush()
+
+
+def in_words(view: "RunView") -> list[str]:
+    """Lines about one run: the most important one first, then what is known, then what is to be done."""
+    from llmtrain.observe.console import duration, short_number
+
+    left = "" if view.seconds_left is None else f", {duration(view.seconds_left)} left"
+    how_far = "" if view.step is None else f", step {_steps(view)}{left}"
+    metrics = [
+        text
+        for known, text in (
+            (view.loss, f"loss {view.loss or 0:.4f}"),
+            (view.valid_loss, f"validation {view.valid_loss or 0:.4f}"),
+            (view.tokens_per_second, f"{short_number(view.tokens_per_second or 0)} tokens/s"),
+            (view.last_row_age_seconds, f"recorded {duration(view.last_row_age_seconds or 0)} ago"),
+        )
+        if known is not None
+    ]
+    saved = ""
+    if view.checkpoint_step is not None:
+        saved = f"step {view.checkpoint_step:,}, {duration(view.checkpoint_age_seconds or 0)} ago, {view.checkpoint}"
+    facts = {
+        "metrics": ", ".join(metrics),
+        "attempt": "" if view.attempt is None else f"{view.attempt}{_since(view.since)}",
+        "process": _process(view),
+        "checkpoint": saved,
+        "cause": view.cause,
+        "verdict": view.verdict,
+        "message": "" if view.message in ("", "training", view.cause) else view.message,
+        "next": view.next_action,
+    }
+    lines = (f"  {name:<11} {text}" for name, text in facts.items() if text)
+    return [f"{view.run}: {view.state}{how_far}", *lines]
+
+
+def _table(views: list["RunView"]) -> tuple[list[str], list[list[str]]]:
+    from llmtrain.observe.console import duration, short_number
+
+    header = ["run", "state", "step", "loss", "tokens/s", "left", "attempt", "saved", "host", "note"]
+    rows = []
+    for view in views:
+        # One line per run, whatever a cause holds.
+        note = " ".join((view.cause or view.message).split()) if view.state in ATTENTION else ""
+        rows.append(
+            [
+                view.run,
+                view.state,
+                _steps(view),
+                "" if view.loss is None else f"{view.loss:.4f}",
+                "" if view.tokens_per_second is None else short_number(view.tokens_per_second),
+                "" if view.seconds_left is None else duration(view.seconds_left),
+                "" if view.attempt is None else str(view.attempt),
+                "" if view.checkpoint_step is None else f"{view.checkpoint_step:,}",
+                view.host,
+                note,
+            ]
+        )
+    return header, rows
+
+
+def _steps(view: "RunView") -> str:
+    if view.step is None or not view.total_steps:
+        return ""
+    return f"{view.step:,} of {view.total_steps:,} ({view.step / view.total_steps:.0%})"
+
+
+def _since(moment: str) -> str:
+    from datetime import UTC, datetime
+
+    from llmtrain.observe.console import duration
+
+    if not moment:
+        return ""
+    begun = datetime.fromisoformat(moment)
+    return f", started {begun:%Y-%m-%d %H:%M:%S} UTC, {duration((datetime.now(UTC) - begun).total_seconds())} ago"
+
+
+def _process(view: "RunView") -> str:
+    if view.pid is None:
+        return ""
+    if view.alive is None:
+        return f"{view.pid} on {view.host}, last heard of at {view.updated}"
+    return f"{view.pid} on {view.host}, {'alive' if view.alive else 'gone'}"

@@ -1,0 +1,221 @@
+"""What can be told of a run from outside, from its folder alone: how far it is, and whether its process still lives."""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
+from llmtrain.errors import ConfigError
+from llmtrain.observe.audit import iter_events
+from llmtrain.observe.console import duration
+from llmtrain.observe.efficiency import STARTED
+from llmtrain.observe.tracker import RESUMED_FROM
+from llmtrain.observe.trackers import METRICS_FILE
+from llmtrain.train.run_folder import (
+    LEASE_SECONDS,
+    LOCK,
+    STATUS,
+    LockOwner,
+    RunStatus,
+    process_start,
+    read_owner,
+    read_status,
+    this_machine,
+)
+
+State = Literal["starting", "running", "restarting", "done", "preempted", "failed", "stalled", "dead", "unknown"]
+"""What holds of a run: its recorded status, or `dead` where that says that it goes on and its process is gone,
+`starting` where nothing is recorded yet, `unknown` where nothing can be told."""
+
+OVER: tuple[State, ...] = ("done", "failed", "stalled", "dead", "unknown")
+"""States that nobody but a person changes. A preempted run is one that somebody starts again."""
+
+TAIL_BYTES = 1 << 16
+RATE_ROWS = 20
+"""Rows that rates are means over."""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run at one moment. Ages are in seconds; what is not known is None, and texts may be empty.
+
+    `alive` tells of the process that trains, or that starts the ranks again. `attempt` counts all starts of the run,
+    from 1; `since` is the ISO time of the last one.
+    """
+
+    run: str
+    path: str
+    state: State
+    alive: bool | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    valid_loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    last_row_age_seconds: float | None = None
+    attempt: int | None = None
+    since: str = ""
+    updated: str = ""
+    host: str = ""
+    pid: int | None = None
+    cause: str = ""
+    verdict: str = ""
+    message: str = ""
+    next_action: str = ""
+    checkpoint: str = ""
+    checkpoint_step: int | None = None
+    checkpoint_age_seconds: float | None = None
+
+
+def find_runs(path: Path) -> list[Path]:
+    """The run that a path is, or the runs in it, by name. Raises ConfigError where there is none."""
+    if is_run(path):
+        return [path]
+    runs = sorted(entry for entry in path.iterdir() if is_run(entry)) if path.is_dir() else []
+    if not runs:
+        missing = "no run is in it" if path.is_dir() else "it is no folder"
+        raise ConfigError(f"{path}: {missing}. Give the folder of a run, <output_dir>/<name>, or one that holds runs.")
+    return runs
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is one that `llmtrain train` writes to."""
+    return path.is_dir() and any((path / name).is_file() for name in (STATUS, METRICS_FILE, LOCK))
+
+
+def look(path: Path) -> RunView:
+    """What a run folder tells now. Raises LlmtrainError where what it holds cannot be understood."""
+    name = path.resolve().name
+    state: State
+    status = read_status(path)
+    owner = read_owner(path / LOCK)
+    if status is None:
+        held = owner is not None and holder_lives(path / LOCK, owner)
+        state = "starting" if held else "unknown"
+        return RunView(name, str(path), state, alive=held or None, **_newest_checkpoint(path))
+    alive = _lives(path, status, owner)
+    state = "dead" if alive is False else status.status
+    starts = list(iter_events(path, STARTED))
+    facts: dict[str, Any] = {
+        "attempt": len(starts) or status.attempt + 1,
+        "since": starts[-1]["time"] if starts else "",
+        **_newest_checkpoint(path),
+        **_progress(recent_rows(path / METRICS_FILE), status, state),
+    }
+    message, action = status.message, status.next_action
+    if state == "dead":
+        message, action = _last_words(path, status, facts["checkpoint_step"])
+    return RunView(
+        run=name,
+        path=str(path),
+        state=state,
+        alive=alive,
+        total_steps=status.total_steps,
+        updated=status.updated,
+        host=owner.host if owner else status.host,
+        pid=owner.pid if owner else status.pid,
+        cause=status.cause,
+        verdict=status.verdict,
+        message=message,
+        next_action=action,
+        **facts,
+    )
+
+
+def holder_lives(lock: Path, owner: LockOwner) -> bool:
+    """Whether the process that holds a run folder lives: exactly on its own machine, elsewhere by its lease."""
+    if owner.machine == this_machine() and owner.host == socket.gethostname():
+        return process_start(owner.pid) in (owner.process_started, "")
+    return _age(lock) < LEASE_SECONDS
+
+
+def recent_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The last whole rows of metrics.jsonl that belong to the newest attempt. What cannot be read is left out."""
+    try:
+        with metrics.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines = file.read().split(b"\n")[1 if size > TAIL_BYTES else 0 : -1]
+    except OSError:
+        return []
+    rows: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows = [row] if RESUMED_FROM in row else [*rows, row]
+    return rows
+
+
+def _lives(path: Path, status: RunStatus, owner: LockOwner | None) -> bool | None:
+    """Whether somebody is at a run that is said to go on; None where that cannot be told, or where it has ended."""
+    if status.status not in ("running", "restarting"):
+        return None
+    if owner is not None:
+        return holder_lives(path / LOCK, owner)
+    if status.status == "running":
+        return False
+    # Between two attempts the launcher holds no lock.
+    return process_start(status.pid) is not None if status.host == socket.gethostname() else None
+
+
+def _last_words(path: Path, status: RunStatus, saved_step: int | None) -> tuple[str, str]:
+    """(message, next action) for a run whose process has gone without a word."""
+    here = status.host == socket.gethostname()
+    where = f"process {status.pid} on {'this host' if here else status.host}"
+    gone = f"{where} is gone" if here else f"{where} has given no sign of life for {duration(_age(path / LOCK))}"
+    said = f"{gone}, though the run was {status.status}"
+    from_step = f"step {saved_step}" if saved_step else "the beginning"
+    return said, f"start the same command again: it continues from {from_step}"
+
+
+def _progress(rows: list[dict[str, Any]], status: RunStatus, state: State) -> dict[str, Any]:
+    training = [row for row in rows if "loss" in row and "time" in row]
+    valid = next((_number(row["valid_loss"]) for row in reversed(rows) if "valid_loss" in row), None)
+    if not training:
+        return {"step": status.step, "valid_loss": valid}
+    last = training[-1]
+    # The status follows the rows once a second. After a restart it is the rows that are old.
+    fresh = last["time"] >= datetime.fromisoformat(status.updated).timestamp() - 2.0
+    step = max(status.step, last["step"]) if fresh else status.step
+    counted = training[-RATE_ROWS:]
+    between = counted[-1]["step"] - counted[0]["step"]
+    seconds = (last["time"] - counted[0]["time"]) / between if between else last["step_seconds"]
+    going_on = state in ("running", "starting")
+    return {
+        "step": step,
+        "loss": _number(last["loss"]),
+        "valid_loss": valid,
+        "tokens_per_second": sum(row["tokens_per_second"] for row in counted) / len(counted),
+        "seconds_left": seconds * (status.total_steps - step) if going_on else None,
+        "last_row_age_seconds": max(0.0, time.time() - last["time"]),
+    }
+
+
+def _newest_checkpoint(path: Path) -> dict[str, Any]:
+    step = next(iter(checkpoint_steps(path / CHECKPOINTS)), None)
+    if step is None:
+        return {"checkpoint_step": None}
+    folder = path / CHECKPOINTS / step_folder_name(step)
+    return {"checkpoint": str(folder), "checkpoint_step": step, "checkpoint_age_seconds": _age(folder)}
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was changed; 0 where it has vanished meanwhile."""
+    try:
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:
+        return 0.0
+
+
+def _number(value: Any) -> float | None:
+    """A number of a row; None where it is not finite, which JSON has no number for."""
+    return float(value) if isinstance(value, int | float) else None

@@ -1,10 +1,19 @@
 """The section `observe`: what is recorded and where. Pure."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmtrain.config.section import Count, Probability, Section
+from llmtrain.config.section import AsTuple, Count, CountOrZero, Probability, Section
+
+
+class ProfileConfig(Section):
+    """Steps that are traced with torch.profiler."""
+
+    steps: Annotated[tuple[Count, Count], AsTuple] = Field(description="First and last traced step, such as [10, 12].")
+    ranks: Annotated[tuple[CountOrZero, ...], AsTuple, Field(min_length=1)] = Field(
+        default=(0,), description="Ranks that trace. Each writes files of its own."
+    )
 
 
 class ObserveConfig(Section):
@@ -12,8 +21,18 @@ class ObserveConfig(Section):
 
     wandb: Literal["offline", "online", "off"] = Field(default="offline", description="Weights & Biases mode.")
     wandb_project: str = Field(default="llmtrain", description="Weights & Biases project.")
+    wandb_artifacts: Literal["none", "final"] = Field(
+        default="none", description="final: the last checkpoint goes to Weights & Biases when the run is done."
+    )
     tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
     log_every_steps: Count = Field(default=1, description="Steps between recorded rows.")
+    layer_norms_every_steps: CountOrZero = Field(
+        default=0,
+        description="Steps between rows with the norm of every weight and of its gradient before clipping; 0: never.",
+    )
+    profile: ProfileConfig | None = Field(
+        default=None, description="Steps to trace with torch.profiler, into `profile/` of the run folder; absent: none."
+    )
     straggler_score: Probability = Field(
         default=0.7,
         description="A rank is called slow when the other ranks' work takes this share of its own time or less, "

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from llmtrain.config.legal_values import nearest_divisors, nearest_multiples
 from llmtrain.config.names import all_keys, either, nearest, suggested_keys
 from llmtrain.config.rules_engine import ENGINE_RULES
+from llmtrain.config.rules_launch import LAUNCH_RULES
+from llmtrain.config.rules_observe import OBSERVE_RULES, OBSERVE_WORLD_RULES
 from llmtrain.config.rules_parallel import PARALLEL_RULES, WORLD_RULES
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
@@ -20,7 +22,7 @@ Found = Iterator[Problem]
 def arithmetic_problems(config: RunConfig, world_size: int) -> list[Problem]:
     """Every rule between keys that a configuration breaks when it runs on `world_size` ranks."""
     problems = [problem for rule in RULES for problem in rule(config)]
-    return problems + [problem for rule in WORLD_RULES for problem in rule(config, world_size)]
+    return problems + [problem for rule in (*WORLD_RULES, *OBSERVE_WORLD_RULES) for problem in rule(config, world_size)]
 
 
 def name_is_a_folder(config: RunConfig) -> Found:
@@ -174,4 +176,6 @@ RULES = (
     allowed_changes_are_keys,
     *ENGINE_RULES,
     *PARALLEL_RULES,
+    *LAUNCH_RULES,
+    *OBSERVE_RULES,
 )

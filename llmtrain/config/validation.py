@@ -27,7 +27,12 @@ from llmtrain.config.names import (
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 
-STAND_INS: dict[str, Any] = {"name": "unnamed", "path": "(missing)", "train": [{"path": "(missing)"}]}
+STAND_INS: dict[str, Any] = {
+    "name": "unnamed",
+    "path": "(missing)",
+    "train": [{"path": "(missing)"}],
+    "steps": [1, 1],
+}
 """What takes the place of a required value that is missing; sections become empty."""
 
 MOST_REPAIRS = 16

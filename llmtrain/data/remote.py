@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from llmtrain.config.credentials import without_credentials
 from llmtrain.data.damage import DamagedFileError
 from llmtrain.data.retry import PassingFaultError, retried
 from llmtrain.data.shards import file_sha256
@@ -53,12 +54,6 @@ def scheme_of(path: str) -> str | None:
     if match is None or ("://" not in path and Path(path).exists()):
         return None
     return match[1].lower()
-
-
-def without_credentials(url: str) -> str:
-    """A URL to show: without user, password, query and fragment."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def shown_path(path: str) -> str:

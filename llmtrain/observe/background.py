@@ -17,13 +17,20 @@ class BackgroundTracker:
     """Builds a tracker in a thread and hands it each row there.
 
     Whatever goes wrong in it is said once through `warn`; the rows after that are dropped. `flush` waits at most
-    FLUSH_SECONDS and `close` at most CLOSE_SECONDS: training is worth more than a chart.
+    FLUSH_SECONDS and `close` at most `close_seconds` (CLOSE_SECONDS): training is worth more than a chart.
     """
 
-    def __init__(self, label: str, build: Callable[[], Tracker], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        label: str,
+        build: Callable[[], Tracker],
+        warn: Callable[[str], None],
+        close_seconds: float | None = None,
+    ) -> None:
         self._label = label
         self._build = build
         self._warn = warn
+        self._close_seconds = close_seconds
         self._jobs: SimpleQueue[Callable[[Tracker], None] | None] = SimpleQueue()
         self._wake = threading.Event()
         self._failed = False
@@ -50,9 +57,10 @@ class BackgroundTracker:
         self._jobs.put(lambda tracker: tracker.close(status))
         self._jobs.put(None)
         self._wake.set()
-        self._thread.join(CLOSE_SECONDS)
+        seconds = self._close_seconds or CLOSE_SECONDS
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._warn(f"{self._label} did not finish within {CLOSE_SECONDS:.0f} s; its last rows may be missing there")
+            self._warn(f"{self._label} did not finish within {seconds:.0f} s; its last rows may be missing there")
 
     def _work(self) -> None:
         try:

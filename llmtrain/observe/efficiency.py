@@ -17,14 +17,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from llmtrain.observe.attempts import STARTED
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.console import duration
 from llmtrain.observe.jsonl import iter_rows
 from llmtrain.observe.tracker import RESUMED_FROM
 from llmtrain.observe.trackers import METRICS_FILE
-
-STARTED = "started"
-"""The event of every start of the ranks, the first included; `step` is the one that it continues after."""
 
 ENDS = ("restarting", "failed", "stalled")
 """Events of an attempt that failed; `step` is the last one that any of its ranks finished."""

@@ -42,7 +42,7 @@ class RunPlan:
     """Where a run begins and ends, and what a token costs.
 
     `start_step` and `start_tokens` are the state that the run continues from. `peak_flops` is that of all devices
-    together, in operations per second; None where it is not known.
+    together, in operations per second; None where it is not known. `attempt` counts the starts of the run, from 1.
     """
 
     last_step: int
@@ -51,6 +51,7 @@ class RunPlan:
     log_every_steps: int = 1
     flops_per_token: float = 0.0
     peak_flops: float | None = None
+    attempt: int = 1
 
 
 @dataclass
@@ -79,13 +80,18 @@ class Monitor:
         console: ConsoleTracker | None = None,
         clock: Callable[[], float] = time.perf_counter,
         on_section: Callable[[Section, int], None] = lambda section, step: None,
+        sample: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        """`on_section` hears of every section that begins, with the number of steps that are done."""
+        """`on_section` hears of every section that begins, with the number of steps that are done.
+
+        `sample` is asked for more columns of each training row.
+        """
         self._plan = plan
         self._trackers: list[Tracker] = [*trackers, *([console] if console else [])]
         self._console = console
         self._clock = clock
         self._on_section = on_section
+        self._sample = sample
         self._step, self._has_stepped = plan.start_step, False
         self._tokens = plan.start_tokens
         self._interval = _Interval()
@@ -122,9 +128,9 @@ class Monitor:
         interval.tokens += result.num_tokens
         interval.step_seconds += now - self._step_began
         interval.skipped += result.skipped
-        self._step_began = now
         self._step, self._has_stepped = step, True
         self._on_section("step", step)
+        self._step_began = self._clock()  # who listens may have written a trace: that is no part of a step
         self._tokens += result.num_tokens
         if self._console:
             self._console.advance(step)
@@ -182,10 +188,11 @@ class Monitor:
             "checkpoint_seconds": interval.checkpoint_seconds,
             "memory_bytes": peak_memory_bytes(),
             "skipped": interval.skipped,
+            "attempt": self._plan.attempt,
         }
         if self._plan.peak_flops is not None:
             row["mfu"] = mfu(tokens_per_second, self._plan.flops_per_token, self._plan.peak_flops)
-        return {**result.metrics, **row}
+        return {**row, **result.metrics, **self._sample(), **row}  # what every row has stands first and wins
 
     def _record(self, row: Row) -> None:
         if self._went_back_to is not None:

@@ -1,12 +1,50 @@
-"""The numbers of a row under the names that charts show."""
+"""The numbers of a row under the names that charts show: Weights & Biases and TensorBoard group them by the first part.
+
+metrics.jsonl has them under the names on the left.
+"""
 
 from llmtrain.observe.tracker import RESUMED_FROM, Row
 
+CHART_NAMES = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "lr": "train/lr",
+    "tokens": "train/tokens",
+    "skipped": "train/skipped_steps",
+    "loss_scale": "train/loss_scale",
+    "attempt": "train/attempt",
+    "tokens_per_second": "perf/tokens_per_second",
+    "mfu": "perf/mfu",
+    "step_seconds": "perf/step_seconds",
+    "data_seconds": "perf/data_seconds",
+    "checkpoint_seconds": "perf/checkpoint_seconds",
+    "memory_bytes": "memory/peak_bytes",
+    "resident_bytes": "memory/resident_bytes",
+    "device_allocated_bytes": "memory/device_allocated_bytes",
+    "device_reserved_bytes": "memory/device_reserved_bytes",
+}
+
+CHART_GROUPS = {"valid_": "valid/", "system_": "system/"}
+"""What columns that begin so are called instead."""
+
+NO_METRICS = ("step", "time", RESUMED_FROM)
+"""Columns that say where a row belongs."""
+
 
 def scalars(row: Row) -> dict[str, float]:
-    """`loss` becomes `train/loss` and `valid_loss` becomes `valid/loss`; what is no metric is left out."""
+    """Every number of a row by its chart's name; what is no number is left out."""
     return {
-        f"valid/{key.removeprefix('valid_')}" if key.startswith("valid_") else f"train/{key}": float(value)
+        chart_name(key): float(value)
         for key, value in row.items()
-        if key not in ("step", RESUMED_FROM) and isinstance(value, int | float)
+        if key not in NO_METRICS and isinstance(value, int | float)
     }
+
+
+def chart_name(key: str) -> str:
+    """Where a column is shown. One that nobody has foreseen keeps the group in its name, or joins those of training."""
+    if key in CHART_NAMES:
+        return CHART_NAMES[key]
+    for start, group in CHART_GROUPS.items():
+        if key.startswith(start):
+            return group + key.removeprefix(start)
+    return key if "/" in key else f"train/{key}"

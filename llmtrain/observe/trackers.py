@@ -1,39 +1,74 @@
 """Which trackers a configuration asks for."""
 
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from llmtrain.config.credentials import redacted
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.sizes import num_parameters
+from llmtrain.observe.attempts import StartedAttempt
 from llmtrain.observe.background import BackgroundTracker
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.jsonl import JsonlTracker
 from llmtrain.observe.tracker import Tracker
+from llmtrain.parallel.layout import plan_layout
 
 METRICS_FILE = "metrics.jsonl"
 
+ARTIFACT_SECONDS = 300.0
+"""How long the end of a run waits for its last checkpoint to be hashed and sent."""
 
-def build_trackers(config: RunConfig, run_dir: Path, resume_step: int, console: ConsoleTracker) -> list[Tracker]:
+
+def build_trackers(
+    config: RunConfig,
+    run_dir: Path,
+    attempt: StartedAttempt,
+    console: ConsoleTracker,
+    final_checkpoint: Callable[[], Path | None] = lambda: None,
+) -> list[Tracker]:
     """metrics.jsonl always, TensorBoard and Weights & Biases as configured; the last two start in threads.
 
-    `resume_step` is the step that this attempt continues after. `console` hears of what goes wrong. Only the rank that
-    records calls this. Raises OSError where metrics.jsonl cannot be opened.
+    `console` hears of what goes wrong. `final_checkpoint` is asked at the end where observe.wandb_artifacts wants it.
+    Only the rank that records calls this. Raises OSError where metrics.jsonl cannot be opened.
     """
-    trackers: list[Tracker] = [JsonlTracker(run_dir / METRICS_FILE, resume_step)]
+    trackers: list[Tracker] = [JsonlTracker(run_dir / METRICS_FILE, attempt.step)]
     if config.observe.tensorboard:
 
         def build_tensorboard() -> Tracker:
             from llmtrain.observe.tensorboard_tracker import TensorBoardTracker  # slow to import
 
-            return TensorBoardTracker(run_dir / "tensorboard", resume_step)
+            return TensorBoardTracker(run_dir / "tensorboard", attempt.step)
 
         trackers.append(BackgroundTracker("TensorBoard", build_tensorboard, console.say))
     mode = config.observe.wandb
     if mode != "off":
+        wants_checkpoint = config.observe.wandb_artifacts == "final"
 
         def build_wandb() -> Tracker:
             from llmtrain.observe.wandb_tracker import WandbRun, WandbTracker  # slow to import
 
-            run = WandbRun(config.name, config.observe.wandb_project, mode, resume_step)
-            return WandbTracker(run, run_dir, config.model_dump(mode="json"))
+            run = WandbRun(
+                config.name, config.observe.wandb_project, mode, attempt.number, attempt.step, attempt.run_id
+            )
+            shown = {**redacted(config.model_dump(mode="json")), "run": describe_run(config, attempt)}
+            return WandbTracker(run, run_dir, shown, console.say, final_checkpoint if wants_checkpoint else None)
 
-        trackers.append(BackgroundTracker("Weights & Biases", build_wandb, console.say))
+        seconds = ARTIFACT_SECONDS if wants_checkpoint else None
+        trackers.append(BackgroundTracker("Weights & Biases", build_wandb, console.say, seconds))
     return trackers
+
+
+def describe_run(config: RunConfig, attempt: StartedAttempt) -> dict[str, Any]:
+    """What the configuration does not say of an attempt."""
+    return {
+        "llmtrain_version": metadata.version("llmtrain"),
+        "torch_version": metadata.version("torch"),
+        "parameters": num_parameters(config.model),
+        "world_size": config.launch.num_workers,
+        "layout": asdict(plan_layout(config.parallel, config.launch.num_workers)),
+        "attempt": attempt.number,
+        "resumed_from_step": attempt.step,
+    }

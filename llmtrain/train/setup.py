@@ -3,7 +3,6 @@
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from llmtrain.checkpoint.exchange import Exchange
-from llmtrain.checkpoint.folders import CHECKPOINTS
+from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -24,11 +23,12 @@ from llmtrain.data.loader import BatchLoader, Window, build_stream
 from llmtrain.data.shards import Manifest
 from llmtrain.errors import ConfigError
 from llmtrain.infer.model import find_checkpoint
+from llmtrain.observe.attempts import StartedAttempt, begin_attempt
 from llmtrain.observe.audit import record
 from llmtrain.observe.console import ConsoleTracker
-from llmtrain.observe.efficiency import STARTED
 from llmtrain.observe.environment import save_environment
 from llmtrain.observe.monitor import Monitor, RunPlan, Section
+from llmtrain.observe.system import SystemMeter
 from llmtrain.observe.throughput import flops_per_token, peak_flops
 from llmtrain.observe.trackers import METRICS_FILE, build_trackers
 from llmtrain.parallel.layout import plan_layout
@@ -37,10 +37,12 @@ from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.health import Health
 from llmtrain.train.loop import Run
 from llmtrain.train.progress import ProgressTracker
+from llmtrain.train.rank_logs import log_path
 from llmtrain.train.rollback import Rollbacks, newest_kept, skipped_windows
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.saving import Saving, restore
 from llmtrain.train.state import TrainState
+from llmtrain.train.tensor_norms import measuring
 
 ENGINES = {
     "torch": ("llmtrain.engines.torch_engine", "TorchEngine"),
@@ -144,13 +146,15 @@ def setup(
     known, and where there are several ranks, torch.distributed is initialized. `on_section` hears where this rank is.
     """
     torch.set_float32_matmul_precision("highest")
+    attempt = StartedAttempt()
     if folder:
         save_run_files(config, folder.path)
-        with suppress(OSError):  # the file system may not take a line: no reason not to train
-            record(folder.path, STARTED, step=start.step, workers=config.launch.num_workers)
+        attempt = begin_attempt(folder.path, start.step, config.launch.num_workers)
     engine = engine_class(config.engine.name)(config, device)
     state = restore(start.checkpoint, engine) if start.checkpoint else TrainState()
-    monitor = build_monitor(config, folder, state, device, on_section)
+    engine = measuring(engine, config.model, config.observe.layer_norms_every_steps)
+    on_section = profiled(config, rank, on_section, lambda text: (monitor.say if folder else tell_the_log)(text))
+    monitor = build_monitor(config, folder, state, device, attempt, on_section)
     start.manager.reports.warn = monitor.say
     saving = Saving(start.manager, config.checkpoint.every_steps, config.total_steps, monitor.flush)
     evaluation = Evaluation(
@@ -195,7 +199,8 @@ def build_monitor(
     folder: RunFolder | None,
     state: TrainState,
     device: torch.device,
-    on_section: Callable[[Section, int], None] = lambda section, step: None,
+    attempt: StartedAttempt,
+    on_section: Callable[[Section, int], None],
 ) -> Monitor:
     """What records the run from `state` on, into `folder`; without a folder it times and records nothing."""
     plan = RunPlan(
@@ -205,16 +210,40 @@ def build_monitor(
         log_every_steps=config.observe.log_every_steps,
         flops_per_token=flops_per_token(config.model, config.data.seq_len),
         peak_flops=peak_of_run(config, device),
+        attempt=attempt.number,
     )
     if folder is None:
         return Monitor(plan, on_section=on_section)
     # Among several ranks, rank 0 has a log like the others; launch/rank_log.py has begun it.
-    log = (
-        (folder.path / "logs" / "rank-00000.log").open("a", encoding="utf-8") if config.launch.num_workers > 1 else None
-    )
+    log = log_path(folder.path, 0).open("a", encoding="utf-8") if config.launch.num_workers > 1 else None
     console = ConsoleTracker(config.name, state.step, config.total_steps, log=log)
-    trackers = build_trackers(config, folder.path, state.step, console)
-    return Monitor(plan, [*trackers, ProgressTracker(folder, config.total_steps)], console, on_section=on_section)
+    trackers = build_trackers(config, folder.path, attempt, console, partial(newest_checkpoint, folder.path))
+    trackers.append(ProgressTracker(folder, config.total_steps))
+    return Monitor(plan, trackers, console, on_section=on_section, sample=SystemMeter(device).sample)
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The folder of the newest checkpoint of a run, by its name."""
+    checkpoints = run_dir / CHECKPOINTS
+    return next((checkpoints / step_folder_name(step) for step in checkpoint_steps(checkpoints)), None)
+
+
+def profiled(
+    config: RunConfig, rank: int, on_section: Callable[[Section, int], None], say: Callable[[str], None]
+) -> Callable[[Section, int], None]:
+    """Who hears of a rank's sections: behind a profiler, where the configuration wants one on this rank."""
+    wanted = config.observe.profile
+    if wanted is None or rank not in wanted.ranks:
+        return on_section
+    from llmtrain.observe.profile import PROFILES, Profiler  # imports torch.profiler
+
+    stem = Path(config.output_dir) / config.name / PROFILES / f"rank-{rank:05d}"
+    return Profiler(on_section, wanted.steps, stem, say)
+
+
+def tell_the_log(text: str) -> None:
+    """What a rank that records nothing prints is in its log."""
+    print(text, file=sys.stderr)
 
 
 def peak_of_run(config: RunConfig, device: torch.device) -> float | None:

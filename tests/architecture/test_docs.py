@@ -26,7 +26,7 @@ LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"\.?[\w.-]+(/[\w.-]+)*/?")
 SUFFIXES = (".py", ".md", ".toml", ".yaml")
 
-MADE_BY_RUNS = ("quickstart", "checkpoints", "step-00000050", "tensorboard", "wandb", "train", "valid")
+MADE_BY_RUNS = ("quickstart", "checkpoints", "step-00000050", "tensorboard", "wandb", "profile", "train", "valid")
 """First parts of paths that commands make; they are not in the repository."""
 
 FILES_OF_RUNS = ("config.yaml", "my-run.yaml")

@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import sys
@@ -9,12 +10,15 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import RunConfig, SourceConfig
+from llmtrain.engines.base import StepResult
 from llmtrain.observe import background
+from llmtrain.observe.attempts import StartedAttempt
 from llmtrain.observe.background import BackgroundTracker
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.jsonl import read_rows
-from llmtrain.observe.scalars import scalars
+from llmtrain.observe.monitor import Monitor, RunPlan
+from llmtrain.observe.scalars import CHART_NAMES, NO_METRICS, chart_name, scalars
 from llmtrain.observe.tensorboard_tracker import TensorBoardTracker
 from llmtrain.observe.trackers import build_trackers
 from llmtrain.observe.wandb_tracker import WandbRun, WandbTracker
@@ -24,7 +28,13 @@ CANARY = "canary-hf-0123456789"
 
 
 def run_config(**observe) -> RunConfig:
-    data = {"name": "tiny", "model": {}, "data": {"train": [{"path": "x"}]}, "train": {"steps": 3}, "observe": observe}
+    data = {
+        "name": "tiny",
+        "model": {"vocab_size": 300},
+        "data": {"train": [{"path": "x"}]},
+        "train": {"steps": 3},
+        "observe": observe,
+    }
     return RunConfig.model_validate(data)
 
 
@@ -34,8 +44,25 @@ def wandb_file(run_dir: Path) -> Path:
 
 
 def test_chart_names():
-    row = {"step": 3, "loss": 1.5, "valid_loss": 2, "skipped": True, "note": "text"}
-    assert scalars(row) == {"train/loss": 1.5, "valid/loss": 2.0, "train/skipped": 1.0}
+    row = {"step": 3, "time": 1e9, "resumed_from": 2, "loss": 1.5, "valid_loss": 2, "skipped": True, "note": "text"}
+    assert scalars(row) == {"train/loss": 1.5, "valid/loss": 2.0, "train/skipped_steps": 1.0}
+    measured = {"mfu": 0.4, "memory_bytes": 7, "system_cpu_percent": 50.0}
+    assert scalars(measured) == {"perf/mfu": 0.4, "memory/peak_bytes": 7.0, "system/cpu_percent": 50.0}
+
+
+def test_metrics_that_nobody_has_foreseen_keep_their_group_or_join_those_of_training():
+    metrics = {"router_entropy": 1.0, "expert_load/decoder.layers.3": 2.0}
+    assert scalars(metrics) == {"train/router_entropy": 1.0, "expert_load/decoder.layers.3": 2.0}
+
+
+def test_every_column_of_a_row_has_a_chart_that_the_table_names():
+    monitor, rows = Monitor(RunPlan(last_step=1, peak_flops=1e9, flops_per_token=1.0)), []
+    monitor._record = rows.append  # type: ignore[method-assign]  # what would go to the trackers
+    monitor.step(1, 1e-3, StepResult(1.0, 1.0, 10, metrics={"loss_scale": 2.0}))
+    monitor.evaluated(1, 1.0, 10)
+    columns = {column for row in rows for column in row} - set(NO_METRICS)
+    assert [column for column in columns if chart_name(column) == f"train/{column}" and column not in CHART_NAMES] == []
+    assert set(CHART_NAMES) - columns == {"resident_bytes", "device_allocated_bytes", "device_reserved_bytes"}
 
 
 def test_tensorboard_holds_the_values_and_hides_what_a_resume_replaced(tmp_path: Path):
@@ -64,7 +91,8 @@ def test_wandb_writes_the_rows_and_nothing_of_the_machine(tmp_path: Path, monkey
         {"step": 22, "valid_loss": 1 / 3},
         {"step": 23, "loss": math.inf},
     ]
-    tracker = WandbTracker(WandbRun("tiny", "project", "offline", 20), tmp_path, {"optim": {"lr": 3e-4}})
+    run = WandbRun("tiny", "project", "offline", attempt=2, resume_step=20, run_id="cafe0123")
+    tracker = WandbTracker(run, tmp_path, {"optim": {"lr": 3e-4}})
     for row in rows:
         tracker.log(row)
     time.sleep(1)  # the time in which it would look at the machine
@@ -76,7 +104,8 @@ def test_wandb_writes_the_rows_and_nothing_of_the_machine(tmp_path: Path, monkey
     assert logged[2]["train/step"] == 23
     records = list(iter_records(wandb_file(tmp_path)))
     run = next(record.run for record in records if record.HasField("run"))
-    assert (run.run_group, run.project, run.display_name) == ("tiny", "project", "tiny from step 20")
+    assert (run.run_group, run.project, run.display_name) == ("tiny", "project", "tiny attempt 2 from step 20")
+    assert run.run_id == "tiny-cafe0123-002"
     assert [item.value_json for item in run.config.update if item.key == "optim"] == ['{"lr":0.0003}']
     assert next(record.exit.exit_code for record in records if record.HasField("exit")) == 0
     assert any(record.metric.glob_name == "*" and record.metric.step_metric == "train/step" for record in records)
@@ -121,10 +150,76 @@ def test_a_folder_that_wandb_cannot_write_warns_once_and_training_goes_on(tmp_pa
     assert "wandb" in said[0]
 
 
-def test_online_without_a_login_warns_and_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def offline_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **environment: str) -> list[str]:
+    """Log a row in online mode; returns what was said."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said: list[str] = []
+    tracker = WandbTracker(WandbRun("tiny", "project", "online", run_id="cafe"), tmp_path, {}, said.append)
+    tracker.log({"step": 1, "loss": 0.5})
+    tracker.close("done")
+    assert history(wandb_file(tmp_path)) == [{"train/step": 1, "train/loss": 0.5}]
+    assert len(list((tmp_path / "wandb").glob("*run-*-tiny-cafe-001"))) == 1, "nothing but the offline run is left"
+    return said
+
+
+def test_online_without_a_login_stays_offline_and_asks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
     monkeypatch.setattr("wandb.login", lambda **_: False)
-    with pytest.raises(RuntimeError, match=r"observe\.wandb=offline"):
-        WandbTracker(WandbRun("tiny", "project", "online"), tmp_path, {})
+    (said,) = offline_after(tmp_path, monkeypatch)
+    assert "not logged in: run `wandb login`" in said and f"wandb sync {tmp_path}/wandb/offline-*" in said
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    monkeypatch.setattr("llmtrain.observe.wandb_tracker.ONLINE_SECONDS", 1.0)
+    (said,) = offline_after(tmp_path, monkeypatch, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="a" * 40)
+    assert "stays offline" in said and "wandb sync" in said and "\n" not in said
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_last_checkpoint_is_an_artifact_only_where_it_is_asked_for_and_the_run_is_done(tmp_path: Path):
+    checkpoint = tmp_path / "step-00000003"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("{}")
+    for name, status, wanted, expected in (
+        ("done", "done", lambda: checkpoint, ["manifest.json"]),
+        ("failed", "failed", lambda: checkpoint, []),
+        ("never-saved", "done", lambda: None, []),
+        ("not-wanted", "done", None, []),
+    ):
+        run_dir = tmp_path / name
+        tracker = WandbTracker(WandbRun("tiny", "project", "offline"), run_dir, {}, final_checkpoint=wanted)
+        tracker.log({"step": 1, "loss": 0.5})
+        tracker.close(status)
+        artifacts = [record.artifact for record in iter_records(wandb_file(run_dir)) if record.HasField("artifact")]
+        assert [entry.path for artifact in artifacts for entry in artifact.manifest.contents] == expected
+        for artifact in artifacts:
+            assert (artifact.type, artifact.name) == ("model", "tiny-checkpoint")
+            assert {"final", "step-00000003"} <= set(artifact.aliases)
+            assert [entry.local_path for entry in artifact.manifest.contents] == [str(checkpoint / "manifest.json")]
+
+
+def test_the_configuration_goes_out_without_credentials_and_with_what_the_run_is(tmp_path: Path):
+    config = run_config(wandb="offline", tensorboard=False)
+    url = f"https://user:{CANARY}@example.org/a?X-Signature={CANARY}"
+    data = config.data.model_copy(update={"train": (SourceConfig(path=url),)})
+    config = config.model_copy(update={"data": data})
+    trackers = build_trackers(config, tmp_path, StartedAttempt(3, "cafe", 7), ConsoleTracker("tiny", 7, 9))
+    for tracker in trackers:
+        tracker.log({"step": 8, "loss": 1.0})
+        tracker.close("done")
+    records = list(iter_records(wandb_file(tmp_path)))
+    updates = {item.key: item.value_json for record in records for item in record.run.config.update}
+    assert json.loads(updates["data"])["train"][0]["path"] == "https://example.org/a"
+    about = json.loads(updates["run"])
+    assert (about["attempt"], about["resumed_from_step"], about["world_size"]) == (3, 7, 1)
+    assert about["layout"]["data"] == 1 and about["parameters"] > 1000 and about["llmtrain_version"]
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or CANARY.encode() not in path.read_bytes(), path
 
 
 class SlowTracker:
@@ -173,7 +268,7 @@ def test_a_tracker_that_never_ends_is_left_behind_with_a_word(monkeypatch: pytes
 
 def test_the_configuration_chooses_and_all_trackers_hold_the_same(tmp_path: Path):
     console = ConsoleTracker("tiny", 0, 3)
-    trackers = build_trackers(run_config(wandb="offline", tensorboard=True), tmp_path, 0, console)
+    trackers = build_trackers(run_config(wandb="offline", tensorboard=True), tmp_path, StartedAttempt(), console)
     for step in (1, 2, 3):
         for tracker in trackers:
             tracker.log({"step": step, "loss": 1 / step})
@@ -188,7 +283,9 @@ def test_the_configuration_chooses_and_all_trackers_hold_the_same(tmp_path: Path
 
 
 def test_only_the_file_is_written_where_the_rest_is_off(tmp_path: Path):
-    trackers = build_trackers(run_config(wandb="off", tensorboard=False), tmp_path, 0, ConsoleTracker("tiny", 0, 3))
+    trackers = build_trackers(
+        run_config(wandb="off", tensorboard=False), tmp_path, StartedAttempt(), ConsoleTracker("tiny", 0, 3)
+    )
     assert len(trackers) == 1
     trackers[0].close("done")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

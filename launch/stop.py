@@ -21,11 +21,13 @@ class StopSignal:
     """A flag that the loop reads once per step. As a context manager it listens to SIGNALS and then restores them.
 
     Processes forked while it listens go on listening, and hear what any of them is told. What counts as told twice
-    counts in each process by itself: a keyboard or a scheduler may tell all of them at the same moment.
+    counts in each process by itself: a keyboard or a scheduler may tell all of them at the same moment. In a Slurm job
+    only a keyboard insists: there Slurm and the batch script both tell every process, and Slurm has KILL.
     """
 
     def __init__(self) -> None:
         self.announces = True
+        self._insistent = (signal.SIGINT,) if "SLURM_JOB_ID" in os.environ else SIGNALS
         self._told = False
         self._anybody_told = mmap.mmap(-1, 1)  # memory that forked processes share
         self._before: dict[signal.Signals, object] = {}
@@ -45,13 +47,16 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal returned
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        told = signal.Signals(number)
         if self._told:
-            os._exit(EXIT_TOLD_TWICE)
+            if told in self._insistent:
+                os._exit(EXIT_TOLD_TWICE)
+            return
         self._told = True
         self._anybody_told[0] = 1
         if self.announces:
-            name = signal.Signals(number).name
-            sys.stderr.write(f"\n{name}: saving after this step, then stopping. Once more stops at once, unsaved.\n")
+            again = " Once more stops at once, unsaved." if told in self._insistent else ""
+            sys.stderr.write(f"\n{told.name}: saving after this step, then stopping.{again}\n")
 
 
 def exit_after_grace(stop: StopSignal, grace_seconds: float) -> None:

@@ -1,49 +1,48 @@
-"""Which environment variables ranks on other machines get from the command that starts them. Pure."""
+"""Environment variables: which of them ranks on other machines get, and this process's own, changed for a while."""
 
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
-from llmtrain.config.names import SECRET_WORD
+from llmtrain.config.variables import is_fixed_variable, is_secret_variable
 
 ALWAYS_PASSED = ("NCCL_*", "GLOO_*", "TORCH_*", "PYTORCH_*", "TORCHINDUCTOR_*", "TRITON_*", "CUDA_LAUNCH_BLOCKING")
 """Settings of communication and computation, which all ranks of a run must have alike."""
 
-NEVER_PASSED = (
-    # A rank's place and its share of a machine are given by the launcher, or lie in the machine.
-    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK NODE_RANK MASTER_ADDR MASTER_PORT "
-    "CUDA_VISIBLE_DEVICES NVIDIA_VISIBLE_DEVICES HIP_VISIBLE_DEVICES ROCR_VISIBLE_DEVICES OMP_NUM_THREADS "
-    # Folders and sockets of this machine's own, and who the user is there.
-    "HOME USER LOGNAME SHELL PWD OLDPWD TMPDIR HOSTNAME SSH_AUTH_SOCK"
-).split()
-NEVER_PASSED_PATTERNS = ("RAY_*", "SLURM_*", "SBATCH_*", "TORCHELASTIC_*", "TORCHELASTIC_RUN_ID", "LD_*")
-
-MORE_SECRETS = re.compile(
-    r"(?i)(?:^|_)(?:access_key(?:_id)?|private_key|key|auth|authorization|credentials?|passwd|pwd|pass|pat|cookie|"
-    r"bearer|jwt|dsn|netrc)(?:$|_)|(?:token|secret|password|passwd|apikey)$"
-)
-"""Words that in the name of a variable mean a secret, beside those that do so in a configuration's keys."""
+URL_WITH_CREDENTIALS = re.compile(r"://[^/\s]*@")
 
 
 def passed_environment(environ: Mapping[str, str], patterns: Iterable[str] = ()) -> dict[str, str]:
     """The variables of `environ` that all ranks get: those of ALWAYS_PASSED and of the user's patterns.
 
-    A pattern is a name, or NAME* for all that begin so. Secrets are never among them, nor what says which rank a
-    process is, nor what belongs to Ray, Slurm or this machine.
+    A pattern is a name, or NAME* for all that begin so. Secrets are never among them, by name or as part of a URL, nor
+    what says which rank a process is, nor what belongs to Ray, Slurm or one machine.
     """
     wanted = (*ALWAYS_PASSED, *patterns)
     return {
         name: value
         for name, value in environ.items()
-        if any(fnmatchcase(name, pattern) for pattern in wanted) and not is_secret_variable(name) and not is_fixed(name)
+        if any(fnmatchcase(name, pattern) for pattern in wanted)
+        and not is_secret_variable(name)
+        and not is_fixed_variable(name)
+        and not URL_WITH_CREDENTIALS.search(value)
     }
 
 
-def is_secret_variable(name: str) -> bool:
-    """Whether the name of a variable, or a pattern, says that its value should not be written down."""
-    return SECRET_WORD.search(name) is not None or MORE_SECRETS.search(name.rstrip("*")) is not None
-
-
-def is_fixed(name: str) -> bool:
-    """Whether a variable is never passed on, because it belongs to one process or one machine."""
-    return name in NEVER_PASSED or any(fnmatchcase(name, pattern) for pattern in NEVER_PASSED_PATTERNS)
+@contextmanager
+def changed_environment(settings: Mapping[str, str], without: Iterable[str] = ()) -> Iterator[None]:
+    """This process's environment with these settings and without those variables, until the end of the block."""
+    before = {name: os.environ.get(name) for name in (*settings, *without)}
+    os.environ.update(settings)
+    for name in without:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,10 +1,15 @@
-"""Whether a Ray head answers, and to whom: asked directly, before Ray is imported and its clients wait and retry."""
+"""Whether a Ray cluster answers, and to whom: asked directly, before Ray is imported and its clients wait and retry."""
 
 import ipaddress
 import socket
 from collections.abc import Mapping
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import grpc
 import psutil
@@ -17,10 +22,13 @@ CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 NO_PROXY = (("grpc.enable_http_proxy", 0),)
 REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
+ASK_SECONDS = 10.0
+TOKEN_HINT = "Copy the head's ~/.ray/auth_token to this machine (mode 600), or name its file in RAY_AUTH_TOKEN_PATH."
+
 Answer = Literal["answers", "refuses", "silent"]
 
 
-def ask_head(address: str, token: str | None = None, timeout_seconds: float = 10.0) -> Answer:
+def ask_head(address: str, token: str | None = None, timeout_seconds: float = ASK_SECONDS) -> Answer:
     """What the head at `host:port` does with a request: it answers, wants another token, or there is no Ray."""
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     with grpc.insecure_channel(address, options=NO_PROXY) as channel:
@@ -44,7 +52,7 @@ def token_for(address: str, environ: Mapping[str, str], allow_open: bool) -> str
                 "the address, or leave it out for a Ray of the run's own."
             )
         case "answers":
-            if not allow_open and not is_on_loopback(address):
+            if not allow_open and not is_on_loopback(*split_address(address)):
                 raise LaunchError(open_cluster_text(f"launch.ray_address = {address}"))
             return None
         case "refuses":
@@ -80,14 +88,38 @@ def find_token(environ: Mapping[str, str]) -> tuple[str, str] | None:
     return (token, str(path)) if token else None
 
 
-def is_on_loopback(address: str) -> bool:
-    """Whether the head at `host:port` can be reached from this machine only."""
-    host, port = split_address(address)
+def is_on_loopback(host: str, port: int) -> bool:
+    """Whether a server can be reached from this machine only. Raises OSError where the host is not known."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if not all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found):
         return False
-    # A head may listen on every interface, whatever it is called here.
-    return all(ask_head(f"{own}:{port}", timeout_seconds=2.0) == "silent" for own in _outward_addresses())
+    # It may listen on every interface, whatever it is called here.
+    return not any(_is_listening(own, port) for own in _outward_addresses())
+
+
+def job_server_token(address: str, environ: Mapping[str, str], allow_open: bool) -> str | None:
+    """The token with which the server of jobs at `http://host:port` answers; None where it answers everybody.
+
+    Raises LaunchError as `token_for` does.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise LaunchError(f"--address {address}: must be that of Ray's dashboard, such as http://127.0.0.1:8265.")
+    code, reason = _ask_server(address)
+    if code == HTTPStatus.UNAUTHORIZED:
+        token, where = _known_token(f"--address {address}", environ)
+        if _ask_server(address, token)[0] != HTTPStatus.OK:
+            raise LaunchError(_wrong_token_text(f"--address {address}", where))
+        return token
+    if code != HTTPStatus.OK:
+        raise LaunchError(
+            f"--address {address}: Ray's dashboard does not answer there ({reason}). On the head, `ray start --head "
+            "--dashboard-host=127.0.0.1` starts it; from elsewhere reach it through `ssh -L 8265:127.0.0.1:8265 HEAD`."
+        )
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    if not allow_open and not is_on_loopback(parts.hostname, port):
+        raise LaunchError(open_cluster_text(f"--address {address}"))
+    return None
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -102,19 +134,42 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _accepted_token(address: str, environ: Mapping[str, str]) -> str:
+    token, where = _known_token(f"launch.ray_address = {address}", environ)
+    if ask_head(address, token) != "answers":
+        raise LaunchError(_wrong_token_text(f"launch.ray_address = {address}", where))
+    return token
+
+
+def _known_token(cluster: str, environ: Mapping[str, str]) -> tuple[str, str]:
+    """The token that is here, and where it stands."""
     found = find_token(environ)
     if found is None:
-        raise LaunchError(
-            f"launch.ray_address = {address}: this Ray cluster wants a token, and there is none here. Copy the head's "
-            "~/.ray/auth_token to this machine (mode 600), or name its file in RAY_AUTH_TOKEN_PATH."
-        )
-    token, where = found
-    if ask_head(address, token) != "answers":
-        raise LaunchError(
-            f"launch.ray_address = {address}: this Ray cluster does not accept the token of {where}. Copy the head's "
-            "~/.ray/auth_token to this machine (mode 600), or name its file in RAY_AUTH_TOKEN_PATH."
-        )
-    return token
+        raise LaunchError(f"{cluster}: this Ray cluster wants a token, and there is none here. {TOKEN_HINT}")
+    return found
+
+
+def _wrong_token_text(cluster: str, where: str) -> str:
+    return f"{cluster}: this Ray cluster does not accept the token of {where}. {TOKEN_HINT}"
+
+
+def _ask_server(address: str, token: str | None = None) -> tuple[int, str]:
+    """Status and reason with which a server answers who asks for its jobs; status 0 where there is none."""
+    request = Request(f"{address.rstrip('/')}/api/jobs/", headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urlopen(request, timeout=ASK_SECONDS) as response:
+            return response.status, ""
+    except HTTPError as error:
+        return error.code, f"{error.code} {error.reason}"
+    except (URLError, OSError, HTTPException) as error:
+        return 0, str(getattr(error, "reason", error))
+
+
+def _is_listening(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _outward_addresses() -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from launch.environment import changed_environment
 from launch.on_ray.access import ask_head, split_address, token_for
 from launch.on_ray.private_folder import private_folder
 from llmtrain.config.launch import LaunchConfig
@@ -110,7 +111,7 @@ def _own_ray(launch: LaunchConfig) -> Iterator[Cluster]:
             "_temp_dir": str(folder),
         }
         # Ray would prefer this variable to the file.
-        with _environment(settings, without=("RAY_AUTH_TOKEN", "RAY_ADDRESS")), _connected(**options) as context:
+        with changed_environment(settings, without=("RAY_AUTH_TOKEN", "RAY_ADDRESS")), _connected(**options) as context:
             yield Cluster(context.address_info["gcs_address"], True, LOOPBACK, token)
 
 
@@ -121,7 +122,7 @@ def _existing_ray(address: str, launch: LaunchConfig) -> Iterator[Cluster]:
     split_address(address)
     token = token_for(address, os.environ, launch.allow_open_cluster)
     settings = {**OF_ANY_RAY, "RAY_AUTH_MODE": "token" if token else "disabled"}
-    with _environment(settings), _connected(address=address) as context:
+    with changed_environment(settings), _connected(address=address) as context:
         yield Cluster(address, False, context.address_info["node_ip_address"], token)
 
 
@@ -157,20 +158,3 @@ def _connected(**options: Any) -> Iterator[Any]:
         for process in psutil.wait_procs(started, timeout=SHUTDOWN_SECONDS)[1]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-
-
-@contextmanager
-def _environment(settings: dict[str, str], without: tuple[str, ...] = ()) -> Iterator[None]:
-    """The process's environment with these settings, for as long as it is needed."""
-    before = {name: os.environ.get(name) for name in (*settings, *without)}
-    os.environ.update(settings)
-    for name in without:
-        os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -31,6 +31,7 @@ TRAINING, WATCHING, DATA, RESULTS = "Training", "Watching", "Data", "Results"
 
 VERBS = {
     "train": Verb("llmtrain.cli.train", "train", "Train a model, or go on where the run stopped.", TRAINING),
+    "submit": Verb("llmtrain.cli.submit", "submit", "Hand a run over to Ray or Slurm.", TRAINING),
     "parity": Verb("llmtrain.cli.parity", "parity", "Compare layouts and engines with one process.", TRAINING),
     "drill": Verb("llmtrain.cli.drill", "drill", "Inject faults into short runs and see what follows.", TRAINING),
     "schema": Verb("llmtrain.cli.schema", "schema", "Print the JSON schema of run files, for editors.", TRAINING),

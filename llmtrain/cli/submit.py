@@ -1,0 +1,117 @@
+"""`llmtrain submit`: check a configuration completely, then hand the run over to Ray or Slurm."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from llmtrain.cli.train import ConfigArgument, OverridesArgument
+
+if TYPE_CHECKING:
+    from launch.on_ray.jobs import Job, JobPlan
+    from llmtrain.config.schema import RunConfig
+
+
+def submit(
+    config: ConfigArgument,
+    to: Annotated[Literal["ray", "slurm"], typer.Option("--to", help="Who runs it.", show_default=False)],
+    overrides: OverridesArgument = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray's dashboard. [default: RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265]"),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show the job's log, and end with the run's exit code.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and stop.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Say how the run's newest job is.")] = False,
+    logs: Annotated[bool, typer.Option("--logs", help="Print the log of the run's newest job.")] = False,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Let the run's newest job save and stop, and wait for that.")
+    ] = False,
+) -> None:
+    """Check a configuration as `train` does, submit the run, and print the job's id.
+
+    The file system is shared: paths mean the same on the machines that run it. Submitted again, the run goes on where
+    it stopped. --follow, --status, --logs and --stop are for Ray; Slurm has squeue and scancel.
+    """
+    asked = {"--follow": follow, "--dry-run": dry_run, "--status": status, "--logs": logs, "--stop": stop}
+    chosen = [option for option, is_set in asked.items() if is_set]
+    if len(chosen) > 1:
+        raise typer.BadParameter("only one of them at a time", param_hint=" and ".join(chosen))
+    action = chosen[0] if chosen else ""
+    if to == "slurm":
+        if action not in ("", "--dry-run") or address is not None:
+            hint = action if action not in ("", "--dry-run") else "--address"
+            raise typer.BadParameter("is for Ray. Slurm has squeue, scancel, and the job's log file", param_hint=hint)
+        _to_slurm(config, overrides or [], dry_run)
+    else:
+        _to_ray(config, overrides or [], address, action)
+
+
+def _to_slurm(path: Path, overrides: list[str], dry_run: bool) -> None:
+    from launch import sbatch
+
+    run = _checked(path, overrides)
+    if dry_run:
+        typer.echo(sbatch.render(run, path, overrides), nl=False)
+    else:
+        typer.echo(sbatch.submit(run, path, overrides))
+
+
+def _to_ray(path: Path, overrides: list[str], address: str | None, action: str) -> None:
+    from launch.on_ray.jobs import DEFAULT_SERVER, JobServer, exit_code_of, plan_job
+    from llmtrain.config.load import load_config
+    from llmtrain.errors import LaunchError
+
+    overrides = [*overrides, "launch.backend=ray"]
+    looks_only = action in ("--status", "--logs", "--stop")
+    run = load_config(path, overrides).config if looks_only else _checked(path, overrides)
+    plan = plan_job(run, Path.cwd(), os.environ)
+    if action == "--dry-run":
+        _print_plan(plan)
+        return
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_SERVER
+    server = JobServer(address, os.environ, run.launch.allow_open_cluster)
+    if not looks_only:
+        job_id = server.submit(plan)
+        typer.echo(job_id)
+        if action == "--follow":
+            raise typer.Exit(exit_code_of(server.follow(job_id), plan.run_folder))
+        return
+    job = server.newest(plan.run_folder)
+    if job is None:
+        raise LaunchError(f"{plan.run_folder}: Ray at {address} knows no job of this run.")
+    if action == "--logs":
+        typer.echo(server.log(job.job_id), nl=False)
+        return
+    typer.echo(_job_line(server.stop(job.job_id) if action == "--stop" else job))
+
+
+def _checked(path: Path, overrides: list[str]) -> "RunConfig":
+    """The configuration, once everything is known to be right. Warns of what may stop the run on its way."""
+    from llmtrain.config.load import load_config
+    from llmtrain.train.preflight import storage_problems, storage_warnings, with_vocab_size
+
+    run = load_config(path, overrides, storage_problems).config
+    for warning in storage_warnings(with_vocab_size(run)):
+        typer.echo(f"warning: {warning}", err=True)
+    return run
+
+
+def _print_plan(plan: "JobPlan") -> None:
+    """Two YAML documents: what Ray is asked for, and the configuration that is uploaded."""
+    import json
+
+    asked = {
+        "submission_id": plan.submission_id,
+        "entrypoint": plan.entrypoint,
+        "runtime_env": {"working_dir": "(a folder with run.yaml)", "env_vars": plan.env_vars},
+        "metadata": plan.metadata,
+    }
+    typer.echo(f"{json.dumps(asked, indent=2)}\n---\n# run.yaml\n{plan.config_text}", nl=False)
+
+
+def _job_line(job: "Job") -> str:
+    return f"{job.job_id} {job.status}" + ("" if job.exit_code is None else f" exit code {job.exit_code}")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from launch.failure import OtherRankFailedError
 from launch.meeting import StoreExchange, anybody, connect, lone_store, open_exchange, open_group
+from launch.memory_advice import advise
 from launch.pulse import Pulse
 from launch.rank import ALONE, Rank, num_threads
 from launch.rank_log import rank_log
@@ -106,6 +107,7 @@ class Attempt:
             run = setup(self.config, self.folder, self.start, self.device, self.place.rank, self.pulse)
             status, state = train(self.change_run(run, self.place), stop_requested, on_any_rank)
         except BaseException as error:
+            advise(error, self.config, self.device.type)
             if run:
                 run.monitor.close("failed")
             said = f"{type(error).__name__}: {error}"

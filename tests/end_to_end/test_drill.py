@@ -45,6 +45,9 @@ def check(outcomes: dict[str, Any], workspace: Path, num_ranks: int = 2) -> None
     assert "in section data after step 12" in outcomes["data loader hangs"]["cause"]
     assert "it is in hang (faults.py:" in outcomes["data loader hangs"]["cause"]
     assert "alloc" in outcomes["memory runs out on a rank"]["cause"]
+    assert re.search(
+        r"What would help.*\n(  .*\n)*  train\.micro_batch_size=\d", output(workspace, "memory runs out on a rank")
+    )
     assert "given up: 3 attempts in a row" in output(workspace, "same step fails every time")
     assert "abandoned" not in output(workspace, "told to stop")
 

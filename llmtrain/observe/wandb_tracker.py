@@ -7,6 +7,7 @@ Starting takes under a second offline and several seconds online: run this in a 
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,12 @@ class WandbTracker:
         self._run.define_metric("*", step_metric=STEP)
 
     def log(self, row: Row) -> None:
-        self._run.log({STEP: row["step"], **scalars(row)})
+        try:
+            self._run.log({STEP: row["step"], **scalars(row)})
+        except Exception:  # its own process is gone, and would be missed again when this one ends
+            with suppress(Exception):
+                wandb.teardown()
+            raise
 
     def flush(self) -> None:
         """Nothing to wait for: W&B's own process holds every row that was logged."""

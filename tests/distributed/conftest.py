@@ -26,10 +26,15 @@ launch: {num_workers: 2, threads_per_worker: 1, max_stalled_attempts: 0}
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
     """A folder with data sets and the configuration of a run on two ranks, `run.yaml`."""
+    return write_workspace(tmp_path)
+
+
+def write_workspace(folder: Path) -> Path:
+    """The same files in any folder, every time."""
     tokenizer = b"a run copies it and reads no token"
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
     for seed, split in enumerate(("train", "valid")):
         documents = random_documents(200, seed=seed, longest=90)
-        write_dataset(tmp_path / "data" / split, [documents], tokenizer_sha256=sha256(tokenizer).hexdigest())
-    (tmp_path / "run.yaml").write_text(CONFIG, "utf-8")
-    return tmp_path
+        write_dataset(folder / "data" / split, [documents], tokenizer_sha256=sha256(tokenizer).hexdigest())
+    (folder / "run.yaml").write_text(CONFIG, "utf-8")
+    return folder

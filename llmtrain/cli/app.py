@@ -35,6 +35,7 @@ VERBS = {
     "parity": Verb("llmtrain.cli.parity", "parity", "Compare layouts and engines with one process.", TRAINING),
     "drill": Verb("llmtrain.cli.drill", "drill", "Inject faults into short runs and see what follows.", TRAINING),
     "schema": Verb("llmtrain.cli.schema", "schema", "Print the JSON schema of run files, for editors.", TRAINING),
+    "doctor": Verb("llmtrain.cli.doctor", "doctor", "Say what this machine can do, and why not more.", TRAINING),
     "data": Verb("llmtrain.cli.data", "app", "Make, look at and check data sets.", DATA),
     "checkpoint": Verb("llmtrain.cli.checkpoint", "app", "List, inspect, verify and compare checkpoints.", RESULTS),
     "status": Verb("llmtrain.cli.status", "status", "Say how far runs are, and what is to be done.", WATCHING),

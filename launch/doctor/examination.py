@@ -1,0 +1,162 @@
+"""All of it: what is read here, and what is tried out in processes of its own, at the same time."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from launch.doctor.finding import Finding, pip_install
+from launch.doctor.machine import machine_findings, output_of
+from launch.doctor.packages import package_findings, requirements, wanted
+from launch.doctor.probe import PRECISIONS
+from launch.doctor.services import service_findings
+
+PROBE_SECONDS = 180.0
+"""A probe that takes longer hangs; the slowest needs some seconds."""
+
+IMPORTED = {
+    "ray": "ray",
+    "wandb": "wandb",
+    "webdataset": "webdataset",
+    "sentencepiece": "sentencepiece",
+    "safetensors": "safetensors.torch",
+    "transformers": "transformers",
+    "tensorboard": "torch.utils.tensorboard",
+}
+"""Packages that are imported to see whether they work, by the module that says so. Engines show it of the others."""
+
+ENGINES = ("torch", "megatron", "deepspeed")
+
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that would make a probe think that it is one of many."""
+
+Answer = Mapping[str, Any]
+
+
+def examine(output_dir: Path) -> list[Finding]:
+    """Look at everything. `output_dir` is where runs would be written."""
+    with ThreadPoolExecutor() as pool:
+        trying = pool.submit(ask, "trials", *ENGINES)
+        importing = pool.submit(ask, "imports", *IMPORTED.values())
+        found = list(package_findings())
+        machine = list(machine_findings(output_dir))
+        gpus = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    absent = {finding.name: "not installed" for finding in found if finding.state == "missing"}
+    broken = _broken_imports(importing.result())
+    trials = trying.result()
+    # Where the process of all trials has died, that is the answer of each.
+    answers = {name: trials.get(name, trials) for name in ("devices", "meeting", *(f"engine {e}" for e in ENGINES))}
+    found = [_with_import_error(finding, broken) for finding in found]
+    found += [*machine, *device_findings(answers["devices"], gpus), meeting_finding("gloo", answers["meeting"])]
+    if answers["devices"].get("gpus", 0) > 1:
+        found.append(meeting_finding("nccl", ask("meeting", "cuda")))
+    found += [engine_finding(name, answers[f"engine {name}"]) for name in ENGINES]
+    return [*found, *service_findings(os.environ, {**broken, **absent})]
+
+
+def ask(*probe: str) -> Answer:
+    """What a probe answers; `error` in words where it breaks, dies or hangs."""
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    process = subprocess.Popen(
+        probe_command(*probe),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        said, errors = process.communicate(timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        # Its children too: they hold the pipes.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return {"error": f"no answer within {PROBE_SECONDS:.0f} s"}
+    try:
+        return json.loads(said)
+    except ValueError:
+        last = (errors.strip().splitlines() or ["nothing said"])[-1]
+        return {"error": f"the process ended with {process.returncode}: {last}"}
+
+
+def probe_command(*probe: str) -> list[str]:
+    """The command line of a probe. -P: what lies in the working directory is not taken for a package."""
+    return [sys.executable, "-P", "-m", "launch.doctor.probe", *probe]
+
+
+def device_findings(answer: Answer, driver: str | None) -> Iterator[Finding]:
+    """GPUs, as PyTorch sees them beside what `nvidia-smi` (`driver`: its lines; None: it is not here) says."""
+    if "error" in answer:
+        mend = pip_install("--force-reinstall", *(wanted(each) for each in requirements() if each.name == "torch"))
+        yield Finding("devices", "torch", "broken", answer["error"], mend, needed=True)
+        return
+    lines = (driver or "").splitlines()
+    build = f"CUDA {answer['cuda_build']}" if answer["cuda_build"] else "a build without CUDA"
+    if answer["gpus"]:
+        text = f"{answer['gpus']} usable; torch {answer['torch']} with {build}"
+        yield Finding("devices", "GPU", "ok", "; ".join([*lines, text]))
+        nccl = "in this build of torch" if answer["nccl"] else "not in this build of torch"
+        yield Finding("devices", "nccl", "ok" if answer["nccl"] else "missing", nccl)
+    elif lines:
+        text = f"{len(lines)} x {lines[0]}, which torch {answer['torch']} ({build}) does not see"
+        mend = "install a build of torch with CUDA, for this driver, into this environment"
+        if answer["cuda_build"]:
+            mend = "nvidia-smi   (is the driver new enough for that CUDA? Is CUDA_VISIBLE_DEVICES empty?)"
+        yield Finding("devices", "GPU", "limited", text, mend)
+    else:
+        yield Finding("devices", "GPU", "missing", f"none; torch {answer['torch']}, {build}: training on the CPU")
+
+
+def meeting_finding(name: str, answer: Answer) -> Finding:
+    """Whether two ranks on this machine can work together."""
+    if "error" not in answer:
+        return Finding("devices", name, "ok", "two ranks met on this machine and added up")
+    kind = "cpu" if name == "gloo" else "cuda"
+    mend = f"{shlex.join(probe_command('meeting', kind))}   (shows all of it)"
+    return Finding("devices", name, "broken", answer["error"], mend)
+
+
+def engine_finding(name: str, answer: Answer) -> Finding:
+    """What an engine can do, what it cannot, and why."""
+    needed = name == "torch"
+    see = f"{shlex.join(probe_command('engine', name))}   (shows all of it)"
+    if "error" in answer:
+        return Finding("engines", name, "broken", answer["error"], see, needed)
+    worked, failed = answer["worked"], answer["failed"]
+    parts = [
+        ", ".join(title for title in worked if title in PRECISIONS),
+        ", ".join(title for title in worked if title not in PRECISIONS and title != "ZeRO 0"),
+        f"{', '.join(answer['axes'])} parallel" if answer["axes"] else "",
+    ]
+    text = f"{'; '.join(part for part in parts if part) or 'nothing works'} on {answer['device']}"
+    for title in PRECISIONS:
+        if title in answer["refused"]:
+            text += f". No {title}: {answer['refused'][title]}"
+    if failed:
+        first = next(iter(failed))
+        text += f". Failed: {', '.join(failed)}. {first}: {failed[first]}"
+        return Finding("engines", name, "limited" if worked else "broken", text, see, needed)
+    return Finding("engines", name, "ok", text)
+
+
+def _broken_imports(answer: Answer) -> dict[str, str]:
+    """Packages that cannot be imported, with the error."""
+    error = answer.get("error")
+    said = {name: error or answer.get(module) for name, module in IMPORTED.items()}
+    return {name: text for name, text in said.items() if text}
+
+
+def _with_import_error(finding: Finding, broken: Mapping[str, str]) -> Finding:
+    """A package that is installed, and cannot be imported."""
+    if finding.section != "packages" or finding.state != "ok" or finding.name not in broken:
+        return finding
+    (requirement,) = (wanted(each) for each in requirements() if each.name == finding.name)
+    text = f"{finding.text} is installed, but cannot be imported: {broken[finding.name]}"
+    return Finding("packages", finding.name, "broken", text, pip_install("--force-reinstall", requirement))

@@ -47,11 +47,13 @@ def examine(output_dir: Path) -> list[Finding]:
         found = list(package_findings())
         machine = list(machine_findings(output_dir))
         gpus = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-    absent = {finding.name: "not installed" for finding in found if finding.state == "missing"}
-    broken = _broken_imports(importing.result())
     trials = trying.result()
     # Where the process of all trials has died, that is the answer of each.
     answers = {name: trials.get(name, trials) for name in ("devices", "meeting", *(f"engine {e}" for e in ENGINES))}
+    absent = {finding.name: "not installed" for finding in found if finding.state == "missing"}
+    # A package that fails as torch itself does is not the broken one.
+    errors = _broken_imports(importing.result()).items()
+    broken = {name: error for name, error in errors if error != answers["devices"].get("error")}
     found = [_with_import_error(finding, broken) for finding in found]
     found += [*machine, *device_findings(answers["devices"], gpus), meeting_finding("gloo", answers["meeting"])]
     if answers["devices"].get("gpus", 0) > 1:

@@ -103,3 +103,4 @@ def test_what_is_needed_and_broken_is_told_in_the_end(tmp_path: Path, monkeypatc
     assert done.returncode == 1
     assert "/proc cannot be written" in done.stdout and "mend: write runs elsewhere" in done.stdout
     assert "Training is not possible here. Broken: output folder, torch, gloo, torch, " in done.stdout
+    assert "--force-reinstall safetensors" not in done.stdout, "it is torch that is broken"

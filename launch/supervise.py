@@ -13,6 +13,7 @@ from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_TOLD_TWICE, LlmtrainError, NoProgressError, RunFolderInUseError
 from llmtrain.observe.audit import record
+from llmtrain.observe.efficiency import run_efficiency
 from llmtrain.train.run_folder import RunFolder, Status, read_status
 
 EXIT_NO_PROGRESS = NoProgressError.exit_code
@@ -126,6 +127,9 @@ def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int, 
     elif decision.exit_code == EXIT_NO_PROGRESS:
         status = "stalled"
         lines.append(f"given up: {decision.reason}. Mend the cause, then start the same command again.")
+    if decision.action == "stop" and cause.is_defect:
+        with suppress(LlmtrainError, OSError):
+            lines.append(str(run_efficiency(run_dir)))
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
     text = f"rank {cause.rank} on {cause.host}: {cause.summary}"

@@ -20,6 +20,7 @@ from launch.stop import StopSignal
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError
+from llmtrain.observe.efficiency import run_efficiency
 from llmtrain.observe.monitor import Section
 from llmtrain.train.loop import Run, train
 from llmtrain.train.preflight import with_vocab_size
@@ -114,6 +115,9 @@ class Attempt:
             with suppress(LlmtrainError, OSError):  # a full disk must not hide why the run has failed
                 self._write_status("failed", self._last_step(), said, said)
             raise
+        if self.folder:
+            with suppress(LlmtrainError, OSError):  # what cannot be read is no reason to fail in the end
+                run.monitor.say(str(run_efficiency(self.folder.path)))
         run.monitor.close(status)
         self._write_status(status, state.step, "" if status == "done" else "told to stop; the same command continues")
         return 0 if status == "done" else EXIT_PREEMPTED

@@ -4,6 +4,7 @@ Nothing that a user wrote is ever code in the script. Values in the header are e
 are quoted for bash, each on one line.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -25,6 +26,9 @@ BODIES = {"slurm": "train.sbatch", "ray": "train_on_ray.sbatch"}
 PLAIN = re.compile(r"[A-Za-z0-9_.,:@+/=%-]+")
 """What sbatch takes in a header as it is."""
 
+UNPRINTED = re.compile("[\x00-\x1f\x7f\udc80-\udcff]")
+"""Control characters, and bytes of names that are not UTF-8."""
+
 LOG_NAME = "slurm-%j.log"
 SCRIPT_NAME = "job.sbatch"
 
@@ -32,8 +36,7 @@ SCRIPT_NAME = "job.sbatch"
 def render(config: RunConfig, config_path: Path, overrides: Sequence[str], folder: Path | None = None) -> str:
     """The batch script that `sbatch` gets: it runs `llmtrain train config_path overrides...` in `folder`.
 
-    `folder` is the working directory if absent. Raises ConfigError for a path that Slurm cannot take. Text may hold
-    surrogates, for names that are not UTF-8.
+    `folder` is the working directory if absent. Raises ConfigError for a path that Slurm cannot take.
     """
     folder = folder or Path.cwd()
     header = [f"#SBATCH {option}" for option in _options(config, folder)]
@@ -68,7 +71,7 @@ def submit(config: RunConfig, config_path: Path, overrides: Sequence[str]) -> st
         path = run_dir / SCRIPT_NAME
         path.unlink(missing_ok=True)
         path.touch(0o600)
-        path.write_bytes(script.encode("utf-8", "surrogateescape"))
+        path.write_bytes(script.encode())
     except OSError as error:
         message = f"{error.filename or run_dir}: the job's script cannot be written: {error.strerror}. "
         raise LaunchError(message + "Set output_dir to a folder that can be written.") from error
@@ -82,11 +85,11 @@ def submit(config: RunConfig, config_path: Path, overrides: Sequence[str]) -> st
 
 
 def quoted(text: str) -> str:
-    """A text as one word of bash, on one line: control characters get escapes, so that nobody makes lines of a script."""
-    if not re.search(r"[\x00-\x1f\x7f]", text):
+    """A text as one word of bash, on one line: sbatch refuses some control characters, and bytes may be no UTF-8."""
+    if not UNPRINTED.search(text):
         return shlex.quote(text)
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\{ord(match[0]):03o}", escaped) + "'"
+    return "$'" + UNPRINTED.sub(lambda match: f"\\{os.fsencode(match[0])[0]:03o}", escaped) + "'"
 
 
 def _options(config: RunConfig, folder: Path) -> Iterator[str]:
@@ -115,9 +118,11 @@ def _options(config: RunConfig, folder: Path) -> Iterator[str]:
 def _log_pattern(config: RunConfig, folder: Path) -> str:
     """Where the job's log goes: into the run folder's logs. Raises ConfigError where Slurm cannot be told that."""
     logs = str(folder / config.output_dir / config.name / LOGS)
-    if re.search(r"[\x00-\x1f\x7f\\]", logs):
-        message = "holds a backslash, a line break or another control character, which Slurm cannot take in the path "
-        message += "of a log. Choose another folder."
+    if "\\" in logs or UNPRINTED.search(logs):
+        message = (
+            "holds a backslash, a control character or what is no UTF-8, with the working directory before it. Slurm "
+            "takes no such path for a job's log. Choose another folder."
+        )
         raise ConfigError([Problem("output_dir", message, repr(config.output_dir))])
     return _header_value(f"{logs.replace('%', '%%')}/{LOG_NAME}")
 

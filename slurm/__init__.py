@@ -1,1 +1,1 @@
-"""Batch scripts for Slurm, to be used by hand; `llmtrain submit --to slurm` fills in their header (launch/sbatch.py)."""
+"""Batch scripts for Slurm, to be used by hand; launch/sbatch.py fills in their header."""

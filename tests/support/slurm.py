@@ -24,15 +24,15 @@ TIMEOUT_SECONDS = 120
 OUTPUT = "daemons.txt"
 
 # Nothing here belongs to the machine: own ports, own key, own folders. The nodes say that they have more cores than
-# there are, so that ranks fit. linuxproc finds the processes of a step by their parents and needs no control groups. A requeued job waits for cred_expire.
+# there are, so that ranks fit. linuxproc finds the processes of a step by their parents and needs no control groups. A
+# requeued job waits until its credential has expired.
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control_port}
-SlurmctldParameters=enable_configless
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid

@@ -6,8 +6,8 @@ Starting takes under a second offline and several seconds online: run this in a 
 """
 
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,41 +68,29 @@ class WandbTracker:
         self._final_checkpoint = final_checkpoint
         # W&B itself would go on in the system's temporary folder where this one cannot be written.
         (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
-        if run.mode == "online":
-            try:
-                self._run = _start_online(run, run_dir, config)
-            except Exception as error:  # of the network, the server, the account
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                warn(f"Weights & Biases stays offline ({reason}); send it later: wandb sync {run_dir}/wandb/offline-*")
-                wandb.teardown()  # the id stays taken until W&B's own process has ended
-                for nothing_in_it in (run_dir / "wandb").glob(f"run-*-{run.id}"):
-                    shutil.rmtree(nothing_in_it, ignore_errors=True)
-                self._run = _start(run, run_dir, config, "offline")
-        else:
-            self._run = _start(run, run_dir, config, "offline")
-        self._run.define_metric(STEP)
-        self._run.define_metric("*", step_metric=STEP)
+        with _ends_cleanly():
+            online = _start_online(run, run_dir, config, warn) if run.mode == "online" else None
+            self._run = online or _start(run, run_dir, config, "offline")
+            self._run.define_metric(STEP)
+            self._run.define_metric("*", step_metric=STEP)
 
     def log(self, row: Row) -> None:
-        try:
+        with _ends_cleanly():
             self._run.log({STEP: row["step"], **scalars(row)})
-        except Exception:  # its own process is gone, and would be missed again when this one ends
-            with suppress(Exception):
-                wandb.teardown()
-            raise
 
     def flush(self) -> None:
         """Nothing to wait for: W&B's own process holds every row that was logged."""
 
     def close(self, status: str) -> None:
         """A run that was told to stop is finished as well, not crashed."""
-        try:
-            if status == "done" and self._final_checkpoint:
-                self._log_checkpoint(self._final_checkpoint())
-        finally:
-            self._run.finish(exit_code=1 if status == "failed" else 0)
-            # `finish` does not wait for the last block of an offline file; the end of W&B's own process does.
-            wandb.teardown()
+        with _ends_cleanly():
+            try:
+                if status == "done" and self._final_checkpoint:
+                    self._log_checkpoint(self._final_checkpoint())
+            finally:
+                self._run.finish(exit_code=1 if status == "failed" else 0)
+                # `finish` does not wait for the last block of an offline file; the end of W&B's own process does.
+                wandb.teardown()
 
     def _log_checkpoint(self, path: Path | None) -> None:
         if path is None:
@@ -114,12 +102,31 @@ class WandbTracker:
         self._run.log_artifact(artifact, aliases=["final", path.name])
 
 
-def _start_online(run: WandbRun, run_dir: Path, config: Mapping[str, Any]) -> Any:
-    """Raises what W&B raises where it cannot be reached, RuntimeError where nobody is logged in: it never asks."""
+@contextmanager
+def _ends_cleanly() -> Iterator[None]:
+    """Where W&B fails, its own process may be gone: end what is left, or it complains when this process ends."""
+    try:
+        yield
+    except Exception:
+        with suppress(Exception, SystemExit):
+            wandb.teardown()
+        raise
+
+
+def _start_online(run: WandbRun, run_dir: Path, config: Mapping[str, Any], warn: Callable[[str], None]) -> Any:
+    """None where the server cannot be reached or nobody is logged in: it never asks."""
     wandb.setup(wandb.Settings(silent=True))
-    if not wandb.login(prompt=False, verify=False):
-        raise RuntimeError("not logged in: run `wandb login`")
-    return _start(run, run_dir, config, "online")
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("not logged in: run `wandb login`")
+        return _start(run, run_dir, config, "online")
+    except Exception as error:  # of the network, the server, the account
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        warn(f"Weights & Biases stays offline ({reason}); send it later: wandb sync {run_dir}/wandb/offline-*")
+        wandb.teardown()  # the id stays taken until W&B's own process has ended
+        for nothing_in_it in (run_dir / "wandb").glob(f"run-*-{run.id}"):
+            shutil.rmtree(nothing_in_it, ignore_errors=True)
+        return None
 
 
 def _start(run: WandbRun, run_dir: Path, config: Mapping[str, Any], mode: Literal["offline", "online"]) -> Any:

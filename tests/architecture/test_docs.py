@@ -19,6 +19,7 @@ from llmtrain.config.names import all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
 PAGES = sorted([README, *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
@@ -237,11 +238,22 @@ def test_a_broken_link_is_found() -> None:
     assert broken_links(README, text) == ["docs/none.md", "docs/concepts.md#reusme"]
 
 
-def test_readme_lists_the_exit_codes() -> None:
+def exit_codes_listed(text: str) -> list[int]:
+    """The codes that begin the rows of a page's tables."""
+    return [int(row) for row in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md"])
+def test_the_exit_codes_are_listed(page: str) -> None:
     defined = {0, 1, errors.EXIT_PREEMPTED, errors.EXIT_TOLD_TWICE}
     defined |= {kind.exit_code for kind in errors.LlmtrainError.__subclasses__()}
-    rows = re.findall(r"^\| (\d+) \|", README.read_text("utf-8"), re.MULTILINE)
-    assert [int(row) for row in rows] == sorted(defined)
+    assert exit_codes_listed((ROOT / page).read_text("utf-8")) == sorted(defined)
+
+
+def test_what_to_do_stands_with_every_exit_code() -> None:
+    rows = [line.split(" | ") for line in OPERATIONS.read_text("utf-8").splitlines() if re.match(r"\| \d+ \|", line)]
+    assert rows and [row for row in rows if len(row) != 4 or not all(cell.strip(" |") for cell in row)] == []
+    assert exit_codes_listed("| Code |\n| 0 | done |\n| x | 7 |\n| 75 | again |") == [0, 75]
 
 
 @pages

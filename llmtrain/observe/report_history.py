@@ -60,7 +60,7 @@ def timeline_section(records: list[RunRecord]) -> str:
     if len(records) == 1:
         return f'<section><h2>What happened (UTC)</h2><div class="scroll tall">{tables[0][1]}</div></section>'
     folds = "".join(
-        f"<details><summary>{escape(record.name)}<small>{len(record.events):,} events</small></summary>"
+        f"<details><summary>{escape(record.name)}<small>{_count(len(record.events))}</small></summary>"
         f'<div class="scroll tall">{table}</div></details>'
         for record, table in tables
     )
@@ -95,6 +95,10 @@ def _bar(record: RunRecord) -> str:
         f'<div class="bar" role="img" aria-label="{escape(title)}">{pieces}</div>'
         f'<ul class="legend">{legend}</ul></div>'
     )
+
+
+def _count(events: int) -> str:
+    return "1 event" if events == 1 else f"{events:,} events"
 
 
 def _length(seconds: float) -> str:

@@ -54,6 +54,9 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
         ),
         ("Restarts", f"{spent.restarts:,}", f"from step {resumed}" if resumed else "one attempt"),
         ("Lost steps", f"{spent.lost_steps:,}", "done, and left behind" if spent.lost_steps else "none"),
+        ("Rollbacks", _any(spent.rollbacks), "past bad steps"),
+        ("Changes of size", _any(spent.resizes), "other numbers of ranks"),
+        ("Slow ranks", _any(spent.stragglers), "times that one was named"),
         ("Skipped steps", str(skipped), "gradient not finite" if skipped else "none"),
     ]
 
@@ -168,6 +171,11 @@ def _yaml_html(text: str) -> str:
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
+
+
+def _any(number: int) -> str:
+    """A count that is told where there is something to count."""
+    return f"{number:,}" if number else _ABSENT
 
 
 def _share(value: float | None) -> str:

@@ -36,7 +36,7 @@ OVER: tuple[State, ...] = ("done", "failed", "stalled", "dead", "unknown")
 """States that nobody but a person changes. A preempted run is one that somebody starts again."""
 
 TAIL_BYTES = 1 << 16
-RATE_ROWS = 20
+RATE_ROWS = 100
 """Rows that rates are means over."""
 
 

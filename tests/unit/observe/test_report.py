@@ -180,7 +180,9 @@ def test_the_page_tells_what_happened_and_where_the_time_went(tmp_path: Path):
     assert cells["Effective time"] == ("72.7%", "of 0:00:55")
     assert cells["Restarts"] == ("1", "from step 20")
     assert cells["Lost steps"] == ("5", "done, and left behind")
+    assert cells["Changes of size"][0] == "1"
     page = Elements(render([record]))
+    assert "Slow ranks" not in page.text, "there were none"
     for part in (
         "started on 4 ranks, after step 0",
         f"rank 3 on n1, at step 25: {HOSTILE}. Started again after step 20",

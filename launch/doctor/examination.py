@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -99,7 +100,7 @@ def device_findings(answer: Answer, driver: str | None) -> Iterator[Finding]:
         mend = pip_install("--force-reinstall", *(wanted(each) for each in requirements() if each.name == "torch"))
         yield Finding("devices", "torch", "broken", answer["error"], mend, needed=True)
         return
-    lines = (driver or "").splitlines()
+    lines = [f"{number} x {line}" for line, number in Counter((driver or "").splitlines()).items()]
     build = f"CUDA {answer['cuda_build']}" if answer["cuda_build"] else "a build without CUDA"
     if answer["gpus"]:
         text = f"{answer['gpus']} usable; torch {answer['torch']} with {build}"
@@ -107,7 +108,7 @@ def device_findings(answer: Answer, driver: str | None) -> Iterator[Finding]:
         nccl = "in this build of torch" if answer["nccl"] else "not in this build of torch"
         yield Finding("devices", "nccl", "ok" if answer["nccl"] else "missing", nccl)
     elif lines:
-        text = f"{len(lines)} x {lines[0]}, which torch {answer['torch']} ({build}) does not see"
+        text = f"{', '.join(lines)}, which torch {answer['torch']} ({build}) does not see"
         mend = "install a build of torch with CUDA, for this driver, into this environment"
         if answer["cuda_build"]:
             mend = "nvidia-smi   (is the driver new enough for that CUDA? Is CUDA_VISIBLE_DEVICES empty?)"

@@ -133,7 +133,7 @@ H100 = "NVIDIA H100, 81559 MiB, 570.1"
     ("answer", "driver", "state", "says"),
     [
         (gpu(), None, "missing", "training on the CPU"),
-        (gpu(2, "12.8"), f"{H100}\n{H100}", "ok", f"{H100}; {H100}; 2 usable; torch 2.13.0 with CUDA 12.8"),
+        (gpu(2, "12.8"), f"{H100}\n{H100}", "ok", f"2 x {H100}; 2 usable; torch 2.13.0 with CUDA 12.8"),
         (gpu(), H100, "limited", "a build without CUDA) does not see"),
         (gpu(cuda_build="12.8"), H100, "limited", "CUDA 12.8) does not see"),
         ({"error": "ImportError: libx.so"}, None, "broken", "ImportError: libx.so"),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from launch.on_slurm import cpus_per_rank
 from launch.rank_log import LOGS
+from llmtrain.config.rules_launch import uneven_nodes
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, LaunchError, Problem
 
@@ -36,9 +37,12 @@ SCRIPT_NAME = "job.sbatch"
 def render(config: RunConfig, config_path: Path, overrides: Sequence[str], folder: Path | None = None) -> str:
     """The batch script that `sbatch` gets: it runs `llmtrain train config_path overrides...` in `folder`.
 
-    `folder` is the working directory if absent. Raises ConfigError for a path that Slurm cannot take.
+    `folder` is the working directory if absent. Raises ConfigError for a path that Slurm cannot take, and for ranks
+    that cannot be spread over the machines evenly.
     """
     folder = folder or Path.cwd()
+    if problems := list(uneven_nodes(config)):
+        raise ConfigError(problems)
     header = [f"#SBATCH {option}" for option in _options(config, folder)]
     setup = config.launch.slurm.setup
     prologue = [

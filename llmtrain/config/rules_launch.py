@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from llmtrain.config.legal_values import nearest_divisors
 from llmtrain.config.names import either
 from llmtrain.config.rules_parallel import PARALLEL_RULES, WORLD_RULES
 from llmtrain.config.schema import RunConfig
@@ -64,8 +65,26 @@ def passed_variables_are_no_secrets(config: RunConfig) -> Found:
             yield Problem(key, "belongs to one process or one machine, and is never passed on. Remove it.", name)
 
 
+def slurm_nodes_are_filled_evenly(config: RunConfig) -> Found:
+    if config.launch.backend == "slurm":
+        yield from uneven_nodes(config)
+
+
+def uneven_nodes(config: RunConfig) -> Found:
+    """What is wrong with the machines of a job of this run, whoever starts its ranks."""
+    nodes, ranks = config.launch.slurm.nodes, config.launch.num_workers
+    if ranks % nodes:
+        message = f"must divide launch.num_workers = {ranks}. Try {either(nearest_divisors(ranks, nodes))}."
+        yield Problem("launch.slurm.nodes", message, nodes, uses=("launch.num_workers", "launch.backend"))
+
+
 def _is_legal(config: RunConfig, num_workers: int) -> bool:
     return not any(True for rule in WORLD_RULES for _ in rule(config, num_workers))
 
 
-LAUNCH_RULES = (only_ray_has_a_cluster, fewest_workers_can_train, passed_variables_are_no_secrets)
+LAUNCH_RULES = (
+    only_ray_has_a_cluster,
+    fewest_workers_can_train,
+    passed_variables_are_no_secrets,
+    slurm_nodes_are_filled_evenly,
+)

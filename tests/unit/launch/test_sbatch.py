@@ -216,6 +216,15 @@ def test_paths_that_slurm_cannot_take_for_a_log_are_refused(folder: Path, name: 
         sbatch.render(config, Path("run.yaml"), [])
 
 
+@pytest.mark.parametrize("backend", ["local", "slurm", "ray"])
+def test_ranks_are_spread_evenly_or_refused(folder: Path, backend: str) -> None:
+    keys = ("launch.num_workers=2", "launch.slurm.nodes=3", f"launch.backend={backend}")
+    with pytest.raises(
+        ConfigError, match=r"launch\.slurm\.nodes = 3.* must divide launch\.num_workers = 2\. Try 1 or 2"
+    ):
+        sbatch.render(loaded(*keys), Path("run.yaml"), [])
+
+
 def test_a_log_may_lie_in_a_strange_folder(folder: Path) -> None:
     config = loaded().model_copy(update={"output_dir": "/a 'b' \"c\" #%j $(x)"})
     option = header(sbatch.render(config, Path("run.yaml"), []))[-1]

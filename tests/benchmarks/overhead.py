@@ -59,14 +59,14 @@ def benchmark(options: Options) -> list[Table]:
     ]
 
 
-def run_config(train_split: Path, output_dir: Path, steps: int) -> RunConfig:
+def run_config(train_split: Path, output_dir: Path, steps: int, shape: Shape = SHAPE) -> RunConfig:
     """The tiny run on a data set. A run's one save lies behind its last step, where no clock runs."""
     changes = {
         "data": {"train": [{"path": str(train_split)}]},
         "train": {"steps": steps},
         "checkpoint": {"every_steps": 0},
     }
-    return gpt2_run(SHAPE, changes).model_copy(update={"output_dir": str(output_dir)})
+    return gpt2_run(shape, changes).model_copy(update={"output_dir": str(output_dir)})
 
 
 def loaded_batches(config: RunConfig, number: int) -> list[Batch]:

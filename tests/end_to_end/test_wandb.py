@@ -1,6 +1,11 @@
 """Weights & Biases as the command uses it: what is in its files, and what happens to training when it fails."""
 
+import json
 import os
+import re
+import socket
+import subprocess
+import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from tests.distributed.conftest import workspace as workspace
 from tests.distributed.conftest import write_workspace
 from tests.support import command
 from tests.support.command import llmtrain, start_llmtrain, wait_until
+from tests.support.wandb_server import serve_wandb
 from tests.unit.observe.wandb_file import history, iter_records
 
 CANARY = "canary-wandb-0123456789"
@@ -139,7 +145,44 @@ def test_without_network_the_run_is_the_same_and_kept_for_later(
     assert "wandb sync runs/tiny/wandb/offline-*" in done.stderr
     (file,) = run_files(workspace / "runs" / "tiny")
     assert file.parent.name.startswith("offline-run-")
-    assert history(file) == logged(list(iter_rows(workspace / "runs" / "tiny" / "metrics.jsonl")))
+    rows = logged(list(iter_rows(workspace / "runs" / "tiny" / "metrics.jsonl")))
+    assert history(file) == rows
+
+    with serve_wandb() as server:
+        environment.update(server.environment)
+        (sync,) = [line for line in documented_commands() if line.startswith("wandb sync")]
+        line = f"{Path(sys.executable).parent}/{sync.replace('my-run', 'tiny')}"
+        sent = subprocess.run(["sh", "-c", line], cwd=workspace, env=environment, capture_output=True, text=True)
+        assert sent.returncode == 0, sent.stdout + sent.stderr
+        assert server.history(run_record(file).run_id) == rows
+        assert CANARY.encode() not in server.everything
+
+
+def documented_commands() -> list[str]:
+    """The commands of the part of the operations guide about W&B."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text("utf-8")
+    part = text.partition("\n## Weights & Biases\n")[2].partition("\n## ")[0]
+    return [line for block in re.findall(r"```sh\n(.*?)```", part, re.DOTALL) for line in block.splitlines()]
+
+
+def test_online_the_server_gets_every_row_and_no_secret(workspace: Path, environment: dict[str, str]) -> None:
+    online = [line for line in documented_commands() if "observe.wandb=online" in line]
+    assert online == ["llmtrain train my-run.yaml observe.wandb=online"]
+    arguments = online[0].replace("my-run.yaml", "run.yaml").split()[1:]
+    with serve_wandb() as server:
+        environment.update(server.environment)
+        done = llmtrain(*arguments, *LONG, "optim.lr=2.5e-3", folder=workspace)
+        assert done.returncode == 0, done.stderr
+        assert "wandb" not in done.stderr.lower() and "Weights" not in done.stderr
+        run = server.runs()[0]
+        assert server.history(run["name"]) == logged(list(iter_rows(workspace / "runs" / "tiny" / "metrics.jsonl")))
+        assert (run["groupName"], run["displayName"], run["project"]) == ("tiny", "tiny", "llmtrain")
+        config = json.loads(run["config"])
+        assert config["optim"]["value"]["lr"] == 2.5e-3
+        assert config["run"]["value"]["parameters"] > 1000
+        for private in (CANARY, os.environ["PATH"], "optim.lr=2.5e-3"):
+            assert private.encode() not in server.everything, private
+        assert not [sent for run in server.runs() for sent in run.values() if sent == socket.gethostname()]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +209,7 @@ def test_a_killed_service_leaves_training_alone(
     check_untouched(workspace, (workspace / "output.txt").read_text(), undisturbed)
 
 
+@pytest.mark.whole_grid
 def test_a_folder_that_cannot_be_written_leaves_training_alone(
     workspace: Path, undisturbed: dict[int, tuple[float, float]]
 ) -> None:

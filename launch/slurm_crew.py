@@ -107,7 +107,7 @@ class SlurmCrew:
         """Hear all that tasks have said, as soon as one of them has said something."""
         open_ones = {self._tasks[rank].control: rank for rank in ranks if not self._tasks[rank].control.closed}
         for control in wait(list(open_ones), seconds):
-            rank = next(number for connection, number in open_ones.items() if connection is control)
+            rank = open_ones[control]  # pyright: ignore[reportArgumentType]  # a connection came back
             task = self._tasks[rank]
             while not task.control.closed and task.control.poll():
                 self._take(rank, task.hear())

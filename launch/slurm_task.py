@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
 from launch.nursery import Nursery
@@ -32,7 +33,7 @@ def main() -> None:
         control.send_bytes(json.dumps(said).encode())
         _import_all(told["engine"])
         control.send_bytes(json.dumps({"say": "ready"}).encode())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, AuthenticationError) as error:
         sys.exit(f"{place}: the launcher cannot be reached at port {told['port']}: {error}")
     Nursery(control).run()
 

@@ -179,6 +179,21 @@ def test_a_lost_task_costs_its_step_only(slurm: Slurm, workspace: Path) -> None:
     assert "its task has ended without a word" in events[0]["cause"]
 
 
+@pytest.mark.whole_grid
+def test_a_stopped_rank_is_found_by_the_watchdog(slurm: Slurm, workspace: Path) -> None:
+    run = workspace / "runs" / "tiny"
+    keys = ("launch.num_workers=2", "launch.slurm.nodes=2", "train.steps=60", "checkpoint.every_steps=5")
+    job = submit(slurm, workspace, *keys, "launch.watchdog.step_seconds=8", "launch.watchdog.data_seconds=8")
+    slurm.wait(job, lambda facts: any((run / "checkpoints").glob("step-*")) or facts["JobState"] == "FAILED")
+    os.kill(rank_processes(run)[1], signal.SIGSTOP)
+    facts = slurm.wait_for_end(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0"), log_of(run, job)
+    [event] = iter_events(run, "restarting")
+    assert event["rank"] == 1
+    assert "its process is stopped (SIGSTOP)" in event["cause"]
+    assert "rank 0" in (run / "logs" / "stacks.txt").read_text("utf-8")
+
+
 def test_cancelled_it_saves_and_does_not_come_back(slurm: Slurm, workspace: Path) -> None:
     run = workspace / "runs" / "tiny"
     job = submit(slurm, workspace, *LONG, "launch.num_workers=2", "launch.slurm.nodes=2")

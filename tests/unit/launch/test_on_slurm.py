@@ -92,7 +92,10 @@ def test_tasks_come_by_rank_and_go_with_their_launcher(config: RunConfig) -> Non
     ("srun", "said"),
     [
         ("#!/bin/bash\nexit 7\n", "srun has ended with exit code 7 before all 2 ranks were ready"),
-        (SRUN.format(python=sys.executable).replace("range(count)", "range(1)"), r"ranks .*1 were not ready within launch\.timeout_seconds = 3"),
+        (
+            SRUN.format(python=sys.executable).replace("range(count)", "range(1)"),
+            r"ranks .*1 were not ready within launch\.timeout_seconds = 3",
+        ),
     ],
 )
 def test_tasks_that_do_not_come_are_told(config: RunConfig, srun: str, said: str) -> None:

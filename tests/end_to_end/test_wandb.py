@@ -210,6 +210,22 @@ def test_a_killed_service_leaves_training_alone(
 
 
 @pytest.mark.whole_grid
+def test_a_network_that_goes_down_leaves_training_alone_and_every_row_on_the_disk(
+    workspace: Path, environment: dict[str, str], undisturbed: dict[int, tuple[float, float]]
+) -> None:
+    run = workspace / "runs" / "tiny"
+    with serve_wandb() as server:
+        environment.update(server.environment)
+        process = start_llmtrain("train", "run.yaml", *LONG, "observe.wandb=online", folder=workspace)
+        wait_until(lambda: bool(server.runs()) and steps_done(run) > 20, process)
+    assert steps_done(run) < STEPS
+    assert process.wait(command.TIMEOUT_SECONDS) == 0
+    check_untouched(workspace, (workspace / "output.txt").read_text(), undisturbed)
+    (file,) = run_files(run)
+    assert history(file) == logged(list(iter_rows(run / "metrics.jsonl")))
+
+
+@pytest.mark.whole_grid
 def test_a_folder_that_cannot_be_written_leaves_training_alone(
     workspace: Path, undisturbed: dict[int, tuple[float, float]]
 ) -> None:

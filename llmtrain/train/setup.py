@@ -27,7 +27,8 @@ from llmtrain.observe.attempts import StartedAttempt, begin_attempt
 from llmtrain.observe.audit import record
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.environment import save_environment
-from llmtrain.observe.monitor import Monitor, RunPlan, Section
+from llmtrain.observe.monitor import Monitor, RunPlan
+from llmtrain.observe.sections import Section
 from llmtrain.observe.system import SystemMeter
 from llmtrain.observe.throughput import flops_per_token, peak_flops
 from llmtrain.observe.trackers import METRICS_FILE, build_trackers
@@ -153,6 +154,7 @@ def setup(
     engine = engine_class(config.engine.name)(config, device)
     state = restore(start.checkpoint, engine) if start.checkpoint else TrainState()
     engine = measuring(engine, config.model, config.observe.layer_norms_every_steps)
+    # The monitor is made with whoever hears of sections, and tells what they have to say.
     on_section = profiled(config, rank, on_section, lambda text: (monitor.say if folder else tell_the_log)(text))
     monitor = build_monitor(config, folder, state, device, attempt, on_section)
     start.manager.reports.warn = monitor.say

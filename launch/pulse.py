@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from llmtrain.observe.monitor import SECTIONS, Section
+from llmtrain.observe.sections import SECTIONS, Section
 
 Pulse = Callable[[Section, int], None]
 """Called by a rank that enters a section, with the number of steps that the run has finished."""

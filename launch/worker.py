@@ -21,7 +21,7 @@ from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError
 from llmtrain.observe.efficiency import run_efficiency
-from llmtrain.observe.monitor import Section
+from llmtrain.observe.sections import Section
 from llmtrain.train.loop import Run, train
 from llmtrain.train.preflight import with_vocab_size
 from llmtrain.train.run_folder import RunFolder, Status, read_status

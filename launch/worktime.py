@@ -14,7 +14,7 @@ from torch.distributed import Work as Collective
 
 from launch.pulse import WINDOW_STEPS, Pulse, Window, Work
 from launch.sampling import Looks
-from llmtrain.observe.monitor import Section
+from llmtrain.observe.sections import Section
 
 PREPARING = "batches"
 """How the names of the threads of llmtrain/data/loader.py begin, for which the section data waits."""

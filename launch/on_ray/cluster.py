@@ -50,6 +50,8 @@ OF_OUR_RAY = {
     "DASHBOARD_METRIC_PORT": "-1",
     # One idle process per CPU would be started beside the ranks.
     "RAY_prestart_worker_first_driver": "0",
+    # Ranks are not to give way to whatever else runs.
+    "RAY_worker_niceness": "0",
 }
 
 

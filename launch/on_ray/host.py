@@ -8,14 +8,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 import psutil
 import ray
 
+from launch.nursery_crew import Message
 from llmtrain.errors import LaunchError
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class RankHost:
         try:
             return json.loads(self._nursery.recv_bytes())
         except (EOFError, ConnectionError):
-            return {"say": "gone"}
+            return {"say": "gone", "text": "the process that forked it on its worker has died"}
 
 
 def gloo_interface(address: str) -> dict[str, str]:

@@ -18,20 +18,22 @@ from typing import TYPE_CHECKING
 
 from launch.attempt import sum_up, watches_speed
 from launch.failure import Failure
+from launch.nursery_crew import NurseryCrew
 from launch.on_ray.cluster import Cluster, ray_cluster
 from launch.on_ray.ranking import seat_ranks, sized
 from launch.pulse import PulseBoard
+from launch.rank import Rank
 from launch.stop import StopSignal
 from launch.stragglers import Stragglers
 from launch.supervise import AttemptEnd, newest_step, supervise
-from launch.watch import watch
+from launch.watch import Ending, watch
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LaunchError
 from llmtrain.observe.audit import record
 
 if TYPE_CHECKING:
-    from launch.on_ray.crew import Member, RayCrew
     from launch.on_ray.placement import Placement, Replica
+    from launch.on_ray.workers import Member
 
 LOOK_SECONDS = 2.0
 """How often the cluster is asked whether its head lives, and whether there is room for more ranks."""
@@ -92,8 +94,6 @@ class Attempts:
 
     def run(self, number: int) -> AttemptEnd:
         """One attempt, from the newest valid checkpoint, on as many workers as there are."""
-        from launch.on_ray.crew import RayCrew
-
         try:
             replicas = self._placement.gather(self._stop)
         except LaunchError as error:
@@ -105,13 +105,8 @@ class Attempts:
         config, members = seated(self._config, replicas)
         self._note_size(len(members))
         board = PulseBoard(len(members), newest_step(self._run_dir))
-        crew = RayCrew(members, board, self._stop)
         with Lookout(self._cluster, self._placement, len(members)) as lookout:
-            try:
-                crew.start(config, number, self.launch_id)
-                ending = watch(crew, board, self._stop, config.launch, self._look(config, board, crew, lookout))
-            finally:
-                crew.end()
+            ending = self._ending(config, members, number, board, lookout)
         end = sum_up(config, ending, board, self._stop)
         if lookout.cluster_is_lost:
             return self._unable(
@@ -121,7 +116,38 @@ class Attempts:
         grows = lookout.has_room and end.exit_code == EXIT_PREEMPTED and not self._stop.requested
         return replace(end, resized=grows)
 
-    def _look(self, config: RunConfig, board: PulseBoard, crew: "RayCrew", lookout: Lookout) -> Callable[[], None]:
+    def _ending(
+        self, config: RunConfig, members: "list[Member]", number: int, board: PulseBoard, lookout: Lookout
+    ) -> Ending:
+        """Start the ranks and watch over them; none is left afterwards."""
+        from launch.on_ray.workers import RayNurseries
+
+        places = [self._place(members, rank, number) for rank in range(len(members))]
+        nurseries = RayNurseries(members)
+        crew = NurseryCrew(nurseries, places, board, self._stop)
+        try:
+            crew.start(config)
+            return watch(crew, board, self._stop, config.launch, self._look(config, board, crew, lookout))
+        except LaunchError as error:
+            return Ending((Failure.of_error(0, error),), exit_code=error.exit_code)
+        finally:
+            for rank in crew.end():
+                members[rank].replica.drop(members[rank].seat.bundle)
+            nurseries.close()
+
+    def _place(self, members: "list[Member]", rank: int, attempt: int) -> Rank:
+        seat, facts = members[rank].seat, members[rank].facts
+        return Rank(
+            rank,
+            len(members),
+            seat.local_rank,
+            seat.local_world_size,
+            attempt=attempt,
+            device=0 if facts.has_gpu else None,
+            launch_id=self.launch_id,
+        )
+
+    def _look(self, config: RunConfig, board: PulseBoard, crew: NurseryCrew, lookout: Lookout) -> Callable[[], None]:
         """What is looked after while the ranks train: slow ones, more room, a cluster that is gone."""
         stragglers = Stragglers(config, board, crew.host) if watches_speed(config) else None
 
@@ -150,8 +176,8 @@ class Attempts:
 
 def seated(config: RunConfig, replicas: "list[Replica]") -> "tuple[RunConfig, list[Member]]":
     """The configuration with as many ranks as the replicas have workers, and the worker of each rank."""
-    from launch.on_ray.crew import Member
     from launch.on_ray.placement import iter_machines
+    from launch.on_ray.workers import Member
 
     seats = seat_ranks(config, list(iter_machines(replicas)))
     members = []

@@ -7,7 +7,7 @@ from pydantic import Field
 from llmtrain.config.section import AsTuple, Count, CountOrZero, NotNegative, Positive, Section
 
 SLURM_WORD = r"^[A-Za-z0-9_.,:@+/*\[\]-]{1,200}$"
-"""What names of partitions, accounts, constraints and the like are made of: nothing that a shell or Slurm interprets."""
+"""What names of partitions, accounts, constraints and such are made of: nothing that a shell or Slurm interprets."""
 
 SlurmWord = Annotated[str, Field(pattern=SLURM_WORD)]
 

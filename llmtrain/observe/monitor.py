@@ -7,17 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 
 from llmtrain.observe.console import ConsoleTracker
+from llmtrain.observe.sections import Section
 from llmtrain.observe.throughput import mfu
 from llmtrain.observe.tracker import RESUMED_FROM, Row, Tracker
-
-Section = Literal["setup", "data", "step", "evaluate", "checkpoint"]
-SECTIONS: tuple[Section, ...] = get_args(Section)
-"""Where a run spends its time. Its first step belongs to the setup: compilers and allocators work in it."""
 
 Status = Literal["done", "preempted", "failed"]
 

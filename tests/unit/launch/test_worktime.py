@@ -10,7 +10,7 @@ from torch.distributed import Work as Collective
 from launch.pulse import WINDOW_STEPS, Window
 from launch.sampling import LOOK_SECONDS, Looks, stacks_of
 from launch.worktime import WorkMeter
-from llmtrain.observe.monitor import Section
+from llmtrain.observe.sections import Section
 
 DUMP = """\
 Thread 0x00007f0000000001 (most recent call first):

@@ -1,0 +1,87 @@
+"""The workers of an attempt's ranks on Ray, as the nurseries that they pass messages on to."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from launch.nursery_crew import Message
+from launch.on_ray.host import HostFacts
+from launch.on_ray.placement import Replica, Worker
+from launch.on_ray.ranking import Seat
+
+NEWS_SECONDS = 30.0
+"""How long a worker waits for something to say before it is asked again."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A rank's worker, and the replica that holds it."""
+
+    replica: Replica
+    seat: Seat
+    worker: Worker
+
+    @property
+    def facts(self) -> HostFacts:
+        assert self.worker.facts
+        return self.worker.facts
+
+
+class RayNurseries:
+    """See `launch.nursery_crew.Nurseries`. Each worker is always asked for its news; it answers once it has some."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = members
+        self._asked: dict[Any, int] = {}
+        for rank in range(len(members)):
+            self._ask(rank)
+
+    def tell(self, rank: int, message: Message) -> None:
+        """See `Nurseries`."""
+        self._members[rank].worker.actor.tell.remote(message)
+
+    def listen(self, seconds: float) -> Iterator[tuple[int, Message]]:
+        """See `Nurseries`."""
+        if not self._asked:
+            time.sleep(seconds)
+            return
+        done, _ = ray.wait(list(self._asked), timeout=seconds)
+        if done:
+            done, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+        for answer in done:
+            rank = self._asked.pop(answer)
+            try:
+                messages: Any = ray.get(answer)
+            except RayError as error:
+                messages = [{"say": "gone", "text": f"its worker on the cluster has died: {_reason(error)}"}]
+            yield from ((rank, message) for message in messages)
+            if not any(message["say"] == "gone" for message in messages):
+                self._ask(rank)
+
+    def host(self, rank: int) -> str:
+        """See `Nurseries`."""
+        return self._members[rank].facts.hostname
+
+    def address(self, rank: int) -> str:
+        """See `Nurseries`."""
+        return self._members[rank].facts.address
+
+    def close(self) -> None:
+        """Ask no more."""
+        for asked in self._asked:
+            with suppress(RayError):
+                ray.cancel(asked, force=False)
+
+    def _ask(self, rank: int) -> None:
+        self._asked[self._members[rank].worker.actor.news.remote(NEWS_SECONDS)] = rank
+
+
+def _reason(error: RayError) -> str:
+    """What Ray says of it, on one line; of a dead actor the line that tells more than that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines[1:] if line.startswith("The actor")), lines[0] if lines else repr(error))

@@ -7,13 +7,14 @@ the next attempt starts another one.
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launch.attempt import sum_up, watches_speed
 from launch.failure import Failure
+from launch.nursery_crew import NurseryCrew
 from launch.pulse import PulseBoard
-from launch.slurm_crew import SlurmCrew
-from launch.slurm_step import Step, Task
+from launch.slurm_step import SlurmNurseries, Step, Task
 from launch.stop import StopSignal
 from launch.stragglers import Stragglers
 from launch.supervise import AttemptEnd, newest_step, supervise
@@ -90,11 +91,12 @@ class Attempts:
         if not self._tasks:  # told to stop before anything has begun
             self.end_step()
             return Ending(exit_code=EXIT_PREEMPTED)
-        crew = SlurmCrew(self._tasks, board, self._stop)
+        places = [replace(task.place, attempt=number, launch_id=self.launch_id) for task in self._tasks]
+        crew = NurseryCrew(SlurmNurseries(self._tasks), places, board, self._stop)
         try:
-            crew.start(config, number, self.launch_id)
+            crew.start(config)
             look = Stragglers(config, board, crew.host).look if watches_speed(config) else lambda: None
             return watch(crew, board, self._stop, config.launch, look)
         finally:
-            if not crew.end():
+            if crew.end():  # some tasks are gone
                 self.end_step()

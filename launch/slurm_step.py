@@ -8,14 +8,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from queue import Empty, Queue
-from typing import Any
 
+from launch.nursery_crew import Message
 from launch.rank import Rank
 from launch.stop import StopSignal
 from launch.watch import POLL_SECONDS
@@ -24,6 +24,8 @@ from llmtrain.errors import LaunchError
 
 END_SECONDS = 30.0
 """How long srun may take to end the processes of a step."""
+
+LOST = "its task has ended without a word: killed, or its machine is gone (what srun says of it stands above)"
 
 
 @dataclass
@@ -35,12 +37,12 @@ class Task:
     address: str
     control: Connection
 
-    def tell(self, **message: Any) -> None:
-        """Tell it something. A task that is gone is noticed when it is listened to."""
+    def tell(self, message: Message) -> None:
+        """Send a message. A task that is gone is noticed when it is listened to."""
         with suppress(OSError):
             self.control.send_bytes(json.dumps(message).encode())
 
-    def hear(self) -> dict[str, Any] | None:
+    def hear(self) -> Message | None:
         """The next message; None where the task is gone."""
         if self.control.closed:
             return None
@@ -49,6 +51,36 @@ class Task:
         except (EOFError, OSError):
             self.control.close()
             return None
+
+
+class SlurmNurseries:
+    """See `launch.nursery_crew.Nurseries`: the tasks of a step, by rank."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._tasks = tasks
+
+    def tell(self, rank: int, message: Message) -> None:
+        """See `Nurseries`."""
+        self._tasks[rank].tell(message)
+
+    def listen(self, seconds: float) -> Iterator[tuple[int, Message]]:
+        """See `Nurseries`."""
+        ranks = {task.control: rank for rank, task in enumerate(self._tasks) if not task.control.closed}
+        if not ranks:
+            time.sleep(seconds)
+        for control in wait(list(ranks), seconds):
+            rank = ranks[control]  # pyright: ignore[reportArgumentType]  # a connection came back
+            task = self._tasks[rank]
+            while not task.control.closed and task.control.poll():
+                yield rank, task.hear() or {"say": "gone", "text": LOST}
+
+    def host(self, rank: int) -> str:
+        """See `Nurseries`."""
+        return self._tasks[rank].host
+
+    def address(self, rank: int) -> str:
+        """See `Nurseries`."""
+        return self._tasks[rank].address
 
 
 class Step:

@@ -6,7 +6,7 @@ from one that holds nothing of the cluster's client, its threads least of all.
 
 Messages are JSON objects. It is told, by `do`:
     listen    address: serve the ranks' store there for the next attempt; answers `listening` with the port
-    start     place, config, first_step: fork the rank
+    start     place, config, first_step, terminal: fork the rank; it prints as if on such a terminal, if one is given
     places    wanted: look where the rank spends its time, or no more
     stop      tell the rank to save and stop
     helpless  answers `helpless` with the reason, empty where it is not
@@ -34,6 +34,7 @@ from launch.processes import RankProcess, start_rank
 from launch.pulse import Position, PulseBoard
 from launch.rank import Rank
 from launch.stop import StopSignal
+from launch.terminal import Terminal, open_terminal
 from launch.watch import POLL_SECONDS
 from launch.watchdog import read_stacks, stopped_processes
 from llmtrain.config.schema import RunConfig
@@ -44,13 +45,20 @@ Say = Callable[..., None]
 class Nursling:
     """The rank that a nursery has forked, and what of it has been told already."""
 
-    def __init__(self, place: Rank, config: RunConfig, first_step: int, held: list[socket.socket]) -> None:
+    def __init__(
+        self,
+        place: Rank,
+        config: RunConfig,
+        first_step: int,
+        held: list[socket.socket],
+        terminal: Terminal | None = None,
+    ) -> None:
         self._board = PulseBoard(1, first_step)
         self._position = self._board.positions()[0]
         self._windows = 0
         self._stop = StopSignal()
         self._told_to_stop = False
-        self._output, printing = os.pipe()
+        self._output, printing = open_terminal(terminal) if terminal else os.pipe()
         os.set_blocking(self._output, False)
         work = rank_work(config, self._stop, place, self._board, slot=0)
 
@@ -58,6 +66,8 @@ class Nursling:
             os.close(self._output)
             for number in (1, 2):
                 os.dup2(printing, number)
+            if terminal:
+                os.environ["TERM"] = terminal.kind
             return work()
 
         with self._stop:  # the rank listens from its first moment on
@@ -122,6 +132,8 @@ class Nursling:
                 printed = os.read(self._output, 1 << 16)
             except BlockingIOError:
                 return
+            except OSError:  # so ends a terminal that nobody prints to any more
+                printed = b""
             if not printed:
                 os.close(self._output)
                 self._output = -1
@@ -183,7 +195,8 @@ class Nursery:
 
         config = RunConfig.model_validate_json(message["config"])
         held = [self._listener] if self._listener else []
-        self._rank = Nursling(Rank(**message["place"]), config, message["first_step"], held)
+        terminal = Terminal(**message["terminal"]) if message.get("terminal") else None
+        self._rank = Nursling(Rank(**message["place"]), config, message["first_step"], held, terminal)
         if self._listener:
             self._store = serve_store(self._listener)
 

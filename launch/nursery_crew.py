@@ -11,6 +11,7 @@ from launch.nursery import failure_from, position_from
 from launch.pulse import PulseBoard, Window
 from launch.rank import Rank
 from launch.stop import StopSignal
+from launch.terminal import own_terminal
 from launch.watch import POLL_SECONDS, RankNews
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
@@ -68,11 +69,11 @@ class NurseryCrew:
         listening = self._answer({0}, "listening")
         if not listening:
             raise LaunchError(f"rank 0 on {self.host(0)}: {self._gone.get(0, SILENT)}")
-        text, positions = config.model_dump_json(), self._board.positions()
+        text, positions, terminal = config.model_dump_json(), self._board.positions(), own_terminal()
         for rank, place in enumerate(self._places):
             met = asdict(replace(place, host=address, port=listening[0]["port"], serves_store=False))
             start = {"do": "start", "place": met, "config": text, "first_step": positions[rank].step}
-            self._nurseries.tell(rank, start)
+            self._nurseries.tell(rank, {**start, "terminal": asdict(terminal) if terminal and rank == 0 else None})
 
     def news(self, running: Collection[int]) -> list[RankNews]:
         """See `Crew`."""

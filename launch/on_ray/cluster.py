@@ -4,6 +4,7 @@ Ray reads what it is told through the environment when it is imported and when i
 here, once the environment is right, and everything else below `launch/on_ray/` is imported within `ray_cluster`.
 """
 
+import logging
 import os
 import secrets
 import signal
@@ -143,6 +144,8 @@ def _connected(**options: Any) -> Iterator[Any]:
     import ray
     from ray.exceptions import RayError
 
+    # What Ray warns of, dead workers and nodes, is said by the launcher, who knows what it means for the run.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         context = ray.init(**options, log_to_driver=False, configure_logging=False)

@@ -84,4 +84,5 @@ class RayNurseries:
 def _reason(error: RayError) -> str:
     """What Ray says of it, on one line; of a dead actor the line that tells more than that."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines[1:] if line.startswith("The actor")), lines[0] if lines else repr(error))
+    text = next((line for line in lines[1:] if line.startswith("The actor")), lines[0] if lines else repr(error))
+    return text.partition(" Some common causes")[0]

@@ -29,6 +29,13 @@ def test_a_wanted_end_is_the_end(exit_code: int) -> None:
     assert decide([AttemptEnd(exit_code)], 3) == Decision("stop", exit_code)
 
 
+def test_another_number_of_ranks_is_no_end_and_no_standstill() -> None:
+    resized = AttemptEnd(75, saved_step=5, worked=True, resized=True)
+    assert decide([resized], 3).action == "restart"
+    assert num_stalled([failed(saved=5), resized, failed(saved=5)]) == 1
+    assert num_stalled([failed(saved=5), replace(failed(saved=5), resized=True)]) == 1
+
+
 @pytest.mark.parametrize("failure", [DEFECT, KILLED])
 def test_what_worked_is_started_again(failure: Failure) -> None:
     assert decide([failed(failure, saved=5)], 3).action == "restart"

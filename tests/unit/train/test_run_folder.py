@@ -105,6 +105,19 @@ def test_on_another_machine_the_lease_decides(tmp_path: Path, change: dict[str, 
         pass
 
 
+def test_a_launch_takes_the_lock_of_its_earlier_attempt_at_once(tmp_path: Path) -> None:
+    """Even of one that seems to live: its launcher knows better, and what it writes no more is its own affair."""
+    first = RunFolder(tmp_path, launch_id="one")
+    with pytest.raises(RunFolderInUseError):
+        RunFolder(tmp_path, launch_id="other")
+    with RunFolder(tmp_path, 1, launch_id="one"):
+        with pytest.raises(RunFolderInUseError):
+            first.ensure_held()
+        first.close()
+        with pytest.raises(RunFolderInUseError):
+            RunFolder(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"pid": 1}'])
 def test_a_lock_without_sense_counts_until_its_lease_ends(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)

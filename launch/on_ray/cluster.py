@@ -75,6 +75,15 @@ class Cluster:
             self._last_answer = time.monotonic()
         return time.monotonic() - self._last_answer < SILENCE_SECONDS
 
+    def answers(self) -> bool:
+        """Whether the head answers now, or after a restart within SILENCE_SECONDS."""
+        deadline = time.monotonic() + SILENCE_SECONDS
+        while ask_head(self.address, self.token, ASK_SECONDS) == "silent":
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
+        return True
+
 
 @contextmanager
 def ray_cluster(config: RunConfig) -> Iterator[Cluster]:

@@ -94,12 +94,18 @@ class Attempts:
 
     def run(self, number: int) -> AttemptEnd:
         """One attempt, from the newest valid checkpoint, on as many workers as there are."""
+        from ray.exceptions import RayError
+
         try:
             replicas = self._placement.gather(self._stop)
         except LaunchError as error:
             if number == 0:
                 raise
             return self._unable(str(error))
+        except RayError:
+            if self._cluster.answers():
+                raise
+            return self._without_head()
         if not replicas:
             return AttemptEnd(EXIT_PREEMPTED, saved_step=newest_step(self._run_dir), told_to_stop=True)
         config, members = seated(self._config, replicas)
@@ -108,11 +114,8 @@ class Attempts:
         with Lookout(self._cluster, self._placement, len(members)) as lookout:
             ending = self._ending(config, members, number, board, lookout)
         end = sum_up(config, ending, board, self._stop)
-        if lookout.cluster_is_lost:
-            return self._unable(
-                f"the head of the Ray cluster at {self._cluster.address} does not answer any more; saved at step "
-                f"{end.saved_step}. Start the cluster again, then the same command continues."
-            )
+        if lookout.cluster_is_lost or (end.failures and not self._cluster.answers()):
+            return self._without_head(end.step)
         grows = lookout.has_room and end.exit_code == EXIT_PREEMPTED and not self._stop.requested
         return replace(end, resized=grows)
 
@@ -159,10 +162,17 @@ class Attempts:
 
         return look
 
-    def _unable(self, text: str) -> AttemptEnd:
+    def _without_head(self, step: int = 0) -> AttemptEnd:
+        return self._unable(
+            f"the head of the Ray cluster at {self._cluster.address} does not answer any more; saved at step "
+            f"{newest_step(self._run_dir)}. Start the cluster again, then the same command continues.",
+            step,
+        )
+
+    def _unable(self, text: str, step: int = 0) -> AttemptEnd:
         """The end of an attempt that the cluster has brought about."""
         failure = Failure(0, LaunchError.exit_code, text, text, lasting=True)
-        return AttemptEnd(LaunchError.exit_code, (failure,), saved_step=newest_step(self._run_dir))
+        return AttemptEnd(LaunchError.exit_code, (failure,), saved_step=newest_step(self._run_dir), step=step)
 
     def _note_size(self, size: int) -> None:
         """Record that the run goes on with another number of ranks."""

@@ -8,6 +8,7 @@ when they are there.
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,8 +142,10 @@ class Placement:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for replica in self.replicas:
-            replica.remove()
+        # A head that is gone, which has been said by then, keeps nothing.
+        with suppress(RayError):
+            for replica in self.replicas:
+                replica.remove()
 
     def gather(self, stop: StopSignal) -> list[Replica]:
         """Wait for as many replicas as the run may have; empty where it is told to stop meanwhile.

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "command": "the command's help, and from command to first step",
     "launch": "from command to first step with 2 ranks, beside torchrun",
     "recovery": "from the death of a rank to the next finished step, beside torchrun",
+    "cluster": "from command to first step, and from the death of a worker to the next, on Ray, beside Ray Train",
 }
 """Each is the module tests.benchmarks.NAME with a function `benchmark(options) -> list[Table]`."""
 

@@ -1,12 +1,13 @@
 """What a person waits for: the command's help, and the time from `llmtrain train` to the first finished step."""
 
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmtrain.config.rendering import to_yaml
@@ -95,13 +96,13 @@ def seconds_of(command: Sequence[str]) -> float:
     return time.perf_counter() - started
 
 
-def seconds_to_output(command: Sequence[str], file: Path) -> float:
+def seconds_to_output(command: Sequence[str], file: Path, environ: Mapping[str, str] = os.environ) -> float:
     """From the start of a process to the moment when `file`, in a fresh folder, holds something."""
     shutil.rmtree(file.parent, ignore_errors=True)
     file.parent.mkdir(parents=True)
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=REPOSITORY)
+        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=REPOSITORY, env=environ)
         seconds = None
         while seconds is None and process.poll() is None:
             if file.exists() and file.stat().st_size:

@@ -63,7 +63,9 @@ def worker_of(rank: int) -> psutil.Process:
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["tp2", *(pytest.param(name, marks=pytest.mark.whole_grid) for name in ("dp2", "pp2"))]
+)
 def test_ray_gives_the_same_bits(workspace: Path, layout: str) -> None:
     for name, backend in (("local", "local"), ("ray", "ray")):
         line = ("train", "run.yaml", f"name={name}", f"launch.backend={backend}", *LAYOUTS[layout])
@@ -98,9 +100,17 @@ def stop_rank(ranks: list[int]) -> None:
     ("fault", "said"),
     [
         (kill_rank, "rank 1 on .*: was killed by SIGKILL"),
-        (kill_nursery, "rank 1 on .*: the process that forked it on its worker has died"),
+        pytest.param(
+            kill_nursery,
+            "rank 1 on .*: the process that forked it on its worker has died",
+            marks=pytest.mark.whole_grid,
+        ),
         (kill_worker, "rank 0 on .*: its worker on the cluster has died"),
-        (stop_rank, r"rank 1 on .*: no progress in section \w+ .*: its process is stopped \(SIGSTOP\)"),
+        pytest.param(
+            stop_rank,
+            r"rank 1 on .*: no progress in section \w+ .*: its process is stopped \(SIGSTOP\)",
+            marks=pytest.mark.whole_grid,
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -140,6 +150,7 @@ def long_run(workspace: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     process.wait()
 
 
+@pytest.mark.whole_grid
 def test_everything_dies_with_the_command(long_run: tuple[subprocess.Popen[str], Path]) -> None:
     process, run = long_run
     everything = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from launch.environment import changed_environment
-from launch.on_ray.access import ask_head, split_address, token_for
+from launch.on_ray.access import ask_head, is_on_loopback, split_address, token_for
 from launch.on_ray.private_folder import private_folder
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
@@ -35,6 +35,9 @@ SILENCE_SECONDS = 15.0
 ASK_SECONDS = 5.0
 SHUTDOWN_SECONDS = 10.0
 
+KNOWN_BY_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Despite its name: 0 lets a node know itself as 127.0.0.1 on Linux too, and all servers of Ray listen there only."""
+
 OF_ANY_RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray ends a process whose head is gone, without a word. We say what happened, and have to be earlier.
@@ -43,8 +46,7 @@ OF_ANY_RAY = {
 OF_OUR_RAY = {
     **OF_ANY_RAY,
     "RAY_AUTH_MODE": "token",
-    # Despite its name: off, a node knows itself as 127.0.0.1 on Linux too, and all servers of Ray listen there only.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    KNOWN_BY_LOOPBACK: "0",
     # Pages of figures that ask for no token: on ports that do not exist they are not opened.
     "RAY_enable_metrics_collection": "0",
     "AUTOSCALER_METRIC_PORT": "-1",
@@ -131,9 +133,11 @@ def _own_ray(launch: LaunchConfig) -> Iterator[Cluster]:
 def _existing_ray(address: str, launch: LaunchConfig) -> Iterator[Cluster]:
     if address == "auto":
         address = _address_on_this_machine()
-    split_address(address)
+    host, port = split_address(address)
     token = token_for(address, os.environ, launch.allow_open_cluster)
     settings = {**OF_ANY_RAY, "RAY_AUTH_MODE": "token" if token else "disabled"}
+    if is_on_loopback(host, port):
+        settings[KNOWN_BY_LOOPBACK] = "0"
     with changed_environment(settings), _connected(address=address) as context:
         yield Cluster(address, False, context.address_info["node_ip_address"], token)
 

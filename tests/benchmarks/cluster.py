@@ -89,10 +89,10 @@ def benchmark(options: Options) -> list[Table]:
     """Seconds of wall time; each rank computes in one thread."""
     warm_up = 0 if options.quick else 1
     with tempfile.TemporaryDirectory() as folder, ray_head(num_cpus=4) as head:
-        root = Path(folder)
+        root, run = Path(folder), write_run(Path(folder))
         on_cluster = {**os.environ, **head.environ, "BENCHMARK_CLUSTER": head.address}
-        starts = ways_to_first_step(root, head.address, on_cluster)
-        back = ways_back(root, head.address, on_cluster)
+        starts = ways_to_first_step(root, run, head.address, on_cluster)
+        back = ways_back(root, run, head.address, on_cluster)
         if options.quick:
             del starts["Ray Train, a Ray of its own"], back["Ray Train, worker killed"]
         cold = {name: way for name, way in starts.items() if name.endswith("its own")}
@@ -106,10 +106,10 @@ def benchmark(options: Options) -> list[Table]:
         ]  # fmt: skip
 
 
-def train_line(root: Path, *more: str) -> list[str]:
+def train_line(run: Path, *more: str) -> list[str]:
     llmtrain = str(Path(sysconfig.get_path("scripts")) / "llmtrain")
     sizes = f"train.micro_batch_size={SHAPE.batch_size // 2}"
-    return [llmtrain, "train", str(write_run(root)), *TWO_RANKS, sizes, "launch.backend=ray", *more]
+    return [llmtrain, "train", str(run), *TWO_RANKS, sizes, "launch.backend=ray", *more]
 
 
 def plain_line(folder: Path, steps: int, fault_step: int = 0) -> list[str]:
@@ -117,9 +117,9 @@ def plain_line(folder: Path, steps: int, fault_step: int = 0) -> list[str]:
     return [sys.executable, "-c", RAY_TRAIN_SCRIPT.format(**sizes), str(folder)]
 
 
-def ways_to_first_step(root: Path, address: str, on_cluster: Mapping[str, str]) -> dict[str, Measurement]:
+def ways_to_first_step(root: Path, run: Path, address: str, on_cluster: Mapping[str, str]) -> dict[str, Measurement]:
     metrics, loss = root / "runs" / "benchmark" / "metrics.jsonl", root / "plain" / "loss"
-    line, plain = train_line(root), plain_line(loss.parent, steps=1)
+    line, plain = train_line(run), plain_line(loss.parent, steps=1)
     return {
         OURS_COLD: lambda: seconds_to_output(line, metrics),
         "Ray Train, a Ray of its own": lambda: seconds_to_output(plain, loss),
@@ -128,14 +128,14 @@ def ways_to_first_step(root: Path, address: str, on_cluster: Mapping[str, str]) 
     }
 
 
-def ways_back(root: Path, address: str, on_cluster: Mapping[str, str]) -> dict[str, Measurement]:
+def ways_back(root: Path, run: Path, address: str, on_cluster: Mapping[str, str]) -> dict[str, Measurement]:
     settings = (f"launch.ray_address={address}", f"train.steps={STEPS}", f"checkpoint.every_steps={SAVE_EVERY}")
-    line = train_line(root, *settings, "launch.max_stalled_attempts=3")
-    run = root / "runs" / "benchmark"
+    line = train_line(run, *settings, "launch.max_stalled_attempts=3")
+    folder = root / "runs" / "benchmark"
     return {
-        OURS_BACK: lambda: seconds_back(line, run, on_cluster, lambda rank: rank),
+        OURS_BACK: lambda: seconds_back(line, folder, on_cluster, lambda rank: rank),
         "llmtrain, worker killed": lambda: seconds_back(
-            line, run, on_cluster, lambda rank: psutil.Process(rank).parents()[1].pid
+            line, folder, on_cluster, lambda rank: psutil.Process(rank).parents()[1].pid
         ),
         "Ray Train, worker killed": lambda: plain_seconds_back(on_cluster),
     }

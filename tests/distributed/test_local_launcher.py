@@ -130,7 +130,7 @@ def test_ranks_that_do_not_notice_are_stopped(workspace: Path) -> None:
     done = spoiled("raising_beside_a_sleeper", "train", "run.yaml", folder=workspace)
     assert done.returncode == 1
     assert time.monotonic() - began < 60
-    assert f"then rank 0: stopped" in done.stderr
+    assert "then rank 0: stopped" in done.stderr
     run = workspace / "runs" / "tiny"
     assert living(rank_processes(run)) == []
     assert "rank 1 on" in str(status(run)["message"])

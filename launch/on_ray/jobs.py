@@ -4,6 +4,7 @@ The file system is shared, as with Slurm: paths mean the same on the cluster. Wh
 """
 
 import asyncio
+import logging
 import secrets
 import shlex
 import sys
@@ -103,6 +104,7 @@ class JobServer:
         # Ray would prefer these variables to the address.
         with self._errors(), changed_environment({}, without=("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")):
             self._client = JobSubmissionClient(address, headers=headers)
+        logging.getLogger("ray").setLevel(logging.WARNING)  # what is uploaded is small, and not worth a line
 
     def submit(self, plan: JobPlan) -> str:
         """Submit a run and return the job's id. Raises RunFolderInUseError where a job of the run has not ended."""

@@ -106,6 +106,8 @@ def _free_port() -> int:
 def _start(head: RayHead, options: list[str]) -> RayNode:
     output = (head.folder / f"node-{len(head.nodes)}.log").open("wb")
     line = [RAY, "start", "--block", "--object-store-memory=90000000", "--disable-usage-stats", *options]
+    # Two nodes of one machine cannot have the same port, and jobs are started by these agents.
+    line += [f"--dashboard-agent-listen-port={_free_port()}"]
     environ = {**head.environ, "RAY_enable_metrics_collection": "0", **head.settings}
     process = subprocess.Popen(line, env=environ, stdout=output, stderr=output, start_new_session=True)
     node = RayNode(process)

@@ -17,7 +17,7 @@ from launch.watch import Ending
 from launch.watchdog import save_stacks
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError
-from llmtrain.train.run_folder import RunFolder
+from llmtrain.train.run_folder import RunFolder, read_status
 
 if TYPE_CHECKING:
     from llmtrain.train.loop import Run
@@ -80,6 +80,17 @@ def sum_up(config: RunConfig, ending: Ending, board: PulseBoard, stop: StopSigna
         worked=any(position.step > position.first_step for position in positions),
         told_to_stop=stop.requested,
     )
+
+
+def note_stop(config: RunConfig, launch_id: str) -> None:
+    """Say in status.json that a run was told to stop while none of its ranks was there to say it."""
+    run_dir = Path(config.output_dir) / config.name
+    with suppress(LlmtrainError, OSError):
+        before = read_status(run_dir)
+        if before is not None:
+            with RunFolder(run_dir, before.attempt, launch_id) as folder:
+                message = "told to stop; the same command continues"
+                folder.write_status("preempted", before.step, config.total_steps, message)
 
 
 def _abandon_save(config: RunConfig, run_dir: Path) -> None:

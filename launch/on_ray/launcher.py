@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.attempt import sum_up, watches_speed
+from launch.attempt import note_stop, sum_up, watches_speed
 from launch.failure import Failure
 from launch.nursery_crew import NurseryCrew
 from launch.on_ray.cluster import Cluster, ray_cluster
@@ -61,26 +61,32 @@ class Lookout:
         self._ended = threading.Event()
         self._asked = time.monotonic()
         self._alive = True
+        self._thread = threading.Thread(target=self._look_often, name="lookout", daemon=True)
         self.has_room = False
         """Whether there is room for more ranks than there are."""
 
     def __enter__(self) -> "Lookout":
-        threading.Thread(target=self._look_often, name="lookout", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        self._thread.join(SILENT_SECONDS)
 
     @property
     def cluster_is_lost(self) -> bool:
         return not self._alive or time.monotonic() - self._asked > SILENT_SECONDS
 
     def _look_often(self) -> None:
+        from ray.exceptions import RayError
+
         while not self._ended.wait(LOOK_SECONDS):
             self._asked = time.monotonic()
             self._alive = self._cluster.is_alive()
             if self._alive and not self.has_room:
-                self.has_room = self._placement.can_grow(self._num_workers)
+                # A question that fails is asked again; that the head is gone is found out by itself.
+                with suppress(RayError, LaunchError):
+                    self.has_room = self._placement.can_grow(self._num_workers)
 
 
 class Attempts:
@@ -107,6 +113,7 @@ class Attempts:
                 raise
             return self._without_head()
         if not replicas:
+            note_stop(self._config, self.launch_id)
             return AttemptEnd(EXIT_PREEMPTED, saved_step=newest_step(self._run_dir), told_to_stop=True)
         config, members = seated(self._config, replicas)
         self._note_size(len(members))
@@ -114,7 +121,8 @@ class Attempts:
         with Lookout(self._cluster, self._placement, len(members)) as lookout:
             ending = self._ending(config, members, number, board, lookout)
         end = sum_up(config, ending, board, self._stop)
-        if lookout.cluster_is_lost or (end.failures and not self._cluster.answers()):
+        stopped_for_it = lookout.cluster_is_lost and end.exit_code == EXIT_PREEMPTED
+        if stopped_for_it or (end.failures and not self._cluster.answers()):
             return self._without_head(end.step)
         grows = lookout.has_room and end.exit_code == EXIT_PREEMPTED and not self._stop.requested
         return replace(end, resized=grows)

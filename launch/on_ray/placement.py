@@ -54,17 +54,16 @@ class Replica:
         self._starts = 0
         self._problem: Exception | None = None
 
-    def has_room(self) -> bool:
-        """Whether Ray has found a place for it."""
-        return placement_group_table(self._group)["state"] == "CREATED"
+    @property
+    def name(self) -> str:
+        """What Ray calls its placement group."""
+        return self._group.id.hex()
 
     def is_ready(self) -> bool:
-        """Whether all its workers can fork ranks; starts those that are missing where it has room.
+        """Whether all its workers can fork ranks; starts those that are missing. Only where there is room for it.
 
         Raises LaunchError where a worker cannot be started.
         """
-        if not self.has_room():
-            return False
         ready = True
         for bundle, worker in enumerate(self.workers):
             if worker is None:
@@ -157,16 +156,16 @@ class Placement:
             replica.ask()
         told = False
         while not stop.requested:
-            ready = [replica for replica in self.replicas if replica.is_ready()]
             # Those for which there is room will be ready soon.
-            hoped = max(len(ready), sum(replica.has_room() for replica in self.replicas))
+            hoped = self._with_room()
+            ready = [replica for replica in hoped if replica.is_ready()]
             waited = time.monotonic() - began
             size = self._largest(len(ready))
-            if size and (len(ready) == len(self.replicas) or (len(ready) == hoped and waited > SETTLE_SECONDS)):
+            if size and (len(ready) == len(self.replicas) or (len(ready) == len(hoped) and waited > SETTLE_SECONDS)):
                 return ready[: size // self._config.parallel.replica_size]
             if waited > self._config.launch.timeout_seconds:
                 raise LaunchError(self._no_room(len(ready)))
-            if waited > SETTLE_SECONDS and not told and hoped < len(self.replicas):
+            if waited > SETTLE_SECONDS and not told and len(hoped) < len(self.replicas):
                 told = True
                 sys.stderr.write(f"waiting for room on the cluster: {self._resources()}\n")
             time.sleep(POLL_SECONDS)
@@ -176,8 +175,13 @@ class Placement:
         """Whether a run of so many ranks could have more. Asks the cluster: not from the thread that watches ranks."""
         if size == self._sizes[0]:
             return False
-        largest = self._largest(sum(replica.is_ready() for replica in self.replicas))
+        largest = self._largest(sum(replica.is_ready() for replica in self._with_room()))
         return largest is not None and largest > size
+
+    def _with_room(self) -> list[Replica]:
+        """The replicas for which Ray has found a place; one question for all of them."""
+        groups: Any = placement_group_table()
+        return [replica for replica in self.replicas if groups.get(replica.name, {}).get("state") == "CREATED"]
 
     def _largest(self, num_replicas: int) -> int | None:
         """The largest legal number of ranks on so many replicas."""

@@ -99,7 +99,7 @@ def stop_rank(ranks: list[int]) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (kill_rank, "rank 1 on .*: was killed by SIGKILL"),
+        pytest.param(kill_rank, "rank 1 on .*: was killed by SIGKILL", marks=pytest.mark.whole_grid),
         pytest.param(
             kill_nursery,
             "rank 1 on .*: the process that forked it on its worker has died",
@@ -162,6 +162,7 @@ def test_everything_dies_with_the_command(long_run: tuple[subprocess.Popen[str],
     wait_for_the_end_of(everything, seconds=100)  # Ray's agents look for their head before they give up
 
 
+@pytest.mark.whole_grid
 def test_told_to_stop_it_saves_and_continues(long_run: tuple[subprocess.Popen[str], Path], workspace: Path) -> None:
     process, run = long_run
     process.terminate()

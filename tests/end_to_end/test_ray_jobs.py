@@ -73,6 +73,7 @@ def test_a_followed_job_trains_as_the_command_does(head: RayHead, workspace: Pat
     assert "done at step 20/20" in log.stdout
 
 
+@pytest.mark.whole_grid
 def test_a_failed_job_ends_with_the_runs_exit_code(head: RayHead, workspace: Path) -> None:
     wrong = on(head, "submit", "run.yaml", "--to", "ray", "train.global_batch_size=7", folder=workspace)
     assert wrong.returncode == 2 and "train.global_batch_size = 7" in wrong.stderr and wrong.stdout == ""

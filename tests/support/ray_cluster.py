@@ -37,7 +37,7 @@ class RayNode:
 
 @dataclass
 class RayHead:
-    """A cluster. `address` is for ranks, `dashboard` for jobs; `environ` is what a user of it has in the environment."""
+    """A cluster: `address` for ranks, `dashboard` for jobs, `environ` what a user of it has in the environment."""
 
     address: str
     dashboard: str
@@ -50,8 +50,7 @@ class RayHead:
 
     def add_node(self, num_cpus: int) -> RayNode:
         """One more node, with a raylet of its own."""
-        node = _start(self, [f"--address={self.address}", f"--num-cpus={num_cpus}"])
-        return node
+        return _start(self, [f"--address={self.address}", f"--num-cpus={num_cpus}"])
 
     def end_node(self, node: RayNode, number: signal.Signals = signal.SIGTERM) -> None:
         self.nodes.remove(node)
@@ -64,8 +63,8 @@ def ray_head(
 ) -> Iterator[RayHead]:
     """A head with a dashboard, on ports of its own; everything is stopped and removed in the end.
 
-    `is_open`: it asks nobody for a token. `is_outward`: it is known by this machine's address on the network, instead of
-    127.0.0.1. `extra` is added to the environment in which the head is started.
+    `is_open`: it asks nobody for a token. `is_outward`: it is known by this machine's address on the network, instead
+    of 127.0.0.1. `extra` is added to the environment in which the head is started.
     """
     folder = Path(tempfile.mkdtemp(prefix="ray-test-", dir="/tmp"))  # short, for Ray's sockets
     token = "" if is_open else secrets.token_hex(16)

@@ -4,25 +4,22 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmtrain.config.section import Count, Probability, Section
+from llmtrain.config.attention import AttentionConfig, RopeScaling
+from llmtrain.config.moe import MoeConfig
+from llmtrain.config.section import Count, CountOrZero, Probability, Section
 
 VOCAB_MULTIPLE = 128
 """Vocabularies are padded to this fixed multiple, whatever the layout, so that no shape depends on the layout."""
 
 
-class AttentionConfig(Section):
-    """Which positions attend to which."""
-
-    kind: Literal["full"] = Field(default="full", description="full: every position attends to every earlier one.")
-
-
 class InitConfig(Section):
     """How weights are drawn. Biases start at zero, norm weights at one."""
 
-    scheme: Literal["normal", "small_normal", "xavier_normal", "xavier_uniform"] = Field(
+    scheme: Literal["normal", "small_normal", "xavier_normal", "xavier_uniform", "t5"] = Field(
         default="normal",
         description="normal: N(0, std). small_normal: N(0, 2 / (5 hidden_size)) as variance (Nguyen and Salazar 2019). "
-        "xavier_*: variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010); embeddings stay normal.",
+        "xavier_*: variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010); embeddings stay normal. t5: variance 1 / "
+        "fan_in, of queries 1 / (fan_in head_dim), whose scores are not scaled (Raffel et al. 2020).",
     )
     std: Annotated[float, Field(gt=0)] = Field(
         default=0.02, description="Standard deviation of the normal scheme and of embeddings."
@@ -33,27 +30,18 @@ class InitConfig(Section):
     )
 
 
-class RopeScaling(Section):
-    """Stretching of rotary positions beyond the length that they were trained at."""
-
-    kind: Literal["llama3"] = Field(
-        default="llama3", description="llama3: frequencies below a band are divided by the factor."
-    )
-    factor: Annotated[float, Field(ge=1)] = Field(default=8.0, description="How many times longer the context becomes.")
-    low_freq_factor: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="Frequencies with fewer turns in the original length are divided by the whole factor."
-    )
-    high_freq_factor: Annotated[float, Field(gt=0)] = Field(
-        default=4.0, description="Frequencies with more turns in the original length stay; between the two it blends."
-    )
-    original_max_seq_len: Count = Field(default=8192, description="Length of the sequences before the stretching.")
-
-
 class ModelConfig(Section):
     """A transformer's architecture. Sizes left out follow from the others as described."""
 
-    family: Literal["decoder"] = Field(default="decoder", description="Which stack: a causal decoder.")
-    num_layers: Count = Field(default=4, description="Number of transformer layers.")
+    family: Literal["decoder", "encoder", "encoder_decoder"] = Field(
+        default="decoder",
+        description="decoder: a causal stack (GPT, Llama). encoder: one that sees both sides (BERT). encoder_decoder: "
+        "both, the second attending to the first (T5).",
+    )
+    num_layers: Count = Field(default=4, description="Layers of the stack; of an encoder_decoder, of its decoder.")
+    num_encoder_layers: Count | None = Field(
+        default=None, description="encoder_decoder: layers of the encoder; absent: num_layers."
+    )
     hidden_size: Count = Field(default=128, description="Width of the residual stream.")
     num_heads: Count = Field(default=4, description="Number of query heads.")
     num_kv_heads: Count | None = Field(default=None, description="Number of key and value heads; absent: num_heads.")
@@ -72,9 +60,19 @@ class ModelConfig(Section):
     attention_dropout: Probability = Field(
         default=0.0, description="Dropout on attention probabilities (explicit, slower kernel)."
     )
-    position: Literal["rope", "learned", "sinusoidal", "none"] = Field(
-        default="rope", description="Kind of position information."
+    position: Literal["rope", "learned", "sinusoidal", "alibi", "t5_relative", "none"] = Field(
+        default="rope",
+        description="Kind of position information. alibi: scores fall with distance (Press et al. 2022). t5_relative: "
+        "a learned score per head and distance, shared by the layers of a stack (Raffel et al. 2020).",
     )
+    relative_buckets: Annotated[int, Field(ge=4, multiple_of=2)] = Field(
+        default=32, description="t5_relative: classes of distances that are told apart."
+    )
+    relative_max_distance: Count = Field(default=128, description="t5_relative: distances from here on are one class.")
+    token_types: CountOrZero = Field(
+        default=0, description="Rows of a token-type embedding (BERT: 2); 0: there is none. Samples have type 0."
+    )
+    embedding_norm: bool = Field(default=False, description="A norm after the embeddings (BERT).")
     rope_theta: Annotated[float, Field(gt=1)] = Field(default=10000.0, description="Base of the rotary frequencies.")
     rope_scaling: RopeScaling | None = Field(default=None, description="Stretching of rotary positions; absent: none.")
     norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="Kind of normalization.")
@@ -89,13 +87,47 @@ class ModelConfig(Section):
         default="tanh", description="tanh as in GPT-2, or the exact error function."
     )
     bias: bool = Field(default=False, description="Biases in the linear layers of attention and MLP.")
+    qk_norm: bool = Field(default=False, description="An RMSNorm on each head's queries and keys (Qwen3).")
+    head: Literal["linear", "mlm"] = Field(
+        default="linear",
+        description="linear: one matrix. mlm: a dense layer, the activation and a norm before it, and a bias (BERT).",
+    )
+    scaled_head: bool = Field(
+        default=False, description="Multiply the head's input by hidden_size^-0.5, as T5 v1.0 does where it is tied."
+    )
     attention: AttentionConfig = Field(default_factory=AttentionConfig)
+    moe: MoeConfig | None = Field(default=None, description="Mixture of experts; absent: every layer has an MLP.")
     init: InitConfig = Field(default_factory=InitConfig)
 
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies two projections."""
         return self.activation in ("swiglu", "geglu", "reglu")
+
+    @property
+    def encoder_layers(self) -> int:
+        """Layers of the encoder, 0 without one."""
+        match self.family:
+            case "encoder":
+                return self.num_layers
+            case "encoder_decoder":
+                return self.num_encoder_layers or self.num_layers
+            case "decoder":
+                return 0
+
+    @property
+    def decoder_layers(self) -> int:
+        """Layers of the decoder, 0 without one."""
+        return 0 if self.family == "encoder" else self.num_layers
+
+    @property
+    def total_layers(self) -> int:
+        """Layers of all stacks, in the order in which data flows."""
+        return self.encoder_layers + self.decoder_layers
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer number `layer` of its stack has experts in place of an MLP."""
+        return self.moe is not None and layer % self.moe.every_n_layers == 1 % self.moe.every_n_layers
 
     @property
     def kv_heads(self) -> int:

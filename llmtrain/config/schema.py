@@ -9,6 +9,15 @@ from pydantic import Field
 
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.objective import (
+    CorruptionConfig,
+    FimConfig,
+    MaskedConfig,
+    ObjectiveName,
+    PrefixConfig,
+    SpecialTokensConfig,
+    Ul2Config,
+)
 from llmtrain.config.observe import ObserveConfig
 from llmtrain.config.section import AsTuple, AsWhole, Count, CountOrZero, NotNegative, Positive, Probability, Section
 
@@ -34,7 +43,18 @@ class DataConfig(Section):
         description="sentencepiece .model or tokenizer.json; absent: the one kept beside the first training source.",
     )
     seq_len: Count = Field(default=1024, description="Tokens per sample.")
-    objective: Literal["causal"] = Field(default="causal", description="causal: predict each next token.")
+    objective: ObjectiveName = Field(
+        default="causal",
+        description="causal: predict each next token. masked: predict hidden tokens (encoder). span_corruption: "
+        "predict spans that were taken out, ul2: a mixture of that (encoder_decoder). prefix: predict what follows a "
+        "prefix (decoder, encoder_decoder). fim: causal, with middles of documents moved to the end (decoder).",
+    )
+    masked: MaskedConfig = Field(default_factory=MaskedConfig)
+    span_corruption: CorruptionConfig = Field(default_factory=CorruptionConfig)
+    ul2: Ul2Config = Field(default_factory=Ul2Config)
+    prefix: PrefixConfig = Field(default_factory=PrefixConfig)
+    fim: FimConfig = Field(default_factory=FimConfig)
+    special_tokens: SpecialTokensConfig = Field(default_factory=SpecialTokensConfig)
     reset_positions: bool = Field(default=False, description="Positions start again at each document in a sample.")
     reset_attention: bool = Field(
         default=False,

@@ -1,6 +1,6 @@
 """One micro-batch as tensors.
 
-Shape suffixes: B micro-batch, S sequence.
+Shape suffixes: B micro-batch, S sequence, T the encoder's sequence in an encoder-decoder.
 """
 
 from dataclasses import dataclass, replace
@@ -12,13 +12,29 @@ IGNORED_LABEL = -100
 """A position with this label is no target: it adds neither to the loss nor to the count of valid tokens."""
 
 
+PADDING = -1
+"""The segment of positions that only fill a sample up: others do not see them."""
+
+TENSORS = (
+    "tokens_BS",
+    "labels_BS",
+    "positions_BS",
+    "segments_BS",
+    "prefix_B",
+    "encoder_tokens_BT",
+    "encoder_segments_BT",
+)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Token ids, the token that each position should predict, and where documents begin.
 
-    `labels_BS` is already shifted: position s predicts labels[:, s]. `positions_BS` counts from 0 in every
-    sample, or in every document where the configuration says so. `segments_BS` numbers the documents of a sample;
-    it is None where attention runs across documents.
+    `labels_BS` is already shifted: position s predicts labels[:, s]. `positions_BS` counts from 0 in every sample, or
+    in every document where the configuration says so. `segments_BS` numbers the documents of a sample, PADDING for what
+    is none; it is None where attention runs across documents and nothing is padding. `prefix_B` is the length of each
+    sample's prefix, which is seen from both sides. Of an encoder-decoder, these are the decoder's; the encoder has
+    `encoder_tokens_BT`, and where some are padding, `encoder_segments_BT`.
     """
 
     tokens_BS: Tensor
@@ -27,6 +43,9 @@ class Batch:
     segments_BS: Tensor | None = None
     first_sample: int = 0
     """Global number of the first sample; the others follow it, but for those that the run skips."""
+    prefix_B: Tensor | None = None
+    encoder_tokens_BT: Tensor | None = None
+    encoder_segments_BT: Tensor | None = None
 
     @property
     def num_valid_tokens(self) -> int:
@@ -35,10 +54,6 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device; the copy does not wait where memory is pinned."""
-        return replace(
-            self,
-            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
-            labels_BS=self.labels_BS.to(device, non_blocking=True),
-            positions_BS=self.positions_BS.to(device, non_blocking=True),
-            segments_BS=None if self.segments_BS is None else self.segments_BS.to(device, non_blocking=True),
-        )
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **moved)

@@ -10,12 +10,13 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.placement import Placement, split_placement
-from llmtrain.models.attention import Attention, AttentionInputs, document_mask
+from llmtrain.models.attention import Attention, AttentionInputs
 from llmtrain.models.build import build_model
 from llmtrain.models.cross_entropy import Objective, head_cross_entropy
 from llmtrain.models.positions import rotary_angles
 from llmtrain.models.sharding import DECODER, kind_of, split_dim
 from llmtrain.models.transformer import Transformer
+from llmtrain.models.visibility import Visibility
 from llmtrain.parallel.context import spread_over_context
 from llmtrain.parallel.draws import Draws, Span
 from llmtrain.parallel.groups import Groups
@@ -84,8 +85,8 @@ class Stage(nn.Module):
         rotary = None
         if self.model_config.position == "rope":
             rotary = rotary_angles(self.model_config, batch.positions_BS[:, inside], x_sBH.dtype)
-        allowed_BST = None if batch.segments_BS is None else document_mask(batch.segments_BS)
-        x_sBH = self.parts["decoder"](x_sBH, AttentionInputs(rotary, allowed_BST, local_draws))
+        visible = Visibility(queries_BS=batch.segments_BS, keys_BT=batch.segments_BS)
+        x_sBH = self.parts["decoder"](x_sBH, AttentionInputs(rotary, visible, None, local_draws))
         if not self.chunk.last:
             return x_sBH
         if self.region is not None:
@@ -110,7 +111,8 @@ def place_heads(attention: Attention, groups: Groups) -> None:
     """Tell an attention which heads it computes, and let it trade the sequence for heads among the context ranks."""
     tensor_heads = attention.num_heads // groups.layout.tensor
     context_heads = tensor_heads // groups.layout.context
-    attention.first_head = groups.place.tensor * tensor_heads + groups.place.context * context_heads
+    attention.tensor_first_head = groups.place.tensor * tensor_heads
+    attention.first_head = attention.tensor_first_head + groups.place.context * context_heads
     if groups.layout.context > 1:
         attention.attend = spread_over_context(attention.attend, groups.context)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.errors import ConfigError
-from llmtrain.models.attention import LayerCache
+from llmtrain.models.caches import build_cache
 from llmtrain.models.transformer import Transformer
 
 
@@ -65,7 +65,7 @@ def iter_tokens(model: Transformer, prompt: Sequence[int], sampling: Sampling, m
     device = model.embeddings.word.weight.device
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
     length = min(longest, len(prompt) + max_tokens)
-    caches = [LayerCache(length) for _ in model.decoder.layers]
+    caches = [build_cache(model.config, length) for _ in model.decoder.layers]
     tokens_BS = torch.tensor([list(prompt)], device=device)
     for start in range(len(prompt), length):
         positions_BS = torch.arange(start - tokens_BS.shape[1], start, device=device)[None]

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.attention import Attention, AttentionInputs, LayerCache, document_mask
+from llmtrain.models.attention import Attention, AttentionInputs
+from llmtrain.models.caches import LayerCache
 from llmtrain.models.cross_entropy import Objective, head_cross_entropy
 from llmtrain.models.embeddings import Embeddings
 from llmtrain.models.mlp import MLP
 from llmtrain.models.norms import build_norm
-from llmtrain.models.positions import rotary_angles
+from llmtrain.models.positions import build_position_bias, rotary_angles
+from llmtrain.models.visibility import Visibility
 from llmtrain.parallel.draws import Draws, derived_key, dropout_hidden
 
 
@@ -28,7 +30,7 @@ class Layer(nn.Module):
         self.attention_site = derived_key("attention", number)
         self.mlp_site = derived_key("mlp", number)
         self.attention_norm = build_norm(config)
-        self.attention = Attention(config, number, recompute_kernel=recompute == "selective")
+        self.attention = Attention(config, f"decoder.{number}.attention", recompute_kernel=recompute == "selective")
         self.mlp_norm = build_norm(config)
         self.mlp = MLP(config, recompute_activation=recompute == "selective")
 
@@ -72,6 +74,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.decoder = Stack(config, recompute)
+        self.bias = build_position_bias(config, causal=True)
         tied = config.tie_embeddings
         self.head = None if tied else nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
 
@@ -94,7 +97,8 @@ class Transformer(nn.Module):
         x_SBH = self.embeddings(tokens_BS, positions_BS, draws)
         inputs = AttentionInputs(
             rotary=rotary_angles(self.config, positions_BS, x_SBH.dtype) if self.config.position == "rope" else None,
-            allowed_BST=None if segments_BS is None else document_mask(segments_BS),
+            visible=Visibility(queries_BS=segments_BS, keys_BT=segments_BS),
+            bias=self.bias,
             draws=draws,
         )
         return self.decoder(x_SBH, inputs, caches)

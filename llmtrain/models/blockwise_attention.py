@@ -100,9 +100,8 @@ class Work:
 
 class Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, by_distance: Tensor | None, sinks: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, scoring: Scoring, *tensors: Any) -> Tensor:
+        q, k, v, by_distance, sinks = tensors
         work = Work.of(scoring, q, k, by_distance, sinks)
         out_BNSD, log_sum_BNS = attended(work, q, k, v)
         ctx.scoring = scoring

@@ -1,5 +1,7 @@
 """The kinds' masks: pieces and rules are the definitions, and what is off by one is caught."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,3 +127,20 @@ def test_a_mask_off_by_one_is_caught(name: str, monkeypatch: pytest.MonkeyPatch)
     ours, theirs = compared(case)
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_pictures_in_the_documentation_are_the_masks() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "attention.md").read_text("utf-8")
+    rows = [line.split() for line in page.splitlines() if re.fullmatch(r"[#. ]+", line) and "#" in line]
+    drawn: list[dict[str, Any]] = [
+        {"kind": "full"},
+        {"kind": "sliding_window", "window": 3},
+        {"kind": "strided", "stride": 4},
+        {"kind": "longformer", "window": 3, "num_global": 1},
+        {"kind": "bigbird", "block_size": 2, "num_global": 1, "num_random": 1},
+    ]
+    for column, variant in enumerate(drawn):
+        config = AttentionConfig(**variant)
+        for s, row in enumerate(rows):
+            expected = "".join("#" if t <= s and pair_allowed(config, s, t) else "." for t in range(len(rows)))
+            assert row[column] == expected

@@ -91,7 +91,7 @@ def test_bf16_stays_within_its_bounds(family: str, text: str) -> None:
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(recompute: str) -> None:
-    config, layout = candidate("switch_t5", "megatron:dp2+pp2+ep2", recompute=recompute)
+    _, layout = candidate("switch_t5", "megatron:dp2+pp2+ep2", recompute=recompute)
     assert verdict(parity_run("switch_t5"), layout.config, layout.world_size, num_steps=3).problems == []
 
 

@@ -1,107 +1,115 @@
-"""Self-attention: projections, positions, and the kernel.
+"""Attention: projections, norms, positions, and the kernel that the kind of attention and the device call for.
 
-Shape suffixes: S sequence, T keys (S, or more with a cache), B micro-batch, H hidden, N heads, D size of one head.
+Shape suffixes: S queries, T keys, B micro-batch, H hidden, N heads, D size of one head.
 The number of heads is read off the weights, so that a rank that holds some of the heads runs the same code.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.positions import Rotary, rotate
+from llmtrain.models.attention_patterns import PATTERNS, Full, Strided
+from llmtrain.models.attention_scores import ProbabilityDropout, Scoring, repeated_kv, scores_by_distance
+from llmtrain.models.blockwise_attention import blockwise_attention
+from llmtrain.models.caches import KeyValueCache, LayerCache, MemoryCache, StateCache
+from llmtrain.models.flex_kernel import can_flex, flex_kernel
+from llmtrain.models.fused_attention import fused_attention
+from llmtrain.models.linear_attention import decode, linear_attention
+from llmtrain.models.norms import RMSNorm
+from llmtrain.models.positions import PositionBias, Rotary, at_least_fp32, rotate
+from llmtrain.models.visibility import Visibility
 from llmtrain.parallel.draws import Draws, Span, derived_key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionInputs:
     """What all layers of one forward pass share.
 
-    `allowed_BST` is True where query s may attend to key t; None means causal. `rotary` is None without rotary
-    positions. `draws` is None outside training.
+    `rotary` is None without rotary positions, `bias` without scores by position, `draws` outside of training.
     """
 
     rotary: Rotary | None = None
-    allowed_BST: Tensor | None = None
+    visible: Visibility = field(default_factory=Visibility)
+    bias: PositionBias | None = None
     draws: Draws | None = None
 
 
-class LayerCache:
-    """Keys and values of the positions seen so far, [T, B, N, D], with room for `max_seq_len` positions."""
+KernelName = Literal["fused", "blockwise", "flex"]
 
-    def __init__(self, max_seq_len: int) -> None:
-        self.max_seq_len = max_seq_len
-        self.length = 0
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def extend(self, k_SBND: Tensor, v_SBND: Tensor) -> tuple[Tensor, Tensor]:
-        """Append and return everything seen so far."""
-        if self.keys is None or self.values is None:
-            room = (self.max_seq_len, *k_SBND.shape[1:])
-            self.keys, self.values = k_SBND.new_empty(room), v_SBND.new_empty(room)
-        end = self.length + k_SBND.shape[0]
-        self.keys[self.length : end] = k_SBND
-        self.values[self.length : end] = v_SBND
-        self.length = end
-        return self.keys[:end], self.values[:end]
+KERNELS: dict[KernelName, Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]] = {
+    "fused": fused_attention,
+    "blockwise": blockwise_attention,
+    "flex": flex_kernel,
+}
 
 
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """[S, T], True where allowed: the last query sees all keys."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
-
-
-def document_mask(segments_BS: Tensor) -> Tensor:
-    """[B, S, S]: causal and within one document."""
-    same = segments_BS[:, :, None] == segments_BS[:, None, :]
-    return same & causal_mask(segments_BS.shape[1], segments_BS.shape[1], segments_BS.device)
-
-
-def repeated_kv(x_TBND: Tensor, num_heads: int) -> Tensor:
-    """Repeat key or value heads so that query head n finds head n // (num_heads / num_kv_heads)."""
-    return x_TBND if x_TBND.shape[2] == num_heads else x_TBND.repeat_interleave(num_heads // x_TBND.shape[2], dim=2)
-
-
-def fused_attention(q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, allowed_BST: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v through PyTorch's fused kernels; [S, B, N, D]. Causal where no mask is given."""
-    causal = allowed_BST is None and q_SBND.shape[0] == k_TBND.shape[0]
-    if allowed_BST is not None:
-        mask = allowed_BST[:, None]
-    elif causal or q_SBND.shape[0] == 1:
-        mask = None
-    else:
-        mask = causal_mask(q_SBND.shape[0], k_TBND.shape[0], q_SBND.device)
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_TBND, v_TBND))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-    return out.permute(2, 0, 1, 3)
+def kernel_for(q_SBND: Tensor, k_TBND: Tensor, scoring: Scoring) -> KernelName:
+    """The fastest kernel that computes this: PyTorch's fused ones know no pattern and nothing between score and weight;
+    FlexAttention knows both, on GPUs; the blockwise one knows everything, everywhere."""
+    if isinstance(scoring.pattern, Full) and scoring.plain:
+        return "fused"
+    # A stride leaves something of every block of FlexAttention's, so that it would save nothing there.
+    if q_SBND.is_cuda and not isinstance(scoring.pattern, Strided) and can_flex(q_SBND, k_TBND, scoring):
+        return "flex"
+    return "blockwise"
 
 
 class Attention(nn.Module):
-    """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017; Ainslie et al. 2023)."""
+    """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017; Ainslie et al. 2023).
 
-    def __init__(self, config: ModelConfig, layer_number: int, recompute_kernel: bool = False) -> None:
+    Self-attention of the configured kind; `cross`: full attention to a memory, without positions and sinks.
+    """
+
+    def __init__(self, config: ModelConfig, site: str, recompute_kernel: bool = False, cross: bool = False) -> None:
         super().__init__()
+        self.cross = cross
         self.head_dim = config.head_size
         self.num_heads = config.num_heads
         self.first_head = 0
+        """First of the global heads that the kernel computes on this rank."""
+        self.tensor_first_head = 0
+        """First of the global heads whose weights this rank holds."""
+        self.kind = "full" if cross else config.attention.kind
+        self.pattern = PATTERNS[self.kind](config.attention)
+        self.scale = config.attention.scale or 1 / math.sqrt(self.head_dim)
+        self.softcap = config.attention.softcap
         self.dropout = config.attention_dropout
-        self.dropout_site = derived_key("attention.probabilities", layer_number)
+        self.dropout_site = derived_key(site, "probabilities")
         self.recompute_kernel = recompute_kernel
         self.q = nn.Linear(config.hidden_size, config.num_heads * self.head_dim, bias=config.bias)
         self.k = nn.Linear(config.hidden_size, config.kv_heads * self.head_dim, bias=config.bias)
         self.v = nn.Linear(config.hidden_size, config.kv_heads * self.head_dim, bias=config.bias)
         self.out = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        has_sinks = config.attention.sinks and not cross
+        self.sinks = nn.Parameter(torch.empty(config.num_heads)) if has_sinks else None
 
-    def forward(self, x_SBH: Tensor, inputs: AttentionInputs, cache: LayerCache | None = None) -> Tensor:
-        q, k, v = (linear(x_SBH).unflatten(-1, (-1, self.head_dim)) for linear in (self.q, self.k, self.v))
-        if inputs.rotary is not None:
-            q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
-        if cache is not None:
+    def forward(
+        self,
+        x_SBH: Tensor,
+        inputs: AttentionInputs,
+        cache: LayerCache | None = None,
+        memory_TBH: Tensor | None = None,
+    ) -> Tensor:
+        """[S, B, H]. Cross-attention needs the memory, but where its cache has seen it."""
+        q = self.heads_of(self.q, x_SBH, self.q_norm)
+        if self.cross:
+            k, v = self.keys_and_values_of_memory(memory_TBH, cache)
+        else:
+            k, v = self.keys_and_values(x_SBH)
+            if inputs.rotary is not None:
+                q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
+        if isinstance(cache, StateCache):
+            out, cache.state = decode(q, *self.repeated(q, k, v), inputs.visible, cache.state)
+            return self.out(out.flatten(-2))
+        if isinstance(cache, KeyValueCache):
             k, v = cache.extend(k, v)
         if self.recompute_kernel and self.training:
             out = checkpoint(self.attend, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
@@ -109,26 +117,41 @@ class Attention(nn.Module):
             out = self.attend(q, k, v, inputs)
         return self.out(out.flatten(-2))
 
-    def attend(self, q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, inputs: AttentionInputs) -> Tensor:
-        """The kernel: [S, B, N, D]."""
-        num_heads = q_SBND.shape[2]
-        k, v = repeated_kv(k_TBND, num_heads), repeated_kv(v_TBND, num_heads)
-        if self.dropout > 0 and inputs.draws is not None:
-            return self.attend_with_dropout(q_SBND, k, v, inputs, inputs.draws)
-        return fused_attention(q_SBND, k, v, inputs.allowed_BST)
+    def heads_of(self, linear: nn.Linear, x_SBH: Tensor, norm: RMSNorm | None) -> Tensor:
+        """[S, B, N, D]."""
+        heads = linear(x_SBH).unflatten(-1, (-1, self.head_dim))
+        return heads if norm is None else norm(heads)
 
-    def attend_with_dropout(
-        self, q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, inputs: AttentionInputs, draws: Draws
-    ) -> Tensor:
-        """Explicit attention: fused kernels draw random numbers of their own, which no other layout could repeat."""
-        num_queries, batch = q_SBND.shape[:2]
-        num_keys = k_TBND.shape[0]
-        scores_BNST = torch.einsum("sbnd,tbnd->bnst", q_SBND, k_TBND).float() / math.sqrt(self.head_dim)
-        allowed = inputs.allowed_BST
-        mask = causal_mask(num_queries, num_keys, q_SBND.device) if allowed is None else allowed[:, None]
-        probabilities = scores_BNST.masked_fill(~mask, float("-inf")).softmax(-1)
-        heads = Span(self.first_head, self.num_heads)
-        spans = (Span(0, batch), heads, Span(0, num_queries), Span(0, num_keys))
-        keep = draws.keep_mask(self.dropout_site, self.dropout, probabilities.shape, spans)
-        kept = torch.where(keep, probabilities * (1 / (1 - self.dropout)), 0.0).to(v_TBND.dtype)
-        return torch.einsum("bnst,tbnd->sbnd", kept, v_TBND)
+    def keys_and_values(self, x_TBH: Tensor) -> tuple[Tensor, Tensor]:
+        return self.heads_of(self.k, x_TBH, self.k_norm), self.heads_of(self.v, x_TBH, None)
+
+    def keys_and_values_of_memory(self, memory_TBH: Tensor | None, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        def computed() -> tuple[Tensor, Tensor]:
+            assert memory_TBH is not None, "cross-attention needs a memory"
+            return self.keys_and_values(memory_TBH)
+
+        return cache.kept(computed) if isinstance(cache, MemoryCache) else computed()
+
+    def repeated(self, q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with as many heads as the queries."""
+        return repeated_kv(k_TBND, q_SBND.shape[2]), repeated_kv(v_TBND, q_SBND.shape[2])
+
+    def attend(self, q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, inputs: AttentionInputs) -> Tensor:
+        """From rotated queries and keys to weighted values: [S, B, N, D]."""
+        if self.kind == "linear":
+            return linear_attention(q_SBND, *self.repeated(q_SBND, k_TBND, v_TBND), inputs.visible)
+        scoring = self.scoring(q_SBND, k_TBND, inputs)
+        return KERNELS[kernel_for(q_SBND, k_TBND, scoring)](q_SBND, k_TBND, v_TBND, scoring)
+
+    def scoring(self, q_SBND: Tensor, k_TBND: Tensor, inputs: AttentionInputs) -> Scoring:
+        """How this layer weighs, with the weights of the heads at hand."""
+        by_distance = sinks = dropout = None
+        if inputs.bias is not None and not self.cross:
+            by_distance = scores_by_distance(inputs.bias, q_SBND, k_TBND.shape[0], self.first_head)
+        if self.sinks is not None:
+            start = self.first_head - self.tensor_first_head
+            sinks = at_least_fp32(self.sinks[start : start + q_SBND.shape[2]])
+        if self.dropout > 0 and inputs.draws is not None:
+            heads = Span(self.first_head, self.num_heads)
+            dropout = ProbabilityDropout(self.dropout, self.dropout_site, inputs.draws, heads)
+        return Scoring(self.pattern, inputs.visible, self.scale, self.softcap, by_distance, sinks, dropout)

@@ -16,6 +16,7 @@ from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_fold
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.config.lengths import sample_lengths
 from llmtrain.config.rendering import to_yaml
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.folders import fetch_config, open_folder, run_tokenizer
@@ -32,7 +33,7 @@ from llmtrain.observe.environment import save_environment
 from llmtrain.observe.monitor import Monitor, RunPlan
 from llmtrain.observe.sections import Section
 from llmtrain.observe.system import SystemMeter
-from llmtrain.observe.throughput import flops_per_token, peak_flops
+from llmtrain.observe.throughput import flops_per_sample, peak_flops
 from llmtrain.observe.trackers import METRICS_FILE, build_trackers
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.continuity import data_record, differences, noted_changes, one_line, refusals, resume_target
@@ -218,7 +219,8 @@ def build_monitor(
         start_step=state.step,
         start_tokens=state.tokens,
         log_every_steps=config.observe.log_every_steps,
-        flops_per_token=flops_per_token(config.model, config.data.seq_len),
+        flops_per_token=flops_per_sample(config.model, sample_lengths(config.model.family, config.data))
+        / config.data.seq_len,
         peak_flops=peak_of_run(config, device),
         attempt=attempt.number,
     )

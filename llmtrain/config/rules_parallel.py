@@ -6,6 +6,7 @@ from math import gcd
 from llmtrain.config.legal_values import nearest_divisors, nearest_multiples
 from llmtrain.config.model import VOCAB_MULTIPLE
 from llmtrain.config.names import either
+from llmtrain.config.rules_objective import axes_divide_sequences
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 
@@ -51,20 +52,6 @@ def sequence_needs_tensor(config: RunConfig) -> Found:
     if config.parallel.sequence and config.parallel.tensor == 1:
         message = "needs parallel.tensor greater than 1. Try false."
         yield Problem("parallel.sequence", message, "true", uses=("parallel.tensor",))
-
-
-def axes_divide_sequence(config: RunConfig) -> Found:
-    parallel, seq_len = config.parallel, config.data.seq_len
-    parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    if seq_len % parts == 0:
-        return
-    axes = f"parallel.context = {parallel.context}"
-    if parallel.sequence:
-        axes = f"parallel.context x parallel.tensor = {parallel.context} x {parallel.tensor} = {parts}"
-    fitting = [length for length in nearest_multiples(parts, seq_len) if length <= config.model.max_seq_len]
-    advice = f"Try {either(fitting)}." if fitting else f"Try {axes.partition(' ')[0]}=1."
-    uses = ("parallel.context", "parallel.tensor", "parallel.sequence", "model.max_seq_len")
-    yield Problem("data.seq_len", f"must be a multiple of {axes}. {advice}", seq_len, uses=uses)
 
 
 def chunks_need_pipeline(config: RunConfig) -> Found:
@@ -197,7 +184,7 @@ PARALLEL_RULES = (
     tensor_divides_layers,
     context_divides_heads,
     sequence_needs_tensor,
-    axes_divide_sequence,
+    axes_divide_sequences,
     chunks_need_pipeline,
     pipeline_has_layers,
     split_names_every_layer,

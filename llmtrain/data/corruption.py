@@ -76,7 +76,7 @@ def noise_mask(length: int, counts: SpanCounts, draws: Draws) -> NDArray[np.bool
     """T5's random_spans_noise_mask: [length], true where a token is taken out.
 
     Text and spans take turns, text first and a span last. Their numbers and the tokens in each kind are fixed; every
-    partition into such parts, none of them empty, has the same chance.
+    partition into such parts, none of them empty, has the same chance. So a single span is the end of the window.
     """
     noise = _partition(counts.tokens, counts.spans, draws)
     text = _partition(length - counts.tokens, counts.spans, draws)

@@ -219,6 +219,7 @@ def build_monitor(
         start_step=state.step,
         start_tokens=state.tokens,
         log_every_steps=config.observe.log_every_steps,
+        tokens_per_step=config.train.global_batch_size * config.data.seq_len,
         flops_per_token=flops_per_sample(config.model, sample_lengths(config.model.family, config.data))
         / config.data.seq_len,
         peak_flops=peak_of_run(config, device),

@@ -145,14 +145,26 @@ def show(
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run whose order is meant.")] = 1234,
     shuffle_shards: Annotated[int, typer.Option(min=1, help="The run's data.shuffle_shards.")] = 8,
+    run: Annotated[
+        Path | None, typer.Option(help="A run's YAML file, in place of the other options; its objective is shown.")
+    ] = None,
 ) -> None:
-    """Print the text of one sample, as a run on this data set alone would see it, with document boundaries."""
+    """Print the text of one sample, as a run on this data set alone would see it, with document boundaries.
+
+    With --run: what the run's objective makes of it, the text that the model reads and its targets.
+    """
     from data_pipelines.summary import document_texts
     from data_pipelines.verification import datasets_in
     from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
     from llmtrain.data.tokenizer import find_tokenizer, load_tokenizer
 
     dataset = datasets_in(folder)[0]
+    if run is not None:
+        from data_pipelines.objective_text import objective_texts
+
+        for title, text in objective_texts(run, dataset, sample).items():
+            typer.echo(f"-------- {title} --------\n{text}")
+        return
     stream = SampleStream(load_sources([dataset], [1]), StreamConfig(seed, seq_len, shuffle_shards))
     shown = stream.sample(sample)
     _say(f"{stream.shard_path(shown)}: epoch {shown.epoch}, window {shown.window}, {len(shown.tokens)} tokens")

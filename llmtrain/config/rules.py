@@ -12,6 +12,8 @@ from llmtrain.config.names import all_keys, either, nearest, suggested_keys
 from llmtrain.config.rules_attention import ATTENTION_RULES
 from llmtrain.config.rules_engine import ENGINE_RULES
 from llmtrain.config.rules_launch import LAUNCH_RULES
+from llmtrain.config.rules_model import MODEL_RULES
+from llmtrain.config.rules_objective import OBJECTIVE_RULES
 from llmtrain.config.rules_observe import OBSERVE_RULES, OBSERVE_WORLD_RULES
 from llmtrain.config.rules_parallel import PARALLEL_RULES, WORLD_RULES
 from llmtrain.config.schema import RunConfig
@@ -86,15 +88,6 @@ def rope_scaling_needs_rope(config: RunConfig) -> Found:
         yield Problem("model.rope_scaling", message, uses=("model.position",))
 
 
-def sample_fits_model(config: RunConfig) -> Found:
-    longest = config.model.max_seq_len
-    if config.data.seq_len > longest:
-        message = (
-            f"must be at most model.max_seq_len = {longest}. Try {longest}, or model.max_seq_len={config.data.seq_len}."
-        )
-        yield Problem("data.seq_len", message, config.data.seq_len, uses=("model.max_seq_len",))
-
-
 def steps_fit_schedule(config: RunConfig) -> Found:
     """Warm-up ends before the run does, and the decay has its place behind it."""
     if (config.train.steps is None) == (config.train.tokens is None):
@@ -164,13 +157,14 @@ RULES = (
     kv_heads_divide_heads,
     rope_needs_even_heads,
     rope_scaling_needs_rope,
-    sample_fits_model,
+    *OBJECTIVE_RULES,
     steps_fit_schedule,
     lr_falls,
     loss_scale_has_room,
     evaluation_needs_data,
     best_needs_evaluation,
     allowed_changes_are_keys,
+    *MODEL_RULES,
     *ATTENTION_RULES,
     *ENGINE_RULES,
     *PARALLEL_RULES,

@@ -85,7 +85,9 @@ class TrainConfig(Section):
 
     steps: Count | None = Field(default=None, description="Optimizer steps in all; absent: from tokens.")
     tokens: Count | None = Field(
-        default=None, description="Tokens in all, instead of steps; rounded up to whole steps."
+        default=None,
+        description="Tokens of data in all, instead of steps; rounded up to whole steps. A step reads "
+        "global_batch_size x data.seq_len, however few of them the objective predicts.",
     )
     global_batch_size: Count = Field(default=16, description="Sequences per step over all ranks.")
     micro_batch_size: Count = Field(default=4, description="Sequences per forward pass of one rank.")

@@ -1,6 +1,6 @@
 """Where the parameters of a rank lie in the global tensors, and pieces of them as boxes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -16,23 +16,21 @@ from llmtrain.models.init import initial_tensor
 class Placement:
     """A parameter of this rank: its global name and shape, and the box of it that the rank holds.
 
-    `owned` says whether this rank is the one, of those that hold the same box, that saves it.
+    `owned` says whether this rank is the one, of the tensor ranks that hold the same box, that saves it; `replica` is
+    its number among the ranks of the data and context axes that do.
     """
 
     name: str
     global_shape: tuple[int, ...]
     box: Box
     owned: bool = True
+    replica: int = 0
 
 
-def split_placement(name: str, global_shape: tuple[int, ...], dim: int | None, rank: int, ranks: int) -> Placement:
-    """The placement of an equal part along `dim` (None: the whole, on every rank)."""
-    if dim is None:
-        return Placement(name, global_shape, Box.whole(global_shape), owned=rank == 0)
-    size = global_shape[dim] // ranks
-    offsets = tuple(rank * size if d == dim else 0 for d in range(len(global_shape)))
-    shape = tuple(size if d == dim else full for d, full in enumerate(global_shape))
-    return Placement(name, global_shape, Box(offsets, shape))
+def split_box(global_shape: tuple[int, ...], cuts: Mapping[int, tuple[int, int]]) -> Box:
+    """One of the equal parts along some dimensions: `cuts` has, by dimension, its number and how many there are."""
+    shape = tuple(size // cuts[dim][1] if dim in cuts else size for dim, size in enumerate(global_shape))
+    return Box(tuple(cuts[dim][0] * size if dim in cuts else 0 for dim, size in enumerate(shape)), shape)
 
 
 def iter_range_boxes(box: Box, start: int, stop: int) -> Iterator[tuple[Box, int]]:

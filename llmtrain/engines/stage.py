@@ -1,70 +1,171 @@
 """The part of a model that one rank runs: some of the layers, some of each layer, some of the sequence.
 
-Shape suffixes: B micro-batch, S sequence (s: this rank's part), H hidden.
+Shape suffixes: B micro-batch, S sequence, T the encoder's sequence (s, t: this rank's part), H hidden.
 """
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from llmtrain.config.lengths import sample_lengths
 from llmtrain.config.schema import RunConfig
+from llmtrain.config.sizes import parameter_shapes
 from llmtrain.data.batch import Batch
+from llmtrain.engines.assembly import cut, split_stacks
 from llmtrain.engines.compilation import compile_layers
-from llmtrain.engines.placement import Placement, split_placement
-from llmtrain.models.attention import Attention, AttentionInputs
+from llmtrain.engines.inputs import Scales, model_inputs
+from llmtrain.engines.placement import Placement, split_box
 from llmtrain.models.build import build_model
 from llmtrain.models.cross_entropy import Objective, head_cross_entropy
-from llmtrain.models.positions import rotary_angles
-from llmtrain.models.sharding import DECODER, kind_of, split_dim
-from llmtrain.models.transformer import Transformer
-from llmtrain.models.visibility import Visibility
-from llmtrain.parallel.context import spread_over_context
+from llmtrain.models.head import MlmHead
+from llmtrain.models.sharding import is_expert, kind_of, split_dim
+from llmtrain.models.transformer import (
+    ModelInputs,
+    Pass,
+    Reports,
+    Stack,
+    counted_positions,
+    encoder_visibility,
+    main_visibility,
+    with_memory,
+)
 from llmtrain.parallel.draws import Draws, Span
 from llmtrain.parallel.groups import Groups
 from llmtrain.parallel.layout import Chunk
 from llmtrain.parallel.tensor import TensorRegion, split_modules
 from llmtrain.parallel.vocabulary import VocabularyPart
 
+StageOutput = tuple[Tensor, Tensor | None, Reports]
+"""Hidden states for the next chunk, or of the last one the scaled loss to call backward on; the detached sum of the
+loss, of the last one; and the reports of the chunk's routers."""
+
 
 class Stage(nn.Module):
-    """One chunk of the layers, split over tensor and context ranks, on the meta device until it is materialized.
+    """One chunk of the layers, split over tensor, context and expert ranks, on the meta device until it has memory.
 
-    Called with a batch it returns hidden states [s, B, H], or, as the last chunk, (scaled loss, sum of the loss). The
-    batch is whole on every rank: the stage cuts its own part of the sequence. A chunk that is not the first starts from
-    `received`.
+    The batch is whole on every rank: the stage cuts its own part of the sequence. A chunk that is not the first starts
+    from `received`. Between chunks an encoder-decoder passes one tensor: the decoder's positions behind the encoder's.
     """
 
     def __init__(self, config: RunConfig, groups: Groups, chunk: Chunk) -> None:
         super().__init__()
         self.model_config = config.model
         self.chunk_tokens = config.train.loss_chunk_tokens
-        self.groups = groups
-        self.chunk = chunk
+        self.groups, self.chunk = groups, chunk
+        self.lengths = sample_lengths(config.model.family, config.data)
         self.received: Tensor | None = None
         self.region = TensorRegion(groups.tensor, groups.layout.sequence) if groups.layout.tensor > 1 else None
         whole = build_model(config.model, config.train.recompute)
-        self.global_shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
-        if self.region is not None:
-            with torch.device("meta"):
-                split_modules(whole, lambda name: kind_of(name, DECODER), self.region)
-        for module in whole.modules():
-            if isinstance(module, Attention):
-                place_heads(module, groups)
-        self.parts = cut(whole, chunk)
+        self.global_shapes = parameter_shapes(config.model)
+        with torch.device("meta"):
+            split_stacks(whole, groups, self.region)
+            if self.region is not None:
+                split_modules(whole, kind_of, self.region)
+        self.parts = cut(whole, chunk, config.model)
         if config.train.compile:
-            compile_layers(whole.decoder.layers.values())
+            compile_layers(layer for stack in self.stacks for layer in stack.layers.values())
         self.vocabulary = VocabularyPart.of_rank(config.model.padded_vocab_size, config.model.vocabulary, groups.tensor)
         if self.region is None:
             self.vocabulary = VocabularyPart(0, config.model.vocabulary)
 
+    @property
+    def stacks(self) -> list[Stack]:
+        """Those of which this chunk has a part, in the order in which data flows."""
+        return [cast(Stack, self.parts[side]) for side in ("encoder", "decoder") if side in self.parts]
+
     def named_placements(self) -> list[tuple[nn.Parameter, Placement]]:
         """Each parameter with its place in the global tensors."""
         layout, place = self.groups.layout, self.groups.place
+        expert, expert_replica = layout.expert_place(place)
         found = []
         for name, parameter in self.parts.named_parameters():
-            dim = split_dim(name, DECODER) if layout.tensor > 1 else None
-            placement = split_placement(name, self.global_shapes[name], dim, place.tensor, layout.tensor)
-            found.append((parameter, placement))
+            cuts = {}
+            dim = split_dim(name) if layout.tensor > 1 else None
+            if dim is not None:
+                cuts[dim] = (place.tensor, layout.tensor)
+            if is_expert(name):
+                cuts[0] = (expert, layout.expert)
+            shape = self.global_shapes[name]
+            owned = dim is not None or place.tensor == 0
+            replica = expert_replica if is_expert(name) else self.groups.data_context.rank()
+            found.append((parameter, Placement(name, shape, split_box(shape, cuts), owned, replica)))
         return found
+
+    def forward(self, batch: Batch, draws: Draws | None, scales: Scales) -> StageOutput:
+        inputs, reports = model_inputs(batch), {}
+        enc_tBH, x_sBH = self.start(inputs, draws)
+        if "encoder" in self.parts and self.model_config.family == "encoder_decoder":
+            stack = cast(Stack, self.parts["encoder"])
+            inside, run = self.inside(self.lengths.encoder), self.run(draws, self.lengths.encoder, scales)
+            positions_Bt = counted_positions(required(inputs.encoder_tokens_BT))[:, inside]
+            shared = stack.inputs(encoder_visibility(inputs.encoder_segments_BT), positions_Bt, required(enc_tBH), run)
+            enc_tBH, reports = stack(enc_tBH, shared)
+        stack = self.main_stack
+        if stack is not None:
+            inside, run = self.inside(self.lengths.main), self.run(draws, self.lengths.main, scales)
+            visible = main_visibility(self.model_config, inputs)
+            shared = stack.inputs(visible, inputs.positions_BS[:, inside], x_sBH, run)
+            if enc_tBH is not None and stack.layers:
+                memory_TBH = enc_tBH if self.region is None else self.region.enter(enc_tBH)
+                shared = with_memory(shared, memory_TBH, inputs.encoder_segments_BT)
+            x_sBH, more = stack(x_sBH, shared)
+            reports = {**reports, **more}
+        if not self.chunk.last:
+            return (x_sBH if enc_tBH is None else torch.cat((enc_tBH, x_sBH))), None, reports
+        loss, loss_sum = self.loss(x_sBH, batch.labels_BS, scales.loss)
+        return loss, loss_sum, reports
+
+    @property
+    def main_stack(self) -> Stack | None:
+        """The stack that the head stands on, where this chunk has a part of it."""
+        side = "encoder" if self.model_config.family == "encoder" else "decoder"
+        return cast(Stack, self.parts[side]) if side in self.parts else None
+
+    def start(self, inputs: ModelInputs, draws: Draws | None) -> tuple[Tensor | None, Tensor]:
+        """What comes into the chunk's layers: the encoder's part in an encoder-decoder, and the main sequence's."""
+        if not self.chunk.first:
+            assert self.received is not None, "the schedule hands over the previous chunk's output"
+            if self.model_config.family != "encoder_decoder":
+                return None, self.received
+            length = self.lengths.encoder // self.groups.layout.sequence_parts
+            return self.received[:length], self.received[length:]
+        side = "encoder" if self.model_config.family == "encoder" else "decoder"
+        x_sBH = self.embed(inputs.tokens_BS, inputs.positions_BS, draws, side)
+        if self.model_config.family != "encoder_decoder":
+            return None, x_sBH
+        tokens_BT = required(inputs.encoder_tokens_BT)
+        return self.embed(tokens_BT, counted_positions(tokens_BT), draws, "encoder"), x_sBH
+
+    def embed(self, tokens_BS: Tensor, positions_BS: Tensor, draws: Draws | None, side: str) -> Tensor:
+        length = tokens_BS.shape[1]
+        run = self.run(draws, length, Scales(0.0))
+        # The word embedding scatters its own output; what is added to it has to be the same part.
+        outside = self.groups.sequence_parts().own(length)
+        return self.parts["embeddings"](tokens_BS[:, self.inside(length)], positions_BS[:, outside], run.draws, side)
+
+    def run(self, draws: Draws | None, length: int, scales: Scales) -> Pass:
+        """The draws of this rank's part of a sequence, and the factor of balancing losses."""
+        own = self.groups.sequence_parts().own(length)
+        return Pass(None if draws is None else draws.with_sequence(Span(own.start, length)), scales.balance)
+
+    def inside(self, length: int) -> slice:
+        """This rank's part of a sequence inside of blocks: all of it, but for context parallel."""
+        return self.groups.sequence_parts().block(length, length // self.groups.layout.context)
+
+    def loss(self, x_sBH: Tensor, labels_BS: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """(scaled loss, detached sum of the loss) of this rank's part of the targets."""
+        bias_V = None
+        if "mlm" in self.parts:
+            mlm = cast(MlmHead, self.parts["mlm"])
+            x_sBH, bias_V = mlm(x_sBH), mlm.bias[: self.vocabulary.rows]
+        if self.model_config.scaled_head:
+            x_sBH = x_sBH * self.model_config.hidden_size**-0.5
+        if self.region is not None:
+            x_sBH = self.region.enter(x_sBH)
+        labels_T = labels_BS[:, self.inside(self.lengths.main)].T.flatten()
+        objective = Objective(scale, self.chunk_tokens, self.vocabulary)
+        return head_cross_entropy(x_sBH.flatten(0, 1), self.head_weight, labels_T, objective, bias_V)
 
     @property
     def head_weight(self) -> Tensor:
@@ -72,64 +173,7 @@ class Stage(nn.Module):
         head = self.parts["head"] if "head" in self.parts else self.parts["embeddings"].get_submodule("word")
         return head.get_parameter("weight")[: self.vocabulary.rows]
 
-    def forward(self, batch: Batch, draws: Draws | None, scale: float) -> Tensor | tuple[Tensor, Tensor]:
-        seq_len = batch.tokens_BS.shape[1]
-        inside, outside = self.sequence_parts(seq_len)
-        local_draws = None if draws is None else draws.with_sequence(Span(outside.start, seq_len))
-        if self.chunk.first:
-            # The word embedding scatters its own output; what is added to it has to be the same part.
-            x_sBH = self.parts["embeddings"](batch.tokens_BS[:, inside], batch.positions_BS[:, outside], local_draws)
-        else:
-            assert self.received is not None, "the schedule hands over the previous chunk's output"
-            x_sBH = self.received
-        rotary = None
-        if self.model_config.position == "rope":
-            rotary = rotary_angles(self.model_config, batch.positions_BS[:, inside], x_sBH.dtype)
-        visible = Visibility(queries_BS=batch.segments_BS, keys_BT=batch.segments_BS)
-        x_sBH = self.parts["decoder"](x_sBH, AttentionInputs(rotary, visible, None, local_draws))
-        if not self.chunk.last:
-            return x_sBH
-        if self.region is not None:
-            x_sBH = self.region.enter(x_sBH)
-        labels_T = batch.labels_BS[:, inside].T.flatten()
-        objective = Objective(scale, self.chunk_tokens, self.vocabulary)
-        return head_cross_entropy(x_sBH.flatten(0, 1), self.head_weight, labels_T, objective)
 
-    def sequence_parts(self, seq_len: int) -> tuple[slice, slice]:
-        """This rank's part of the sequence inside of blocks (all, but for context parallel), and outside of them."""
-        layout, place = self.groups.layout, self.groups.place
-        inside = seq_len // layout.context
-        start = place.context * inside
-        if not layout.sequence:
-            return slice(start, start + inside), slice(start, start + inside)
-        outside = inside // layout.tensor
-        begin = start + place.tensor * outside
-        return slice(start, start + inside), slice(begin, begin + outside)
-
-
-def place_heads(attention: Attention, groups: Groups) -> None:
-    """Tell an attention which heads it computes, and let it trade the sequence for heads among the context ranks."""
-    tensor_heads = attention.num_heads // groups.layout.tensor
-    context_heads = tensor_heads // groups.layout.context
-    attention.tensor_first_head = groups.place.tensor * tensor_heads
-    attention.first_head = attention.tensor_first_head + groups.place.context * context_heads
-    if groups.layout.context > 1:
-        attention.attend = spread_over_context(attention.attend, groups.context)
-
-
-def cut(whole: Transformer, chunk: Chunk) -> nn.ModuleDict:
-    """What a chunk needs of a model: its layers, and at either end the embeddings and the head."""
-    for number in list(whole.decoder.layers):
-        if int(number) not in chunk.layers:
-            del whole.decoder.layers[number]
-    if not chunk.last:
-        whole.decoder.final_norm = None
-    parts = nn.ModuleDict()
-    if chunk.first:
-        parts["embeddings"] = whole.embeddings
-    parts["decoder"] = whole.decoder
-    if chunk.last and whole.head is not None:
-        parts["head"] = whole.head
-    elif chunk.last and not chunk.first:
-        parts["embeddings"] = nn.ModuleDict({"word": whole.embeddings.word})
-    return parts
+def required(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None, "batches of an encoder-decoder have the encoder's tokens"
+    return tensor

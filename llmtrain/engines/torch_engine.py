@@ -16,10 +16,13 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.batch import Batch
 from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
 from llmtrain.engines.compilation import compile_layers
+from llmtrain.engines.inputs import Scales, model_inputs
 from llmtrain.engines.placement import Placement, read_range
 from llmtrain.engines.precision import DTYPES
+from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.models.build import build_model, materialize
 from llmtrain.models.cross_entropy import Objective
+from llmtrain.models.transformer import Pass, Reports
 from llmtrain.optim.groups import parameter_groups
 from llmtrain.optim.scaler import build_loss_scale
 from llmtrain.parallel.draws import Draws
@@ -59,8 +62,9 @@ class TorchEngine:
             }
         self.loss_scale = build_loss_scale(config.train.precision, optim)
         self.inspect_gradients: GradientInspector | None = None
+        self.routers = Routers(config.model, iter_moe(self.model.stacks), device)
         if config.train.compile:
-            compile_layers(self.model.decoder.layers.values())
+            compile_layers(layer for stack in self.model.stacks for layer in stack.layers.values())
 
     def _build_masters(self, dtype: torch.dtype) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())
@@ -78,12 +82,16 @@ class TorchEngine:
         # The count of the whole step is known before the first backward: gradients are sums, divided once.
         num_tokens = int(self._over_ranks(sum(batch.num_valid_tokens for batch in micro_batches)))
         loss_scale = self.loss_scale.scale if self.loss_scale else 1.0
+        num_micro_batches = len(micro_batches) * self.dp_size
+        scales = Scales(loss_scale / max(1, num_tokens), loss_scale / num_micro_batches)
+        self.routers.forget()
         loss_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches):
             global_number = self.dp_rank + number * self.dp_size
             draws = Draws.of_micro_batch(self.config.seed, step, global_number, self.device)
-            objective, batch_loss_sum = self._loss(batch, draws, loss_scale / max(1, num_tokens))
+            objective, batch_loss_sum, reports = self._loss(batch, draws, scales)
             objective.backward()
+            self.routers.add(reports)
             loss_sum += batch_loss_sum
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
         if self.group:
@@ -94,20 +102,28 @@ class TorchEngine:
         # The host waits here.
         loss, grad_norm = torch.stack((loss_sum / max(1, num_tokens), norm / loss_scale)).tolist()
         finite = math.isfinite(grad_norm) and math.isfinite(loss)
+        metrics = self.routers.step_metrics(num_micro_batches, self._total)
         if finite:
             self._update(grads, grad_norm, loss_scale, lr)
+            self.routers.rebalance()
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = {"loss_scale": loss_scale} if self.loss_scale else {}
+        if self.loss_scale:
+            metrics["loss_scale"] = loss_scale
         if self.loss_scale:
             self.loss_scale.update(finite)
         return StepResult(loss, grad_norm, num_tokens, skipped=not finite, metrics=metrics)
 
-    def _loss(self, batch: Batch, draws: Draws | None, scale: float) -> tuple[Tensor, Tensor]:
+    def _loss(self, batch: Batch, draws: Draws | None, scales: Scales) -> tuple[Tensor, Tensor, Reports]:
         batch = batch.to(self.device)
-        hidden_SBH = self.model(batch.tokens_BS, batch.positions_BS, batch.segments_BS, draws)
+        hidden_SBH, reports = self.model(model_inputs(batch), Pass(draws, scales.balance))
         whole = VocabularyPart(0, self.config.model.vocabulary)
-        objective = Objective(scale, self.config.train.loss_chunk_tokens, whole)
-        return self.model.loss(hidden_SBH, batch.labels_BS, objective)
+        objective = Objective(scales.loss, self.config.train.loss_chunk_tokens, whole)
+        return *self.model.loss(hidden_SBH, batch.labels_BS, objective), reports
+
+    def _total(self, sums: Tensor) -> Tensor:
+        if self.group:
+            dist.all_reduce(sums, group=self.group)
+        return sums
 
     @torch.no_grad()
     def _update(self, grads: list[Tensor], grad_norm: float, loss_scale: float, lr: float) -> None:
@@ -131,7 +147,7 @@ class TorchEngine:
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
         self.model.eval()
-        losses = [self._loss(batch, None, 1.0)[1] for batch in micro_batches]
+        losses = [self._loss(batch, None, Scales(1.0))[1] for batch in micro_batches]
         num_tokens = sum(batch.num_valid_tokens for batch in micro_batches)
         return EvalResult(self._over_ranks(float(torch.stack(losses).sum())), int(self._over_ranks(num_tokens)))
 
@@ -155,9 +171,11 @@ class TorchEngine:
             yield Fragment.whole(name, "master", master.detach())
             for kind in ("exp_avg", "exp_avg_sq"):
                 yield Fragment.whole(name, kind, self.optimizer.state[master][kind])
+        yield from self.routers.fragments()
 
     def load(self, source: FragmentSource) -> None:
         self.load_weights(source)
+        self.routers.load(source)
         for name, master in self.masters.items():
             for kind in ("exp_avg", "exp_avg_sq"):
                 _fill(self.optimizer.state[master][kind], name, kind, source)

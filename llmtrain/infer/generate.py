@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.errors import ConfigError
-from llmtrain.models.caches import build_cache
-from llmtrain.models.transformer import Transformer
+from llmtrain.models.transformer import ModelInputs, Transformer, build_caches
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,11 @@ def iter_tokens(model: Transformer, prompt: Sequence[int], sampling: Sampling, m
     device = model.embeddings.word.weight.device
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
     length = min(longest, len(prompt) + max_tokens)
-    caches = [build_cache(model.config, length) for _ in model.decoder.layers]
+    caches = build_caches(model.config, length)
     tokens_BS = torch.tensor([list(prompt)], device=device)
     for start in range(len(prompt), length):
         positions_BS = torch.arange(start - tokens_BS.shape[1], start, device=device)[None]
-        hidden_SBH = model(tokens_BS, positions_BS, caches=caches)
+        hidden_SBH, _ = model(ModelInputs(tokens_BS, positions_BS), caches=caches)
         token = choose(model.logits(hidden_SBH[-1:])[0, -1], sampling, generator)
         yield token
         tokens_BS = torch.tensor([[token]], device=device)

@@ -16,7 +16,7 @@ from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from llmtrain.errors import ConfigError
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.models.build import build_model
-from llmtrain.models.transformer import Transformer
+from llmtrain.models.transformer import ModelInputs, Transformer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TrainedModel:
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """[B, S, V] in fp32."""
         positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand(tokens_BS.shape)
-        return self.model.logits(self.model(tokens_BS, positions_BS))
+        return self.model.logits(self.model(ModelInputs(tokens_BS, positions_BS))[0])
 
 
 def find_checkpoint(path: Path) -> CheckpointReader:

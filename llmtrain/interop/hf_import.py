@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.sizes import parameter_shapes
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.interop.hf import FAMILIES, Family, model_config, parse_config
 from llmtrain.interop.hf_export import INDEX, WEIGHTS
-from llmtrain.interop.name_table import pairings, parameter_shapes, their_shape, to_ours
+from llmtrain.interop.name_table import pairings, their_shape, to_ours
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.sizes import parameter_shapes
 
 ReadTensor = Callable[[str], Tensor]
 """A whole tensor by its name, on the CPU."""
@@ -51,40 +52,6 @@ class Pairing:
     ours: tuple[str, ...]
     theirs: str
     shape: Shape
-
-
-def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of a decoder."""
-    hidden, queries, keys = model.hidden_size, model.num_heads * model.head_size, model.kv_heads * model.head_size
-    linears = {
-        "attention.q": (queries, hidden),
-        "attention.k": (keys, hidden),
-        "attention.v": (keys, hidden),
-        "attention.out": (hidden, queries),
-        **({"mlp.gate": (model.ffn_size, hidden)} if model.gated else {}),
-        "mlp.up": (model.ffn_size, hidden),
-        "mlp.down": (hidden, model.ffn_size),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"embeddings.word.weight": (model.padded_vocab_size, hidden)}
-    if model.position == "learned":
-        shapes["embeddings.position.weight"] = (model.max_seq_len, hidden)
-    norms = []
-    for layer in range(model.num_layers):
-        prefix = f"decoder.layers.{layer}"
-        norms += [f"{prefix}.attention_norm", f"{prefix}.mlp_norm"]
-        for name, shape in linears.items():
-            shapes[f"{prefix}.{name}.weight"] = shape
-            if model.bias:
-                shapes[f"{prefix}.{name}.bias"] = shape[:1]
-    if model.norm_position == "pre":
-        norms.append("decoder.final_norm")
-    for norm in norms:
-        shapes[f"{norm}.weight"] = (hidden,)
-        if model.norm == "layernorm":
-            shapes[f"{norm}.bias"] = (hidden,)
-    if not model.tie_embeddings:
-        shapes["head.weight"] = (model.padded_vocab_size, hidden)
-    return shapes
 
 
 def pairings(table: Sequence[Row], model: ModelConfig) -> list[Pairing]:

@@ -13,10 +13,18 @@ from llmtrain.parallel.vocabulary import VocabularyPart
 
 
 class ChunkGradients(NamedTuple):
-    """Where a chunk leaves its gradients: rows of the hidden states, and an fp32 sum for the weight."""
+    """Where a chunk leaves its gradients: rows of the hidden states, and fp32 sums for the weight and the bias."""
 
     hidden_CH: Tensor
     weight_VH: Tensor
+    bias_V: Tensor | None
+
+
+class Head(NamedTuple):
+    """The output matrix and, where there is one, the bias of the logits."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,14 @@ class Objective:
 
 
 def chunk_loss(
-    hidden_CH: Tensor, weight_VH: Tensor, labels_C: Tensor, objective: Objective, grads: ChunkGradients | None
+    hidden_CH: Tensor, head: Head, labels_C: Tensor, objective: Objective, grads: ChunkGradients | None
 ) -> Tensor:
-    """Sum of -log softmax(h W^T)[label] over the chunk's targets, in fp32; adds `scale` times its gradients."""
+    """Sum of -log softmax(h W^T + b)[label] over the chunk's targets, in fp32; adds `scale` times its gradients."""
     valid_C, targets_C = labels_C >= 0, labels_C.clamp(min=0)
+    weight_VH = head.weight_VH
     logits_CV = (hidden_CH @ weight_VH.T).float()
+    if head.bias_V is not None:
+        logits_CV += head.bias_V.float()
     sum_C, log_sum_C, target_logit_C = objective.part.exponentials(logits_CV, targets_C)
     if grads is not None:
         scale_C = valid_C * objective.scale
@@ -41,6 +52,8 @@ def chunk_loss(
         if objective.part.rows:
             row_C, here_C = objective.part.local(targets_C)
             logits_CV.scatter_add_(1, row_C[:, None], -(here_C * scale_C)[:, None])
+        if grads.bias_V is not None:
+            grads.bias_V.add_(logits_CV.sum(0))
         d_logits_CV = logits_CV.to(hidden_CH.dtype)
         torch.mm(d_logits_CV, weight_VH, out=grads.hidden_CH)
         if grads.weight_VH.dtype == hidden_CH.dtype:
@@ -55,31 +68,35 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective, bias_V: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         with_gradients = any(ctx.needs_input_grad)
         d_hidden_TH = torch.empty_like(hidden_TH) if with_gradients else None
         d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if with_gradients else None
+        d_bias_V = None
+        if with_gradients and bias_V is not None:
+            d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         for start in range(0, hidden_TH.shape[0], objective.chunk_tokens):
             chunk = slice(start, start + objective.chunk_tokens)
             grads = None
             if d_hidden_TH is not None and d_weight_VH is not None:
-                grads = ChunkGradients(d_hidden_TH[chunk], d_weight_VH)
-            loss_sum += chunk_loss(hidden_TH[chunk], weight_VH, labels_T[chunk], objective, grads)
+                grads = ChunkGradients(d_hidden_TH[chunk], d_weight_VH, d_bias_V)
+            loss_sum += chunk_loss(hidden_TH[chunk], Head(weight_VH, bias_V), labels_T[chunk], objective, grads)
         if d_hidden_TH is not None and d_weight_VH is not None:
-            ctx.save_for_backward(d_hidden_TH, d_weight_VH.to(weight_VH.dtype))
+            bias_grad = () if d_bias_V is None or bias_V is None else (d_bias_V.to(bias_V.dtype),)
+            ctx.save_for_backward(d_hidden_TH, d_weight_VH.to(weight_VH.dtype), *bias_grad)
         ctx.mark_non_differentiable(loss_sum)
         return loss_sum * objective.scale, loss_sum
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        d_hidden_TH, d_weight_VH = ctx.saved_tensors
-        return d_hidden_TH.mul_(grad_outputs[0]), d_weight_VH.mul_(grad_outputs[0]), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None]:
+        d_hidden_TH, d_weight_VH, *d_bias_V = (grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors)
+        return d_hidden_TH, d_weight_VH, None, None, d_bias_V[0] if d_bias_V else None
 
 
 def head_cross_entropy(
-    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective
+    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective, bias_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the head's predictions, summed over the targets; a negative label is no target.
 
@@ -88,4 +105,4 @@ def head_cross_entropy(
     weight has the rows of `objective.part`: padded rows take no part in the softmax. Where the vocabulary is split,
     every rank gets the whole loss, and a gradient for the hidden states that is to be summed over the ranks.
     """
-    return HeadCrossEntropy.apply(hidden_TH, weight_VH, labels_T, objective)
+    return HeadCrossEntropy.apply(hidden_TH, weight_VH, labels_T, objective, bias_V)

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.sizes import VOCABULARY_TENSORS
 from llmtrain.parallel.draws import derived_key
 
 BLOCK_ELEMENTS = 65536
 
-RESIDUAL_PROJECTIONS = ("attention.out.weight", "mlp.down.weight")
+RESIDUAL_PROJECTIONS = ("attention.out.weight", "mlp.down.weight", "experts.down", "shared.down.weight")
 """Weights whose output is added to the residual stream: their deviation shrinks with depth (Radford et al. 2019)."""
+
+ZEROS = (".bias", ".sinks")
+EMBEDDINGS = ("embeddings.", "head.")
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,17 @@ class Distribution:
 
 def distribution(name: str, shape: tuple[int, ...], config: ModelConfig) -> Distribution:
     """The rule for a parameter, from its name and its global shape."""
-    if name.endswith("bias"):
+    if name.endswith(ZEROS):
         return Distribution("constant", value=0.0)
     if "norm" in name.split(".")[-2]:
         return Distribution("constant", value=1.0)
-    if name.startswith(("embeddings.", "head.")):
+    rows = config.vocabulary if name in VOCABULARY_TENSORS else None
+    if config.init.scheme == "t5":
+        return Distribution("normal", t5_std(name, shape, config), rows=rows)
+    if name.startswith(EMBEDDINGS) or name.endswith("position_bias.weight"):
         std = small_std(config) if config.init.scheme == "small_normal" else config.init.std
-        return Distribution("normal", std, rows=None if "position" in name else config.vocabulary)
-    kind, std = linear_distribution(shape, config)
+        return Distribution("normal", std, rows=rows)
+    kind, std = linear_distribution(shape[-2:], config)
     if config.init.depth_scaled and name.endswith(RESIDUAL_PROJECTIONS):
         std /= math.sqrt(2 * config.num_layers)
     return Distribution(kind, std)
@@ -51,17 +58,28 @@ def small_std(config: ModelConfig) -> float:
     return math.sqrt(2 / (5 * config.hidden_size))
 
 
+def t5_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
+    """T5's deviations: its scores are not scaled, so its queries start small (Raffel et al. 2020; mesh-tensorflow)."""
+    if name.startswith("embeddings."):
+        return config.init.std
+    if name.endswith("position_bias.weight"):
+        return config.hidden_size**-0.5
+    if name.endswith("attention.q.weight"):
+        return (config.hidden_size * config.head_size) ** -0.5
+    return shape[-1] ** -0.5
+
+
 def linear_distribution(shape: tuple[int, ...], config: ModelConfig) -> tuple[str, float]:
     """Kind and standard deviation for a matrix [out, in] under the configured scheme."""
     match config.init.scheme:
-        case "normal":
-            return "normal", config.init.std
         case "small_normal":
             return "normal", small_std(config)
         case "xavier_normal":
             return "normal", math.sqrt(2 / sum(shape))
         case "xavier_uniform":
             return "uniform", math.sqrt(2 / sum(shape))
+        case _:
+            return "normal", config.init.std
 
 
 def drawn_block(name: str, block: int, seed: int, rule: Distribution) -> np.ndarray:

@@ -46,6 +46,9 @@ class RunPlan:
     start_step: int = 0
     start_tokens: int = 0
     log_every_steps: int = 1
+    tokens_per_step: int | None = None
+    """Tokens of data that a step reads, which rates count; None: rates count targets, of which some objectives have
+    few."""
     flops_per_token: float = 0.0
     peak_flops: float | None = None
     attempt: int = 1
@@ -122,7 +125,7 @@ class Monitor:
         now = self._clock()
         interval = self._interval
         interval.steps += 1
-        interval.tokens += result.num_tokens
+        interval.tokens += result.num_tokens if self._plan.tokens_per_step is None else self._plan.tokens_per_step
         interval.step_seconds += now - self._step_began
         interval.skipped += result.skipped
         self._step, self._has_stepped = step, True

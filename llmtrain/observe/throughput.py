@@ -1,6 +1,10 @@
 """How much arithmetic a token costs, and which share of a device's peak a run reaches."""
 
+from math import prod
+
+from llmtrain.config.lengths import Lengths
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.sizes import parameter_shapes
 
 _TERA = 1e12
 
@@ -16,20 +20,36 @@ _SLOWER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL")
 """Boards with a lower peak than the table's: none is reported for them rather than a wrong one."""
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations to train on one token, forward and backward, in the "full" convention.
+def flops_per_sample(config: ModelConfig, lengths: Lengths) -> float:
+    """Floating-point operations to train on one sample, forward and backward, in the "full" convention.
 
-    6 x (parameters in matrix products) + 12 x num_layers x num_heads x head_dim x seq_len: attention is not halved for
-    causality, the input embedding is left out, recomputation is not counted (Chowdhery et al. 2022, appendix B).
-    Raises ValueError while the vocabulary size is not known.
+    Per position 6 x (parameters in matrix products) + 12 x num_heads x head_dim x keys in each layer: attention is not
+    halved for causality, nor reduced for sparse kinds; the input embedding is left out, recomputation is not counted
+    (Chowdhery et al. 2022, appendix B). Of experts, those count that a token goes to. Raises ValueError while the
+    vocabulary size is not known.
     """
-    heads_width = config.num_heads * config.head_size
-    kv_width = config.kv_heads * config.head_size
-    attention = config.hidden_size * (2 * heads_width + 2 * kv_width)
-    mlp = (3 if config.gated else 2) * config.hidden_size * config.ffn_size
-    head = config.hidden_size * config.vocabulary
-    matmul_parameters = config.num_layers * (attention + mlp) + head
-    return 6.0 * matmul_parameters + 12.0 * config.num_layers * heads_width * seq_len
+    both = config.family == "encoder_decoder"
+    encoder, main = (lengths.encoder if both else lengths.main), lengths.main
+    products = main * config.hidden_size * config.vocabulary
+    for name, shape in parameter_shapes(config).items():
+        if len(shape) < 2 or name.startswith(NO_PRODUCTS) or name.endswith(".position_bias.weight"):
+            continue
+        of_memory = ".cross_attention.k." in name or ".cross_attention.v." in name
+        positions = encoder if name.startswith("encoder.") or of_memory else main
+        products += positions * prod(shape) * _active_share(config, name)
+    scores = config.encoder_layers * encoder**2 + config.decoder_layers * main * (main + (encoder if both else 0))
+    return 6.0 * products + 12.0 * config.num_heads * config.head_size * scores
+
+
+NO_PRODUCTS = ("embeddings.", "head.")
+"""The head is counted as one whether it is tied or not."""
+
+
+def _active_share(config: ModelConfig, name: str) -> float:
+    """The share of a tensor that one token meets."""
+    if config.moe is None or ".moe.experts." not in name:
+        return 1.0
+    return config.moe.choices / config.moe.num_experts
 
 
 def peak_flops(device_name: str) -> float | None:

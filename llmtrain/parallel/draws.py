@@ -56,6 +56,14 @@ class Draws:
 
     def keep_mask(self, site: int, probability: float, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
         """True where an element is kept. `spans` places each dimension of `shape` in the whole tensor."""
+        return self.bits(site, shape, spans) >= int(probability * 2**32)
+
+    def uniform(self, site: int, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+        """Numbers in [0, 1), in fp32."""
+        return (self.bits(site, shape, spans) >> 8).float() * 2**-24
+
+    def bits(self, site: int, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+        """32 random bits per element, as int64."""
         key = mixed(self.key + site)
         index = torch.zeros((), dtype=torch.int64, device=self.key.device)
         stride = 1
@@ -64,8 +72,7 @@ class Draws:
             place = torch.arange(start, start + shape[dim] * step, step, device=self.key.device)
             index = index + (place * stride).view(-1, *[1] * (len(shape) - 1 - dim))
             stride *= spans[dim].length
-        bits = (mixed(key ^ index) >> 32) & 0xFFFFFFFF
-        return bits >= int(probability * 2**32)
+        return (mixed(key ^ index) >> 32) & 0xFFFFFFFF
 
 
 def dropout_hidden(x_SBH: Tensor, probability: float, site: int, draws: Draws | None) -> Tensor:

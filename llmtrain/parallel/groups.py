@@ -7,6 +7,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from llmtrain.parallel.layout import Coordinates, Layout
+from llmtrain.parallel.sequence import SequenceParts
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,20 @@ class Groups:
     data: ProcessGroup
     data_context: ProcessGroup
     pipeline: ProcessGroup
+    expert: ProcessGroup
+    """Ranks that hold the other experts of this rank's layers."""
+    expert_data: ProcessGroup
+    """Ranks that hold the same part of the same experts."""
+
+    def sequence_parts(self) -> SequenceParts:
+        """The part of the sequence that this rank holds outside of blocks."""
+        layout, place = self.layout, self.place
+        number, groups = place.context, ()
+        if layout.sequence:
+            number, groups = number * layout.tensor + place.tensor, (self.tensor,)
+        if layout.context > 1:
+            groups = (*groups, self.context)
+        return SequenceParts(number, layout.sequence_parts, groups)
 
 
 def build_groups(layout: Layout) -> Groups:
@@ -30,6 +45,8 @@ def build_groups(layout: Layout) -> Groups:
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,
     )
@@ -41,8 +58,11 @@ def build_groups(layout: Layout) -> Groups:
         data=_own(parallel_state.get_data_parallel_group()),
         data_context=_own(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         pipeline=_own(parallel_state.get_pipeline_model_parallel_group()),
+        expert=_own(parallel_state.get_expert_model_parallel_group()),
+        expert_data=_own(parallel_state.get_expert_data_parallel_group()),
     )
     assert groups.tensor.rank() == groups.place.tensor and groups.pipeline.rank() == groups.place.pipeline
+    assert (groups.expert.rank(), groups.expert_data.rank()) == layout.expert_place(groups.place)
     assert groups.context.rank() == groups.place.context and groups.data.rank() == groups.place.data
     return groups
 

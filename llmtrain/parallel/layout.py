@@ -33,6 +33,8 @@ class Layout:
     pipeline: int = 1
     virtual_pipeline: int = 1
     sequence: bool = False
+    expert: int = 1
+    """Expert ranks lie within the data and context axes: neighbours there hold different experts."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -51,6 +53,16 @@ class Layout:
     def num_chunks(self) -> int:
         """Pieces that the layers are cut into: virtual stages of all pipeline ranks."""
         return self.pipeline * self.virtual_pipeline
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same part of the same experts."""
+        return self.data * self.context // self.expert
+
+    def expert_place(self, place: Coordinates) -> tuple[int, int]:
+        """A rank's place on the expert axis, and among those that hold the same experts."""
+        replica, expert = divmod(place.data * self.context + place.context, self.expert)
+        return expert, replica
 
     def coordinates(self, rank: int) -> Coordinates:
         """Where a rank lies."""
@@ -91,6 +103,7 @@ def plan_layout(parallel: ParallelConfig, world_size: int) -> Layout:
         pipeline=parallel.pipeline,
         virtual_pipeline=parallel.virtual_pipeline,
         sequence=parallel.sequence,
+        expert=parallel.expert,
     )
 
 

@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -43,6 +45,12 @@ class TensorRegion:
         if self.sequence:
             return gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=True, group=self.group)
         return copy_to_tensor_model_parallel_region(x_SBH, group=self.group)
+
+    def leave(self, x_SBH: Tensor) -> Tensor:
+        """Out of a region: the sum of the ranks' parts, under sequence parallel this rank's part of the sequence."""
+        if self.sequence:
+            return reduce_scatter_to_sequence_parallel_region(x_SBH, group=self.group)
+        return reduce_from_tensor_model_parallel_region(x_SBH, group=self.group)
 
     def config(self) -> ModelParallelConfig:
         """What megatron-core's modules want to know. Weights are made by whoever builds the model, on any device."""

@@ -56,5 +56,5 @@ def plan_outline(config: RunConfig, world_size: int) -> Outline:
         zero_stage=config.engine.zero_stage,
         evaluate_every_steps=config.evaluate.every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
-        layout=plan_layout_outline(layout, config.model.num_layers, config.parallel.pipeline_split),
+        layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),
     )

@@ -16,10 +16,13 @@ from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_fold
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.config.lengths import sample_lengths
 from llmtrain.config.rendering import to_yaml
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.folders import fetch_config, open_folder, run_tokenizer
 from llmtrain.data.loader import BatchLoader, Window, build_stream
+from llmtrain.data.pieces import load_pieces
+from llmtrain.data.recipe import Recipe
 from llmtrain.data.shards import Manifest
 from llmtrain.errors import ConfigError
 from llmtrain.infer.model import find_checkpoint
@@ -30,7 +33,7 @@ from llmtrain.observe.environment import save_environment
 from llmtrain.observe.monitor import Monitor, RunPlan
 from llmtrain.observe.sections import Section
 from llmtrain.observe.system import SystemMeter
-from llmtrain.observe.throughput import flops_per_token, peak_flops
+from llmtrain.observe.throughput import flops_per_sample, peak_flops
 from llmtrain.observe.trackers import METRICS_FILE, build_trackers
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.continuity import data_record, differences, noted_changes, one_line, refusals, resume_target
@@ -193,7 +196,13 @@ def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int
     stream = build_stream(sources, config.data, config.seed, Path(config.output_dir) / config.name)
     layout = plan_layout(config.parallel, config.launch.num_workers)
     sizes = (config.train.global_batch_size, config.train.micro_batch_size)
-    return BatchLoader(stream, config.data, *sizes, layout.coordinates(rank).data, layout.data)
+    return BatchLoader(stream, build_recipe(config, stream.eos_id), *sizes, layout.coordinates(rank).data, layout.data)
+
+
+def build_recipe(config: RunConfig, eos_id: int) -> Recipe:
+    """What rows are made with; special tokens are filled in already. Raises as `run_tokenizer` and `load_pieces` do."""
+    pieces = load_pieces(run_tokenizer(config.data)) if config.data.objective == "masked" else None
+    return Recipe(config.data, config.seed, eos_id, config.model.family, pieces)
 
 
 def build_monitor(
@@ -210,7 +219,9 @@ def build_monitor(
         start_step=state.step,
         start_tokens=state.tokens,
         log_every_steps=config.observe.log_every_steps,
-        flops_per_token=flops_per_token(config.model, config.data.seq_len),
+        tokens_per_step=config.train.global_batch_size * config.data.seq_len,
+        flops_per_token=flops_per_sample(config.model, sample_lengths(config.model.family, config.data))
+        / config.data.seq_len,
         peak_flops=peak_of_run(config, device),
         attempt=attempt.number,
     )

@@ -7,6 +7,9 @@ import torch
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, SourceConfig, TrainConfig
 from llmtrain.data.batch import Batch
+from llmtrain.engines.inputs import model_inputs
+from llmtrain.models.transformer import Pass, Transformer
+from llmtrain.parallel.draws import Draws
 
 
 def tiny_model(**changes: Any) -> ModelConfig:
@@ -36,3 +39,8 @@ def random_batch(num_samples: int = 2, seq_len: int = 32, vocab_size: int = 307,
     tokens = torch.randint(0, vocab_size, (num_samples, seq_len + 1), generator=generator)
     positions = torch.arange(seq_len).expand(num_samples, seq_len)
     return Batch(tokens[:, :-1], tokens[:, 1:].clone(), positions)
+
+
+def hidden_states(model: Transformer, batch: Batch, draws: Draws | None = None) -> torch.Tensor:
+    """What a model leaves before its head."""
+    return model(model_inputs(batch), Pass(draws))[0]

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from llmtrain.parallel.sums import sum_over_ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -97,16 +100,20 @@ def fp32_master(parameter: nn.Parameter) -> Tensor:
 
 
 class Replicated:
-    """Stage 0: every rank holds all masters, and DeepSpeed sums their gradients once per step."""
+    """Stage 0: every rank holds all masters of its part of the model, and gradients are summed once per step."""
 
     sharded = False
     averaged_over = 1
 
-    def __init__(self, engine: Any, masters: dict[nn.Parameter, Tensor]) -> None:
+    def __init__(
+        self, engine: Any, masters: dict[nn.Parameter, Tensor], groups: Mapping[nn.Parameter, ProcessGroup]
+    ) -> None:
+        """`groups`: the ranks that hold the same part of each parameter."""
         engine.enable_backward_allreduce = False  # it would reduce the parameters' gradients, not the masters'
         self._engine = engine
         self._optimizer = engine.basic_optimizer
         self._masters = masters
+        self._groups = groups
         make_state(self._optimizer, masters.values())
 
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
@@ -123,8 +130,12 @@ class Replicated:
             yield self._optimizer.state[tensor]["step"]
 
     def reduce(self) -> None:
-        grads = [tensor.grad for tensor in self._masters.values() if tensor.grad is not None]
-        self._engine.buffered_allreduce_fallback(grads, self._engine.zero_reduce_bucket_size())
+        by_group: dict[ProcessGroup, list[Tensor]] = {}
+        for parameter, tensor in self._masters.items():
+            if tensor.grad is not None:
+                by_group.setdefault(self._groups[parameter], []).append(tensor.grad)
+        for group, grads in by_group.items():
+            sum_over_ranks(grads, group)
 
     def update(self) -> None:
         self._optimizer.step()

@@ -1,12 +1,14 @@
 """A stage with what megatron-core's schedules and gradient reductions look for on a model."""
 
+from typing import Any
+
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.stage import Stage
+from llmtrain.engines.stage import Stage, StageOutput
 from llmtrain.parallel.layout import Layout
 
 
@@ -33,19 +35,26 @@ class PipelineChunk(nn.Module):
         parts = self.stage.parts
         return parts["embeddings"].get_submodule("word").get_parameter("weight") if "embeddings" in parts else None
 
-    def forward(self, *arguments: object) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, *arguments: Any) -> StageOutput:
         return self.stage(*arguments)
 
 
 def transformer_config(config: RunConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
     """What megatron-core has to know of a run. Loss and gradients are sums that we have normalized ourselves."""
-    virtual = layout.virtual_pipeline
+    virtual, moe = layout.virtual_pipeline, config.model.moe
+    experts: dict[str, Any] = {}
+    if moe is not None:  # what is checked before expert parallelism is allowed
+        experts = {"num_moe_experts": moe.num_experts, "add_bias_linear": False}
+        experts["moe_token_dispatcher_type"] = "alltoall"
     return TransformerConfig(
-        num_layers=config.model.num_layers,
+        **experts,
+        num_layers=config.model.total_layers,
         hidden_size=config.model.hidden_size,
         num_attention_heads=config.model.num_heads,
         tensor_model_parallel_size=layout.tensor,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         pipeline_dtype=dtype,

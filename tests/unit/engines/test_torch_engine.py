@@ -10,7 +10,7 @@ from llmtrain.data.batch import IGNORED_LABEL, Batch
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.errors import CheckpointError
 from llmtrain.models.build import build_model, materialize
-from tests.support.samples import random_batch, tiny_model, tiny_run
+from tests.support.samples import hidden_states, random_batch, tiny_model, tiny_run
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def test_training_equals_a_plain_pytorch_loop() -> None:
         result = ours.train_step(step, batches, lr=1e-2)
         losses = []
         for batch in batches:
-            logits_BSV = model.logits(model(batch.tokens_BS, batch.positions_BS))
+            logits_BSV = model.logits(hidden_states(model, batch))
             losses.append(F.cross_entropy(logits_BSV.flatten(0, 1), batch.labels_BS.flatten(), reduction="sum"))
         loss = torch.stack(losses).sum() / sum(batch.num_valid_tokens for batch in batches)
         loss.backward()

@@ -1,7 +1,8 @@
 import pytest
 
+from llmtrain.config.lengths import Lengths
 from llmtrain.config.model import ModelConfig
-from llmtrain.observe.throughput import flops_per_token, mfu, peak_flops
+from llmtrain.observe.throughput import flops_per_sample, mfu, peak_flops
 
 LLAMA_3_8B = ModelConfig(
     num_layers=32,
@@ -15,19 +16,19 @@ LLAMA_3_8B = ModelConfig(
 
 
 def test_llama_3_8b_costs_the_published_58_gflop_per_token():
-    assert flops_per_token(LLAMA_3_8B, 8192) / 1e9 == pytest.approx(57.9, abs=0.05)
+    assert flops_per_sample(LLAMA_3_8B, Lengths(8192)) / 8192 / 1e9 == pytest.approx(57.9, abs=0.05)
 
 
 def test_the_published_throughput_of_an_h100_is_its_published_mfu():
     peak = peak_flops("NVIDIA H100 80GB HBM3")
     assert peak is not None
-    assert mfu(10_254, flops_per_token(LLAMA_3_8B, 8192), peak) == pytest.approx(0.600, abs=0.001)
+    assert mfu(10_254, flops_per_sample(LLAMA_3_8B, Lengths(8192)) / 8192, peak) == pytest.approx(0.600, abs=0.001)
 
 
 def test_a_plain_mlp_and_full_attention_are_counted_term_by_term():
     config = ModelConfig(num_layers=2, hidden_size=8, num_heads=2, activation="gelu", vocab_size=10)
     per_layer = 4 * 8 * 8 + 2 * 8 * 32
-    assert flops_per_token(config, 16) == 6 * (2 * per_layer + 8 * 10) + 12 * 2 * 8 * 16
+    assert flops_per_sample(config, Lengths(16)) / 16 == 6 * (2 * per_layer + 8 * 10) + 12 * 2 * 8 * 16
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ STREAM = {
     "reset_positions": ("true", "false"),
     "reset_attention": ("true", "false"),
     "shuffle_shards": ("4", "8"),
+    "objective": ("prefix", "causal"),
 }
 """Keys that change what sample n is."""
 
@@ -120,8 +121,18 @@ def test_every_key_of_model_and_data_is_tried() -> None:
     one_choice = {"family", "attention"}
     elsewhere = {"vocab_size", "max_seq_len"}
     assert {*SHAPES, *NUMBERS, *FREE_MODEL_KEYS, *one_choice, *elsewhere} == set(ModelConfig.model_fields)
-    one_choice, elsewhere = {"objective"}, {"train", "tokenizer"}
-    assert {*STREAM, *FREE_DATA_KEYS, *one_choice, *elsewhere} == set(DataConfig.model_fields)
+    of_objectives = {"masked", "span_corruption", "ul2", "prefix", "fim", "special_tokens"}
+    elsewhere = {"train", "tokenizer"}
+    assert {*STREAM, *FREE_DATA_KEYS, *of_objectives, *elsewhere} == set(DataConfig.model_fields)
+
+
+def test_an_objective_s_own_keys_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    save_of_run(20, "data.objective=prefix", name="other")
+    same = ("name=other", "data.objective=prefix")
+    assert check(capsys, *same) == (0, "")
+    code, err = check(capsys, *same, "data.prefix.min_share=0.5")
+    assert code == 2 and "data.prefix.min_share = 0.5 (command line): the checkpoint" in err and "has 0.25" in err
+    assert check(capsys, *same, "data.prefix.min_share=0.5", "checkpoint.allow_change=[data.prefix]") == (0, "")
 
 
 def test_shape_keys_are_those_that_change_the_model_s_tensors() -> None:

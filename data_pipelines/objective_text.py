@@ -1,0 +1,57 @@
+"""What a run's objective makes of a sample, as text: what the model reads, and what it is to predict."""
+
+from itertools import groupby
+from pathlib import Path
+
+from llmtrain.config.load import load_config
+from llmtrain.config.schema import DataConfig, SourceConfig
+from llmtrain.data.batch import IGNORED_LABEL
+from llmtrain.data.loader import build_stream
+from llmtrain.data.objectives import pack_sample
+from llmtrain.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llmtrain.train.setup import build_recipe
+from llmtrain.train.vocabulary import with_vocabulary
+
+SKIPPED = "..."
+"""Stands for positions that are no targets."""
+
+
+def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
+    """Texts by title of sample `number`, as the run of a YAML file would see it on this data set alone.
+
+    Raises ConfigError and DataError.
+    """
+    config = load_config(run).config
+    data = config.data.model_copy(update={"train": (SourceConfig(path=str(dataset)),), "tokenizer": None})
+    config = with_vocabulary(config.model_copy(update={"data": data}))
+    stream = build_stream(config.data.train, config.data, config.seed)
+    row = pack_sample(stream.sample(number), build_recipe(config, stream.eos_id))
+    tokenizer = load_tokenizer(find_tokenizer(dataset))
+    texts = {"input": row.tokens_S, "targets": row.labels_S}
+    if row.encoder_tokens_T is not None:
+        texts = {"encoder": row.encoder_tokens_T, "decoder": row.tokens_S, "targets": row.labels_S}
+    names = _names(config.data, tokenizer)
+    return {title: _text(ids.tolist(), tokenizer, names) for title, ids in texts.items()}
+
+
+def _names(data: DataConfig, tokenizer: Tokenizer) -> dict[int, str]:
+    """What special tokens are shown as."""
+    pieces = tokenizer.pieces
+    names = {token: pieces[token] for token, special in enumerate(tokenizer.special) if special}
+    sentinels = data.special_tokens.sentinels or ()
+    marks = (
+        ("prefix", "middle", "suffix") if data.objective == "fim" else [f"sentinel {n}" for n in range(len(sentinels))]
+    )
+    names |= {token: f"<{mark}>" for token, mark in zip(sentinels, marks, strict=False)}
+    return {IGNORED_LABEL: SKIPPED, **names}
+
+
+def _text(ids: list[int], tokenizer: Tokenizer, names: dict[int, str]) -> str:
+    """Special tokens by their names, one for each run of positions that are no targets, and the text between them."""
+    parts = []
+    for is_text, group in groupby(ids, lambda token: token not in names):
+        if is_text:
+            parts.append(tokenizer.decode(list(group)))
+        else:
+            parts += [names[token] for token, same in groupby(group) for _ in ([0] if token == IGNORED_LABEL else same)]
+    return "".join(parts)

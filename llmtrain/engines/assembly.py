@@ -1,0 +1,99 @@
+"""A whole model on the meta device to what one rank holds of it."""
+
+import torch
+from torch import nn
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.models.attention import Attention
+from llmtrain.models.moe import MoE
+from llmtrain.models.positions import RelativeBias
+from llmtrain.models.sharding import split_dim
+from llmtrain.models.transformer import Stack, Transformer
+from llmtrain.parallel.context import spread_over_context
+from llmtrain.parallel.expert import ExpertExchange
+from llmtrain.parallel.groups import Groups
+from llmtrain.parallel.layout import Chunk
+from llmtrain.parallel.tensor import TensorRegion
+
+
+def split_stacks(whole: Transformer, groups: Groups, region: TensorRegion | None) -> None:
+    """Split over the ranks what is neither a linear nor an embedding. Call with the meta device as the default."""
+    for module in whole.modules():
+        if isinstance(module, Attention):
+            place_heads(module, groups)
+        elif isinstance(module, RelativeBias):
+            module.first_head = groups.place.tensor * (whole.config.num_heads // groups.layout.tensor)
+        elif isinstance(module, MoE):
+            place_experts(module, groups, region)
+    for name, parameter in list(whole.named_parameters()):
+        dim = split_dim(name) if groups.layout.tensor > 1 else None
+        owner, _, leaf = name.rpartition(".")
+        module = whole.get_submodule(owner)
+        if dim is not None and not isinstance(module, (nn.Linear, nn.Embedding)):
+            setattr(module, leaf, nn.Parameter(shrunk(parameter, dim, groups.layout.tensor)))
+
+
+def place_heads(attention: Attention, groups: Groups) -> None:
+    """Tell an attention which heads it computes, and let it trade the sequence for heads among the context ranks."""
+    tensor_heads = attention.num_heads // groups.layout.tensor
+    context_heads = tensor_heads // groups.layout.context
+    attention.tensor_first_head = groups.place.tensor * tensor_heads
+    attention.first_head = attention.tensor_first_head + groups.place.context * context_heads
+    if groups.layout.context > 1:
+        attention.attend = spread_over_context(attention.attend, groups.context)
+
+
+def place_experts(moe: MoE, groups: Groups, region: TensorRegion | None) -> None:
+    """Leave a rank its experts, and let tokens travel to those of others."""
+    moe.router.parts = groups.sequence_parts()
+    if region is not None:
+        moe.enter, moe.leave = region.enter, region.leave
+    if groups.layout.expert > 1:
+        moe.exchange = ExpertExchange(groups.expert)
+        for name, parameter in list(moe.experts.named_parameters()):
+            setattr(moe.experts, name, nn.Parameter(shrunk(parameter, 0, groups.layout.expert)))
+
+
+def shrunk(parameter: nn.Parameter, dim: int, parts: int) -> torch.Tensor:
+    """An equal part of a tensor, without content."""
+    shape = list(parameter.shape)
+    shape[dim] //= parts
+    return torch.empty(shape, device=parameter.device)
+
+
+def cut(whole: Transformer, chunk: Chunk, config: ModelConfig) -> nn.ModuleDict:
+    """What a chunk needs of a model: its layers, and at either end the embeddings and the head.
+
+    Layers are numbered in the order in which data flows: an encoder-decoder's decoder goes on behind its encoder.
+    """
+    parts = nn.ModuleDict()
+    if chunk.first:
+        parts["embeddings"] = whole.embeddings
+    first = 0
+    for stack in whole.stacks:
+        numbers = range(first, first + len(stack.layers))
+        if part := cut_stack(stack, chunk, numbers, is_last=numbers.stop == config.total_layers):
+            parts[stack.side] = part
+        first = numbers.stop
+    if not chunk.last:
+        return parts
+    if whole.mlm is not None:
+        parts["mlm"] = whole.mlm
+    if whole.head is not None:
+        parts["head"] = whole.head
+    elif not chunk.first:
+        parts["embeddings"] = nn.ModuleDict({"word": whole.embeddings.word})
+    return parts
+
+
+def cut_stack(stack: Stack, chunk: Chunk, numbers: range, is_last: bool) -> Stack | None:
+    """A stack without the layers of other chunks; None where nothing is left. Its layers have the given numbers among
+    those of all stacks; `is_last` says that the head stands on it."""
+    for number in list(stack.layers):
+        if numbers.start + int(number) not in chunk.layers:
+            del stack.layers[number]
+    if not (numbers[-1] in chunk.layers or (chunk.last and is_last)):
+        stack.final_norm = None
+    if not stack.layers:
+        stack.position_bias = None
+    return stack if stack.layers or stack.final_norm is not None else None

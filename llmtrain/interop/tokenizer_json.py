@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from llmtrain.errors import ExportError
+from llmtrain.interop.special_tokens import ROLES, sentinel_name
 
 SPACE_MARK = "\u2581"
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -25,8 +27,6 @@ NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 
 _UNK_PENALTY = 10.0
 """Both libraries rate a character without a piece this much below the worst piece."""
-
-_ROLES = {"mask_token": "<mask>", "cls_token": "<cls>", "sep_token": "<sep>", "unk_token": "<unk>"}
 
 
 class TextTokenizer(Protocol):
@@ -42,7 +42,17 @@ class TextTokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-def write_tokenizer(folder: Path, tokenizer: TextTokenizer, max_seq_len: int) -> None:
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """How transformers is to use a tokenizer. `plain`: text that spells a special token is ordinary text, as it was in
+    training. `sentinels` are the ids of <extra_id_0>, <extra_id_1>, ..."""
+
+    max_seq_len: int
+    plain: bool = True
+    sentinels: Sequence[int] = ()
+
+
+def write_tokenizer(folder: Path, tokenizer: TextTokenizer, settings: TokenizerSettings) -> None:
     """Write tokenizer.json and tokenizer_config.json. Raises ExportError for a model that cannot be converted."""
     target = folder / "tokenizer.json"
     if tokenizer.path.suffix == ".json":
@@ -51,18 +61,41 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer, max_seq_len: int) ->
     else:
         converted = convert(tokenizer.path)
         converted.save(str(target))
+    if _add_sentinels(converted, settings.sentinels):
+        converted.save(str(target))
     special = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id, "pad_token": tokenizer.pad_id}
     names = {role: converted.id_to_token(token) for role, token in special.items() if token is not None}
-    names |= {role: name for role, name in _ROLES.items() if converted.token_to_id(name) is not None}
-    settings: dict[str, Any] = {
+    for role, known in ROLES.items():
+        names |= {role: name for name in known if converted.token_to_id(name) is not None}
+    content: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_seq_len,
+        "model_max_length": settings.max_seq_len,
         "clean_up_tokenization_spaces": False,
-        # Text that spells a special token is ordinary text, as it was in training.
-        "split_special_tokens": True,
+        "split_special_tokens": settings.plain,
         **names,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _add_sentinels(converted: Tokenizer, sentinels: Sequence[int]) -> bool:
+    """Give names to sentinels that have none; whether there were some. Raises ExportError where ids cannot be had."""
+    nameless = [
+        (number, token)
+        for number, token in enumerate(sentinels)
+        if converted.token_to_id(sentinel_name(number)) != token
+    ]
+    # The library numbers what is added from the end on.
+    for number, token in sorted(nameless, key=lambda pair: pair[1]):
+        size = converted.get_vocab_size(with_added_tokens=True)
+        if converted.id_to_token(token) is not None:
+            continue  # the sentinel is a token that has a name already
+        if token != size:
+            raise ExportError(
+                f"The sentinel number {number} has the id {token}, but the next id that a tokenizer.json can name is "
+                f"{size}. Sentinels that follow the tokenizer's ids without a gap can be exported."
+            )
+        converted.add_special_tokens([AddedToken(sentinel_name(number), special=True, normalized=False)])
+    return bool(nameless)
 
 
 def convert(path: Path) -> Tokenizer:

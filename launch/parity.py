@@ -6,7 +6,7 @@ layout is put together from its ranks' fragments by their global coordinates.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,11 +15,10 @@ import torch
 
 from launch.forks import Forks, RankError
 from launch.parity_plan import Candidate
+from launch.probe_batches import probe_batches
 from llmtrain.checkpoint.fragments import Box, Fragment, tiling_problem
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.batch import IGNORED_LABEL, Batch
 from llmtrain.engines.base import EvalResult, StepResult
-from llmtrain.parallel.draws import derived_key
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 
@@ -57,25 +56,6 @@ class Trace:
     gradients: list[Tensors]
     final: Tensors
     evaluation: EvalResult
-
-
-def probe_batches(config: RunConfig, step: int, first: int, stride: int) -> list[Batch]:
-    """Micro-batches first, first + stride, ... of a step: random tokens, a different number of targets in each."""
-    train, seq_len = config.train, config.data.seq_len
-    batches = []
-    for number in range(first, train.global_batch_size // train.micro_batch_size, stride):
-        generator = torch.Generator().manual_seed(derived_key("probe", config.seed, step, number) & (2**63 - 1))
-        shape = (train.micro_batch_size, seq_len + 1)
-        tokens = torch.randint(0, config.model.vocabulary, shape, generator=generator)
-        labels = tokens[:, 1:].clone()
-        labels[:, : number * 3 % (seq_len // 2)] = IGNORED_LABEL
-        positions = torch.arange(seq_len).expand(train.micro_batch_size, seq_len)
-        segments = None
-        if config.data.reset_attention:
-            boundary = 1 + number % (seq_len - 2)
-            segments = (positions >= boundary).long()
-        batches.append(Batch(tokens[:, :-1], labels, positions, segments))
-    return batches
 
 
 def trace_rank(build: Callable[..., Any], config: RunConfig, num_steps: int, data: tuple[int, int]) -> RankTrace:
@@ -135,11 +115,12 @@ class Levels:
     grad_norm: float = 1e-5
     gradient: float = 1e-5
     weight: float = 1e-4
+    experts: float = 1e-4
     floor: float = 1e-6
 
 
 FP32 = Levels()
-LOW_PRECISION = Levels(first_loss=1e-3, loss=1e-2, grad_norm=3e-2, gradient=0.1, weight=0.1, floor=1e-3)
+LOW_PRECISION = Levels(first_loss=1e-3, loss=1e-2, grad_norm=3e-2, gradient=0.1, weight=0.1, experts=0.1, floor=1e-3)
 """bf16 and fp16: sums in another order round to neighbouring numbers of 8 or 11 bits, and Adam passes that on."""
 
 
@@ -152,6 +133,7 @@ class Verdict:
     grad_norm: float = 0.0
     gradient: float = 0.0
     weight: float = 0.0
+    experts: float = 0.0
     problems: list[str] = field(default_factory=list)
 
 
@@ -178,11 +160,25 @@ def compare(reference: Trace, other: Trace, levels: Levels) -> Verdict:
     trained = {name: value for name, value in reference.final.items() if name not in noise}
     name, verdict.weight = worst_tensor(trained, other.final, levels.floor)
     _judge(verdict, f"weights of {name} after the last step", verdict.weight, levels.weight)
+    for step, (a, b) in enumerate(zip(reference.steps, other.steps, strict=True), start=1):
+        name, error = worst_metric(a.metrics, b.metrics)
+        verdict.experts = max(verdict.experts, error)
+        _judge(verdict, f"{name} of step {step}", error, levels.experts)
     if [a.num_tokens for a in reference.steps] != [b.num_tokens for b in other.steps]:
         verdict.problems.append("numbers of valid tokens differ")
     before, after = (trace.evaluation.loss_sum / trace.evaluation.num_tokens for trace in (reference, other))
     _judge(verdict, "loss of the evaluation", abs(after - before) / before, levels.loss)
     return verdict
+
+
+def worst_metric(reference: Mapping[str, float], other: Mapping[str, float]) -> tuple[str, float]:
+    """The expert metric that differs most, and by how much, relative; a missing one differs by infinity."""
+    errors = [("expert metrics", 0.0)]
+    for name in reference:
+        if name.startswith("moe/"):
+            apart = abs(reference[name] - other.get(name, float("inf")))
+            errors.append((name, apart / max(abs(reference[name]), 1e-3)))
+    return max(errors, key=lambda found: found[1])
 
 
 def noise_tensors(reference: Trace, floor: float) -> set[str]:

@@ -11,9 +11,10 @@ from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.errors import ConfigError
 
 SHRUNK_SEQ_LEN = 32
-AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context"}
-PART = re.compile(r"(tp|pp|vp|cp|dp|zero)(\d+)|sp|offload")
-FORM = "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 cp2 dp2 sp zero1 offload, for example megatron:tp2+sp+zero1."
+SMALL_PATTERN = {"window": 8, "stride": 4, "block_size": 4}
+AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context", "ep": "expert"}
+PART = re.compile(r"(tp|pp|vp|cp|ep|dp|zero)(\d+)|sp|offload")
+FORM = "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 cp2 ep2 dp2 sp zero1 offload, as in megatron:tp2+sp+zero1."
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,15 @@ def shrink(config: RunConfig, precision: str) -> RunConfig:
     """
     model = config.model
     group = model.num_heads // model.kv_heads
+    attention = model.attention
+    small = {name: least for name, least in SMALL_PATTERN.items() if getattr(attention, name) is not None}
+    moe = model.moe and model.moe.model_copy(update={"num_experts": 4, "ffn_hidden_size": 48})
+    both = model.family == "encoder_decoder"
     sizes: dict[str, Any] = {
-        "num_layers": 4, "hidden_size": 32, "num_heads": 4, "num_kv_heads": max(1, 4 // group), "head_dim": 8,
-        "ffn_hidden_size": 96 if model.gated else 128, "vocab_size": 307, "max_seq_len": 64,
+        "num_layers": 2 if both else 4, "num_encoder_layers": 2 if both else None, "hidden_size": 32, "num_heads": 4,
+        "num_kv_heads": max(1, 4 // group), "head_dim": 8,
+        "ffn_hidden_size": 96 if model.gated else 128, "vocab_size": 307, "max_seq_len": 64, "moe": moe,
+        "attention": attention.model_copy(update=small),
     }  # fmt: skip
     train = {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False, "steps": 100}
     optim = {"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0}
@@ -86,10 +93,11 @@ def iter_candidates(config: RunConfig, max_ranks: int) -> Iterator[Candidate]:
     for engine, tensor, context, pipeline, data in product(engines, sizes, sizes, sizes, sizes):
         if tensor * context * pipeline * data > max_ranks:
             continue
-        for virtual, sequence, zero_stage in product((1, 2), (False, True), range(4)):
+        expert_sizes = sizes if config.model.moe else (1,)
+        for virtual, expert, sequence, zero_stage in product((1, 2), expert_sizes, (False, True), range(4)):
             parallel = {
                 "tensor": tensor, "context": context, "pipeline": pipeline, "virtual_pipeline": virtual,
-                "sequence": sequence,
+                "expert": expert, "sequence": sequence,
             }  # fmt: skip
             candidate = _candidate(config, {"name": engine, "zero_stage": zero_stage}, parallel, data)
             if not arithmetic_problems(candidate.config, candidate.world_size):

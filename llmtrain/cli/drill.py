@@ -33,12 +33,13 @@ def drill(
     from launch.faults import FAULTS
     from llmtrain.config.load import load_config
     from llmtrain.errors import ConfigError
-    from llmtrain.train.preflight import storage_problems, with_vocab_size
+    from llmtrain.train.preflight import storage_problems
+    from llmtrain.train.vocabulary import with_vocabulary
 
     faults = [fault for fault in FAULTS if only in fault.name]
     if not faults:
         raise ConfigError(f"--only {only}: no fault has that in its name: {'; '.join(f.name for f in FAULTS)}.")
-    asked = with_vocab_size(load_config(config, overrides or [], storage_problems).config)
+    asked = with_vocabulary(load_config(config, overrides or [], storage_problems).config)
     if kills:
         _punish(asked, kills, mean_seconds, json)
     run = drill_config(asked)

@@ -52,13 +52,14 @@ def train(
         return
 
     from launch.rank import rank_from_environment
-    from llmtrain.train.preflight import storage_problems, storage_warnings, with_vocab_size
+    from llmtrain.train.preflight import storage_problems, storage_warnings
+    from llmtrain.train.vocabulary import with_vocabulary
 
     place = rank_from_environment(os.environ)
     world_size = place.world_size if place and ranks is None else None
     hypothetical = [] if ranks is None else [f"launch.num_workers={ranks}"]
     on_storage = partial(storage_problems, asks_room=ranks is None)
-    run = with_vocab_size(load_config(config, [*(overrides or []), *hypothetical], on_storage, world_size).config)
+    run = with_vocabulary(load_config(config, [*(overrides or []), *hypothetical], on_storage, world_size).config)
     for warning in storage_warnings(run) if ranks is None else ():
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:

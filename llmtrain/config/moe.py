@@ -11,7 +11,7 @@ class MoeConfig(Section):
     """Experts in place of the MLP of some layers. A router decides per token; experts have no biases."""
 
     num_experts: Annotated[int, Field(ge=2)] = Field(default=8, description="Experts per layer.")
-    top_k: Count = Field(default=2, description="Experts that a token goes to (switch: 1).")
+    top_k: Count | None = Field(default=None, description="Experts that a token goes to; absent: 2, of a switch 1.")
     router: Literal["switch", "top_k", "expert_choice"] = Field(
         default="top_k",
         description="switch: the best expert, weighted by its probability (Fedus et al. 2021). top_k: the best top_k "
@@ -48,3 +48,8 @@ class MoeConfig(Section):
     ffn_hidden_size: Count | None = Field(
         default=None, description="Inner width of an expert; absent: that of the model's MLP."
     )
+
+    @property
+    def choices(self) -> int:
+        """Experts that a token goes to; with expert_choice on average."""
+        return 1 if self.router == "switch" else self.top_k or 2

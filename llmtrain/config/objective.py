@@ -85,11 +85,32 @@ class FimConfig(Section):
 
 
 class SpecialTokensConfig(Section):
-    """Ids of tokens that objectives put into samples."""
+    """Ids of tokens that objectives put into samples. A run folder's config.yaml says those that the run needs."""
 
     mask: CountOrZero | None = Field(default=None, description="The mask; absent: the tokenizer's.")
+    pad: CountOrZero | None = Field(
+        default=None,
+        description="Fills samples up, and begins what the decoder of an encoder_decoder reads, as in T5; absent: the "
+        "tokenizer's.",
+    )
     sentinels: Annotated[tuple[CountOrZero, ...] | None, AsTuple] = Field(
         default=None,
-        description="Sentinels in their order, for objectives that need them; absent: 100 ids above the tokenizer's. "
-        "fim takes the first three for prefix, middle and suffix.",
+        description="Sentinels in their order, for objectives that need them. fim: prefix, middle and suffix. Absent: "
+        "the tokenizer's (<extra_id_0>, ..., or <fim_prefix>, ...), else ids above it: three for fim, 100 or as many "
+        "as are needed for others.",
     )
+
+
+def needed_tokens(family: str, objective: ObjectiveName) -> tuple[str, ...]:
+    """The keys of data.special_tokens that an objective cannot do without."""
+    match objective:
+        case "masked":
+            return ("mask",)
+        case "span_corruption" | "ul2":
+            return ("pad", "sentinels")
+        case "prefix":
+            return ("pad",) if family == "encoder_decoder" else ()
+        case "fim":
+            return ("sentinels",)
+        case "causal":
+            return ()

@@ -11,6 +11,7 @@ from llmtrain.config.legal_values import nearest_divisors, nearest_multiples
 from llmtrain.config.names import all_keys, either, nearest, suggested_keys
 from llmtrain.config.rules_engine import ENGINE_RULES
 from llmtrain.config.rules_launch import LAUNCH_RULES
+from llmtrain.config.rules_model import MODEL_RULES
 from llmtrain.config.rules_observe import OBSERVE_RULES, OBSERVE_WORLD_RULES
 from llmtrain.config.rules_parallel import PARALLEL_RULES, WORLD_RULES
 from llmtrain.config.schema import RunConfig
@@ -174,6 +175,7 @@ RULES = (
     evaluation_needs_data,
     best_needs_evaluation,
     allowed_changes_are_keys,
+    *MODEL_RULES,
     *ENGINE_RULES,
     *PARALLEL_RULES,
     *LAUNCH_RULES,

@@ -19,7 +19,8 @@ def engine_is_on_this_platform(config: RunConfig) -> Found:
 def torch_splits_the_batch_only(config: RunConfig) -> Found:
     if config.engine.name != "torch":
         return
-    others = {"tensor": "megatron or deepspeed", "context": "megatron or deepspeed", "pipeline": "megatron"}
+    both = "megatron or deepspeed"
+    others = {"tensor": both, "context": both, "expert": both, "pipeline": "megatron"}
     for axis, engines in others.items():
         size = getattr(config.parallel, axis)
         if size > 1:
@@ -59,6 +60,16 @@ def deepspeed_has_no_pipeline(config: RunConfig) -> Found:
     message = f"engine.name = deepspeed has no pipeline. Try 1, or engine.name=megatron{with_stage}."
     uses = ("engine.name", "engine.zero_stage") if stage > 1 else ("engine.name",)
     yield Problem("parallel.pipeline", message, pipeline, uses=uses)
+
+
+def experts_stay_whole_in_stage_3(config: RunConfig) -> Found:
+    stage, expert = config.engine.zero_stage, config.parallel.expert
+    if config.engine.name == "deepspeed" and stage == 3 and expert > 1:
+        message = (
+            f"DeepSpeed does not partition weights of experts that are spread over ranks (parallel.expert = {expert}). "
+            "Try 2 or 1, or parallel.expert=1."
+        )
+        yield Problem("engine.zero_stage", message, stage, uses=("engine.name", "parallel.expert"))
 
 
 def offload_has_a_place(config: RunConfig) -> Found:
@@ -114,6 +125,7 @@ ENGINE_RULES = (
     torch_splits_the_batch_only,
     engine_has_zero_stage,
     deepspeed_has_no_pipeline,
+    experts_stay_whole_in_stage_3,
     offload_has_a_place,
     deepspeed_has_fp16_on_gpus_only,
     compile_needs_torch_linears,

@@ -14,6 +14,8 @@ MESH_AXES = ("tensor", "pipeline", "context")
 
 AXIS_KEYS = tuple(f"parallel.{axis}" for axis in MESH_AXES)
 
+LAYER_KEYS = ("model.num_layers", "model.num_encoder_layers", "model.family")
+
 Found = Iterator[Problem]
 
 
@@ -74,24 +76,24 @@ def chunks_need_pipeline(config: RunConfig) -> Found:
 
 def pipeline_has_layers(config: RunConfig) -> Found:
     """Every chunk has a layer, where no split says otherwise."""
-    parallel, layers = config.parallel, config.model.num_layers
+    parallel, layers = config.parallel, config.model.total_layers
     if parallel.pipeline_split is not None:
         return
     if parallel.pipeline > layers:
-        message = f"must be at most model.num_layers = {layers}. Try {layers}."
-        yield Problem("parallel.pipeline", message, parallel.pipeline, uses=("model.num_layers",))
+        message = f"must be at most {_layers_text(config)}. Try {layers}."
+        yield Problem("parallel.pipeline", message, parallel.pipeline, uses=LAYER_KEYS)
     elif parallel.pipeline * parallel.virtual_pipeline > layers:
         most = layers // parallel.pipeline
         message = (
             f"with parallel.pipeline = {parallel.pipeline} gives {parallel.pipeline * parallel.virtual_pipeline} "
-            f"chunks for model.num_layers = {layers}. Try {most}{' or less' if most > 1 else ''}."
+            f"chunks for {_layers_text(config)}. Try {most}{' or less' if most > 1 else ''}."
         )
-        uses = ("parallel.pipeline", "model.num_layers")
+        uses = ("parallel.pipeline", *LAYER_KEYS)
         yield Problem("parallel.virtual_pipeline", message, parallel.virtual_pipeline, uses=uses)
 
 
 def split_names_every_layer(config: RunConfig) -> Found:
-    parallel, layers = config.parallel, config.model.num_layers
+    parallel, layers = config.parallel, config.model.total_layers
     split, chunks = parallel.pipeline_split, parallel.pipeline * parallel.virtual_pipeline
     if split is None:
         return
@@ -100,7 +102,7 @@ def split_names_every_layer(config: RunConfig) -> Found:
         sizes = f"parallel.pipeline x parallel.virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline}"
         faults.append(f"must have {chunks} entries, one per chunk ({sizes})")
     if sum(split) != layers:
-        faults.append(f"must sum to model.num_layers = {layers}, and sums to {sum(split)}")
+        faults.append(f"must sum to {_layers_text(config)}, and sums to {sum(split)}")
     if 0 in split[1:-1]:
         faults.append("only the first and the last chunk, which hold embeddings and head, may have no layer")
     if faults:
@@ -108,13 +110,29 @@ def split_names_every_layer(config: RunConfig) -> Found:
             [layers // chunks + (number < layers % chunks) for number in range(chunks)] if chunks <= layers else None
         )
         advice = f"Try {equal}, or null." if equal and chunks <= 64 else "Try null."
-        uses = ("parallel.pipeline", "parallel.virtual_pipeline", "model.num_layers")
+        uses = ("parallel.pipeline", "parallel.virtual_pipeline", *LAYER_KEYS)
         yield Problem("parallel.pipeline_split", f"{'; '.join(faults)}. {advice}", list(split), uses=uses)
 
 
-def experts_need_moe(config: RunConfig) -> Found:
-    if config.parallel.expert > 1:
-        yield Problem("parallel.expert", "the model has no experts to split. Try 1.", config.parallel.expert)
+def _layers_text(config: RunConfig) -> str:
+    model = config.model
+    if model.family != "encoder_decoder":
+        return f"model.num_layers = {model.num_layers}"
+    sizes = f"{model.encoder_layers} + {model.decoder_layers} = {model.total_layers}"
+    return f"model.num_encoder_layers + model.num_layers = {sizes}"
+
+
+def expert_divides_replicas(config: RunConfig, world_size: int) -> Found:
+    """Experts are spread over ranks that hold the same part of everything else."""
+    parallel = config.parallel
+    if world_size % parallel.replica_size:
+        return
+    replicas = world_size // (parallel.tensor * parallel.pipeline)
+    if replicas % parallel.expert:
+        data = world_size // parallel.replica_size
+        tries = either(nearest_divisors(replicas, parallel.expert))
+        message = f"must divide data parallel size x context = {data} x {parallel.context} = {replicas}. Try {tries}."
+        yield Problem("parallel.expert", message, parallel.expert, uses=("launch.num_workers", *AXIS_KEYS))
 
 
 def axes_divide_world(config: RunConfig, world_size: int) -> Found:
@@ -183,6 +201,5 @@ PARALLEL_RULES = (
     chunks_need_pipeline,
     pipeline_has_layers,
     split_names_every_layer,
-    experts_need_moe,
 )
-WORLD_RULES = (axes_divide_world, micro_batches_fill_batch)
+WORLD_RULES = (axes_divide_world, expert_divides_replicas, micro_batches_fill_batch)

@@ -28,9 +28,8 @@ def num_active_parameters(model: ModelConfig) -> int:
     """Those that one token meets: of the experts, top_k of each layer."""
     if model.moe is None:
         return num_parameters(model)
-    chosen = 1 if model.moe.router == "switch" else model.moe.top_k
     experts = sum(prod(shape) for name, shape in parameter_shapes(model).items() if ".experts." in name)
-    return num_parameters(model) - experts + experts * chosen // model.moe.num_experts
+    return num_parameters(model) - experts + experts * model.moe.choices // model.moe.num_experts
 
 
 def expert_ffn_size(model: ModelConfig) -> int:

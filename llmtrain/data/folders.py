@@ -3,10 +3,11 @@
 from functools import partial
 from pathlib import Path
 
+from llmtrain.config.cache_folder import default_cache_dir
 from llmtrain.config.credentials import without_credentials
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.damage import DamagedFileError
-from llmtrain.data.remote import SCHEMES, FetchConfig, RemoteFolder, default_cache_dir, scheme_of
+from llmtrain.data.remote import SCHEMES, FetchConfig, RemoteFolder, scheme_of
 from llmtrain.data.retry import retried
 from llmtrain.data.shard_file import ShardFile, ShardPaths
 from llmtrain.data.shards import MANIFEST_NAME, TOKENIZER_NAMES, Manifest, parse_manifest, read_manifest

@@ -11,6 +11,7 @@ from llmtrain.data.batch import Batch
 from llmtrain.data.folders import fetch_config
 from llmtrain.data.objectives import pack_sample
 from llmtrain.data.pack import stack_samples
+from llmtrain.data.recipe import Recipe
 from llmtrain.data.skipped import LEDGER_NAME, SkippedShards
 from llmtrain.data.stream import SampleOrigin, SampleStream, StreamConfig, load_sources
 
@@ -45,7 +46,7 @@ class BatchLoader:
     def __init__(
         self,
         stream: SampleStream,
-        data: DataConfig,
+        recipe: Recipe,
         global_batch_size: int,
         micro_batch_size: int,
         dp_rank: int = 0,
@@ -54,7 +55,7 @@ class BatchLoader:
         """Sizes are in samples; micro_batch_size * dp_size divides global_batch_size."""
         assert global_batch_size % (micro_batch_size * dp_size) == 0 and 0 <= dp_rank < dp_size
         self._stream = stream
-        self._data = data
+        self._recipe = recipe
         self.global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._micro_batches = range(dp_rank, global_batch_size // micro_batch_size, dp_size)
@@ -73,13 +74,13 @@ class BatchLoader:
         step that needs a damaged shard is due.
         """
         firsts = self._iter_firsts(first_sample)
-        if not self._data.prefetch_steps:
+        if not self._recipe.data.prefetch_steps:
             yield from map(self._step, firsts)  # without end
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         try:
             prepared: deque[Future[list[Batch]]] = deque()
             while True:
-                while len(prepared) < self._data.prefetch_steps + 1:
+                while len(prepared) < self._recipe.data.prefetch_steps + 1:
                     prepared.append(thread.submit(self._step, next(firsts)))
                 yield prepared.popleft().result()
         finally:
@@ -115,4 +116,4 @@ class BatchLoader:
 
     def _batch(self, numbers: Sequence[int]) -> Batch:
         samples = map(self._stream.sample, numbers)
-        return stack_samples([pack_sample(sample, self._data) for sample in samples], numbers[0])
+        return stack_samples([pack_sample(sample, self._recipe) for sample in samples], numbers[0])

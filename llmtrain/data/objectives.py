@@ -1,42 +1,51 @@
-"""What a sample's tokens are to be predicted from: an objective turns a sample into one row of a batch."""
+"""What a sample's tokens are to be predicted from: an objective turns a sample into one row of a batch.
+
+An objective is a pure function of the sample, its number and the run's recipe: the same on every rank, in every layout
+and after every resume.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
-from llmtrain.config.schema import DataConfig
 from llmtrain.data.batch import IGNORED_LABEL
-from llmtrain.data.pack import PackedSample, document_numbers, document_positions
+from llmtrain.data.corruption import prefix_length, span_corruption, split_at_prefix, ul2
+from llmtrain.data.masking import masked
+from llmtrain.data.middles import fim
+from llmtrain.data.pack import PackedSample, causal_row
+from llmtrain.data.recipe import Recipe
 from llmtrain.data.stream import Sample
 
-Objective = Callable[[Sample, DataConfig], PackedSample]
+Objective = Callable[[Sample, Recipe], PackedSample]
 
 
-def causal(sample: Sample, data: DataConfig) -> PackedSample:
-    """Each position predicts the next token of the stream.
-
-    With data.reset_attention no position may see the document before its own, so the first token of a document
-    cannot be predicted from anything and is no target.
-    """
-    seq_len = len(sample.tokens) - 1
-    labels_S = sample.tokens[1:]
-    segments_S = None
-    if data.reset_attention:
-        segments_S = document_numbers(sample.document_starts, seq_len)
-        labels_S = labels_S.copy()
-        labels_S[sample.document_starts[sample.document_starts > 0] - 1] = IGNORED_LABEL
-    if data.reset_positions:
-        positions_S = document_positions(sample.document_starts, seq_len)
-    else:
-        positions_S = np.arange(seq_len)
-    return PackedSample(sample.tokens[:-1], labels_S, positions_S, segments_S)
+def causal(sample: Sample, recipe: Recipe) -> PackedSample:
+    """Each position predicts the next token of the stream."""
+    return causal_row(sample.tokens, sample.document_starts, recipe.data)
 
 
-OBJECTIVES: dict[str, Objective] = {"causal": causal}
+def prefix(sample: Sample, recipe: Recipe) -> PackedSample:
+    """A decoder sees the prefix from both sides, so only what follows it is predicted; an encoder reads it whole."""
+    if recipe.family == "encoder_decoder":
+        return split_at_prefix(sample, recipe)
+    row, length = causal(sample, recipe), prefix_length(sample, recipe)
+    labels_S = row.labels_S.copy()
+    labels_S[: length - 1] = IGNORED_LABEL  # the last position of the prefix predicts the first token behind it
+    return replace(row, labels_S=labels_S, prefix=length)
 
 
-def pack_sample(sample: Sample, data: DataConfig) -> PackedSample:
+OBJECTIVES: dict[str, Objective] = {
+    "causal": causal,
+    "masked": masked,
+    "span_corruption": span_corruption,
+    "ul2": ul2,
+    "prefix": prefix,
+    "fim": fim,
+}
+
+
+def pack_sample(sample: Sample, recipe: Recipe) -> PackedSample:
     """A sample as the row of a batch that data.objective makes of it; a blank one has no targets."""
-    row = OBJECTIVES[data.objective](sample, data)
+    row = OBJECTIVES[recipe.data.objective](sample, recipe)
     return replace(row, labels_S=np.full_like(row.labels_S, IGNORED_LABEL)) if sample.blank else row

@@ -42,12 +42,6 @@ class FetchConfig:
     timeout_seconds: float
 
 
-def default_cache_dir() -> Path:
-    """llmtrain's folder among the user's caches (XDG base directory specification)."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "llmtrain"
-
-
 def scheme_of(path: str) -> str | None:
     """The scheme of a URL, in small letters; None for a path, also for one that exists and has a colon in it."""
     match = _SCHEME.match(path)

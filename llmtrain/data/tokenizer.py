@@ -1,8 +1,9 @@
 """Between text and token ids: one seam over sentencepiece models and Hugging Face's tokenizer.json files."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import sentencepiece
@@ -17,12 +18,22 @@ from llmtrain.errors import ConfigError, DataError
 SPACE_MARK = "\u2581"
 """sentencepiece writes a space as this character, and so takes the character itself for a space."""
 
+_MASK_NAMES = ("<mask>", "[MASK]", "<|mask|>")
+_CLS_NAMES = ("<cls>", "[CLS]")
+_SEP_NAMES = ("<sep>", "[SEP]")
 _HF_SPECIALS = {
     "eos_id": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "[SEP]"),
     "bos_id": ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]", "[CLS]"),
     "pad_id": ("<pad>", "<|pad|>", "[PAD]"),
+    "mask_id": _MASK_NAMES,
+    "cls_id": _CLS_NAMES,
+    "sep_id": _SEP_NAMES,
 }
 """A tokenizer.json does not say which token ends a text: the first of these names that it has is taken."""
+
+
+PieceStyle = Literal["sentencepiece", "byte_level", "wordpiece"]
+"""How pieces show where words begin; see data/pieces.py."""
 
 
 class Tokenizer(Protocol):
@@ -34,6 +45,24 @@ class Tokenizer(Protocol):
     eos_id: int
     bos_id: int | None
     pad_id: int | None
+    mask_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+    piece_style: PieceStyle
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text of each id as the tokenizer writes it; ids that it leaves out are empty."""
+        ...
+
+    @property
+    def special(self) -> NDArray[np.bool_]:
+        """[vocab_size], true where no text gives the id."""
+        ...
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token by its name, None where there is none such."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens. Raises DataError where the text is not valid Unicode."""
@@ -84,7 +113,26 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._model.eos_id()
         self.bos_id = _present(self._model.bos_id())
         self.pad_id = _present(self._model.pad_id())
+        self.mask_id, self.cls_id, self.sep_id = map(self._first_of, (_MASK_NAMES, _CLS_NAMES, _SEP_NAMES))
+        self.piece_style: PieceStyle = "sentencepiece"
         self._mark_ids = self._byte_ids_of_mark()
+
+    @property
+    def pieces(self) -> list[str]:
+        return self._model.id_to_piece(list(range(self.vocab_size)))
+
+    @property
+    def special(self) -> NDArray[np.bool_]:
+        model = self._model
+        kinds = (model.is_control, model.is_unknown, model.is_unused)
+        return np.array([any(kind(token) for kind in kinds) for token in range(self.vocab_size)], bool)
+
+    def special_id(self, name: str) -> int | None:
+        token = self._model.piece_to_id(name)
+        return token if self._model.is_control(token) else None  # what users define comes from text as well
+
+    def _first_of(self, names: Sequence[str]) -> int | None:
+        return next((token for token in map(self.special_id, names) if token is not None), None)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -141,6 +189,28 @@ class HuggingFaceTokenizer:
         self.eos_id = eos_id
         self.bos_id = self._special("bos_id")
         self.pad_id = self._special("pad_id")
+        self.mask_id, self.cls_id, self.sep_id = map(self._special, ("mask_id", "cls_id", "sep_id"))
+        self.piece_style: PieceStyle = _piece_style(json.loads(self._tokenizer.to_str()))
+
+    @property
+    def pieces(self) -> list[str]:
+        pieces = [""] * self.vocab_size
+        for piece, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            pieces[token] = piece
+        return pieces
+
+    @property
+    def special(self) -> NDArray[np.bool_]:
+        """Ids that the tokenizer leaves out among them."""
+        special = np.array([piece == "" for piece in self.pieces], bool)
+        for token, added in self._tokenizer.get_added_tokens_decoder().items():
+            special[token] |= added.special
+        return special
+
+    def special_id(self, name: str) -> int | None:
+        token = self._tokenizer.token_to_id(name)
+        added = self._tokenizer.get_added_tokens_decoder().get(token) if token is not None else None
+        return token if added is not None and added.special else None
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -162,6 +232,14 @@ class HuggingFaceTokenizer:
     def _special(self, kind: str) -> int | None:
         found = (self._tokenizer.token_to_id(name) for name in _HF_SPECIALS[kind])
         return next((token for token in found if token is not None), None)
+
+
+def _piece_style(tokenizer: Mapping[str, Any]) -> PieceStyle:
+    """From the content of a tokenizer.json."""
+    if tokenizer["model"].get("type") == "WordPiece":
+        return "wordpiece"
+    is_byte_level = "ByteLevel" in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")])
+    return "byte_level" if is_byte_level else "sentencepiece"
 
 
 def _present(token_id: int) -> int | None:

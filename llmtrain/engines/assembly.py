@@ -17,7 +17,7 @@ from llmtrain.parallel.tensor import TensorRegion
 
 
 def split_stacks(whole: Transformer, groups: Groups, region: TensorRegion | None) -> None:
-    """Split over tensor, context and expert ranks what is neither a linear nor an embedding. Call on the meta device."""
+    """Split over the ranks what is neither a linear nor an embedding. Call with the meta device as the default."""
     for module in whole.modules():
         if isinstance(module, Attention):
             place_heads(module, groups)

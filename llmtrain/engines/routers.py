@@ -61,8 +61,9 @@ class Routers:
             self._hand_out()
 
     def _hand_out(self) -> None:
-        for name, router in self._here.items():
-            router.bias_E = self._biases[self._place[name]] * self._moe.bias_update_rate if self._biased else None
+        if self._biased and self._moe:
+            for name, router in self._here.items():
+                router.bias_E = self._biases[self._place[name]] * self._moe.bias_update_rate
 
     def fragments(self) -> Iterator[Fragment]:
         """All biases, in steps of bias_update_rate; for rank 0 to save."""
@@ -83,7 +84,7 @@ def iter_moe(stacks: Iterable[Stack]) -> Iterator[tuple[str, MoE]]:
     """The mixtures of experts in stacks, by the global names of their layers."""
     for stack in stacks:
         for number, layer in stack.layers.items():
-            if layer.moe is not None:
+            if isinstance(layer.moe, MoE):
                 yield f"{stack.side}.layers.{number}", layer.moe
 
 

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention_patterns import PATTERNS, Full, Strided
-from llmtrain.models.attention_scores import ProbabilityDropout, Scoring, scores_by_distance
+from llmtrain.models.attention_scores import ProbabilityDropout, Scoring, repeated_kv, scores_by_distance
 from llmtrain.models.blockwise_attention import blockwise_attention
 from llmtrain.models.caches import KeyValueCache, LayerCache, MemoryCache, StateCache
 from llmtrain.models.flex_kernel import can_flex, flex_kernel
-from llmtrain.models.fused_attention import fused_attention, repeated_kv
+from llmtrain.models.fused_attention import fused_attention
 from llmtrain.models.linear_attention import decode, linear_attention
 from llmtrain.models.norms import RMSNorm
 from llmtrain.models.positions import PositionBias, Rotary, at_least_fp32, rotate

@@ -8,7 +8,7 @@ s and t are positions of a query and a key in the sequence.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from typing import Protocol
@@ -33,7 +33,7 @@ class Extent:
     num_keys: int
     looks_ahead: bool
     """Whether keys behind a query's own position can be visible at all."""
-    block: int = QUERY_BLOCK
+    block: int = field(default_factory=lambda: QUERY_BLOCK)
     """Queries that are taken together."""
 
     @property

@@ -44,6 +44,11 @@ class Scoring:
         return all(part is None for part in (self.softcap, self.by_distance_NR, self.sinks_N, self.dropout))
 
 
+def repeated_kv(x_TBND: Tensor, num_heads: int) -> Tensor:
+    """Repeat key or value heads so that query head n finds head n // (num_heads / num_kv_heads)."""
+    return x_TBND if x_TBND.shape[2] == num_heads else x_TBND.repeat_interleave(num_heads // x_TBND.shape[2], dim=2)
+
+
 def scores_by_distance(bias: PositionBias, queries: Tensor, num_keys: int, first_head: int) -> Tensor:
     """[N, R] for queries [S, B, N, D]: what stands in the square of S x T as often as it is long, only once.
 

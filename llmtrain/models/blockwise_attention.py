@@ -16,18 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.models.attention_patterns import Extent, Piece
-from llmtrain.models.attention_scores import Scoring
+from llmtrain.models.attention_scores import Scoring, repeated_kv
+from llmtrain.models.compiled_graphs import outside_of_graphs
 from llmtrain.models.visibility import both
 from llmtrain.parallel.draws import Span
 
 NOTHING = float("-inf")
 
 
-@torch.compiler.disable
 def blockwise_attention(q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, scoring: Scoring) -> Tensor:
-    """[S, B, N, D]; as many key heads as query heads. A query that sees no key gets zeros, and so do gradients."""
-    q, k, v = (x.permute(1, 2, 0, 3).contiguous() for x in (q_SBND, k_TBND, v_TBND))
-    out_BNSD: Any = Blockwise.apply(scoring, q, k, v, scoring.by_distance_NR, scoring.sinks_N)
+    """[S, B, N, D]. A query that sees no key gets zeros, and so do gradients."""
+    k, v = repeated_kv(k_TBND, q_SBND.shape[2]), repeated_kv(v_TBND, q_SBND.shape[2])
+    q, k, v = (x.permute(1, 2, 0, 3).contiguous() for x in (q_SBND, k, v))
+    # A graph would unroll all pieces.
+    out_BNSD = outside_of_graphs(Blockwise.apply, scoring, q, k, v, scoring.by_distance_NR, scoring.sinks_N)
     return out_BNSD.permute(2, 0, 1, 3)
 
 
@@ -106,7 +108,7 @@ class Blockwise(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, by_distance, sinks, out, log_sum = ctx.saved_tensors
         work = Work.of(ctx.scoring, q, k, by_distance, sinks)
         return None, *gradients(work, (q, k, v), (out, log_sum), grads[0])

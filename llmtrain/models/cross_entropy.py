@@ -73,8 +73,9 @@ class HeadCrossEntropy(torch.autograd.Function):
         with_gradients = any(ctx.needs_input_grad)
         d_hidden_TH = torch.empty_like(hidden_TH) if with_gradients else None
         d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if with_gradients else None
-        with_bias = with_gradients and bias_V is not None
-        d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if with_bias else None
+        d_bias_V = None
+        if with_gradients and bias_V is not None:
+            d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         for start in range(0, hidden_TH.shape[0], objective.chunk_tokens):
             chunk = slice(start, start + objective.chunk_tokens)

@@ -7,20 +7,28 @@ Shape suffixes: B micro-batch, N heads, S sequence, D size of one head, P and Q 
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from llmtrain.models.attention_patterns import Extent, Pattern
 from llmtrain.models.attention_scores import Scoring
+from llmtrain.models.compiled_graphs import guard_compiled_graphs, outside_of_graphs
 from llmtrain.models.visibility import Visibility
 
 BLOCK = 128
 SMALLEST_HEAD = 16
 """Both are FlexAttention's: the block that it skips or computes, and the least size of a head."""
 
-compiled: Callable[..., tuple[Tensor, tuple[Tensor, ...]]] = torch.compile(flex_attention, dynamic=False)
+
+@cache
+def compiled_flex_attention() -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+    """Its kernels, compiled for the sizes at hand. The import takes seconds, so it waits for the first use."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    guard_compiled_graphs()
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def can_flex(q_SBND: Tensor, k_SBND: Tensor, scoring: Scoring) -> bool:
@@ -35,12 +43,16 @@ def can_flex(q_SBND: Tensor, k_SBND: Tensor, scoring: Scoring) -> bool:
 def flex_kernel(q_SBND: Tensor, k_SBND: Tensor, v_SBND: Tensor, scoring: Scoring) -> Tensor:
     """[S, B, N, D]. A query that sees no key gets zeros."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k_SBND, v_SBND))
-    out, aux = compiled(
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    mask = outside_of_graphs(block_mask, scoring.pattern, scoring.visible, k.shape[2], q.device)
+    run: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    out, aux = run(
         q,
         k,
         v,
         score_mod=score_rule(scoring, k.shape[2]),
-        block_mask=block_mask(scoring.pattern, scoring.visible, k.shape[2], q.device),
+        block_mask=mask,
         scale=scoring.scale,
         enable_gqa=q.shape[1] != k.shape[1],
         return_aux=AuxRequest(lse=True),
@@ -66,9 +78,10 @@ def score_rule(scoring: Scoring, num_keys: int) -> Callable[..., Tensor] | None:
     return changed
 
 
-@torch.compiler.disable
-def block_mask(pattern: Pattern, visible: Visibility, seq_len: int, device: torch.device) -> BlockMask:
-    """What is allowed, and which blocks have any of it. Made once per batch and kind, for all layers."""
+def block_mask(pattern: Pattern, visible: Visibility, seq_len: int, device: torch.device) -> Any:
+    """The BlockMask: what is allowed, and which blocks have any of it. Made once per batch, for all layers."""
+    from torch.nn.attention.flex_attention import BlockMask
+
     key = (pattern, seq_len)
     if key not in visible.made:
         blocks_BPQ = touched_blocks(pattern, seq_len, visible.looks_ahead).to(device)[None]

@@ -6,12 +6,7 @@ Shape suffixes: S queries, T keys, B micro-batch, N heads, D size of one head.
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.models.attention_scores import Scoring
-
-
-def repeated_kv(x_TBND: Tensor, num_heads: int) -> Tensor:
-    """Repeat key or value heads so that query head n finds head n // (num_heads / num_kv_heads)."""
-    return x_TBND if x_TBND.shape[2] == num_heads else x_TBND.repeat_interleave(num_heads // x_TBND.shape[2], dim=2)
+from llmtrain.models.attention_scores import Scoring, repeated_kv
 
 
 def fused_attention(q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, scoring: Scoring) -> Tensor:

@@ -1,6 +1,6 @@
 """Position information: rotary angles, sinusoids, and scores by distance.
 
-Shape suffixes: S sequence or queries, T keys, B micro-batch, N heads, n some of the heads, D size of one head, H hidden.
+Shape suffixes: S sequence or queries, T keys, B micro-batch, N heads, n some of them, D size of one head, H hidden.
 """
 
 import math
@@ -36,7 +36,8 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     if scaling is not None and scaling.kind == "ntk" and size > 2:
         # The slowest pair turns `factor` times slower, the fastest as before (the static form of "NTK-aware").
         base *= scaling.factor ** (size / (size - 2))
-    frequencies = base ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    # In the order of transformers, whose rounding imported models were trained with.
+    frequencies = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     if scaling is None:
         return frequencies
     match scaling.kind:
@@ -52,12 +53,12 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 def blended(frequencies: Tensor, kept: Tensor, factor: float) -> Tensor:
     """Frequencies divided by the factor where `kept` is 0, as they were where it is 1."""
-    return frequencies * (kept + (1 - kept) / factor)
+    return (1 - kept) * frequencies / factor + kept * frequencies
 
 
 def llama3_kept(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1's rule: by the number of turns in the original length, linear between the two bounds."""
-    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+    turns = scaling.original_max_seq_len / (2 * math.pi / frequencies)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return kept.clamp(0, 1)
 
@@ -131,8 +132,8 @@ class Alibi:
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """2^(-8 i / num_heads) for i = 1..num_heads; for other numbers than powers of two as the authors' code has it: those
-    of the next smaller power, then every other one of twice that power."""
+    """2^(-8 i / num_heads) for i = 1..num_heads. Where that is no power of two, as in the authors' code, those of the
+    next smaller power, then every other one of twice that power."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     return slopes + [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * (num_heads - power), 2)]

@@ -76,7 +76,7 @@ class Router(nn.Module):
         """Which part of the sequence this rank holds; set by the engines."""
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
         self.bias_E: Tensor | None = None
-        """Added to the probabilities for the choice alone. No part of the module's state: the engines keep it, in fp32."""
+        """Added to the probabilities for the choice alone. No state of the module: the engines keep it."""
 
     def forward(self, x_sBH: Tensor, valid_BS: Tensor | None, draws: Draws | None) -> Routing:
         """`valid_BS` is False where a position of the whole sequence is padding, which no expert does."""
@@ -119,9 +119,8 @@ class Router(nn.Module):
         if self.moe.router == "expert_choice":
             choice = experts_choose(scores_NE, valid_N, room)
         else:
-            top_k = 1 if self.moe.router == "switch" else self.moe.top_k
             limited = trains and self.moe.capacity_factor is not None
-            choice = tokens_choose(scores_NE, valid_N, top_k, room if limited else None)
+            choice = tokens_choose(scores_NE, valid_N, self.moe.choices, room if limited else None)
         wanted_BSE, kept_BSE = (found.view(shape) for found in choice)
         return wanted_BSE.transpose(0, 1), kept_BSE.transpose(0, 1)
 
@@ -146,8 +145,7 @@ class Router(nn.Module):
 
 def capacity(moe: MoeConfig, num_tokens: int) -> int:
     """Tokens of a micro-batch that one expert takes."""
-    top_k = 1 if moe.router == "switch" else moe.top_k
-    return min(num_tokens, max(1, ceil(num_tokens * top_k / moe.num_experts * (moe.capacity_factor or 1.0))))
+    return min(num_tokens, max(1, ceil(num_tokens * moe.choices / moe.num_experts * (moe.capacity_factor or 1.0))))
 
 
 def tokens_choose(scores_NE: Tensor, valid_N: Tensor, top_k: int, room: int | None) -> Choice:

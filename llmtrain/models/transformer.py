@@ -75,7 +75,7 @@ class Layer(nn.Module):
         draws, report = inputs.attention.draws, None
         y_SBH = self.attention(self._before(self.attention_norm, x_SBH), inputs.attention, own)
         x_SBH = self._added(self.attention_norm, x_SBH, y_SBH, self.attention_site, draws)
-        if self.cross_attention is not None and self.cross_attention_norm is not None:
+        if self.cross_attention is not None and self.cross_attention_norm is not None and inputs.cross is not None:
             y_SBH = self._before(self.cross_attention_norm, x_SBH)
             y_SBH = self.cross_attention(y_SBH, inputs.cross, cross, inputs.memory_TBH)
             x_SBH = self._added(self.cross_attention_norm, x_SBH, y_SBH, self.cross_attention_site, draws)
@@ -114,7 +114,7 @@ class LayerInputs:
     the gradients of the balancing losses are multiplied by."""
 
     attention: AttentionInputs
-    cross: AttentionInputs = AttentionInputs()
+    cross: AttentionInputs | None = None
     memory_TBH: Tensor | None = None
     valid_BS: Tensor | None = None
     balance: float = 0.0
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         inputs: ModelInputs,
-        run: Pass = Pass(),
+        run: Pass | None = None,
         caches: Iterable[LayerCaches] | None = None,
         memory_TBH: Tensor | None = None,
     ) -> tuple[Tensor, Reports]:
@@ -200,7 +200,7 @@ class Transformer(nn.Module):
 
         `memory_TBH` is what `encode` has returned, where the encoder need not run again.
         """
-        reports: Reports = {}
+        run, reports = run or Pass(), {}
         if self.encoder is not None and self.decoder is not None and memory_TBH is None:
             memory_TBH, reports = self.encode(inputs, run)
         stack = self.stacks[-1]
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
         x_SBH, more = stack(x_SBH, shared, caches)
         return self.before_head(x_SBH), {**reports, **more}
 
-    def encode(self, inputs: ModelInputs, run: Pass = Pass()) -> tuple[Tensor, Reports]:
+    def encode(self, inputs: ModelInputs, run: Pass) -> tuple[Tensor, Reports]:
         """The output of an encoder-decoder's encoder, [T, B, H], and what its routers have counted."""
         assert self.encoder is not None and inputs.encoder_tokens_BT is not None
         positions_BT = counted_positions(inputs.encoder_tokens_BT)

@@ -49,7 +49,7 @@ def _active_share(config: ModelConfig, name: str) -> float:
     """The share of a tensor that one token meets."""
     if config.moe is None or ".moe.experts." not in name:
         return 1.0
-    return (1 if config.moe.router == "switch" else config.moe.top_k) / config.moe.num_experts
+    return config.moe.choices / config.moe.num_experts
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -28,10 +28,11 @@ def mixed(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Span:
-    """The part of one dimension that a rank holds: `start` of `length` in all."""
+    """The part of one dimension that is at hand: from `start`, every `step`-th, of `length` in all."""
 
     start: int
     length: int
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Draws:
         index = torch.zeros((), dtype=torch.int64, device=self.key.device)
         stride = 1
         for dim in reversed(range(len(shape))):
-            place = torch.arange(spans[dim].start, spans[dim].start + shape[dim], device=self.key.device)
+            start, step = spans[dim].start, spans[dim].step
+            place = torch.arange(start, start + shape[dim] * step, step, device=self.key.device)
             index = index + (place * stride).view(-1, *[1] * (len(shape) - 1 - dim))
             stride *= spans[dim].length
         return (mixed(key ^ index) >> 32) & 0xFFFFFFFF

@@ -20,6 +20,7 @@ from llmtrain.checkpoint.origin import Origin
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.names import shown
 from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConfig
+from llmtrain.config.sizes import parameter_shapes
 from llmtrain.data.remote import shown_path
 from llmtrain.data.shards import TOKENIZER_NAMES, Manifest, file_sha256
 from llmtrain.errors import CheckpointError, Problem
@@ -39,21 +40,8 @@ FREE_DATA_KEYS = (
 )
 """They do not change which sample a number means. All other keys of the section are compared, so that a new one is."""
 
-SHAPE_KEYS = (
-    "family",
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "ffn_hidden_size",
-    "vocab_size",
-    "tie_embeddings",
-    "norm",
-    "norm_position",
-    "bias",
-)
-"""Which tensors there are, their shapes, and how heads lie in them. More keys do for some values: `shape_keys`."""
+HEAD_KEYS = ("num_heads", "num_kv_heads", "head_dim")
+"""How heads lie in the tensors, whatever their shapes."""
 
 SHOWN_DIGITS = 12
 
@@ -181,15 +169,15 @@ def _changed(
     was: Mapping[str, Any],
     now: Mapping[str, Any],
     key: str,
-    fixed: Callable[[str], bool] = lambda name: False,
+    fixed: Callable[[str], bool] = lambda path: False,
 ) -> Iterator[Difference]:
-    """Keys of two sections that differ; `fixed` is asked with the name below the section."""
+    """Keys of two sections that differ; `fixed` is asked with the dotted key."""
     for name in {**now, **was}:
         old, new, path = was.get(name), now.get(name), f"{key}.{name}"
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _changed(origin, old, new, path, fixed)
         elif old != new:
-            yield _plain(origin, path, old, new, "null" if new is None else new, fixed(name))
+            yield _plain(origin, path, old, new, "null" if new is None else new, fixed(path))
 
 
 def _model_differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest] | None) -> list[Difference]:
@@ -209,17 +197,22 @@ def _model_differences(origin: Origin, config: RunConfig, manifests: Sequence[Ma
     before, after = _effective(was, now), _effective(now, was)
     if "learned" not in (was.position, now.position):
         before["max_seq_len"] = after["max_seq_len"]  # no weight and no number depends on it
-    return list(_changed(origin, before, after, "model", shaping.__contains__))
+    return list(_changed(origin, before, after, "model", lambda path: path.split(".")[1] in shaping))
 
 
 def shape_keys(was: ModelConfig, now: ModelConfig) -> set[str]:
-    """The keys whose difference changes which tensors there are or their shapes."""
-    keys: set[str] = set(SHAPE_KEYS)
-    if was.gated != now.gated:
-        keys.add("activation")
-    if "learned" in (was.position, now.position):
-        keys |= {"max_seq_len"} if was.position == now.position else {"position", "max_seq_len"}
-    return keys
+    """The keys whose difference changes which tensors there are, their shapes, or how heads lie in them.
+
+    Each is tried alone, in both directions: a new kind of positions may bring a table along that other keys shape.
+    """
+    changed = [name for name in type(was).model_fields if getattr(was, name) != getattr(now, name)]
+    found: set[str] = set(HEAD_KEYS)
+    for name in changed:
+        for base, other in ((was, now), (now, was)):
+            one = base.model_copy(update={name: getattr(other, name)})
+            if parameter_shapes(one) != parameter_shapes(base):
+                found.add(name)
+    return found
 
 
 def _effective(model: ModelConfig, other: ModelConfig) -> dict[str, Any]:

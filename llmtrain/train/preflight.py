@@ -12,11 +12,15 @@ from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.checkpoint.space import BYTES_PER_PARAMETER, Room, bytes_text, plan_room
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.config.sizes import num_parameters
-from llmtrain.data.folders import fetch_config, fetch_tokenizer, open_folder, scheme_fault
+from llmtrain.data.folders import fetch_config, fetch_tokenizer, scheme_fault
 from llmtrain.data.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.train.continuity import TOKENIZER_NAMES, differences, refusals, resume_target
+from llmtrain.train.vocabulary import fill_vocabulary
+
+FIRST = "data.train.0.path"
+"""The source whose tokenizer is that of the run."""
 
 SHARDS_HINT = "Write it with `llmtrain data shards INPUT... OUT --tokenizer MODEL`."
 
@@ -36,11 +40,15 @@ def storage_problems(config: RunConfig, asks_room: bool = True) -> list[Problem]
         manifests[key] = found
         problems.extend(_too_short(config, key, source, manifests[key]))
     problems.extend(_disagreements(config, manifests))
-    problems.extend(_vocabulary_problems(config, manifests))
     problems.extend(_tokenizer_problems(config, manifests))
+    filled = fill_vocabulary(config, manifests[FIRST]) if FIRST in manifests else config
+    if isinstance(filled, RunConfig):
+        config = filled
+    elif not any(problem.key == found.key for problem in problems for found in filled):
+        problems.extend(filled)
     problems.extend(_resume_problems(config))
     problems.extend(_continuity_problems(config, manifests))
-    problems.extend(_output_problems(config) or (_room_problems(config, manifests) if asks_room else ()))
+    problems.extend(_output_problems(config) or (_room_problems(config) if asks_room else ()))
     return problems
 
 
@@ -54,18 +62,6 @@ def storage_warnings(config: RunConfig) -> list[str]:
         f"keep_every_steps): they need {bytes_text(room.planned_bytes)} more, {bytes_text(room.free_bytes)} are free."
     )
     return [text]
-
-
-def with_vocab_size(config: RunConfig) -> RunConfig:
-    """The configuration with model.vocab_size from the first training source, where it does not say one."""
-    if config.model.vocab_size is not None:
-        return config
-    folder = open_folder(config.data.train[0].path, fetch_config(config.data))
-    return _with_vocab_size(config, folder.read_manifest().vocab_size)
-
-
-def _with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
 
 
 def _iter_sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:
@@ -135,20 +131,9 @@ def _disagreements(config: RunConfig, manifests: dict[str, Manifest]) -> Iterato
             yield Problem(key, message, paths[key])
 
 
-def _vocabulary_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
-    size, first_key = config.model.vocab_size, "data.train.0.path"
-    if size is not None and first_key in manifests and size != manifests[first_key].vocab_size:
-        message = (
-            f"the data's tokenizer has {manifests[first_key].vocab_size} tokens "
-            f"({shown_path(config.data.train[0].path)}). "
-            f"Try model.vocab_size={manifests[first_key].vocab_size}, or null to take it from the data."
-        )
-        yield Problem("model.vocab_size", message, size)
-
-
 def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
     """The named tokenizer is there, and is the one that the first training source was written with."""
-    named, first = config.data.tokenizer, manifests.get("data.train.0.path")
+    named, first = config.data.tokenizer, manifests.get(FIRST)
     if named is None:
         yield from _fetched_tokenizer_problems(config, first)
         return
@@ -220,15 +205,10 @@ def _output_problems(config: RunConfig) -> list[Problem]:
     return []
 
 
-def _room_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
+def _room_problems(config: RunConfig) -> Iterator[Problem]:
     """A save needs room beside the checkpoint before it: an old one is removed once the new one is whole."""
-    if config.train.steps is None and config.train.tokens is None:
-        return  # a run without a length is told of already
-    if config.model.vocab_size is None:
-        first = manifests.get("data.train.0.path")
-        if first is None:
-            return
-        config = _with_vocab_size(config, first.vocab_size)
+    if (config.train.steps is None and config.train.tokens is None) or config.model.vocab_size is None:
+        return  # a run without a length or a vocabulary is told of already
     room = _room(config)
     if room.free_bytes is not None and room.free_bytes < room.needed_bytes:
         message = (

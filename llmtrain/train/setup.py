@@ -21,6 +21,8 @@ from llmtrain.config.rendering import to_yaml
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.folders import fetch_config, open_folder, run_tokenizer
 from llmtrain.data.loader import BatchLoader, Window, build_stream
+from llmtrain.data.pieces import load_pieces
+from llmtrain.data.recipe import Recipe
 from llmtrain.data.shards import Manifest
 from llmtrain.errors import ConfigError
 from llmtrain.infer.model import find_checkpoint
@@ -194,7 +196,13 @@ def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int
     stream = build_stream(sources, config.data, config.seed, Path(config.output_dir) / config.name)
     layout = plan_layout(config.parallel, config.launch.num_workers)
     sizes = (config.train.global_batch_size, config.train.micro_batch_size)
-    return BatchLoader(stream, config.data, *sizes, layout.coordinates(rank).data, layout.data)
+    return BatchLoader(stream, build_recipe(config, stream.eos_id), *sizes, layout.coordinates(rank).data, layout.data)
+
+
+def build_recipe(config: RunConfig, eos_id: int) -> Recipe:
+    """What rows are made with; special tokens are filled in already. Raises as `run_tokenizer` and `load_pieces` do."""
+    pieces = load_pieces(run_tokenizer(config.data)) if config.data.objective == "masked" else None
+    return Recipe(config.data, config.seed, eos_id, config.model.family, pieces)
 
 
 def build_monitor(

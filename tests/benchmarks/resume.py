@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.loader import BatchLoader, build_stream
+from llmtrain.data.recipe import Recipe
 from tests.benchmarks.data_sets import write_random_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure
 
@@ -36,7 +37,8 @@ def first_batch(folder: Path, start: int, verify: str) -> Measurement:
 
     def run() -> float:
         started = time.perf_counter()
-        loader = BatchLoader(build_stream(data.train, data, seed=0), data, BATCH_SIZE, BATCH_SIZE)
+        stream = build_stream(data.train, data, seed=0)
+        loader = BatchLoader(stream, Recipe(data, 0, stream.eos_id), BATCH_SIZE, BATCH_SIZE)
         next(loader.steps(first_sample=start))
         return 1e3 * (time.perf_counter() - started)
 

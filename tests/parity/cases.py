@@ -18,13 +18,39 @@ GPT_UNTIED: dict[str, Any] = {
     "num_layers": 4, "num_kv_heads": 4, "tie_embeddings": False, "position": "learned", "norm": "layernorm",
     "activation": "gelu", "bias": True,
 }  # fmt: skip
-MODELS = {"llama": GQA_TIED, "dropout": DROPOUT, "gpt": GPT_UNTIED}
+BERT: dict[str, Any] = {
+    "family": "encoder", "num_layers": 4, "num_kv_heads": 4, "position": "learned", "norm": "layernorm",
+    "norm_position": "post", "activation": "gelu", "bias": True, "token_types": 2, "embedding_norm": True, "head": "mlm",
+    "dropout": 0.1,
+}  # fmt: skip
+T5: dict[str, Any] = {
+    "family": "encoder_decoder", "num_layers": 2, "num_encoder_layers": 2, "num_kv_heads": 4, "position": "t5_relative",
+    "relative_buckets": 8, "relative_max_distance": 20, "activation": "relu", "scaled_head": True, "dropout": 0.1,
+    "attention": {"scale": 1.0}, "init": {"scheme": "t5", "depth_scaled": False},
+}  # fmt: skip
+SWITCH = {"num_experts": 4, "router": "switch", "capacity_factor": 1.0, "every_n_layers": 2, "jitter": 0.01}
+SWITCH_T5: dict[str, Any] = {**T5, "num_layers": 2, "moe": {**SWITCH, "z_loss_coeff": 1e-3}}
+TOP_1: dict[str, Any] = {**GQA_TIED, "moe": {**SWITCH, "every_n_layers": 1}}
+TOP_2: dict[str, Any] = {**GQA_TIED, "qk_norm": True, "moe": {"num_experts": 4, "ffn_hidden_size": 48}}
+SHARED: dict[str, Any] = {
+    **GQA_TIED, "num_heads": 4, "attention": {"sinks": True, "softcap": 30.0},
+    "moe": {"num_experts": 4, "num_shared_experts": 1, "ffn_hidden_size": 32, "bias_update_rate": 1e-3,
+            "aux_loss_coeff": 0.0, "every_n_layers": 2},
+}  # fmt: skip
+MODELS = {
+    "llama": GQA_TIED, "dropout": DROPOUT, "gpt": GPT_UNTIED, "bert": BERT, "t5": T5, "switch_t5": SWITCH_T5,
+    "top_1": TOP_1, "top_2": TOP_2, "shared": SHARED,
+}  # fmt: skip
+DATA: dict[str, dict[str, Any]] = {
+    "bert": {"objective": "masked"}, "t5": {"objective": "span_corruption"}, "switch_t5": {"objective": "span_corruption"},
+}  # fmt: skip
 
 
 def parity_run(model: str, precision: str = "fp32", recompute: str = "none") -> RunConfig:
     """The run that the reference does: 8 micro-batches of 2 samples."""
     train = {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "recompute": recompute}
-    return tiny_run(tiny_model(**MODELS[model]), train, {"lr": 1e-3})
+    run = tiny_run(tiny_model(**MODELS[model]), train, {"lr": 1e-3})
+    return run.model_copy(update={"data": run.data.model_copy(update=DATA.get(model, {}))})
 
 
 def with_layout(config: RunConfig, engine: dict[str, Any], parallel: dict[str, Any]) -> RunConfig:

@@ -28,6 +28,7 @@ from llmtrain.config.schema import (
 from llmtrain.data import objectives
 from llmtrain.data.batch import Batch
 from llmtrain.data.pack import PackedSample
+from llmtrain.data.recipe import Recipe
 from llmtrain.data.stream import Sample
 from llmtrain.engines.base import StepResult
 from llmtrain.errors import LlmtrainError
@@ -182,8 +183,8 @@ def _spoil(fault: Fault, run: Run, seen: Seen, run_dir: Path) -> None:
 def _poison(numbers: set[int]) -> None:
     causal = objectives.OBJECTIVES["causal"]
 
-    def poisoned(sample: Sample, data: DataConfig) -> PackedSample:
-        packed = causal(sample, data)
+    def poisoned(sample: Sample, recipe: Recipe) -> PackedSample:
+        packed = causal(sample, recipe)
         if sample.number in numbers:
             packed.labels_S[:] = POISON
         return packed

@@ -209,17 +209,21 @@ class MegatronEngine:
         that it does not know of."""
         finalize_model_grads(model, None, **options)
         if self.layout.tensor > 1 and not self.layout.sequence:
-            partial_grads = [p.main_grad for p, place in self.placements.items() if place.name.endswith(PARTIAL)]
-            sum_over_ranks(partial_grads, self.groups.tensor)
+            sum_over_ranks(self._reduced_grads(PARTIAL), self.groups.tensor)
         if self.layout.num_chunks > 1:
             for name in ON_SEVERAL_STAGES:
                 self._sum_over_stages(name)
+
+    def _reduced_grads(self, ends: tuple[str, ...]) -> list[Tensor]:
+        """The gradients that DDP has reduced, of this rank's parameters whose names end so."""
+        found: list[Any] = [parameter for parameter, place in self.placements.items() if place.name.endswith(ends)]
+        return [parameter.main_grad for parameter in found]
 
     def _sum_over_stages(self, name: str) -> None:
         """Sum the gradients of a tensor's copies; every stage takes part, whether it has one or not."""
         if name not in parameter_shapes(self.config.model):
             return
-        copies = [parameter.main_grad for parameter, place in self.placements.items() if place.name == name]
+        copies = self._reduced_grads((name,))
         rows, heads = parameter_shapes(self.config.model)[name]
         total = torch.zeros(rows, heads // self.layout.tensor, device=self.device)
         for grad in copies:

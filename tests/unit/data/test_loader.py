@@ -8,6 +8,7 @@ import torch
 from llmtrain.config.schema import DataConfig, SourceConfig
 from llmtrain.data.batch import Batch
 from llmtrain.data.loader import BatchLoader, build_stream
+from llmtrain.data.recipe import Recipe
 from llmtrain.errors import DataError
 from tests.support.datasets import random_documents, write_dataset
 
@@ -24,7 +25,8 @@ def config(dataset: Path, prefetch_steps: int = 0) -> DataConfig:
 
 
 def loader(data: DataConfig, dp_rank: int = 0, dp_size: int = 1) -> BatchLoader:
-    return BatchLoader(build_stream(data.train, data, seed=1), data, 16, 2, dp_rank, dp_size)
+    stream = build_stream(data.train, data, seed=1)
+    return BatchLoader(stream, Recipe(data, 1, stream.eos_id), 16, 2, dp_rank, dp_size)
 
 
 def take(
@@ -135,7 +137,7 @@ def test_the_same_samples_are_passed_over_in_every_layout_and_batch_size(dataset
     stream = build_stream(data.train, data, seed=1)
     firsts = set()
     for rank in range(dp_size):
-        steps = BatchLoader(stream, data, 8, 1, rank, dp_size).skipping([window]).steps(0)
+        steps = BatchLoader(stream, Recipe(data, 1, stream.eos_id), 8, 1, rank, dp_size).skipping([window]).steps(0)
         firsts |= {batch.first_sample for micro_batches in islice(steps, 4) for batch in micro_batches}
     assert firsts == {*range(10), *range(30, 52)}
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.config.cache_folder import default_cache_dir
 from llmtrain.data import retry
 from llmtrain.data.damage import DamagedFileError
 from llmtrain.data.folders import open_folder, scheme_fault
-from llmtrain.data.remote import FetchConfig, RemoteFolder, default_cache_dir, scheme_of
+from llmtrain.data.remote import FetchConfig, RemoteFolder, scheme_of
 from llmtrain.errors import ConfigError, DataError
 from tests.support.http_folder import Fault, HttpFolder, serve
 

@@ -10,6 +10,7 @@ import pytest
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.batch import IGNORED_LABEL
 from llmtrain.data.loader import BatchLoader, build_stream
+from llmtrain.data.recipe import Recipe
 from llmtrain.data.shards import read_manifest
 from llmtrain.data.skipped import LEDGER_NAME, SkippedShard, SkippedShards, SourceSamples
 from llmtrain.data.stream import Sample, SampleStream
@@ -145,7 +146,8 @@ def test_every_rank_decides_alike(run: Path) -> None:
 
 def test_blank_samples_have_no_targets_and_count_no_tokens(run: Path) -> None:
     data = config(run)
-    steps = BatchLoader(build_stream(data.train, data, seed=1, run_dir=run), data, 8, 4).steps(0)
+    opened = stream(run)
+    steps = BatchLoader(opened, Recipe(data, 1, opened.eos_id), 8, 4).steps(0)
     taken = samples(run)
     for step in range(3):
         for batch in next(steps):

@@ -9,7 +9,8 @@ import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import nn
 
-from llmtrain.engines.compilation import CACHE_VARIABLE, compile_layers
+from llmtrain.engines.compilation import compile_layers
+from llmtrain.models.compiled_graphs import CACHE_VARIABLE
 
 
 @pytest.fixture

@@ -1,85 +1,200 @@
-import math
+"""Every kind with everything that it combines with, against the dense reference, forward and backward."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.models.attention import Attention, AttentionInputs, LayerCache, document_mask, fused_attention
-from llmtrain.models.positions import rotary_angles
-from llmtrain.parallel.draws import Draws
+from llmtrain.config.attention import AttentionConfig
+from llmtrain.config.model import ModelConfig
+from llmtrain.models import attention_patterns
+from llmtrain.models.attention import Attention, AttentionInputs
+from llmtrain.models.positions import RelativeBias, build_position_bias
+from llmtrain.models.visibility import Visibility
+from llmtrain.parallel.draws import Draws, Span, derived_key
 from tests.support.samples import tiny_model
+from tests.unit.models.dense_attention import (
+    KINDS,
+    LENGTH,
+    SOFTMAX_KINDS,
+    dense_mask,
+    gradients,
+    softmax_attention,
+)
+
+SITE = "decoder.0.attention"
+BATCH = 2
 
 
-def slow_attention(q_SBND: Tensor, k_SBND: Tensor, v_SBND: Tensor, segments_BS: Tensor | None = None) -> Tensor:
-    """Attention position by position, straight from the definition."""
-    out = torch.zeros_like(q_SBND)
-    group = q_SBND.shape[2] // k_SBND.shape[2]
-    for s in range(q_SBND.shape[0]):
-        for b in range(q_SBND.shape[1]):
-            for n in range(q_SBND.shape[2]):
-                seen = [t for t in range(s + 1) if segments_BS is None or segments_BS[b, t] == segments_BS[b, s]]
-                scores = k_SBND[seen, b, n // group] @ q_SBND[s, b, n] / math.sqrt(q_SBND.shape[-1])
-                out[s, b, n] = scores.softmax(0) @ v_SBND[seen, b, n // group]
-    return out
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks even in short sequences, of which the last is not whole."""
+    monkeypatch.setattr(attention_patterns, "QUERY_BLOCK", 7)
+    monkeypatch.setattr("llmtrain.models.linear_attention.CHUNK", 7)
 
 
-def built(dtype: torch.dtype = torch.float64, **changes: object) -> Attention:
-    torch.manual_seed(0)
-    return Attention(tiny_model(**changes), layer_number=0).to(dtype)
+def documents() -> Tensor:
+    """[B, S]: three documents, the last of them ended by padding; padding first in the other sample."""
+    first = [0] * 9 + [1] * 14 + [2] * 12 + [-1] * 5
+    second = [-1] * 3 + [0] * 20 + [1] * 17
+    return torch.tensor([first, second])
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 4], ids=["mqa", "gqa", "mha"])
-def test_attention_equals_its_definition(num_kv_heads: int) -> None:
-    torch.manual_seed(0)
-    attention = built(num_kv_heads=num_kv_heads)
-    q = torch.randn(6, 2, 4, 8, dtype=torch.float64)
-    k, v = (torch.randn(6, 2, num_kv_heads, 8, dtype=torch.float64) for _ in range(2))
-    torch.testing.assert_close(attention.attend(q, k, v, AttentionInputs()), slow_attention(q, k, v))
+def visibility(causal: bool, restriction: str) -> Visibility:
+    """none, documents, padding (of keys only), or a prefix."""
+    match restriction:
+        case "documents":
+            numbers = documents()
+            return Visibility(causal, numbers, numbers)
+        case "padding":
+            return Visibility(causal, None, torch.where(documents() < 0, -1, 0))
+        case "prefix":
+            return Visibility(causal, prefix_B=torch.tensor([11, 0]))
+        case _:
+            return Visibility(causal)
 
 
-def test_documents_do_not_see_each_other() -> None:
-    torch.manual_seed(0)
-    segments_BS = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 2, 2, 2]])
-    q, k, v = (torch.randn(6, 2, 4, 8, dtype=torch.float64) for _ in range(3))
-    out = fused_attention(q, k, v, document_mask(segments_BS))
-    torch.testing.assert_close(out, slow_attention(q, k, v, segments_BS))
+def weighed(attention: Attention, seed: int = 0) -> Attention:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in attention.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.3
+    return attention
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_gradient_is_right(bias: bool) -> None:
-    attention = built(hidden_size=8, num_heads=2, num_kv_heads=1, bias=bias)
-    angles = rotary_angles(tiny_model(hidden_size=8, num_heads=2), torch.arange(3)[None], torch.float64)
-    inputs = AttentionInputs(angles)
-    x = torch.randn(3, 1, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *_: attention(x, inputs), (x, *attention.parameters()))
+def built(dtype: torch.dtype = torch.float64, cross: bool = False, **changes: Any) -> Attention:
+    return weighed(Attention(tiny_model(**changes), SITE, cross=cross).to(dtype))
 
 
-def test_future_positions_change_nothing() -> None:
-    attention = built()
-    x = torch.randn(6, 1, 32, dtype=torch.float64)
-    changed = x.clone()
-    changed[4:] += 1
-    before, after = attention(x, AttentionInputs()), attention(changed, AttentionInputs())
-    torch.testing.assert_close(before[:4], after[:4], rtol=0, atol=0)
-    assert not torch.allclose(before[4:], after[4:])
+def random_qkv(
+    num_kv_heads: int, num_queries: int = LENGTH, num_keys: int = LENGTH, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((num_queries, BATCH, 4, 8), (num_keys, BATCH, num_kv_heads, 8), (num_keys, BATCH, num_kv_heads, 8))
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def test_a_cache_gives_the_same_numbers_as_the_whole_sequence() -> None:
-    attention = built()
-    x = torch.randn(7, 2, 32, dtype=torch.float64)
-    whole = attention(x, AttentionInputs())
-    cache = LayerCache(max_seq_len=7)
-    parts = [attention(x[a:b], AttentionInputs(), cache) for a, b in ((0, 3), (3, 4), (4, 7))]
-    torch.testing.assert_close(torch.cat(parts), whole)
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    causal: bool = True
+    restriction: str = "none"
+    kv_heads: int = 4
+    position: str = "none"
+    softcap: float | None = None
+    sinks: bool = False
+    dropout: float = 0.0
+    scale: float | None = None
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in vars(self).values())
+
+    @property
+    def config(self) -> ModelConfig:
+        attention = {**KINDS[self.kind], "softcap": self.softcap, "sinks": self.sinks, "scale": self.scale}
+        return tiny_model(
+            num_kv_heads=self.kv_heads,
+            position=self.position,
+            attention_dropout=self.dropout,
+            relative_buckets=8,
+            relative_max_distance=20,
+            attention=AttentionConfig(**attention),
+        )
 
 
-def test_dropped_probabilities_are_the_explicit_path_without_the_dropped() -> None:
-    """With a mask that keeps all, the explicit path equals the fused kernel; with the real one, it differs."""
-    attention = built(attention_dropout=0.5, num_kv_heads=4)
-    q, k, v = (torch.randn(6, 2, 4, 8, dtype=torch.float64) for _ in range(3))
-    draws = Draws.of_micro_batch(0, 1, 0, torch.device("cpu"))
-    dropped = attention.attend(q, k, v, AttentionInputs(draws=draws))
-    fused = fused_attention(q, k, v, None)
-    assert not torch.allclose(dropped, fused)
-    attention.dropout = 2.0**-40
-    torch.testing.assert_close(attention.attend(q, k, v, AttentionInputs(draws=draws)), fused, rtol=1e-6, atol=1e-6)
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "kind": tuple(SOFTMAX_KINDS),
+    "causal": (True, False),
+    "restriction": ("none", "documents", "padding", "prefix"),
+    "kv_heads": (4, 2, 1),
+    "position": ("none", "alibi", "t5_relative"),
+    "softcap": (None, 2.0),
+    "sinks": (False, True),
+    "dropout": (0.0, 0.3),
+    "scale": (None, 1.0),
+}
+
+
+def pairwise() -> Iterator[Case]:
+    """Cases in which every two values of different factors meet; each new case meets as many new pairs as it can."""
+    names = list(FACTORS)
+    missing = {
+        ((a, x), (b, y))
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        for x in FACTORS[a]
+        for y in FACTORS[b]
+        if {(a, x), (b, y)} != {("causal", False), ("restriction", "prefix")}
+    }
+    while missing:
+        chosen = dict(min(missing, key=repr))
+        for name in names:
+            if name not in chosen:
+                chosen[name] = max(FACTORS[name], key=lambda value: gain(missing, chosen, name, value))
+        found = {pair for pair in missing if all(chosen[name] == value for name, value in pair)}
+        missing -= found
+        yield Case(**chosen)
+
+
+def gain(missing: set[Any], chosen: dict[str, Any], name: str, value: Any) -> int:
+    if {(name, value), *chosen.items()} >= {("causal", False), ("restriction", "prefix")}:
+        return -1
+    return sum(
+        (name, value) in pair
+        and all(chosen.get(other, seen) == seen for other, seen in pair if other != name)
+        and any(other in chosen for other, _ in pair)
+        for pair in missing
+    )
+
+
+PAIRWISE = list(pairwise())
+
+
+def compared(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and all gradients of our attention, and of the reference."""
+    config = case.config
+    attention = weighed(Attention(config, SITE).double())
+    bias = build_position_bias(config, case.causal)
+    if isinstance(bias, RelativeBias):
+        bias.double().weight.data.normal_(generator=torch.Generator().manual_seed(5))
+    visible = visibility(case.causal, case.restriction)
+    draws = Draws.of_micro_batch(0, 1, 0, torch.device("cpu")) if case.dropout else None
+    qkv = random_qkv(case.kv_heads)
+    wanted = [
+        *qkv,
+        *([attention.sinks] if case.sinks else []),
+        *(bias.parameters() if isinstance(bias, RelativeBias) else []),
+    ]
+    ours = attention.attend(*qkv, AttentionInputs(None, visible, bias, draws))
+    places = torch.arange(LENGTH)
+    kept = None
+    if draws is not None:
+        shape = (BATCH, 4, LENGTH, LENGTH)
+        keep = draws.keep_mask(
+            derived_key(SITE, "probabilities"), case.dropout, shape, [Span(0, size) for size in shape]
+        )
+        kept = keep / (1 - case.dropout)
+    theirs = softmax_attention(
+        (qkv[0], qkv[1], qkv[2]),
+        dense_mask(config.attention, visible, BATCH, LENGTH, LENGTH),
+        scale=case.scale or 8**-0.5,
+        softcap=case.softcap,
+        bias_NST=None if bias is None else bias.scores(places, places, 0, 4),
+        sinks_N=attention.sinks,
+        kept_BNST=kept,
+    )
+    return [ours, *gradients(ours, wanted)], [theirs, *gradients(theirs, wanted)]
+
+
+@pytest.mark.parametrize("case", PAIRWISE, ids=str)
+def test_every_kind_equals_the_dense_reference_forward_and_backward(case: Case) -> None:
+    ours, theirs = compared(case)
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_the_selection_has_every_pair() -> None:
+    assert 20 <= len(PAIRWISE) <= 40
+    assert any(case.kind == "bigbird" and not case.causal for case in PAIRWISE)

@@ -9,15 +9,15 @@ from llmtrain.config.load import load_config
 from llmtrain.config.rendering import to_yaml
 from llmtrain.data.shards import read_manifest
 from llmtrain.train.continuity import data_record
-from llmtrain.train.preflight import with_vocab_size
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.setup import Start, find_start
+from llmtrain.train.vocabulary import with_vocabulary
 from tests.unit.checkpoint.saved import save
 
 
 def save_of_run(step: int, *overrides: str, name: str = "small") -> Path:
     """A checkpoint of `run.yaml` with overrides, in its run folder; tensors aside it is as training leaves it."""
-    config = with_vocab_size(load_config(Path("run.yaml"), [f"name={name}", *overrides]).config)
+    config = with_vocabulary(load_config(Path("run.yaml"), [f"name={name}", *overrides]).config)
     about = {"data": data_record(config, [read_manifest(source.path) for source in config.data.train])}
     return save(Path("runs") / name / "checkpoints", step, config_text=to_yaml(config), about=about)
 

@@ -12,7 +12,8 @@ from llmtrain.config.sizes import num_parameters
 from llmtrain.data.shards import file_sha256
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.train.outline import plan_outline
-from llmtrain.train.preflight import storage_problems, storage_warnings, with_vocab_size
+from llmtrain.train.preflight import storage_problems, storage_warnings
+from llmtrain.train.vocabulary import with_vocabulary
 from tests.support.http_folder import serve
 from tests.support.run_files import write_data_set, write_good_run
 
@@ -126,19 +127,19 @@ def test_resume_from_a_hugging_face_folder_names_the_import(folder: Path) -> Non
 def test_vocab_size_comes_from_the_manifest(folder: Path) -> None:
     config = run()
     assert config.model.vocab_size is None
-    assert with_vocab_size(config).model.vocab_size == 300
-    assert with_vocab_size(run("model.vocab_size=7")).model.vocab_size == 7
+    assert with_vocabulary(config).model.vocab_size == 300
+    assert with_vocabulary(run("model.vocab_size=7")).model.vocab_size == 7
 
 
 def test_outline(folder: Path) -> None:
-    outline = plan_outline(with_vocab_size(run("train.global_batch_size=16")), world_size=2)
+    outline = plan_outline(with_vocabulary(run("train.global_batch_size=16")), world_size=2)
     assert (outline.data_parallel_size, outline.micro_batches_per_rank) == (2, 2)
     assert outline.tokens == 10 * 16 * 64
     assert outline.run_folder == "runs/small"
 
 
 def test_checkpoints_that_do_not_fit_are_told_with_their_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = with_vocab_size(run("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep=3"))
+    config = with_vocabulary(run("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep=3"))
     size = 12 * num_parameters(config.model)
 
     def free(count: float) -> tuple[dict[str, str], list[str]]:
@@ -174,7 +175,7 @@ def test_a_remote_manifest_is_read_and_a_missing_one_is_told_as_a_local_one(
     with serve(served) as server:
         cache = f"data.cache_dir={folder / 'cache'}"
         assert problems(f"data.train.0.path={server.url}/train", cache) == {}
-        assert with_vocab_size(run(f"data.train.0.path={server.url}/train", cache)).model.vocab_size == 300
+        assert with_vocabulary(run(f"data.train.0.path={server.url}/train", cache)).model.vocab_size == 300
 
         secret = server.url.replace("//", "//user:canary@") + "/gone?key=canary"
         with pytest.raises(ConfigError) as raised:

@@ -1,0 +1,44 @@
+"""What compiled graphs leave out, and where they lie: not where somebody else may have written.
+
+PyTorch keeps compiled graphs as pickles in a folder of fixed name under /tmp, and unpickles them without asking whose
+they are. So graphs are compiled anew by each process, and what must lie in files lies in a folder of this user alone.
+
+The compiler takes seconds to import: nothing here does so before something is compiled.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain.config.cache_folder import default_cache_dir
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def outside_of_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that torch.compile shall not look into; inside of a compiled layer the graph ends there."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(function)(*arguments)
+    return function(*arguments)
+
+
+def guard_compiled_graphs() -> None:
+    """To be called before anything is compiled."""
+    import torch._functorch.config as functorch_config
+    import torch._inductor.config as inductor_config
+
+    inductor_config.fx_graph_cache = False
+    functorch_config.enable_autograd_cache = False
+    if CACHE_VARIABLE not in os.environ:
+        os.environ[CACHE_VARIABLE] = str(private_folder())
+
+
+def private_folder() -> Path:
+    """Where this user's compiled kernels lie, which nobody else may write to."""
+    folder = default_cache_dir() / "compiled"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    return folder

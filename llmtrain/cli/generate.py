@@ -1,6 +1,5 @@
 """`llmtrain generate`: continue a text, answer it, or fill its masks."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +27,8 @@ def generate(
 ) -> None:
     """Continue a text with a decoder, answer it with an encoder-decoder, or fill its masks with an encoder.
 
-    Sentinels are spelled <extra_id_0>, <extra_id_1>, ...; masks as the tokenizer calls them, such as <mask> or [MASK].
+    Sentinels are spelled as the tokenizer calls them, else <extra_id_0>, <extra_id_1>, ... (of fill-in-the-middle
+    <fim_prefix>, <fim_suffix>, <fim_middle>); masks likewise, such as <mask> or [MASK].
     """
     import torch
 
@@ -44,31 +44,29 @@ def generate(
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
     trained = load_model(model, torch.device(chosen))
     text = load_tokenizer(tokenizer) if tokenizer else trained.tokenizer()
-    named = named_tokens(text.path)
-    names = {} if trained.model.config.family == "decoder" else named.by_name(trained.sentinels)
+    named = named_tokens(text, trained.data)
     if trained.model.config.family == "encoder":
         _fill(trained.model, text, named, prompt, top_k or NUM_FILLINGS)
     else:
-        _continue(trained.model, text, names, prompt, (sampling, max_tokens))
+        _continue(trained.model, text, named, prompt, (sampling, max_tokens))
 
 
 def _continue(
-    model: "Transformer", text: "Tokenizer", names: Mapping[str, int], prompt: str, how: "tuple[Sampling, int]"
+    model: "Transformer", text: "Tokenizer", named: "NamedTokens", prompt: str, how: "tuple[Sampling, int]"
 ) -> None:
     """Print the continuation as it is made."""
     from itertools import takewhile
 
     from llmtrain.infer.generate import iter_tokens
     from llmtrain.infer.prompts import decode_with_names, encode_with_names
-    from llmtrain.interop.hf import SpecialTokens
 
-    start_id = SpecialTokens(text.eos_id, text.bos_id, text.pad_id).start_id
+    names = named.sentinels
     prompt_ids = encode_with_names(prompt, text, names)
     if model.config.family == "encoder_decoder":
         prompt_ids.append(text.eos_id)
     ids: list[int] = []
     shown = ""
-    tokens = iter_tokens(model, prompt_ids, *how, start_id)
+    tokens = iter_tokens(model, prompt_ids, *how, named.start_id)
     for token in takewhile(lambda token: token != text.eos_id, tokens):
         ids.append(token)
         whole = decode_with_names(ids, text, names)

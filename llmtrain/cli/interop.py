@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.fragments import Fragment
@@ -66,8 +66,9 @@ def export(
     Weights are read and written some at a time: memory is that of the largest file, and of the proof.
     """
     from llmtrain.data.tokenizer import load_tokenizer
-    from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_config, saved_sentinels
+    from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_config
     from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
+    from llmtrain.interop.special_tokens import named_tokens
 
     max_shard_bytes = _size_bytes("--max-shard-size", max_shard_size)
     proof_bytes = _size_bytes("--proof-memory", proof_memory)
@@ -87,7 +88,7 @@ def export(
         family=family,
         proof=proof.value,
         proof_bytes=proof_bytes,
-        sentinels=saved_sentinels(saved_config(checkpoint), text),
+        tokens=named_tokens(text, saved_config(checkpoint).get("data")),
     )
     export = write_export(out, model, weights, text, settings)
     _print_result(
@@ -237,17 +238,10 @@ def _config_yaml(folder: "HuggingFaceFolder") -> str:
 
     from ruamel.yaml import YAML
 
-    from llmtrain.interop.special_tokens import named_tokens
-
     config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
     objectives = {"encoder": "masked", "encoder_decoder": "span_corruption"}
     if objective := objectives.get(folder.model.family):
-        config["data"] = {"objective": objective}
-        if folder.tokenizer_path is not None:
-            named = named_tokens(folder.tokenizer_path)
-            special: dict[str, Any] = {"mask": named.mask[1]} if named.mask else {}
-            special |= {"sentinels": list(named.sentinels)} if named.sentinels else {}
-            config["data"] |= {"special_tokens": special} if special else {}
+        config["data"] = {"objective": objective, "special_tokens": _special_tokens(folder)}
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     # The default, None, sorts; ruamel declares no type, so that a checker infers that only None is allowed.
@@ -255,6 +249,22 @@ def _config_yaml(folder: "HuggingFaceFolder") -> str:
     stream = io.StringIO()
     yaml.dump(config, stream)
     return stream.getvalue()
+
+
+def _special_tokens(folder: "HuggingFaceFolder") -> dict[str, Any]:
+    """Ids of the folder's tokenizer for data.special_tokens."""
+    from llmtrain.data.tokenizer import load_tokenizer
+    from llmtrain.interop.special_tokens import named_tokens
+
+    if folder.tokenizer_path is None:
+        return {}
+    try:
+        named = named_tokens(load_tokenizer(folder.tokenizer_path))
+    except DataError as error:
+        folder.notes.append(f"the tokenizer cannot be used for training: {error}")
+        return {}
+    found: dict[str, Any] = {key: token[1] for key in ("mask", "pad") if (token := getattr(named, key)) is not None}
+    return found | ({"sentinels": list(named.sentinels.values())} if named.sentinels else {})
 
 
 def _size_bytes(option: str, text: str) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.errors import ConfigError
-from llmtrain.models.transformer import ModelInputs, Transformer, build_caches, counted_positions
+from llmtrain.models.transformer import ModelInputs, Pass, Transformer, build_caches, counted_positions
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def iter_tokens(
         assert start_id is not None, "a decoder behind an encoder begins with something"
         _require_length(prompt, model.config.max_seq_len + 1, "at most", model.config.max_seq_len)
         encoder_BT, prompt = torch.tensor([list(prompt)], device=device), [start_id]
-        memory_TBH = model.encode(ModelInputs(encoder_BT, encoder_BT, encoder_tokens_BT=encoder_BT))[0]
+        memory_TBH = model.encode(ModelInputs(encoder_BT, encoder_BT, encoder_tokens_BT=encoder_BT), Pass())[0]
     else:
         memory_TBH = None
         _require_length(prompt, model.config.max_seq_len, "fewer than", model.config.max_seq_len)

@@ -3,8 +3,8 @@
 Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ from llmtrain.models.transformer import ModelInputs, Transformer, counted_positi
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation mode, in fp32, the tokenizer that it was trained with, where one was found, and the
-    sentinels of its configuration, where that names them."""
+    """A model in evaluation mode, in fp32, the tokenizer that it was trained with, where one was found, and the data
+    section of the configuration that it was trained with, where it was trained here."""
 
     model: Transformer
     tokenizer_path: Path | None
-    sentinels: Sequence[int] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where none was found."""
@@ -96,21 +96,6 @@ def saved_architecture(checkpoint: CheckpointReader) -> ModelConfig:
     return ModelConfig.model_validate(saved_config(checkpoint)["model"])
 
 
-NUM_SENTINELS = 100
-"""What objectives that need sentinels take above the tokenizer's ids where the configuration names none."""
-
-
-def saved_sentinels(config: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """The sentinels that a configuration says or implies, in their order; none where it trained without."""
-    data: Mapping[str, Any] = config.get("data") or {}
-    named = (data.get("special_tokens") or {}).get("sentinels")
-    if named is not None:
-        return list(named)
-    if data.get("objective") in ("span_corruption", "ul2"):
-        return list(range(tokenizer.vocab_size, tokenizer.vocab_size + NUM_SENTINELS))
-    return []
-
-
 def checkpoint_tensors(checkpoint: CheckpointReader, model: ModelConfig, dtype: torch.dtype) -> ReadTensor:
     """Reads one tensor at a time from a checkpoint's fragments, whatever layout they are from, rounded to a type."""
     shapes = parameter_shapes(model)
@@ -163,9 +148,7 @@ def load_checkpoint(path: Path, device: torch.device) -> TrainedModel:
     """The model of a checkpoint or of a run's newest checkpoint."""
     checkpoint = find_checkpoint(path)
     model = build_trained(saved_architecture(checkpoint), checkpoint, device)
-    tokenizer_path = find_tokenizer_of(checkpoint.path)
-    sentinels = saved_sentinels(saved_config(checkpoint), load_tokenizer(tokenizer_path)) if tokenizer_path else ()
-    return TrainedModel(model, tokenizer_path, sentinels)
+    return TrainedModel(model, find_tokenizer_of(checkpoint.path), saved_config(checkpoint).get("data") or {})
 
 
 def load_model(path: Path, device: torch.device) -> TrainedModel:

@@ -80,7 +80,7 @@ def _moe(model: ModelConfig, found: dict[str, Any]) -> Iterator[tuple[str, Any]]
     yield "moe", None if model.moe is None else "experts"
     if model.moe is None:
         return
-    values = model.moe.model_dump() | {"ffn_hidden_size": expert_ffn_size(model)}
+    values = model.moe.model_dump() | {"ffn_hidden_size": expert_ffn_size(model), "top_k": model.moe.choices}
     if model.moe.router != "top_k":
         values.pop("normalize_weights")
     if model.moe.router == "switch":

@@ -13,6 +13,7 @@ from llmtrain.errors import ConfigError
 from llmtrain.interop import bert, gpt2, llama, mistral, mixtral, qwen3, switch, t5
 from llmtrain.interop.differences import differences
 from llmtrain.interop.name_table import Table, covers
+from llmtrain.interop.special_tokens import NamedTokens
 
 
 def _no_limits(model: ModelConfig) -> list[str]:
@@ -116,22 +117,8 @@ FAMILIES = {
 """By transformers' `model_type`; a model that several express is written as the first of them."""
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids that a Hugging Face configuration carries; None where a tokenizer has no such token."""
-
-    eos_id: int
-    bos_id: int | None = None
-    pad_id: int | None = None
-
-    @property
-    def start_id(self) -> int:
-        """What an encoder-decoder's decoder begins with: padding, as T5 has it."""
-        return self.eos_id if self.pad_id is None else self.pad_id
-
-
 def judged(family: Family, model: ModelConfig) -> tuple[list[str], list[str]]:
-    """What speaks against a family for a model, and what of the model matters in training alone and has no key there."""
+    """What speaks against a family for a model, and what has no key there but matters in training alone."""
     if model.family != family.stacks:
         return [f"model.family = {model.family}, {family.title} has {family.stacks}"], []
     try:
@@ -168,10 +155,11 @@ def family_for(model: ModelConfig, wanted: str | None = None) -> Family:
     )
 
 
-def hf_config(model: ModelConfig, tokens: SpecialTokens, wanted: str | None = None) -> PretrainedConfig:
+def hf_config(model: ModelConfig, tokens: NamedTokens, wanted: str | None = None) -> PretrainedConfig:
     """transformers' configuration of a model. Raises ConfigError where no family fits."""
     config: Any = family_for(model, wanted).to_config(model)
-    config.eos_token_id, config.bos_token_id, config.pad_token_id = tokens.eos_id, tokens.bos_id, tokens.pad_id
+    config.eos_token_id, config.bos_token_id = tokens.eos_id, tokens.bos_id
+    config.pad_token_id = None if tokens.pad is None else tokens.pad[1]
     if model.family == "encoder_decoder":
         config.pad_token_id = config.decoder_start_token_id = tokens.start_id
     return config

@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +20,13 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import num_parameters
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.interop.examples import ExampleTokens, Logits
-from llmtrain.interop.hf import Family, SpecialTokens, family_for, hf_config, judged
+from llmtrain.interop.hf import Family, family_for, hf_config, judged
 from llmtrain.interop.model_card import model_card
 from llmtrain.interop.name_table import ReadTensor, iter_theirs
 from llmtrain.interop.parts import Part, layer_parts
 from llmtrain.interop.proof import Proof, compare_models, compare_tokenizers, real_texts
-from llmtrain.interop.special_tokens import named_tokens
-from llmtrain.interop.tokenizer_json import TextTokenizer, TokenizerSettings, write_tokenizer
+from llmtrain.interop.special_tokens import NamedTokens, TextTokenizer, named_tokens
+from llmtrain.interop.tokenizer_json import TokenizerSettings, write_tokenizer
 from llmtrain.interop.weight_files import INDEX, WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,8 +59,8 @@ class ExportSettings:
     proof: Literal["auto", "full", "layers"] = "auto"
     """full: both models as a whole. layers: a few layers at a time. auto: full where it takes at most `proof_bytes`."""
     proof_bytes: int = 16_000_000_000
-    sentinels: Sequence[int] = ()
-    """Ids of <extra_id_0>, <extra_id_1>, ..., where the model was trained with some."""
+    tokens: NamedTokens | None = None
+    """Special tokens that the model was trained with; None: those of the tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class _Source:
     settings: ExportSettings
     family: Family
 
-    @property
-    def tokens(self) -> SpecialTokens:
-        return SpecialTokens(self.tokenizer.eos_id, self.tokenizer.bos_id, self.tokenizer.pad_id)
+    @cached_property
+    def tokens(self) -> NamedTokens:
+        return self.settings.tokens or named_tokens(self.tokenizer)
 
     def write_config(self, folder: Path, model: ModelConfig) -> None:
         """config.json and, for models that generate, generation_config.json."""
@@ -112,8 +113,8 @@ def write_export(
         writing.mkdir(parents=True)
         source.write_config(writing, model)
         # Masks and sentinels have to be spelled in what such models are asked.
-        plain = TokenizerSettings(model.max_seq_len, model.family == "decoder", settings.sentinels)
-        write_tokenizer(writing, tokenizer, plain)
+        plain = TokenizerSettings(model.max_seq_len, model.family == "decoder")
+        write_tokenizer(writing, tokenizer, source.tokens, plain)
         dtype = DTYPES[settings.dtype]
         theirs = iter_theirs(family.tables_for(model)[0], model, weights.read)
         write_weights(writing, ((name, tensor.to(dtype)) for name, tensor in theirs), settings.max_shard_bytes)
@@ -132,8 +133,8 @@ def _prove(folder: Path, source: _Source) -> Proof:
     """Compare the tokenizers, and the models as a whole or part by part."""
     texts = real_texts()
     token_ids = compare_tokenizers(folder, source.tokenizer, texts)
-    mask = named_tokens(source.tokenizer.path).mask
-    tokens = ExampleTokens(source.tokenizer.pad_id or 0, source.tokens.start_id, mask[1] if mask else None)
+    mask, pad = source.tokens.mask, source.tokens.pad
+    tokens = ExampleTokens(pad[1] if pad else 0, source.tokens.start_id, mask[1] if mask else None)
     model, weights, settings = source.model, source.weights, source.settings
     whole = settings.proof == "full" or (settings.proof == "auto" and proof_bytes(model) <= settings.proof_bytes)
     if whole:

@@ -42,8 +42,8 @@ class Box(Protocol):
 class HuggingFaceFolder:
     """A folder whose configuration fits its tensors; a source of weights like a checkpoint.
 
-    `files` says for each tensor's full name in transformers which file holds it, and under which name. `notes` tell what
-    of the folder is not taken over.
+    `files` says for each tensor's full name in transformers which file holds it, and under which name. `notes` tell
+    what of the folder is not taken over.
     """
 
     path: Path
@@ -170,7 +170,10 @@ def _settle_copies(path: Path, found: tuple[Pairing, ...], headers: dict[str, He
         present = [name for name in (pairing.theirs, *pairing.copies) if name in headers]
         for name in present[1:]:
             if not equal_tensors(headers[present[0]], headers[name]):
-                raise DataError(f"{path}: {present[0]} and {name} must be the same tensor and differ. Copy it again.")
+                raise DataError(
+                    f"{path}: {present[0]} and {name} differ. llmtrain has one tensor for both, so it cannot hold "
+                    "such a model."
+                )
         kept = [headers.pop(name) for name in present]
         if kept:
             headers[pairing.theirs] = kept[0]

@@ -44,7 +44,7 @@ def to_config(model: ModelConfig) -> MixtralConfig:
         keys |= {
             "intermediate_size": expert_ffn_size(model),
             "num_local_experts": model.moe.num_experts,
-            "num_experts_per_tok": model.moe.top_k,
+            "num_experts_per_tok": model.moe.choices,
             "router_aux_loss_coef": model.moe.aux_loss_coeff,
             "router_jitter_noise": model.moe.jitter,
         }

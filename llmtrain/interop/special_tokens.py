@@ -1,37 +1,59 @@
-"""Tokens that a tokenizer's file knows by name and that text never gives: masks, sentinels, beginnings and ends."""
+"""Tokens that text never gives, by the names that a text can spell them with: the mask, padding, sentinels."""
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
+from typing import Any, Protocol
 
-import sentencepiece
 from tokenizers import Tokenizer
 
-ROLES = {
-    "mask_token": ("<mask>", "[MASK]"),
-    "cls_token": ("<cls>", "[CLS]"),
-    "sep_token": ("<sep>", "[SEP]"),
-    "unk_token": ("<unk>", "[UNK]"),
-}
-"""Names of the settings of transformers' tokenizers, and what such tokens are called."""
+FIM_NAMES = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
 
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+
+class TextTokenizer(Protocol):
+    """What must be known of the tokenizer that a model was trained with."""
+
+    path: Path
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    pad_id: int | None
+    mask_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+
+    @property
+    def pieces(self) -> list[str]: ...
+
+    def special_id(self, name: str) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
 class NamedTokens:
-    """Ids by the name that a text spells them with. `around` stands before and behind a text that a model is to read,
-    where the file says so."""
+    """Names and ids. `around` stands before and behind a text that an encoder is to read, where the tokenizer's file
+    says so (BERT's [CLS] and [SEP])."""
 
-    mask: tuple[str, int] | None
-    sentinels: tuple[int, ...]
+    eos_id: int
+    bos_id: int | None = None
+    mask: tuple[str, int] | None = None
+    pad: tuple[str, int] | None = None
+    sentinels: Mapping[str, int] = field(default_factory=dict)
     around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
-    def by_name(self, sentinels: Sequence[int] = ()) -> dict[str, int]:
-        """All of them; `sentinels` in place of those in the file."""
-        numbered = enumerate(sentinels or self.sentinels)
-        return {sentinel_name(number): token for number, token in numbered} | dict([self.mask] if self.mask else [])
+    @property
+    def start_id(self) -> int:
+        """What an encoder-decoder's decoder begins with: padding, as T5 has it."""
+        return self.eos_id if self.pad is None else self.pad[1]
+
+    @property
+    def all(self) -> dict[str, int]:
+        """Mask, padding and sentinels."""
+        return dict(found for found in (self.mask, self.pad) if found is not None) | dict(self.sentinels)
 
 
 def sentinel_name(number: int) -> str:
@@ -39,27 +61,48 @@ def sentinel_name(number: int) -> str:
     return f"<extra_id_{number}>"
 
 
-def named_tokens(path: Path) -> NamedTokens:
-    """Those of a sentencepiece model or a tokenizer.json that has been loaded before."""
-    if path.suffix == ".json":
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()
-        ids = tokenizer.get_vocab(with_added_tokens=True)
-        plain, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
-        around = _around(plain, whole)
-    else:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        ids, around = {model.id_to_piece(token): token for token in range(model.get_piece_size())}, ((), ())
-    mask = next(((name, ids[name]) for name in ROLES["mask_token"] if name in ids), None)
-    numbers = {int(found[1]): token for name, token in ids.items() if (found := _SENTINEL.fullmatch(name))}
-    # Only those without a gap from the first on are sentinels in an order.
-    length = next(number for number in range(len(numbers) + 1) if number not in numbers)
-    return NamedTokens(mask, tuple(numbers[number] for number in range(length)), around)
+def named_tokens(tokenizer: TextTokenizer, data: Mapping[str, Any] | None = None) -> NamedTokens:
+    """Those of a tokenizer, and those that a configuration's data section says the model was trained with."""
+    given = (data or {}).get("special_tokens") or {}
+    pieces = tokenizer.pieces
+
+    def named(token: int | None, name: str) -> tuple[str, int] | None:
+        if token is None:
+            return None
+        return (pieces[token] if token < len(pieces) and pieces[token] else name), token
+
+    ids = given.get("sentinels")
+    if ids is None:
+        found = (tokenizer.special_id(sentinel_name(number)) for number in count())
+        ids = list(takewhile(lambda token: token is not None, found))
+    names = FIM_NAMES if (data or {}).get("objective") == "fim" else map(sentinel_name, count())
+    sentinels = [named(token, name) for token, name in zip(ids, names, strict=False)]
+    return NamedTokens(
+        tokenizer.eos_id,
+        tokenizer.bos_id,
+        named(_either(given.get("mask"), tokenizer.mask_id), "<mask>"),
+        named(_either(given.get("pad"), tokenizer.pad_id), "<pad>"),
+        dict(filter(None, sentinels)),
+        _around(tokenizer.path),
+    )
 
 
-def _around(plain: Sequence[int], whole: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What stands before and behind the plain tokens in the whole."""
+def _either(first: int | None, second: int | None) -> int | None:
+    return second if first is None else first
+
+
+def _around(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if path.suffix != ".json":
+        return (), ()
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    plain, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    return next(_places(plain, whole), ((), ()))
+
+
+def _places(plain: list[int], whole: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What stands before and behind the plain tokens, for each place where they are in the whole."""
     for start in range(len(whole) - len(plain) + 1):
-        if plain and list(whole[start : start + len(plain)]) == list(plain):
-            return tuple(whole[:start]), tuple(whole[start + len(plain) :])
-    return (), ()
+        if plain and whole[start : start + len(plain)] == plain:
+            yield tuple(whole[:start]), tuple(whole[start + len(plain) :])

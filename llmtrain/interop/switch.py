@@ -1,5 +1,6 @@
 """Switch Transformers in Hugging Face's form: T5 with a mixture of experts in every n-th layer of both stacks."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import SwitchTransformersConfig
@@ -7,7 +8,7 @@ from transformers import SwitchTransformersConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.interop.activations import PLAIN, activation_name
 from llmtrain.interop.name_table import Row, Shape
-from llmtrain.interop.t5 import ENDS, layer_rows, stack_fields, stack_keys
+from llmtrain.interop.t5 import ENDS, WORD, layer_rows, stack_fields, stack_keys
 
 _MLP = (
     Row("mlp.up", "mlp.wi"),
@@ -16,7 +17,9 @@ _MLP = (
     Row("moe.experts.up", "mlp.experts.expert_{e}.wi", Shape.EXPERT),
     Row("moe.experts.down", "mlp.experts.expert_{e}.wo", Shape.EXPERT),
 )
-TABLE = (*layer_rows("encoder", _MLP), *layer_rows("decoder", _MLP), *ENDS)
+# Where the head is not tied, transformers ties nothing: both stacks then read an embedding of their own.
+_WORD = replace(WORD, written_untied=True)
+TABLE = (_WORD, *layer_rows("encoder", _MLP), *layer_rows("decoder", _MLP), *ENDS)
 
 
 def limits(model: ModelConfig) -> list[str]:

@@ -12,8 +12,8 @@ FEED_FORWARD = {**PLAIN, **GATED}
 DEFAULT_POSITIONS = 512
 """T5 knows no longest sequence; some published configurations name the one that it was trained with."""
 
+WORD = Row("embeddings.word", "shared", Shape.VOCABULARY, copies=("encoder.embed_tokens", "decoder.embed_tokens"))
 ENDS: Table = (
-    Row("embeddings.word", "shared", Shape.VOCABULARY, copies=("encoder.embed_tokens", "decoder.embed_tokens")),
     Row("encoder.final_norm", "encoder.final_layer_norm"),
     Row("decoder.final_norm", "decoder.final_layer_norm"),
     Row("head", "lm_head", Shape.VOCABULARY),
@@ -44,8 +44,8 @@ _GATED_MLP = (
     Row("mlp.up", "DenseReluDense.wi_1"),
     Row("mlp.down", "DenseReluDense.wo"),
 )
-TABLE = (*layer_rows("encoder", _PLAIN_MLP), *layer_rows("decoder", _PLAIN_MLP), *ENDS)
-GATED_TABLE = (*layer_rows("encoder", _GATED_MLP), *layer_rows("decoder", _GATED_MLP), *ENDS)
+TABLE = (WORD, *layer_rows("encoder", _PLAIN_MLP), *layer_rows("decoder", _PLAIN_MLP), *ENDS)
+GATED_TABLE = (WORD, *layer_rows("encoder", _GATED_MLP), *layer_rows("decoder", _GATED_MLP), *ENDS)
 
 
 def limits(model: ModelConfig) -> list[str]:
@@ -70,7 +70,7 @@ def stack_keys(model: ModelConfig) -> dict[str, Any]:
         "relative_attention_max_distance": model.relative_max_distance,
         "dropout_rate": model.dropout,
         "layer_norm_epsilon": model.norm_eps,
-        "initializer_factor": 1.0,
+        "initializer_factor": model.init.std if model.init.scheme == "t5" else 1.0,
     }
 
 

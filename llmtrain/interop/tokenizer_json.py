@@ -10,50 +10,41 @@ Three things differ between the two libraries and are dealt with here:
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from llmtrain.errors import ExportError
-from llmtrain.interop.special_tokens import ROLES, sentinel_name
+from llmtrain.interop.special_tokens import NamedTokens, TextTokenizer
 
 SPACE_MARK = "\u2581"
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 """Kinds of pieces in sentencepiece's file."""
 
+_UNKNOWN = ("<unk>", "[UNK]")
+
 _UNK_PENALTY = 10.0
 """Both libraries rate a character without a piece this much below the worst piece."""
-
-
-class TextTokenizer(Protocol):
-    """What must be known of the tokenizer that a model was trained with."""
-
-    path: Path
-    eos_id: int
-    bos_id: int | None
-    pad_id: int | None
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
 class TokenizerSettings:
     """How transformers is to use a tokenizer. `plain`: text that spells a special token is ordinary text, as it was in
-    training. `sentinels` are the ids of <extra_id_0>, <extra_id_1>, ..."""
+    training."""
 
     max_seq_len: int
     plain: bool = True
-    sentinels: Sequence[int] = ()
 
 
-def write_tokenizer(folder: Path, tokenizer: TextTokenizer, settings: TokenizerSettings) -> None:
-    """Write tokenizer.json and tokenizer_config.json. Raises ExportError for a model that cannot be converted."""
+def write_tokenizer(folder: Path, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings) -> None:
+    """Write tokenizer.json and tokenizer_config.json.
+
+    Raises ExportError for a model that cannot be converted, and special tokens whose ids cannot be had.
+    """
     target = folder / "tokenizer.json"
     if tokenizer.path.suffix == ".json":
         shutil.copyfile(tokenizer.path, target)
@@ -61,12 +52,14 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer, settings: TokenizerS
     else:
         converted = convert(tokenizer.path)
         converted.save(str(target))
-    if _add_sentinels(converted, settings.sentinels):
+    if _add_names(converted, named.all):
         converted.save(str(target))
-    special = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id, "pad_token": tokenizer.pad_id}
+    special = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id, "cls_token": tokenizer.cls_id}
+    special |= {"sep_token": tokenizer.sep_id, "mask_token": named.mask and named.mask[1]}
+    special |= {"pad_token": named.pad and named.pad[1]}
     names = {role: converted.id_to_token(token) for role, token in special.items() if token is not None}
-    for role, known in ROLES.items():
-        names |= {role: name for name in known if converted.token_to_id(name) is not None}
+    if known := [name for name in _UNKNOWN if converted.token_to_id(name) is not None]:
+        names["unk_token"] = known[0]
     content: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": settings.max_seq_len,
@@ -77,24 +70,18 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer, settings: TokenizerS
     (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _add_sentinels(converted: Tokenizer, sentinels: Sequence[int]) -> bool:
-    """Give names to sentinels that have none; whether there were some. Raises ExportError where ids cannot be had."""
-    nameless = [
-        (number, token)
-        for number, token in enumerate(sentinels)
-        if converted.token_to_id(sentinel_name(number)) != token
-    ]
-    # The library numbers what is added from the end on.
-    for number, token in sorted(nameless, key=lambda pair: pair[1]):
+def _add_names(converted: Tokenizer, names: Mapping[str, int]) -> bool:
+    """Give ids above the tokenizer's their names; whether there were some. Raises ExportError where that cannot be."""
+    nameless = sorted((token, name) for name, token in names.items() if converted.token_to_id(name) != token)
+    for token, name in nameless:
+        # The library numbers what is added from the end on.
         size = converted.get_vocab_size(with_added_tokens=True)
-        if converted.id_to_token(token) is not None:
-            continue  # the sentinel is a token that has a name already
         if token != size:
             raise ExportError(
-                f"The sentinel number {number} has the id {token}, but the next id that a tokenizer.json can name is "
-                f"{size}. Sentinels that follow the tokenizer's ids without a gap can be exported."
+                f"The special token {name} has the id {token}, but the next that a tokenizer.json can name is {size}. "
+                "Special tokens that follow the tokenizer's ids without a gap can be exported."
             )
-        converted.add_special_tokens([AddedToken(sentinel_name(number), special=True, normalized=False)])
+        converted.add_special_tokens([AddedToken(name, special=True, normalized=False)])
     return bool(nameless)
 
 

@@ -53,7 +53,7 @@ T5 = ModelConfig(
     norm_eps=1e-6,
     scaled_head=True,
     attention=AttentionConfig(scale=1.0),
-    init=InitConfig(scheme="t5", std=0.5, depth_scaled=False),
+    init=InitConfig(scheme="t5", std=0.25, depth_scaled=False),
 )
 T5_V11 = T5.model_copy(update={"activation": "geglu", "scaled_head": False, "tie_embeddings": False, "head_dim": 16})
 SWITCH = T5.model_copy(

@@ -78,7 +78,7 @@ def parse_candidate(text: str, config: RunConfig) -> Candidate:
             data = int(match[2])
         else:
             parallel[AXES[match[1]]] = int(match[2])
-    candidate = _candidate(config, settings, parallel, data)
+    candidate = build_candidate(config, settings, parallel, data)
     problems = arithmetic_problems(candidate.config, candidate.world_size)
     if problems:
         raise ConfigError(problems)
@@ -99,13 +99,14 @@ def iter_candidates(config: RunConfig, max_ranks: int) -> Iterator[Candidate]:
                 "tensor": tensor, "context": context, "pipeline": pipeline, "virtual_pipeline": virtual,
                 "expert": expert, "sequence": sequence,
             }  # fmt: skip
-            candidate = _candidate(config, {"name": engine, "zero_stage": zero_stage}, parallel, data)
+            candidate = build_candidate(config, {"name": engine, "zero_stage": zero_stage}, parallel, data)
             if not arithmetic_problems(candidate.config, candidate.world_size):
                 found.append(candidate)
     yield from sorted(found, key=lambda candidate: candidate.world_size)
 
 
-def _candidate(config: RunConfig, engine: dict[str, Any], parallel: dict[str, Any], data: int) -> Candidate:
+def build_candidate(config: RunConfig, engine: dict[str, Any], parallel: dict[str, Any], data: int) -> Candidate:
+    """The candidate with these sections and that data parallel size; it may break rules."""
     section = ParallelConfig(**parallel)
     world_size = section.tensor * section.pipeline * section.context * data
     launch = config.launch.model_copy(update={"num_workers": world_size, "device": "cpu"})

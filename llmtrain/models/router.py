@@ -7,7 +7,6 @@ others before it decides.
 Shape suffixes: B micro-batch, S sequence (s: this rank's part), N tokens of a micro-batch, E experts, H hidden.
 """
 
-from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
@@ -21,9 +20,8 @@ from llmtrain.parallel.draws import Draws, Span, derived_key
 from llmtrain.parallel.sequence import WHOLE, SequenceParts
 
 
-@dataclass(frozen=True)
-class Routing:
-    """What a router has decided.
+class Routing(NamedTuple):
+    """What a router has decided. A tuple, in which DeepSpeed finds the tensors whose backward pass it waits for.
 
     `weights_sBE` are this rank's factors of the experts' outputs, differentiable, 0 where an expert is not chosen.
     `chosen_SBE` says for the whole micro-batch which expert does which token. `loss` is this rank's part of the

@@ -20,8 +20,8 @@ GPT_UNTIED: dict[str, Any] = {
 }  # fmt: skip
 BERT: dict[str, Any] = {
     "family": "encoder", "num_layers": 4, "num_kv_heads": 4, "position": "learned", "norm": "layernorm",
-    "norm_position": "post", "activation": "gelu", "bias": True, "token_types": 2, "embedding_norm": True, "head": "mlm",
-    "dropout": 0.1,
+    "norm_position": "post", "activation": "gelu", "bias": True, "token_types": 2, "embedding_norm": True,
+    "head": "mlm", "dropout": 0.1,
 }  # fmt: skip
 T5: dict[str, Any] = {
     "family": "encoder_decoder", "num_layers": 2, "num_encoder_layers": 2, "num_kv_heads": 4, "position": "t5_relative",
@@ -42,7 +42,8 @@ MODELS = {
     "top_1": TOP_1, "top_2": TOP_2, "shared": SHARED,
 }  # fmt: skip
 DATA: dict[str, dict[str, Any]] = {
-    "bert": {"objective": "masked"}, "t5": {"objective": "span_corruption"}, "switch_t5": {"objective": "span_corruption"},
+    "bert": {"objective": "masked"}, "t5": {"objective": "span_corruption"},
+    "switch_t5": {"objective": "span_corruption"},
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch.distributed as dist
 
 from launch.meeting import StoreExchange
 from launch.parity import Pieces, Tensors, assemble, pieces
-from launch.parity_plan import iter_candidates, short_name
+from launch.parity_plan import build_candidate, iter_candidates, short_name
 from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
+from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.rules import arithmetic_problems
 from llmtrain.config.schema import CheckpointConfig, RunConfig, SourceConfig
 from llmtrain.engines.base import StepResult
@@ -30,8 +32,10 @@ from llmtrain.train.setup import build_loader, engine_class
 from llmtrain.train.state import TrainState
 from tests.parity.cases import parity_run
 from tests.parity.test_deepspeed import small_pieces
+from tests.support.datasets import VOCAB_SIZE
 
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+KINDS = ("master", "exp_avg", "exp_avg_sq", "buffer")
+MASK_ID = 4
 SAVED_STEP = 3
 MORE_STEPS = 20
 MAX_RANKS = 4
@@ -94,6 +98,37 @@ def legal_layouts(model: str, engine: str, precision: str) -> list[RunConfig]:
     return found
 
 
+def draw_layout(draw: random.Random, model: str, engine: str, precision: str) -> RunConfig:
+    """A legal layout of up to four ranks, drawn again until it is legal: models with experts have too many to list."""
+    run = parity_run(model, precision)
+    train = run.train.model_copy(update={"global_batch_size": 8, "steps": SAVED_STEP + MORE_STEPS})
+    run = run.model_copy(update={"train": train})
+    sizes = [sizes for sizes in product((1, 2, 4), repeat=4) if 1 < prod(sizes) <= MAX_RANKS]
+    while True:
+        tensor, context, pipeline, data = draw.choice(sizes)
+        expert = draw.choice((1, 2, 4)) if run.model.moe else 1
+        parallel = {
+            "tensor": tensor, "context": context, "pipeline": pipeline, "expert": expert,
+            "virtual_pipeline": draw.choice((1, 2)), "sequence": draw.random() < 0.5,
+        }  # fmt: skip
+        settings = {"name": engine, "zero_stage": draw.randrange(4), "offload": draw.choice(("none", "none", "cpu"))}
+        candidate = build_candidate(run, settings, parallel, data)
+        if not arithmetic_problems(candidate.config, candidate.world_size):
+            return candidate.config
+
+
+def draw_family_pairs(count: int, seed: int, models: Sequence[str]) -> list[Pair]:
+    """Pairs of the models in turn, from every engine to every engine in turn; layouts at random."""
+    draw, pairs = random.Random(seed), []
+    for number in range(count):
+        engines = list(product(ENGINES, ENGINES))[number % len(ENGINES) ** 2]
+        model = models[number % len(models)]
+        precisions = draw.choice(PRECISIONS[:-1]) if number >= len(ENGINES) ** 2 else ("fp32", "fp32")
+        layouts = [draw_layout(draw, model, *pair) for pair in zip(engines, precisions, strict=True)]
+        pairs.append(Pair(model, *layouts))
+    return pairs
+
+
 def draw_pairs(count: int, seed: int) -> list[Pair]:
     """Pairs from every engine to every engine in turn, the rest at random; model and layouts at random."""
     draw = random.Random(seed)
@@ -112,7 +147,9 @@ def draw_pairs(count: int, seed: int) -> list[Pair]:
 
 
 def with_data(config: RunConfig, dataset: Path) -> RunConfig:
-    data = config.data.model_copy(update={"train": (SourceConfig(path=str(dataset)),), "verify": "off"})
+    special = SpecialTokensConfig(pad=0, mask=MASK_ID, sentinels=tuple(range(VOCAB_SIZE, config.model.vocabulary)))
+    source = {"train": (SourceConfig(path=str(dataset)),), "verify": "off", "special_tokens": special}
+    data = config.data.model_copy(update=source)
     return config.model_copy(update={"data": data})
 
 

@@ -17,6 +17,7 @@ from tests.parity.resharding import (
     Outcome,
     Pair,
     differences,
+    draw_family_pairs,
     draw_pairs,
     legal_layouts,
     load_and_continue,
@@ -26,9 +27,11 @@ from tests.parity.resharding import (
 )
 from tests.support.datasets import random_documents, write_dataset
 from tests.support.ranks import run_ranks
+from tests.support.tokenizers import train_sentencepiece
 
 PAIRS = draw_pairs(60, seed=7016)
-IN_SHORT = 12
+FAMILY_PAIRS = draw_family_pairs(45, seed=7017, models=("bert", "switch_t5", "top_2", "t5", "shared"))
+IN_SHORT, FAMILIES_IN_SHORT = 12, 5
 """The first pairs run in `make test`: from every engine to every engine; the rest in `make test-all`."""
 
 LOSS_FP32 = 1e-5
@@ -40,6 +43,7 @@ are compared bit for bit before that."""
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(["a few words"], "bpe", 270))
     write_dataset(folder, [random_documents(60, seed) for seed in range(3)])
     return folder
 
@@ -55,8 +59,9 @@ def run_pair(pair: Pair, dataset: Path, folder: Path, mutation: Mutation | None 
 def cases() -> list[Any]:
     marks = {True: [], False: [pytest.mark.whole_grid]}
     return [
-        pytest.param(pair, marks=marks[number < IN_SHORT], id=f"{number}-{pair.name}")
-        for number, pair in enumerate(PAIRS)
+        pytest.param(pair, marks=marks[number < short], id=f"{number}-{pair.name}")
+        for pairs, short in ((PAIRS, IN_SHORT), (FAMILY_PAIRS, FAMILIES_IN_SHORT))
+        for number, pair in enumerate(pairs)
     ]
 
 

@@ -6,7 +6,6 @@ A row names modules. It holds for the weight and, where the model has one, the b
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -101,7 +100,6 @@ def covers(table: Table, model: ModelConfig) -> bool:
     return sorted(covered) == sorted(parameter_shapes(model))
 
 
-@cache
 def _all_pairings(table: Table, model: ModelConfig) -> tuple[Pairing, ...]:
     shapes = parameter_shapes(model)
     return tuple(

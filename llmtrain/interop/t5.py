@@ -101,14 +101,15 @@ def stack_fields(config: Any) -> dict[str, Any]:
 
 def to_config(model: ModelConfig) -> T5Config:
     """The configuration nearest to a model."""
+    # The class takes this key for whether the head is scaled and then always ties. In the file it says what it means,
+    # which all readers understand: where both matrices are there and differ, transformers does not tie either.
+    scaled: dict[str, Any] = {"tie_word_embeddings": model.scaled_head}
     config = T5Config(
         **stack_keys(model),
+        **scaled,
         feed_forward_proj=activation_name(model, FEED_FORWARD),
-        tie_word_embeddings=model.scaled_head,
         architectures=["T5ForConditionalGeneration"],
     )
-    # The class takes the key for whether the head is scaled and then always ties. In the file it says what it means,
-    # which all readers understand: where both matrices are there and differ, transformers does not tie either.
     config.tie_word_embeddings = model.tie_embeddings
     return config
 

@@ -31,6 +31,9 @@ SHAPES = {
     "norm_position": ("post", "pre"),
     "activation": ("gelu", "swiglu"),
     "bias": ("true", "false"),
+    "qk_norm": ("true", "false"),
+    "token_types": ("2", "0"),
+    "embedding_norm": ("true", "false"),
 }
 """Keys that change the weights' shapes: the value now, and the checkpoint's."""
 
@@ -42,6 +45,7 @@ NUMBERS = {
     "norm_eps": ("0.001", "1e-05"),
     "activation": ("geglu", "swiglu"),
     "gelu_approximate": ("none", "tanh"),
+    "scaled_head": ("true", "false"),
 }
 """Keys that change what the same weights compute."""
 
@@ -119,7 +123,8 @@ def test_other_numbers_are_refused_unless_allowed(
 def test_every_key_of_model_and_data_is_tried() -> None:
     """A new key is compared by itself; this test asks for its place in the tables above."""
     one_choice = {"family", "attention"}
-    elsewhere = {"vocab_size", "max_seq_len"}
+    elsewhere = {"vocab_size", "max_seq_len", "num_encoder_layers", "head", "moe"}
+    elsewhere |= {"relative_buckets", "relative_max_distance"}  # a rule refuses them where they have no effect
     assert {*SHAPES, *NUMBERS, *FREE_MODEL_KEYS, *one_choice, *elsewhere} == set(ModelConfig.model_fields)
     of_objectives = {"masked", "span_corruption", "ul2", "prefix", "fim", "special_tokens"}
     elsewhere = {"train", "tokenizer"}
@@ -149,6 +154,19 @@ def test_shape_keys_are_those_that_change_the_model_s_tensors() -> None:
     for key, found in shapes.items():
         # As many heads as there are, each half as wide: the same tensors, read in another way.
         assert (found != tensors(one) or key == "num_heads") == (key in shape_keys(one, values[key])), key
+    moe = {"moe": {"num_experts": 4, "ffn_hidden_size": 64}}
+    changed: dict[str, list[dict[str, Any]]] = {
+        "num_encoder_layers": [{"family": "encoder_decoder", "num_encoder_layers": count} for count in (2, 3)],
+        "head": [{"family": "encoder", "head": head} for head in ("linear", "mlm")],
+        "position": [{"position": position} for position in ("none", "t5_relative")],
+        "relative_buckets": [{"position": "t5_relative", "relative_buckets": count} for count in (8, 16)],
+        "moe": [{}, moe],
+    }
+    inner = {"num_experts": 8, "every_n_layers": 2, "num_shared_experts": 1}
+    pairs = [*changed.items(), *(("moe", [moe, {"moe": {**moe["moe"], key: value}}]) for key, value in inner.items())]
+    for key, (before, after) in pairs:
+        was, now = (ModelConfig.model_validate({**base, **keys}) for keys in (before, after))
+        assert tensors(was) != tensors(now) and key in shape_keys(was, now), key
     learned = [ModelConfig(**base, position="learned", max_seq_len=size) for size in (64, 128)]
     assert tensors(learned[0]) != tensors(learned[1])
     assert "max_seq_len" in shape_keys(*learned)
@@ -293,3 +311,11 @@ def test_a_name_allows_what_lies_below_it_only() -> None:
     assert not is_allowed("data.train", ["data.train.0"])
     assert not is_allowed("data.tokenizer", ["data.train", "data.token"])
     assert not is_allowed("seed", [])
+
+
+def test_the_number_of_experts_is_fixed_and_their_loss_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    save_of_run(20, "model.moe={num_experts: 4}", name="experts")
+    same = ("name=experts", "model.moe={num_experts: 4}", "checkpoint.allow_change=[model]")
+    assert check(capsys, *same, "model.moe.aux_loss_coeff=0.5") == (0, "")
+    code, err = check(capsys, *same, "model.moe.num_experts=8")
+    assert code == 2 and "model.moe.num_experts = 8" in err and "can never be allowed" in err

@@ -175,8 +175,7 @@ def _changed(
     for name in {**now, **was}:
         old, new, path = was.get(name), now.get(name), f"{key}.{name}"
         if isinstance(old, dict) and isinstance(new, dict):
-            # Of a section within, either nothing is fixed or all that differs.
-            yield from _changed(origin, old, new, path, (lambda _, whole=fixed(name): whole))
+            yield from _changed(origin, old, new, path, fixed)
         elif old != new:
             yield _plain(origin, path, old, new, "null" if new is None else new, fixed(path))
 

@@ -11,7 +11,7 @@ import torch
 
 from llmtrain.config.rules import arithmetic_problems
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sizes import num_parameters
+from llmtrain.config.sizes import num_expert_parameters, num_parameters
 from llmtrain.parallel.layout import plan_layout
 
 LARGEST_AXIS = 64
@@ -85,7 +85,9 @@ def held_bytes(config: RunConfig) -> float:
     weights, gradients, optimizer = (2, 4, 12) if low else (4, 4, 8)
     optimizer = 0 if config.engine.offload != "none" else optimizer / (shards if stage >= 1 else 1)
     per_parameter = weights / (shards if stage >= 3 else 1) + gradients / (shards if stage >= 2 else 1) + optimizer
-    return per_parameter * num_parameters(config.model) / (layout.tensor * layout.pipeline)
+    experts = num_expert_parameters(config.model)
+    held = num_parameters(config.model) - experts + experts / layout.expert
+    return per_parameter * held / (layout.tensor * layout.pipeline)
 
 
 def memory_advice(config: RunConfig, device_type: str) -> list[Advice]:
@@ -99,6 +101,7 @@ def memory_advice(config: RunConfig, device_type: str) -> list[Advice]:
         *_zero(config, 2, "shards the gradients too, and reduces them more often"),
         *_recompute(config, "full", "every layer is computed twice: about a third slower, activations almost gone"),
         *_zero(config, 3, "shards the weights too, and gathers them for every micro-batch"),
+        *_axis(config, "expert", "spreads the experts over ranks, to which tokens travel"),
         *_axis(config, "tensor", "splits every layer; slow between machines"),
         *_axis(config, "context", "splits the sequence"),
         *_axis(config, "pipeline", "splits the layers; ranks wait at both ends of a step"),

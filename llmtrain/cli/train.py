@@ -87,7 +87,7 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
     evaluate, checkpoint = outline.evaluate_every_steps, outline.checkpoint_every_steps
     lines = {
         "run folder": outline.run_folder,
-        "model": f"{outline.parameters:,} parameters, {outline.vocab_size:,} tokens in the vocabulary",
+        "model": _model(outline),
         "precision": outline.precision,
         "engine": f"{outline.engine}, ZeRO stage {outline.zero_stage}" if outline.zero_stage else outline.engine,
         "ranks": f"{outline.world_size:,} = {_axes(outline)}",
@@ -104,11 +104,18 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
         typer.echo(f"\n{draw_layout(outline.layout)}")
 
 
+def _model(outline: "Outline") -> str:
+    active = outline.active_parameters
+    met = f" (a token meets {active:,})" if active < outline.parameters else ""
+    return f"{outline.parameters:,} parameters{met}, {outline.vocab_size:,} tokens in the vocabulary"
+
+
 def _axes(outline: "Outline") -> str:
     """The mesh, the slowest axis first."""
     layout = outline.layout
     text = " x ".join(f"{axis} {size:,}" for axis, size in reversed(layout.sizes.items()))
     text += f", {layout.virtual_pipeline} chunks per stage" if layout.virtual_pipeline > 1 else ""
+    text += f", experts over {layout.expert} ranks" if layout.expert > 1 else ""
     return text + (", sequence parallel" if layout.sequence else "")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from llmtrain.config.legal_values import nearest_divisors, nearest_multiples
 from llmtrain.config.names import all_keys, either, nearest, suggested_keys
+from llmtrain.config.rules_attention import ATTENTION_RULES
 from llmtrain.config.rules_engine import ENGINE_RULES
 from llmtrain.config.rules_launch import LAUNCH_RULES
 from llmtrain.config.rules_model import MODEL_RULES
@@ -85,10 +86,6 @@ def rope_scaling_needs_rope(config: RunConfig) -> Found:
     if model.position != "rope":
         message = f"has no effect with model.position = {model.position}. Try null, or model.position=rope."
         yield Problem("model.rope_scaling", message, uses=("model.position",))
-    low, high = model.rope_scaling.low_freq_factor, model.rope_scaling.high_freq_factor
-    if low >= high:
-        message = f"must be less than model.rope_scaling.high_freq_factor = {high:g}. Try {high / 4:g}."
-        yield Problem("model.rope_scaling.low_freq_factor", message, low, uses=("model.rope_scaling.high_freq_factor",))
 
 
 def steps_fit_schedule(config: RunConfig) -> Found:
@@ -168,6 +165,7 @@ RULES = (
     best_needs_evaluation,
     allowed_changes_are_keys,
     *MODEL_RULES,
+    *ATTENTION_RULES,
     *ENGINE_RULES,
     *PARALLEL_RULES,
     *LAUNCH_RULES,

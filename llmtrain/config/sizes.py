@@ -28,8 +28,13 @@ def num_active_parameters(model: ModelConfig) -> int:
     """Those that one token meets: of the experts, top_k of each layer."""
     if model.moe is None:
         return num_parameters(model)
-    experts = sum(prod(shape) for name, shape in parameter_shapes(model).items() if ".experts." in name)
+    experts = num_expert_parameters(model)
     return num_parameters(model) - experts + experts * model.moe.choices // model.moe.num_experts
+
+
+def num_expert_parameters(model: ModelConfig) -> int:
+    """Those of all experts but the shared ones: what expert ranks spread."""
+    return sum(prod(shape) for name, shape in parameter_shapes(model).items() if ".moe.experts." in name)
 
 
 def expert_ffn_size(model: ModelConfig) -> int:

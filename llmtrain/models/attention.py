@@ -49,13 +49,13 @@ KERNELS: dict[KernelName, Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]] =
 }
 
 
-def kernel_for(q_SBND: Tensor, k_TBND: Tensor, scoring: Scoring) -> KernelName:
+def kernel_for(q_SBND: Tensor, k_TBND: Tensor, scoring: Scoring, on_gpu: bool) -> KernelName:
     """The fastest kernel that computes this: PyTorch's fused ones know no pattern and nothing between score and weight;
     FlexAttention knows both, on GPUs; the blockwise one knows everything, everywhere."""
     if isinstance(scoring.pattern, Full) and scoring.plain:
         return "fused"
     # A stride leaves something of every block of FlexAttention's, so that it would save nothing there.
-    if q_SBND.is_cuda and not isinstance(scoring.pattern, Strided) and can_flex(q_SBND, k_TBND, scoring):
+    if on_gpu and not isinstance(scoring.pattern, Strided) and can_flex(q_SBND, k_TBND, scoring):
         return "flex"
     return "blockwise"
 
@@ -141,7 +141,8 @@ class Attention(nn.Module):
         if self.kind == "linear":
             return linear_attention(q_SBND, *self.repeated(q_SBND, k_TBND, v_TBND), inputs.visible)
         scoring = self.scoring(q_SBND, k_TBND, inputs)
-        return KERNELS[kernel_for(q_SBND, k_TBND, scoring)](q_SBND, k_TBND, v_TBND, scoring)
+        kernel = KERNELS[kernel_for(q_SBND, k_TBND, scoring, q_SBND.is_cuda)]
+        return kernel(q_SBND, k_TBND, v_TBND, scoring)
 
     def scoring(self, q_SBND: Tensor, k_TBND: Tensor, inputs: AttentionInputs) -> Scoring:
         """How this layer weighs, with the weights of the heads at hand."""

@@ -56,13 +56,16 @@ class Work:
         """Those of the piece's queries and keys."""
         return self.t_T[self.extent.offset :][piece.queries], self.t_T[piece.keys]
 
+    def behind(self, piece: Piece) -> bool:
+        """Whether no key lies ahead of any query."""
+        return range(self.extent.num_keys)[piece.keys][-1] <= piece.queries.start + self.extent.offset
+
     def mask(self, piece: Piece) -> Tensor | None:
         """[1 or B, 1, 1 or s, t], True where seen; None: everything is."""
         s, t = self.positions(piece)
         visible = self.scoring.visible
-        last_key = range(self.extent.num_keys)[piece.keys][-1]
-        in_order = last_key <= piece.queries.start + self.extent.offset
-        mask = both(None if in_order else visible.order(s, t), visible.belonging(piece.queries, piece.keys))
+        order = None if self.behind(piece) else visible.order(s, t)
+        mask = both(order, visible.belonging(piece.queries, piece.keys))
         if piece.rule is not None:
             mask = both(mask, piece.rule(s[:, None], t)[None])
         return None if mask is None else mask[:, None]
@@ -97,9 +100,8 @@ class Work:
 
 class Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, scoring: Scoring, q: Tensor, k: Tensor, v: Tensor, by_distance: Tensor | None, sinks: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, scoring: Scoring, *tensors: Any) -> Tensor:
+        q, k, v, by_distance, sinks = tensors
         work = Work.of(scoring, q, k, by_distance, sinks)
         out_BNSD, log_sum_BNS = attended(work, q, k, v)
         ctx.scoring = scoring

@@ -84,7 +84,7 @@ def block_mask(pattern: Pattern, visible: Visibility, seq_len: int, device: torc
 
     key = (pattern, seq_len)
     if key not in visible.made:
-        blocks_BPQ = touched_blocks(pattern, seq_len, visible.looks_ahead).to(device)[None]
+        blocks_BPQ = touched_blocks(pattern, seq_len, visible.looks_ahead, BLOCK).to(device)[None]
         if visible.keys_BT is not None:
             blocks_BPQ = blocks_BPQ & blocks_with_company(visible, visible.keys_BT)
         visible.made[key] = BlockMask.from_kv_blocks(
@@ -116,13 +116,13 @@ def mask_rule(
 
 
 @cache
-def touched_blocks(pattern: Pattern, seq_len: int, looks_ahead: bool) -> Tensor:
+def touched_blocks(pattern: Pattern, seq_len: int, looks_ahead: bool, block: int) -> Tensor:
     """[P, Q], True where the pattern has a piece in the block."""
-    num_blocks = -(-seq_len // BLOCK)
+    num_blocks = -(-seq_len // block)
     blocks_PQ = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
-    for piece in pattern.pieces(Extent(seq_len, seq_len, looks_ahead)):
-        rows = slice(piece.queries.start // BLOCK, -(-piece.queries.stop // BLOCK))
-        blocks_PQ[rows, piece.keys.start // BLOCK : -(-piece.keys.stop // BLOCK)] = True
+    for piece in pattern.pieces(Extent(seq_len, seq_len, looks_ahead, block)):
+        rows = slice(piece.queries.start // block, -(-piece.queries.stop // block))
+        blocks_PQ[rows, piece.keys.start // block : -(-piece.keys.stop // block)] = True
     return blocks_PQ
 
 

@@ -59,12 +59,16 @@ class Visibility:
         return keys_B1T >= 0 if self.queries_BS is None else self.queries_BS[:, queries, None] == keys_B1T
 
     def allowed(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor | None:
-        """[1 or B, 1 or S, T], True where seen; None where everything is. Made once, for all layers."""
+        """[1 or B, 1 or S, T], True where seen; None where everything is. Made once, for all layers; but a compiled
+        layer makes its own, since it would be compiled again for each change of what it finds made."""
         key = (num_queries, num_keys)
-        if key not in self.made:
+        if torch.compiler.is_compiling() or key not in self.made:
             s_S = torch.arange(num_keys - num_queries, num_keys, device=device)
             order = self.order(s_S, torch.arange(num_keys, device=device))
-            self.made[key] = both(order, self.belonging())
+            mask = both(order, self.belonging())
+            if torch.compiler.is_compiling():
+                return mask
+            self.made[key] = mask
         return self.made[key]
 
 

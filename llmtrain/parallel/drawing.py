@@ -48,6 +48,7 @@ class LayoutOutline:
     sizes: dict[str, int]
     virtual_pipeline: int
     sequence: bool
+    expert: int
     axes: list[AxisGroups]
     stages: list[StageRanks]
 
@@ -59,6 +60,7 @@ def plan_layout_outline(layout: Layout, num_layers: int, split: Sequence[int] | 
         sizes=dict(zip(AXES, layout.sizes, strict=True)),
         virtual_pipeline=layout.virtual_pipeline,
         sequence=layout.sequence,
+        expert=layout.expert,
         axes=_axis_groups(layout),
         stages=[_stage_ranks(layout, stage, chunks) for stage, chunks in enumerate(stages)],
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sizes import num_parameters
+from llmtrain.config.sizes import num_active_parameters, num_parameters
 from llmtrain.parallel.drawing import LayoutOutline, plan_layout_outline
 from llmtrain.parallel.layout import plan_layout
 
@@ -15,6 +15,8 @@ class Outline:
     name: str
     run_folder: str
     parameters: int
+    active_parameters: int
+    """Those that one token meets: of the experts, some."""
     vocab_size: int
     world_size: int
     data_parallel_size: int
@@ -41,6 +43,7 @@ def plan_outline(config: RunConfig, world_size: int) -> Outline:
         name=config.name,
         run_folder=f"{config.output_dir.rstrip('/') or '/'}/{config.name}",
         parameters=num_parameters(config.model),
+        active_parameters=num_active_parameters(config.model),
         vocab_size=config.model.vocabulary,
         world_size=world_size,
         data_parallel_size=layout.data,

@@ -25,7 +25,7 @@ from tests.parity.resharding import (
     save_and_continue,
     with_data,
 )
-from tests.support.datasets import random_documents, write_dataset
+from tests.support.datasets import VOCAB_SIZE, random_documents, write_dataset
 from tests.support.ranks import run_ranks
 from tests.support.tokenizers import train_sentencepiece
 
@@ -43,7 +43,8 @@ are compared bit for bit before that."""
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
-    (folder / "tokenizer.model").write_bytes(train_sentencepiece(["a few words"], "bpe", 270))
+    text = ["the words of a text that has as many pieces as the documents have tokens and then as many words again"]
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece(text, "bpe", VOCAB_SIZE))
     write_dataset(folder, [random_documents(60, seed) for seed in range(3)])
     return folder
 

@@ -1,5 +1,6 @@
 """Attention from its definitions: the whole square of scores, a mask from the documented words, no pieces."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,30 +41,31 @@ def pair_allowed(config: AttentionConfig, s: int, t: int) -> bool:
             return later - earlier <= 1 or earlier < config.num_global or earlier in drawn
 
 
-def pair_visible(visible: Visibility, b: int, s: int, t: int, query: int) -> bool:
-    """`query` is the index of the query, s its position."""
-    ordered = not visible.causal or t <= s or (visible.prefix_B is not None and t < int(visible.prefix_B[b]))
-    if visible.keys_BT is None:
-        return ordered
-    key = int(visible.keys_BT[b, t])
-    return ordered and (key >= 0 if visible.queries_BS is None else key == int(visible.queries_BS[b, query]))
+@cache
+def pattern_mask(config: AttentionConfig, num_queries: int, num_keys: int) -> Tensor:
+    """[S, T], pair by pair."""
+    places = range(num_keys - num_queries, num_keys)
+    return torch.tensor([[pair_allowed(config, s, t) for t in range(num_keys)] for s in places])
+
+
+def visible_mask(visible: Visibility, b: int, num_queries: int, num_keys: int) -> Tensor:
+    """[S, T] of one sample, pair by pair."""
+    prefix = 0 if visible.prefix_B is None else int(visible.prefix_B[b])
+    keys = None if visible.keys_BT is None else visible.keys_BT[b].tolist()
+    queries = None if visible.queries_BS is None else visible.queries_BS[b].tolist()
+
+    def seen(query: int, t: int) -> bool:
+        if visible.causal and t > query + num_keys - num_queries and t >= prefix:
+            return False
+        return keys is None or (keys[t] >= 0 if queries is None else keys[t] == queries[query])
+
+    return torch.tensor([[seen(s, t) for t in range(num_keys)] for s in range(num_queries)])
 
 
 def dense_mask(config: AttentionConfig, visible: Visibility, batch: int, num_queries: int, num_keys: int) -> Tensor:
-    """[B, S, T], pair by pair."""
-    offset = num_keys - num_queries
-    return torch.tensor(
-        [
-            [
-                [
-                    pair_allowed(config, s + offset, t) and pair_visible(visible, b, s + offset, t, s)
-                    for t in range(num_keys)
-                ]
-                for s in range(num_queries)
-            ]
-            for b in range(batch)
-        ]
-    )
+    """[B, S, T]."""
+    seen_BST = torch.stack([visible_mask(visible, b, num_queries, num_keys) for b in range(batch)])
+    return seen_BST & pattern_mask(config, num_queries, num_keys)
 
 
 def softmax_attention(

@@ -2,17 +2,20 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from llmtrain.checkpoint.fragments import Fragment
     from llmtrain.checkpoint.reader import CheckpointReader
+    from llmtrain.config.model import ModelConfig
+    from llmtrain.interop.hf_export import Export, TrainedWeights
     from llmtrain.interop.hf_import import HuggingFaceFolder
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -24,6 +27,14 @@ class Format(StrEnum):
     """What a model is written as."""
 
     HF = "hf"
+
+
+class ProofKind(StrEnum):
+    """How an export is compared with the trained model."""
+
+    AUTO = "auto"
+    FULL = "full"
+    LAYERS = "layers"
 
 
 class Precision(StrEnum):
@@ -41,15 +52,26 @@ def export(
     dtype: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FLOAT32,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the checkpoints.")] = None,
+    family: Annotated[str | None, typer.Option(help="transformers' model_type, where several would do.")] = None,
+    proof: Annotated[
+        ProofKind,
+        typer.Option(help="full: both models in memory. layers: some layers at a time. auto: full where it fits."),
+    ] = ProofKind.AUTO,
+    proof_memory: Annotated[str, typer.Option(help="Memory that a full proof may take with auto.")] = "16GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a trained model as a Hugging Face folder, and prove that transformers computes the same from it."""
-    from llmtrain.data.tokenizer import load_tokenizer
-    from llmtrain.infer.model import find_checkpoint, find_tokenizer_of
-    from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
+    """Write a trained model as a Hugging Face folder, and prove that transformers computes the same from it.
 
-    max_shard_bytes = _size_bytes(max_shard_size)
+    Weights are read and written some at a time: memory is that of the largest file, and of the proof.
+    """
+    from llmtrain.data.tokenizer import load_tokenizer
+    from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_config
+    from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
+    from llmtrain.interop.special_tokens import named_tokens
+
+    max_shard_bytes = _size_bytes("--max-shard-size", max_shard_size)
+    proof_bytes = _size_bytes("--proof-memory", proof_memory)
     require_free(out, overwrite)
     checkpoint = find_checkpoint(source)
     tokenizer_path = tokenizer or find_tokenizer_of(checkpoint.path)
@@ -58,21 +80,35 @@ def export(
     text = load_tokenizer(tokenizer_path)
 
     weights, model = _rounded_weights(checkpoint, dtype)
-    settings = ExportSettings(dtype.value, max_shard_bytes, _facts(checkpoint), overwrite)
-    proof = write_export(out, model, weights, text, settings)
-    _print_result(
-        {
-            "format": to.value,
-            "folder": str(out),
-            "checkpoint": str(checkpoint.path),
-            "dtype": dtype.value,
-            "max_logit_difference": proof.max_difference,
-            "logit_positions_compared": proof.num_tokens,
-            "greedy_tokens_equal": proof.num_greedy_tokens,
-            "text_characters_equal": proof.num_text_characters,
-        },
-        as_json,
+    settings = ExportSettings(
+        dtype=dtype.value,
+        max_shard_bytes=max_shard_bytes,
+        facts=_facts(checkpoint),
+        overwrite=overwrite,
+        family=family,
+        proof=proof.value,
+        proof_bytes=proof_bytes,
+        tokens=named_tokens(text, saved_config(checkpoint).get("data")),
     )
+    export = write_export(out, model, weights, text, settings)
+    _print_result(
+        {"format": to.value, "folder": str(out), "checkpoint": str(checkpoint.path)} | _told(export, dtype), as_json
+    )
+
+
+def _told(export: "Export", dtype: Precision) -> dict[str, Any]:
+    """What was written and what was proved."""
+    proof = export.proof
+    return {
+        "family": export.family,
+        "dtype": dtype.value,
+        "proof": "the whole model" if proof.num_parts == 1 else f"{proof.num_parts} parts, some layers in each",
+        "max_logit_difference": proof.max_difference,
+        "logit_positions_compared": proof.num_tokens,
+        "greedy_tokens_equal": proof.num_greedy_tokens,
+        "text_characters_equal": proof.num_text_characters,
+        "notes": export.notes,
+    }
 
 
 def import_(
@@ -82,7 +118,7 @@ def import_(
 ) -> None:
     """Read a Hugging Face folder as a checkpoint of step 0, with its configuration and tokenizer beside it.
 
-    Train from it with `base: OUT/config.yaml` and `checkpoint.resume=OUT`.
+    Train from it with `base: OUT/config.yaml` and `checkpoint.resume=OUT`. Weights are read and written some at a time.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already. Choose another name, or remove it.")
@@ -100,23 +136,22 @@ def import_(
             "tokenizer": None if folder.tokenizer_path is None else str(out / folder.tokenizer_path.name),
             "family": folder.family.title,
             "parameters": num_parameters(folder.model),
+            "notes": folder.notes,
         },
         as_json,
     )
 
 
-def _rounded_weights(checkpoint: "CheckpointReader", dtype: Precision) -> tuple[Any, Any]:
+def _rounded_weights(checkpoint: "CheckpointReader", dtype: Precision) -> "tuple[TrainedWeights, ModelConfig]":
     """What an export takes of a checkpoint's model, its weights rounded to `dtype`, and the model's configuration."""
-    import torch
+    from functools import partial
 
-    from llmtrain.infer.model import TrainedModel, build_trained, saved_architecture
+    from llmtrain.infer.model import build_from, checkpoint_tensors, logits_of, saved_architecture
     from llmtrain.interop.hf_export import DTYPES, TrainedWeights
 
-    trained = TrainedModel(build_trained(saved_architecture(checkpoint), checkpoint, torch.device("cpu")), None)
-    parameters = {name: parameter.detach() for name, parameter in trained.model.named_parameters()}
-    for parameter in parameters.values():
-        parameter.copy_(parameter.to(DTYPES[dtype.value]))
-    return TrainedWeights(parameters.__getitem__, trained.logits), trained.model.config
+    model = saved_architecture(checkpoint)
+    read = checkpoint_tensors(checkpoint, model, DTYPES[dtype.value])
+    return TrainedWeights(read, lambda part, read_part: partial(logits_of, build_from(part, read_part))), model
 
 
 def _facts(checkpoint: "CheckpointReader") -> dict[str, str]:
@@ -137,24 +172,28 @@ def _facts(checkpoint: "CheckpointReader") -> dict[str, str]:
     return facts
 
 
-def _write_imported(folder: "HuggingFaceFolder", out: Path) -> Path:
+IMPORT_PART_BYTES = 1_000_000_000
+"""Weights that are in memory at a time; a larger tensor is alone."""
+
+
+def _write_imported(folder: "HuggingFaceFolder", out: Path, part_bytes: int = IMPORT_PART_BYTES) -> Path:
     """Write OUT as a run folder with one checkpoint; returns the checkpoint. Nothing is left where it fails."""
     import os
     import shutil
 
     from llmtrain.checkpoint.folders import CHECKPOINTS
-    from llmtrain.checkpoint.fragments import Fragment
     from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 
-    config_text = _model_yaml(folder.model.model_dump(mode="json"))
+    config_text = _config_yaml(folder)
     target = out.resolve()
     writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
     try:
         unfinished = start_checkpoint(writing / CHECKPOINTS, step=0)
-        fragments = (Fragment.whole(name, "master", folder.tensor(name)) for name in folder.names())
-        part = write_rank_files(unfinished, 0, fragments)
+        # Part after part takes the place of rank after rank: nobody has to hold it all.
+        groups = enumerate(_iter_groups(folder, part_bytes))
+        parts = [write_rank_files(unfinished, number, group) for number, group in groups]
         contents = Contents(0, {}, config_text, {"imported": folder.family.title})
-        checkpoint = publish(unfinished, [part], contents, before_publish=lambda: None)
+        checkpoint = publish(unfinished, parts, contents, before_publish=lambda: None)
         (writing / "config.yaml").write_text(config_text, "utf-8")
         if folder.tokenizer_path is not None:
             shutil.copyfile(folder.tokenizer_path, writing / folder.tokenizer_path.name)
@@ -166,27 +205,72 @@ def _write_imported(folder: "HuggingFaceFolder", out: Path) -> Path:
     return out / checkpoint.relative_to(writing)
 
 
-def _model_yaml(model: Mapping[str, Any]) -> str:
-    """A `model:` section that a run's configuration can rest on."""
+def _iter_groups(folder: "HuggingFaceFolder", part_bytes: int) -> "Iterator[list[Fragment]]":
+    """Fragments that together take at most so much, or a single one."""
+    from llmtrain.checkpoint.writer import size_bytes
+
+    group: list[Fragment] = []
+    for fragment in _iter_fragments(folder):
+        if group and size_bytes(group) + fragment.tensor.nbytes > part_bytes:
+            yield group
+            group = []
+        group.append(fragment)
+    yield group
+
+
+def _iter_fragments(folder: "HuggingFaceFolder") -> "Iterator[Fragment]":
+    """Every tensor of a folder as a fragment; each expert of stacked ones is one."""
+    from llmtrain.checkpoint.fragments import Box, Fragment
+    from llmtrain.config.sizes import parameter_shapes
+
+    shapes = parameter_shapes(folder.model)
+    for name, expert, tensor in folder.iter_tensors():
+        if expert is None:
+            yield Fragment.whole(name, "master", tensor)
+        else:
+            box = Box((expert, *[0] * tensor.dim()), (1, *tensor.shape))
+            yield Fragment(name, "master", shapes[name], box, tensor[None])
+
+
+def _config_yaml(folder: "HuggingFaceFolder") -> str:
+    """What a run's configuration can rest on: the model, and what to train such a model on next."""
     import io
 
     from ruamel.yaml import YAML
 
+    config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
+    objectives = {"encoder": "masked", "encoder_decoder": "span_corruption"}
+    if objective := objectives.get(folder.model.family):
+        config["data"] = {"objective": objective, "special_tokens": _special_tokens(folder)}
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     # The default, None, sorts; ruamel declares no type, so that a checker infers that only None is allowed.
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     stream = io.StringIO()
-    yaml.dump({"model": dict(model)}, stream)
+    yaml.dump(config, stream)
     return stream.getvalue()
 
 
-def _size_bytes(text: str) -> int:
+def _special_tokens(folder: "HuggingFaceFolder") -> dict[str, Any]:
+    """Ids of the folder's tokenizer for data.special_tokens."""
+    from llmtrain.data.tokenizer import load_tokenizer
+    from llmtrain.interop.special_tokens import named_tokens
+
+    if folder.tokenizer_path is None:
+        return {}
+    try:
+        named = named_tokens(load_tokenizer(folder.tokenizer_path))
+    except DataError as error:
+        folder.notes.append(f"the tokenizer cannot be used for training: {error}")
+        return {}
+    found: dict[str, Any] = {key: token[1] for key in ("mask", "pad") if (token := getattr(named, key)) is not None}
+    return found | ({"sentinels": list(named.sentinels.values())} if named.sentinels else {})
+
+
+def _size_bytes(option: str, text: str) -> int:
     match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", text.strip().upper())
     if match is None or int(match[1]) == 0:
-        raise ConfigError(
-            f"--max-shard-size {text}: must be a number of bytes, or one with KB, MB or GB such as 500MB."
-        )
+        raise ConfigError(f"{option} {text}: must be a number of bytes, or one with KB, MB or GB such as 500MB.")
     return int(match[1]) * _UNITS[match[2]]
 
 
@@ -195,6 +279,9 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(result, indent=1))
         return
     for key, value in result.items():
-        if value is not None:
+        if isinstance(value, list):
+            for text in value:
+                typer.echo(f"note: {text}")
+        elif value is not None:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.2e}" if isinstance(value, float) else value
             typer.echo(f"{key.replace('_', ' ')}: {shown}")

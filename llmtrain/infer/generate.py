@@ -1,6 +1,6 @@
-"""Text from a model, one token at a time, with a cache of keys and values.
+"""Text from a model, one token at a time, with a cache of keys and values; and of an encoder, fillings of masks.
 
-Shape suffixes: B batch, S sequence, V vocabulary.
+Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.errors import ConfigError
-from llmtrain.models.transformer import ModelInputs, Transformer, build_caches
+from llmtrain.models.transformer import ModelInputs, Pass, Transformer, build_caches, counted_positions
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,63 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 
 
 @torch.no_grad()
-def iter_tokens(model: Transformer, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
+def iter_tokens(
+    model: Transformer, prompt: Sequence[int], sampling: Sampling, max_tokens: int, start_id: int | None = None
+) -> Iterator[int]:
     """Up to `max_tokens` new tokens after the prompt; ends earlier where the model's longest sequence is reached.
 
-    The caller stops at an end-of-text token by no longer asking. Raises ConfigError for a prompt that is empty or
-    leaves no room.
+    Of an encoder-decoder the prompt is the encoder's input, and the decoder begins with `start_id`. The caller stops at
+    an end-of-text token by no longer asking. Raises ConfigError for a prompt that is empty or leaves no room.
     """
-    longest = model.config.max_seq_len
-    if not 0 < len(prompt) < longest:
-        raise ConfigError(
-            f"The prompt has {len(prompt)} tokens: give it at least 1 and fewer than {longest} (model.max_seq_len)."
-        )
     device = model.embeddings.word.weight.device
+    if model.config.family == "encoder":
+        raise ConfigError("An encoder cannot continue a text: it fills masks. Put the mask's name into the prompt.")
+    if model.config.family == "encoder_decoder":
+        assert start_id is not None, "a decoder behind an encoder begins with something"
+        _require_length(prompt, model.config.max_seq_len + 1, "at most", model.config.max_seq_len)
+        encoder_BT, prompt = torch.tensor([list(prompt)], device=device), [start_id]
+        memory_TBH = model.encode(ModelInputs(encoder_BT, encoder_BT, encoder_tokens_BT=encoder_BT), Pass())[0]
+    else:
+        memory_TBH = None
+        _require_length(prompt, model.config.max_seq_len, "fewer than", model.config.max_seq_len)
     generator = torch.Generator(device=device).manual_seed(sampling.seed)
-    length = min(longest, len(prompt) + max_tokens)
+    length = min(model.config.max_seq_len, len(prompt) + max_tokens)
     caches = build_caches(model.config, length)
     tokens_BS = torch.tensor([list(prompt)], device=device)
     for start in range(len(prompt), length):
         positions_BS = torch.arange(start - tokens_BS.shape[1], start, device=device)[None]
-        hidden_SBH, _ = model(ModelInputs(tokens_BS, positions_BS), caches=caches)
+        hidden_SBH, _ = model(ModelInputs(tokens_BS, positions_BS), caches=caches, memory_TBH=memory_TBH)
         token = choose(model.logits(hidden_SBH[-1:])[0, -1], sampling, generator)
         yield token
         tokens_BS = torch.tensor([[token]], device=device)
+
+
+def _require_length(prompt: Sequence[int], end: int, bound: str, number: int) -> None:
+    if not 0 < len(prompt) < end:
+        raise ConfigError(
+            f"The prompt has {len(prompt)} tokens: give it at least 1 and {bound} {number} (model.max_seq_len)."
+        )
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What an encoder would put in place of one mask: tokens with their probabilities, the likeliest first."""
+
+    position: int
+    tokens: list[tuple[int, float]]
+
+
+@torch.no_grad()
+def fill_masks(model: Transformer, tokens: Sequence[int], mask_id: int, count: int) -> list[Filling]:
+    """The `count` best fillings of each mask. Raises ConfigError for tokens without a mask, or too many of them."""
+    _require_length(tokens, model.config.max_seq_len + 1, "at most", model.config.max_seq_len)
+    if mask_id not in tokens:
+        raise ConfigError("The prompt has no mask to fill.")
+    tokens_BS = torch.tensor([list(tokens)], device=model.embeddings.word.weight.device)
+    hidden_SBH, _ = model(ModelInputs(tokens_BS, counted_positions(tokens_BS)))
+    best_SK = model.logits(hidden_SBH)[0].softmax(-1).topk(min(count, model.config.vocabulary))
+    return [
+        Filling(at, list(zip(best_SK.indices[at].tolist(), best_SK.values[at].tolist(), strict=True)))
+        for at, token in enumerate(tokens)
+        if token == mask_id
+    ]

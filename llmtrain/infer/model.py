@@ -1,7 +1,12 @@
-"""A trained model, ready to use: from a run, a checkpoint, or a Hugging Face folder."""
+"""A trained model, ready to use: from a run, a checkpoint, or a Hugging Face folder.
 
-from dataclasses import dataclass
+Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from ruamel.yaml import YAML
@@ -12,19 +17,26 @@ from llmtrain.checkpoint.fragments import Box, FragmentSource
 from llmtrain.checkpoint.manager import find_newest_valid
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.sizes import parameter_shapes
+from llmtrain.data.batch import PADDING
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from llmtrain.errors import ConfigError
+from llmtrain.interop.examples import Example
 from llmtrain.interop.hf_import import open_hf_folder
+from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.build import build_model
-from llmtrain.models.transformer import ModelInputs, Transformer
+from llmtrain.models.moe import MoE
+from llmtrain.models.transformer import ModelInputs, Transformer, counted_positions
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation mode, in fp32, and the tokenizer that it was trained with, where one was found."""
+    """A model in evaluation mode, in fp32, the tokenizer that it was trained with, where one was found, and the data
+    section of the configuration that it was trained with, where it was trained here."""
 
     model: Transformer
     tokenizer_path: Path | None
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where none was found."""
@@ -32,11 +44,23 @@ class TrainedModel:
             raise ConfigError("No tokenizer lies beside the model. Name one with --tokenizer.")
         return load_tokenizer(self.tokenizer_path)
 
-    @torch.no_grad()
-    def logits(self, tokens_BS: Tensor) -> Tensor:
-        """[B, S, V] in fp32."""
-        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand(tokens_BS.shape)
-        return self.model.logits(self.model(ModelInputs(tokens_BS, positions_BS))[0])
+
+@torch.no_grad()
+def logits_of(model: Transformer, example: Example) -> Tensor:
+    """[B, S, V] in fp32."""
+    inputs = ModelInputs(
+        example.tokens_BS,
+        counted_positions(example.tokens_BS),
+        segments_of(example.valid_BS),
+        encoder_tokens_BT=example.encoder_tokens_BT,
+        encoder_segments_BT=segments_of(example.encoder_valid_BT),
+    )
+    return model.logits(model(inputs)[0])
+
+
+def segments_of(valid: Tensor | None) -> Tensor | None:
+    """One document, and padding where `valid` is False."""
+    return None if valid is None else torch.where(valid, 0, PADDING)
 
 
 def find_checkpoint(path: Path) -> CheckpointReader:
@@ -63,9 +87,38 @@ def find_tokenizer_of(checkpoint: Path) -> Path | None:
     return next((run / name for name in TOKENIZER_NAMES if (run / name).is_file()), None)
 
 
+def saved_config(checkpoint: CheckpointReader) -> Mapping[str, Any]:
+    """The configuration in a checkpoint; that of an imported one has a model section and little else."""
+    return YAML(typ="safe", pure=True).load(checkpoint.config_text)
+
+
 def saved_architecture(checkpoint: CheckpointReader) -> ModelConfig:
     """The model section of the configuration in a checkpoint."""
-    return ModelConfig.model_validate(YAML(typ="safe", pure=True).load(checkpoint.config_text)["model"])
+    return ModelConfig.model_validate(saved_config(checkpoint)["model"])
+
+
+def checkpoint_tensors(checkpoint: CheckpointReader, model: ModelConfig, dtype: torch.dtype) -> ReadTensor:
+    """Reads one tensor at a time from a checkpoint's fragments, whatever layout they are from, rounded to a type."""
+    shapes = parameter_shapes(model)
+
+    def read(name: str, expert: int | None = None) -> Tensor:
+        shape = shapes[name]
+        if expert is None:
+            return checkpoint.read(name, "master", Box.whole(shape)).to(dtype)
+        box = Box((expert, *[0] * (len(shape) - 1)), (1, *shape[1:]))
+        return checkpoint.read(name, "master", box)[0].to(dtype)
+
+    return read
+
+
+@torch.no_grad()
+def build_from(config: ModelConfig, read: Callable[[str], Tensor]) -> Transformer:
+    """The model with weights that are read one at a time, in evaluation mode, on the CPU."""
+    model = build_model(config)
+    model.to_empty(device="cpu")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(read(name))
+    return model.eval()
 
 
 @torch.no_grad()
@@ -75,14 +128,28 @@ def build_trained(config: ModelConfig, source: FragmentSource, device: torch.dev
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         parameter.copy_(source.read(name, "master", Box.whole(parameter.shape)))
+    _load_router_biases(model, source, device)
     return model.eval()
+
+
+def _load_router_biases(model: Transformer, source: FragmentSource, device: torch.device) -> None:
+    """What training without an auxiliary loss has added for the choice of experts: stored in steps of its rate."""
+    moe = model.config.moe
+    if moe is None or not moe.bias_update_rate:
+        return
+    for stack in model.stacks:
+        for number, layer in stack.layers.items():
+            name = f"{stack.side}.layers.{number}.moe.router.bias"
+            if isinstance(layer.moe, MoE) and (shape := source.global_shape(name, "buffer")) is not None:
+                steps_E = source.read(name, "buffer", Box.whole(shape)).to(device)
+                layer.moe.router.bias_E = steps_E * moe.bias_update_rate
 
 
 def load_checkpoint(path: Path, device: torch.device) -> TrainedModel:
     """The model of a checkpoint or of a run's newest checkpoint."""
     checkpoint = find_checkpoint(path)
     model = build_trained(saved_architecture(checkpoint), checkpoint, device)
-    return TrainedModel(model, find_tokenizer_of(checkpoint.path))
+    return TrainedModel(model, find_tokenizer_of(checkpoint.path), saved_config(checkpoint).get("data") or {})
 
 
 def load_model(path: Path, device: torch.device) -> TrainedModel:

@@ -1,6 +1,7 @@
 """Families of models that Hugging Face's transformers knows: which one fits, and configurations both ways."""
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,14 @@ from transformers import PretrainedConfig
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
-from llmtrain.interop import gpt2, llama
-from llmtrain.interop.name_table import Row
+from llmtrain.interop import bert, gpt2, llama, mistral, mixtral, qwen3, switch, t5
+from llmtrain.interop.differences import differences
+from llmtrain.interop.name_table import Table, covers
+from llmtrain.interop.special_tokens import NamedTokens
+
+
+def _no_limits(model: ModelConfig) -> list[str]:
+    return []
 
 
 @dataclass(frozen=True)
@@ -18,39 +25,127 @@ class Family:
     """One family: its names, and what its configuration can express."""
 
     title: str
-    table: Sequence[Row]
+    stacks: str
+    """Its `model.family`."""
+    tables: tuple[Table, ...]
+    """Forms in which its weights lie in files, the one that is written first."""
     prefix: str
     """Of the tensors in transformers' model; some published folders leave it out."""
     config_class: type[PretrainedConfig]
-    obstacles: Callable[[ModelConfig], list[str]]
-    to_config: Callable[[ModelConfig], PretrainedConfig]
+    to_config: Callable[[ModelConfig], Any]
+    """The nearest configuration of a model within `limits`."""
     from_config: Callable[[Any], tuple[dict[str, Any], list[str]]]
+    limits: Callable[[ModelConfig], list[str]] = _no_limits
+    """Reasons against a model that its configuration, read back, would not show."""
+    heads: tuple[str, ...] = ("lm_head.",)
+    """Beginnings of names that have no prefix."""
+    left_out: str = r"(?!)"
+    """Tensors of published folders that the model does not use: of heads for other tasks, or of nothing."""
+
+    def tables_for(self, model: ModelConfig) -> list[Table]:
+        """The forms that a model can lie in, the one that is written first."""
+        found = [table for table in self.tables if covers(table, model)]
+        assert found, f"no table of {self.title} names each parameter exactly once"
+        return found
+
+    def is_left_out(self, name: str) -> bool:
+        return re.search(self.left_out, name) is not None
 
 
 FAMILIES = {
     "gpt2": Family(
-        "GPT-2", gpt2.TABLE, "transformer.", gpt2.GPT2Config, gpt2.obstacles, gpt2.to_config, gpt2.from_config
+        "GPT-2", "decoder", (gpt2.TABLE,), "transformer.", gpt2.GPT2Config, gpt2.to_config, gpt2.from_config
     ),
     "llama": Family(
-        "Llama", llama.TABLE, "model.", llama.LlamaConfig, llama.obstacles, llama.to_config, llama.from_config
+        "Llama",
+        "decoder",
+        (llama.TABLE,),
+        "model.",
+        llama.LlamaConfig,
+        llama.to_config,
+        llama.from_config,
+        llama.limits,
+    ),
+    "mistral": Family(
+        "Mistral", "decoder", (llama.TABLE,), "model.", mistral.MistralConfig, mistral.to_config, mistral.from_config
+    ),
+    "qwen3": Family(
+        "Qwen3", "decoder", (qwen3.TABLE,), "model.", qwen3.Qwen3Config, qwen3.to_config, qwen3.from_config
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        "decoder",
+        (mixtral.TABLE, mixtral.STACKED_TABLE),
+        "model.",
+        mixtral.MixtralConfig,
+        mixtral.to_config,
+        mixtral.from_config,
+    ),
+    "bert": Family(
+        "BERT",
+        "encoder",
+        (bert.TABLE,),
+        "bert.",
+        bert.BertConfig,
+        bert.to_config,
+        bert.from_config,
+        heads=("cls.",),
+        left_out=r"^bert\.pooler\.|^cls\.seq_relationship\.",
+    ),
+    "t5": Family(
+        "T5",
+        "encoder_decoder",
+        (t5.TABLE, t5.GATED_TABLE),
+        "",
+        t5.T5Config,
+        t5.to_config,
+        t5.from_config,
+        t5.limits,
+        left_out=r"\.EncDecAttention\.relative_attention_bias\.",
+    ),
+    "switch_transformers": Family(
+        "Switch Transformers",
+        "encoder_decoder",
+        (switch.TABLE,),
+        "",
+        switch.SwitchTransformersConfig,
+        switch.to_config,
+        switch.from_config,
+        switch.limits,
     ),
 }
-"""By transformers' `model_type`."""
+"""By transformers' `model_type`; a model that several express is written as the first of them."""
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids that a Hugging Face configuration carries; None where a tokenizer has no such token."""
+def judged(family: Family, model: ModelConfig) -> tuple[list[str], list[str]]:
+    """What speaks against a family for a model, and what has no key there but matters in training alone."""
+    if model.family != family.stacks:
+        return [f"model.family = {model.family}, {family.title} has {family.stacks}"], []
+    try:
+        expressed = _read_back(family, family.to_config(model))
+    except Exception as error:  # classes of transformers validate with several libraries and no common class of error
+        reasons = family.limits(model) or [f"its configuration refuses the model: {str(error).splitlines()[0]}"]
+        return reasons, []
+    against, only_training = differences(model, expressed, family.title)
+    return family.limits(model) + against, only_training
 
-    eos_id: int
-    bos_id: int | None = None
-    pad_id: int | None = None
+
+def _read_back(family: Family, config: PretrainedConfig) -> ModelConfig:
+    fields, obstacles = family.from_config(config)
+    assert not obstacles, f"{family.title} does not read what it writes: {obstacles}"
+    return ModelConfig(**fields)
 
 
-def family_for(model: ModelConfig) -> Family:
-    """The family that expresses a model. Raises ConfigError with every reason against each family."""
-    against = {family.title: family.obstacles(model) for family in FAMILIES.values()}
-    fitting = [family for family in FAMILIES.values() if not against[family.title]]
+def family_for(model: ModelConfig, wanted: str | None = None) -> Family:
+    """The family that expresses a model: `wanted` (a model_type), or the first that does.
+
+    Raises ConfigError with every reason against each family.
+    """
+    if wanted is not None and wanted not in FAMILIES:
+        raise ConfigError(f"--family {wanted}: must be one of {', '.join(FAMILIES)}.")
+    families = list(FAMILIES.values()) if wanted is None else [FAMILIES[wanted]]
+    against = {family.title: judged(family, model)[0] for family in families}
+    fitting = [family for family in families if not against[family.title]]
     if fitting:
         return fitting[0]
     reasons = "\n".join(f"  {title}: {'; '.join(found)}." for title, found in against.items())
@@ -60,10 +155,13 @@ def family_for(model: ModelConfig) -> Family:
     )
 
 
-def hf_config(model: ModelConfig, tokens: SpecialTokens) -> PretrainedConfig:
+def hf_config(model: ModelConfig, tokens: NamedTokens, wanted: str | None = None) -> PretrainedConfig:
     """transformers' configuration of a model. Raises ConfigError where no family fits."""
-    config = family_for(model).to_config(model)
-    config.eos_token_id, config.bos_token_id, config.pad_token_id = tokens.eos_id, tokens.bos_id, tokens.pad_id
+    config: Any = family_for(model, wanted).to_config(model)
+    config.eos_token_id, config.bos_token_id = tokens.eos_id, tokens.bos_id
+    config.pad_token_id = None if tokens.pad is None else tokens.pad[1]
+    if model.family == "encoder_decoder":
+        config.pad_token_id = config.decoder_start_token_id = tokens.start_id
     return config
 
 
@@ -81,12 +179,36 @@ def model_config(config: PretrainedConfig) -> ModelConfig:
         raise ConfigError(f"This {config.model_type} model cannot be imported: {faults}.") from None
 
 
+def not_taken_over(content: Mapping[str, Any], config: PretrainedConfig, model: ModelConfig) -> list[str]:
+    """Keys of a config.json whose values are lost on the way to a model and back."""
+    back = FAMILIES[config.model_type].to_config(model).to_dict()
+    here = config.to_dict()
+    return [
+        f"{key} = {value!r} is not taken over"
+        for key, value in sorted(content.items())
+        if key not in _ELSEWHERE and key in here and here[key] is not None and here[key] != back.get(key)
+    ]
+
+
+_ELSEWHERE = {
+    "architectures", "transformers_version", "dtype", "torch_dtype", "model_type", "use_cache", "_name_or_path",
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "rope_scaling", "rope_theta",
+    "num_sparse_encoder_layers", "num_sparse_decoder_layers", "is_encoder_decoder", "id2label", "label2id",
+    "gradient_checkpointing", "return_dict", "output_past", "max_window_layers", "tie_word_embeddings",
+    "initializer_range",
+}  # fmt: skip
+"""Keys that the tokenizer or the weights answer, or that say nothing about the model."""
+
+
 def parse_config(content: Mapping[str, Any], where: str) -> PretrainedConfig:
     """The configuration in a config.json. Raises ConfigError for a family that is not known, or wrong values."""
     kind = content.get("model_type")
     if kind not in FAMILIES:
         raise ConfigError(f"{where}: model_type = {kind}: can import {', '.join(FAMILIES)}.")
     try:
-        return FAMILIES[kind].config_class.from_dict(dict(content))
+        config = FAMILIES[kind].config_class.from_dict(dict(content))
     except Exception as error:  # transformers validates with several libraries and no common class of error
         raise ConfigError(f"{where}: transformers refuses this configuration: {error}") from error
+    if isinstance(content.get("tie_word_embeddings"), bool):
+        config.tie_word_embeddings = content["tie_word_embeddings"]  # T5's class always says true
+    return config

@@ -3,11 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
@@ -15,68 +19,154 @@ from transformers import GenerationConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import num_parameters
 from llmtrain.errors import ConfigError, ExportError
-from llmtrain.interop.hf import SpecialTokens, family_for, hf_config
+from llmtrain.interop.examples import ExampleTokens, Logits
+from llmtrain.interop.hf import Family, family_for, hf_config, judged
+from llmtrain.interop.model_card import model_card
 from llmtrain.interop.name_table import ReadTensor, iter_theirs
-from llmtrain.interop.proof import Logits, Proof, prove
-from llmtrain.interop.tokenizer_json import TextTokenizer, write_tokenizer
+from llmtrain.interop.parts import Part, layer_parts
+from llmtrain.interop.proof import Proof, compare_models, compare_tokenizers, real_texts
+from llmtrain.interop.special_tokens import NamedTokens, TextTokenizer, named_tokens
+from llmtrain.interop.tokenizer_json import TokenizerSettings, write_tokenizer
+from llmtrain.interop.weight_files import INDEX, WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_PART = "part"
 
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """A trained model: its tensors by global name, and what it computes from them.
+    """A trained model: its tensors, and what a model computes from such tensors.
 
-    For an export in lower precision both must already be rounded to it, so that the proof compares equal weights.
+    For an export in lower precision the tensors must already be rounded to it, so that equal weights are compared.
     """
 
     read: ReadTensor
-    logits: Logits
+    build: Callable[[ModelConfig, ReadTensor], Logits]
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """How weights are stored, and facts for the model card by their label."""
+    """How weights are stored and proved, and facts for the model card by their label."""
 
     dtype: str = "float32"
     max_shard_bytes: int = 5_000_000_000
     facts: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     """Replace an earlier export of the same name, once the new one is proved."""
+    family: str | None = None
+    """transformers' model_type; None: the first family that expresses the model."""
+    proof: Literal["auto", "full", "layers"] = "auto"
+    """full: both models as a whole. layers: a few layers at a time. auto: full where it takes at most `proof_bytes`."""
+    proof_bytes: int = 16_000_000_000
+    tokens: NamedTokens | None = None
+    """Special tokens that the model was trained with; None: those of the tokenizer."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What has been proved, and what of the model the format has no key for (it matters in training alone)."""
+
+    family: str
+    proof: Proof
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What an export is made of."""
+
+    model: ModelConfig
+    weights: TrainedWeights
+    tokenizer: TextTokenizer
+    settings: ExportSettings
+    family: Family
+
+    @cached_property
+    def tokens(self) -> NamedTokens:
+        return self.settings.tokens or named_tokens(self.tokenizer)
+
+    def write_config(self, folder: Path, model: ModelConfig) -> None:
+        """config.json and, for models that generate, generation_config.json."""
+        config: Any = hf_config(model, self.tokens, self.family.config_class.model_type)
+        config.dtype = DTYPES[self.settings.dtype]
+        config.save_pretrained(folder)
+        if model.family != "encoder":
+            GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def write_export(
     folder: Path, model: ModelConfig, weights: TrainedWeights, tokenizer: TextTokenizer, settings: ExportSettings
-) -> Proof:
+) -> Export:
     """Write a Hugging Face folder, load it with transformers, compare, and only then give it its name.
 
     Raises ConfigError where the folder exists or no family fits, ExportError where the reloaded model differs; nothing
     is left behind then.
     """
     require_free(folder, settings.overwrite)
-    family = family_for(model)
-    tokens = SpecialTokens(tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
+    family = family_for(model, settings.family)
+    source = _Source(model, weights, tokenizer, settings, family)
+    notes = judged(family, model)[1]
     target = folder.resolve()
     writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
     try:
         writing.mkdir(parents=True)
-        config = hf_config(model, tokens)
-        config.dtype = DTYPES[settings.dtype]
-        config.save_pretrained(writing)
-        GenerationConfig.from_model_config(config).save_pretrained(writing)
-        write_tokenizer(writing, tokenizer, model.max_seq_len)
+        source.write_config(writing, model)
+        # Masks and sentinels have to be spelled in what such models are asked.
+        plain = TokenizerSettings(model.max_seq_len, model.family == "decoder")
+        write_tokenizer(writing, tokenizer, source.tokens, plain)
         dtype = DTYPES[settings.dtype]
-        theirs = iter_theirs(family.table, model, weights.read)
+        theirs = iter_theirs(family.tables_for(model)[0], model, weights.read)
         write_weights(writing, ((name, tensor.to(dtype)) for name, tensor in theirs), settings.max_shard_bytes)
-        proof = prove(writing, weights.logits, tokenizer)
-        (writing / "README.md").write_text(model_card(target.name, model, settings, proof), "utf-8")
+        proof = _prove(writing, source)
+        facts = {"Architecture": family.title, **settings.facts, "Weights": settings.dtype}
+        (writing / "README.md").write_text(model_card(target.name, model, facts, notes, proof), "utf-8")
         _put_in_place(writing, target)
     except OSError as error:
         raise ExportError(f"{error.filename or folder}: the export could not be written: {error.strerror}.") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    return proof
+    return Export(family.title, proof, notes)
+
+
+def _prove(folder: Path, source: _Source) -> Proof:
+    """Compare the tokenizers, and the models as a whole or part by part."""
+    texts = real_texts()
+    token_ids = compare_tokenizers(folder, source.tokenizer, texts)
+    mask, pad = source.tokens.mask, source.tokens.pad
+    tokens = ExampleTokens(pad[1] if pad else 0, source.tokens.start_id, mask[1] if mask else None)
+    model, weights, settings = source.model, source.weights, source.settings
+    whole = settings.proof == "full" or (settings.proof == "auto" and proof_bytes(model) <= settings.proof_bytes)
+    if whole:
+        logits = weights.build(model, weights.read)
+        agreements = [compare_models(folder, model, logits, token_ids, tokens)]
+    else:
+        agreements = []
+        for part in layer_parts(model):
+            logits = _build_part(folder, part, source)
+            agreements.append(compare_models(folder / _PART, part.model, logits, token_ids, tokens))
+            shutil.rmtree(folder / _PART)
+    return Proof.of(agreements, sum(map(len, texts)))
+
+
+def proof_bytes(model: ModelConfig) -> int:
+    """Memory that both models take in fp32."""
+    return 2 * 4 * num_parameters(model)
+
+
+def _build_part(folder: Path, part: Part, source: _Source) -> Logits:
+    """Write a part of the model from the files of the whole into a folder of its own; returns our part."""
+    table = source.family.tables_for(source.model)[0]
+    (folder / _PART).mkdir()
+    source.write_config(folder / _PART, part.model)
+    with ExitStack() as files:
+        where: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = files.enter_context(safe_open(path, framework="pt"))
+            where |= dict.fromkeys(file.keys(), file)
+        theirs = part.their_tensors(table, source.model, lambda name: where[name].get_tensor(name))
+        write_weights(folder / _PART, theirs, max_shard_bytes=source.settings.max_shard_bytes)
+    return source.weights.build(part.model, part.reader(table, source.model, source.weights.read))
 
 
 def require_free(folder: Path, overwrite: bool) -> None:
@@ -110,7 +200,8 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
         if held and sum(other.nbytes for other in held.values()) + tensor.nbytes > max_shard_bytes:
             shards.append(_write_shard(folder, len(shards), held))
             held = {}
-        held[name] = tensor.contiguous()
+        # A slice would keep, and the library would refuse, the memory around it.
+        held[name] = tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
     shards.append(_write_shard(folder, len(shards), held))
     if len(shards) == 1:
         _shard_path(folder, 0).rename(folder / WEIGHTS)
@@ -137,55 +228,3 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[
     # The library lets only the owner read what it writes; the other files follow the user's mask, as the folder does.
     path.chmod(folder.stat().st_mode & 0o666)
     return {name: tensor.nbytes for name, tensor in tensors.items()}
-
-
-def model_card(name: str, model: ModelConfig, settings: ExportSettings, proof: Proof) -> str:
-    """The README.md of an export. Names no path of the machine that it was made on."""
-    facts = {
-        "Architecture": family_for(model).title,
-        "Parameters": f"{num_parameters(model):,}",
-        "Layers": str(model.num_layers),
-        "Width": f"{model.hidden_size:,}",
-        "Heads": f"{model.num_heads}, for keys and values {model.kv_heads}",
-        "Longest sequence": f"{model.max_seq_len:,} tokens",
-        "Vocabulary": f"{model.vocabulary:,} tokens",
-        "Weights": settings.dtype,
-        **settings.facts,
-    }
-    rows = "\n".join(f"| {label} | {value} |" for label, value in facts.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [llmtrain]
----
-
-# {name}
-
-A causal language model, trained with llmtrain.
-
-| | |
-|---|---|
-{rows}
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "{name}"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
-```
-
-Text that spells a special token is taken as ordinary text, as it was in training.
-
-## Checked
-
-Before this folder was given its name, transformers loaded it, and it was compared with the trained model:
-
-- {proof.num_tokens:,} positions: logits in fp32 differ by at most {proof.max_difference:.2e};
-- {proof.num_greedy_tokens} greedy tokens are equal;
-- {proof.num_text_characters:,} characters of text have equal token ids.
-"""

@@ -1,27 +1,30 @@
 """Reading a Hugging Face folder: its configuration and its safetensors, checked against each other first."""
 
-import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import parameter_shapes
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.interop.hf import FAMILIES, Family, model_config, parse_config
-from llmtrain.interop.hf_export import INDEX, WEIGHTS
-from llmtrain.interop.name_table import pairings, their_shape, to_ours
+from llmtrain.interop.hf import FAMILIES, Family, model_config, not_taken_over, parse_config
+from llmtrain.interop.name_table import Pairing, Table, head_name, pairings, their_shape, to_ours
+from llmtrain.interop.weight_files import Header, all_headers, equal_tensors, read_json
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Constants that old versions of transformers saved beside the weights.
-_NOT_WEIGHTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+_NOT_WEIGHTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$")
+# Names that norms had in the first conversions from TensorFlow.
+_OLD_NAMES = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
 _MAX_SHOWN = 10
 
 
@@ -39,36 +42,63 @@ class Box(Protocol):
 class HuggingFaceFolder:
     """A folder whose configuration fits its tensors; a source of weights like a checkpoint.
 
-    `files` says for each tensor's full name in transformers which file holds it, and under which name.
+    `files` says for each tensor's full name in transformers which file holds it, and under which name. `notes` tell
+    what of the folder is not taken over.
     """
 
     path: Path
     family: Family
     model: ModelConfig
+    table: Table
     files: dict[str, tuple[Path, str]]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer in the folder, None where there is none that llmtrain reads."""
         return next((self.path / name for name in _TOKENIZERS if (self.path / name).is_file()), None)
 
-    def names(self) -> list[str]:
-        """Global names of the parameters."""
-        return [name for pairing in pairings(self.family.table, self.model) for name in pairing.ours]
+    @cached_property
+    def _by_name(self) -> dict[str, list[Pairing]]:
+        found: dict[str, list[Pairing]] = {}
+        for pairing in pairings(self.table, self.model):
+            for name in pairing.ours:
+                found.setdefault(name, []).append(pairing)
+        return found
 
-    def tensor(self, name: str) -> Tensor:
-        """The whole tensor of a global name, in fp32."""
-        pairing = next(found for found in pairings(self.family.table, self.model) if name in found.ours)
+    def iter_tensors(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        """Every parameter in fp32, one of the folder's tensors at a time: (global name, expert, tensor).
+
+        Stacked experts come one by one; otherwise the expert is None.
+        """
+        for pairing in pairings(self.table, self.model):
+            for name, tensor in zip(pairing.ours, self._ours(pairing), strict=True):
+                yield name, pairing.expert, tensor
+
+    def tensor(self, name: str, expert: int | None = None) -> Tensor:
+        """The whole tensor of a global name, in fp32, or that of one expert."""
+        found = self._by_name[name]
+        if found[0].expert is None:
+            whole = self._ours(found[0])[found[0].ours.index(name)]
+            return whole if expert is None else whole[expert]
+        if expert is not None:
+            return self._ours(found[expert])[0]
+        return torch.stack([self._ours(pairing)[0] for pairing in found])
+
+    def _ours(self, pairing: Pairing) -> list[Tensor]:
         path, stored_name = self.files[pairing.theirs]
         with safe_open(path, framework="pt") as file:
             stored = file.get_tensor(stored_name).float()
-        return to_ours(pairing, stored, self.model)[pairing.ours.index(name)]
+        return to_ours(pairing, stored, self.model)
 
     def read(self, name: str, kind: str, box: Box) -> Tensor:
         """A box of a parameter, as a checkpoint gives it."""
         assert kind == "master", "a Hugging Face folder holds weights only"
         inside = tuple(slice(begin, begin + size) for begin, size in zip(box.offsets, box.shape, strict=True))
-        return self.tensor(name)[inside].contiguous()
+        if self._by_name[name][0].expert is None:
+            return self.tensor(name)[inside].contiguous()
+        experts = range(inside[0].start, inside[0].stop)
+        return torch.stack([self.tensor(name, expert)[inside[1:]] for expert in experts])
 
     def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
         """Shape of a parameter, None for what is no weight of this model."""
@@ -76,7 +106,7 @@ class HuggingFaceFolder:
 
 
 def open_hf_folder(path: Path) -> HuggingFaceFolder:
-    """Read configuration and tensor headers, no weights yet.
+    """Read configuration and tensor headers; of the weights only those that may be there twice.
 
     Raises ConfigError where the folder or its family cannot be read by llmtrain, DataError where it is damaged: not
     JSON, not safetensors, or tensors that the configuration does not ask for.
@@ -84,71 +114,83 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise ConfigError(f"{path}: holds no config.json. Give a folder that `save_pretrained` wrote.")
-    config = parse_config(_read_json(config_path), str(config_path))
+    content = read_json(config_path)
+    config = parse_config(content, str(config_path))
     family, model = FAMILIES[config.model_type], model_config(config)
-    headers = {}
-    for file in _weight_files(path):
-        for name, header in _headers(file).items():
-            if _NOT_WEIGHTS.search(name):
-                continue
-            full = name if name.startswith((family.prefix, "lm_head.")) else family.prefix + name
-            headers[full] = (file, name, header)
-    if model.tie_embeddings:
-        headers.pop("lm_head.weight", None)
-    expected = {pairing.theirs: their_shape(pairing, model) for pairing in pairings(family.table, model)}
+    headers, notes = _named_headers(path, family)
+    model = _with_head_as_stored(model, family, headers, notes)
+    table = max(family.tables_for(model), key=lambda table: _num_found(table, model, headers))
+    _settle_copies(path, pairings(table, model), headers)
+    expected = {pairing.theirs: their_shape(pairing, model) for pairing in pairings(table, model)}
+    _require_fit(path, expected, headers)
+    files = {name: (header.file, header.name) for name, header in headers.items()}
+    return HuggingFaceFolder(path, family, model, table, files, notes + not_taken_over(content, config, model))
+
+
+def _named_headers(path: Path, family: Family) -> tuple[dict[str, Header], list[str]]:
+    """Headers by their full names in transformers, and what is told of those that are left out."""
+    headers, left_out = {}, []
+    for name, header in all_headers(path).items():
+        if _NOT_WEIGHTS.search(name):
+            continue
+        full = name if name.startswith((family.prefix, *family.heads)) else family.prefix + name
+        for old, new in _OLD_NAMES.items():
+            full = full.removesuffix(old) + new if full.endswith(old) else full
+        if family.is_left_out(full):
+            left_out.append(full)
+        else:
+            headers[full] = header
+    return headers, [f"{name}: not part of this model, left out" for name in sorted(left_out)]
+
+
+def _with_head_as_stored(
+    model: ModelConfig, family: Family, headers: dict[str, Header], notes: list[str]
+) -> ModelConfig:
+    """As transformers has it: where a tied head is in the files too and differs, it is not tied."""
+    table = family.tables_for(model)[0]
+    head = head_name(table)
+    if not model.tie_embeddings or head not in headers:
+        return model
+    word = next(pairing for pairing in pairings(table, model) if pairing.ours == ("embeddings.word.weight",))
+    embedding = next((name for name in (word.theirs, *word.copies) if name in headers), None)
+    if embedding is None or equal_tensors(headers[embedding], headers[head]):
+        del headers[head]
+        return model
+    notes.append(f"{head} differs from {embedding}, so it is not tied, although config.json says so")
+    return model.model_copy(update={"tie_embeddings": False})
+
+
+def _num_found(table: Table, model: ModelConfig, headers: Mapping[str, Header]) -> int:
+    return sum(pairing.theirs in headers for pairing in pairings(table, model))
+
+
+def _settle_copies(path: Path, found: tuple[Pairing, ...], headers: dict[str, Header]) -> None:
+    """Leave one of equal tensors under the name that the table has. Raises DataError where they are not equal."""
+    for pairing in found:
+        present = [name for name in (pairing.theirs, *pairing.copies) if name in headers]
+        for name in present[1:]:
+            if not equal_tensors(headers[present[0]], headers[name]):
+                raise DataError(
+                    f"{path}: {present[0]} and {name} differ. llmtrain has one tensor for both, so it cannot hold "
+                    "such a model."
+                )
+        kept = [headers.pop(name) for name in present]
+        if kept:
+            headers[pairing.theirs] = kept[0]
+
+
+def _require_fit(path: Path, expected: Mapping[str, tuple[int, ...]], headers: Mapping[str, Header]) -> None:
+    """Raise DataError where files and configuration are of different models."""
     problems = [f"{name}: the configuration does not ask for it" for name in sorted(headers.keys() - expected.keys())]
     for name, shape in expected.items():
         if name not in headers:
             problems.append(f"{name}: is missing")
-            continue
-        dtype, actual = headers[name][2]
-        if actual != shape:
-            problems.append(f"{name}: has the shape {list(actual)}, the configuration asks for {list(shape)}")
-        elif dtype not in _FLOATS:
-            problems.append(f"{name}: is stored as {dtype}; can import {', '.join(_FLOATS)}")
+        elif headers[name].shape != shape:
+            problems.append(
+                f"{name}: has the shape {list(headers[name].shape)}, the configuration asks for {list(shape)}"
+            )
+        elif headers[name].dtype not in _FLOATS:
+            problems.append(f"{name}: is stored as {headers[name].dtype}; can import {', '.join(_FLOATS)}")
     if problems:
         listed = "\n  ".join(problems[:_MAX_SHOWN])
         raise DataError(f"{path}: config.json and weights do not fit ({len(problems)} problems):\n  {listed}")
-    return HuggingFaceFolder(path, family, model, {name: found[:2] for name, found in headers.items()})
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder. Raises ConfigError where there are none, DataError for a bad index."""
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-        if foreign or not names:
-            raise DataError(f"{folder / INDEX}: weight_map must name files of the same folder; it names {foreign}")
-        if missing := [name for name in names if not (folder / name).is_file()]:
-            raise DataError(f"{folder}: {', '.join(missing)} is missing; {INDEX} lists it. Copy the folder again.")
-        return [folder / name for name in names]
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
-        raise ConfigError(
-            f"{folder}: has its weights as {', '.join(pickles)}. Such files are pickles, which can run any code when "
-            "they are read, so llmtrain reads none. Where you trust it, convert it: load it with transformers and "
-            "`model.save_pretrained(FOLDER)`, which writes safetensors."
-        )
-    raise ConfigError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}.")
-
-
-def _headers(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Type and shape of each tensor in a file."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            return {name: (found.get_dtype(), tuple(found.get_shape())) for name, found in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{file}: is no valid safetensors file: {error}. Copy it again.") from error
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: must be a JSON object")
-    return content

@@ -1,10 +1,11 @@
 """The proof that an exported folder is the model: transformers loads it and computes the same numbers.
 
-Shape suffixes: B batch, S sequence, V vocabulary.
+Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,19 +13,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ExportError
-from llmtrain.interop.tokenizer_json import TextTokenizer
+from llmtrain.interop.examples import Example, ExampleTokens, Logits, build_example
+from llmtrain.interop.special_tokens import TextTokenizer
 
-Logits = Callable[[Tensor], Tensor]
-"""[B, S] token ids to [B, S, V] logits in fp32."""
+AUTO_CLASSES: dict[str, Any] = {
+    "decoder": AutoModelForCausalLM,
+    "encoder": AutoModelForMaskedLM,
+    "encoder_decoder": AutoModelForSeq2SeqLM,
+}
+"""By `model.family`."""
 
 TOLERANCE = 1e-4
+"""For logits of usual size; where the largest is beyond 10, fp32 itself is as much coarser."""
+
 NUM_GREEDY = 32
-_NUM_WINDOWS = 4
-_WINDOW = 128
+_PROMPT = 16
 _NUM_FILES = 20
 _FILE_CHARACTERS = 10_000
 
@@ -43,41 +51,37 @@ HARD_TEXTS = (
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What was compared and how far apart it was."""
+class Agreement:
+    """How far a model and its export are apart, and on how much they were compared."""
 
     max_difference: float
     """Largest difference of two logits, in fp32."""
     num_tokens: int
     num_greedy_tokens: int
+    """Equal tokens of a greedy continuation; of an encoder, equal best fillings of masks."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared. `num_parts` is 1 where the model was compared as a whole, else the number of parts of it, each
+    with some of the layers."""
+
+    max_difference: float
+    num_tokens: int
+    num_greedy_tokens: int
     num_text_characters: int
+    num_parts: int = 1
 
-
-def prove(folder: Path, logits: Logits, tokenizer: TextTokenizer, texts: Sequence[str] = ()) -> Proof:
-    """Load a folder with transformers and compare it with our model and tokenizer.
-
-    `texts` are what is tokenized; real text of this machine where there are none. Raises ExportError that says what
-    differs.
-    """
-    texts = texts or real_texts()
-    exported = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    token_ids = _compare_tokenizers(exported, tokenizer, texts)
-    model = _load_model(folder)
-    length = min(_WINDOW, model.config.max_position_embeddings)
-    windows = [token_ids[start : start + length] for start in range(0, len(token_ids) - length + 1, length)]
-    if not windows:
-        raise ExportError(f"The texts to compare on have {len(token_ids)} tokens: give at least {length}.")
-    tokens_BS = torch.tensor(windows[:_NUM_WINDOWS])
-    if int(tokens_BS.max()) >= model.config.vocab_size:
-        raise ExportError(
-            f"The tokenizer gives the id {int(tokens_BS.max())}, the model has {model.config.vocab_size} tokens: "
-            "it was trained with another tokenizer. Name that one."
+    @staticmethod
+    def of(agreements: Sequence[Agreement], num_text_characters: int) -> "Proof":
+        """That of all parts together."""
+        return Proof(
+            max(found.max_difference for found in agreements),
+            sum(found.num_tokens for found in agreements),
+            sum(found.num_greedy_tokens for found in agreements),
+            num_text_characters,
+            len(agreements),
         )
-    difference = _compare_logits(model, logits, tokens_BS)
-    prompt = windows[0][: max(1, min(16, length - NUM_GREEDY))]
-    num_greedy = min(NUM_GREEDY, model.config.max_position_embeddings - len(prompt))
-    _compare_greedy(model, logits, prompt, num_greedy)
-    return Proof(difference, tokens_BS.numel(), num_greedy, sum(map(len, texts)))
 
 
 def real_texts() -> list[str]:
@@ -87,31 +91,13 @@ def real_texts() -> list[str]:
     return texts + list(HARD_TEXTS)
 
 
-def _load_model(folder: Path) -> Any:
-    shows_progress = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
-    finally:
-        if shows_progress:
-            transformers_logging.enable_progress_bar()
-    model, report = loaded
-    if wrong := {kind: sorted(map(str, found)) for kind, found in report.items() if found}:
-        raise ExportError(f"transformers does not find exactly the tensors that it expects: {wrong}")
-    model.eval()
-    # Greedy tokens are compared past the end of a text too.
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def _compare_tokenizers(exported: Any, tokenizer: TextTokenizer, texts: Sequence[str]) -> list[int]:
-    """All ids of the texts, once both sides agree on them and on the text of them."""
+def compare_tokenizers(folder: Path, tokenizer: TextTokenizer, texts: Sequence[str]) -> list[int]:
+    """All ids of the texts, once both sides agree on them and on the text of them. Raises ExportError."""
+    exported: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     all_ids: list[int] = []
     for text in texts:
         expected = tokenizer.encode(text)
-        actual = exported.encode(text, add_special_tokens=False, verbose=False)
+        actual = exported.encode(text, add_special_tokens=False, verbose=False, split_special_tokens=True)
         if actual != expected:
             pairs = enumerate(zip(expected, actual, strict=False))
             place = next((i for i, (one, other) in pairs if one != other), min(len(expected), len(actual)))
@@ -135,34 +121,122 @@ _LIKELY_CAUSE = (
 )
 
 
+def compare_models(
+    folder: Path, model: ModelConfig, ours: Logits, token_ids: Sequence[int], tokens: ExampleTokens
+) -> Agreement:
+    """Load a folder with transformers and compare it with our model. Raises ExportError that says what differs."""
+    example = build_example(model, token_ids, tokens)
+    theirs = load_theirs(folder, model.family)
+    difference = _compare_logits(theirs, ours, example)
+    if model.family == "encoder":
+        num_greedy = _compare_fillings(theirs, ours, example, tokens.mask_id)
+    else:
+        num_greedy = _compare_greedy(theirs, model, ours, token_ids, tokens)
+    valid = example.valid_BS
+    return Agreement(difference, example.tokens_BS.numel() if valid is None else int(valid.sum()), num_greedy)
+
+
+def load_theirs(folder: Path, family: str) -> Any:
+    """transformers' model of a folder, in fp32. Raises ExportError where it misses tensors or knows more."""
+    with _quiet():
+        loaded: Any = AUTO_CLASSES[family].from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
+    model, report = loaded
+    if wrong := {kind: sorted(map(str, found)) for kind, found in report.items() if found}:
+        raise ExportError(f"transformers does not find exactly the tensors that it expects: {wrong}")
+    model.eval()
+    if family != "encoder":
+        # Greedy tokens are compared past the end of a text too.
+        model.generation_config.eos_token_id = None
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and warnings: what matters of a load is in its report."""
+    shows_progress, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shows_progress:
+            transformers_logging.enable_progress_bar()
+
+
+def their_inputs(example: Example) -> dict[str, Tensor | None]:
+    """An example as transformers' models take it."""
+    if example.encoder_tokens_BT is None:
+        return {"input_ids": example.tokens_BS, "attention_mask": _mask(example.valid_BS)}
+    return {
+        "input_ids": example.encoder_tokens_BT,
+        "attention_mask": _mask(example.encoder_valid_BT),
+        "decoder_input_ids": example.tokens_BS,
+        "decoder_attention_mask": _mask(example.valid_BS),
+    }
+
+
+def _mask(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid.long()
+
+
 @torch.no_grad()
-def _compare_logits(model: Any, logits: Logits, tokens_BS: Tensor) -> float:
-    ours_BSV, theirs_BSV = logits(tokens_BS).cpu(), model(tokens_BS).logits
+def _compare_logits(theirs: Any, ours: Logits, example: Example) -> float:
+    ours_BSV, theirs_BSV = ours(example).cpu(), theirs(**their_inputs(example)).logits
     if ours_BSV.shape != theirs_BSV.shape:
         raise ExportError(f"Logits have the shape {list(ours_BSV.shape)} here and {list(theirs_BSV.shape)} there.")
-    apart_BSV = (ours_BSV - theirs_BSV).abs()
-    difference = float(apart_BSV.max())
-    if not difference <= TOLERANCE:  # a NaN fails too
-        where = int(apart_BSV.nan_to_num(nan=torch.inf).amax((0, 2)).argmax())
+    apart_BS = (ours_BSV - theirs_BSV).abs().amax(-1)
+    if example.valid_BS is not None:
+        apart_BS = apart_BS.masked_fill(~example.valid_BS, 0.0)
+    difference = float(apart_BS.max())
+    allowed = TOLERANCE * max(1.0, float(theirs_BSV.abs().max()) / 10)
+    if not difference <= allowed:  # a NaN fails too
+        where = int(apart_BS.nan_to_num(nan=torch.inf).amax(0).argmax())
         raise ExportError(
             f"The exported model computes other logits: they differ by up to {difference:.3g}, most at position "
-            f"{where}; at most {TOLERANCE:g} is allowed. The export would be another model than the trained one."
+            f"{where}; at most {allowed:.3g} is allowed. The export would be another model than the trained one."
         )
     return difference
 
 
 @torch.no_grad()
-def _compare_greedy(model: Any, logits: Logits, prompt: Sequence[int], count: int) -> None:
-    prompt_BS = torch.tensor([list(prompt)])
-    ours_BS = prompt_BS
+def _compare_fillings(theirs: Any, ours: Logits, example: Example, mask_id: int | None) -> int:
+    """The number of masks whose best filling is the same."""
+    assert example.valid_BS is not None
+    masked_BS = example.valid_BS if mask_id is None else example.valid_BS & (example.tokens_BS == mask_id)
+    best_BS, their_best_BS = ours(example).cpu().argmax(-1), theirs(**their_inputs(example)).logits.argmax(-1)
+    if num_wrong := int(((best_BS != their_best_BS) & masked_BS).sum()):
+        raise ExportError(f"The best fillings of {num_wrong} of {int(masked_BS.sum())} masks differ.")
+    return int(masked_BS.sum())
+
+
+@torch.no_grad()
+def _compare_greedy(
+    theirs: Any, model: ModelConfig, ours: Logits, token_ids: Sequence[int], tokens: ExampleTokens
+) -> int:
+    """The number of tokens after a prompt, or after an encoder's input, that are the same."""
+    prompt_BS = torch.tensor([list(token_ids[: max(1, min(_PROMPT, model.max_seq_len - NUM_GREEDY))])])
+    with_encoder = model.family == "encoder_decoder"
+    begin_BS = torch.tensor([[tokens.start_id]]) if with_encoder else prompt_BS
+    count = min(NUM_GREEDY, model.max_seq_len - begin_BS.shape[1])
+    ours_BS = begin_BS
     for _ in range(count):
-        token = logits(ours_BS)[:, -1:].argmax(-1).cpu()
-        ours_BS = torch.cat((ours_BS, token), dim=1)
-    theirs_BS = model.generate(
-        prompt_BS, attention_mask=torch.ones_like(prompt_BS), do_sample=False, max_new_tokens=count, pad_token_id=0
+        example = Example(ours_BS, encoder_tokens_BT=prompt_BS if with_encoder else None)
+        ours_BS = torch.cat((ours_BS, ours(example)[:, -1:].argmax(-1).cpu()), dim=1)
+    start = {"decoder_start_token_id": tokens.start_id} if with_encoder else {}
+    theirs_BS = theirs.generate(
+        prompt_BS,
+        attention_mask=torch.ones_like(prompt_BS),
+        do_sample=False,
+        max_new_tokens=count,
+        pad_token_id=tokens.pad_id,
+        **start,
     )
     if not torch.equal(ours_BS, theirs_BS):
         raise ExportError(
-            f"Greedy continuations differ: ours {ours_BS[0, len(prompt) :].tolist()}, "
-            f"exported {theirs_BS[0, len(prompt) :].tolist()}."
+            f"Greedy continuations differ: ours {ours_BS[0, begin_BS.shape[1] :].tolist()}, "
+            f"exported {theirs_BS[0, begin_BS.shape[1] :].tolist()}."
         )
+    return count

@@ -10,40 +10,41 @@ Three things differ between the two libraries and are dealt with here:
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from llmtrain.errors import ExportError
+from llmtrain.interop.special_tokens import NamedTokens, TextTokenizer
 
 SPACE_MARK = "\u2581"
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 """Kinds of pieces in sentencepiece's file."""
 
+_UNKNOWN = ("<unk>", "[UNK]")
+
 _UNK_PENALTY = 10.0
 """Both libraries rate a character without a piece this much below the worst piece."""
 
-_ROLES = {"mask_token": "<mask>", "cls_token": "<cls>", "sep_token": "<sep>", "unk_token": "<unk>"}
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """How transformers is to use a tokenizer. `plain`: text that spells a special token is ordinary text, as it was in
+    training."""
+
+    max_seq_len: int
+    plain: bool = True
 
 
-class TextTokenizer(Protocol):
-    """What must be known of the tokenizer that a model was trained with."""
+def write_tokenizer(folder: Path, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings) -> None:
+    """Write tokenizer.json and tokenizer_config.json.
 
-    path: Path
-    eos_id: int
-    bos_id: int | None
-    pad_id: int | None
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
-def write_tokenizer(folder: Path, tokenizer: TextTokenizer, max_seq_len: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json. Raises ExportError for a model that cannot be converted."""
+    Raises ExportError for a model that cannot be converted, and special tokens whose ids cannot be had.
+    """
     target = folder / "tokenizer.json"
     if tokenizer.path.suffix == ".json":
         shutil.copyfile(tokenizer.path, target)
@@ -51,18 +52,37 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer, max_seq_len: int) ->
     else:
         converted = convert(tokenizer.path)
         converted.save(str(target))
-    special = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id, "pad_token": tokenizer.pad_id}
+    if _add_names(converted, named.all):
+        converted.save(str(target))
+    special = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id, "cls_token": tokenizer.cls_id}
+    special |= {"sep_token": tokenizer.sep_id, "mask_token": named.mask and named.mask[1]}
+    special |= {"pad_token": named.pad and named.pad[1]}
     names = {role: converted.id_to_token(token) for role, token in special.items() if token is not None}
-    names |= {role: name for role, name in _ROLES.items() if converted.token_to_id(name) is not None}
-    settings: dict[str, Any] = {
+    if known := [name for name in _UNKNOWN if converted.token_to_id(name) is not None]:
+        names["unk_token"] = known[0]
+    content: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_seq_len,
+        "model_max_length": settings.max_seq_len,
         "clean_up_tokenization_spaces": False,
-        # Text that spells a special token is ordinary text, as it was in training.
-        "split_special_tokens": True,
+        "split_special_tokens": settings.plain,
         **names,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _add_names(converted: Tokenizer, names: Mapping[str, int]) -> bool:
+    """Give ids above the tokenizer's their names; whether there were some. Raises ExportError where that cannot be."""
+    nameless = sorted((token, name) for name, token in names.items() if converted.token_to_id(name) != token)
+    for token, name in nameless:
+        # The library numbers what is added from the end on.
+        size = converted.get_vocab_size(with_added_tokens=True)
+        if token != size:
+            raise ExportError(
+                f"The special token {name} has the id {token}, but the next that a tokenizer.json can name is {size}. "
+                "Special tokens that follow the tokenizer's ids without a gap can be exported."
+            )
+        converted.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    return bool(nameless)
 
 
 def convert(path: Path) -> Tokenizer:

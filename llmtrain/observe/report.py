@@ -15,7 +15,7 @@ from llmtrain.observe.report_history import time_section, timeline_section
 from llmtrain.observe.report_sections import checkpoint_section, comparison, config_section, environment_section, tiles
 from llmtrain.observe.run_record import RunRecord, load_run, smoothed, thinned
 
-CURVES = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_second")
+CURVES = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_second", "moe/max_load", "moe/drop_rate")
 SMOOTHED_CURVES = ("loss", "grad_norm", "tokens_per_second")
 
 

@@ -26,6 +26,14 @@ const CHARTS = [
       { key: "smooth_tokens_per_second", label: "smoothed", style: "" },
     ],
   },
+  {
+    title: "Busiest expert, times an equal load", optional: true, format: significant,
+    lines: [{ key: "moe/max_load", label: "mean of layers", style: "" }],
+  },
+  {
+    title: "Choices that found no room", optional: true, zero: true, format: significant,
+    lines: [{ key: "moe/drop_rate", label: "mean of layers", style: "" }],
+  },
 ];
 
 function significant(value) {
@@ -294,7 +302,8 @@ class Chart {
 }
 
 const parent = document.getElementById("charts");
-for (const spec of CHARTS) charts.push(new Chart(spec, parent));
+const drawn = (spec) => !spec.optional || runs.some((run) => spec.lines.some((line) => run.curves[line.key][0].length));
+for (const spec of CHARTS.filter(drawn)) charts.push(new Chart(spec, parent));
 const redraw = () => charts.forEach((chart) => chart.draw());
 new ResizeObserver(redraw).observe(parent);
 redraw();

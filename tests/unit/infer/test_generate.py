@@ -1,10 +1,13 @@
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 
 from llmtrain.errors import ConfigError
-from llmtrain.infer.generate import Sampling, choose, iter_tokens
+from llmtrain.infer.generate import Sampling, choose, fill_masks, iter_tokens
+from llmtrain.infer.model import logits_of
+from llmtrain.interop.examples import Example
 from llmtrain.models.build import build_model, materialize
 from llmtrain.models.transformer import Transformer
 from tests.support.samples import tiny_model
@@ -12,8 +15,8 @@ from tests.support.samples import tiny_model
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
 
-def built() -> Transformer:
-    model = build_model(tiny_model())
+def built(**changes: Any) -> Transformer:
+    model = build_model(tiny_model(**changes))
     materialize(model, seed=1, device=torch.device("cpu"))
     return model.eval()
 
@@ -47,8 +50,7 @@ def test_greedy_tokens_equal_those_of_the_whole_sequence() -> None:
     generated = list(iter_tokens(model, ids, Sampling(temperature=0), max_tokens=20))
     for token in generated:
         tokens_BS = torch.tensor([ids])
-        logits = model.logits(model(tokens_BS, torch.arange(len(ids))[None]))
-        assert token == int(logits[0, -1].argmax())
+        assert token == int(logits_of(model, Example(tokens_BS))[0, -1].argmax())
         ids.append(token)
 
 
@@ -80,3 +82,38 @@ def test_stopping_early_computes_no_more() -> None:
 def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="must be"):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("position", ["t5_relative", "rope", "learned"])
+def test_a_decoder_behind_an_encoder_gives_the_tokens_of_the_whole_sequence(position: str) -> None:
+    model = built(family="encoder_decoder", num_encoder_layers=3, position=position, init={"std": 0.3})
+    prompt, ids = [5, 17, 300, 8, 41], [0]
+    for token in iter_tokens(model, prompt, Sampling(temperature=0), max_tokens=20, start_id=0):
+        logits = logits_of(model, Example(torch.tensor([ids]), encoder_tokens_BT=torch.tensor([prompt])))
+        assert token == int(logits[0, -1].argmax())
+        ids.append(token)
+    assert len(set(ids)) > 3, "the tokens depend on something"
+    with pytest.raises(ConfigError, match="at least 1 and at most 64"):
+        next(iter_tokens(model, [1] * 65, Sampling(), max_tokens=1, start_id=0))
+
+
+def test_the_encoder_runs_once() -> None:
+    model, calls = built(family="encoder_decoder"), []
+    assert model.encoder is not None
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    assert len(list(iter_tokens(model, [5, 17], Sampling(), max_tokens=9, start_id=0))) == 9
+    assert len(calls) == 1
+
+
+def test_masks_are_filled_with_the_likeliest_tokens() -> None:
+    model, mask = built(family="encoder", head="mlm", position="learned"), 4
+    ids = [5, mask, 17, mask]
+    first, second = fill_masks(model, ids, mask, 3)
+    assert (first.position, second.position) == (1, 3)
+    probabilities = logits_of(model, Example(torch.tensor([ids])))[0, 3].softmax(-1)
+    assert second.tokens[0] == (int(probabilities.argmax()), pytest.approx(float(probabilities.max())))
+    assert [chance for _, chance in first.tokens] == sorted((chance for _, chance in first.tokens), reverse=True)
+    with pytest.raises(ConfigError, match="no mask"):
+        fill_masks(model, [5, 17], mask, 3)
+    with pytest.raises(ConfigError, match="fills masks"):
+        next(iter_tokens(model, [5], Sampling(), max_tokens=1))

@@ -1,0 +1,118 @@
+"""What of a model another description of it does not say: the values that have an effect, compared.
+
+A family's configuration is made from a model, read back, and held against it. So whatever a family has no key for is
+found, keys that are added to a model later included.
+"""
+
+from collections.abc import Iterator, Mapping
+from math import isclose
+from typing import Any
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.names import shown
+from llmtrain.config.sizes import expert_ffn_size
+from llmtrain.interop.rotary import stretched_theta
+
+TRAINING_ONLY = (
+    "dropout",
+    "attention_dropout",
+    "moe.capacity_factor",
+    "moe.jitter",
+    "moe.aux_loss_coeff",
+    "moe.z_loss_coeff",
+)
+"""Keys without an effect on what a trained model computes."""
+
+_ATTENTION_KEYS = {
+    "full": (),
+    "sliding_window": ("window",),
+    "strided": ("stride",),
+    "bigbird": ("block_size", "num_global", "num_random"),
+    "longformer": ("window", "num_global"),
+    "linear": (),
+}
+_SCALING_KEYS = {
+    "linear": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_seq_len"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"),
+}
+_GENERAL_ATTENTION_KEYS = ("kind", "softcap", "sinks", "scale")
+
+
+def effective_values(model: ModelConfig) -> dict[str, Any]:
+    """Dotted keys and values of everything that a trained model's results rest on, sizes that follow written out."""
+    found = dict(_flattened(model.model_dump(exclude={"init", "attention", "rope_scaling", "moe"})))
+    found |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_size, "ffn_hidden_size": model.ffn_size}
+    found["num_encoder_layers"] = model.encoder_layers if model.family == "encoder_decoder" else None
+    if model.position != "rope":
+        found.pop("rope_theta")
+    if model.position != "t5_relative":
+        found.pop("relative_buckets")
+        found.pop("relative_max_distance")
+    if model.activation not in ("gelu", "geglu"):
+        found.pop("gelu_approximate")
+    return found | dict(_attention(model)) | dict(_rope(model)) | dict(_moe(model, found))
+
+
+def _attention(model: ModelConfig) -> Iterator[tuple[str, Any]]:
+    values = model.attention.model_dump()
+    known = {key for keys in _ATTENTION_KEYS.values() for key in keys}
+    values["scale"] = model.attention.scale or model.head_size**-0.5
+    for key, value in values.items():
+        if key not in known or key in _ATTENTION_KEYS[model.attention.kind]:
+            yield f"attention.{key}", value
+
+
+def _rope(model: ModelConfig) -> Iterator[tuple[str, Any]]:
+    if model.position != "rope":
+        return
+    yield "rope_theta", stretched_theta(model)
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind == "ntk":
+        yield "rope_scaling.kind", None
+        return
+    yield "rope_scaling.kind", scaling.kind
+    for key in _SCALING_KEYS[scaling.kind]:
+        yield f"rope_scaling.{key}", getattr(scaling, key)
+
+
+def _moe(model: ModelConfig, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "moe", None if model.moe is None else "experts"
+    if model.moe is None:
+        return
+    values = model.moe.model_dump() | {"ffn_hidden_size": expert_ffn_size(model), "top_k": model.moe.choices}
+    if model.moe.router != "top_k":
+        values.pop("normalize_weights")
+    if model.moe.router == "switch":
+        values.pop("top_k")
+    layers = (*range(model.encoder_layers), *range(model.decoder_layers))
+    if all(map(model.has_experts, layers)):
+        found.pop("ffn_hidden_size")
+    yield from ((f"moe.{key}", value) for key, value in values.items())
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(model: ModelConfig, expressed: ModelConfig, title: str) -> tuple[list[str], list[str]]:
+    """What a family named `title` says otherwise: reasons against it, and what matters in training alone."""
+    ours, theirs = effective_values(model), effective_values(expressed)
+    against, only_training = [], []
+    # A key without an effect on one side rests on another one, which is told.
+    for key in sorted(ours.keys() & theirs.keys(), key=lambda key: (key.count("."), key)):
+        one, other = ours[key], theirs[key]
+        if not _equal(one, other):
+            text = f"model.{key} = {shown(key, one)}, {title} has {shown(key, other)}"
+            (only_training if key in TRAINING_ONLY else against).append(text)
+    return against, only_training
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return isclose(one, other, rel_tol=1e-6)
+    return one == other

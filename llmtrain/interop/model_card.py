@@ -1,0 +1,113 @@
+"""The README.md of an export."""
+
+from collections.abc import Mapping, Sequence
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.sizes import num_active_parameters, num_parameters
+from llmtrain.interop.proof import Proof
+
+_KINDS = {
+    "decoder": ("A causal language model", "text-generation"),
+    "encoder": ("A masked language model", "fill-mask"),
+    "encoder_decoder": ("An encoder and a decoder", "text2text-generation"),
+}
+
+_DECODER = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))"""
+
+_ENCODER = """from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+folder = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForMaskedLM.from_pretrained(folder)
+inputs = tokenizer(f"def {{tokenizer.mask_token}}(", return_tensors="pt", return_token_type_ids=False)
+place = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
+print(tokenizer.decode(model(**inputs).logits[0, place].argmax()))"""
+
+_ENCODER_DECODER = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+folder = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+inputs = tokenizer("def <extra_id_0>(self):", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
+
+_USES = {"decoder": _DECODER, "encoder": _ENCODER, "encoder_decoder": _ENCODER_DECODER}
+
+_SPECIAL = {
+    "decoder": "Text that spells a special token is taken as ordinary text, as it was in training.",
+    "encoder": "A mask, and other special tokens, can be spelled in a text.",
+    "encoder_decoder": "Sentinels (`<extra_id_0>`), and other special tokens, can be spelled in a text.",
+}
+
+
+def model_card(name: str, model: ModelConfig, facts: Mapping[str, str], notes: Sequence[str], proof: Proof) -> str:
+    """Markdown that names no path of the machine that it was made on.
+
+    `facts` are told as they are; `notes` say what of the model this format does not hold.
+    """
+    title, tag = _KINDS[model.family]
+    rows = "\n".join(f"| {label} | {value} |" for label, value in {**_sizes(model), **facts}.items())
+    missing = "".join(f"\n- {note}" for note in notes)
+    missing = (
+        f"\n## Not in this format\n\nSettings of the training that have no place here:\n{missing}\n" if notes else ""
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: {tag}
+tags: [llmtrain]
+---
+
+# {name}
+
+{title}, trained with llmtrain.
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```python
+{_USES[model.family].format(name=name)}
+```
+
+{_SPECIAL[model.family]}
+{missing}
+## Checked
+
+Before this folder was given its name, transformers loaded it, and it was compared with the trained model
+{_compared(proof)}:
+
+- {proof.num_tokens:,} positions: logits in fp32 differ by at most {proof.max_difference:.2e};
+- {proof.num_greedy_tokens} {"best fillings of masks" if model.family == "encoder" else "greedy tokens"} are equal;
+- {proof.num_text_characters:,} characters of text have equal token ids.
+"""
+
+
+def _sizes(model: ModelConfig) -> dict[str, str]:
+    layers = str(model.num_layers)
+    if model.family == "encoder_decoder":
+        layers = f"{model.encoder_layers} of the encoder, {model.decoder_layers} of the decoder"
+    found = {"Parameters": f"{num_parameters(model):,}"}
+    if model.moe is not None:
+        found["Active parameters"] = f"{num_active_parameters(model):,}"
+        found["Experts"] = f"{model.moe.num_experts} in every layer that has some"
+    return found | {
+        "Layers": layers,
+        "Width": f"{model.hidden_size:,}",
+        "Heads": f"{model.num_heads}, for keys and values {model.kv_heads}",
+        "Longest sequence": f"{model.max_seq_len:,} tokens",
+        "Vocabulary": f"{model.vocabulary:,} tokens",
+    }
+
+
+def _compared(proof: Proof) -> str:
+    if proof.num_parts == 1:
+        return "as a whole"
+    return f"in {proof.num_parts} parts: some of the layers at a time, between the embeddings and the head"

@@ -1,0 +1,75 @@
+"""Rotary positions in Hugging Face's configurations: `rope_parameters`, both ways."""
+
+from math import log
+from typing import Any
+
+from llmtrain.config.attention import RopeScaling
+from llmtrain.config.model import ModelConfig
+
+KINDS = ("default", "linear", "yarn", "llama3")
+
+
+def rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    """What transformers computes the same angles from."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.kind == "ntk":
+        return {"rope_type": "default", "rope_theta": stretched_theta(model)}
+    found = {"rope_type": scaling.kind, "rope_theta": model.rope_theta, "factor": scaling.factor}
+    match scaling.kind:
+        case "linear":
+            return found
+        case "yarn":
+            found |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+            if scaling.attention_factor is not None:
+                found["attention_factor"] = scaling.attention_factor
+        case "llama3":
+            found |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    return found | {"original_max_position_embeddings": scaling.original_max_seq_len}
+
+
+def stretched_theta(model: ModelConfig) -> float:
+    """The base of the frequencies: transformers has no name for ntk, but a larger base is all that it is."""
+    scaling, size = model.rope_scaling, model.head_size
+    if scaling is None or scaling.kind != "ntk" or size <= 2:
+        return model.rope_theta
+    return model.rope_theta * scaling.factor ** (size / (size - 2))
+
+
+def rope_fields(config: Any) -> tuple[dict[str, Any], list[str]]:
+    """The fields of a ModelConfig, and what llmtrain cannot express."""
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    kind = rope.get("rope_type", "default")
+    checks = (
+        (kind in KINDS, f"rope_type {kind}, not {', '.join(KINDS)}"),
+        (rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor other than 1"),
+        (kind != "yarn" or rope.get("truncate", True), "truncate false in yarn"),
+    )
+    theta = float(rope.get("rope_theta") or getattr(config, "default_theta", 10000.0))
+    fields = {"position": "rope", "rope_theta": theta, "rope_scaling": _scaling(kind, rope, config)}
+    return fields, [reason for holds, reason in checks if not holds]
+
+
+def _scaling(kind: str, rope: dict[str, Any], config: Any) -> dict[str, Any] | None:
+    if kind not in KINDS or kind == "default":
+        return None
+    longest = config.max_position_embeddings
+    original = int(rope.get("original_max_position_embeddings") or longest)
+    factor = float(rope.get("factor") or longest / original)
+    found: dict[str, Any] = {"kind": kind, "factor": factor}
+    if kind == "yarn":
+        found |= {"beta_fast": float(rope.get("beta_fast") or 32), "beta_slow": float(rope.get("beta_slow") or 1)}
+        found["attention_factor"] = _attention_factor(rope, factor)
+    if kind == "llama3":
+        names = ("low_freq_factor", "high_freq_factor")
+        found |= {name: float(rope.get(name) or RopeScaling.model_fields[name].default) for name in names}
+    return found if kind == "linear" else found | {"original_max_seq_len": original}
+
+
+def _attention_factor(rope: dict[str, Any], factor: float) -> float | None:
+    """DeepSeek's two keys give it as a quotient; None: what follows from the factor alone."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    one, other = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not one or not other or factor <= 1:
+        return None
+    return (0.1 * one * log(factor) + 1) / (0.1 * other * log(factor) + 1)

@@ -1,0 +1,108 @@
+"""Tokens that text never gives, by the names that a text can spell them with: the mask, padding, sentinels."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+
+FIM_NAMES = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+
+
+class TextTokenizer(Protocol):
+    """What must be known of the tokenizer that a model was trained with."""
+
+    path: Path
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    pad_id: int | None
+    mask_id: int | None
+    cls_id: int | None
+    sep_id: int | None
+
+    @property
+    def pieces(self) -> list[str]: ...
+
+    def special_id(self, name: str) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class NamedTokens:
+    """Names and ids. `around` stands before and behind a text that an encoder is to read, where the tokenizer's file
+    says so (BERT's [CLS] and [SEP])."""
+
+    eos_id: int
+    bos_id: int | None = None
+    mask: tuple[str, int] | None = None
+    pad: tuple[str, int] | None = None
+    sentinels: Mapping[str, int] = field(default_factory=dict)
+    around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+
+    @property
+    def start_id(self) -> int:
+        """What an encoder-decoder's decoder begins with: padding, as T5 has it."""
+        return self.eos_id if self.pad is None else self.pad[1]
+
+    @property
+    def all(self) -> dict[str, int]:
+        """Mask, padding and sentinels."""
+        return dict(found for found in (self.mask, self.pad) if found is not None) | dict(self.sentinels)
+
+
+def sentinel_name(number: int) -> str:
+    """What a text calls a sentinel, as T5's tokenizer does."""
+    return f"<extra_id_{number}>"
+
+
+def named_tokens(tokenizer: TextTokenizer, data: Mapping[str, Any] | None = None) -> NamedTokens:
+    """Those of a tokenizer, and those that a configuration's data section says the model was trained with."""
+    given = (data or {}).get("special_tokens") or {}
+    pieces = tokenizer.pieces
+
+    def named(token: int | None, name: str) -> tuple[str, int] | None:
+        if token is None:
+            return None
+        return (pieces[token] if token < len(pieces) and pieces[token] else name), token
+
+    ids = given.get("sentinels")
+    if ids is None:
+        found = (tokenizer.special_id(sentinel_name(number)) for number in count())
+        ids = list(takewhile(lambda token: token is not None, found))
+    names = FIM_NAMES if (data or {}).get("objective") == "fim" else map(sentinel_name, count())
+    sentinels = [named(token, name) for token, name in zip(ids, names, strict=False)]
+    return NamedTokens(
+        tokenizer.eos_id,
+        tokenizer.bos_id,
+        named(_either(given.get("mask"), tokenizer.mask_id), "<mask>"),
+        named(_either(given.get("pad"), tokenizer.pad_id), "<pad>"),
+        dict(filter(None, sentinels)),
+        _around(tokenizer.path),
+    )
+
+
+def _either(first: int | None, second: int | None) -> int | None:
+    return second if first is None else first
+
+
+def _around(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if path.suffix != ".json":
+        return (), ()
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    plain, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    return next(_places(plain, whole), ((), ()))
+
+
+def _places(plain: list[int], whole: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What stands before and behind the plain tokens, for each place where they are in the whole."""
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            yield tuple(whole[:start]), tuple(whole[start + len(plain) :])

@@ -17,7 +17,7 @@ from llmtrain.data.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.train.continuity import TOKENIZER_NAMES, differences, refusals, resume_target
-from llmtrain.train.vocabulary import fill_vocabulary
+from llmtrain.train.vocabulary import SPECIAL_KEY, fill_vocabulary
 
 FIRST = "data.train.0.path"
 """The source whose tokenizer is that of the run."""
@@ -41,13 +41,14 @@ def storage_problems(config: RunConfig, asks_room: bool = True) -> list[Problem]
         problems.extend(_too_short(config, key, source, manifests[key]))
     problems.extend(_disagreements(config, manifests))
     problems.extend(_tokenizer_problems(config, manifests))
-    filled = fill_vocabulary(config, manifests[FIRST]) if FIRST in manifests else config
+    filled = fill_vocabulary(config, manifests[FIRST]) if FIRST in manifests else []
     if isinstance(filled, RunConfig):
         config = filled
     elif not any(problem.key == found.key for problem in problems for found in filled):
         problems.extend(filled)
     problems.extend(_resume_problems(config))
-    problems.extend(_continuity_problems(config, manifests))
+    unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size")
+    problems.extend(found for found in _continuity_problems(config, manifests) if not found.key.startswith(unknown))
     problems.extend(_output_problems(config) or (_room_problems(config) if asks_room else ()))
     return problems
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from llmtrain.config.load import load_config
 from llmtrain.errors import ConfigError
@@ -14,15 +15,18 @@ MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 RUN_AROUND_A_MODEL = """\
 name: preset
 model: {{base: "{base}"}}
-data: {{train: [{{path: nowhere}}], seq_len: 16}}
+data: {{train: [{{path: nowhere}}], seq_len: 16, objective: {objective}}}
 train: {{steps: 1}}
 """
+OBJECTIVES = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}
 
 
 def run_around(model: Path, folder: Path) -> Path:
     """A minimal run of a model's file."""
     file = folder / "run.yaml"
-    file.write_text(RUN_AROUND_A_MODEL.format(base=model), encoding="utf-8")
+    family = YAML(typ="safe", pure=True).load(model.read_text("utf-8")).get("family", "decoder")
+    text = RUN_AROUND_A_MODEL.format(base=model, objective=OBJECTIVES[family])
+    file.write_text(text, encoding="utf-8")
     return file
 
 

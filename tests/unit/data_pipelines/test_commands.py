@@ -51,6 +51,25 @@ def test_show_prints_the_text_with_document_boundaries(made: Path) -> None:
     assert run("show", made / "out", "--sample", 2, "--seq-len", 200, "--seed", 7).stdout != result.stdout
 
 
+def test_show_prints_what_the_objective_of_a_run_makes_of_a_sample(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "name: shown\nmodel: {family: encoder_decoder}\ntrain: {steps: 1}\n"
+        "data: {train: [{path: elsewhere}], seq_len: 24, objective: span_corruption}\n"
+    )
+    shown = run("show", made / "out", "--run", tmp_path / "run.yaml").stdout
+    assert [line for line in shown.splitlines() if line.startswith("--------")] == [
+        f"-------- {title} --------" for title in ("encoder", "decoder", "targets")
+    ]
+    assert shown.count("<sentinel 0>") == 3 and "<pad><sentinel 0>" in shown and shown.rstrip().endswith("...")
+    (tmp_path / "run.yaml").write_text(
+        "name: shown\nmodel: {family: encoder}\ntrain: {steps: 1}\n"
+        "data: {train: [{path: elsewhere}], seq_len: 24, objective: masked,"
+        " masked: {mask_share: 1.0, random_share: 0.0}}\n"
+    )
+    shown = run("show", made / "out", "--run", tmp_path / "run.yaml").stdout
+    assert shown.count("<mask>") == 4 and "..." in shown
+
+
 def test_verify_passes_then_names_the_damage(made: Path, tmp_path: Path) -> None:
     result = run("verify", made / "out")
     assert result.exit_code == 0

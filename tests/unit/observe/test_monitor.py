@@ -170,3 +170,11 @@ def test_a_section_that_fails_is_still_timed():
 def test_perplexity_of_a_huge_loss_is_infinite():
     assert perplexity(1e4) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+def test_rates_count_the_data_of_a_step_where_targets_are_few() -> None:
+    clock, recorder = Clock(), Recorder()
+    monitor = Monitor(RunPlan(last_step=1, tokens_per_step=800), [recorder], clock=clock)
+    clock.now += 2
+    monitor.step(1, 0.1, Result())
+    assert (recorder.rows[0]["tokens_per_second"], recorder.rows[0]["tokens"]) == (400.0, Result().num_tokens)

@@ -15,6 +15,7 @@ from llmtrain.train.preflight import storage_problems
 from llmtrain.train.vocabulary import with_vocabulary
 from tests.support.run_files import write_data_set, write_good_run
 from tests.support.tokenizers import train_sentencepiece
+from tests.unit.train.saved_run import save_of_run
 
 PLAIN = 300
 MASKED, T5, FIM = (
@@ -152,3 +153,18 @@ def test_the_tokenizer_must_be_there_and_the_right_one(folder: Path) -> None:
     Path("shards/tokenizer.model").unlink()
     assert "needs it, for special tokens" in problems(*MASKED)["data.tokenizer"]
     assert filled().model.vocab_size == PLAIN, "causal needs none"
+
+
+def test_a_run_goes_on_with_the_special_tokens_of_its_checkpoint(folder: Path) -> None:
+    """What is filled in is compared, and what cannot be filled in is no difference."""
+    save_of_run(10, *T5)
+    assert storage_problems(load_config(Path("run.yaml"), T5).config) == []
+    changed = load_config(Path("run.yaml"), (*T5, "data.special_tokens.pad=5")).config
+    (problem,) = storage_problems(changed)
+    assert problem.key == "data.special_tokens.pad" and "has 0. Set it back" in problem.message
+    Path("shards/tokenizer.model").unlink()
+    assert [problem.key for problem in storage_problems(load_config(Path("run.yaml"), T5).config)] == ["data.tokenizer"]
+    shutil.rmtree("shards")
+    assert [problem.key for problem in storage_problems(load_config(Path("run.yaml"), T5).config)] == [
+        "data.train.0.path"
+    ]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llmtrain.checkpoint.fragments import Fragment
     from llmtrain.checkpoint.reader import CheckpointReader
     from llmtrain.config.model import ModelConfig
+    from llmtrain.config.objective import ObjectiveName
     from llmtrain.interop.hf_export import Export, TrainedWeights
     from llmtrain.interop.hf_import import HuggingFaceFolder
 
@@ -239,9 +240,9 @@ def _config_yaml(folder: "HuggingFaceFolder") -> str:
     from ruamel.yaml import YAML
 
     config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
-    objectives = {"encoder": "masked", "encoder_decoder": "span_corruption"}
+    objectives: dict[str, ObjectiveName] = {"encoder": "masked", "encoder_decoder": "span_corruption"}
     if objective := objectives.get(folder.model.family):
-        config["data"] = {"objective": objective, "special_tokens": _special_tokens(folder)}
+        config["data"] = {"objective": objective, "special_tokens": _special_tokens(folder, objective)}
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     # The default, None, sorts; ruamel declares no type, so that a checker infers that only None is allowed.
@@ -251,8 +252,9 @@ def _config_yaml(folder: "HuggingFaceFolder") -> str:
     return stream.getvalue()
 
 
-def _special_tokens(folder: "HuggingFaceFolder") -> dict[str, Any]:
-    """Ids of the folder's tokenizer for data.special_tokens."""
+def _special_tokens(folder: "HuggingFaceFolder", objective: "ObjectiveName") -> dict[str, Any]:
+    """Ids of the folder's tokenizer for data.special_tokens, those that the objective needs."""
+    from llmtrain.config.objective import needed_tokens
     from llmtrain.data.tokenizer import load_tokenizer
     from llmtrain.interop.special_tokens import named_tokens
 
@@ -263,8 +265,13 @@ def _special_tokens(folder: "HuggingFaceFolder") -> dict[str, Any]:
     except DataError as error:
         folder.notes.append(f"the tokenizer cannot be used for training: {error}")
         return {}
-    found: dict[str, Any] = {key: token[1] for key in ("mask", "pad") if (token := getattr(named, key)) is not None}
-    return found | ({"sentinels": list(named.sentinels.values())} if named.sentinels else {})
+    found = {
+        "mask": named.mask and named.mask[1],
+        "pad": named.pad and named.pad[1],
+        "sentinels": list(named.sentinels.values()) or None,
+    }
+    needed = needed_tokens(folder.model.family, objective)
+    return {key: found[key] for key in needed if found[key] is not None}
 
 
 def _size_bytes(option: str, text: str) -> int:

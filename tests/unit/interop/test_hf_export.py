@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmtrain.config.sizes import num_parameters
+from llmtrain.data.tokenizer import HuggingFaceTokenizer
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.infer.model import logits_of
 from llmtrain.interop import gpt2, hf_export
@@ -118,6 +120,21 @@ def test_special_tokens_above_the_tokenizers_have_names_in_the_export(small_toke
     with pytest.raises(ExportError, match=f"<extra_id_0> has the id {first + 1}"):
         tokens = ExportSettings(tokens=gap)
         write_export(tmp_path / "gap", config, weights_of(random_model(config)), small_tokenizer, tokens)
+
+
+def test_berts_own_kind_of_tokenizer_is_exported(tmp_path):
+    """WordPiece and lower case."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trained = tokenizers.BertWordPieceTokenizer()
+    trained.train_from_iterator(["some words and letters = ( ) abc", *"abcdefghijklmnopqrstuvwxyz"], vocab_size=200)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
+    config = BERT.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    write_export(tmp_path / "out", config, weights_of(random_model(config)), tokenizer, ExportSettings())
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    roles = (exported.pad_token, exported.unk_token, exported.cls_token, exported.sep_token, exported.mask_token)
+    assert roles == tuple(special)
+    assert exported.encode("Words [MASK]") == [*tokenizer.encode("words"), tokenizer.mask_id]
 
 
 def test_a_mask_can_be_spelled_in_an_encoders_text_and_not_in_a_decoders(small_tokenizer, tmp_path):

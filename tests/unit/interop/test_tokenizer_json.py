@@ -16,7 +16,8 @@ from data_pipelines.tokenizer_training import with_rounded_scores
 from llmtrain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from llmtrain.errors import ExportError
 from llmtrain.interop.proof import HARD_TEXTS
-from llmtrain.interop.tokenizer_json import convert, write_tokenizer
+from llmtrain.interop.special_tokens import named_tokens
+from llmtrain.interop.tokenizer_json import TokenizerSettings, convert, write_tokenizer
 from tests.support.tokenizers import saved_tokenizer, train_sentencepiece
 
 KINDS = ("bpe", "unigram")
@@ -36,7 +37,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     texts = [path.read_text("utf-8", "replace") for path in SOURCES[::12]]
     model = _trained(request.param, [line for text in texts for line in text.splitlines(True)], 1500)
     tokenizer = saved_tokenizer(folder / "tokenizer.model", model)
-    write_tokenizer(folder, tokenizer, max_seq_len=64)
+    write_tokenizer(folder, tokenizer, named_tokens(tokenizer), TokenizerSettings(64))
     return tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
@@ -156,7 +157,7 @@ def test_a_tokenizer_json_is_copied(pair, tmp_path):
     convert(tokenizer.path).save(str(tmp_path / "tokenizer.json"))
     copied = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
     (tmp_path / "out").mkdir()
-    write_tokenizer(tmp_path / "out", copied, max_seq_len=64)
+    write_tokenizer(tmp_path / "out", copied, named_tokens(copied), TokenizerSettings(64))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == copied.path.read_bytes()
     exported = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
     assert exported.encode("x = '<s>' ▁ y") == tokenizer.encode("x = '<s>' ▁ y") == copied.encode("x = '<s>' ▁ y")

@@ -147,8 +147,11 @@ def _address_on_this_machine() -> str:
 
     try:
         return canonicalize_bootstrap_address("auto") or ""
-    except (ConnectionError, ValueError) as error:
-        raise LaunchError(f"launch.ray_address = auto: {error}") from None
+    except (ConnectionError, ValueError):
+        raise LaunchError(
+            "launch.ray_address = auto: no Ray runs on this machine. Start one (`ray start --head`), name the head of "
+            "one on other machines as host:port, or leave the key out for a Ray of the run's own."
+        ) from None
 
 
 @contextmanager

@@ -185,7 +185,7 @@ class Attempts:
     def _note_size(self, size: int) -> None:
         """Record that the run goes on with another number of ranks."""
         if self._size and size != self._size:
-            sys.stderr.write(f"going on with {size} ranks, after {self._size}\n")
+            sys.stderr.write(f"number of ranks from now on: {size}, before: {self._size}\n")
             facts = {"from_workers": self._size, "to_workers": size, "step": newest_step(self._run_dir)}
             with suppress(OSError):
                 record(self._run_dir, "resized", **facts)

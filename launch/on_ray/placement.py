@@ -199,7 +199,7 @@ class Placement:
         have = num_ready * self._config.parallel.replica_size
         return (
             f"no room for the run within launch.timeout_seconds = {self._config.launch.timeout_seconds:g}: "
-            f"{self._resources()}; {have} workers were ready. Add machines, ask for fewer ranks, or set "
+            f"{self._resources()}; workers that were ready: {have}. Add machines, ask for fewer ranks, or set "
             "launch.min_workers."
         )
 

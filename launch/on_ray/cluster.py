@@ -154,6 +154,14 @@ def _address_on_this_machine() -> str:
         ) from None
 
 
+def _silence() -> None:
+    """Let Ray print nothing of the cluster's errors, the last lines of a dead node's log among them: on stdout, and no
+    setting forbids it."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda *_, **__: None
+
+
 @contextmanager
 def _connected(**options: Any) -> Iterator[Any]:
     """What `ray.init` returns. In the end disconnects, and waits for the processes that it had started."""
@@ -162,6 +170,7 @@ def _connected(**options: Any) -> Iterator[Any]:
 
     # What Ray warns of, dead workers and nodes, is said by the launcher, who knows what it means for the run.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    _silence()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         context = ray.init(**options, log_to_driver=False, configure_logging=False)

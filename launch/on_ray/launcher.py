@@ -134,8 +134,7 @@ class Attempts:
         from launch.on_ray.workers import RayNurseries
 
         places = [self._place(members, rank, number) for rank in range(len(members))]
-        nurseries = RayNurseries(members)
-        crew = NurseryCrew(nurseries, places, board, self._stop)
+        crew = NurseryCrew(RayNurseries(members), places, board, self._stop)
         try:
             crew.start(config)
             return watch(crew, board, self._stop, config.launch, self._look(config, board, crew, lookout))
@@ -144,7 +143,6 @@ class Attempts:
         finally:
             for rank in crew.end():
                 members[rank].replica.drop(members[rank].seat.bundle)
-            nurseries.close()
 
     def _place(self, members: "list[Member]", rank: int, attempt: int) -> Rank:
         seat, facts = members[rank].seat, members[rank].facts

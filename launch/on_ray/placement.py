@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.environment import passed_environment
 from launch.on_ray.cluster import num_worker_cpus
-from launch.on_ray.host import HostFacts, RankHost
+from launch.on_ray.host import NEWS, HostFacts, RankHost
 from launch.on_ray.ranking import legal_sizes
 from launch.stop import StopSignal
 from llmtrain.config.schema import RunConfig
@@ -36,11 +36,15 @@ MOST_STARTS = 3
 
 @dataclass
 class Worker:
-    """An actor in a replica's placement group. `facts` are known once it is ready."""
+    """An actor in a replica's placement group. `facts` are known once it is ready.
+
+    `asked` and `news` are the questions to it that are open: whether it is ready or lives, and what is new.
+    """
 
     actor: Any
     asked: Any
     facts: HostFacts | None = None
+    news: Any = None
 
 
 class Replica:
@@ -93,11 +97,11 @@ class Replica:
         if self._starts >= MOST_STARTS * len(self.workers):
             raise LaunchError(f"a worker of the cluster cannot be started: {self._problem}")
         self._starts += 1
-        actor: Any = ray.remote(RankHost).options(
+        host: Any = ray.remote(concurrency_groups={NEWS: 1})(RankHost)  # pyright: ignore[reportCallIssue]
+        actor: Any = host.options(
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
-            max_concurrency=4,
         )
         actor = actor.remote(*self._start)
         self.workers[bundle] = Worker(actor, actor.ready.remote())

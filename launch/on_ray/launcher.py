@@ -177,7 +177,7 @@ class Attempts:
 
     def _unable(self, text: str, step: int = 0) -> AttemptEnd:
         """The end of an attempt that the cluster has brought about."""
-        failure = Failure(0, LaunchError.exit_code, text, text, lasting=True)
+        failure = Failure(0, LaunchError.exit_code, text, text, lasting=True, host="")
         return AttemptEnd(LaunchError.exit_code, (failure,), saved_step=newest_step(self._run_dir), step=step)
 
     def _note_size(self, size: int) -> None:

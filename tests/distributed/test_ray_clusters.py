@@ -139,7 +139,7 @@ def test_a_lost_head_ends_the_command_and_a_new_one_continues(head: RayHead, wor
     [server] = head.nodes[0].processes("gcs_server")
     server.kill()
     assert process.wait(timeout=90) == 1, output_of(workspace)
-    assert "the head of the Ray cluster" in output_of(workspace)
+    assert "\nerror: the head of the Ray cluster" in output_of(workspace)
     assert status(run)["status"] == "failed"
     assert living(ranks) == []
     # Its raylet ends with it, and the ranks with that.

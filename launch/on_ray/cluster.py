@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -143,15 +144,16 @@ def _existing_ray(address: str, launch: LaunchConfig) -> Iterator[Cluster]:
 
 
 def _address_on_this_machine() -> str:
-    from ray._private.services import canonicalize_bootstrap_address
-
-    try:
-        return canonicalize_bootstrap_address("auto") or ""
-    except (ConnectionError, ValueError):
+    """That of the Ray that runs here. Ray itself is asked, in a process of its own: see above."""
+    code = "from ray._private.services import canonicalize_bootstrap_address as find; print(find('auto') or '')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = done.stdout.split()
+    if done.returncode or not said:
         raise LaunchError(
             "launch.ray_address = auto: no Ray runs on this machine. Start one (`ray start --head`), name the head of "
             "one on other machines as host:port, or leave the key out for a Ray of the run's own."
-        ) from None
+        )
+    return said[-1]
 
 
 def _silence() -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,10 @@ OBJECT_STORE_BYTES = 100 << 20
 
 SILENCE_SECONDS = 15.0
 """A head that has not answered for so long counts as dead: a restart of a head with storage of its own takes less."""
+
+START_TRIES = 3
+"""Ray gives its own processes half a minute to start, and no setting changes that. Where its files come from a cold
+network disk, or the machine is busy, the first start may take longer, and the next finds the files in memory."""
 
 ASK_SECONDS = 5.0
 SHUTDOWN_SECONDS = 10.0
@@ -168,25 +172,44 @@ def _silence() -> None:
 def _connected(**options: Any) -> Iterator[Any]:
     """What `ray.init` returns. In the end disconnects, and waits for the processes that it had started."""
     import ray
-    from ray.exceptions import RayError
 
     # What Ray warns of, dead workers and nodes, is said by the launcher, who knows what it means for the run.
     logging.getLogger("ray").setLevel(logging.ERROR)
     _silence()
+    is_own = options["address"] == "local"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        context = ray.init(**options, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, RayError) as error:
-        ray.shutdown()
-        raise LaunchError(f"Ray at {options['address']} could not be started or joined: {error}") from error
+        context = _init(START_TRIES if is_own else 1, options)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    started = psutil.Process().children(recursive=True) if options["address"] == "local" else []
+    started = psutil.Process().children(recursive=True) if is_own else []
     try:
         yield context
     finally:
         ray.shutdown()
-        for process in psutil.wait_procs(started, timeout=SHUTDOWN_SECONDS)[1]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        _end(started, SHUTDOWN_SECONDS)
+
+
+def _init(tries: int, options: Mapping[str, Any]) -> Any:
+    """Call `ray.init`, so often at most. Raises LaunchError."""
+    import ray
+
+    for number in range(1, tries + 1):
+        before = psutil.Process().children(recursive=True)
+        try:
+            return ray.init(**options, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # Ray has no class of its own for what may go wrong here
+            ray.shutdown()
+            _end([process for process in psutil.Process().children(recursive=True) if process not in before])
+            if number == tries:
+                where = f"Ray at {options['address']}" if tries == 1 else "a Ray of the run's own"
+                raise LaunchError(f"{where} could not be started or joined: {error}") from error
+    raise AssertionError("a try returns or raises")
+
+
+def _end(processes: Sequence[psutil.Process], seconds: float = 0.0) -> None:
+    """Kill what has not ended by then."""
+    for process in psutil.wait_procs(list(processes), timeout=seconds)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

@@ -102,8 +102,12 @@ class Attempts:
         """One attempt, from the newest valid checkpoint, on as many workers as there are."""
         from ray.exceptions import RayError
 
+        from launch.on_ray.placement import HeadLostError
+
         try:
-            replicas = self._placement.gather(self._stop)
+            replicas = self._placement.gather(self._stop, self._cluster.answers)
+        except HeadLostError:
+            return self._without_head()
         except LaunchError as error:
             if number == 0:
                 raise

@@ -7,7 +7,7 @@ when they are there.
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,10 @@ class Worker:
     asked: Any
     facts: HostFacts | None = None
     news: Any = None
+
+
+class HeadLostError(LaunchError):
+    """The head of the cluster answers no more."""
 
 
 class Replica:
@@ -150,16 +154,19 @@ class Placement:
             for replica in self.replicas:
                 replica.remove()
 
-    def gather(self, stop: StopSignal) -> list[Replica]:
+    def gather(self, stop: StopSignal, head_answers: Callable[[], bool]) -> list[Replica]:
         """Wait for as many replicas as the run may have; empty where it is told to stop meanwhile.
 
-        Raises LaunchError where there is no room, or workers cannot be started.
+        Raises LaunchError where there is no room, or workers cannot be started, HeadLostError where the head is gone.
         """
         began = time.monotonic()
         for replica in self.replicas:
             replica.ask()
         told = False
         while not stop.requested:
+            # Ray ends a process that waits for a dead head with a question, without a word.
+            if not head_answers():
+                raise HeadLostError("the head of the cluster answers no more")
             # Those for which there is room will be ready soon.
             hoped = self._with_room()
             ready = [replica for replica in hoped if replica.is_ready()]

@@ -151,6 +151,17 @@ def test_a_lost_head_ends_the_command_and_a_new_one_continues(head: RayHead, wor
 
 
 @pytest.mark.whole_grid
+def test_a_head_that_dies_while_a_run_waits_for_room_is_told(head: RayHead, workspace: Path) -> None:
+    process = start_on(head, workspace, "launch.num_workers=4")
+    wait_until(lambda: "waiting for room on the cluster" in output_of(workspace), process)
+    [server] = head.nodes[0].processes("gcs_server")
+    server.kill()
+    assert process.wait(timeout=90) == 1, output_of(workspace)
+    assert "\nerror: the head of the Ray cluster" in output_of(workspace)
+    assert not (workspace / "runs").exists()
+
+
+@pytest.mark.whole_grid
 def test_the_newest_checkpoint_on_storage_counts(head: RayHead, workspace: Path) -> None:
     """Nobody is told of a checkpoint: one that is there when everything dies is the one that is continued."""
     run = workspace / "runs" / "tiny"

@@ -15,7 +15,7 @@ from llmtrain.observe.jsonl import JsonlTracker
 from llmtrain.observe.report import chart_data, render, script_json, write_report
 from llmtrain.observe.report_history import MOST_EVENTS, sentence
 from llmtrain.observe.report_sections import summary
-from llmtrain.observe.run_record import load_run, smoothed, thinned
+from llmtrain.observe.run_record import flat, load_run, smoothed, thinned
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -198,6 +198,18 @@ def test_the_page_tells_what_happened_and_where_the_time_went(tmp_path: Path):
     compared = Elements(render([record, load_run(other)])).text
     assert "72.7%–" in compared.replace("\n", ""), "a run without times has no share"
     assert "5 events" in compared
+
+
+def test_settings_are_shown_as_they_are_written():
+    tree = {"data": {"train": [{"path": "a b", "weight": 1}], "valid": []}, "optim": {"betas": [0.9, 0.95]}, "x": None}
+    assert flat({**tree, "on": True}) == {
+        "data.train.0.path": "a b",
+        "data.train.0.weight": "1",
+        "data.valid": "[]",
+        "optim.betas": "[0.9, 0.95]",
+        "x": "null",
+        "on": "true",
+    }
 
 
 @pytest.mark.parametrize(

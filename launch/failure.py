@@ -25,7 +25,7 @@ class Failure:
 
     `details` is the whole text: a traceback for a defect, the message for what a user can mend. `consequence` says that
     another rank's failure is the reason; `killed` that it did not end by itself; `lasting` that it would happen again,
-    because a person must mend something first.
+    because a person must mend something first. Without a `host`, it is no rank's, but the launcher's own.
     """
 
     rank: int
@@ -68,6 +68,11 @@ class Failure:
         """Whether what happened was not foreseen, so that the log may tell more."""
         return self.exit_code == 1
 
+    @property
+    def place(self) -> str:
+        """Whose it is; empty where it is no rank's."""
+        return f"rank {self.rank} on {self.host}" if self.host else ""
+
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
@@ -87,7 +92,7 @@ def failure_text(failures: Sequence[Failure], stopped: Sequence[int] = (), logs:
     `stopped` are the ranks that had to be ended, `logs` is where the ranks' logs are; a rank `alone` needs no name.
     """
     cause = first_cause(failures)
-    place = "" if alone else f"rank {cause.rank} on {cause.host}"
+    place = "" if alone else cause.place
     lines = [": ".join(part for part in ("error", place, cause.details) if part)]
     if "\n" in cause.details:
         lines = [f"error: {place or 'the run'} failed:", cause.details]

@@ -19,6 +19,9 @@ from llmtrain.errors import LaunchError
 ANSWER_SECONDS = 5.0
 """How long a nursery that lives may take to answer; it does nothing else."""
 
+START_SECONDS = 30.0
+"""The same where an attempt depends on the answer: a machine on which everything starts may be slow."""
+
 SILENT = "the process that forks it does not answer"
 
 Message = dict[str, Any]
@@ -66,9 +69,9 @@ class NurseryCrew:
         """
         address = self._nurseries.address(0)
         self._nurseries.tell(0, {"do": "listen", "address": address})
-        listening = self._answer({0}, "listening")
+        listening = self._answer({0}, "listening", START_SECONDS)
         if not listening:
-            raise LaunchError(f"rank 0 on {self.host(0)}: {self._gone.get(0, SILENT)}")
+            raise LaunchError(self._gone.get(0, SILENT))  # told as the failure of rank 0
         text, positions, terminal = config.model_dump_json(), self._board.positions(), own_terminal()
         for rank, place in enumerate(self._places):
             met = asdict(replace(place, host=address, port=listening[0]["port"], serves_store=False))
@@ -127,10 +130,10 @@ class NurseryCrew:
         self._tell(ranks, {"do": what})
         return self._answer(ranks, what)
 
-    def _answer(self, ranks: Collection[int], kind: str) -> dict[int, Message]:
+    def _answer(self, ranks: Collection[int], kind: str, seconds: float | None = None) -> dict[int, Message]:
         """What these ranks' nurseries answer; those that do not, or are gone, are left out."""
         self._answers = {}
-        deadline = time.monotonic() + ANSWER_SECONDS
+        deadline = time.monotonic() + (seconds or ANSWER_SECONDS)
         while set(ranks) - self._gone.keys() - self._answers.keys() and time.monotonic() < deadline:
             self._listen(POLL_SECONDS)
         return {rank: answer for rank, answer in self._answers.items() if answer["say"] == kind}

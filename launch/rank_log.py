@@ -1,6 +1,7 @@
 """A rank's own log in the run folder, appended over attempts: `logs/rank-00003.log`."""
 
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ def rank_log(run_dir: Path, place: Rank) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     with path.open("a", encoding="utf-8") as log:
-        log.write(f"=== {now} rank {place.rank} of {place.world_size}: {place}, process {os.getpid()}\n")
+        where = f"on {socket.gethostname()}, process {os.getpid()}"
+        log.write(f"=== {now} rank {place.rank} of {place.world_size} {where}\n")
         log.flush()
         before = _redirect(log.fileno()) if place.rank > 0 else ()
         try:

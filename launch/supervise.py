@@ -118,8 +118,9 @@ def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int, 
         return
     run_dir = Path(config.output_dir) / config.name
     log = log_path(run_dir, cause.rank)
+    has_log = bool(cause.place) and cause.is_defect and log.exists()
     alone = config.launch.num_workers == 1
-    lines = [failure_text(end.failures, end.stopped, str(log) if cause.is_defect and log.exists() else "", alone)]
+    lines = [failure_text(end.failures, end.stopped, str(log) if has_log else "", alone)]
     status: Status = "failed"
     if decision.action == "restart":
         status = "restarting"
@@ -132,8 +133,9 @@ def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int, 
             lines.append(str(run_efficiency(run_dir)))
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
-    text = f"rank {cause.rank} on {cause.host}: {cause.summary}"
-    facts = {"rank": cause.rank, "host": cause.host, "cause": cause.summary, "attempt": attempt, "step": end.step}
+    text = ": ".join(part for part in (cause.place, cause.summary) if part)
+    place = {"rank": cause.rank, "host": cause.host} if cause.place else {}
+    facts = {**place, "cause": cause.summary, "attempt": attempt, "step": end.step}
     # A folder that cannot be written, or is somebody else's, must not hide the failure itself.
     with suppress(LlmtrainError, OSError):
         before = read_status(run_dir)

@@ -18,8 +18,8 @@ from launch.doctor.packages import package_findings, requirements, wanted
 from launch.doctor.probe import PRECISIONS
 from launch.doctor.services import service_findings
 
-PROBE_SECONDS = 180.0
-"""A probe that takes longer hangs; the slowest needs some seconds."""
+PROBE_SECONDS = 300.0
+"""A probe that takes longer hangs; the slowest needs some seconds, and ten times that on a machine that is busy."""
 
 IMPORTED = {
     "ray": "ray",

@@ -20,6 +20,9 @@ LEAST_SHARED_BYTES = 1 << 30
 LEAST_FREE_BYTES = 1 << 30
 LEAST_OPEN_FILES = 4096
 LEAST_PROCESSES = 4096
+MOST_LOAD = 2.0
+"""Processes per core that want to compute, above which everything is slow."""
+
 MOST_CLOCK_SECONDS = 5.0
 COMMAND_SECONDS = 5.0
 
@@ -27,7 +30,7 @@ COMMAND_SECONDS = 5.0
 def machine_findings(output_dir: Path) -> Iterator[Finding]:
     """All of it; `output_dir` is where runs would be written."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield cpu_finding(usable, os.cpu_count() or usable, cpu_quota())
+    yield cpu_finding(usable, os.cpu_count() or usable, cpu_quota(), os.getloadavg()[0])
     yield memory_finding(psutil.virtual_memory().total, psutil.virtual_memory().available, memory_limit())
     if SHARED_MEMORY.is_dir():
         yield shared_memory_finding(shutil.disk_usage(SHARED_MEMORY).total)
@@ -38,8 +41,9 @@ def machine_findings(output_dir: Path) -> Iterator[Finding]:
     yield disk_finding(output_dir)
 
 
-def cpu_finding(usable: int, present: int, quota: float | None) -> Finding:
-    """How many cores a process may use, of those that are there. `quota` is a container's, in cores."""
+def cpu_finding(usable: int, present: int, quota: float | None, load: float = 0.0) -> Finding:
+    """How many cores a process may use, of those that are there. `quota` is a container's, in cores; `load` is how many
+    processes want to compute."""
     text = f"{usable} of {present} cores usable"
     if quota is not None and quota < usable:
         mend = f"set launch.threads_per_worker so that all ranks use {max(1, math.floor(quota))} in all"
@@ -47,6 +51,9 @@ def cpu_finding(usable: int, present: int, quota: float | None) -> Finding:
     if usable < present:
         mend = "give the job more cores (taskset, --cpus-per-task of Slurm, --cpuset-cpus of a container)"
         return Finding("machine", "CPU", "limited", text, mend)
+    if load > MOST_LOAD * usable:
+        mend = "ps aux --sort=-%cpu | head   (shows who else computes here)"
+        return Finding("machine", "CPU", "limited", f"{text}, and {load:.0f} processes want them", mend)
     return Finding("machine", "CPU", "ok", text)
 
 

@@ -18,7 +18,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3)
 AXES = ("tensor", "pipeline", "context")
 MEETING_SECONDS = 30.0
-CHILD_SECONDS = 60
+CHILD_SECONDS = 150
 
 Answer = dict[str, Any]
 """What a probe says, as JSON."""

@@ -14,7 +14,8 @@ from urllib.request import Request, urlopen
 import grpc
 import psutil
 
-from llmtrain.errors import LaunchError
+from llmtrain.config.rules_launch import HEAD, NO_HEAD
+from llmtrain.errors import ConfigError, LaunchError
 
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 """What Ray's clients ask a head as well. The empty request is a valid one; it needs the token like all others."""
@@ -100,11 +101,11 @@ def is_on_loopback(host: str, port: int) -> bool:
 def job_server_token(address: str, environ: Mapping[str, str], allow_open: bool) -> str | None:
     """The token with which the server of jobs at `http://host:port` answers; None where it answers everybody.
 
-    Raises LaunchError as `token_for` does.
+    Raises ConfigError where that is no such address, and LaunchError as `token_for` does.
     """
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise LaunchError(f"--address {address}: must be that of Ray's dashboard, such as http://127.0.0.1:8265.")
+        raise ConfigError(f"--address {address}: must be that of Ray's dashboard, such as http://127.0.0.1:8265.")
     code, reason = _ask_server(address)
     if code == HTTPStatus.UNAUTHORIZED:
         token, where = _known_token(f"--address {address}", environ)
@@ -123,13 +124,10 @@ def job_server_token(address: str, environ: Mapping[str, str], allow_open: bool)
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `host:port` or `[host]:port`. Raises LaunchError where it is neither."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or "/" in host:
-        raise LaunchError(
-            f"launch.ray_address = {address}: must be host:port of the head, such as 10.0.0.1:6379, or auto. Addresses "
-            "of Ray's client (ray://) and of its jobs (http://) do not fit; for jobs, see `llmtrain submit`."
-        )
+    """Host and port of `host:port` or `[host]:port`. Raises ConfigError where it is neither."""
+    host, _, port = address.rpartition(":")
+    if not HEAD.fullmatch(address):  # RAY_ADDRESS: the configuration's key has been checked
+        raise ConfigError(f"RAY_ADDRESS = {address}: {NO_HEAD}")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

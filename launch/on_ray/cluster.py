@@ -8,10 +8,11 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,10 @@ OBJECT_STORE_BYTES = 100 << 20
 
 SILENCE_SECONDS = 15.0
 """A head that has not answered for so long counts as dead: a restart of a head with storage of its own takes less."""
+
+START_TRIES = 3
+"""Ray gives its own processes half a minute to start, and no setting changes that. Where its files come from a cold
+network disk, or the machine is busy, the first start may take longer, and the next finds the files in memory."""
 
 ASK_SECONDS = 5.0
 SHUTDOWN_SECONDS = 10.0
@@ -143,36 +148,68 @@ def _existing_ray(address: str, launch: LaunchConfig) -> Iterator[Cluster]:
 
 
 def _address_on_this_machine() -> str:
-    from ray._private.services import canonicalize_bootstrap_address
+    """That of the Ray that runs here. Ray itself is asked, in a process of its own: see above."""
+    code = "from ray._private.services import canonicalize_bootstrap_address as find; print(find('auto') or '')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    said = done.stdout.split()
+    if done.returncode or not said:
+        raise LaunchError(
+            "launch.ray_address = auto: no Ray runs on this machine. Start one (`ray start --head`), name the head of "
+            "one on other machines as host:port, or leave the key out for a Ray of the run's own."
+        )
+    return said[-1]
 
-    try:
-        return canonicalize_bootstrap_address("auto") or ""
-    except (ConnectionError, ValueError) as error:
-        raise LaunchError(f"launch.ray_address = auto: {error}") from None
+
+def _silence() -> None:
+    """Let Ray print nothing of the cluster's errors, the last lines of a dead node's log among them: on stdout, and no
+    setting forbids it."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda *_, **__: None
 
 
 @contextmanager
 def _connected(**options: Any) -> Iterator[Any]:
     """What `ray.init` returns. In the end disconnects, and waits for the processes that it had started."""
     import ray
-    from ray.exceptions import RayError
 
     # What Ray warns of, dead workers and nodes, is said by the launcher, who knows what it means for the run.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    _silence()
+    is_own = options["address"] == "local"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        context = ray.init(**options, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError, RayError) as error:
-        ray.shutdown()
-        raise LaunchError(f"Ray at {options['address']} could not be started or joined: {error}") from error
+        context = _init(START_TRIES if is_own else 1, options)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    started = psutil.Process().children(recursive=True) if options["address"] == "local" else []
+    started = psutil.Process().children(recursive=True) if is_own else []
     try:
         yield context
     finally:
         ray.shutdown()
-        for process in psutil.wait_procs(started, timeout=SHUTDOWN_SECONDS)[1]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        _end(started, SHUTDOWN_SECONDS)
+
+
+def _init(tries: int, options: Mapping[str, Any]) -> Any:
+    """Call `ray.init`, so often at most. Raises LaunchError."""
+    import ray
+
+    for number in range(1, tries + 1):
+        before = psutil.Process().children(recursive=True)
+        try:
+            return ray.init(**options, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # Ray has no class of its own for what may go wrong here
+            ray.shutdown()
+            _end([process for process in psutil.Process().children(recursive=True) if process not in before])
+            if number == tries:
+                where = f"Ray at {options['address']}" if tries == 1 else "a Ray of the run's own"
+                raise LaunchError(f"{where} could not be started or joined: {error}") from error
+    raise AssertionError("a try returns or raises")
+
+
+def _end(processes: Sequence[psutil.Process], seconds: float = 0.0) -> None:
+    """Kill what has not ended by then."""
+    for process in psutil.wait_procs(list(processes), timeout=seconds)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

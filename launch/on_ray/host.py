@@ -15,6 +15,9 @@ import ray
 from launch.nursery_crew import Message
 from llmtrain.errors import LaunchError
 
+NEWS = "news"
+"""The group of calls that waits for news. All others are made one after the other, in the order of the questions."""
+
 
 @dataclass(frozen=True)
 class HostFacts:
@@ -27,7 +30,7 @@ class HostFacts:
 
 
 class RankHost:
-    """The actor: it starts a nursery (launch/nursery.py) and passes messages on. It must allow two calls at a time."""
+    """The actor: it starts a nursery (launch/nursery.py) and passes messages on."""
 
     def __init__(self, folder: str, engine: str, environment: Mapping[str, str]) -> None:
         """`folder` is where the run was started: paths of its configuration are relative to it."""
@@ -70,6 +73,7 @@ class RankHost:
         except ConnectionError:
             return
 
+    @ray.method(concurrency_group=NEWS)
     def news(self, seconds: float) -> list[Message]:
         """What the nursery has said since the last call, as soon as there is something, at most `seconds` later."""
         said = []

@@ -104,7 +104,9 @@ class JobServer:
         # Ray would prefer these variables to the address.
         with self._errors(), changed_environment({}, without=("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")):
             self._client = JobSubmissionClient(address, headers=headers)
-        logging.getLogger("ray").setLevel(logging.WARNING)  # what is uploaded is small, and not worth a line
+        # What is uploaded is small, and not worth a line; nor is that a log ends with its job.
+        for name in ("ray", JobSubmissionClient.__module__):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
     def submit(self, plan: JobPlan) -> str:
         """Submit a run and return the job's id. Raises RunFolderInUseError where a job of the run has not ended."""

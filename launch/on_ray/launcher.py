@@ -102,8 +102,12 @@ class Attempts:
         """One attempt, from the newest valid checkpoint, on as many workers as there are."""
         from ray.exceptions import RayError
 
+        from launch.on_ray.placement import HeadLostError
+
         try:
-            replicas = self._placement.gather(self._stop)
+            replicas = self._placement.gather(self._stop, self._cluster.answers)
+        except HeadLostError:
+            return self._without_head()
         except LaunchError as error:
             if number == 0:
                 raise
@@ -134,8 +138,7 @@ class Attempts:
         from launch.on_ray.workers import RayNurseries
 
         places = [self._place(members, rank, number) for rank in range(len(members))]
-        nurseries = RayNurseries(members)
-        crew = NurseryCrew(nurseries, places, board, self._stop)
+        crew = NurseryCrew(RayNurseries(members), places, board, self._stop)
         try:
             crew.start(config)
             return watch(crew, board, self._stop, config.launch, self._look(config, board, crew, lookout))
@@ -144,7 +147,6 @@ class Attempts:
         finally:
             for rank in crew.end():
                 members[rank].replica.drop(members[rank].seat.bundle)
-            nurseries.close()
 
     def _place(self, members: "list[Member]", rank: int, attempt: int) -> Rank:
         seat, facts = members[rank].seat, members[rank].facts
@@ -179,13 +181,13 @@ class Attempts:
 
     def _unable(self, text: str, step: int = 0) -> AttemptEnd:
         """The end of an attempt that the cluster has brought about."""
-        failure = Failure(0, LaunchError.exit_code, text, text, lasting=True)
+        failure = Failure(0, LaunchError.exit_code, text, text, lasting=True, host="")
         return AttemptEnd(LaunchError.exit_code, (failure,), saved_step=newest_step(self._run_dir), step=step)
 
     def _note_size(self, size: int) -> None:
         """Record that the run goes on with another number of ranks."""
         if self._size and size != self._size:
-            sys.stderr.write(f"going on with {size} ranks, after {self._size}\n")
+            sys.stderr.write(f"number of ranks from now on: {size}, before: {self._size}\n")
             facts = {"from_workers": self._size, "to_workers": size, "step": newest_step(self._run_dir)}
             with suppress(OSError):
                 record(self._run_dir, "resized", **facts)

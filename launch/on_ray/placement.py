@@ -7,7 +7,7 @@ when they are there.
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from launch.environment import passed_environment
 from launch.on_ray.cluster import num_worker_cpus
-from launch.on_ray.host import HostFacts, RankHost
+from launch.on_ray.host import NEWS, HostFacts, RankHost
 from launch.on_ray.ranking import legal_sizes
 from launch.stop import StopSignal
 from llmtrain.config.schema import RunConfig
@@ -36,11 +36,19 @@ MOST_STARTS = 3
 
 @dataclass
 class Worker:
-    """An actor in a replica's placement group. `facts` are known once it is ready."""
+    """An actor in a replica's placement group. `facts` are known once it is ready.
+
+    `asked` and `news` are the questions to it that are open: whether it is ready or lives, and what is new.
+    """
 
     actor: Any
     asked: Any
     facts: HostFacts | None = None
+    news: Any = None
+
+
+class HeadLostError(LaunchError):
+    """The head of the cluster answers no more."""
 
 
 class Replica:
@@ -93,11 +101,11 @@ class Replica:
         if self._starts >= MOST_STARTS * len(self.workers):
             raise LaunchError(f"a worker of the cluster cannot be started: {self._problem}")
         self._starts += 1
-        actor: Any = ray.remote(RankHost).options(
+        host: Any = ray.remote(concurrency_groups={NEWS: 1})(RankHost)  # pyright: ignore[reportCallIssue]
+        actor: Any = host.options(
             num_cpus=self._bundle["CPU"],
             num_gpus=self._bundle.get("GPU", 0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle),
-            max_concurrency=4,
         )
         actor = actor.remote(*self._start)
         self.workers[bundle] = Worker(actor, actor.ready.remote())
@@ -146,16 +154,19 @@ class Placement:
             for replica in self.replicas:
                 replica.remove()
 
-    def gather(self, stop: StopSignal) -> list[Replica]:
+    def gather(self, stop: StopSignal, head_answers: Callable[[], bool]) -> list[Replica]:
         """Wait for as many replicas as the run may have; empty where it is told to stop meanwhile.
 
-        Raises LaunchError where there is no room, or workers cannot be started.
+        Raises LaunchError where there is no room, or workers cannot be started, HeadLostError where the head is gone.
         """
         began = time.monotonic()
         for replica in self.replicas:
             replica.ask()
         told = False
         while not stop.requested:
+            # Ray ends a process that waits for a dead head with a question, without a word.
+            if not head_answers():
+                raise HeadLostError("the head of the cluster answers no more")
             # Those for which there is room will be ready soon.
             hoped = self._with_room()
             ready = [replica for replica in hoped if replica.is_ready()]
@@ -199,7 +210,7 @@ class Placement:
         have = num_ready * self._config.parallel.replica_size
         return (
             f"no room for the run within launch.timeout_seconds = {self._config.launch.timeout_seconds:g}: "
-            f"{self._resources()}; {have} workers were ready. Add machines, ask for fewer ranks, or set "
+            f"{self._resources()}; workers that were ready: {have}. Add machines, ask for fewer ranks, or set "
             "launch.min_workers."
         )
 

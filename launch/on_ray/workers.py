@@ -1,8 +1,8 @@
 """The workers of an attempt's ranks on Ray, as the nurseries that they pass messages on to."""
 
+import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,11 @@ class Member:
 
 
 class RayNurseries:
-    """See `launch.nursery_crew.Nurseries`. Each worker is always asked for its news; it answers once it has some."""
+    """See `launch.nursery_crew.Nurseries`. Each worker is always asked for its news; it answers once it has some.
+
+    Ray ends no call of an actor that has begun: what it brings when nobody waits for it any more would be lost. So the
+    question that is left open when an attempt ends stays with its worker, and the next attempt gets the answer.
+    """
 
     def __init__(self, members: Sequence[Member]) -> None:
         self._members = members
@@ -55,6 +59,7 @@ class RayNurseries:
             done, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
         for answer in done:
             rank = self._asked.pop(answer)
+            self._members[rank].worker.news = None
             try:
                 messages: Any = ray.get(answer)
             except RayError as error:
@@ -71,18 +76,15 @@ class RayNurseries:
         """See `Nurseries`."""
         return self._members[rank].facts.address
 
-    def close(self) -> None:
-        """Ask no more."""
-        for asked in self._asked:
-            with suppress(RayError):
-                ray.cancel(asked, force=False)
-
     def _ask(self, rank: int) -> None:
-        self._asked[self._members[rank].worker.actor.news.remote(NEWS_SECONDS)] = rank
+        worker = self._members[rank].worker
+        if worker.news is None:
+            worker.news = worker.actor.news.remote(NEWS_SECONDS)
+        self._asked[worker.news] = rank
 
 
 def _reason(error: RayError) -> str:
     """What Ray says of it, on one line; of a dead actor the line that tells more than that."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = next((line for line in lines[1:] if line.startswith("The actor")), lines[0] if lines else repr(error))
-    return text.partition(" Some common causes")[0]
+    return re.split(r" Some common causes| The task may or may not", text, maxsplit=1)[0]

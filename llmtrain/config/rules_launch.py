@@ -1,5 +1,6 @@
 """Rules about how ranks are started. Pure, like all rules."""
 
+import re
 from collections.abc import Iterator
 
 from llmtrain.config.legal_values import nearest_divisors
@@ -10,6 +11,14 @@ from llmtrain.config.variables import VARIABLE_PATTERN, is_fixed_variable, is_se
 from llmtrain.errors import Problem
 
 Found = Iterator[Problem]
+
+HEAD = re.compile(r"(\[[^\[\]/]+\]|[^:/\s]+):\d+")
+"""`host:port`, or `[host]:port` where the host has colons itself."""
+
+NO_HEAD = (
+    "must be host:port of the cluster's head, such as 10.0.0.1:6379, or auto. Addresses of Ray's client (ray://) and "
+    "of its jobs (http://) do not fit; for jobs, see `llmtrain submit --to ray`."
+)
 
 
 def only_ray_has_a_cluster(config: RunConfig) -> Found:
@@ -50,12 +59,18 @@ def fewest_workers_can_train(config: RunConfig) -> Found:
         yield Problem("launch.min_workers", message, least, uses=(*uses, *axes))
 
 
+def cluster_has_an_address(config: RunConfig) -> Found:
+    address = config.launch.ray_address
+    if address is not None and address not in ("auto", "local") and not HEAD.fullmatch(address):
+        yield Problem("launch.ray_address", NO_HEAD, address)
+
+
 def passed_variables_are_no_secrets(config: RunConfig) -> Found:
     for number, name in enumerate(config.launch.pass_environment):
         key = f"launch.pass_environment.{number}"
         if not VARIABLE_PATTERN.fullmatch(name):
             yield Problem(key, "must be the name of a variable, or its beginning and *, such as MY_*.", name)
-        elif is_secret_variable(name):
+        elif is_secret_variable(name.removesuffix("*")):
             message = (
                 "looks like a secret, which Ray would keep and show. Give it to Ray itself, in the environment of "
                 "`ray start` on each machine."
@@ -85,6 +100,7 @@ def _is_legal(config: RunConfig, num_workers: int) -> bool:
 LAUNCH_RULES = (
     only_ray_has_a_cluster,
     fewest_workers_can_train,
+    cluster_has_an_address,
     passed_variables_are_no_secrets,
     slurm_nodes_are_filled_evenly,
 )

@@ -13,7 +13,7 @@ MOST_EVENTS = 200
 """Events that the page shows of one run: the last ones."""
 
 SENTENCES = {
-    STARTED: "started on {workers} ranks, after step {step}",
+    STARTED: "started on {ranks}, after step {step}",
     "restarting": "rank {rank} on {host}, at step {step}: {cause}. Started again after step {saved_step}",
     "failed": "rank {rank} on {host}, at step {step}: {cause}",
     "stalled": "given up: rank {rank} on {host}, at step {step}: {cause}",
@@ -26,7 +26,8 @@ SENTENCES = {
     "changed": "{key} from {was} to {now}, after step {step}",
     "straggler": "rank {rank} on {host} is slow in section {section}, at step {step}: score {score}",
 }
-"""Events in words, of their facts; where a fact is absent, or for another event, all facts are listed."""
+"""Events in words, of their facts and of `ranks`, their `workers` in words; where a fact is absent, or for another
+event, all facts are listed."""
 
 TROUBLE = {"failed": "bad", "stalled": "bad", "restarting": "warn", "rollback": "warn", "save_failed": "warn"}
 
@@ -34,8 +35,9 @@ TROUBLE = {"failed": "bad", "stalled": "bad", "restarting": "warn", "rollback": 
 def sentence(event: Mapping[str, Any]) -> str:
     """What happened, in words."""
     try:
-        return SENTENCES[event["event"]].format_map(event)
-    except KeyError:
+        ranks = {"ranks": _count(int(event["workers"]), "rank")} if "workers" in event else {}
+        return SENTENCES[event["event"]].format_map({**event, **ranks})
+    except (KeyError, TypeError, ValueError):
         facts = (f"{name} {value}" for name, value in event.items() if name not in ("time", "event"))
         return ", ".join(facts)
 
@@ -60,7 +62,7 @@ def timeline_section(records: list[RunRecord]) -> str:
     if len(records) == 1:
         return f'<section><h2>What happened (UTC)</h2><div class="scroll tall">{tables[0][1]}</div></section>'
     folds = "".join(
-        f"<details><summary>{escape(record.name)}<small>{_count(len(record.events))}</small></summary>"
+        f"<details><summary>{escape(record.name)}<small>{_count(len(record.events), 'event')}</small></summary>"
         f'<div class="scroll tall">{table}</div></details>'
         for record, table in tables
     )
@@ -97,8 +99,8 @@ def _bar(record: RunRecord) -> str:
     )
 
 
-def _count(events: int) -> str:
-    return "1 event" if events == 1 else f"{events:,} events"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _length(seconds: float) -> str:

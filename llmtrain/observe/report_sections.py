@@ -132,7 +132,7 @@ def _readable(environment: dict) -> dict[str, str]:
     for key in [key for key in result if key.endswith("memory_bytes")]:
         size_bytes = result.pop(key)
         result[key.removesuffix("_bytes")] = _size(int(size_bytes)) if size_bytes.isdigit() else size_bytes
-    return {key: value for key, value in result.items() if value != "None"}
+    return {key: value for key, value in result.items() if value != "null"}
 
 
 def _differences(records: list[RunRecord], head: str) -> str:

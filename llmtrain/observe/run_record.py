@@ -142,9 +142,11 @@ def thinned(curve: Curve, most_points: int = MOST_POINTS) -> Curve:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, str]:
-    """A nested configuration as dotted keys and their values in words."""
+    """A nested configuration as dotted keys and their values, as they are written in YAML."""
+    if isinstance(config, list) and any(isinstance(entry, dict) for entry in config):
+        config = {str(number): entry for number, entry in enumerate(config)}
     if not isinstance(config, dict):
-        return {prefix: str(config)}
+        return {prefix: config if isinstance(config, str) else json.dumps(config, ensure_ascii=False, default=str)}
     result: dict[str, str] = {}
     for key, value in config.items():
         result.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))

@@ -16,15 +16,22 @@ from tests.distributed.conftest import workspace as workspace
 from tests.distributed.test_local_launcher import last_row, living, losses, rank_processes, status, tensors
 from tests.support.command import COMMAND, ENVIRONMENT, llmtrain, wait_until
 from tests.support.ray_cluster import RayHead, ray_head
+from tests.support.sample_history import recording, samples_that_count
 
 QUICK_TO_NOTICE = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "8"}
 """A head that gives up a silent node after 8 seconds; Ray's own setting is 15."""
 
 
 @pytest.fixture
-def head() -> Iterator[RayHead]:
+def samples(tmp_path: Path) -> Path:
+    """Where ranks on the cluster write down the samples of each step."""
+    return tmp_path / "samples"
+
+
+@pytest.fixture
+def head(samples: Path) -> Iterator[RayHead]:
     """A cluster whose head node has two CPUs, and that other nodes can join: Ray has none on 127.0.0.1."""
-    with ray_head(num_cpus=2, is_outward=True, extra=QUICK_TO_NOTICE) as found:
+    with ray_head(num_cpus=2, is_outward=True, extra={**QUICK_TO_NOTICE, **recording(samples)}) as found:
         yield found
 
 
@@ -39,7 +46,7 @@ def output_of(workspace: Path) -> str:
     return (workspace / "output.txt").read_text("utf-8")
 
 
-def test_the_run_shrinks_with_a_lost_node_and_grows_back(head: RayHead, workspace: Path) -> None:
+def test_the_run_shrinks_with_a_lost_node_and_grows_back(head: RayHead, workspace: Path, samples: Path) -> None:
     settings = ("checkpoint.every_steps=25", "evaluate.every_steps=0", "optim.schedule=constant")
     second = head.add_node(num_cpus=2)
     run = workspace / "runs" / "tiny"
@@ -62,9 +69,14 @@ def test_the_run_shrinks_with_a_lost_node_and_grows_back(head: RayHead, workspac
     assert process.wait(timeout=100) == 75, output_of(workspace)
 
     steps = last_row(run)
+    # In the history that counts, every sample of the stream was used once, and in its own step.
+    batch = range(8)
+    assert samples_that_count(samples, run) == {
+        step: [(step - 1) * len(batch) + place for place in batch] for step in range(1, steps + 1)
+    }
     alone = llmtrain("train", "run.yaml", "name=alone", f"train.steps={steps}", *settings, folder=workspace)
     assert alone.returncode == 0, alone.stderr
-    # Each step has had the same samples in every size, once: what it has computed differs by roundings only.
+    # What a step has computed differs by roundings only.
     rows = [
         {row["step"]: row for row in read_rows(workspace / "runs" / name / "metrics.jsonl")}
         for name in ("alone", "tiny")
@@ -127,7 +139,7 @@ def test_a_lost_head_ends_the_command_and_a_new_one_continues(head: RayHead, wor
     [server] = head.nodes[0].processes("gcs_server")
     server.kill()
     assert process.wait(timeout=90) == 1, output_of(workspace)
-    assert "the head of the Ray cluster" in output_of(workspace)
+    assert "\nerror: the head of the Ray cluster" in output_of(workspace)
     assert status(run)["status"] == "failed"
     assert living(ranks) == []
     # Its raylet ends with it, and the ranks with that.
@@ -136,6 +148,17 @@ def test_a_lost_head_ends_the_command_and_a_new_one_continues(head: RayHead, wor
         again = start_on(other, workspace, f"train.steps={saved + 50}")
         assert again.wait(timeout=200) == 0, output_of(workspace)
     assert f"from step {saved}" in output_of(workspace)
+
+
+@pytest.mark.whole_grid
+def test_a_head_that_dies_while_a_run_waits_for_room_is_told(head: RayHead, workspace: Path) -> None:
+    process = start_on(head, workspace, "launch.num_workers=4")
+    wait_until(lambda: "waiting for room on the cluster" in output_of(workspace), process)
+    [server] = head.nodes[0].processes("gcs_server")
+    server.kill()
+    assert process.wait(timeout=90) == 1, output_of(workspace)
+    assert "\nerror: the head of the Ray cluster" in output_of(workspace)
+    assert not (workspace / "runs").exists()
 
 
 @pytest.mark.whole_grid

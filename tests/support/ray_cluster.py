@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 RAY = str(Path(sys.executable).with_name("ray"))
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 LOOPBACK = "127.0.0.1"
 
 

@@ -20,7 +20,7 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged")
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 4
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 OUTPUT = "daemons.txt"
 
 # Nothing here belongs to the machine: own ports, own key, own folders. The nodes say that they have more cores than

@@ -42,6 +42,11 @@ def test_a_consequence_is_never_the_cause() -> None:
     assert failure_text([follows, cause]) == "error: rank 0 on h: damaged\nthen rank 1 on h: rank 0 could not start"
 
 
+def test_what_is_the_launchers_own_names_no_rank() -> None:
+    failure = Failure(0, 1, "the cluster is gone", "the cluster is gone", lasting=True, host="")
+    assert failure_text([failure]) == "error: the cluster is gone"
+
+
 def test_every_problem_of_a_configuration_is_shown() -> None:
     failure = raised(0, ConfigError([Problem("a.b", "is wrong."), Problem("c", "too.")]))
     assert (failure.exit_code, failure.details) == (2, "a.b: is wrong.\nc: too.")

@@ -49,6 +49,7 @@ class Scripted:
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.nursery_crew.ANSWER_SECONDS", SECONDS_TO_ANSWER)
+    monkeypatch.setattr("launch.nursery_crew.START_SECONDS", SECONDS_TO_ANSWER)
 
 
 @pytest.fixture
@@ -75,10 +76,10 @@ def test_all_ranks_meet_at_the_store_of_rank_0(config: RunConfig) -> None:
 
 
 def test_a_silent_first_nursery_ends_the_start(config: RunConfig) -> None:
-    with pytest.raises(LaunchError, match=f"rank 0 on node0: {SILENT}"):
+    with pytest.raises(LaunchError, match=rf"^{SILENT}"):
         crew_of(Scripted()).start(config)
     gone = Scripted({"listen": [(0, {"say": "gone", "text": "its machine burns"})]})
-    with pytest.raises(LaunchError, match="rank 0 on node0: its machine burns"):
+    with pytest.raises(LaunchError, match=r"^its machine burns"):
         crew_of(gone).start(config)
 
 

@@ -13,9 +13,9 @@ from llmtrain.cli.report import report
 from llmtrain.errors import ConfigError
 from llmtrain.observe.jsonl import JsonlTracker
 from llmtrain.observe.report import chart_data, render, script_json, write_report
-from llmtrain.observe.report_history import MOST_EVENTS
+from llmtrain.observe.report_history import MOST_EVENTS, sentence
 from llmtrain.observe.report_sections import summary
-from llmtrain.observe.run_record import load_run, smoothed, thinned
+from llmtrain.observe.run_record import flat, load_run, smoothed, thinned
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -198,6 +198,31 @@ def test_the_page_tells_what_happened_and_where_the_time_went(tmp_path: Path):
     compared = Elements(render([record, load_run(other)])).text
     assert "72.7%–" in compared.replace("\n", ""), "a run without times has no share"
     assert "5 events" in compared
+
+
+def test_settings_are_shown_as_they_are_written():
+    tree = {"data": {"train": [{"path": "a b", "weight": 1}], "valid": []}, "optim": {"betas": [0.9, 0.95]}, "x": None}
+    assert flat({**tree, "on": True}) == {
+        "data.train.0.path": "a b",
+        "data.train.0.weight": "1",
+        "data.valid": "[]",
+        "optim.betas": "[0.9, 0.95]",
+        "x": "null",
+        "on": "true",
+    }
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"workers": 1, "step": 0}, "started on 1 rank, after step 0"),
+        ({"workers": 1024, "step": 7}, "started on 1,024 ranks, after step 7"),
+        ({"step": 7}, "step 7"),
+        ({"workers": "many", "step": 7}, "workers many, step 7"),
+    ],
+)
+def test_a_start_in_words(facts: dict, said: str):
+    assert sentence({"time": "-", "event": "started", **facts}) == said
 
 
 def test_the_last_events_are_shown(tmp_path: Path):

@@ -19,7 +19,7 @@ def write(run: Path, rank: int, text: str | bytes) -> None:
 
 
 def head(minute: int, rank: int) -> str:
-    return f"=== 2026-01-01T00:{minute:02d}:00+00:00 rank {rank} of 2: rank {rank} on n1, process 7\n"
+    return f"=== 2026-01-01T00:{minute:02d}:00+00:00 rank {rank} of 2 on n1, process 7\n"
 
 
 def texts(lines: object) -> list[tuple[int, str]]:

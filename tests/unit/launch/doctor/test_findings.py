@@ -79,6 +79,8 @@ GIB = 1 << 30
         (machine.cpu_finding(8, 8, None), "ok", "8 of 8 cores"),
         (machine.cpu_finding(2, 8, None), "limited", "2 of 8 cores"),
         (machine.cpu_finding(8, 8, 1.5), "limited", "a quota of 1.5 cores"),
+        (machine.cpu_finding(2, 2, None, load=3.9), "ok", "2 of 2 cores"),
+        (machine.cpu_finding(2, 2, None, load=19.2), "limited", "2 of 2 cores usable, and 19 processes want them"),
         (machine.memory_finding(8 * GIB, 4 * GIB, None), "ok", "8.0 GiB, 4.0 GiB of it free"),
         (machine.memory_finding(8 * GIB, 4 * GIB, 2 * GIB), "limited", "may have 2.0 GiB (cgroup)"),
         (machine.shared_memory_finding(64 << 20), "limited", "little for NCCL and Ray"),

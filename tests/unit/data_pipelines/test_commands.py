@@ -67,7 +67,7 @@ def test_show_prints_what_the_objective_of_a_run_makes_of_a_sample(made: Path, t
         " masked: {mask_share: 1.0, random_share: 0.0}}\n"
     )
     shown = run("show", made / "out", "--run", tmp_path / "run.yaml").stdout
-    assert shown.count("<mask>") == 4 and "..." in shown
+    assert shown.count("<mask>") == 3 and "..." in shown
 
 
 def test_verify_passes_then_names_the_damage(made: Path, tmp_path: Path) -> None:

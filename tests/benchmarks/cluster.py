@@ -90,7 +90,7 @@ def benchmark(options: Options) -> list[Table]:
     warm_up = 0 if options.quick else 1
     with tempfile.TemporaryDirectory() as folder, ray_head(num_cpus=4) as head:
         root, run = Path(folder), write_run(Path(folder))
-        on_cluster = {**os.environ, **head.environ, "BENCHMARK_CLUSTER": head.address}
+        on_cluster = {**os.environ, **head.environ, **head.settings, "BENCHMARK_CLUSTER": head.address}
         starts = ways_to_first_step(root, run, head.address, on_cluster)
         back = ways_back(root, run, head.address, on_cluster)
         if options.quick:

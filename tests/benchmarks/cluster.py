@@ -66,7 +66,7 @@ def loop():
         optimizer.zero_grad()
         if dist.get_rank() == 0 and step == 1:
             (folder / "loss").write_text(str(loss.item()))
-        if dist.get_rank() == 0 and (folder / "killed").exists() and not (folder / "back").exists():
+        if dist.get_rank() == 0 and first > 1 and not (folder / "back").exists():
             (folder / "back").write_text(repr(time.time()))
         if step % {save_every} == 0:
             with tempfile.TemporaryDirectory() as local:

@@ -66,7 +66,7 @@ def loop():
         optimizer.zero_grad()
         if dist.get_rank() == 0 and step == 1:
             (folder / "loss").write_text(str(loss.item()))
-        if dist.get_rank() == 0 and (folder / "killed").exists() and not (folder / "back").exists():
+        if dist.get_rank() == 0 and first > 1 and not (folder / "back").exists():
             (folder / "back").write_text(repr(time.time()))
         if step % {save_every} == 0:
             with tempfile.TemporaryDirectory() as local:
@@ -90,7 +90,7 @@ def benchmark(options: Options) -> list[Table]:
     warm_up = 0 if options.quick else 1
     with tempfile.TemporaryDirectory() as folder, ray_head(num_cpus=4) as head:
         root, run = Path(folder), write_run(Path(folder))
-        on_cluster = {**os.environ, **head.environ, "BENCHMARK_CLUSTER": head.address}
+        on_cluster = {**os.environ, **head.environ, **head.settings, "BENCHMARK_CLUSTER": head.address}
         starts = ways_to_first_step(root, run, head.address, on_cluster)
         back = ways_back(root, run, head.address, on_cluster)
         if options.quick:

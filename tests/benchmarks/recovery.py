@@ -47,7 +47,7 @@ for step in range(first, {steps} + 1):
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     optimizer.step()
     optimizer.zero_grad()
-    if dist.get_rank() == 0 and (folder / "killed").exists() and not (folder / "back").exists():
+    if dist.get_rank() == 0 and first > 1 and not (folder / "back").exists():
         (folder / "back").write_text(repr(time.time()))
     if step % {save_every} == 0 and dist.get_rank() == 0:
         state = {{"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}}

@@ -1,6 +1,7 @@
 """Objectives: the families that they train, the lengths that they make, and keys that have no effect. Pure."""
 
 from collections.abc import Iterator
+from functools import cache
 
 from llmtrain.config.legal_values import nearest_multiples
 from llmtrain.config.lengths import Lengths, num_sentinels, num_spans, sample_lengths
@@ -181,11 +182,19 @@ def modes_are_no_sentinels(config: RunConfig) -> Found:
 
 
 def _changed(section: Section) -> Iterator[tuple[str, object]]:
-    """Keys that are not at their defaults."""
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if value != field.get_default(call_default_factory=True):
+    """Keys that are not at their defaults. All of these sections' keys have one."""
+    untouched = _defaults(type(section))
+    if section == untouched:
+        return
+    for name, value in section:
+        if value != getattr(untouched, name):
             yield name, value
+
+
+@cache
+def _defaults(section: type[Section]) -> Section:
+    """A section that nobody has set anything in."""
+    return section()
 
 
 def _longest(lengths: Lengths) -> int:

@@ -8,7 +8,7 @@ from math import lcm
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.models.build import build_model
-from llmtrain.models.sharding import DECODER, split_dim
+from llmtrain.models.sharding import split_dim
 from llmtrain.parallel.layout import Layout, plan_chunks
 
 Calls = Counter[tuple[str, int]]
@@ -26,7 +26,7 @@ def held_parameters(config: RunConfig, layout: Layout, stage: int) -> list[tuple
             "embeddings": any(chunk.first or (chunk.last and config.model.tie_embeddings) for chunk in chunks),
         }.get(name.split(".")[0], any(chunk.last for chunk in chunks))  # fmt: skip
         if here:
-            held.append((name, parameter.numel() // (layout.tensor if split_dim(name, DECODER) is not None else 1)))
+            held.append((name, parameter.numel() // (layout.tensor if split_dim(name) is not None else 1)))
     return held
 
 
@@ -62,7 +62,7 @@ def block_calls(config: RunConfig, layout: Layout, stage: int) -> Calls:
             calls["all_reduce", tokens * FP32_BYTES * 2] += micro_batches
     # Sequence: parameters used on a part of the sequence have partial gradients.
     if layout.sequence:
-        whole = sum(size for name, size in held_parameters(config, layout, stage) if split_dim(name, DECODER) is None)
+        whole = sum(size for name, size in held_parameters(config, layout, stage) if split_dim(name) is None)
         calls["all_reduce", whole * FP32_BYTES] += 1
 
     # Context: queries and outputs, keys and values, each forward and backward.

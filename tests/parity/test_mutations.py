@@ -1,6 +1,6 @@
 """Code that is broken in one place: parity sees it, and says where."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ def split_the_wrong_dimension() -> None:
     from llmtrain.engines import stage
 
     original = stage.split_dim
-    stage.split_dim = lambda name, table: 0 if name.endswith("attention.out.weight") else original(name, table)
+    stage.split_dim = lambda name: 0 if name.endswith("attention.out.weight") else original(name)
 
 
 def draw_from_local_indices() -> None:
@@ -43,16 +43,19 @@ def draw_from_local_indices() -> None:
 def swap_shards() -> None:
     from llmtrain.engines import stage
 
-    original = stage.split_placement
-    stage.split_placement = lambda name, shape, dim, rank, ranks: original(
-        name, shape, dim, ranks - 1 - rank if name.endswith("mlp.up.weight") else rank, ranks
-    )
+    original, up = stage.split_box, (128, 32)
+
+    def swapped(shape: tuple[int, ...], cuts: Mapping[int, tuple[int, int]]) -> Any:
+        other = {dim: (ranks - 1 - rank, ranks) for dim, (rank, ranks) in cuts.items()}
+        return original(shape, other if shape == up else cuts)
+
+    stage.split_box = swapped
 
 
 def skip_the_exchange_of_heads() -> None:
-    from llmtrain.engines import stage
+    from llmtrain.engines import assembly
 
-    stage.spread_over_context = lambda kernel, group: kernel
+    assembly.spread_over_context = lambda kernel, group: kernel
 
 
 def mean_of_means() -> None:

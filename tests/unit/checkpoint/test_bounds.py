@@ -11,7 +11,7 @@ from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.config.schema import CheckpointConfig
-from llmtrain.engines.placement import Placement, iter_range_boxes, read_range, split_placement
+from llmtrain.engines.placement import Placement, iter_range_boxes, read_range, split_box
 from tests.support.memory import peak_growth
 from tests.support.ranks import run_ranks
 
@@ -31,7 +31,9 @@ def iter_parts(layout: Layout, rank: int) -> Iterator[tuple[Placement, tuple[int
     tensor, data = layout
     for layer in range(NUM_LAYERS):
         for name, (shape, dim) in SHAPES.items():
-            place = split_placement(f"layers.{layer}.{name}", shape, dim, rank % tensor, tensor)
+            cuts = {} if dim is None else {dim: (rank % tensor, tensor)}
+            owned = dim is not None or rank % tensor == 0
+            place = Placement(f"layers.{layer}.{name}", shape, split_box(shape, cuts), owned)
             size, part = place.box.num_elements, rank // tensor
             yield place, (size * part // data, size * (part + 1) // data) if place.owned else (0, 0)
 

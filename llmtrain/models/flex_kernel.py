@@ -19,11 +19,12 @@ from llmtrain.models.visibility import Visibility
 
 BLOCK = 128
 SMALLEST_HEAD = 16
-"""Both are FlexAttention's: the block that it skips or computes, and the least size of a head."""
+"""Both are FlexAttention's: the block that it skips or computes, and the least size of a head. Of sequences that are
+shorter than a block its kernel for the CPU computes wrong numbers (PyTorch 2.13), and there is nothing to skip."""
 
 
 @cache
-def compiled_flex_attention() -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+def compiled_flex_attention() -> Any:
     """Its kernels, compiled for the sizes at hand. The import takes seconds, so it waits for the first use."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -32,10 +33,10 @@ def compiled_flex_attention() -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]
 
 
 def can_flex(q_SBND: Tensor, k_SBND: Tensor, scoring: Scoring) -> bool:
-    """Whether FlexAttention computes this: no dropout, no cache, no fp64, no tiny heads, and no learned scores by
-    distance, whose gradients it would add up in no fixed order."""
+    """Whether FlexAttention computes this: no dropout, no cache, no fp64, no tiny heads, no short sequences, and
+    no learned scores by distance, whose gradients it would add up in no fixed order."""
     learned = scoring.by_distance_NR is not None and scoring.by_distance_NR.requires_grad
-    whole = q_SBND.shape[0] == k_SBND.shape[0]
+    whole = q_SBND.shape[0] == k_SBND.shape[0] >= BLOCK
     fits = q_SBND.dtype != torch.float64 and q_SBND.shape[-1] >= SMALLEST_HEAD
     return scoring.dropout is None and not learned and whole and fits
 
@@ -47,20 +48,18 @@ def flex_kernel(q_SBND: Tensor, k_SBND: Tensor, v_SBND: Tensor, scoring: Scoring
 
     mask = outside_of_graphs(block_mask, scoring.pattern, scoring.visible, k.shape[2], q.device)
     run: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-    out, aux = run(
-        q,
-        k,
-        v,
-        score_mod=score_rule(scoring, k.shape[2]),
-        block_mask=mask,
-        scale=scoring.scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )
-    if scoring.sinks_N is not None:
-        # What the sinks take is left out of the softmax, and taken off its result.
-        share_BNS = torch.sigmoid(aux[0] - scoring.sinks_N[:, None])
-        out = out * share_BNS[..., None].to(out.dtype)
+    options = {
+        "score_mod": score_rule(scoring, k.shape[2]),
+        "block_mask": mask,
+        "scale": scoring.scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
+    if scoring.sinks_N is None:
+        return run(q, k, v, **options).permute(2, 0, 1, 3)
+    # What the sinks take is left out of the softmax, and taken off its result.
+    out, aux = run(q, k, v, **options, return_aux=AuxRequest(lse=True))
+    share_BNS = torch.sigmoid(aux.lse - scoring.sinks_N[:, None])
+    out = out * share_BNS[..., None].to(out.dtype)
     return out.permute(2, 0, 1, 3)
 
 

@@ -216,13 +216,13 @@ def test_recomputing_the_kernel_gives_the_same_bits(kind: str) -> None:
 def test_the_fastest_kernel_that_computes_it_is_chosen() -> None:
     def chosen(case: Case, restriction: str = "none", device: str = "cpu") -> str:
         attention = Attention(case.config, SITE)
-        q = torch.empty(64, 1, 4, 32, device="meta", dtype=torch.bfloat16)
+        q = torch.empty(128, 1, 4, 32, device="meta", dtype=torch.bfloat16)
         bias = build_position_bias(case.config, causal=True)
         draws = Draws(torch.zeros((), dtype=torch.int64))
         inputs = AttentionInputs(
             None, visibility(True, restriction), bias.to("cpu") if isinstance(bias, RelativeBias) else bias, draws
         )
-        scoring = attention.scoring(torch.empty(64, 1, 4, 32), q, inputs)
+        scoring = attention.scoring(torch.empty(128, 1, 4, 32), q, inputs)
         return kernel_for(q, q, scoring, on_gpu=device == "cuda")
 
     for device in ("cpu", "cuda"):

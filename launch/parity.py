@@ -105,8 +105,8 @@ def assemble_trace(ranks: Sequence[RankTrace]) -> Trace:
 class Levels:
     """What may differ, relative: the parity levels of a precision.
 
-    Of a tensor, the norm of the difference over its own norm; a tensor whose norm is below `floor` of all tensors' is
-    compared with that floor (a key's bias has no true gradient: what is left of it is noise). Weights have a wider
+    Of a tensor, the norm of the difference over its own norm; a tensor whose norm is below `floor` of all tensors' must
+    only stay below it (a key's bias has no true gradient: what is left of it is noise). Weights have a wider
     level: Adam divides each gradient by its own size, and so turns the rounding of a small one into a visible step.
     """
 
@@ -213,8 +213,10 @@ def _errors(reference: Tensors, other: Tensors, least: float) -> Iterator[tuple[
         if name not in other:
             yield name, float("inf")
             continue
-        difference = np.linalg.norm((value.astype(np.float64) - other[name]).ravel())
-        yield name, float(difference / max(np.linalg.norm(value.ravel()), least))
+        difference = float(np.linalg.norm((value.astype(np.float64) - other[name]).ravel()))
+        norm = float(np.linalg.norm(value.ravel()))
+        # What is noise beside the others (keys' biases have no true gradient) is only bounded.
+        yield name, difference / norm if norm >= least else difference / least if difference > least else 0.0
 
 
 @dataclass(frozen=True)

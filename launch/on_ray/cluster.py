@@ -150,7 +150,9 @@ def _existing_ray(address: str, launch: LaunchConfig) -> Iterator[Cluster]:
 def _address_on_this_machine() -> str:
     """That of the Ray that runs here. Ray itself is asked, in a process of its own: see above."""
     code = "from ray._private.services import canonicalize_bootstrap_address as find; print(find('auto') or '')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # Its address is wanted as it stands: 127.0.0.1 is not another name of this machine's address on the network.
+    environ = {**os.environ, KNOWN_BY_LOOPBACK: "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
     said = done.stdout.split()
     if done.returncode or not said:
         raise LaunchError(

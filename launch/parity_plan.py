@@ -7,11 +7,15 @@ from itertools import product
 from typing import Any
 
 from llmtrain.config.rules import arithmetic_problems
+from llmtrain.config.rules_attention import KINDS_WITH
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.errors import ConfigError
 
 SHRUNK_SEQ_LEN = 32
 SMALL_PATTERN = {"window": 8, "stride": 4, "block_size": 4}
+SMOOTH = {"relu": "gelu", "reglu": "geglu"}
+"""What takes the place of activations whose slope jumps: where rounding puts a value on the other side of 0, gradients
+differ for good, though every layout is right."""
 AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context", "ep": "expert"}
 PART = re.compile(r"(tp|pp|vp|cp|ep|dp|zero)(\d+)|sp|offload")
 FORM = "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 cp2 ep2 dp2 sp zero1 offload, as in megatron:tp2+sp+zero1."
@@ -29,18 +33,20 @@ class Candidate:
 def shrink(config: RunConfig, precision: str) -> RunConfig:
     """The same architecture with few and small layers, 8 micro-batches of 2 short samples per step, and no compiling.
 
-    Kept are the kinds of everything, the ratio of query to key heads, dropout, recompute and optimizer.
+    Kept are the kinds of everything (but for activations, see SMOOTH), the ratio of query to key heads, dropout,
+    recompute and optimizer.
     """
     model = config.model
     group = model.num_heads // model.kv_heads
     attention = model.attention
-    small = {name: least for name, least in SMALL_PATTERN.items() if getattr(attention, name) is not None}
+    small = {name: least for name, least in SMALL_PATTERN.items() if attention.kind in KINDS_WITH[name]}
     moe = model.moe and model.moe.model_copy(update={"num_experts": 4, "ffn_hidden_size": 48})
     both = model.family == "encoder_decoder"
     sizes: dict[str, Any] = {
         "num_layers": 2 if both else 4, "num_encoder_layers": 2 if both else None, "hidden_size": 32, "num_heads": 4,
         "num_kv_heads": max(1, 4 // group), "head_dim": 8,
         "ffn_hidden_size": 96 if model.gated else 128, "vocab_size": 307, "max_seq_len": 64, "moe": moe,
+        "activation": SMOOTH.get(model.activation, model.activation),
         "attention": attention.model_copy(update=small),
     }  # fmt: skip
     train = {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False, "steps": 100}

@@ -31,10 +31,16 @@ def parity(
 
     if precision not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"--precision {precision}: must be fp32, bf16 or fp16.")
-    small = shrink(load_config(config, overrides or []).config, precision)
+    whole = load_config(config, overrides or []).config
+    small = shrink(whole, precision)
     wanted = [parse_candidate(text.strip(), small) for text in layouts.split(",")] if layouts else None
     candidates = wanted or list(iter_candidates(small, ranks))
     typer.echo(f"comparing {len(candidates)} layouts with one process, {steps} steps of {precision}", err=True)
+    if small.model.activation != whole.model.activation:
+        kind, instead = whole.model.activation, small.model.activation
+        typer.echo(
+            f"{instead} for {kind}, whose slope jumps at 0: rounding there changes gradients in any layout", err=True
+        )
     if not json:
         typer.echo(Comparison.header())
     failed = 0

@@ -93,8 +93,6 @@ def benchmark(options: Options) -> list[Table]:
         on_cluster = {**os.environ, **head.environ, **head.settings, "BENCHMARK_CLUSTER": head.address}
         starts = ways_to_first_step(root, run, head.address, on_cluster)
         back = ways_back(root, run, head.address, on_cluster)
-        if options.quick:
-            del starts["Ray Train, a Ray of its own"], back["Ray Train, worker killed"]
         cold = {name: way for name, way in starts.items() if name.endswith("its own")}
         warm = {name: way for name, way in starts.items() if name not in cold}
         return [

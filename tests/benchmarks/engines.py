@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from launch.forks import Forks
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Engine
+from llmtrain.engines.inputs import model_inputs
 from llmtrain.models.build import build_model, materialize
 from llmtrain.train.setup import engine_class
 from tests.benchmarks import overhead, step
@@ -124,8 +125,8 @@ def same_model_step(config: RunConfig, shape: Shape) -> Step:
 
     def loss() -> torch.Tensor:
         batch = next(supply)
-        logits = model.logits(model(batch.tokens_BS, batch.positions_BS))
-        return F.cross_entropy(logits.flatten(0, 1), batch.labels_BS.flatten())
+        hidden, _ = model(model_inputs(batch))
+        return F.cross_entropy(model.logits(hidden).flatten(0, 1), batch.labels_BS.flatten())
 
     return bare_step(model, loss)
 

@@ -98,10 +98,11 @@ def spoil(engine: Any) -> Any:
     module = engine.engine.module.parts["decoder"].layers["3"]
     left = [1]
 
-    def infinite(_module: Any, _args: Any, output: torch.Tensor) -> None:
-        if left and output.requires_grad:
+    def infinite(_module: Any, _args: Any, output: tuple[torch.Tensor, Any]) -> None:
+        x_sBH, _ = output
+        if left and x_sBH.requires_grad:
             left.pop()
-            output.register_hook(lambda grad: grad * math.inf)
+            x_sBH.register_hook(lambda grad: grad * math.inf)
 
     return module.register_forward_hook(infinite)
 

@@ -63,6 +63,13 @@ def test_fp32_equals_one_process(family: str, text: str) -> None:
     assert verdict(config, layout.config, layout.world_size).problems == []
 
 
+@pytest.mark.parametrize("text", ["megatron:pp2", "deepspeed:tp2+zero1"])
+def test_relu_equals_one_process_before_rounding_crosses_its_kink(text: str) -> None:
+    """Some value in a few hundred thousand lies so near to 0 that a sum in another order has another sign."""
+    config, layout = candidate("relu", text)
+    assert verdict(config, layout.config, layout.world_size, num_steps=2).problems == []
+
+
 def test_the_short_selection_is_legal_and_meets_every_engine_axis_and_stage() -> None:
     chosen = [(family, text) for family, texts in SHORT.items() for text in texts]
     assert set(chosen) <= set(grid())
@@ -182,7 +189,7 @@ MUTATIONS: list[tuple[Callable[[], None], str, str, str]] = [
     (balance_by_one_part_of_the_sequence, "top_1", "megatron:tp2+sp", "aux_loss of step 1"),
     (capacity_of_one_part_of_the_sequence, "top_1", "megatron:cp2", "loss of step 1"),
     (forget_the_way_back, "top_2", "megatron:dp2+ep2", "loss of step 1"),
-    (drop_sum_of_partial_gradients, "top_2", "megatron:tp2", "q_norm.weight in step 1"),
+    (drop_sum_of_partial_gradients, "top_2", "megatron:tp2", "_norm.weight in step 1"),
     (drop_sum_over_stages, "t5", "megatron:pp2+vp2", "position_bias.weight"),
     (forget_padding, "t5", "megatron:pp2", "loss of step 1"),
     (enter_weights_without_sum, "top_2", "megatron:tp2", "gradient of decoder.layers"),

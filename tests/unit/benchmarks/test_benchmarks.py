@@ -10,9 +10,13 @@ from tests.benchmarks.__main__ import BENCHMARKS, main
 from tests.benchmarks.measuring import Options, Table
 
 QUICK = Options(rounds=1, quick=True)
+WHOLE_RUNS = ("command", "launch", "recovery", "cluster")
+"""Those that start runs and peers as a user does, each for seconds."""
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.whole_grid] if name in WHOLE_RUNS else []) for name in BENCHMARKS]
+)
 def test_every_benchmark_yields_figures_beside_peers(name: str) -> None:
     tables: list[Table] = import_module(f"tests.benchmarks.{name}").benchmark(QUICK)
     assert tables

@@ -9,7 +9,7 @@ from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.config.rendering import to_yaml
 from llmtrain.config.sizes import parameter_shapes
-from tests.support.memory import peak_growth
+from tests.support.memory import peak_growth, peak_growth_again
 from tests.support.ranks import run_ranks
 from tests.support.samples import tiny_run
 from tests.unit.interop.models import MIXTRAL
@@ -19,7 +19,7 @@ MODEL = MIXTRAL.model_copy(update={"num_layers": 10, "hidden_size": 256, "ffn_hi
 PART_BYTES = 10 * MIB
 WEIGHT_BYTES = 4 * sum(torch.Size(shape).numel() for shape in parameter_shapes(MODEL).values())
 SLACK_BYTES = 12 * MIB
-"""For buffers of hashes and of files, headers, and code that runs for the first time."""
+"""For buffers of hashes and of files, and headers."""
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak of memory")
 
@@ -37,8 +37,8 @@ def _export_rank(rank: int, world_size: int, run: Path, out: Path) -> tuple[int,
     torch.set_num_threads(1)
     out.mkdir()
     read = checkpoint_tensors(find_checkpoint(run), MODEL, torch.float32)
-    theirs = iter_theirs(family_for(MODEL).tables[0], MODEL, read)
-    written = peak_growth(lambda: hf_export.write_weights(out, theirs, PART_BYTES))
+    theirs = partial(iter_theirs, family_for(MODEL).tables[0], MODEL, read)
+    written = peak_growth_again(lambda: hf_export.write_weights(out, theirs(), PART_BYTES))
     weights = hf_export.TrainedWeights(read, lambda model, part: partial(logits_of, build_from(model, part)))
     settings = hf_export.ExportSettings(max_shard_bytes=PART_BYTES, proof="layers")
     tokenizer = load_tokenizer(run / "tokenizer.model")
@@ -50,7 +50,7 @@ def _import_rank(rank: int, world_size: int, source: Path, out: Path) -> int:
     from llmtrain.interop.hf_import import open_hf_folder
 
     folder = open_hf_folder(source)
-    return peak_growth(lambda: _write_imported(folder, out, PART_BYTES))
+    return peak_growth_again(lambda: _write_imported(folder, out, PART_BYTES))
 
 
 @pytest.fixture(scope="module")

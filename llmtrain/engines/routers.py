@@ -9,7 +9,7 @@ from torch import Tensor
 from llmtrain.checkpoint.fragments import Box, Fragment, FragmentSource
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.moe import MoE
-from llmtrain.models.router import NUM_SCALARS, RouterReport
+from llmtrain.models.router import NUM_SCALARS, RouterReport, bias_name
 from llmtrain.models.transformer import Stack
 
 
@@ -69,7 +69,7 @@ class Routers:
         """All biases, in steps of bias_update_rate; for rank 0 to save."""
         if self._biased:
             for name, bias_E in zip(self._names, self._biases, strict=True):
-                yield Fragment.whole(buffer_name(name), "buffer", bias_E.float())
+                yield Fragment.whole(bias_name(name), "buffer", bias_E.float())
 
     def load(self, source: FragmentSource | None) -> None:
         """Continue a source's biases; without one, or where it has none, they start at zero."""
@@ -88,15 +88,11 @@ def iter_moe(stacks: Iterable[Stack]) -> Iterator[tuple[str, MoE]]:
                 yield f"{stack.side}.layers.{number}", layer.moe
 
 
-def buffer_name(layer: str) -> str:
-    return f"{layer}.moe.router.bias"
-
-
 def read_bias(source: FragmentSource | None, layer: str, num_experts: int) -> Tensor:
     """The bias of a layer's router in a source, in steps; zeros where it has none."""
-    if source is None or source.global_shape(buffer_name(layer), "buffer") is None:
+    if source is None or source.global_shape(bias_name(layer), "buffer") is None:
         return torch.zeros(num_experts)
-    return source.read(buffer_name(layer), "buffer", Box.whole((num_experts,)))
+    return source.read(bias_name(layer), "buffer", Box.whole((num_experts,)))
 
 
 def layer_figures(report: RouterReport, num_micro_batches: int) -> dict[str, Any]:

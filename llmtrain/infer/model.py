@@ -26,6 +26,7 @@ from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.build import build_model
 from llmtrain.models.moe import MoE
+from llmtrain.models.router import bias_name
 from llmtrain.models.transformer import ModelInputs, Transformer, counted_positions
 
 
@@ -139,7 +140,7 @@ def _load_router_biases(model: Transformer, source: FragmentSource, device: torc
         return
     for stack in model.stacks:
         for number, layer in stack.layers.items():
-            name = f"{stack.side}.layers.{number}.moe.router.bias"
+            name = bias_name(f"{stack.side}.layers.{number}")
             if isinstance(layer.moe, MoE) and (shape := source.global_shape(name, "buffer")) is not None:
                 steps_E = source.read(name, "buffer", Box.whole(shape)).to(device)
                 layer.moe.router.bias_E = steps_E * moe.bias_update_rate

@@ -164,3 +164,8 @@ def experts_choose(scores_NE: Tensor, valid_N: Tensor, room: int) -> Choice:
     best_RE = scores_NE.sort(dim=0, descending=True, stable=True).indices[:room]
     wanted_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(0, best_RE, True) & valid_N[:, None]
     return Choice(wanted_NE, wanted_NE)
+
+
+def bias_name(layer: str) -> str:
+    """The name of a router's bias in checkpoints: a buffer, in steps of bias_update_rate."""
+    return f"{layer}.moe.router.bias"

@@ -34,12 +34,13 @@ def watches_speed(config: RunConfig) -> bool:
 def import_for_ranks(engine: str) -> None:
     """Import all that ranks need, in the process that they will be forked from. No GPU may be in use there."""
     import torch
+    import torch._dynamo  # every optimizer's first step would, on each rank for seconds
 
     import launch.worker
     import launch.worktime
     from llmtrain.train.setup import engine_class
 
-    assert launch.worker and launch.worktime
+    assert launch.worker and launch.worktime and torch._dynamo
     # Asked through the driver's library, a GPU is not initialized by the question: the forked ranks can be.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     engine_class(engine)

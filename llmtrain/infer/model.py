@@ -22,7 +22,6 @@ from llmtrain.data.batch import PADDING
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 from llmtrain.errors import ConfigError
 from llmtrain.interop.examples import Example
-from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.build import build_model
 from llmtrain.models.moe import MoE
@@ -156,6 +155,8 @@ def load_checkpoint(path: Path, device: torch.device) -> TrainedModel:
 def load_model(path: Path, device: torch.device) -> TrainedModel:
     """The model of a run, a checkpoint or a Hugging Face folder."""
     if (path / "config.json").is_file():
+        from llmtrain.interop.hf_import import open_hf_folder  # brings in transformers, for which no run shall wait
+
         folder = open_hf_folder(path)
         return TrainedModel(build_trained(folder.model, folder, device), folder.tokenizer_path)
     return load_checkpoint(path, device)

@@ -119,5 +119,9 @@ def test_pure_modules_bring_in_nothing_heavy_by_others() -> None:
     assert heavy_modules_after_importing(pure + checks) == set()
 
 
+def test_a_run_waits_for_no_library_that_it_does_not_use() -> None:
+    assert heavy_modules_after_importing(["launch.worker", "llmtrain.engines.torch_engine"]) == {"torch"}
+
+
 def test_a_heavy_module_brought_in_by_others_is_caught() -> None:
     assert heavy_modules_after_importing(["llmtrain.data.batch"]) == {"torch"}

@@ -131,7 +131,7 @@ def killed_and_resumed(folder: Path, layout: Layout, fault: Fault, resumed: Layo
     [
         pytest.param(ALONE, "recorded", id="alone-recorded"),
         pytest.param(ALONE, 2, id="alone-2-steps-later"),
-        pytest.param(("megatron-1", 2, {"tensor": 2}), "recorded", id="megatron-recorded"),
+        pytest.param(("megatron-1", 2, {"tensor": 2}), "recorded", id="megatron-recorded", marks=whole_grid),
         pytest.param(("deepspeed-2", 2, {}), 6, id="deepspeed-6-steps-later", marks=whole_grid),
     ],
 )
@@ -211,6 +211,7 @@ def test_too_many_rollbacks_end_the_run_on_all_ranks(folder: Path) -> None:
     assert again[0].error is not None and len(events(folder, "rollback")) == 2
 
 
+@whole_grid
 def test_a_clean_run_has_no_spike(folder: Path) -> None:
     trained(folder, ALONE, Fault(), steps=300, rollback=True)
     assert [event["event"] for event in events(folder)] == [STARTED]

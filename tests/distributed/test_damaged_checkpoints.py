@@ -54,6 +54,7 @@ def assert_resume_goes_back(checkpoints: Path, newest: Path) -> None:
     aside.rename(newest)
 
 
+@pytest.mark.whole_grid
 def test_two_hundred_flips_are_two_hundred_findings(workspace: Path) -> None:
     done = llmtrain("train", "run.yaml", *OVERRIDES, folder=workspace)
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,7 @@ def limited(*arguments: str, folder: Path, limit: Callable[[], None]) -> subproc
     ("world_size", "policy"),
     [
         (1, "stop"),
-        (2, "continue"),
+        pytest.param(2, "continue", marks=pytest.mark.whole_grid),
         pytest.param(1, "continue", marks=pytest.mark.whole_grid),
         pytest.param(2, "stop", marks=pytest.mark.whole_grid),
     ],

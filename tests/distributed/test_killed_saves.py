@@ -82,7 +82,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("world_size", "async_save", "phase", "rank"), [CASES[0], CASES[1], CASES[4], CASES[7]])
+@pytest.mark.parametrize(("world_size", "async_save", "phase", "rank"), [CASES[4], CASES[7]])
 def test_a_killed_save_is_as_if_it_had_never_been(
     workspace: Path, world_size: int, async_save: bool, phase: str, rank: int
 ) -> None:

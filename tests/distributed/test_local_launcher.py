@@ -125,6 +125,7 @@ def test_a_rank_that_raises_is_shown_first_and_in_full(workspace: Path) -> None:
     assert status(run)["message"] == f"rank 1 on {HOST}: ValueError: spoiled on purpose"
 
 
+@pytest.mark.whole_grid
 def test_ranks_that_do_not_notice_are_stopped(workspace: Path) -> None:
     began = time.monotonic()
     done = spoiled("raising_beside_a_sleeper", "train", "run.yaml", folder=workspace)
@@ -185,7 +186,9 @@ def to_all(launcher: int, ranks: list[int]) -> None:
         os.kill(process, signal.SIGINT)
 
 
-@pytest.mark.parametrize("tell", [to_launcher, to_a_rank, to_all])
+@pytest.mark.parametrize(
+    "tell", [*(pytest.param(tell, marks=pytest.mark.whole_grid) for tell in (to_launcher, to_a_rank)), to_all]
+)
 def test_told_to_stop_all_ranks_save_the_same_step(workspace: Path, tell: Callable[[int, list[int]], None]) -> None:
     stopped = workspace / "runs" / "stopped"
     arguments = ("train", "run.yaml", "name=stopped", "train.steps=60", "checkpoint.every_steps=0")
@@ -225,6 +228,7 @@ def test_told_twice_ends_at_once(workspace: Path) -> None:
     assert living(ranks) == []
 
 
+@pytest.mark.whole_grid
 def test_what_rank_0_refuses_ends_all_ranks_with_its_exit_code(workspace: Path) -> None:
     assert llmtrain("train", "run.yaml", folder=workspace).returncode == 0
     run = workspace / "runs" / "tiny"
@@ -246,6 +250,7 @@ def test_what_rank_0_refuses_ends_all_ranks_with_its_exit_code(workspace: Path) 
     assert "from step 10" in again.stderr
 
 
+@pytest.mark.whole_grid
 def test_a_second_launcher_in_the_same_folder_is_refused(workspace: Path) -> None:
     run = workspace / "runs" / "tiny"
     process = start_llmtrain("train", "run.yaml", LONG, folder=workspace)

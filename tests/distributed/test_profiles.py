@@ -25,6 +25,7 @@ IN_SHORT = ("megatron",)
 CASES = [name if name in IN_SHORT else pytest.param(name, marks=pytest.mark.whole_grid) for name in ENGINES]
 
 
+@pytest.mark.whole_grid
 @pytest.mark.parametrize("engine", CASES)
 def test_steps_are_traced_and_nothing_else_changes(workspace: Path, engine: str) -> None:
     profile = "observe.profile={steps: [3, 4], ranks: [1]}"

@@ -46,6 +46,7 @@ def output_of(workspace: Path) -> str:
     return (workspace / "output.txt").read_text("utf-8")
 
 
+@pytest.mark.whole_grid
 def test_the_run_shrinks_with_a_lost_node_and_grows_back(head: RayHead, workspace: Path, samples: Path) -> None:
     settings = ("checkpoint.every_steps=25", "evaluate.every_steps=0", "optim.schedule=constant")
     second = head.add_node(num_cpus=2)

@@ -86,6 +86,7 @@ def assert_counted(pieces: Path, run: Path, shard: str) -> None:
     assert (state["samples"], state["tokens"]) == (STEPS * BATCH, kept * SEQ_LEN)
 
 
+@pytest.mark.whole_grid
 def test_training_from_a_server_is_training_from_a_folder(pieces: Path) -> None:
     shutil.copy((pieces / "data").resolve().parent / "tokenizer.model", pieces / "pieces/tokenizer.model")
     local = llmtrain("train", "run.yaml", SKIP[0], "name=local", folder=pieces)

@@ -64,6 +64,7 @@ def test_this_machine_can_train(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
 
 
+@pytest.mark.whole_grid
 def test_broken_missing_and_wrong_packages_are_told_with_what_mends_them(tmp_path: Path) -> None:
     python = environment_without(tmp_path / "venv", "webdataset")
     fakes = tmp_path / "fakes"

@@ -52,6 +52,7 @@ def check(outcomes: dict[str, Any], workspace: Path, num_ranks: int = 2) -> None
     assert "abandoned" not in output(workspace, "told to stop")
 
 
+@pytest.mark.whole_grid
 def test_two_ranks_survive(workspace: Path) -> None:
     check(drill(workspace), workspace)
 

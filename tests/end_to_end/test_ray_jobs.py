@@ -87,6 +87,7 @@ def test_a_failed_job_ends_with_the_runs_exit_code(head: RayHead, workspace: Pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.whole_grid
 def test_a_stopped_job_has_saved_and_continues_when_submitted_again(head: RayHead, workspace: Path) -> None:
     settings = ("train.steps=100000", "checkpoint.every_steps=0")
     job = on(head, "submit", "run.yaml", "--to", "ray", *settings, folder=workspace)
@@ -131,6 +132,7 @@ def test_the_cluster_of_this_machine_is_found(head: RayHead, workspace: Path) ->
 HOSTILE = ("it's $(touch owned)", 'a "quoted" `touch owned`', "né; touch owned &", "two\nlines", "-rf $HOME")
 
 
+@pytest.mark.whole_grid
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_values_arrive_as_they_were_written(head: RayHead, workspace: Path, name: str) -> None:
     folder = workspace / name
@@ -149,6 +151,7 @@ def test_hostile_values_arrive_as_they_were_written(head: RayHead, workspace: Pa
     assert list(workspace.rglob("owned")) == []
 
 
+@pytest.mark.whole_grid
 def test_secrets_stay_where_they_are(workspace: Path) -> None:
     """Neither on any command line, nor in any file that is written, while a run goes on and after it."""
     long = ("train.steps=100000", "checkpoint.every_steps=20", "observe.wandb=offline")
@@ -175,6 +178,7 @@ def test_secrets_stay_where_they_are(workspace: Path) -> None:
         assert any(passed.encode() in content for content in written.values())
 
 
+@pytest.mark.whole_grid
 def test_an_open_cluster_on_other_machines_is_refused(workspace: Path) -> None:
     with ray_head(num_cpus=2, is_open=True, is_outward=True) as head:
         assert answer_of(f"{head.dashboard}/api/jobs/") == 200

@@ -71,7 +71,7 @@ def sha256_of_state(run: Path) -> str:
 
 
 RESUMED = [
-    ("megatron", 2, "engine.zero_stage=1"),
+    pytest.param("megatron", 2, "engine.zero_stage=1", marks=pytest.mark.whole_grid),
     pytest.param("deepspeed", 2, "engine.zero_stage=3", marks=pytest.mark.whole_grid),
     pytest.param("megatron", 1, "parallel.tensor=1", marks=pytest.mark.whole_grid),
     pytest.param("deepspeed", 1, "engine.zero_stage=2", marks=pytest.mark.whole_grid),
@@ -103,6 +103,7 @@ def test_three_resumes_at_random_points_change_nothing(
     assert state["train"]["samples"] == 40 * 16
 
 
+@pytest.mark.whole_grid
 def test_told_to_stop_saves_at_the_very_step_and_continues(workspace: Path) -> None:
     process = start_llmtrain("train", "run.yaml", "name=stopped", folder=workspace)
     stopped = workspace / "runs" / "stopped"
@@ -120,6 +121,7 @@ def test_told_to_stop_saves_at_the_very_step_and_continues(workspace: Path) -> N
     assert_same_end(workspace / "runs" / "whole", stopped)
 
 
+@pytest.mark.whole_grid
 def test_told_twice_stops_at_once(workspace: Path) -> None:
     slow = ("train.micro_batch_size=16", "train.global_batch_size=512", "train.steps=1000")
     process = start_llmtrain("train", "run.yaml", *slow, folder=workspace)

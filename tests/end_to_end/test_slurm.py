@@ -145,6 +145,7 @@ def test_without_the_requeue_in_the_script_it_stays_stopped(slurm: Slurm, worksp
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "75:0", "0")
 
 
+@pytest.mark.whole_grid
 def test_a_killed_rank_is_started_again_in_the_same_job(slurm: Slurm, workspace: Path) -> None:
     """Submitted by hand, with the number of ranks on the command line of sbatch."""
     environment = {**slurm.environment, "PATH": f"{Path(COMMAND).parent}:{os.environ['PATH']}"}
@@ -194,6 +195,7 @@ def test_a_stopped_rank_is_found_by_the_watchdog(slurm: Slurm, workspace: Path) 
     assert "rank 0" in (run / "logs" / "stacks.txt").read_text("utf-8")
 
 
+@pytest.mark.whole_grid
 def test_cancelled_it_saves_and_does_not_come_back(slurm: Slurm, workspace: Path) -> None:
     run = workspace / "runs" / "tiny"
     job = submit(slurm, workspace, *LONG, "launch.num_workers=2", "launch.slurm.nodes=2")

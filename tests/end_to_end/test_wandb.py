@@ -135,6 +135,7 @@ def check_untouched(workspace: Path, said: str, undisturbed: dict[int, tuple[flo
     assert len(undisturbed) == STEPS
 
 
+@pytest.mark.whole_grid
 def test_without_network_the_run_is_the_same_and_kept_for_later(
     workspace: Path, environment: dict[str, str], undisturbed: dict[int, tuple[float, float]]
 ) -> None:
@@ -165,6 +166,7 @@ def documented_commands() -> list[str]:
     return [line for block in re.findall(r"```sh\n(.*?)```", part, re.DOTALL) for line in block.splitlines()]
 
 
+@pytest.mark.whole_grid
 def test_online_the_server_gets_every_row_and_no_secret(workspace: Path, environment: dict[str, str]) -> None:
     online = [line for line in documented_commands() if "observe.wandb=online" in line]
     assert online == ["llmtrain train my-run.yaml observe.wandb=online"]
@@ -185,9 +187,8 @@ def test_online_the_server_gets_every_row_and_no_secret(workspace: Path, environ
         assert not [sent for run in server.runs() for sent in run.values() if sent == socket.gethostname()]
 
 
-@pytest.mark.parametrize(
-    "supervised", [True, pytest.param(False, marks=pytest.mark.whole_grid)], ids=["supervised", "alone"]
-)
+@pytest.mark.whole_grid
+@pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "alone"])
 def test_a_killed_service_leaves_training_alone(
     workspace: Path, supervised: bool, undisturbed: dict[int, tuple[float, float]]
 ) -> None:

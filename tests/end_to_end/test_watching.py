@@ -87,6 +87,7 @@ def test_a_run_is_watched_through_its_troubles(workspace: Path) -> None:
     assert followed.splitlines()[-1].startswith(f"{run}: dead")
 
 
+@pytest.mark.whole_grid
 def test_effective_training_time_of_a_run_that_was_killed(workspace: Path) -> None:
     run = workspace / "runs" / "tiny"
     config = ("train.steps=60", SUPERVISED)
@@ -136,6 +137,7 @@ def test_a_run_that_is_given_up_ends_with_what_it_has_cost(workspace: Path) -> N
     assert view["state"] == "stalled" and "SIGKILL" in view["cause"]
 
 
+@pytest.mark.whole_grid
 def test_an_interrupted_follower_is_quiet(workspace: Path) -> None:
     run = workspace / "runs" / "tiny"
     assert llmtrain("train", "run.yaml", folder=workspace).returncode == 0

@@ -1,9 +1,10 @@
 """Running one layout of a tiny model and comparing it with one process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
 
 from launch.parity import FP32, Levels, RankTrace, Trace, Verdict, assemble_trace, compare, trace_layout, trace_rank
@@ -11,6 +12,9 @@ from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.engines.torch_engine import TorchEngine
 from tests.support.ranks import run_ranks
 from tests.support.samples import tiny_model, tiny_run
+
+SHORT_STEPS, GRID_STEPS = 5, 20
+"""Steps that are compared in `make test`, and in the whole grids of `make test-all`."""
 
 GQA_TIED: dict[str, Any] = {"num_layers": 4}
 DROPOUT: dict[str, Any] = {**GQA_TIED, "dropout": 0.1, "attention_dropout": 0.1}
@@ -56,6 +60,19 @@ def parity_run(model: str, precision: str = "fp32", recompute: str = "none") -> 
     return run.model_copy(update={"data": run.data.model_copy(update=DATA.get(model, {}))})
 
 
+def short_and_whole(short: Iterable[tuple[Any, ...]], grid: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Parameters of a test that compares: a selection for some steps, and the whole grid, marked, for more."""
+    few = [pytest.param(*case, SHORT_STEPS, id=case_name(case)) for case in sorted(short)]
+    return few + [
+        pytest.param(*case, GRID_STEPS, id=f"{case_name(case)}-{GRID_STEPS}", marks=pytest.mark.whole_grid)
+        for case in grid
+    ]
+
+
+def case_name(case: tuple[Any, ...]) -> str:
+    return "-".join(map(str, case))
+
+
 def with_layout(config: RunConfig, engine: dict[str, Any], parallel: dict[str, Any]) -> RunConfig:
     return config.model_copy(update={"engine": EngineConfig(**engine), "parallel": ParallelConfig(**parallel)})
 
@@ -84,7 +101,7 @@ def verdict(
     config: RunConfig,
     layout: RunConfig,
     world_size: int,
-    num_steps: int = 20,
+    num_steps: int = SHORT_STEPS,
     levels: Levels = FP32,
     mutation: Callable[[], None] | None = None,
 ) -> Verdict:

@@ -10,7 +10,7 @@ from launch.parity import LOW_PRECISION
 from launch.parity_plan import Candidate, parse_candidate
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
-from tests.parity.cases import parity_run, verdict
+from tests.parity.cases import parity_run, short_and_whole, verdict
 
 FAMILIES = ("bert", "t5", "switch_t5", "top_1", "top_2", "shared")
 
@@ -46,9 +46,8 @@ def legal(family: str, text: str) -> bool:
     return True
 
 
-def cases() -> list[Any]:
-    marks = {True: [], False: [pytest.mark.whole_grid]}
-    return [pytest.param(*case, marks=marks[case[1] in SHORT[case[0]]], id="-".join(case)) for case in grid()]
+def short() -> list[tuple[str, str]]:
+    return [(family, text) for family, texts in SHORT.items() for text in texts]
 
 
 def candidate(family: str, text: str, **train: Any) -> tuple[RunConfig, Candidate]:
@@ -56,11 +55,11 @@ def candidate(family: str, text: str, **train: Any) -> tuple[RunConfig, Candidat
     return config, parse_candidate(text, config)
 
 
-@pytest.mark.parametrize(("family", "text"), cases())
-def test_fp32_equals_one_process(family: str, text: str) -> None:
+@pytest.mark.parametrize(("family", "text", "num_steps"), short_and_whole(short(), grid()))
+def test_fp32_equals_one_process(family: str, text: str, num_steps: int) -> None:
     """Loss, norm, every gradient and weight; balancing losses and figures of the experts in every step."""
     config, layout = candidate(family, text)
-    assert verdict(config, layout.config, layout.world_size).problems == []
+    assert verdict(config, layout.config, layout.world_size, num_steps).problems == []
 
 
 @pytest.mark.parametrize("text", ["megatron:pp2", "deepspeed:tp2+zero1"])
@@ -71,9 +70,8 @@ def test_relu_equals_one_process_before_rounding_crosses_its_kink(text: str) -> 
 
 
 def test_the_short_selection_is_legal_and_meets_every_engine_axis_and_stage() -> None:
-    chosen = [(family, text) for family, texts in SHORT.items() for text in texts]
-    assert set(chosen) <= set(grid())
-    parts = {part for _, text in chosen for part in text.replace(":", "+").split("+")}
+    assert set(short()) <= set(grid())
+    parts = {part for _, text in short() for part in text.replace(":", "+").split("+")}
     assert {
         "torch",
         "megatron",

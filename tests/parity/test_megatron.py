@@ -6,7 +6,7 @@ import pytest
 
 from launch.parity import LOW_PRECISION, assemble_trace, worst_tensor
 from llmtrain.config.schema import LossScaleConfig
-from tests.parity.cases import parity_run, reference, traced_rank, verdict, with_layout
+from tests.parity.cases import parity_run, reference, short_and_whole, traced_rank, verdict, with_layout
 from tests.support.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -37,17 +37,12 @@ PAIRWISE = {
 """Every layout, every model with both stages; the whole grid runs in `make test-all`."""
 
 
-def cases() -> list[Any]:
-    marks = {False: [pytest.mark.whole_grid], True: []}
-    return [pytest.param(*case, marks=marks[case in PAIRWISE], id="-".join(map(str, case))) for case in GRID]
-
-
-@pytest.mark.parametrize(("layout", "model", "zero_stage"), cases())
-def test_fp32_equals_one_process(layout: str, model: str, zero_stage: int) -> None:
+@pytest.mark.parametrize(("layout", "model", "zero_stage", "num_steps"), short_and_whole(PAIRWISE, GRID))
+def test_fp32_equals_one_process(layout: str, model: str, zero_stage: int, num_steps: int) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = parity_run(model)
     other = with_layout(config, {"name": "megatron", "zero_stage": zero_stage}, parallel)
-    assert verdict(config, other, ranks).problems == []
+    assert verdict(config, other, ranks, num_steps).problems == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

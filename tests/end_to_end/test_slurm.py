@@ -210,6 +210,7 @@ def test_cancelled_it_saves_and_does_not_come_back(slurm: Slurm, workspace: Path
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.whole_grid
 def test_a_crash_loop_is_given_up_and_not_requeued(slurm: Slurm, workspace: Path) -> None:
     run = workspace / "runs" / "tiny"
     overrides = (*LONG, "launch.num_workers=2", "launch.slurm.nodes=2", "launch.max_stalled_attempts=2")

@@ -13,7 +13,7 @@ from llmtrain.engines.torch_engine import TorchEngine
 from tests.support.ranks import run_ranks
 from tests.support.samples import tiny_model, tiny_run
 
-SHORT_STEPS, GRID_STEPS = 5, 20
+SHORT_STEPS, GRID_STEPS = 3, 20
 """Steps that are compared in `make test`, and in the whole grids of `make test-all`."""
 
 GQA_TIED: dict[str, Any] = {"num_layers": 4}

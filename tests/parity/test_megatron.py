@@ -54,7 +54,7 @@ def test_low_precision_stays_within_its_bounds(precision: str, layout: str, zero
     assert verdict(config, other, ranks, num_steps=5, levels=LOW_PRECISION).problems == []
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.whole_grid)])
 def test_recompute_changes_nothing(recompute: str) -> None:
     ranks, parallel = LAYOUTS["tp2+sp"]
     config = parity_run("dropout", recompute=recompute)
@@ -94,7 +94,7 @@ def test_uneven_stages_and_overlapped_reductions() -> None:
     assert verdict(config, overlapped, 2, num_steps=3).problems == []
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2+sp", "pp2"])
+@pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2+sp", marks=pytest.mark.whole_grid), "pp2"])
 def test_fp16_recovers_from_an_overflow(layout: str) -> None:
     """All ranks skip the same steps until the scale is low enough. Where the model is whole, it is one process's steps.
 

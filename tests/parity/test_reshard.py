@@ -31,7 +31,7 @@ from tests.support.tokenizers import train_sentencepiece
 
 PAIRS = draw_pairs(60, seed=7016)
 FAMILY_PAIRS = draw_family_pairs(45, seed=7017, models=("bert", "switch_t5", "top_2", "t5", "shared"))
-IN_SHORT, FAMILIES_IN_SHORT = 12, 5
+IN_SHORT, FAMILIES_IN_SHORT = 12, 2
 """The first pairs run in `make test`: from every engine to every engine; the rest in `make test-all`."""
 
 LOSS_FP32 = 1e-5

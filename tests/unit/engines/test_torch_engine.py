@@ -197,6 +197,7 @@ def test_a_tiny_model_memorizes_a_text() -> None:
     assert losses[-1] < 0.05
 
 
+@pytest.mark.whole_grid
 def test_compiled_layers_give_the_same_numbers() -> None:
     model = {"num_layers": 1, "dropout": 0.1}
     plain, compiled = engine(model), engine(model, {"compile": True})

@@ -70,6 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, small_tokenizer) -> Path:
     return path
 
 
+@pytest.mark.whole_grid
 def test_weights_are_in_memory_one_file_at_a_time(run, tmp_path):
     assert WEIGHT_BYTES > 12 * PART_BYTES
     ((written, proved),) = run_ranks(_export_rank, 1, run, tmp_path / "out", timeout_seconds=240)

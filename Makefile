@@ -55,7 +55,7 @@ quickstart: $(STAMP) $(QS)/data/train/manifest.json
 	  "  llmtrain train configs/runs/quickstart.yaml name=mine seed=7     # another run; then: llmtrain report $(RUN) $(QS)/runs/mine"
 
 test: $(STAMP)
-	$(BIN)/pytest -m 'not whole_grid'
+	$(BIN)/pytest -m 'not whole_grid' --durations 20
 
 test-all: $(STAMP)
 	$(BIN)/pytest

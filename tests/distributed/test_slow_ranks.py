@@ -77,13 +77,13 @@ def test_a_rank_that_sleeps_is_named(workspace: Path, where: str, layout: tuple[
     assert f"slow: rank {rank} on " in said
 
 
-@pytest.mark.whole_grid
+@whole_grid
 def test_without_the_waiting_nobody_could_be_named(workspace: Path) -> None:
     run_slow(workspace, "forward-unmeasured", DATA_PARALLEL, 0.15, 1 + STEPS_TO_NAME)
     assert named(workspace) == []
 
 
-@pytest.mark.whole_grid
+@whole_grid
 def test_it_can_be_turned_off(workspace: Path) -> None:
     run_slow(workspace, "forward", DATA_PARALLEL, 0.1, 1 + STEPS_TO_NAME, "observe.straggler_score=0")
     assert named(workspace) == []
@@ -109,8 +109,8 @@ def test_a_throttled_rank_is_named(workspace: Path) -> None:
     assert [event["rank"] for event in named(workspace)] == [1]
 
 
-@pytest.mark.whole_grid
-@pytest.mark.parametrize("layout", [DATA_PARALLEL, pytest.param(PIPELINE, marks=whole_grid)])
+@whole_grid
+@pytest.mark.parametrize("layout", [DATA_PARALLEL, PIPELINE])
 def test_no_rank_is_named_without_a_reason(workspace: Path, layout: tuple[str, ...]) -> None:
     run_slow(workspace, "nowhere", layout, 0.0, 500, "evaluate.every_steps=0")
     assert named(workspace) == []

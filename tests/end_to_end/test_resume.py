@@ -71,13 +71,14 @@ def sha256_of_state(run: Path) -> str:
 
 
 RESUMED = [
-    pytest.param("megatron", 2, "engine.zero_stage=1", marks=pytest.mark.whole_grid),
-    pytest.param("deepspeed", 2, "engine.zero_stage=3", marks=pytest.mark.whole_grid),
-    pytest.param("megatron", 1, "parallel.tensor=1", marks=pytest.mark.whole_grid),
-    pytest.param("deepspeed", 1, "engine.zero_stage=2", marks=pytest.mark.whole_grid),
+    ("megatron", 2, "engine.zero_stage=1"),
+    ("deepspeed", 2, "engine.zero_stage=3"),
+    ("megatron", 1, "parallel.tensor=1"),
+    ("deepspeed", 1, "engine.zero_stage=2"),
 ]
 
 
+@pytest.mark.whole_grid
 @pytest.mark.parametrize(("engine", "num_ranks", "setting"), RESUMED)
 def test_three_resumes_at_random_points_change_nothing(
     workspace: Path, engine: str, num_ranks: int, setting: str

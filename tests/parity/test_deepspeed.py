@@ -108,7 +108,8 @@ def low_precision_verdict(config: RunConfig, other: RunConfig, ranks: int) -> Ve
     return verdict(config, other, ranks, num_steps=5, levels=LOW_PRECISION)
 
 
-@pytest.mark.parametrize("recompute", [whole("selective"), whole("full")])
+@pytest.mark.whole_grid
+@pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_under_stage_3_changes_nothing(recompute: str) -> None:
     ranks, parallel = LAYOUTS["tp2+sp"]
     config = parity_run("dropout", recompute=recompute)

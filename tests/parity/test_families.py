@@ -187,7 +187,7 @@ MUTATIONS: list[tuple[Callable[[], None], str, str, str]] = [
     (balance_by_one_part_of_the_sequence, "top_1", "megatron:tp2+sp", "aux_loss of step 1"),
     (capacity_of_one_part_of_the_sequence, "top_1", "megatron:cp2", "loss of step 1"),
     (forget_the_way_back, "top_2", "megatron:dp2+ep2", "loss of step 1"),
-    (drop_sum_of_partial_gradients, "top_2", "megatron:tp2", "_norm.weight in step 1"),
+    (drop_sum_of_partial_gradients, "top_2", "megatron:tp2", "k_norm.weight in step 1"),
     (drop_sum_over_stages, "t5", "megatron:pp2+vp2", "position_bias.weight"),
     (forget_padding, "t5", "megatron:pp2", "loss of step 1"),
     (enter_weights_without_sum, "top_2", "megatron:tp2", "gradient of decoder.layers"),

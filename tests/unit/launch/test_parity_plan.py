@@ -14,6 +14,18 @@ def test_a_shrunk_model_keeps_kinds_and_head_ratio() -> None:
     assert arithmetic_problems(SMALL, 1) == []
 
 
+@pytest.mark.parametrize(("given", "compared"), [("relu", "gelu"), ("reglu", "geglu"), ("swiglu", "swiglu")])
+def test_a_shrunk_model_has_no_activation_with_a_kink(given: str, compared: str) -> None:
+    assert shrink(tiny_run(tiny_model(activation=given)), "fp32").model.activation == compared
+
+
+@pytest.mark.parametrize(("kind", "block_size"), [("full", 64), ("bigbird", 4)])
+def test_only_a_pattern_that_is_in_use_is_shrunk(kind: str, block_size: int) -> None:
+    small = shrink(tiny_run(tiny_model(attention={"kind": kind})), "fp32")
+    assert small.model.attention.block_size == block_size
+    assert arithmetic_problems(small, 1) == []
+
+
 def test_every_candidate_is_legal_and_its_name_reads_back() -> None:
     small = shrink(tiny_run(), "fp32")
     candidates = list(iter_candidates(small, 2))

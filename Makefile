@@ -54,11 +54,15 @@ quickstart: $(STAMP) $(QS)/data/train/manifest.json
 	  "  llmtrain train configs/runs/quickstart.yaml train.steps=600      # go on training" \
 	  "  llmtrain train configs/runs/quickstart.yaml name=mine seed=7     # another run; then: llmtrain report $(RUN) $(QS)/runs/mine"
 
+# Two tests side by side (docs/design/parallel-tests.md): most of them start ranks or commands, and wait for them.
+JOBS ?= 2
+PYTEST = $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal --durations 20
+
 test: $(STAMP)
-	$(BIN)/pytest -m 'not whole_grid' --durations 20
+	$(PYTEST) -m 'not whole_grid'
 
 test-all: $(STAMP)
-	$(BIN)/pytest
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

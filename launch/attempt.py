@@ -1,5 +1,6 @@
 """One attempt to bring a run to its end: what a launcher prepares, what a rank does, and what it has come to."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def import_for_ranks(engine: str) -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     engine_class(engine)
     assert not torch.cuda.is_initialized(), "a GPU cannot be used after a fork"
+    gc.freeze()  # ranks' garbage collections pass over what is imported: half a second each, and a copy of its pages
 
 
 def rank_work(

@@ -2,6 +2,7 @@
 what they need. A call costs forks and a rendezvous, not imports.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -74,6 +75,7 @@ def preload() -> None:
     for name in os.environ.get(PRELOAD_VARIABLE, "").split():
         with suppress(ImportError):  # an engine that is not installed on this platform
             importlib.import_module(name)
+    gc.freeze()  # ranks' garbage collections pass over what is imported
 
 
 def _gather(pipes: list[Connection], timeout_seconds: float) -> list[Any]:

@@ -7,11 +7,11 @@ from tests.support.command import llmtrain
 
 CONFIG = """\
 name: tiny
-model: {num_layers: 2, hidden_size: 64, num_heads: 4, num_kv_heads: 2, max_seq_len: 128, dropout: 0.1}
+model: {num_layers: 2, hidden_size: 64, num_heads: 4, num_kv_heads: 2, max_seq_len: 64, dropout: 0.1}
 data:
   train: [{path: data/train}]
   valid: [{path: data/valid}]
-  seq_len: 128
+  seq_len: 64
 train: {steps: 40, global_batch_size: 16, micro_batch_size: 8}
 optim: {lr: 3e-3, warmup_steps: 5}
 evaluate: {every_steps: 20, steps: 1}

@@ -46,7 +46,7 @@ def test_changed_settings_are_refused_with_a_diff_before_anything_starts(workspa
 
     (workspace / "changed.yaml").write_text("base: run.yaml\nseed: 7\nmodel:\n  dropout: 0.2\n  num_layers: 3\n")
     before = content(workspace)
-    changes = ("train", "changed.yaml", "train.steps=8", "launch.num_workers=2", "data.seq_len=64")
+    changes = ("train", "changed.yaml", "train.steps=8", "launch.num_workers=2", "data.seq_len=32")
     refused = watched(*changes, "checkpoint.allow_change=[model, data.seq_len]", folder=workspace)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr

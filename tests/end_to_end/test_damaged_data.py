@@ -14,7 +14,7 @@ from tests.end_to_end.test_damage import flip
 from tests.support.command import llmtrain
 from tests.support.http_folder import serve
 
-SEQ_LEN, STEPS, BATCH = 128, 40, 16
+SEQ_LEN, STEPS, BATCH = 64, 40, 16
 SKIP = ("data.train.0.path=pieces/train", "data.on_corrupt=skip")
 
 

@@ -54,8 +54,8 @@ DATA: dict[str, dict[str, Any]] = {
 
 
 def parity_run(model: str, precision: str = "fp32", recompute: str = "none") -> RunConfig:
-    """The run that the reference does: 8 micro-batches of 2 samples."""
-    train = {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "recompute": recompute}
+    """The run that the reference does: 4 micro-batches of 2 samples, so that 4 replicas have one each."""
+    train = {"global_batch_size": 8, "micro_batch_size": 2, "precision": precision, "recompute": recompute}
     run = tiny_run(tiny_model(**MODELS[model]), train, {"lr": 1e-3})
     return run.model_copy(update={"data": run.data.model_copy(update=DATA.get(model, {}))})
 

@@ -30,14 +30,13 @@ from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.saving import Saving, restore
 from llmtrain.train.setup import build_loader, engine_class
 from llmtrain.train.state import TrainState
-from tests.parity.cases import parity_run
+from tests.parity.cases import GRID_STEPS, parity_run
 from tests.parity.test_deepspeed import small_pieces
 from tests.support.datasets import VOCAB_SIZE
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "buffer")
 MASK_ID = 4
 SAVED_STEP = 3
-MORE_STEPS = 20
 MAX_RANKS = 4
 ENGINES = ("torch", "megatron", "deepspeed")
 PRECISIONS = [("fp32", "fp32")] * 3 + [("fp32", "bf16"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")]
@@ -76,12 +75,15 @@ def layout_name(config: RunConfig) -> str:
     return f"{short_name(config.parallel, config.engine, data)}{split}:{config.train.precision}"
 
 
+def resharding_run(model: str, precision: str) -> RunConfig:
+    run = parity_run(model, precision)
+    return run.model_copy(update={"train": run.train.model_copy(update={"steps": SAVED_STEP + GRID_STEPS})})
+
+
 @lru_cache
 def legal_layouts(model: str, engine: str, precision: str) -> list[RunConfig]:
     """Every configuration that the rules allow, up to four ranks: offload to the CPU and uneven stages too."""
-    run = parity_run(model, precision)
-    train = run.train.model_copy(update={"global_batch_size": 8, "steps": SAVED_STEP + MORE_STEPS})
-    run = run.model_copy(update={"train": train})
+    run = resharding_run(model, precision)
     found = []
     for candidate in iter_candidates(run, MAX_RANKS):
         config = candidate.config
@@ -100,9 +102,7 @@ def legal_layouts(model: str, engine: str, precision: str) -> list[RunConfig]:
 
 def draw_layout(draw: random.Random, model: str, engine: str, precision: str) -> RunConfig:
     """A legal layout of up to four ranks, drawn again until it is legal: models with experts have too many to list."""
-    run = parity_run(model, precision)
-    train = run.train.model_copy(update={"global_batch_size": 8, "steps": SAVED_STEP + MORE_STEPS})
-    run = run.model_copy(update={"train": train})
+    run = resharding_run(model, precision)
     sizes = [sizes for sizes in product((1, 2, 4), repeat=4) if 1 < prod(sizes) <= MAX_RANKS]
     while True:
         tensor, context, pipeline, data = draw.choice(sizes)
@@ -153,7 +153,7 @@ def with_data(config: RunConfig, dataset: Path) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def save_and_continue(rank: int, world_size: int, config: RunConfig, folder: Path) -> Outcome:
+def save_and_continue(rank: int, world_size: int, config: RunConfig, folder: Path, more_steps: int) -> Outcome:
     """Train some steps, save a checkpoint as a run does, and train on."""
     engine = build_engine(config)
     state, _, _ = train(engine, config, TrainState(), SAVED_STEP, rank)
@@ -163,13 +163,13 @@ def save_and_continue(rank: int, world_size: int, config: RunConfig, folder: Pat
     saving = Saving(manager, SAVED_STEP, config.total_steps, lambda: None)
     saving.save(state, engine, None)
     outcome = held_by(engine, config), weights_of(engine), engine.state()
-    _, results, samples = train(engine, config, state, MORE_STEPS, rank)
+    _, results, samples = train(engine, config, state, more_steps, rank)
     saving.finish()
     return Outcome(*outcome, results, samples)
 
 
 def load_and_continue(
-    rank: int, world_size: int, config: RunConfig, checkpoint: Path, mutation: Mutation | None = None
+    rank: int, world_size: int, config: RunConfig, checkpoint: Path, more_steps: int, mutation: Mutation | None = None
 ) -> Outcome:
     """Continue the checkpoint on one rank of another layout; `mutation` first breaks something in its process."""
     if mutation:
@@ -177,7 +177,7 @@ def load_and_continue(
     engine = build_engine(config)
     state = restore(open_checkpoint(checkpoint, verify=rank == 0), engine)
     outcome = held_by(engine, config), weights_of(engine), engine.state()
-    _, results, samples = train(engine, config, state, 0 if mutation else MORE_STEPS, rank)
+    _, results, samples = train(engine, config, state, more_steps, rank)
     return Outcome(*outcome, results, samples)
 
 

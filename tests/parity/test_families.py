@@ -182,7 +182,7 @@ def enter_weights_without_sum() -> None:
 
 
 MUTATIONS: list[tuple[Callable[[], None], str, str, str]] = [
-    (reduce_experts_over_all_replicas, "top_2", "megatron:dp2+ep2", "gradient of decoder.layers.0.moe.experts"),
+    (reduce_experts_over_all_replicas, "top_2", "megatron:dp2+ep2", ".moe.experts."),
     (balance_by_one_part_of_the_sequence, "top_1", "megatron:cp2", "aux_loss of step 1"),
     (balance_by_one_part_of_the_sequence, "top_1", "megatron:tp2+sp", "aux_loss of step 1"),
     (capacity_of_one_part_of_the_sequence, "top_1", "megatron:cp2", "loss of step 1"),

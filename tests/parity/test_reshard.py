@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from llmtrain.config.schema import RunConfig
+from tests.parity.cases import GRID_STEPS, SHORT_STEPS
 from tests.parity.resharding import (
-    MORE_STEPS,
     SAVED_STEP,
     Mutation,
     Outcome,
@@ -25,14 +24,22 @@ from tests.parity.resharding import (
     save_and_continue,
     with_data,
 )
+from tests.parity.spoiled_loading import (
+    SPOILED,
+    forget_adam_count,
+    forget_an_offset,
+    skip_rounding,
+    swap_two_fragments,
+)
 from tests.support.datasets import VOCAB_SIZE, random_documents, write_dataset
 from tests.support.ranks import run_ranks
 from tests.support.tokenizers import train_sentencepiece
 
 PAIRS = draw_pairs(60, seed=7016)
 FAMILY_PAIRS = draw_family_pairs(45, seed=7017, models=("bert", "switch_t5", "top_2", "t5", "shared"))
-IN_SHORT, FAMILIES_IN_SHORT = 12, 2
-"""The first pairs run in `make test`: from every engine to every engine; the rest in `make test-all`."""
+IN_SHORT = 12
+SHORT = ((PAIRS, IN_SHORT), (FAMILY_PAIRS, 2))
+"""So many of the first pairs run in `make test`, for few steps: from every engine to every engine."""
 
 LOSS_FP32 = 1e-5
 LOSS_LOW_PRECISION = 1e-2
@@ -49,30 +56,39 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_pair(pair: Pair, dataset: Path, folder: Path, mutation: Mutation | None = None) -> list[list[Outcome]]:
+def run_pair(
+    pair: Pair, dataset: Path, folder: Path, more_steps: int = 0, mutation: Mutation | None = None
+) -> list[list[Outcome]]:
     source, target = (with_data(config, dataset) for config in (pair.source, pair.target))
-    saved = run_ranks(save_and_continue, source.launch.num_workers, source, folder, timeout_seconds=120)
-    checkpoint = folder / "checkpoints" / f"step-{SAVED_STEP:08d}"
-    loaded = run_ranks(load_and_continue, target.launch.num_workers, target, checkpoint, mutation, timeout_seconds=120)
+    saved = run_ranks(save_and_continue, source.launch.num_workers, source, folder, more_steps, timeout_seconds=120)
+    loaded = run_ranks(
+        load_and_continue,
+        target.launch.num_workers,
+        target,
+        folder / "checkpoints" / f"step-{SAVED_STEP:08d}",
+        more_steps,
+        mutation,
+        timeout_seconds=120,
+    )
     return [saved, loaded]
 
 
 def cases() -> list[Any]:
-    marks = {True: [], False: [pytest.mark.whole_grid]}
-    return [
-        pytest.param(pair, marks=marks[number < short], id=f"{number}-{pair.name}")
-        for pairs, short in ((PAIRS, IN_SHORT), (FAMILY_PAIRS, FAMILIES_IN_SHORT))
-        for number, pair in enumerate(pairs)
+    short = [(number, pair) for pairs, count in SHORT for number, pair in enumerate(pairs[:count])]
+    grid = [(number, pair) for pairs, _ in SHORT for number, pair in enumerate(pairs)]
+    return [pytest.param(pair, SHORT_STEPS, id=f"{number}-{pair.name}") for number, pair in short] + [
+        pytest.param(pair, GRID_STEPS, id=f"{number}-{pair.name}-{GRID_STEPS}", marks=pytest.mark.whole_grid)
+        for number, pair in grid
     ]
 
 
-@pytest.mark.parametrize("pair", cases())
-def test_a_checkpoint_continues_in_another_layout(pair: Pair, dataset: Path, tmp_path: Path) -> None:
-    saved, loaded = run_pair(pair, dataset, tmp_path)
+@pytest.mark.parametrize(("pair", "more_steps"), cases())
+def test_a_checkpoint_continues_in_another_layout(pair: Pair, more_steps: int, dataset: Path, tmp_path: Path) -> None:
+    saved, loaded = run_pair(pair, dataset, tmp_path, more_steps)
     assert differences(saved, loaded, pair) == []
     first = SAVED_STEP * pair.source.train.global_batch_size
     assert samples_by_step(saved, pair.source) == samples_by_step(loaded, pair.target)
-    assert list(chain(*samples_by_step(loaded, pair.target))) == list(range(first, first + 8 * MORE_STEPS, 2))
+    assert list(chain(*samples_by_step(loaded, pair.target))) == list(range(first, first + 8 * more_steps, 2))
     before, after = ([result.loss for result in outcomes[0].results] for outcomes in (saved, loaded))
     allowed = LOSS_FP32 if pair.source.train.precision == pair.target.train.precision == "fp32" else LOSS_LOW_PRECISION
     np.testing.assert_allclose(after, before, rtol=allowed)
@@ -125,44 +141,6 @@ def layout(engine: str, **wanted: int) -> RunConfig:
     return found
 
 
-def swap_two_fragments() -> None:
-    """Where one half of a tensor is wanted, the file and the key of the other are opened."""
-    from llmtrain.checkpoint.fragments import Box
-    from llmtrain.checkpoint.reader import CheckpointReader
-
-    read = CheckpointReader._read_stored
-
-    def swapped(self: CheckpointReader, file: str, key: str, box: Box, target: torch.Tensor) -> None:
-        first, second = ((entry.file, entry.key) for entry in self._manifest.tensors[SPOILED]["exp_avg"].fragments)
-        other = {first: second, second: first}.get((file, key), (file, key))
-        read(self, *other, box, target)
-
-    CheckpointReader._read_stored = swapped
-
-
-def forget_an_offset() -> None:
-    """Every part of a stored fragment is taken from its beginning."""
-    from llmtrain.checkpoint.fragments import Box
-
-    Box.relative_to = lambda self, outer: Box((0,) * len(self.offsets), self.shape)
-
-
-def forget_adam_count() -> None:
-    from llmtrain.engines.megatron_engine.engine import MegatronEngine
-
-    MegatronEngine.load_state = lambda self, state: None
-
-
-def skip_rounding() -> None:
-    """The masters arrive, the weights of bf16 stay those before the first step."""
-    from llmtrain.engines.megatron_engine import engine
-
-    engine.round_weights = lambda optimizer: None
-
-
-SPOILED = "decoder.layers.1.mlp.up.weight"
-
-
 @pytest.mark.parametrize(
     ("mutation", "precision", "named"),
     [
@@ -179,7 +157,7 @@ def test_what_is_not_loaded_rightly_is_named(
     target = target.model_copy(update={"train": target.train.model_copy(update={"precision": precision})})
     source = layout("megatron", ranks=2, tensor=2) if mutation is swap_two_fragments else layout("torch")
     pair = Pair("llama", source, target)
-    problems = differences(*run_pair(pair, dataset, tmp_path, mutation), pair)
+    problems = differences(*run_pair(pair, dataset, tmp_path, mutation=mutation), pair)
     assert any(named in problem for problem in problems), problems
     if mutation is swap_two_fragments:
         assert len(problems) == 1

@@ -15,6 +15,7 @@ PRELOADED = (
     "llmtrain.engines.megatron_engine",
     "llmtrain.engines.deepspeed_engine",
     "tests.support.samples",
+    "tests.parity.resharding",
 )
 """What the server imports, where it is there."""
 

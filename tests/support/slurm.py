@@ -4,6 +4,7 @@ It needs Debian's packages (PACKAGES), which root gets with apt-get where there 
 starts tasks as the job's user.
 """
 
+import fcntl
 import os
 import shutil
 import socket
@@ -134,8 +135,13 @@ def running_slurm() -> Iterator[Slurm]:
 def _require_packages() -> None:
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         raise NoSlurmError("a Slurm for tests needs Linux and root: its daemons start tasks as the job's user")
-    if all(shutil.which(program) for program in PROGRAMS):
-        return
+    with Path(__file__).open() as lock:  # of test processes side by side, one installs: apt-get does not wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(shutil.which(program) for program in PROGRAMS):
+            _install_packages()
+
+
+def _install_packages() -> None:
     if not shutil.which("apt-get"):
         raise NoSlurmError(f"Slurm is not installed, nor apt-get, which would install {' '.join(PACKAGES)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}

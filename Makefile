@@ -54,9 +54,9 @@ quickstart: $(STAMP) $(QS)/data/train/manifest.json
 	  "  llmtrain train configs/runs/quickstart.yaml train.steps=600      # go on training" \
 	  "  llmtrain train configs/runs/quickstart.yaml name=mine seed=7     # another run; then: llmtrain report $(RUN) $(QS)/runs/mine"
 
-# Two tests side by side (docs/design/parallel-tests.md): most of them start ranks or commands, and wait for them.
+# Two tests side by side, a thread each (docs/design/parallel-tests.md): most start ranks or commands, and wait for them.
 JOBS ?= 2
-PYTEST = $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal --durations 20
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal --durations 20
 
 test: $(STAMP)
 	$(PYTEST) -m 'not whole_grid'

@@ -142,16 +142,16 @@ def _differences(records: list[RunRecord], head: str) -> str:
     for key in keys:
         values = [config.get(key, _ABSENT) for config in configs]
         if len(set(values)) > 1:
-            cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+            cells = "".join(f'<td title="{escape(value)}">{escape(value)}</td>' for value in values)
             body += f'<tr><th scope="row"><code>{escape(key)}</code></th>{cells}</tr>'
     if not body:
         return '<p class="muted">The configurations are the same but for the name.</p>'
-    return f"<section><h2>What differs in the configuration</h2>{_table(head, body)}</section>"
+    return f"<section><h2>What differs in the configuration</h2>{_table(head, body, 'grid short')}</section>"
 
 
-def _table(head: str, body: str) -> str:
+def _table(head: str, body: str, kind: str = "grid") -> str:
     return (
-        f'<div class="scroll"><table class="grid"><thead><tr><td></td>{head}</tr></thead>'
+        f'<div class="scroll"><table class="{kind}"><thead><tr><td></td>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

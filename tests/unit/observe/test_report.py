@@ -133,6 +133,8 @@ def test_two_runs_are_laid_side_by_side_with_what_differs(tmp_path: Path):
     page = Elements(out.read_text())
     assert "optim.lr" in page.text
     assert "train.steps" not in page.text
+    whole = {attributes.get("title") for tag, attributes in page.tags if tag == "td"}
+    assert {"0.0001", "0.0002"} <= whole, "what a narrow column cuts can be read"
     names = [run["name"] for run in json.loads(page.scripts[0])["runs"]]
     assert names == [str(first), str(second)], "equal names are told apart by their folders"
 

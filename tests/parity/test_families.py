@@ -1,5 +1,6 @@
 """Encoders, encoder-decoders and mixtures of experts in every layout and engine against one process."""
 
+import re
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -182,7 +183,7 @@ def enter_weights_without_sum() -> None:
 
 
 MUTATIONS: list[tuple[Callable[[], None], str, str, str]] = [
-    (reduce_experts_over_all_replicas, "top_2", "megatron:dp2+ep2", ".moe.experts."),
+    (reduce_experts_over_all_replicas, "top_2", "megatron:dp2+ep2", r"gradient of .*\.moe\.experts\."),
     (balance_by_one_part_of_the_sequence, "top_1", "megatron:cp2", "aux_loss of step 1"),
     (balance_by_one_part_of_the_sequence, "top_1", "megatron:tp2+sp", "aux_loss of step 1"),
     (capacity_of_one_part_of_the_sequence, "top_1", "megatron:cp2", "loss of step 1"),
@@ -200,4 +201,4 @@ MUTATIONS: list[tuple[Callable[[], None], str, str, str]] = [
 def test_broken_code_is_caught(mutation: Callable[[], None], family: str, text: str, named: str) -> None:
     config, layout = candidate(family, text)
     problems = verdict(config, layout.config, layout.world_size, num_steps=2, mutation=mutation).problems
-    assert any(named in problem for problem in problems), problems
+    assert any(re.search(named, problem) for problem in problems), problems

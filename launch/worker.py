@@ -19,11 +19,11 @@ from launch.rank_log import rank_log
 from launch.stop import StopSignal
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError
+from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, RunFolderInUseError
 from llmtrain.observe.efficiency import run_efficiency
 from llmtrain.observe.sections import Section
 from llmtrain.train.loop import Run, train
-from llmtrain.train.run_folder import RunFolder, Status, read_status
+from llmtrain.train.run_folder import RunFolder, Status, read_status, was_taken_over
 from llmtrain.train.setup import Start, describe_start, find_start, join_start, setup
 from llmtrain.train.vocabulary import with_vocabulary
 
@@ -67,8 +67,8 @@ def run_worker(
             return attempt.run(lambda: stop.requested)
         store = connect(place, timeout_seconds)
         ranks = open_exchange(place, timeout_seconds)
-        folder, start = agree_on_start(config, place, ranks, held)
-        attempt = Attempt(config, device, start, folder, place, pulse, change_run)
+        folder, start, lock_token = agree_on_start(config, place, ranks, held)
+        attempt = Attempt(config, device, start, folder, place, pulse, change_run, lock_token)
         if attempt.finished_before:
             return attempt.run(lambda: stop.requested)
         held.enter_context(rank_log(run_dir, place))
@@ -80,7 +80,10 @@ def run_worker(
 
 @dataclass(frozen=True)
 class Attempt:
-    """One rank's part of one attempt to bring a run to its end. Only rank 0 has the folder."""
+    """One rank's part of one attempt to bring a run to its end.
+
+    Only rank 0 has the folder; the others know its `lock_token`.
+    """
 
     config: RunConfig
     device: torch.device
@@ -89,6 +92,7 @@ class Attempt:
     place: Rank
     pulse: Pulse
     change_run: Callable[[Run, Rank], Run]
+    lock_token: str = ""
 
     @property
     def finished_before(self) -> bool:
@@ -109,6 +113,7 @@ class Attempt:
             status, state = train(self.change_run(run, self.place), stop_requested, on_any_rank)
         except BaseException as error:
             advise(error, self.config, self.device.type)
+            self._require_own_run(error)
             if run:
                 run.monitor.close("failed")
             said = f"{type(error).__name__}: {error}"
@@ -122,6 +127,11 @@ class Attempt:
         self._write_status(status, state.step, "" if status == "done" else "told to stop; the same command continues")
         return 0 if status == "done" else EXIT_PREEMPTED
 
+    def _require_own_run(self, error: BaseException) -> None:
+        """On another rank than 0: where rank 0 has lost the run folder, that is why this one fails too."""
+        if self.folder is None and was_taken_over(Path(self.config.output_dir) / self.config.name, self.lock_token):
+            raise OtherRankFailedError("rank 0 has lost the run folder", RunFolderInUseError.exit_code) from error
+
     def _last_step(self) -> int:
         """The last step that the status has, which follows training."""
         status = read_status(self.folder.path) if self.folder else None
@@ -134,8 +144,10 @@ class Attempt:
 
 def agree_on_start(
     config: RunConfig, place: Rank, ranks: StoreExchange, held: ExitStack
-) -> tuple[RunFolder | None, Start]:
+) -> tuple[RunFolder | None, Start, str]:
     """Rank 0 locks the run folder, until `held` closes, and decides where the run begins; the others hear of it.
+
+    Returns the folder on rank 0, the start, and the lock's token.
 
     Raises on rank 0 what `find_start` and the lock raise, on the others OtherRankFailedError with the same exit code.
     """
@@ -144,7 +156,7 @@ def agree_on_start(
         said = json.loads(ranks.hear("start"))
         if "exit_code" in said:
             raise OtherRankFailedError("rank 0 could not start", said["exit_code"])
-        return None, join_start(config, run_dir, said, ranks)
+        return None, join_start(config, run_dir, said, ranks), said["lock_token"]
     try:
         folder = held.enter_context(RunFolder(run_dir, place.attempt, place.launch_id))
         start = find_start(config, folder, ranks)
@@ -152,8 +164,8 @@ def agree_on_start(
         exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
         ranks.say("start", json.dumps({"exit_code": exit_code}))
         raise
-    ranks.say("start", json.dumps(describe_start(start)))
-    return folder, start
+    ranks.say("start", json.dumps({**describe_start(start), "lock_token": folder.lock_token}))
+    return folder, start, folder.lock_token
 
 
 def choose_device(config: LaunchConfig, place: Rank) -> torch.device:

@@ -44,11 +44,13 @@ class Reports:
     """Who hears of what happens to checkpoints: a person, and the run's audit log.
 
     `warn` takes a text. `record` takes the name of an event and its facts as keywords; where it raises OSError,
-    training goes on.
+    training goes on. `ensure_held` is asked before anything is changed; it raises RunFolderInUseError where the run is
+    another process's by now.
     """
 
     warn: Callable[[str], object] = _logger.warning
     record: Callable[..., object] = lambda event, **facts: None
+    ensure_held: Callable[[], object] = lambda: None
 
 
 def find_newest_valid(
@@ -210,6 +212,7 @@ class CheckpointManager:
             return
 
         def before_rename() -> None:
+            self.reports.ensure_held()
             before_publish()
             # Not after it: a run that dies in between must not continue from what it has left.
             self.set_aside_later_than(contents.step)
@@ -219,8 +222,9 @@ class CheckpointManager:
             parts = self._gather_parts(talk, writing, fragments)
             publish(writing, parts, contents, before_rename)
         except BaseException as error:
-            shutil.rmtree(writing, ignore_errors=True)
             talk.say_failed("outcome", error)
+            self.reports.ensure_held()  # another owner may be writing to a folder of this name
+            shutil.rmtree(writing, ignore_errors=True)
             raise
         talk.say("outcome", "")
         self._metrics[contents.step] = contents.about["metric"]
@@ -230,6 +234,7 @@ class CheckpointManager:
         """Make the folder that all ranks write into, if what all of them need fits."""
         try:
             needed += sum(int(text) for text in talk.hear_others("need"))
+            self.reports.ensure_held()
             writing = start_checkpoint(self._folder, step, needed)
         except BaseException as error:
             talk.say_failed("folder", error)
@@ -271,6 +276,7 @@ class CheckpointManager:
                 self._warn(f"{path}: {why}")
 
     def _remove_old(self) -> None:
+        self.reports.ensure_held()
         metrics = {step: self._metric(step) for step in self.latest_steps()}
         try:
             for step in steps_to_remove(metrics, self._settings):
@@ -291,6 +297,7 @@ class CheckpointManager:
         return self._metrics[step]
 
     def _set_aside(self, path: Path, reason: str, why: str) -> Path:
+        self.reports.ensure_held()
         target = free_name(self._folder, f"{reason}-{path.name}")
         self._record("set_aside", step=step_of_folder(path.name), reason=reason, folder=target.name, error=why)
         path.rename(target)

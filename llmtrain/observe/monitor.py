@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from llmtrain.errors import RunFolderInUseError
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.sections import Section
 from llmtrain.observe.throughput import mfu
@@ -68,6 +69,8 @@ class _Interval:
 
 class Monitor:
     """Turns what the loop reports into rows and messages. A tracker that fails is named once and stops nothing.
+
+    Only RunFolderInUseError is passed on, and no tracker behind the one that raises it hears of the row.
 
     A rank that records nothing has no trackers and no console. Call `step` once the step's loss is on the host: the
     time up to then is the step's.
@@ -168,9 +171,17 @@ class Monitor:
             self._guard(tracker, tracker.flush)
 
     def close(self, status: Status) -> None:
-        """End every tracker. The console goes last: the others may have something to say."""
-        for tracker in self._trackers:
-            self._guard(tracker, lambda tracker=tracker: tracker.close(status))
+        """End every tracker. The console goes last: the others may have something to say.
+
+        Raises RunFolderInUseError where a tracker does; then only the console is ended.
+        """
+        try:
+            for tracker in self._trackers:
+                self._guard(tracker, lambda tracker=tracker: tracker.close(status))
+        except RunFolderInUseError:
+            if self._console:
+                self._console.close("failed")
+            raise
 
     def _training_row(self, step: int, lr: float, result: StepOutcome) -> Row:
         interval = self._interval
@@ -203,6 +214,8 @@ class Monitor:
     def _guard(self, tracker: Tracker, action: Callable[[], None]) -> None:
         try:
             action()
+        except RunFolderInUseError:  # what another process records now must stay as it is
+            raise
         except Exception as error:  # whatever a tracker's library raises, training goes on
             if id(tracker) not in self._failed_trackers:
                 self._failed_trackers.add(id(tracker))

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import psutil
 
 from llmtrain.errors import LlmtrainError, RunFolderInUseError
+from llmtrain.observe import audit
 
 LOCK = "run.lock"
 STATUS = "status.json"
@@ -126,13 +127,42 @@ class RunFolder:
             self._lock.unlink(missing_ok=True)
 
     def ensure_held(self) -> None:
-        """Raise RunFolderInUseError where the lock was lost: this machine was suspended for longer than the lease."""
-        if not self._is_ours():
+        """Raise RunFolderInUseError where the lock was lost: this machine was suspended for longer than the lease.
+
+        To be asked before anything in the folder is changed: what another process has written since must stay.
+        """
+        try:
             owner = read_owner(self._lock)
-            raise _in_use(self.path, owner) if owner else RunFolderInUseError(f"{self._lock}: was removed. Stopping.")
+        except OSError:  # that the lock cannot be read for a moment is no sign of another owner
+            return
+        if owner is None:
+            raise RunFolderInUseError(
+                f"{self._lock}: this run's lock was removed or spoiled: another process may write here. Stopped "
+                "without writing. See that no other process trains in this folder, then start the same command again."
+            )
+        if owner.token != self._owner.token:
+            raise RunFolderInUseError(
+                f"{self.path}: taken over by process {owner.pid} on {owner.host} since {owner.since}, while this one "
+                f"gave no sign of life for more than {LEASE_SECONDS:.0f} seconds. Stopped without writing: the other "
+                "process has the run now."
+            )
+
+    @property
+    def lock_token(self) -> str:
+        """What tells this owner from all others; for `was_taken_over` on the run's other ranks."""
+        return self._owner.token
+
+    def record(self, event: str, **facts: Any) -> None:
+        """Append an event to the run's audit log, as `audit.record`. Raises RunFolderInUseError and OSError."""
+        self.ensure_held()
+        audit.record(self.path, event, **facts)
 
     def write_status(self, status: Status, step: int, total_steps: int, message: str = "", cause: str = "") -> None:
-        """Replace `status.json` in one step. Raises LlmtrainError where the file system does not take it."""
+        """Replace `status.json` in one step.
+
+        Raises RunFolderInUseError where the lock was lost, LlmtrainError where the file system does not take it.
+        """
+        self.ensure_held()
         content = RunStatus(
             status,
             step,
@@ -227,6 +257,15 @@ def read_status(path: Path) -> RunStatus | None:
     if status.status not in get_args(Status):
         raise LlmtrainError(f"{file}: status = {status.status}, allowed are {', '.join(get_args(Status))}. Remove it.")
     return status
+
+
+def was_taken_over(run_dir: Path, token: str) -> bool:
+    """Whether a run folder has another owner than the one with that token, which other ranks cannot ask."""
+    try:
+        owner = read_owner(run_dir / LOCK)
+    except OSError:
+        return False
+    return owner is not None and owner.token != token
 
 
 def read_owner(lock: Path) -> LockOwner | None:

@@ -27,7 +27,6 @@ from llmtrain.data.shards import Manifest
 from llmtrain.errors import ConfigError
 from llmtrain.infer.model import find_checkpoint
 from llmtrain.observe.attempts import StartedAttempt, begin_attempt
-from llmtrain.observe.audit import record
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.environment import save_environment
 from llmtrain.observe.monitor import Monitor, RunPlan
@@ -86,7 +85,7 @@ def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = No
     folder is used), or as `resume_target` says. Going back to an older checkpoint of this run, and what has changed
     since the checkpoint, is said on stderr. Raises ConfigError and CheckpointError.
     """
-    manager = build_manager(config, folder.path, ranks)
+    manager = build_manager(config, folder.path, ranks, folder)
     skipped = skipped_windows(folder.path)
     target = resume_target(config)
     if target is None:
@@ -118,7 +117,7 @@ def require_continuity(config: RunConfig, folder: RunFolder, checkpoint: Checkpo
         raise ConfigError(refused)
     for item in found:
         place = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
-        record(folder.path, "changed", key=item.key, was=item.was, now=item.now, **place)
+        folder.record("changed", key=item.key, was=item.was, now=item.now, **place)
     said = one_line([*found, *noted_changes(origin, config)])
     if said:
         print(f"changed since {checkpoint.path}: {said}", file=sys.stderr)
@@ -152,6 +151,7 @@ def setup(
     torch.set_float32_matmul_precision("highest")
     attempt = StartedAttempt()
     if folder:
+        folder.ensure_held()
         save_run_files(config, folder.path)
         attempt = begin_attempt(folder.path, start.step, config.launch.num_workers)
     engine = engine_class(config.engine.name)(config, device)
@@ -175,14 +175,17 @@ def setup(
     return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, state, config.total_steps, config.optim)
 
 
-def build_manager(config: RunConfig, run_dir: Path, ranks: Exchange | None) -> CheckpointManager:
+def build_manager(
+    config: RunConfig, run_dir: Path, ranks: Exchange | None, folder: RunFolder | None = None
+) -> CheckpointManager:
+    """The manager of a rank; the one that holds the run folder reports, and writes only while it holds it."""
     about = {
         "engine": config.engine.name,
         "world_size": config.launch.num_workers,
         "precision": config.train.precision,
         "data": data_record(config, read_manifests(config)),
     }
-    reports = Reports(record=partial(record, run_dir))
+    reports = Reports(record=folder.record, ensure_held=folder.ensure_held) if folder else Reports()
     return CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint, to_yaml(config), about, reports, ranks)
 
 
@@ -231,8 +234,8 @@ def build_monitor(
     log = log_path(folder.path, 0).open("a", encoding="utf-8") if config.launch.num_workers > 1 else None
     console = ConsoleTracker(config.name, state.step, config.total_steps, log=log)
     trackers = build_trackers(config, folder.path, attempt, console, partial(newest_checkpoint, folder.path))
-    trackers.append(ProgressTracker(folder, config.total_steps))
-    return Monitor(plan, trackers, console, on_section=on_section, sample=SystemMeter(device).sample)
+    progress = ProgressTracker(folder, config.total_steps)
+    return Monitor(plan, [progress, *trackers], console, on_section=on_section, sample=SystemMeter(device).sample)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

@@ -1,5 +1,6 @@
 """A run's YAML file and the data sets that it names, small and on storage."""
 
+from hashlib import sha256
 from pathlib import Path
 
 from llmtrain.data.shards import Manifest, ShardEntry, write_manifest
@@ -35,3 +36,9 @@ def write_data_set(folder: Path, tokens: int = 1000, vocab_size: int = 300, toke
     shard = ShardEntry("shard-00000.tar", 1, "0" * 64, "shard-00000.idx", "0" * 64, samples=10, tokens=tokens)
     write_manifest(folder, Manifest(1, tokenizer_sha256, vocab_size, "uint16", 0, (shard,)))
     return folder
+
+
+def contents(run: Path) -> dict[str, str]:
+    """The hash of each file that a run writes, by its path in the run folder; logs, which only grow, left out."""
+    files = [file for file in run.rglob("*") if file.is_file() and "logs" not in file.parts]
+    return {str(file.relative_to(run)): sha256(file.read_bytes()).hexdigest() for file in sorted(files)}

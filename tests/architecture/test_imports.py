@@ -16,7 +16,7 @@ ROOMS = {
 }
 """Where a guest may be imported: a file, or a folder with everything below it."""
 
-PURE = ("llmtrain/config/", "llmtrain/parallel/layout.py", "llmtrain/errors.py")
+PURE = ("llmtrain/config/", "llmtrain/parallel/layout.py", "llmtrain/files.py", "llmtrain/errors.py")
 """What the command reads before any device is thought of, and what only computes."""
 
 HEAVY = ("torch", "ray", "megatron", "deepspeed", "transformers", "wandb")

@@ -1,0 +1,104 @@
+"""Opening what somebody else may have put there: regular files only, of bounded size, and JSON of bounded depth.
+
+A pipe would hang whoever opens it, a device may do anything, and a file that grew without end fills the memory. What
+goes wrong is an `OSError` or a `ValueError` that names the path: whoever reads knows whether it is the data's, the
+checkpoint's or the user's fault, and what to do.
+"""
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+JSON_BYTES = 16 << 20
+"""What a JSON file may have unless its reader says otherwise: parsed, `[{},{},...]` takes 25 times as much."""
+
+JSON_DEPTH = 32
+"""How deep JSON may be nested: ours has 6 levels at most."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: Path, mode: str = "rb") -> BinaryIO:
+    """Open a regular file, or a link to one, in binary `mode`; anything else is refused without waiting for it.
+
+    Raises: OSError with the path (FileNotFoundError, IsADirectoryError, ...; EINVAL for pipes, sockets and devices).
+    """
+    assert "b" in mode, mode
+    try:
+        _require_regular(path.stat(), path)
+    except FileNotFoundError:
+        if mode.startswith("r") or path.is_symlink():
+            raise
+    except ValueError as error:  # a NUL in the path
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    # It may have become another kind in between: the second look is at what was opened, which did not wait for a peer.
+    file = open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK, 0o666))  # noqa: SIM115
+    try:
+        _require_regular(os.fstat(file.fileno()), path)
+    except OSError:
+        file.close()
+        raise
+    return file  # pyright: ignore[reportReturnType]  # a binary mode, as asserted
+
+
+def _require_regular(found: os.stat_result, path: Path) -> None:
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        number = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+        raise OSError(number, f"it is {_KINDS.get(kind, 'a special file')}, not a regular file", str(path))
+
+
+def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises: OSError as `open_regular`, and EFBIG where the file has more.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes, more than such a file can have", str(path))
+    return content
+
+
+def read_text(path: Path, limit: int = JSON_BYTES) -> str:
+    """The UTF-8 text of a regular file of at most `limit` bytes. Raises: OSError; ValueError if it is not UTF-8."""
+    return read_bytes(path, limit).decode("utf-8")
+
+
+def read_json(path: Path, limit: int = JSON_BYTES, depth: int = JSON_DEPTH) -> Any:
+    """The value in a JSON file. Raises: OSError as `read_bytes`, ValueError as `parse_json`."""
+    return parse_json(read_bytes(path, limit), depth)
+
+
+def parse_json(content: bytes | str, depth: int = JSON_DEPTH) -> Any:
+    """The value of a JSON text in which lists and objects are nested at most `depth` deep.
+
+    Raises: ValueError if it is not JSON, not UTF-8, or nested deeper.
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError(f"lists or objects are nested more than {depth} deep") from None
+    level: list[Any] = [value]
+    for _ in range(depth):
+        level = [inner for outer in level for inner in _items(outer) if isinstance(inner, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"lists or objects are nested more than {depth} deep")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What is in an object or a list; nothing for any other value."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()

@@ -1,0 +1,91 @@
+"""Only regular files are opened, nothing waits for a pipe's other end, and JSON has bounds."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from llmtrain.files import open_regular, parse_json, read_bytes, read_json, read_text
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("mode", ["rb", "ab", "ab+", "r+b", "wb"])
+def test_a_pipe_is_refused_and_not_waited_for(pipe: Path, mode: str) -> None:
+    with pytest.raises(OSError, match="a named pipe, not a regular file") as error:
+        open_regular(pipe, mode)
+    assert error.value.filename == str(pipe)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    regular = pipe.with_name("regular")
+    regular.write_bytes(b"")
+    before = regular.stat()
+    monkeypatch.setattr(Path, "stat", lambda path: before)
+    with pytest.raises(OSError, match="a named pipe"):
+        open_regular(pipe)
+
+
+def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="a folder"):
+        open_regular(tmp_path)
+    with pytest.raises(OSError, match="a device"):
+        open_regular(Path("/dev/zero"))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        with pytest.raises(OSError, match="a socket"):
+            open_regular(tmp_path / "socket")
+
+
+def test_links_are_followed_to_regular_files_only(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for name, target in (("good", "file"), ("dangling", "nothing"), ("loop", "loop"), ("zero", "/dev/zero")):
+        (tmp_path / name).symlink_to(target)
+    assert read_text(tmp_path / "good") == "text"
+    for name in ("dangling", "loop", "zero"):
+        for mode in ("rb", "ab"):
+            with pytest.raises(OSError, match=name):
+                open_regular(tmp_path / name, mode)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_path_that_cannot_be_is_an_os_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "a\0b", tmp_path / ("a" * 5000), tmp_path / "missing"):
+        with pytest.raises(OSError):
+            open_regular(path)
+
+
+def test_files_are_made_and_appended_to(tmp_path: Path) -> None:
+    for mode in ("wb", "ab"):
+        with open_regular(tmp_path / "file", mode) as file:
+            file.write(b"line\n")
+    assert read_bytes(tmp_path / "file") == b"line\nline\n"
+
+
+def test_a_file_beyond_its_limit_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(OSError, match="more than 4 bytes"):
+        read_bytes(tmp_path / "file", 4)
+
+
+@pytest.mark.parametrize("wrong", [b"", b"{", b"\xff", b"[" * 100_000, b'{"a":' * 50 + b"1" + b"}" * 50, b"1" * 5000])
+def test_what_is_no_json_or_too_deep_is_a_value_error(tmp_path: Path, wrong: bytes) -> None:
+    (tmp_path / "file").write_bytes(wrong)
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "file")
+
+
+def test_depth_counts_lists_and_objects() -> None:
+    nested = json.dumps([{"a": [1, {}]}, "[[[["])
+    assert parse_json(nested, depth=4) == json.loads(nested)
+    with pytest.raises(ValueError, match="more than 3 deep"):
+        parse_json(nested, depth=3)

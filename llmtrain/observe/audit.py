@@ -1,6 +1,6 @@
 """audit.jsonl: what was decided about a run and why, one JSON object per line, on the disk before it takes effect.
 
-Events and their facts are listed in docs/operations.md. Every line has `time` (ISO, UTC) and `event`. Whoever decides
+Events and their facts are listed in docs/operations/. Every line has `time` (ISO, UTC) and `event`. Whoever decides
 appends: rank 0 while it trains, the launcher between attempts.
 """
 

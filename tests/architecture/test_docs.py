@@ -32,7 +32,7 @@ MADE_BY_RUNS = ("quickstart", "checkpoints", "step-00000050", "tensorboard", "wa
 
 FILES_OF_RUNS = ("config.yaml", "my-run.yaml")
 
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(text: str, *languages: str) -> Iterator[str]:
@@ -231,6 +231,31 @@ def test_relative_links_resolve(page: Path) -> None:
     assert broken_links(page, page.read_text("utf-8")) == []
 
 
+def pages_linked_from(page: Path) -> set[Path]:
+    """The pages that a reader reaches by links, from this one on."""
+    reached, left = set[Path](), [page]
+    while left:
+        here = left.pop()
+        if here in reached or here.suffix != ".md":
+            continue
+        reached.add(here)
+        names = [link.partition("#")[0] for link in LINK.findall(here.read_text("utf-8")) if "://" not in link]
+        left += [target for name in names if (target := (here.parent / name).resolve()).is_file()]
+    return reached
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    assert sorted(set(PAGES) - pages_linked_from(README)) == []
+
+
+def test_operations_are_pages_by_task() -> None:
+    """The first page names all others, and none grows to a book."""
+    linked = {(OPERATIONS.parent / link).resolve() for link in LINK.findall(OPERATIONS.read_text("utf-8"))}
+    pages_of_tasks = set((OPERATIONS.parent / "operations").glob("*.md"))
+    assert pages_of_tasks and pages_of_tasks <= linked
+    assert [page.name for page in pages_of_tasks if len(page.read_text("utf-8").splitlines()) > 150] == []
+
+
 def test_a_broken_link_is_found() -> None:
     text = (
         "[a](docs/concepts.md) [b](docs/none.md) [c](docs/concepts.md#resume) [d](docs/concepts.md#reusme) [e](#start)"
@@ -254,6 +279,18 @@ def test_what_to_do_stands_with_every_exit_code() -> None:
     rows = [line.split(" | ") for line in OPERATIONS.read_text("utf-8").splitlines() if re.match(r"\| \d+ \|", line)]
     assert rows and [row for row in rows if len(row) != 4 or not all(cell.strip(" |") for cell in row)] == []
     assert exit_codes_listed("| Code |\n| 0 | done |\n| x | 7 |\n| 75 | again |") == [0, 75]
+
+
+def test_the_changelog_is_sorted_by_version_and_kind() -> None:
+    """Every version has the same three lists in the same order, and no line stands outside of them."""
+    versions = re.split(r"^## (.+)\n", (ROOT / "docs" / "changelog.md").read_text("utf-8"), flags=re.MULTILINE)[1:]
+    names, texts = versions[::2], versions[1::2]
+    assert names[0] == "Unreleased" and names[1:] == sorted(names[1:], reverse=True) and len(names) > 1
+    for name, text in zip(names, texts, strict=True):
+        before, *kinds = re.split(r"^### (.+)\n", text, flags=re.MULTILINE)
+        assert (before.strip(), kinds[::2]) == ("", ["Added", "Changed", "Fixed"]), name
+        lists = [line for kind in kinds[1::2] for line in kind.splitlines() if line]
+        assert [line for line in lists if not line.startswith(("- ", "  "))] == [], name
 
 
 @pages

@@ -110,7 +110,7 @@ def test_a_stopped_job_has_saved_and_continues_when_submitted_again(head: RayHea
 
 @pytest.mark.whole_grid
 def test_ray_job_submit_by_hand(head: RayHead, workspace: Path) -> None:
-    """As docs/operations.md says."""
+    """As docs/operations/ray.md says."""
     train = ["env", "-C", str(workspace), COMMAND, "train", "run.yaml", "launch.backend=ray"]
     line = [RAY, "job", "submit", "--address", head.dashboard, "--", *train]
     environ = {**ENVIRONMENT, **head.environ}

@@ -160,10 +160,9 @@ def test_without_network_the_run_is_the_same_and_kept_for_later(
 
 
 def documented_commands() -> list[str]:
-    """The commands of the part of the operations guide about W&B."""
-    text = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text("utf-8")
-    part = text.partition("\n## Weights & Biases\n")[2].partition("\n## ")[0]
-    return [line for block in re.findall(r"```sh\n(.*?)```", part, re.DOTALL) for line in block.splitlines()]
+    """The commands of the page about W&B."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "operations" / "wandb.md").read_text("utf-8")
+    return [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
 
 
 @pytest.mark.whole_grid

@@ -3,6 +3,7 @@
 `python -m docs.generate` writes the page; with `--check` it writes nothing and exits 1 where the page is out of date.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llmtrain.config.names import either, sections_of, shown
+from llmtrain.config.names import bound_text, either, sections_of, shown
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section
 
@@ -84,7 +85,9 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return ", or ".join("`null`" if part is type(None) else type_text(part, metadata) for part in arguments)
     if origin is tuple and arguments[-1] is Ellipsis:
         fewest = next((item.min_length for item in metadata if hasattr(item, "min_length")), 0)
-        return f"list of {type_text(arguments[0])}s" + (f", {fewest} or more" if fewest else "")
+        inner = type_text(arguments[0])
+        entries = f"list, each entry a {inner}" if "," in inner else f"list of {inner}s"
+        return entries + (f", {fewest} or more" if fewest else "")
     if origin is tuple:
         return f"list of {len(arguments)}: {'; '.join(map(type_text, arguments))}"
     if sections_of(annotation):
@@ -98,7 +101,16 @@ def _bounds(metadata: Sequence[Any]) -> Iterator[str]:
             yield from _bounds(item.metadata)
         for bound, words in BOUND_WORDS.items():
             if hasattr(item, bound):
-                yield f"{words} {getattr(item, bound):g}"
+                yield f"{words} {_limit(getattr(item, bound))}"
+
+
+def _limit(value: int | float) -> str:
+    """A bound; large ones as powers, where they are."""
+    for base in (2, 10):
+        exponent = round(math.log(value, base)) if value >= 2**16 else 0
+        if exponent and base**exponent == value:
+            return f"{base}^{exponent}"
+    return bound_text(value)
 
 
 def _default(field: FieldInfo) -> str:

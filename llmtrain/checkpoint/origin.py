@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from llmtrain.checkpoint.folders import (
     CONFIG,
     MANIFEST,
@@ -19,6 +16,7 @@ from llmtrain.checkpoint.folders import (
     is_checkpoint,
     step_folder_name,
 )
+from llmtrain.config.document import load_plain
 from llmtrain.errors import CheckpointError
 
 
@@ -44,8 +42,8 @@ class Origin:
 def origin_of(path: Path, state: Mapping[str, Any], config_text: str, about: Mapping[str, Any]) -> Origin:
     """The origin of a checkpoint that has been read. Raises CheckpointError where its configuration is none."""
     try:
-        config = YAML(typ="safe", pure=True).load(config_text)
-    except (YAMLError, ValueError, RecursionError) as error:
+        config = load_plain(config_text)
+    except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: is no YAML: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / CONFIG}: is no configuration of a run")

@@ -159,9 +159,9 @@ def _facts(checkpoint: "CheckpointReader") -> dict[str, str]:
     """What the model card says about training. Data sets are named by the hash of their manifest, not by a path."""
     import hashlib
 
-    from ruamel.yaml import YAML
+    from llmtrain.infer.model import saved_config
 
-    config = YAML(typ="safe", pure=True).load(checkpoint.config_text)
+    config = saved_config(checkpoint)
     progress = checkpoint.state.get("train", {})
     facts = {"Run": str(config.get("name", "imported")), "Training steps": f"{checkpoint.step:,}"}
     if "tokens" in progress:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmtrain.config.section import Count, CountOrZero, Positive, Section
+from llmtrain.config.section import Length, LengthOrZero, Positive, Section
 
 AttentionKind = Literal["full", "sliding_window", "strided", "bigbird", "longformer", "linear"]
 
@@ -19,17 +19,17 @@ class AttentionConfig(Section):
         "al. 2020). longformer: a window and the first `num_global` positions (Beltagy et al. 2020). linear: no "
         "softmax (Katharopoulos et al. 2020).",
     )
-    window: Count | None = Field(
+    window: Length | None = Field(
         default=None,
         description="sliding_window, longformer: positions that a query sees, its own included; to either side where "
         "attention is not causal.",
     )
-    stride: Count | None = Field(default=None, description="strided: length of a stride.")
-    block_size: Count = Field(default=64, description="bigbird: positions per block.")
-    num_global: CountOrZero = Field(
+    stride: Length | None = Field(default=None, description="strided: length of a stride.")
+    block_size: Length = Field(default=64, description="bigbird: positions per block.")
+    num_global: LengthOrZero = Field(
         default=1, description="First blocks (bigbird) or positions (longformer) that see and are seen by all."
     )
-    num_random: CountOrZero = Field(default=2, description="bigbird: random blocks that each block sees.")
+    num_random: LengthOrZero = Field(default=2, description="bigbird: random blocks that each block sees.")
     softcap: Positive | None = Field(
         default=None, description="Scores become softcap * tanh(score / softcap) (Gemma 2); absent: they stay."
     )
@@ -50,12 +50,14 @@ class RopeScaling(Section):
         "instead. yarn: a band of frequencies is blended (Peng et al. 2023). llama3: frequencies below a band are "
         "divided.",
     )
-    factor: Annotated[float, Field(ge=1)] = Field(default=8.0, description="How many times longer the context becomes.")
-    low_freq_factor: Annotated[float, Field(gt=0)] = Field(
+    factor: Annotated[float, Field(ge=1, le=2.0**30)] = Field(
+        default=8.0, description="How many times longer the context becomes."
+    )
+    low_freq_factor: Positive = Field(
         default=1.0,
         description="llama3: frequencies with fewer turns in the original length are divided by the whole factor.",
     )
-    high_freq_factor: Annotated[float, Field(gt=0)] = Field(
+    high_freq_factor: Positive = Field(
         default=4.0,
         description="llama3: frequencies with more turns in the original length stay; between the two it blends.",
     )
@@ -64,4 +66,4 @@ class RopeScaling(Section):
     attention_factor: Positive | None = Field(
         default=None, description="yarn: what cosine and sine are multiplied by; absent: 0.1 ln(factor) + 1."
     )
-    original_max_seq_len: Count = Field(default=8192, description="Length of the sequences before the stretching.")
+    original_max_seq_len: Length = Field(default=8192, description="Length of the sequences before the stretching.")

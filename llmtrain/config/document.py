@@ -4,7 +4,6 @@ Only plain data is built: mappings, lists, text, numbers, true, false and null. 
 name a Python object. Faults are collected, not raised, so that one look shows all of them.
 """
 
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,18 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
+from llmtrain.config.bounded_yaml import LONGEST_BYTES, BoundsError, bounded_yaml, compose
 from llmtrain.config.names import nearest, shown
 from llmtrain.errors import Problem
+from llmtrain.files import read_bytes
 
 COMMAND_LINE = "command line"
 """Where a value stands that an override gave."""
 
 TAG = "tag:yaml.org,2002:"
 TEXT_TAGS = {TAG + "str", TAG + "timestamp"}
+MOST_BITS = 1024
+"""Of a whole number: no key takes a larger one, and those of thousands of digits cannot even be printed."""
 SCALAR_TAGS = {TAG + "int", TAG + "float", TAG + "bool", TAG + "null"}
 
 
@@ -71,11 +74,9 @@ def merge(lower: Node, upper: Node) -> Node:
 
 def read_document(file: Path, key: str, problems: list[Problem]) -> Node | None:
     """The tree of one file, its keys to stand below the dotted `key`; None where the file is no YAML mapping."""
-    if not file.is_file():
-        kind = "is a folder, not a file" if file.is_dir() else "no such file"
-        problems.append(Problem(str(file), f"{kind}.{_near_file(file)}"))
+    data = _content(file, problems)
+    if data is None:
         return None
-    data = file.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -91,11 +92,37 @@ def read_document(file: Path, key: str, problems: list[Problem]) -> Node | None:
     return node
 
 
+def _content(file: Path, problems: list[Problem]) -> bytes | None:
+    """The bytes of a file; None, with a problem whose key is the file, where it is none or cannot be read."""
+    try:
+        return read_bytes(file, LONGEST_BYTES)
+    except FileNotFoundError:
+        fault = f"no such file.{_near_file(file)}"
+    except OSError as error:
+        fault = f"cannot be read: {reason_of(error)}."
+    problems.append(Problem(str(file), fault))
+    return None
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """Why a path cannot be used, in the system's words."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def load_plain(text: str) -> Any:
+    """The values of a text that llmtrain has written, such as a run's config.yaml. Raises ValueError."""
+    problems: list[Problem] = []
+    node = read_text(text, "", problems, lambda line: f"line {line}")
+    if problems or node is None:
+        raise ValueError("; ".join(map(str, problems)))
+    return plain(node)
+
+
 def read_text(text: str, key: str, problems: list[Problem], place: Callable[[int], str]) -> Node | None:
     """The tree of a YAML text; `place` turns a line number, counted from 1, into what is shown as its place."""
-    yaml = YAML(typ="safe", pure=True)
+    yaml = bounded_yaml()
     try:
-        root = yaml.compose(io.StringIO(text))
+        root = compose(yaml, text)
         if root is None:
             return Node(None, place(1))
         return _Builder(yaml, problems, place).build(root, key, ())
@@ -103,7 +130,8 @@ def read_text(text: str, key: str, problems: list[Problem], place: Callable[[int
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         context = f" {error.context}" if error.context else ""
-        problems.append(Problem(place(line), f"is not valid YAML{context}: {error.problem}."))
+        fault = error.problem if isinstance(error, BoundsError) else f"is not valid YAML{context}: {error.problem}"
+        problems.append(Problem(place(line), f"{fault}."))
     except ReaderError as error:
         line = text[: error.position].count("\n") + 1
         problems.append(Problem(place(line), f"holds a character that YAML does not allow: {error.character!r}."))
@@ -139,7 +167,11 @@ class _Builder:
             return node.value
         if node.tag in SCALAR_TAGS:
             try:
-                return self.yaml.constructor.construct_object(node)
+                value = self.yaml.constructor.construct_object(node)
+                if isinstance(value, int) and value.bit_length() > MOST_BITS:
+                    self.problems.append(Problem(key, "has more digits than any number here.", where=where))
+                    return None
+                return value
             except (YAMLError, ValueError):
                 message = f"is no {node.tag.removeprefix(TAG)}. Remove the tag."
                 self.problems.append(Problem(key, message, shown(key, node.value), where))
@@ -188,8 +220,11 @@ class _Builder:
 def _near_file(file: Path) -> str:
     """` Did you mean ...?` when the folder holds a YAML file with a similar name."""
     folder = file.parent
-    if not folder.is_dir():
+    try:
+        candidates = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in (".yaml", ".yml")]
+    except FileNotFoundError:
         return f" The folder {folder} does not exist either."
-    candidates = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in (".yaml", ".yml")]
+    except OSError as error:
+        return f" The folder {folder} cannot be listed: {reason_of(error)}."
     found = nearest(file.name, candidates)
     return f" Did you mean {folder / found[0]}?" if found else ""

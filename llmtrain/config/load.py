@@ -6,8 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llmtrain.config.document import COMMAND_LINE, Node, dotted, iter_places, merge, plain, read_document, read_text
-from llmtrain.config.names import SECRET_WORD, shown
+from llmtrain.config.bounded_yaml import DEEPEST
+from llmtrain.config.document import (
+    COMMAND_LINE,
+    Node,
+    dotted,
+    iter_places,
+    merge,
+    plain,
+    read_document,
+    read_text,
+    reason_of,
+)
+from llmtrain.config.names import LONGEST_SHOWN, SECRET_WORD, shown
 from llmtrain.config.rules import arithmetic_problems
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.validation import validate
@@ -15,6 +26,12 @@ from llmtrain.errors import ConfigError, Problem
 
 OVERRIDE_FORM = "write key.path=value, for example optim.lr=1e-4 or data.train.0.path=data/shards/train."
 OVERRIDE = re.compile(r"([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)", re.DOTALL)
+
+DEEPEST_BASES = 16
+"""Files that rest on each other in a row."""
+MOST_FILES = 100
+"""Files of one configuration, each counted as often as something rests on it: ten files can name each other a billion
+times without a circle."""
 
 ENVIRONMENT = "WORLD_SIZE in the environment"
 """Where the number of ranks stands that another launcher has started."""
@@ -100,9 +117,11 @@ class _Reading:
 
     problems: list[Problem] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
+    read: list[Path] = field(default_factory=list)
 
     def file(self, path: Path, key: str, chain: tuple[Path, ...]) -> Node | None:
         """The tree of a file with its bases below it, to stand at the dotted `key`."""
+        self.read.append(path)
         node = read_document(path, key, self.problems)
         return None if node is None else self._with_bases(node, key, (*chain, path))
 
@@ -130,7 +149,7 @@ class _Reading:
 
     def _base_entries(self, node: Node, key: str) -> list[Node]:
         entries = node.value if isinstance(node.value, list) else [node]
-        good = [entry for entry in entries if isinstance(entry.value, str) and entry.value]
+        good = [entry for entry in entries[:MOST_FILES] if isinstance(entry.value, str) and entry.value]
         if len(good) < len(entries):
             self.unread.add(key.removesuffix("base").removesuffix("."))
             message = "must be a file or a list of files, relative to this one."
@@ -139,19 +158,26 @@ class _Reading:
 
     def _base(self, entry: Node, key: str, chain: tuple[Path, ...]) -> Node | None:
         name = dotted(key, "base")
+        fault: str | None = None
         target = chain[-1].parent / entry.value
-        shortest = Path(os.path.normpath(target))
-        target = shortest if shortest.exists() else target
-        if target.resolve() in [file.resolve() for file in chain]:
-            circle = " -> ".join(str(file) for file in (*chain, target))
-            self.problems.append(Problem(name, f"goes in a circle: {circle}. Remove one.", entry.value, entry.where))
+        if len(chain) >= DEEPEST_BASES or len(self.read) >= MOST_FILES:
+            fault = f"rests on too many files: {DEEPEST_BASES} in a row and {MOST_FILES} in all are read."
+        else:
+            try:
+                shortest = Path(os.path.normpath(target))
+                target = shortest if shortest.exists() else target
+                if target.resolve() in [file.resolve() for file in chain]:
+                    fault = f"goes in a circle: {' -> '.join(str(file) for file in (*chain, target))}. Remove one."
+            except (OSError, ValueError) as error:
+                fault = f"is no file that can be read: {reason_of(error)}."
+        if fault is not None:
+            self.problems.append(Problem(name, fault, shown(name, entry.value), entry.where))
             return None
         before = len(self.problems)
         found = self.file(target, key, chain)
-        if found is None and not target.is_file():
-            missing = self.problems.pop()
-            assert len(self.problems) == before
-            message = f"{missing.key}: {missing.message}"
+        if found is None and [problem.key for problem in self.problems[before:]] == [str(target)]:
+            unread = self.problems.pop()
+            message = f"{unread.key}: {unread.message}"
             self.problems.append(Problem(name, message, entry.value, entry.where))
         return found
 
@@ -160,10 +186,13 @@ def _overridden(root: Node, text: str, problems: list[Problem]) -> Node:
     """The tree with one `key.path=value` set; the same tree, and a problem, where that is impossible."""
     match = OVERRIDE.fullmatch(text)
     if match is None:
-        hidden = "(hidden)" if SECRET_WORD.search(text) else text
+        hidden = "(hidden)" if SECRET_WORD.search(text) else shown("", text)
         problems.append(Problem(f"override '{hidden}'", OVERRIDE_FORM, where=COMMAND_LINE))
         return root
     key, value_text = match.groups()
+    if key.count(".") >= DEEPEST:
+        problems.append(Problem(f"override '{key[:LONGEST_SHOWN]}...'", "no key is so deep.", where=COMMAND_LINE))
+        return root
     found: list[Problem] = []
     value = read_text(value_text, key, found, lambda line: COMMAND_LINE)
     if value is None:

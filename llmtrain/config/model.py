@@ -6,7 +6,7 @@ from pydantic import Field
 
 from llmtrain.config.attention import AttentionConfig, RopeScaling
 from llmtrain.config.moe import MoeConfig
-from llmtrain.config.section import Count, CountOrZero, Probability, Section
+from llmtrain.config.section import AsWhole, CountOrZero, Layers, Length, Probability, Section, Width
 
 VOCAB_MULTIPLE = 128
 """Vocabularies are padded to this fixed multiple, whatever the layout, so that no shape depends on the layout."""
@@ -21,7 +21,7 @@ class InitConfig(Section):
         "xavier_*: variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010); embeddings stay normal. t5: variance 1 / "
         "fan_in, of queries 1 / (fan_in head_dim), whose scores are not scaled (Raffel et al. 2020).",
     )
-    std: Annotated[float, Field(gt=0)] = Field(
+    std: Annotated[float, Field(gt=0, le=1e6)] = Field(
         default=0.02, description="Standard deviation of the normal scheme and of embeddings."
     )
     depth_scaled: bool = Field(
@@ -38,21 +38,23 @@ class ModelConfig(Section):
         description="decoder: a causal stack (GPT, Llama). encoder: one that sees both sides (BERT). encoder_decoder: "
         "both, the second attending to the first (T5).",
     )
-    num_layers: Count = Field(default=4, description="Layers of the stack; of an encoder_decoder, of its decoder.")
-    num_encoder_layers: Count | None = Field(
+    num_layers: Layers = Field(default=4, description="Layers of the stack; of an encoder_decoder, of its decoder.")
+    num_encoder_layers: Layers | None = Field(
         default=None, description="encoder_decoder: layers of the encoder; absent: num_layers."
     )
-    hidden_size: Count = Field(default=128, description="Width of the residual stream.")
-    num_heads: Count = Field(default=4, description="Number of query heads.")
-    num_kv_heads: Count | None = Field(default=None, description="Number of key and value heads; absent: num_heads.")
-    head_dim: Count | None = Field(default=None, description="Size of one head; absent: hidden_size / num_heads.")
-    ffn_hidden_size: Count | None = Field(
+    hidden_size: Width = Field(default=128, description="Width of the residual stream.")
+    num_heads: Width = Field(default=4, description="Number of query heads.")
+    num_kv_heads: Width | None = Field(default=None, description="Number of key and value heads; absent: num_heads.")
+    head_dim: Width | None = Field(default=None, description="Size of one head; absent: hidden_size / num_heads.")
+    ffn_hidden_size: Width | None = Field(
         default=None,
         description="Inner width of the MLP; absent: 4 hidden_size, or for gated activations 8/3 hidden_size "
         "rounded up to a multiple of 64.",
     )
-    max_seq_len: Count = Field(default=1024, description="Longest sequence that the model accepts.")
-    vocab_size: Count | None = Field(default=None, description="Number of tokens; absent: from the data's manifest.")
+    max_seq_len: Length = Field(default=1024, description="Longest sequence that the model accepts.")
+    vocab_size: Annotated[int, Field(ge=1, le=2**30), AsWhole] | None = Field(
+        default=None, description="Number of tokens; absent: from the data's manifest."
+    )
     tie_embeddings: bool = Field(default=True, description="Use the word embedding as the output head.")
     dropout: Probability = Field(
         default=0.0, description="Dropout on embeddings and on what each block adds to the residual."
@@ -65,21 +67,23 @@ class ModelConfig(Section):
         description="Kind of position information. alibi: scores fall with distance (Press et al. 2022). t5_relative: "
         "a learned score per head and distance, shared by the layers of a stack (Raffel et al. 2020).",
     )
-    relative_buckets: Annotated[int, Field(ge=4, multiple_of=2)] = Field(
+    relative_buckets: Annotated[int, Field(ge=4, le=2**16, multiple_of=2)] = Field(
         default=32, description="t5_relative: classes of distances that are told apart."
     )
-    relative_max_distance: Count = Field(default=128, description="t5_relative: distances from here on are one class.")
+    relative_max_distance: Length = Field(default=128, description="t5_relative: distances from here on are one class.")
     token_types: CountOrZero = Field(
         default=0, description="Rows of a token-type embedding (BERT: 2); 0: there is none. Samples have type 0."
     )
     embedding_norm: bool = Field(default=False, description="A norm after the embeddings (BERT).")
-    rope_theta: Annotated[float, Field(gt=1)] = Field(default=10000.0, description="Base of the rotary frequencies.")
+    rope_theta: Annotated[float, Field(gt=1, le=1e18)] = Field(
+        default=10000.0, description="Base of the rotary frequencies."
+    )
     rope_scaling: RopeScaling | None = Field(default=None, description="Stretching of rotary positions; absent: none.")
     norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="Kind of normalization.")
     norm_position: Literal["pre", "post"] = Field(
         default="pre", description="Before each block, or after its residual sum."
     )
-    norm_eps: Annotated[float, Field(gt=0)] = Field(default=1e-5, description="Added to the variance.")
+    norm_eps: Annotated[float, Field(gt=0, le=1e6)] = Field(default=1e-5, description="Added to the variance.")
     activation: Literal["swiglu", "geglu", "reglu", "gelu", "relu"] = Field(
         default="swiglu", description="The MLP's activation."
     )

@@ -121,7 +121,7 @@ def shown(key: str, value: Any) -> str:
     if any(is_secret(part) for part in key.split(".")):
         return "(hidden)"
     if isinstance(value, str):
-        text = value
+        text = value if value.isprintable() else json.dumps(value)
     elif isinstance(value, float):
         text = number(value)
     else:
@@ -129,10 +129,15 @@ def shown(key: str, value: Any) -> str:
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
-def number(value: float) -> str:
+def number(value: int | float) -> str:
     """A number as YAML 1.2 writes it."""
     text = repr(value)
     return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}.get(text, text)
+
+
+def bound_text(value: int | float) -> str:
+    """A bound of the schema: whole numbers with all their digits, so that the text is one of them."""
+    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else number(value)
 
 
 def either(values: Iterable[Any]) -> str:

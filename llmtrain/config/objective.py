@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmtrain.config.section import AsTuple, Count, CountOrZero, Positive, Section
+from llmtrain.config.section import AsTuple, Count, CountOrZero, Length, Section, TokenId
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Chance = Annotated[float, Field(ge=0, le=1)]
+MeanLength = Annotated[float, Field(gt=0, le=2.0**30)]
 
 ObjectiveName = Literal["causal", "masked", "span_corruption", "ul2", "prefix", "fim"]
 
@@ -25,7 +26,7 @@ class MaskedConfig(Section):
         "(Joshi et al. 2020).",
     )
     span_probability: Share = Field(default=0.2, description="span: parameter of the geometric lengths.")
-    max_span: Count = Field(default=10, description="span: longest span, in words.")
+    max_span: Length = Field(default=10, description="span: longest span, in words.")
     mask_share: Chance = Field(default=0.8, description="Share of the chosen that are replaced by the mask token.")
     random_share: Chance = Field(default=0.1, description="Share of the chosen that are replaced by a random token.")
 
@@ -34,7 +35,7 @@ class CorruptionConfig(Section):
     """Span corruption (Raffel et al. 2020, section 3.1.4)."""
 
     density: Share = Field(default=0.15, description="Share of the tokens that are taken out.")
-    mean_length: Positive = Field(default=3.0, description="Mean length of a span.")
+    mean_length: MeanLength = Field(default=3.0, description="Mean length of a span.")
 
 
 class DenoiserConfig(Section):
@@ -44,7 +45,7 @@ class DenoiserConfig(Section):
         default="spans", description="spans: span corruption. prefix: the rest of the sample is taken out (S)."
     )
     density: Share = Field(default=0.15, description="Share of the tokens that are taken out.")
-    mean_length: Positive = Field(default=3.0, description="spans: mean length of a span.")
+    mean_length: MeanLength = Field(default=3.0, description="spans: mean length of a span.")
     weight: Count = Field(default=1, description="Share of the samples, as a whole number.")
     mode_token: CountOrZero | None = Field(
         default=None, description="Sentinel number that begins the input and tells the denoiser; absent: none does."
@@ -54,7 +55,7 @@ class DenoiserConfig(Section):
 class Ul2Config(Section):
     """A mixture of denoisers."""
 
-    denoisers: Annotated[tuple[DenoiserConfig, ...], AsTuple, Field(min_length=1)] = Field(
+    denoisers: Annotated[tuple[DenoiserConfig, ...], AsTuple, Field(min_length=1, max_length=1_000)] = Field(
         default=(
             DenoiserConfig(mode_token=97),
             DenoiserConfig(mean_length=8.0, mode_token=97),
@@ -87,13 +88,13 @@ class FimConfig(Section):
 class SpecialTokensConfig(Section):
     """Ids of tokens that objectives put into samples. A run folder's config.yaml says those that the run needs."""
 
-    mask: CountOrZero | None = Field(default=None, description="The mask; absent: the tokenizer's.")
-    pad: CountOrZero | None = Field(
+    mask: TokenId | None = Field(default=None, description="The mask; absent: the tokenizer's.")
+    pad: TokenId | None = Field(
         default=None,
         description="Fills samples up, and begins what the decoder of an encoder_decoder reads, as in T5; absent: the "
         "tokenizer's.",
     )
-    sentinels: Annotated[tuple[CountOrZero, ...] | None, AsTuple] = Field(
+    sentinels: Annotated[Annotated[tuple[TokenId, ...], Field(max_length=10_000)] | None, AsTuple] = Field(
         default=None,
         description="Sentinels in their order, for objectives that need them. fim: prefix, middle and suffix. Absent: "
         "the tokenizer's (<extra_id_0>, ..., or <fim_prefix>, ...), else ids above it: three for fim, 100 or as many "

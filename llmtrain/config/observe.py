@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmtrain.config.section import AsTuple, Count, CountOrZero, Probability, Section
+from llmtrain.config.section import AsTuple, Probability, RanksOrZero, Section, Steps, StepsOrZero, Text
 
 
 class ProfileConfig(Section):
     """Steps that are traced with torch.profiler."""
 
-    steps: Annotated[tuple[Count, Count], AsTuple] = Field(description="First and last traced step, such as [10, 12].")
-    ranks: Annotated[tuple[CountOrZero, ...], AsTuple, Field(min_length=1)] = Field(
+    steps: Annotated[tuple[Steps, Steps], AsTuple] = Field(description="First and last traced step, such as [10, 12].")
+    ranks: Annotated[tuple[RanksOrZero, ...], AsTuple, Field(min_length=1, max_length=10_000)] = Field(
         default=(0,), description="Ranks that trace. Each writes files of its own."
     )
 
@@ -20,13 +20,13 @@ class ObserveConfig(Section):
     """What is recorded and where."""
 
     wandb: Literal["offline", "online", "off"] = Field(default="offline", description="Weights & Biases mode.")
-    wandb_project: str = Field(default="llmtrain", description="Weights & Biases project.")
+    wandb_project: Text = Field(default="llmtrain", description="Weights & Biases project.")
     wandb_artifacts: Literal["none", "final"] = Field(
         default="none", description="final: the last checkpoint goes to Weights & Biases when the run is done."
     )
     tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
-    log_every_steps: Count = Field(default=1, description="Steps between recorded rows.")
-    layer_norms_every_steps: CountOrZero = Field(
+    log_every_steps: Steps = Field(default=1, description="Steps between recorded rows.")
+    layer_norms_every_steps: StepsOrZero = Field(
         default=0,
         description="Steps between rows with the norm of every weight and of its gradient before clipping; 0: never.",
     )

@@ -6,6 +6,7 @@ stands in a file is filled in by the loader.
 
 import re
 from collections.abc import Iterator
+from math import gcd
 
 from llmtrain.config.legal_values import nearest_divisors, nearest_multiples
 from llmtrain.config.names import all_keys, either, nearest, suggested_keys
@@ -16,7 +17,7 @@ from llmtrain.config.rules_model import MODEL_RULES
 from llmtrain.config.rules_objective import OBJECTIVE_RULES
 from llmtrain.config.rules_observe import OBSERVE_RULES, OBSERVE_WORLD_RULES
 from llmtrain.config.rules_parallel import PARALLEL_RULES, WORLD_RULES
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import LONGEST_PERIOD, RunConfig
 from llmtrain.errors import Problem
 
 Found = Iterator[Problem]
@@ -128,6 +129,19 @@ def loss_scale_has_room(config: RunConfig) -> Found:
         yield Problem("optim.loss_scale.initial", message, scale.initial, uses=("optim.loss_scale.minimum",))
 
 
+def weights_are_shares(config: RunConfig) -> Found:
+    for split in ("train", "valid"):
+        weights = [source.weight for source in getattr(config.data, split)]
+        period = sum(weights) // gcd(*weights) if weights else 0
+        if period > LONGEST_PERIOD:
+            message = (
+                f"the weights of its entries add up to {period:,} after division by their common divisor, and "
+                f"{LONGEST_PERIOD:,} at most are allowed. Give shares such as 70 and 30."
+            )
+            keys = tuple(f"data.{split}.{number}.weight" for number in range(len(weights)))
+            yield Problem(f"data.{split}", message, uses=keys)
+
+
 def evaluation_needs_data(config: RunConfig) -> Found:
     every = config.evaluate.every_steps
     if every > 0 and not config.data.valid:
@@ -161,6 +175,7 @@ RULES = (
     steps_fit_schedule,
     lr_falls,
     loss_scale_has_room,
+    weights_are_shares,
     evaluation_needs_data,
     best_needs_evaluation,
     allowed_changes_are_keys,

@@ -19,7 +19,28 @@ from llmtrain.config.objective import (
     Ul2Config,
 )
 from llmtrain.config.observe import ObserveConfig
-from llmtrain.config.section import AsTuple, AsWhole, Count, CountOrZero, NotNegative, Positive, Probability, Section
+from llmtrain.config.section import (
+    AsTuple,
+    AsWhole,
+    Batch,
+    Count,
+    CountOrZero,
+    Layers,
+    Length,
+    NotNegative,
+    Positive,
+    Probability,
+    Ranks,
+    Seconds,
+    Section,
+    Steps,
+    StepsOrZero,
+    Text,
+    Weight,
+)
+
+LONGEST_PERIOD = 1_000_000
+"""Largest sum of mixture weights: the schedule of one period is held in memory."""
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 
@@ -27,22 +48,26 @@ RUN_NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 class SourceConfig(Section):
     """One data set and its share of a mixture."""
 
-    path: str = Field(
+    path: Text = Field(
         description="Folder with shards and their manifest.json, or the URL of one: https, http, s3, gs or hf."
     )
-    weight: Count = Field(default=1, description="Samples of this source per period of the mixture.")
+    weight: Weight = Field(default=1, description="Samples of this source per period of the mixture.")
 
 
 class DataConfig(Section):
     """Where samples come from and what they look like."""
 
-    train: Annotated[tuple[SourceConfig, ...], AsTuple, Field(min_length=1)] = Field(description="Training sources.")
-    valid: Annotated[tuple[SourceConfig, ...], AsTuple] = Field(default=(), description="Evaluation sources.")
-    tokenizer: str | None = Field(
+    train: Annotated[tuple[SourceConfig, ...], AsTuple, Field(min_length=1, max_length=10_000)] = Field(
+        description="Training sources."
+    )
+    valid: Annotated[tuple[SourceConfig, ...], AsTuple, Field(max_length=10_000)] = Field(
+        default=(), description="Evaluation sources."
+    )
+    tokenizer: Text | None = Field(
         default=None,
         description="sentencepiece .model or tokenizer.json; absent: the one kept beside the first training source.",
     )
-    seq_len: Count = Field(default=1024, description="Tokens per sample.")
+    seq_len: Length = Field(default=1024, description="Tokens per sample.")
     objective: ObjectiveName = Field(
         default="causal",
         description="causal: predict each next token. masked: predict hidden tokens (encoder). span_corruption: "
@@ -72,25 +97,25 @@ class DataConfig(Section):
     max_skipped: Probability = Field(
         default=0.001, description="Share of a source's samples that on_corrupt=skip may lose before the run ends."
     )
-    cache_dir: str | None = Field(
+    cache_dir: Text | None = Field(
         default=None, description="Folder for shards of remote sources; absent: llmtrain in XDG_CACHE_HOME or ~/.cache."
     )
     fetch_attempts: Count = Field(default=5, description="Tries to fetch a remote file, with growing pauses.")
-    fetch_timeout_seconds: Positive = Field(default=60.0, description="Longest silence of a remote server.")
+    fetch_timeout_seconds: Seconds = Field(default=60.0, description="Longest silence of a remote server.")
     prefetch_steps: CountOrZero = Field(default=2, description="Steps whose batches are prepared ahead.")
 
 
 class TrainConfig(Section):
     """How long, how large, how precise."""
 
-    steps: Count | None = Field(default=None, description="Optimizer steps in all; absent: from tokens.")
-    tokens: Count | None = Field(
+    steps: Steps | None = Field(default=None, description="Optimizer steps in all; absent: from tokens.")
+    tokens: Annotated[int, Field(ge=1, le=10**18), AsWhole] | None = Field(
         default=None,
         description="Tokens of data in all, instead of steps; rounded up to whole steps. A step reads "
         "global_batch_size x data.seq_len, however few of them the objective predicts.",
     )
-    global_batch_size: Count = Field(default=16, description="Sequences per step over all ranks.")
-    micro_batch_size: Count = Field(default=4, description="Sequences per forward pass of one rank.")
+    global_batch_size: Batch = Field(default=16, description="Sequences per step over all ranks.")
+    micro_batch_size: Batch = Field(default=4, description="Sequences per forward pass of one rank.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32",
         description="bf16 and fp16: weights and activations in that type, fp32 master weights and gradients.",
@@ -101,15 +126,19 @@ class TrainConfig(Section):
         "activation, or whole layers.",
     )
     compile: bool = Field(default=False, description="Compile the layers with torch.compile.")
-    loss_chunk_tokens: Count = Field(default=1024, description="Tokens per chunk of the output head and cross-entropy.")
+    loss_chunk_tokens: Length = Field(
+        default=1024, description="Tokens per chunk of the output head and cross-entropy."
+    )
 
 
 class LossScaleConfig(Section):
     """Dynamic loss scaling, used with fp16 only."""
 
-    initial: Positive = Field(default=65536.0, description="Scale at the first step.")
-    growth_interval: Count = Field(default=2000, description="Good steps in a row before the scale doubles.")
-    minimum: Positive = Field(default=1.0, description="The scale never falls below this.")
+    initial: Annotated[float, Field(gt=0, le=2.0**48)] = Field(default=65536.0, description="Scale at the first step.")
+    growth_interval: Steps = Field(default=2000, description="Good steps in a row before the scale doubles.")
+    minimum: Annotated[float, Field(gt=0, le=2.0**48)] = Field(
+        default=1.0, description="The scale never falls below this."
+    )
 
 
 class OptimConfig(Section):
@@ -121,8 +150,8 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = Field(
         default="cosine", description="Decay after warm-up; wsd: warm-up, stable, linear decay (Hu et al. 2024)."
     )
-    warmup_steps: CountOrZero = Field(default=0, description="Steps of linear warm-up.")
-    decay_steps: Count | None = Field(
+    warmup_steps: StepsOrZero = Field(default=0, description="Steps of linear warm-up.")
+    decay_steps: Steps | None = Field(
         default=None,
         description="Length of wsd's decay (absent: a tenth of the run), or the step at which the others end their "
         "decay (absent: the last step).",
@@ -141,15 +170,15 @@ class OptimConfig(Section):
 class ParallelConfig(Section):
     """Sizes of the mesh axes. Data parallel is what is left of the world size."""
 
-    tensor: Count = Field(default=1, description="Ranks that split each layer.")
-    pipeline: Count = Field(default=1, description="Ranks that split the layers.")
-    virtual_pipeline: Count = Field(default=1, description="Model chunks per pipeline rank.")
-    context: Count = Field(default=1, description="Ranks that split the sequence in attention.")
-    expert: Count = Field(default=1, description="Ranks that split the experts.")
+    tensor: Ranks = Field(default=1, description="Ranks that split each layer.")
+    pipeline: Ranks = Field(default=1, description="Ranks that split the layers.")
+    virtual_pipeline: Layers = Field(default=1, description="Model chunks per pipeline rank.")
+    context: Ranks = Field(default=1, description="Ranks that split the sequence in attention.")
+    expert: Ranks = Field(default=1, description="Ranks that split the experts.")
     sequence: bool = Field(
         default=False, description="Split activations outside attention and MLP over the tensor ranks."
     )
-    pipeline_split: Annotated[tuple[CountOrZero, ...] | None, AsTuple] = Field(
+    pipeline_split: Annotated[Annotated[tuple[CountOrZero, ...], Field(max_length=10_000)] | None, AsTuple] = Field(
         default=None, description="Layers of each pipeline chunk in model order; absent: as equal as can be."
     )
     overlap_grad_reduce: bool = Field(default=False, description="Reduce gradients while the backward pass goes on.")
@@ -172,33 +201,33 @@ class EngineConfig(Section):
         default=0, description="What is sharded over data-parallel ranks."
     )
     offload: Literal["none", "cpu", "nvme"] = Field(default="none", description="Where optimizer state lives.")
-    nvme_path: str | None = Field(default=None, description="Folder on the local disk for offload=nvme.")
+    nvme_path: Text | None = Field(default=None, description="Folder on the local disk for offload=nvme.")
 
 
 class EvaluateConfig(Section):
     """Evaluation during training."""
 
-    every_steps: CountOrZero = Field(default=0, description="Steps between evaluations; 0: never.")
-    steps: Count = Field(default=10, description="Global batches per evaluation, always the same first samples.")
+    every_steps: StepsOrZero = Field(default=0, description="Steps between evaluations; 0: never.")
+    steps: Steps = Field(default=10, description="Global batches per evaluation, always the same first samples.")
 
 
 class CheckpointConfig(Section):
     """What is saved, when, and from where a run continues."""
 
-    every_steps: CountOrZero = Field(default=500, description="Steps between checkpoints; 0: only the last step.")
+    every_steps: StepsOrZero = Field(default=500, description="Steps between checkpoints; 0: only the last step.")
     keep: Count = Field(default=3, description="Newest checkpoints that are kept.")
-    keep_every_steps: CountOrZero = Field(
+    keep_every_steps: StepsOrZero = Field(
         default=0, description="Checkpoints at multiples of this are kept for good; 0: none."
     )
     keep_best: bool = Field(default=False, description="Also keep the checkpoint with the lowest validation loss.")
     async_save: bool = Field(
         default=True, description="Write behind training; it waits only for one copy of the state."
     )
-    resume: str = Field(
+    resume: Text = Field(
         default="auto",
         description="auto: the newest valid checkpoint; none: a fresh run folder; or a run's or checkpoint's path.",
     )
-    allow_change: Annotated[tuple[str, ...], AsTuple] = Field(
+    allow_change: Annotated[tuple[Text, ...], AsTuple, Field(max_length=1_000)] = Field(
         default=(),
         description="Keys that may differ from those of the checkpoint that a run continues, such as seed, "
         "data.train or data.tokenizer.",
@@ -239,8 +268,10 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=RUN_NAME_PATTERN)] = Field(
         description="Name of the run folder: letters, digits, _ . and -, 64 at most."
     )
-    output_dir: str = Field(default="runs", description="Folder that holds the run folder.")
-    seed: CountOrZero = Field(default=1234, description="Everything random follows from it.")
+    output_dir: Text = Field(default="runs", description="Folder that holds the run folder.")
+    seed: Annotated[int, Field(ge=0, lt=2**63), AsWhole] = Field(
+        default=1234, description="Everything random follows from it."
+    )
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

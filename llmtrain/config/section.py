@@ -1,8 +1,9 @@
 """The base class and the field types that all configuration sections share."""
 
+import unicodedata
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -19,11 +20,43 @@ def whole_number(value: Any) -> Any:
 AsWhole = BeforeValidator(whole_number)
 """Stands behind the bounds of a type: before them, it would hide them from the JSON schema."""
 
-Count = Annotated[int, Field(ge=1), AsWhole]
-CountOrZero = Annotated[int, Field(ge=0), AsWhole]
+Count = Annotated[int, Field(ge=1, le=1_000_000), AsWhole]
+"""What is counted one by one: entries, attempts, steps that are prepared ahead."""
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000), AsWhole]
+Steps = Annotated[int, Field(ge=1, le=10**9), AsWhole]
+StepsOrZero = Annotated[int, Field(ge=0, le=10**9), AsWhole]
+Layers = Annotated[int, Field(ge=1, le=10_000), AsWhole]
+Width = Annotated[int, Field(ge=1, le=2**24), AsWhole]
+"""One side of a weight."""
+Length = Annotated[int, Field(ge=1, le=2**30), AsWhole]
+"""Positions of a sequence: kernels count them in 32 bits."""
+LengthOrZero = Annotated[int, Field(ge=0, le=2**30), AsWhole]
+TokenId = Annotated[int, Field(ge=0, lt=2**30), AsWhole]
+Ranks = Annotated[int, Field(ge=1, le=2**20), AsWhole]
+RanksOrZero = Annotated[int, Field(ge=0, lt=2**20), AsWhole]
+Weight = Annotated[int, Field(ge=1, le=10**12), AsWhole]
+"""Shares of a mixture, of which a common divisor is taken out."""
+Threads = Annotated[int, Field(ge=0, le=4096), AsWhole]
+Batch = Annotated[int, Field(ge=1, le=2**24), AsWhole]
+"""Sequences."""
+Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
+
+LONGEST_PATH = 4096
+"""Linux takes no longer one, and no longer text is a name of anything."""
+
+
+def without_controls(text: str) -> str:
+    """A text that can be a path, an address or a name: no character that a terminal or the system interprets."""
+    found = next((character for character in text if unicodedata.category(character) in ("Cc", "Cs")), None)
+    if found is not None:
+        raise ValueError(f"must have no control characters, such as {found!a} in it")
+    return text
+
+
+Text = Annotated[str, Field(max_length=LONGEST_PATH), AfterValidator(without_controls)]
 
 
 def as_tuple(value: Any) -> Any:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llmtrain.config.names import (
+    bound_text,
     either,
     field_at,
     is_secret,
@@ -48,6 +49,12 @@ TYPE_NAMES = {
     "model_type": "must be a section with keys of its own",
     "model_attributes_type": "must be a section with keys of its own",
     "tuple_type": "must be a list",
+}
+LENGTH_NAMES = {
+    "string_too_long": "must have {max_length} characters at most",
+    "string_unicode": "must be Unicode, without halves of surrogate pairs",
+    "too_short": "must have at least {min_length} entry",
+    "too_long": "must have {max_length} entries at most",
 }
 BOUND_NAMES = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
@@ -168,14 +175,12 @@ def _requirement(details: ErrorDetails) -> str:
         return f"must be {either(_choices(details))}"
     if kind == "string_pattern_mismatch":
         return field.description.rstrip(".") if field and field.description else details["msg"]
-    if kind == "too_short":
-        return f"must have at least {context['min_length']} entry"
-    if kind == "too_long":
-        return f"must have {context['max_length']} entries"
+    if kind in LENGTH_NAMES:
+        return LENGTH_NAMES[kind].format(**context)
     for bound, words in BOUND_NAMES.items():
         if bound in context:
-            return f"must be {words} {context[bound]:g}"
-    return details["msg"]
+            return f"must be {words} {bound_text(context[bound])}"
+    return str(context["error"]) if kind == "value_error" else details["msg"]
 
 
 def _advice(details: ErrorDetails) -> str:
@@ -210,7 +215,7 @@ def _tries(kind: str, value: Any, context: dict[str, Any], details: ErrorDetails
         return [f"{value.strip()} without quotes"] if found else []
     if kind == "string_type" and isinstance(value, (bool, int, float)):
         return [f"'{shown('', value)}' in quotes"]
-    return [f"{context[bound]:g}" for bound in ("ge", "le") if bound in context]
+    return [bound_text(context[bound]) for bound in ("ge", "le") if bound in context]
 
 
 def _choices(details: ErrorDetails) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrain.config.schema import LONGEST_PERIOD
 from llmtrain.data.folders import open_folder
 from llmtrain.data.read_ahead import ReadAhead
 from llmtrain.data.remote import FetchConfig
@@ -15,9 +16,6 @@ from llmtrain.data.shard_file import ShardFile
 from llmtrain.data.skipped import SkippedShards
 from llmtrain.data.source_reader import Source, SourceReader, StreamConfig
 from llmtrain.errors import DataError
-
-LONGEST_PERIOD = 1_000_000
-"""Largest sum of mixture weights: the schedule of one period is held in memory."""
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ruamel.yaml import YAML
+from pydantic import ValidationError
 from torch import Tensor
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, MANIFEST, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
 from llmtrain.checkpoint.fragments import Box, FragmentSource
 from llmtrain.checkpoint.manager import find_newest_valid
+from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import parameter_shapes
 from llmtrain.data.batch import PADDING
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
-from llmtrain.errors import ConfigError
+from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.build import build_model
@@ -89,12 +90,15 @@ def find_tokenizer_of(checkpoint: Path) -> Path | None:
 
 def saved_config(checkpoint: CheckpointReader) -> Mapping[str, Any]:
     """The configuration in a checkpoint; that of an imported one has a model section and little else."""
-    return YAML(typ="safe", pure=True).load(checkpoint.config_text)
+    return origin_of(checkpoint.path, {}, checkpoint.config_text, {}).config
 
 
 def saved_architecture(checkpoint: CheckpointReader) -> ModelConfig:
     """The model section of the configuration in a checkpoint."""
-    return ModelConfig.model_validate(saved_config(checkpoint)["model"])
+    try:
+        return ModelConfig.model_validate(saved_config(checkpoint)["model"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"{checkpoint.path}: its configuration has no model section that fits: {error}") from None
 
 
 def checkpoint_tensors(checkpoint: CheckpointReader, model: ModelConfig, dtype: torch.dtype) -> ReadTensor:

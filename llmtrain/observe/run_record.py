@@ -8,8 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
-
+from llmtrain.config.document import load_plain
 from llmtrain.errors import ConfigError
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.efficiency import Efficiency, measure
@@ -176,7 +175,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _yaml(text: str) -> dict[str, Any]:
     try:
-        data = YAML(typ="safe", pure=True).load(text)
-    except YAMLError:
+        data = load_plain(text)
+    except ValueError:
         return {}
     return data if isinstance(data, dict) else {}

@@ -1,4 +1,4 @@
-"""Opening what somebody else may have put there: regular files only, of bounded size, and JSON of bounded depth.
+"""Opening what somebody else may have put there: regular files only, of bounded size, JSON of bounded depth, seals.
 
 A pipe would hang whoever opens it, a device may do anything, and a file that grew without end fills the memory. What
 goes wrong is an `OSError` or a `ValueError` that names the path: whoever reads knows whether it is the data's, the
@@ -6,10 +6,11 @@ checkpoint's or the user's fault, and what to do.
 """
 
 import errno
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,3 +103,25 @@ def _items(value: Any) -> Iterable[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+SEAL = "seal"
+"""The key of an object's own hash."""
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with a hash of its values in it: whoever reads it knows whether a byte was changed."""
+    return {**content, SEAL: _hash_of(content)}
+
+
+def unsealed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The object without its seal, if it has one. Raises: ValueError if the values are not those that were sealed."""
+    content = {key: value for key, value in found.items() if key != SEAL}
+    if SEAL in found and found[SEAL] != (actual := _hash_of(content)):
+        raise ValueError(f"its values do not give the {SEAL} in it: expected {found[SEAL]}, actual {actual}")
+    return content
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

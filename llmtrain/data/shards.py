@@ -18,11 +18,16 @@ from numpy.typing import NDArray
 
 from llmtrain.data.damage import DamagedFileError
 from llmtrain.errors import DataError
+from llmtrain.files import SEAL, open_regular, parse_json, read_bytes, sealed, unsealed
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 """What the tokenizer is called that is kept in a data set's folder, or beside it."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UNSEALED_VERSION = 1
+"""Manifests of data sets that were written before manifests had a hash of their own."""
+MANIFEST_BYTES = 256 << 20
+"""A manifest has 400 bytes for each shard."""
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _INDEX_MAGIC = b"LLMTINDX"
@@ -54,6 +59,7 @@ class Manifest:
     """What a data set consists of, and the tokenizer that its ids belong to."""
 
     schema_version: int
+    """As it was read; the newest is what is written."""
     tokenizer_sha256: str
     vocab_size: int
     dtype: str
@@ -79,15 +85,16 @@ def dtype_name(vocab_size: int) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a folder's manifest.json; the same manifest gives the same bytes."""
-    (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    """Write a folder's manifest.json, sealed; the same manifest gives the same bytes."""
+    content = sealed({**asdict(manifest), "schema_version": SCHEMA_VERSION})
+    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: str | Path) -> Manifest:
     """Read and check a folder's manifest.json. Raises DataError where it is missing or not what it should be."""
     path = Path(folder) / MANIFEST_NAME
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, MANIFEST_BYTES)
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise DataError(
@@ -100,7 +107,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 def parse_manifest(content: bytes, location: str) -> Manifest:
     """A manifest from its bytes, checked. Raises DataError that names `location` where it is not what it should be."""
     try:
-        raw = json.loads(content)
+        raw = parse_json(content)
     except ValueError as error:
         raise DataError(
             f"{location}: not JSON ({error}). Copy the data set again, or write its shards again."
@@ -113,9 +120,13 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
 
 def _parsed(raw: Any) -> Manifest:
     """Raises ValueError that says which key is wrong."""
-    if isinstance(raw, dict) and (version := raw.get("schema_version")) != SCHEMA_VERSION:
-        raise ValueError(f"schema_version = {version!r}: this version of llmtrain reads {SCHEMA_VERSION}")
-    values = _checked_fields(Manifest, raw, "the manifest")
+    if isinstance(raw, dict):
+        if (version := raw.get("schema_version")) not in (UNSEALED_VERSION, SCHEMA_VERSION):
+            raise ValueError(f"schema_version = {version!r}: this version of llmtrain reads up to {SCHEMA_VERSION}")
+        if (SEAL in raw) != (version == SCHEMA_VERSION):
+            raise ValueError(f"schema_version = {version}: {'has no' if version == SCHEMA_VERSION else 'has a'} {SEAL}")
+    plain = {key: value for key, value in raw.items() if key != SEAL} if isinstance(raw, dict) else raw
+    values = dict(_checked_fields(Manifest, plain, "the manifest"))
     shards = tuple(
         ShardEntry(**_checked_fields(ShardEntry, entry, f"shards[{number}]"))
         for number, entry in enumerate(values.pop("shards"))
@@ -135,6 +146,7 @@ def _parsed(raw: Any) -> Manifest:
             raise ValueError(f"file name {name!r}: must be a plain name, without folders")
     if len(set(names)) < len(names):
         raise ValueError("the same file is named twice")
+    unsealed(raw)
     return manifest
 
 
@@ -153,7 +165,7 @@ def _checked_fields(cls: type, raw: Any, where: str) -> dict[str, Any]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

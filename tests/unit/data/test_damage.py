@@ -15,6 +15,7 @@ from llmtrain.data.damage import DamagedFileError
 from llmtrain.data.shards import file_sha256, index_bytes, read_index, read_manifest
 from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
 from llmtrain.errors import DataError
+from llmtrain.files import SEAL, sealed
 from tests.support.datasets import random_documents, write_dataset
 
 SEQ_LEN = 16
@@ -53,7 +54,8 @@ def in_manifest(**change: object) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         manifest["shards"][0] |= change
-        (folder / MANIFEST).write_text(json.dumps(manifest))
+        del manifest[SEAL]
+        (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))  # it contradicts the files, not itself
 
     return damage
 

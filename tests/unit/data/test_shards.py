@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,14 @@ def _manifest_with(folder: Path, change: dict[str, Any] | None = None, shard: di
 @pytest.mark.parametrize(
     ("change", "shard", "says"),
     [
-        ({"schema_version": 2}, None, "schema_version = 2"),
+        ({"schema_version": 3}, None, "schema_version = 3"),
+        ({"schema_version": 1}, None, "has a seal"),
+        ({"seal": None}, None, "expected None"),
+        ({"seal": "0" * 64}, None, "expected 000"),
+        ({"eos_id": 2}, None, "do not give the seal"),
+        ({"vocab_size": 301}, None, "do not give the seal"),
+        ({"tokenizer_sha256": "1" * 64}, None, "do not give the seal"),
+        (None, {"samples": 2}, "do not give the seal"),
         ({"schema_version": None}, None, "schema_version = None"),
         ({"extra": 1}, None, "exactly the keys"),
         ({"vocab_size": "300"}, None, "vocab_size = '300'"),
@@ -121,6 +129,34 @@ def test_wrong_manifest_is_refused(
     with pytest.raises(DataError, match=r"manifest\.json") as error:
         read_manifest(tmp_path)
     assert says in str(error.value)
+
+
+def test_every_flipped_digit_or_letter_of_a_manifest_is_found(tmp_path: Path) -> None:
+    write_dataset(tmp_path, [random_documents(3)])
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    manifest = read_manifest(tmp_path)
+    unseen = []
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        try:
+            assert read_manifest(tmp_path) == manifest
+            unseen.append(whole[position : position + 1])
+        except DataError:
+            continue
+    assert not unseen, "and a space between values has no neighbour that is one"
+
+
+def test_a_manifest_of_before_seals_is_read_and_a_seal_cannot_be_taken_away(tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path, [random_documents(3)])
+    path = tmp_path / "manifest.json"
+    raw = json.loads(path.read_text())
+    del raw["seal"]
+    path.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="has no seal"):
+        read_manifest(tmp_path)
+    path.write_text(json.dumps({**raw, "schema_version": 1}))
+    assert read_manifest(tmp_path) == replace(manifest, schema_version=1)
 
 
 def test_missing_or_torn_manifest_says_what_to_do(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from launch.failure import Failure, failure_text, first_cause
 from launch.rank_log import log_path
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import EXIT_TOLD_TWICE, LlmtrainError, NoProgressError, RunFolderInUseError
+from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE, LlmtrainError, NoProgressError, RunFolderInUseError
 from llmtrain.observe.audit import record
 from llmtrain.observe.efficiency import run_efficiency
 from llmtrain.train.run_folder import RunFolder, Status, read_status
@@ -56,14 +56,23 @@ def decide(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_befo
     """What follows the last of the attempts of this launch; `saved_before` is the newest step saved before the first.
 
     A run is started again from its newest valid checkpoint, unless it was told to stop, a person must mend something,
-    nothing has ever worked, or attempts end again and again without a newer checkpoint.
+    nothing has ever worked, or attempts end again and again without a newer checkpoint. Where it was told to stop and
+    would have been started again, whoever told it does that: the exit code asks for it.
     """
     end = attempts[-1]
     if not end.failures:
         return Decision("restart") if end.resized else Decision("stop", end.exit_code)
-    cause = end.cause
-    if cause.exit_code == EXIT_TOLD_TWICE or end.told_to_stop:
-        return Decision("stop", cause.exit_code, "told to stop")
+    if end.cause.exit_code == EXIT_TOLD_TWICE:
+        return Decision("stop", EXIT_TOLD_TWICE, "told to stop")
+    decision = _after_failure(attempts, max_stalled_attempts, saved_before)
+    if decision.action == "restart" and end.told_to_stop:
+        return Decision("stop", EXIT_PREEMPTED, "told to stop")
+    return decision
+
+
+def _after_failure(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_before: int) -> Decision:
+    """What follows where nobody has told the run to stop."""
+    cause = attempts[-1].cause
     if cause.lasting or not cause.is_defect:
         return Decision("stop", cause.exit_code, "starting again would not mend it")
     if max_stalled_attempts == 0:
@@ -128,6 +137,9 @@ def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int, 
     elif decision.exit_code == EXIT_NO_PROGRESS:
         status = "stalled"
         lines.append(f"given up: {decision.reason}. Mend the cause, then start the same command again.")
+    elif decision.exit_code == EXIT_PREEMPTED:
+        status = "preempted"
+        lines.append(f"told to stop, and not saved: the same command continues from {_starting_point(end.saved_step)}")
     if decision.action == "stop" and cause.is_defect:
         with suppress(LlmtrainError, OSError):
             lines.append(str(run_efficiency(run_dir)))

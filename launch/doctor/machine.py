@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from launch.doctor.finding import Finding
+from llmtrain.train.file_system import existing_folder, folder_fault
 
 CGROUP = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
@@ -102,9 +103,12 @@ def clock_finding(synchronized: bool | None) -> Finding:
 
 
 def disk_finding(output_dir: Path) -> Finding:
-    """Whether a run could be written there, how much room there is, and whether its clock is this machine's."""
-    place = next(folder for folder in (output_dir.absolute(), *output_dir.absolute().parents) if folder.is_dir())
-    name = "output folder"
+    """Whether runs can be written and locked there, how much room there is, and whether its clock is this machine's."""
+    name, mend = "output folder", "write runs elsewhere: output_dir=FOLDER"
+    fault = folder_fault(output_dir)
+    if fault is not None:
+        return Finding("machine", name, "broken", fault, mend, needed=True)
+    place = existing_folder(output_dir)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"x" * 4096)
@@ -112,7 +116,6 @@ def disk_finding(output_dir: Path) -> Finding:
             os.fsync(file.fileno())
             ahead = os.fstat(file.fileno()).st_mtime - time.time()
     except OSError as error:
-        mend = "write runs elsewhere: output_dir=FOLDER"
         return Finding("machine", name, "broken", f"{place} cannot be written: {error.strerror}", mend, needed=True)
     free = shutil.disk_usage(place).free
     text = f"{output_dir}: {gib(free)} free"

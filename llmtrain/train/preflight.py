@@ -3,7 +3,6 @@
 Reads manifests only, no shard and no token. Imports no torch, so that a mistake is told within a second.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from llmtrain.data.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.train.continuity import TOKENIZER_NAMES, differences, refusals, resume_target
+from llmtrain.train.file_system import folder_fault
 from llmtrain.train.vocabulary import SPECIAL_KEY, fill_vocabulary
 
 FIRST = "data.train.0.path"
@@ -194,16 +194,11 @@ def _continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> l
 
 
 def _output_problems(config: RunConfig) -> list[Problem]:
-    """The run folder must be a folder that can be written, or one that can be made."""
-    wanted = (Path(config.output_dir) / config.name).absolute()
-    existing = next(path for path in (wanted, *wanted.parents) if path.exists())
-    if not existing.is_dir():
-        message = f"{existing} is a file, so the run folder {wanted} cannot be made. Choose another output_dir."
-        return [Problem("output_dir", message, config.output_dir, uses=("name",))]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        message = f"{existing} may not be written by this user. Choose another output_dir, or change its rights."
-        return [Problem("output_dir", message, config.output_dir, uses=("name",))]
-    return []
+    """The run folder must be a folder that can be written, or one that can be made, and have the run's lock."""
+    fault = folder_fault(Path(config.output_dir) / config.name)
+    if fault is None:
+        return []
+    return [Problem("output_dir", fault, config.output_dir, uses=("name",))]
 
 
 def _room_problems(config: RunConfig) -> Iterator[Problem]:

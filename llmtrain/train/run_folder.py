@@ -6,12 +6,13 @@ both find a dead owner is made by an advisory lock (flock) on a second file, hel
 """
 
 import atexit
-import fcntl
 import json
 import os
 import socket
 import threading
+import time
 import uuid
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ import psutil
 
 from llmtrain.errors import LlmtrainError, RunFolderInUseError
 from llmtrain.observe import audit
+from llmtrain.train.file_system import UNSUPPORTED, lock_file, no_links_text
 
 LOCK = "run.lock"
 STATUS = "status.json"
@@ -101,10 +103,13 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
         except OSError as error:
+            if error.errno in UNSUPPORTED and error.filename2:
+                raise LlmtrainError(no_links_text(self.path, error)) from error
             raise LlmtrainError(
                 f"{error.filename or self.path}: the run folder cannot be used: {error.strerror}. "
                 "Set output_dir to a folder that can be written."
             ) from error
+        self._clear_unfinished()
         self._closed = threading.Event()
         self._renewal = threading.Thread(target=self._renew, name="run-lock", daemon=True)
         self._renewal.start()
@@ -181,6 +186,8 @@ class RunFolder:
             temporary.write_text(json.dumps(asdict(content), indent=1) + "\n", "utf-8")
             temporary.replace(self.path / STATUS)
         except OSError as error:
+            with suppress(OSError):  # a full disk takes the name and not the content
+                temporary.unlink(missing_ok=True)
             raise LlmtrainError(
                 f"{self.path / STATUS}: cannot be written: {error.strerror}. Free space there."
             ) from error
@@ -188,8 +195,8 @@ class RunFolder:
     def _acquire(self) -> None:
         # The lock appears with its content in it, by link or rename: nobody ever reads half a lock.
         mine = self.path / f".{LOCK}.{self._owner.token}"
-        mine.write_text(json.dumps(asdict(self._owner), indent=1) + "\n", "utf-8")
         try:
+            mine.write_text(json.dumps(asdict(self._owner), indent=1) + "\n", "utf-8")
             while True:
                 try:
                     self._lock.hardlink_to(mine)
@@ -202,10 +209,19 @@ class RunFolder:
         finally:
             mine.unlink(missing_ok=True)
 
+    def _clear_unfinished(self) -> None:
+        """Remove what writers that were killed have left of a status, and of locks that they never got."""
+        now = time.time()
+        for path in (*self.path.glob(f".{STATUS}.*"), *self.path.glob(f".{LOCK}.*")):
+            with suppress(OSError):
+                # Who holds the lock alone writes the status; others may be waiting for the lock right now.
+                if path.name.startswith(f".{STATUS}.") or _is_forgotten(path, now):
+                    path.unlink()
+
     def _take_over(self, mine: Path) -> bool:
         """Replace a stale lock. False where it vanished meanwhile."""
         with (self.path / f".{LOCK}.takeover").open("w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+            lock_file(guard.fileno(), self._lock)
             # Another process may have taken over while this one waited: look again before replacing.
             if not self._lock.exists():
                 return False
@@ -276,6 +292,11 @@ def read_owner(lock: Path) -> LockOwner | None:
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return owner if isinstance(owner.pid, int) and owner.pid > 0 else None
+
+
+def _is_forgotten(path: Path, now: float) -> bool:
+    """Whether a process that wanted the lock has died before it could remove its own file."""
+    return path.name != f".{LOCK}.takeover" and now - path.stat().st_mtime > 10 * LEASE_SECONDS
 
 
 def _in_use(path: Path, owner: LockOwner | None) -> RunFolderInUseError:

@@ -34,6 +34,13 @@ def raising_beside_a_sleeper(self: TorchEngine, step: int, *rest: Any) -> Any:
     return raising(self, step, *rest)
 
 
+def hanging(self: TorchEngine, step: int, *rest: Any) -> Any:
+    if step == STEP and (not dist.is_initialized() or dist.get_rank() == 1):
+        Path("hanging").touch()
+        time.sleep(600)
+    return train_step(self, step, *rest)
+
+
 def finding_damage(self: TorchEngine, step: int, *rest: Any) -> Any:
     if step == STEP and dist.get_rank() == 1:
         raise DataError("shard-000007.tar: damaged on purpose")
@@ -58,6 +65,7 @@ def losing_the_folder(self: TorchEngine, step: int, *rest: Any) -> Any:
 FAULTS = {
     "raising": raising,
     "raising_beside_a_sleeper": raising_beside_a_sleeper,
+    "hanging": hanging,
     "finding_damage": finding_damage,
     "crawling": crawling,
     "losing_the_folder": losing_the_folder,

@@ -210,6 +210,22 @@ def test_told_to_stop_all_ranks_save_the_same_step(workspace: Path, tell: Callab
     assert len(headers) == 2
 
 
+def test_told_to_stop_while_a_rank_hangs_asks_to_be_started_again(workspace: Path) -> None:
+    """Nothing is saved any more, and Slurm requeues only what ends with 75."""
+    run = workspace / "runs" / "tiny"
+    line = [sys.executable, "-m", "tests.distributed.spoiled_command", "hanging", "train", "run.yaml", LONG]
+    line += ["launch.max_stalled_attempts=3", "launch.watchdog.step_seconds=5", "launch.watchdog.data_seconds=5"]
+    process = subprocess.Popen(
+        line, cwd=workspace, env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+    )
+    wait_until((workspace / "hanging").exists, process)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=TIMEOUT_SECONDS)[1]
+    assert process.returncode == 75, told
+    assert "told to stop, and not saved: the same command continues from the beginning" in told
+    assert (status(run)["status"], living(rank_processes(run))) == ("preempted", [])
+
+
 def test_told_twice_ends_at_once(workspace: Path) -> None:
     run = workspace / "runs" / "tiny"
     line = [sys.executable, "-m", "tests.distributed.spoiled_command", "crawling", "train", "run.yaml", LONG]

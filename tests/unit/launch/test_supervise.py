@@ -59,8 +59,21 @@ def test_a_last_save_that_failed_is_not_trained_for_again() -> None:
     assert decide([failed(Failure.of_error(0, LaunchError("the store is gone")), saved=5)], 3).action == "restart"
 
 
-def test_told_to_stop_means_stop() -> None:
-    assert decide([replace(failed(KILLED, saved=5), told_to_stop=True)], 3).action == "stop"
+@pytest.mark.parametrize("failure", [DEFECT, KILLED])
+def test_told_to_stop_what_would_be_started_again_asks_for_it(failure: Failure) -> None:
+    """A rank that hangs or dies while the run is told to stop: a scheduler requeues 75, and not 1."""
+    assert decide([replace(failed(failure, saved=5), told_to_stop=True)], 3) == Decision("stop", 75, "told to stop")
+
+
+def test_told_to_stop_what_would_end_ends_as_it_would() -> None:
+    lasting = Failure.of_error(0, SaveError("runs/x: no space left"))
+    assert decide([replace(failed(lasting, saved=5), told_to_stop=True)], 3).exit_code == 1
+    assert decide([replace(failed(DAMAGE), told_to_stop=True)], 3).exit_code == 3
+    assert decide([replace(failed(DEFECT, worked=False), told_to_stop=True)], 3).exit_code == 1
+    assert decide([failed(), failed(), replace(failed(), told_to_stop=True)], 3).exit_code == 93
+
+
+def test_told_twice_is_told_twice() -> None:
     twice = Failure.of_exit(0, 143)
     assert decide([failed(twice, saved=5)], 3) == Decision("stop", 143, "told to stop")
 
@@ -129,3 +142,17 @@ def test_giving_up_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     status = read_status(run)
     assert status is not None and status.status == "stalled" and "spoiled on purpose" in status.cause
     assert [event["event"] for event in iter_events(run)] == ["restarting", "restarting", "stalled"]
+
+
+def test_a_stop_that_could_not_save_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run_config(tmp_path)
+    run = folder_of(config, 5)
+    hung = replace(failed(KILLED, saved=5), told_to_stop=True)
+    assert supervise(config, lambda number: hung) == 75
+    told = capsys.readouterr().err
+    assert "was killed by SIGKILL" in told
+    assert "told to stop, and not saved: the same command continues from the checkpoint of step 5" in told
+    status = read_status(run)
+    assert status is not None and status.status == "preempted" and "SIGKILL" in status.cause
+    assert "start the same command again" in status.next_action
+    assert [event["event"] for event in iter_events(run)] == ["preempted"]

@@ -1,5 +1,7 @@
 """One writer per run folder, however the last one ended."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ import pytest
 
 from llmtrain.errors import LlmtrainError, RunFolderInUseError
 from llmtrain.train import run_folder
+from llmtrain.train.file_system import folder_fault
 from llmtrain.train.run_folder import LEASE_SECONDS, LOCK, RunFolder, read_status
 
 fork = multiprocessing.get_context("fork")
@@ -226,6 +229,79 @@ def test_a_status_that_does_not_exist_is_named(tmp_path: Path) -> None:
         LlmtrainError, match="status = on fire, allowed are running, restarting, done, preempted, failed, stalled"
     ):
         read_status(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing_of_a_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a disk takes a name, and no content."""
+
+    def full(path: Path, *_: object) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with RunFolder(tmp_path) as folder:
+        monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(LlmtrainError, match=r"No space left on device\. Free space there"):
+            folder.write_status("running", 1, 2)
+        monkeypatch.undo()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(LlmtrainError, match="No space left on device"):
+        RunFolder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_writers_have_left_is_cleared(tmp_path: Path) -> None:
+    forgotten, waiting = tmp_path / ".run.lock.dead", tmp_path / ".run.lock.alive"
+    for path in (tmp_path / ".status.json.dead", forgotten, waiting):
+        path.touch()
+    os.utime(forgotten, (0, 0))
+    with RunFolder(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [waiting.name, LOCK]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """So are vfat, and most buckets that are mounted."""
+
+    def refuse(source: object, target: object, **_: object) -> None:
+        raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(LlmtrainError) as caught:
+        RunFolder(tmp_path / "run")
+    for part in (str(tmp_path / "run"), "has no hard links", os.strerror(number), "Set output_dir to"):
+        assert part in str(caught.value)
+    assert list((tmp_path / "run").iterdir()) == []
+    fault = folder_fault(tmp_path / "runs" / "later")
+    assert fault is not None and f"{tmp_path} is on" in fault and "has no hard links" in fault
+    monkeypatch.undo()
+    assert folder_fault(tmp_path / "runs" / "later") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    abandoned(tmp_path, pid=dead_process())
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(LlmtrainError, match=r"run\.lock: .* has no locks on files \(flock: Function not implemented"):
+        RunFolder(tmp_path)
+
+
+def test_folders_that_cannot_be_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone" / "further")
+    faults = {
+        "file/runs": "is a file",
+        "file": "is a file",
+        "x" * 300: "File name too long",
+        "dangling/runs": "No such file or directory",
+        "a\0b": "null byte",
+    }
+    for wanted, fault in faults.items():
+        assert fault in (folder_fault(tmp_path / wanted) or ""), wanted
 
 
 def test_a_folder_that_cannot_be_made_is_a_users_fault(tmp_path: Path) -> None:

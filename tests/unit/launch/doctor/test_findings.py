@@ -1,5 +1,6 @@
 """What the doctor says of packages, machines, devices, engines and services that are not as they should be."""
 
+import errno
 import os
 import resource
 import sys
@@ -116,6 +117,19 @@ def test_the_output_folder(tmp_path: Path) -> None:
     refused = machine.disk_finding(Path("/proc/runs"))
     assert (refused.state, refused.needed) == ("broken", True)
     assert "/proc cannot be written" in refused.text and "output_dir=" in refused.mend
+    (tmp_path / "file").touch()
+    for wanted, fault in (("file/runs", "is a file"), ("x" * 300, "File name too long")):
+        refused = machine.disk_finding(tmp_path / wanted)
+        assert (refused.state, refused.needed) == ("broken", True) and fault in refused.text
+
+
+def test_an_output_folder_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    refused = machine.disk_finding(tmp_path)
+    assert (refused.state, refused.needed) == ("broken", True) and "has no hard links" in refused.text
 
 
 def test_a_command_that_fails_or_is_not_here_says_nothing() -> None:

@@ -1,11 +1,13 @@
 """What a run will do, as plain numbers: the answer of `llmtrain train --dry-run`. Pure arithmetic, no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sizes import num_active_parameters, num_parameters
 from llmtrain.parallel.drawing import LayoutOutline, plan_layout_outline
 from llmtrain.parallel.layout import plan_layout
+from llmtrain.train.windows import SourceUse
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Outline:
     zero_stage: int
     evaluate_every_steps: int
     checkpoint_every_steps: int
+    windows: str | None
+    sources: tuple[SourceUse, ...]
     layout: LayoutOutline
 
 
-def plan_outline(config: RunConfig, world_size: int) -> Outline:
-    """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules."""
+def plan_outline(config: RunConfig, world_size: int, sources: Sequence[SourceUse] = ()) -> Outline:
+    """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules, and what it makes of data."""
     train, layout = config.train, plan_layout(config.parallel, world_size)
     tokens_per_step = train.global_batch_size * config.data.seq_len
     return Outline(
@@ -59,5 +63,7 @@ def plan_outline(config: RunConfig, world_size: int) -> Outline:
         zero_stage=config.engine.zero_stage,
         evaluate_every_steps=config.evaluate.every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
+        windows=config.data.windows,
+        sources=tuple(sources),
         layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),
     )

@@ -118,7 +118,18 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if field.default_factory is not None:
         return "as below"
-    return f"`{shown('', field.default)}`"
+    return f"`{flow(field.default)}`"
+
+
+def flow(value: Any) -> str:
+    """A default in full, as YAML would have it on one line: of a section, the keys that are not as below."""
+    if isinstance(value, Section):
+        given = {name: getattr(value, name) for name in type(value).model_fields}
+        changed = {name: it for name, it in given.items() if it != type(value).model_fields[name].default}
+        return f"{{{', '.join(f'{name}: {flow(it)}' for name, it in changed.items())}}}"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(flow, value))}]"
+    return shown("", value)
 
 
 def _meaning(field: FieldInfo) -> str:

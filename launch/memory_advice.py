@@ -11,8 +11,8 @@ import torch
 
 from llmtrain.config.rules import arithmetic_problems
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sizes import num_expert_parameters, num_parameters
 from llmtrain.parallel.layout import plan_layout
+from llmtrain.train.memory import held_bytes
 
 LARGEST_AXIS = 64
 """No axis is suggested beyond this size."""
@@ -61,7 +61,7 @@ def advise(error: BaseException, config: RunConfig, device_type: str) -> None:
 
 def advice_text(config: RunConfig, device_type: str) -> str:
     """What would help, for a person."""
-    size = held_bytes(config)
+    size = held_bytes(config, config.launch.num_workers)
     held = f"{size / 1e9:.1f} GB of each rank" if size >= 1e9 else f"{size / 1e6:.1f} MB of each rank"
     found = memory_advice(config, device_type)
     if not found:
@@ -74,20 +74,6 @@ def advice_text(config: RunConfig, device_type: str) -> str:
             *(f"  {advice!s:<{width}}  {advice.effect}" for advice in found),
         ]
     )
-
-
-def held_bytes(config: RunConfig) -> float:
-    """Weights, their gradients, fp32 masters and two moments of one rank, where the layers are split evenly."""
-    layout = plan_layout(config.parallel, config.launch.num_workers)
-    shards = layout.data * layout.context
-    stage = config.engine.zero_stage
-    low = config.train.precision != "fp32"
-    weights, gradients, optimizer = (2, 4, 12) if low else (4, 4, 8)
-    optimizer = 0 if config.engine.offload != "none" else optimizer / (shards if stage >= 1 else 1)
-    per_parameter = weights / (shards if stage >= 3 else 1) + gradients / (shards if stage >= 2 else 1) + optimizer
-    experts = num_expert_parameters(config.model)
-    held = num_parameters(config.model) - experts + experts / layout.expert
-    return per_parameter * held / (layout.tensor * layout.pipeline)
 
 
 def memory_advice(config: RunConfig, device_type: str) -> list[Advice]:

@@ -26,7 +26,6 @@ from llmtrain.train.loop import Run, train
 from llmtrain.train.run_folder import RunFolder, Status, read_status, was_taken_over
 from llmtrain.train.setup import Start, describe_start, find_start, join_start, setup
 from llmtrain.train.vocabulary import with_vocabulary
-from llmtrain.train.windows import with_windows
 
 SINGLE_PROCESS_ENGINES = ("torch",)
 """Engines that need no process group where there is one rank."""
@@ -54,7 +53,7 @@ def run_worker(
     it; the others wait for that decision. `pulse` hears where this rank is; `change_run` may replace parts of the run.
     """
     assert config.launch.num_workers == place.world_size
-    config = with_windows(with_vocabulary(config))
+    config = with_vocabulary(config)
     torch.set_num_threads(num_threads(config.launch, place.local_world_size))
     device = choose_device(config.launch, place)
     run_dir = Path(config.output_dir) / config.name
@@ -101,10 +100,9 @@ class Attempt:
 
     def run(self, stop_requested: Callable[[], bool], on_any_rank: Callable[[bool], bool] = bool) -> int:
         """Train to the end or until told to stop; returns the exit code. `on_any_rank`: is a flag set on any rank?"""
-        total_steps = self.config.total_steps
         if self.finished_before:
             if self.folder:
-                print(f"{self.folder.path}: already done, all {total_steps} steps. Raise train.steps to go on.")
+                print(f"{self.folder.path}: {nothing_left(self.config, self.start.step)}")
             self._write_status("done", self.start.step, "finished before")
             return 0
         self._write_status("running", self.start.step, "starting")
@@ -141,6 +139,17 @@ class Attempt:
     def _write_status(self, status: Status, step: int, message: str, cause: str = "") -> None:
         if self.folder:
             self.folder.write_status(status, step, self.config.total_steps, message, cause)
+
+
+def nothing_left(config: RunConfig, step: int) -> str:
+    """Why a run that has made `step` steps has nothing to do, and which number would change that."""
+    by_tokens = config.train.steps is None
+    key, a_step = (
+        ("train.tokens", config.train.global_batch_size * config.data.seq_len) if by_tokens else ("train.steps", 1)
+    )
+    asked = config.total_steps
+    done = f"all {step} steps" if step == asked else f"{step} steps, and {key} asks for {asked}"
+    return f"already done, {done}. Raise {key} above {step * a_step} to go on."
 
 
 def agree_on_start(

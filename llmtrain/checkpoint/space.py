@@ -71,10 +71,15 @@ def free_bytes(path: Path) -> int | None:
 
 def bytes_text(size: int) -> str:
     """1.23 GB (1,234,567,890 bytes)."""
+    return f"{short_bytes(size)} ({size:,} bytes)" if size >= 1000 else short_bytes(size)
+
+
+def short_bytes(size: float) -> str:
+    """1.23 GB; three digits."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if size >= limit:
-            return f"{size / limit:.3g} {unit} ({size:,} bytes)"
-    return f"{size:,} bytes"
+        if size >= 0.9995 * limit:  # from here on three digits round up to the unit
+            return f"{size / limit:.3g} {unit}"
+    return f"{size:.0f} bytes"
 
 
 def require_room(folder: Path, needed: int) -> None:

@@ -50,11 +50,12 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
     """What a checkpoint holds: step, size, parameters, tensors, and the layout and engine that it came from."""
     reader = _open(checkpoint)
     tensors = list(reader.tensors())
-    num_parameters = sum(tensor.num_elements for tensor in tensors if tensor.kind == "master")
+    padding = _padding(reader, tensors)
+    num_parameters = sum(tensor.num_elements for tensor in tensors if tensor.kind == "master") - padding
     if as_json:
         _print_json(
             {
-                **_facts(reader, num_parameters),
+                **_facts(reader, num_parameters, padding),
                 "state": reader.state,
                 "tensors": [
                     {
@@ -69,7 +70,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
             }
         )
         return
-    facts = _facts(reader, num_parameters)
+    facts = _facts(reader, num_parameters, padding)
     facts["size"] = _size(facts.pop("size_bytes"))
     for key, value in facts.items():
         text = value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else json.dumps(value)
@@ -182,11 +183,25 @@ def _summary(path: Path) -> dict[str, Any]:
         return {**row, "size_bytes": size_bytes, "num_tensors": 0, "metric": None, "problem": str(error)}
 
 
-def _facts(reader: "CheckpointReader", num_parameters: int) -> dict[str, Any]:
+def _padding(reader: "CheckpointReader", tensors: "list[TensorInfo]") -> int:
+    """Elements of the rows that pad the vocabulary: they lie in the tensors, and are no parameters of the model."""
+    from llmtrain.checkpoint.origin import origin_of
+    from llmtrain.config.sizes import VOCABULARY_TENSORS
+
+    model = origin_of(reader.path, reader.state, reader.config_text, reader.about).section("model")
+    vocab_size = model.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        return 0
+    padded = [tensor for tensor in tensors if tensor.kind == "master" and tensor.name in VOCABULARY_TENSORS]
+    return sum(max(0, tensor.shape[0] - vocab_size) * tensor.num_elements // tensor.shape[0] for tensor in padded)
+
+
+def _facts(reader: "CheckpointReader", num_parameters: int, padding: int) -> dict[str, Any]:
     return {
         "path": str(reader.path),
         "step": reader.step,
         "parameters": num_parameters,
+        "padding": padding,
         "size_bytes": reader.size_bytes,
         "files": reader.num_files,
         "about": reader.about,

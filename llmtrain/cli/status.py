@@ -118,7 +118,8 @@ def in_words(view: "RunView") -> list[str]:
     from llmtrain.observe.console import duration, short_number
 
     left = "" if view.seconds_left is None else f", {duration(view.seconds_left)} left"
-    how_far = "" if view.step is None else f", step {_steps(view)}{left}"
+    starting = ", no step since the start yet" if view.message == "starting" and view.state == "running" else ""
+    how_far = "" if view.step is None else f", step {_steps(view)}{starting}{left}"
     metrics = [
         text
         for known, text in (
@@ -139,7 +140,7 @@ def in_words(view: "RunView") -> list[str]:
         "checkpoint": saved,
         "cause": view.cause,
         "verdict": view.verdict,
-        "message": "" if view.message in ("", "training", view.cause) else view.message,
+        "message": "" if view.message in ("", "starting", "training", view.cause) else view.message,
         "next": view.next_action,
     }
     lines = (f"  {name:<11} {text}" for name, text in facts.items() if text)
@@ -174,6 +175,8 @@ def _table(views: list["RunView"]) -> tuple[list[str], list[list[str]]]:
 def _steps(view: "RunView") -> str:
     if view.step is None or not view.total_steps:
         return ""
+    if view.step > view.total_steps:
+        return f"{view.step:,}, more than the {view.total_steps:,} that were asked for last"
     return f"{view.step:,} of {view.total_steps:,} ({view.step / view.total_steps:.0%})"
 
 

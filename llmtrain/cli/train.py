@@ -10,7 +10,6 @@ import typer
 
 if TYPE_CHECKING:
     from llmtrain.train.outline import Outline
-    from llmtrain.train.windows import SourceUse
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG", show_default=False)]
 OverridesArgument = Annotated[
@@ -55,20 +54,19 @@ def train(
     from launch.rank import rank_from_environment
     from llmtrain.train.preflight import storage_problems, storage_warnings
     from llmtrain.train.vocabulary import with_vocabulary
-    from llmtrain.train.windows import source_uses, with_windows
 
     place = rank_from_environment(os.environ)
     world_size = place.world_size if place and ranks is None else None
     hypothetical = [] if ranks is None else [f"launch.num_workers={ranks}"]
     on_storage = partial(storage_problems, asks_room=ranks is None)
-    run = load_config(config, [*(overrides or []), *hypothetical], on_storage, world_size).config
-    run = with_windows(with_vocabulary(run))
+    run = with_vocabulary(load_config(config, [*(overrides or []), *hypothetical], on_storage, world_size).config)
     for warning in storage_warnings(run) if ranks is None else ():
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
+        from llmtrain.train.continuation import find_continuation
         from llmtrain.train.outline import plan_outline
 
-        _print_outline(plan_outline(run, run.launch.num_workers, source_uses(run)), as_json)
+        _print_outline(plan_outline(run, run.launch.num_workers, find_continuation(run)), as_json)
         return
 
     if place:
@@ -82,6 +80,7 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
+    from llmtrain.checkpoint.space import short_bytes
     from llmtrain.parallel.drawing import draw_layout
 
     if as_json:
@@ -90,6 +89,7 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
     evaluate, checkpoint = outline.evaluate_every_steps, outline.checkpoint_every_steps
     lines = {
         "run folder": outline.run_folder,
+        "starts": _start(outline),
         "model": _model(outline),
         "precision": outline.precision,
         "engine": f"{outline.engine}, ZeRO stage {outline.zero_stage}" if outline.zero_stage else outline.engine,
@@ -99,9 +99,11 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
         f"of {outline.seq_len:,} tokens each",
         "steps": f"{outline.steps:,} of {outline.tokens_per_step:,} tokens, {outline.tokens:,} tokens in all",
         "evaluation": f"every {_count(evaluate, 'step')}" if evaluate else "never",
-        "checkpoints": f"every {_count(checkpoint, 'step')} and at the end" if checkpoint else "at the end",
+        "checkpoints": (f"every {_count(checkpoint, 'step')} and " if checkpoint else "")
+        + f"at the end, {short_bytes(outline.checkpoint_bytes)} each",
+        "memory": f"about {_memory(outline)}",
     }
-    for name, text in [*lines.items(), *map(_source, outline.sources)]:
+    for name, text in lines.items():
         typer.echo(f"{name:<12} {text}")
     if outline.world_size > 1:
         typer.echo(f"\n{draw_layout(outline.layout)}")
@@ -113,12 +115,32 @@ def _model(outline: "Outline") -> str:
     return f"{outline.parameters:,} parameters{met}, {outline.vocab_size:,} tokens in the vocabulary"
 
 
-def _source(source: "SourceUse") -> tuple[str, str]:
-    """What an epoch of a source is, and how much of the source no epoch shows."""
-    name = {"train": "data", "valid": "validation"}[source.split]
-    often = f"{source.epochs:,.3g} epochs" if name == "data" else f"{min(source.epochs, 1):.1%} of it each time"
-    use = source.use
-    return name, f"{source.path}: {use.tokens:,} tokens = {use.samples:,.0f} samples; {use.unused_text}; {often}"
+def _start(outline: "Outline") -> str:
+    """At the first step, or where it goes on: what a second start of the same command does."""
+    continues = outline.continues
+    if continues is None:
+        return "at step 1, from new weights"
+    if continues.step == 0:
+        return f"at step 1, with the weights of {continues.checkpoint}"
+    if continues.step >= outline.steps:
+        step = f"{continues.step:,}"
+        return f"nothing is left to do: {continues.checkpoint} is at step {step}. More than {step} steps go on"
+    whose = "" if continues.is_own else " of another run"
+    return f"at step {continues.step + 1:,}: continues {continues.checkpoint}{whose}"
+
+
+def _memory(outline: "Outline") -> str:
+    from llmtrain.checkpoint.space import short_bytes
+
+    memory = outline.memory
+    parts = {
+        "weights, gradients and moments": memory.held,
+        "activations": memory.activations,
+        "logits": memory.logits,
+    }
+    text = " + ".join(f"{short_bytes(size)} {name}" for name, size in parts.items())
+    whole = short_bytes(sum(parts.values()))
+    return f"{whole}{' per rank' if outline.world_size > 1 else ''} = {text}; beside it Python and PyTorch"
 
 
 def _axes(outline: "Outline") -> str:

@@ -97,16 +97,37 @@ class StatusLine:
     """One line that says where the run is, as wide as the terminal and never wider."""
 
     def __init__(self, start_step: int, last_step: int, clock: Callable[[], float]) -> None:
-        self.start_step = start_step
         self.last_step = last_step
-        self.step = start_step
         self.row: dict[str, Any] = {}
         self._clock = clock
         self._started_at = clock()
+        self._step = start_step
+        self._first: tuple[int, float] | None = None
+        """The first step that was done, and when: the pace counts from there."""
+
+    @property
+    def step(self) -> int:
+        """The last step that is done."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        went_on, went_back = step > self._step, step < self._step
+        if went_back or (went_on and self._first is None):
+            self._first = (step, self._clock())
+        self._step = step
 
     @property
     def elapsed_seconds(self) -> float:
         return self._clock() - self._started_at
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the pace since the first step was done, whose time is that of compilers, allocators and first data."""
+        if self._first is None or self._step == self._first[0]:
+            return None
+        step, since = self._first
+        return (self._clock() - since) / (self._step - step) * (self.last_step - self._step)
 
     def cells(self, width: int | None) -> list[str]:
         """The texts in order of display; those that matter least are left out where they do not fit `width`."""
@@ -121,12 +142,13 @@ class StatusLine:
             ranked.append((3, f"{short_number(row['tokens_per_second'])} tok/s"))
         if row.get("mfu") is not None:
             ranked.append((5, f"MFU {100 * row['mfu']:.1f}%"))
-        done = self.step - self.start_step
-        if done > 0:
-            seconds = self.elapsed_seconds
-            ranked.append((6, f"{duration(seconds)} gone"))
-            if self.step < self.last_step:
-                ranked.append((2, f"{duration(seconds / done * (self.last_step - self.step))} left"))
+        gone = f"{duration(self.elapsed_seconds)} gone"
+        if self._first is None:  # the bar may stand anywhere, and does not move yet
+            ranked.append((2, f"starting, {gone}"))
+        else:
+            ranked.append((6, gone))
+        if self.seconds_left is not None and self.step < self.last_step:
+            ranked.append((2, f"{duration(self.seconds_left)} left"))
         while width is not None and len(ranked) > 1 and sum(len(text) + 2 for _, text in ranked) > width:
             ranked.remove(max(ranked))
         return [text for _, text in ranked]

@@ -1,13 +1,15 @@
 """What a run will do, as plain numbers: the answer of `llmtrain train --dry-run`. Pure arithmetic, no torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
+from llmtrain.checkpoint.space import BYTES_PER_PARAMETER
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sizes import num_active_parameters, num_parameters
+from llmtrain.config.sizes import num_active_parameters, num_parameters, parameter_shapes
 from llmtrain.parallel.drawing import LayoutOutline, plan_layout_outline
 from llmtrain.parallel.layout import plan_layout
-from llmtrain.train.windows import SourceUse
+from llmtrain.train.continuation import Continuation
+from llmtrain.train.memory import MemoryPlan, plan_memory
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ class Outline:
     zero_stage: int
     evaluate_every_steps: int
     checkpoint_every_steps: int
-    windows: str | None
-    sources: tuple[SourceUse, ...]
+    checkpoint_bytes: int
+    memory: MemoryPlan
+    continues: Continuation | None
     layout: LayoutOutline
 
 
-def plan_outline(config: RunConfig, world_size: int, sources: Sequence[SourceUse] = ()) -> Outline:
-    """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules, and what it makes of data."""
+def plan_outline(config: RunConfig, world_size: int, continues: Continuation | None = None) -> Outline:
+    """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules."""
     train, layout = config.train, plan_layout(config.parallel, world_size)
     tokens_per_step = train.global_batch_size * config.data.seq_len
     return Outline(
@@ -63,7 +66,8 @@ def plan_outline(config: RunConfig, world_size: int, sources: Sequence[SourceUse
         zero_stage=config.engine.zero_stage,
         evaluate_every_steps=config.evaluate.every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
-        windows=config.data.windows,
-        sources=tuple(sources),
+        checkpoint_bytes=BYTES_PER_PARAMETER * sum(map(prod, parameter_shapes(config.model).values())),
+        memory=plan_memory(config, world_size),
+        continues=continues,
         layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),
     )

@@ -34,12 +34,12 @@ Status = Literal["running", "restarting", "done", "preempted", "failed", "stalle
 NEXT_ACTIONS: dict[Status, str] = {
     "running": "wait",
     "restarting": "wait: all ranks are started again from the newest valid checkpoint",
-    "done": "nothing: raise train.steps to go on",
+    "done": "nothing: more than {step} steps go on (train.steps or train.tokens)",
     "preempted": "start the same command again: it continues",
     "failed": "mend the cause, then start the same command again: it continues from the newest valid checkpoint",
     "stalled": "mend the cause first: started again as it is, it would fail at the same place",
 }
-"""What is to be done about a run, by its status."""
+"""What is to be done about a run, by its status; `step` is the last one that it has made."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class RunFolder:
             _now(),
             self._attempt,
             cause,
-            next_action=NEXT_ACTIONS[status],
+            next_action=NEXT_ACTIONS[status].format(step=step),
             verdict=self.verdict,
         )
         temporary = self.path / f".{STATUS}.{self._owner.token}"

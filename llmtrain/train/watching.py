@@ -189,7 +189,8 @@ def _progress(rows: list[dict[str, Any]], status: RunStatus, state: State) -> di
     counted = training[-RATE_ROWS:]
     between = counted[-1]["step"] - counted[0]["step"]
     seconds = (last["time"] - counted[0]["time"]) / between if between else last["step_seconds"]
-    going_on = state in ("running", "starting")
+    # Until a start has made a step, the rows are those of the one before it, and say nothing of its pace.
+    going_on = state in ("running", "starting") and status.message != "starting"
     return {
         "step": step,
         "loss": _number(last["loss"]),

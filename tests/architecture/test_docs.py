@@ -6,10 +6,11 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
+from pydantic import TypeAdapter
 from ruamel.yaml import YAML
 
 from docs import generate
@@ -145,9 +146,43 @@ def test_configuration_reference_has_every_key_with_its_meaning() -> None:
     assert [row for row in rows if len(row) != 4 or not row[3].rstrip(" |")] == []
 
 
+def test_defaults_are_whole_and_are_yaml() -> None:
+    """What the page gives as a default can be written into a file, and means the default."""
+    rows = [line.strip("| ").split(" | ") for line in generate.page_text().splitlines() if line.startswith("| `")]
+    defaults = {row[0].strip("`"): row[2].strip("`").replace("&#124;", "|") for row in rows}
+    compared = 0
+    for key, section in generate.iter_sections():
+        for name, field in section.model_fields.items():
+            written = defaults[f"{key}.{name}" if key else name]
+            if written in ("required", "as below"):
+                continue
+            value = YAML(typ="safe", pure=True).load(io.StringIO(f"default: {written}"))["default"]
+            kind = Annotated[field.annotation, None, *field.metadata]
+            assert TypeAdapter(kind).validate_python(value) == field.default, (key, name, written)
+            compared += 1
+    assert compared > 100
+
+
 @pages
 def test_named_files_exist(page: Path) -> None:
     assert missing_paths(page.read_text("utf-8")) == []
+
+
+def undefined_names(text: str, source: str) -> list[str]:
+    """Single names in backticks that nothing in the source defines: no function, class, constant, field or key."""
+    names = [span for span in spans(text) if re.fullmatch(r"[A-Za-z]+(_[A-Za-z]+)*", span)]
+    return [
+        name for name in names if not re.search(rf"^(def |class | {{4}})?{name}( =|: |\(|\b:)", source, re.MULTILINE)
+    ]
+
+
+def test_recipes_name_what_is_there() -> None:
+    """What contributing.md says to write next to is defined in the library."""
+    source = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "llmtrain").rglob("*.py")))
+    recipes = (ROOT / "docs" / "contributing.md").read_text("utf-8").partition("## Add ")[2]
+    assert len(spans(recipes)) > 10 and undefined_names(recipes, source) == []
+    found = undefined_names("`TABLE`, `to_config`, `FAMILIES`, `obstacles`, `position`, `a/b.py`", source)
+    assert found == ["obstacles"]
 
 
 def test_a_missing_file_is_found() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llmtrain.checkpoint.fragments import Box
+from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.cli.checkpoint import app
 from llmtrain.errors import CheckpointError, ConfigError
@@ -52,6 +52,20 @@ def test_inspect(run_folder: Path) -> None:
     assert facts["size_bytes"] == sum(
         file.stat().st_size for file in path.iterdir() if not file.name.startswith("manifest.")
     )
+
+
+def test_inspect_counts_no_rows_that_pad_the_vocabulary(tmp_path: Path) -> None:
+    """Of 128 rows in the tensors, 100 are tokens."""
+    names = {"embeddings.word.weight": (128, 4), "head.weight": (128, 4), "mlm.bias": (128,), "decoder.a": (128, 4)}
+    fragments = [
+        Fragment.whole(name, kind, torch.zeros(shape))
+        for name, shape in names.items()
+        for kind in ("master", "exp_avg")
+    ]
+    path = save(tmp_path, 1, fragments, config_text="model: {vocab_size: 100}\n")
+    facts = json.loads(run("inspect", path, "--json")[1])
+    assert (facts["parameters"], facts["padding"]) == (2 * 400 + 100 + 512, 2 * 28 * 4 + 28)
+    assert "parameters   1,412\n" in run("inspect", path)[1]
 
 
 def test_verify_says_what_was_checked(run_folder: Path) -> None:

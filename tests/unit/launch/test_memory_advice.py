@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.failure import Failure, failure_text
-from launch.memory_advice import advice_text, advise, changed, held_bytes, is_out_of_memory, memory_advice
+from launch.memory_advice import advice_text, advise, changed, is_out_of_memory, memory_advice
 from llmtrain.config.rules import arithmetic_problems
 from llmtrain.config.schema import RunConfig
 from tests.unit.config.small_run import run
@@ -85,19 +85,6 @@ def test_sizes_that_divide_nothing_are_passed_over() -> None:
     assert "train.micro_batch_size=3" in said
     assert "engine.name=megatron parallel.tensor=2" in said
     assert not [line for line in said if "loss_chunk" in line], "64 tokens a micro-batch are no large chunk"
-
-
-def test_what_a_rank_holds() -> None:
-    alone = held_bytes(large())
-    assert alone == pytest.approx(16 * 6.17e9, rel=0.01), "one table for embedding and head"
-    bf16 = {"train": {"precision": "bf16"}}
-    assert held_bytes(large(**bf16)) == pytest.approx(alone / 16 * 18)
-    deepspeed = {**bf16, "launch": {"num_workers": 8}}
-    by_stage = [held_bytes(large(**deepspeed, engine={"name": "deepspeed", "zero_stage": s})) for s in range(4)]
-    per_weight = [held / (alone / 16) for held in by_stage]
-    assert per_weight == pytest.approx([18, 6 + 12 / 8, 2 + 16 / 8, 18 / 8])
-    megatron = {"engine": {"name": "megatron"}, "parallel": {"tensor": 2, "pipeline": 2}, "launch": {"num_workers": 4}}
-    assert held_bytes(large(**megatron)) == pytest.approx(alone / 4)
 
 
 @given(

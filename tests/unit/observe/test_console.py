@@ -29,6 +29,7 @@ def progress_lines(out: io.StringIO) -> list[str]:
 def test_the_bar_is_one_line_at_every_width(width: int):
     clock = Clock()
     status = StatusLine(100_000, 500_000, clock)
+    status.step = 100_001
     status.row, status.step = dict(ROW), 123_456
     clock.now = 40_000.0
     out = io.StringIO()
@@ -43,6 +44,33 @@ def test_the_bar_is_one_line_at_every_width(width: int):
         assert "left" in lines[0]
     if width >= 120:
         assert "MFU 41.2%" in lines[0]
+
+
+def test_the_time_left_does_not_hold_the_start_up():
+    """A minute until the first step is done, then a second each: after the second of ten, eight seconds are left."""
+    clock = Clock()
+    status = StatusLine(0, 10, clock)
+    clock.now = 30.0
+    assert status.cells(None) == ["0/10", "starting, 0:00:30 gone"], "a bar that does not move yet says why"
+    clock.now, status.step = 60.0, 1
+    clock.now = 60.0
+    assert status.seconds_left is None and "left" not in "".join(status.cells(None)), "one step has no pace"
+    clock.now = 61.0
+    status.step = 2
+    assert status.seconds_left == 8.0 and "0:00:08 left" in status.cells(None)
+
+
+def test_a_resumed_run_that_goes_back_counts_its_pace_anew():
+    clock = Clock()
+    status = StatusLine(100, 110, clock)
+    assert "starting" in status.cells(None)[1]
+    for clock.now, status.step in ((50.0, 101), (51.0, 102), (52.0, 103)):
+        pass
+    assert status.seconds_left == 7.0
+    clock.now, status.step = 152.0, 90
+    assert status.seconds_left is None
+    clock.now, status.step = 154.0, 91
+    assert status.seconds_left == 38.0
 
 
 def test_plain_output_has_few_lines_but_always_the_last():

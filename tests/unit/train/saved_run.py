@@ -1,6 +1,7 @@
 """Checkpoints of the good run, with all that they say about where they come from, and the run started after them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,11 +16,11 @@ from llmtrain.train.vocabulary import with_vocabulary
 from tests.unit.checkpoint.saved import save
 
 
-def save_of_run(step: int, *overrides: str, name: str = "small") -> Path:
+def save_of_run(step: int, *overrides: str, name: str = "small", **contents: Any) -> Path:
     """A checkpoint of `run.yaml` with overrides, in its run folder; tensors aside it is as training leaves it."""
     config = with_vocabulary(load_config(Path("run.yaml"), [f"name={name}", *overrides]).config)
     about = {"data": data_record(config, [read_manifest(source.path) for source in config.data.train])}
-    return save(Path("runs") / name / "checkpoints", step, config_text=to_yaml(config), about=about)
+    return save(Path("runs") / name / "checkpoints", step, config_text=to_yaml(config), about=about, **contents)
 
 
 def save_import(out: Path, config_text: str) -> Path:

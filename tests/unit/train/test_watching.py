@@ -188,6 +188,30 @@ def test_the_command_tells_one_run_in_words(tmp_path: Path, capsys: pytest.Captu
     assert "  next        mend the cause, then start the same command again" in out
 
 
+def test_a_run_that_starts_again_says_so_and_tells_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished run that is extended stands at 91% until its first new step: the old rows say nothing of its pace."""
+    run = tmp_path / "run"
+    with RunFolder(run) as held:
+        write_rows(run, age=1.0)
+        held.write_status("running", 40, 44, "starting")
+        assert look(run).seconds_left is None
+        assert status(capsys, run)[1].startswith("run: running, step 40 of 44 (91%), no step since the start yet\n")
+        write_rows(run, 41, 42)
+        held.write_status("running", 42, 44, "training")
+        assert look(run).seconds_left is not None
+        assert "since the start" not in status(capsys, run)[1]
+
+
+def test_a_finished_run_says_which_number_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    with RunFolder(run) as held:
+        held.write_status("done", 40, 30)
+    code, out = status(capsys, run)
+    assert code == 0 and "%" not in out
+    assert out.startswith("run: done, step 40, more than the 30 that were asked for last\n")
+    assert "more than 40 steps go on" in out
+
+
 def test_the_command_tells_several_runs_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", "failed", cause="line\nand line")
     make_run(tmp_path / "b", "done")

@@ -11,6 +11,7 @@ from llmtrain.data.objectives import pack_sample
 from llmtrain.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 from llmtrain.train.setup import build_recipe
 from llmtrain.train.vocabulary import with_vocabulary
+from llmtrain.train.windows import with_windows
 
 SKIPPED = "..."
 """Stands for positions that are no targets."""
@@ -21,7 +22,7 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
 
     Raises ConfigError and DataError.
     """
-    config = load_config(run).config
+    config = with_windows(load_config(run).config)
     data = config.data.model_copy(update={"train": (SourceConfig(path=str(dataset)),), "tokenizer": None})
     config = with_vocabulary(config.model_copy(update={"data": data}))
     stream = build_stream(config.data.train, config.data, config.seed)

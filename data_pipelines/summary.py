@@ -10,6 +10,7 @@ from llmtrain.data.shard_file import ShardFile
 from llmtrain.data.shards import Manifest, read_manifest
 from llmtrain.data.stream import Sample
 from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.data.usage import DataUse, data_use
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -30,6 +31,9 @@ class DatasetSummary:
     length_quantiles: dict[str, int]
     seq_len: int
     samples: int
+    unused_tokens: int
+    per_shard: DataUse
+    """The same where every sample lies in one shard; the two counts before it are of samples that cross their ends."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -39,6 +43,7 @@ def summarize(folder: Path, seq_len: int) -> DatasetSummary:
     """Summarize a data set, with the number of samples of `seq_len` tokens. Raises DataError where it is damaged."""
     manifest = read_manifest(folder)
     lengths = _document_lengths(folder, manifest)
+    use = data_use(manifest, seq_len, "continuous")
     quantiles = np.quantile(lengths, QUANTILES, method="nearest") if lengths.size else np.zeros(len(QUANTILES))
     return DatasetSummary(
         path=str(folder),
@@ -52,7 +57,9 @@ def summarize(folder: Path, seq_len: int) -> DatasetSummary:
         mean_length=float(lengths.mean()) if lengths.size else 0.0,
         length_quantiles={str(q): int(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
         seq_len=seq_len,
-        samples=manifest.num_windows(seq_len),
+        samples=int(use.samples),
+        unused_tokens=use.unused_tokens,
+        per_shard=data_use(manifest, seq_len, "per_shard"),
     )
 
 

@@ -26,6 +26,7 @@ from llmtrain.train.loop import Run, train
 from llmtrain.train.run_folder import RunFolder, Status, read_status, was_taken_over
 from llmtrain.train.setup import Start, describe_start, find_start, join_start, setup
 from llmtrain.train.vocabulary import with_vocabulary
+from llmtrain.train.windows import with_windows
 
 SINGLE_PROCESS_ENGINES = ("torch",)
 """Engines that need no process group where there is one rank."""
@@ -53,7 +54,7 @@ def run_worker(
     it; the others wait for that decision. `pulse` hears where this rank is; `change_run` may replace parts of the run.
     """
     assert config.launch.num_workers == place.world_size
-    config = with_vocabulary(config)
+    config = with_windows(with_vocabulary(config))
     torch.set_num_threads(num_threads(config.launch, place.local_world_size))
     device = choose_device(config.launch, place)
     run_dir = Path(config.output_dir) / config.name

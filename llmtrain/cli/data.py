@@ -28,6 +28,13 @@ class TokenizerKind(StrEnum):
     UNIGRAM = "unigram"
 
 
+class Windows(StrEnum):
+    """How samples are cut."""
+
+    CONTINUOUS = "continuous"
+    PER_SHARD = "per_shard"
+
+
 @app.command()
 def tokenizer(
     inputs: Inputs,
@@ -120,7 +127,9 @@ def inspect(
             f"vocabulary {summary.vocab_size:,}, tokenizer {summary.tokenizer_sha256[:12]}\n"
             f"  {_count(summary.documents, 'document')}, {summary.tokens:,} tokens, "
             f"{summary.mean_length:,.1f} per document (min, 10%, median, 90%, max: {quantiles})\n"
-            f"  {summary.samples:,} samples of {summary.seq_len} tokens per epoch"
+            f"  {summary.samples:,} samples of {summary.seq_len:,} tokens per epoch; "
+            f"{'too little for one sample' if summary.unused_tokens else 'no token is left out'}\n"
+            f"  with data.windows=per_shard {summary.per_shard.samples:,} samples; {summary.per_shard.unused_text}"
         )
 
 
@@ -144,6 +153,7 @@ def show(
     sample: Annotated[int, typer.Option(min=0, help="Number of the sample, from 0.")] = 0,
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run whose order is meant.")] = 1234,
+    windows: Annotated[Windows, typer.Option(help="The run's data.windows.")] = Windows.CONTINUOUS,
     shuffle_shards: Annotated[int, typer.Option(min=1, help="The run's data.shuffle_shards.")] = 8,
     run: Annotated[
         Path | None, typer.Option(help="A run's YAML file, in place of the other options; its objective is shown.")
@@ -165,7 +175,8 @@ def show(
         for title, text in objective_texts(run, dataset, sample).items():
             typer.echo(f"-------- {title} --------\n{text}")
         return
-    stream = SampleStream(load_sources([dataset], [1]), StreamConfig(seed, seq_len, shuffle_shards))
+    config = StreamConfig(seed, seq_len, shuffle_shards, windows=windows.value)
+    stream = SampleStream(load_sources([dataset], [1]), config)
     shown = stream.sample(sample)
     _say(f"{stream.shard_path(shown)}: epoch {shown.epoch}, window {shown.window}, {len(shown.tokens)} tokens")
     for begins, text in document_texts(shown, load_tokenizer(find_tokenizer(dataset))):

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from llmtrain.train.outline import Outline
+    from llmtrain.train.windows import SourceUse
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG", show_default=False)]
 OverridesArgument = Annotated[
@@ -54,19 +55,22 @@ def train(
     from launch.rank import rank_from_environment
     from llmtrain.train.preflight import storage_problems, storage_warnings
     from llmtrain.train.vocabulary import with_vocabulary
+    from llmtrain.train.windows import source_uses, with_windows
 
     place = rank_from_environment(os.environ)
     world_size = place.world_size if place and ranks is None else None
     hypothetical = [] if ranks is None else [f"launch.num_workers={ranks}"]
     on_storage = partial(storage_problems, asks_room=ranks is None)
-    run = with_vocabulary(load_config(config, [*(overrides or []), *hypothetical], on_storage, world_size).config)
+    run = load_config(config, [*(overrides or []), *hypothetical], on_storage, world_size).config
+    run = with_windows(with_vocabulary(run))
     for warning in storage_warnings(run) if ranks is None else ():
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
         from llmtrain.train.continuation import find_continuation
         from llmtrain.train.outline import plan_outline
 
-        _print_outline(plan_outline(run, run.launch.num_workers, find_continuation(run)), as_json)
+        outline = plan_outline(run, run.launch.num_workers, source_uses(run), find_continuation(run))
+        _print_outline(outline, as_json)
         return
 
     if place:
@@ -103,7 +107,7 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
         + f"at the end, {short_bytes(outline.checkpoint_bytes)} each",
         "memory": f"about {_memory(outline)}",
     }
-    for name, text in lines.items():
+    for name, text in [*lines.items(), *map(_source, outline.sources)]:
         typer.echo(f"{name:<12} {text}")
     if outline.world_size > 1:
         typer.echo(f"\n{draw_layout(outline.layout)}")
@@ -113,6 +117,14 @@ def _model(outline: "Outline") -> str:
     active = outline.active_parameters
     met = f" (a token meets {active:,})" if active < outline.parameters else ""
     return f"{outline.parameters:,} parameters{met}, {outline.vocab_size:,} tokens in the vocabulary"
+
+
+def _source(source: "SourceUse") -> tuple[str, str]:
+    """What an epoch of a source is, and how much of the source no epoch shows."""
+    name = {"train": "data", "valid": "validation"}[source.split]
+    often = f"{source.epochs:,.3g} epochs" if name == "data" else f"{min(source.epochs, 1):.1%} of it each time"
+    use = source.use
+    return name, f"{source.path}: {use.tokens:,} tokens = {use.samples:,.0f} samples; {use.unused_text}; {often}"
 
 
 def _start(outline: "Outline") -> str:

@@ -42,6 +42,8 @@ from llmtrain.config.section import (
 LONGEST_PERIOD = 1_000_000
 """Largest sum of mixture weights: the schedule of one period is held in memory."""
 
+WindowKind = Literal["continuous", "per_shard"]
+
 RUN_NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 
 
@@ -84,6 +86,12 @@ class DataConfig(Section):
     reset_attention: bool = Field(
         default=False,
         description="Positions attend only within their document; the first token of a document is no target.",
+    )
+    windows: WindowKind | None = Field(
+        default=None,
+        description="Samples cross the ends of shards, so that every token is used (continuous), or each lies in one "
+        "shard, whose last tokens no sample holds (per_shard). Absent: continuous, but a run that continues an older "
+        "checkpoint goes on as that one.",
     )
     shuffle_shards: Count = Field(default=8, description="Samples are shuffled within groups of this many shards.")
     verify: Literal["off", "first", "always"] = Field(

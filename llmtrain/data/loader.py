@@ -28,7 +28,8 @@ def build_stream(
     is an error.
     """
     paths, weights = [source.path for source in sources], [source.weight for source in sources]
-    config = StreamConfig(seed, data.seq_len, data.shuffle_shards, data.verify, read_ahead=data.prefetch_steps > 0)
+    ahead, windows = data.prefetch_steps > 0, data.windows or "continuous"
+    config = StreamConfig(seed, data.seq_len, data.shuffle_shards, data.verify, ahead, windows)
     skipped = None
     if run_dir is not None and data.on_corrupt == "skip":
         skipped = SkippedShards(run_dir / LEDGER_NAME, data.max_skipped)

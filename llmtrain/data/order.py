@@ -102,6 +102,15 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Tokens [begin, end) of the stream of shard `shard`."""
+
+    shard: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class _Epoch:
     """The shards of one epoch in their order, and how many windows lie before each of them."""
 
@@ -110,12 +119,16 @@ class _Epoch:
 
 
 class SampleOrder:
-    """The order of the windows of one source. Sample n belongs to epoch n // N, where N is the number of windows."""
+    """The order of the windows of one source that each lie in one shard, whose last tokens may be in none.
 
-    def __init__(self, windows: Sequence[int], seed: int, source: int, group_size: int) -> None:
+    Sample n belongs to epoch n // N, where N is the number of windows.
+    """
+
+    def __init__(self, windows: Sequence[int], seq_len: int, seed: int, source: int, group_size: int) -> None:
         """`windows` counts the windows of each shard; they are shuffled within groups of `group_size` shards."""
         self.num_windows = sum(windows)
         assert self.num_windows > 0
+        self._seq_len = seq_len
         self._windows = np.asarray(windows, np.int64)
         self._seed = seed
         self._source = source
@@ -137,6 +150,11 @@ class SampleOrder:
         rank = bisect_right(before, shuffled) - 1
         return Place(epoch, order.shards[rank], shuffled - before[rank])
 
+    def parts(self, place: Place) -> list[Part]:
+        """The tokens of a sample: of one shard, `seq_len` and one that the next window begins with."""
+        begin = place.window * self._seq_len
+        return [Part(place.shard, begin, begin + self._seq_len + 1)]
+
     def coming_shards(self, number: int) -> tuple[list[int], int]:
         """The shards of the group that follows, and the sample from which on the answer is another one.
 
@@ -155,6 +173,14 @@ class SampleOrder:
         else:
             following = self._epoch(epoch + 1).shards[:size]
         return self._with_windows(following), epoch * self.num_windows + end
+
+    def windows_of(self, shard: int) -> int:
+        """How many samples of an epoch need a shard."""
+        return int(self._windows[shard])
+
+    def most_shards(self) -> int:
+        """How many shards one window needs."""
+        return 1
 
     def _with_windows(self, shards: list[int]) -> list[int]:
         return [shard for shard in shards if self._windows[shard]]

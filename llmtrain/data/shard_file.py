@@ -59,36 +59,35 @@ class ShardFile:
         first = int(self._first[number])
         return self._tokens[first : first + int(self.lengths[number])]
 
-    def window(self, number: int, seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Window `number` of the stream: its seq_len + 1 tokens, and the positions in it where documents begin.
+    def span(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens [begin, end) of the stream, one at least, and the positions in them where documents begin.
 
-        A document without tokens begins at its own end of sequence. Raises IndexError past the last whole window, and
+        A document without tokens begins at its own end of sequence. Raises IndexError past the stream's end, and
         DataError for an id that the vocabulary does not have: the file was spoiled, and no hash has told.
         """
-        begin = number * seq_len
-        end = begin + seq_len + 1
-        if number < 0 or end > self._starts[-1]:
-            raise IndexError(f"window {number} of {seq_len} tokens: the shard's stream has {self._starts[-1]} tokens")
+        if not 0 <= begin < end <= self._starts[-1]:
+            raise IndexError(f"tokens {begin} to {end}: the shard's stream has {self._starts[-1]} tokens")
+        length = end - begin
         first, last = np.searchsorted(self._starts, (begin + 1, end)).tolist()
-        first -= 1  # the document, or its end of sequence, that the window's first token belongs to
+        first -= 1  # the document, or its end of sequence, that the first token belongs to
         bounds = self._starts[first : last + 1] - begin
         starts = bounds[:-1]
         sources = (self._first[first:last] - starts).tolist()  # where position 0 would lie in the file
-        tokens = np.full(seq_len + 1, self._eos_id, np.int64)
+        tokens = np.full(length, self._eos_id, np.int64)
         for source, (start, next_start) in zip(sources, pairwise(bounds.tolist()), strict=True):
-            low, high = max(start, 0), min(next_start - 1, seq_len + 1)
+            low, high = max(start, 0), min(next_start - 1, length)
             tokens[low:high] = self._tokens[source + low : source + high]
         if tokens.max() >= self._vocab_size:
-            self._raise_unknown_id(number, tokens, first, begin)
+            self._raise_unknown_id(tokens, first, begin)
         return tokens, starts[starts >= 0]
 
-    def _raise_unknown_id(self, window: int, tokens: NDArray[np.int64], first: int, begin: int) -> None:
-        """Name the first id of a window that is none, and its byte; `first` is the window's first document."""
+    def _raise_unknown_id(self, tokens: NDArray[np.int64], first: int, begin: int) -> None:
+        """Name the first id that is none, and its byte; `first` is the document that the tokens begin in."""
         at = int(np.argmax(tokens >= self._vocab_size))
         document = first + int(np.searchsorted(self._starts[first:], begin + at, side="right")) - 1
         token = int(self._first[document]) + begin + at - int(self._starts[document])
         raise DataError(
-            f"{self.path}: window {window}, document {document}, byte {token * self._tokens.itemsize}: expected an id "
+            f"{self.path}: document {document}, byte {token * self._tokens.itemsize}: expected an id "
             f"below {self._vocab_size}, actual {tokens[at]}. Copy the file again; data.verify=first finds this before "
             "any sample is used."
         )

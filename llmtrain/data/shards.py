@@ -3,7 +3,7 @@
 A shard is a WebDataset tar with one member `<key>.bin` per document: its token ids, little-endian, nothing else.
 A sidecar holds where each payload lies, so that any document is found without reading headers. What a sample is
 follows from the document lengths alone: the documents of a shard, each followed by one end-of-sequence id, form a
-stream, and window w is the seq_len + 1 tokens of that stream from w * seq_len on. Imports no torch.
+stream, and samples are windows of the streams of all shards, or of each alone. Imports no torch.
 """
 
 import hashlib
@@ -49,9 +49,14 @@ class ShardEntry:
     samples: int
     tokens: int
 
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens of the shard's stream, ends of sequence included."""
+        return self.tokens + self.samples
+
     def num_windows(self, seq_len: int) -> int:
         """Number of whole windows of seq_len + 1 tokens, each sharing one token with the next."""
-        return max(0, (self.tokens + self.samples - 1) // seq_len)
+        return max(0, (self.stream_tokens - 1) // seq_len)
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,13 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
 
     def num_windows(self, seq_len: int) -> int:
-        """Number of samples of one epoch."""
+        """Number of windows that lie in one shard."""
         return sum(shard.num_windows(seq_len) for shard in self.shards)
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens of all shards, ends of sequence included."""
+        return sum(shard.stream_tokens for shard in self.shards)
 
     @property
     def num_documents(self) -> int:

@@ -9,6 +9,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrain.config.schema import WindowKind
+from llmtrain.data.continuous import ContinuousOrder
 from llmtrain.data.damage import DamagedFileError
 from llmtrain.data.folders import DataFolder
 from llmtrain.data.order import Place, SampleOrder
@@ -42,11 +44,12 @@ class StreamConfig:
     shuffle_shards: int = 8
     verify: Verify = "first"
     read_ahead: bool = False
+    windows: WindowKind = "continuous"
 
 
 @dataclass(frozen=True)
 class Window:
-    """A sample's place, tokens, and positions in it where documents begin; blank where its shard is skipped."""
+    """A sample's place, tokens, and positions in it where documents begin; blank where a shard of it is skipped."""
 
     place: Place
     tokens: NDArray[np.int64]
@@ -71,14 +74,7 @@ class SourceReader:
         """
         self.source = source
         self._config = config
-        self._windows = [shard.num_windows(config.seq_len) for shard in source.manifest.shards]
-        if not sum(self._windows):
-            longest = max((shard.tokens + shard.samples for shard in source.manifest.shards), default=0)
-            raise DataError(
-                f"{source.folder}: no shard holds a whole sample of {config.seq_len} + 1 tokens; its largest has "
-                f"{longest} with ends of sequence. Lower data.seq_len, or write shards from more text."
-            )
-        self.order = SampleOrder(self._windows, config.seed, index, config.shuffle_shards)
+        self.order = _build_order(source, index, config)
         self._keys = [shard_key(shard.file, shard.sha256) for shard in source.manifest.shards]
         self._samples = SourceSamples(str(source.folder), frozenset(self._keys), self.order.num_windows)
         self._skipped = skipped
@@ -88,7 +84,8 @@ class SourceReader:
         self._hashed: set[int] = set()
         self._used: set[int] = set()
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._most_open = 2 * config.shuffle_shards  # the current group, and the one that follows it
+        # The current group, the one that follows it, and what a window may need beside where shards are tiny.
+        self._most_open = 2 * config.shuffle_shards + self.order.most_shards() - 1
         self._ahead = ahead
         self._coming: dict[int, Future[ShardFile]] = {}
         self._looked_at = range(0)
@@ -101,12 +98,20 @@ class SourceReader:
         """Sample `number` of this source. Raises DataError where its shard is damaged and may not be skipped."""
         if self._config.read_ahead and number not in self._looked_at:
             self._look_ahead(number)
-        place, seq_len = self.order.place(number), self._config.seq_len
-        shard = self._shard(place.shard)
-        if shard is None:
-            tokens = np.full(seq_len + 1, self.source.manifest.eos_id, np.int64)
-            return Window(place, tokens, np.empty(0, np.int64), blank=True)
-        return Window(place, *shard.window(place.window, seq_len), blank=False)
+        place = self.order.place(number)
+        tokens = np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
+        starts: list[NDArray[np.int64]] = []
+        filled = 0
+        for part in self.order.parts(place):
+            shard = self._shard(part.shard)
+            if shard is None:
+                tokens[:] = self.source.manifest.eos_id
+                return Window(place, tokens, np.empty(0, np.int64), blank=True)
+            found, begins = shard.span(part.begin, part.end)
+            tokens[filled : filled + len(found)] = found
+            starts.append(begins + filled)
+            filled += len(found)
+        return Window(place, tokens, np.concatenate(starts), blank=False)
 
     def _look_ahead(self, number: int) -> None:
         shards, until = self.order.coming_shards(number)
@@ -160,7 +165,7 @@ class SourceReader:
 
     def _skip(self, number: int, damage: DamagedFileError, skipped: SkippedShards) -> None:
         sha256 = self.source.manifest.shards[number].sha256
-        shard = SkippedShard(self.location(number), sha256, damage.actual, damage.reason, self._windows[number])
+        shard = SkippedShard(self.location(number), sha256, damage.actual, damage.reason, self.order.windows_of(number))
         skipped.add(shard, self._samples)
         self._blank.add(number)
         self._open.pop(number, None)
@@ -177,3 +182,25 @@ class SourceReader:
                     "changed, or the ranks do not see the same files. Start the run again: it goes on without this "
                     f"shard, which {skipped.path} lists."
                 )
+
+
+def _build_order(source: Source, index: int, config: StreamConfig) -> ContinuousOrder | SampleOrder:
+    """Raises DataError where the source holds no whole sample."""
+    shards, seq_len, rest = source.manifest.shards, config.seq_len, (config.seed, index, config.shuffle_shards)
+    advice = "Lower data.seq_len, or write shards from more text."
+    if config.windows == "per_shard":
+        windows = [shard.num_windows(seq_len) for shard in shards]
+        if sum(windows):
+            return SampleOrder(windows, seq_len, *rest)
+        longest = max((shard.stream_tokens for shard in shards), default=0)
+        raise DataError(
+            f"{source.folder}: no shard holds a whole sample of {seq_len} + 1 tokens; its largest has {longest} with "
+            f"ends of sequence. {advice}"
+        )
+    lengths = [shard.stream_tokens for shard in shards]
+    if sum(lengths) > seq_len:
+        return ContinuousOrder(lengths, seq_len, *rest)
+    raise DataError(
+        f"{source.folder}: holds {sum(lengths)} tokens with ends of sequence, less than the {seq_len} + 1 of one "
+        f"sample. {advice}"
+    )

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.observe.report_history import time_section, timeline_section
-from llmtrain.observe.report_sections import checkpoint_section, comparison, config_section, environment_section, tiles
+from llmtrain.observe.report_sections import (
+    checkpoint_section,
+    comparison,
+    config_section,
+    data_section,
+    environment_section,
+    tiles,
+)
 from llmtrain.observe.run_record import RunRecord, load_run, smoothed, thinned
 
 CURVES = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_second", "moe/max_load", "moe/drop_rate")
@@ -37,7 +44,7 @@ def render(records: list[RunRecord]) -> str:
     title = " · ".join(record.name for record in records)
     summary = tiles(records[0]) if len(records) == 1 else comparison(records)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    sections = (time_section, timeline_section, checkpoint_section, config_section, environment_section)
+    sections = (time_section, timeline_section, data_section, checkpoint_section, config_section, environment_section)
     details = "".join(section(records) for section in sections)
     return f"""<!doctype html>
 <html lang="en">

@@ -4,6 +4,7 @@ import math
 import re
 from html import escape
 
+from llmtrain.observe.attempts import STARTED
 from llmtrain.observe.console import duration, short_number
 from llmtrain.observe.run_record import RunRecord, flat
 
@@ -95,6 +96,32 @@ def checkpoint_section(records: list[RunRecord]) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = f'<div class="scroll"><table class="grid"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     return f"<section><h2>Checkpoints</h2>{body}</section>"
+
+
+def data_section(records: list[RunRecord]) -> str:
+    """What each run makes of its data, as its last start said it."""
+    rows = ""
+    for record in records:
+        started = next((event for event in reversed(record.events) if event["event"] == STARTED), {})
+        for source in started.get("data") or ():
+            run = f"<td>{escape(record.name)}</td>" if len(records) > 1 else ""
+            share = source["unused_tokens"] / max(1, source["tokens"])
+            cells = (
+                source["split"],
+                f"{source['tokens']:,}",
+                f"{source['samples']:,.0f}",
+                f"{source['unused_tokens']:,} ({share:.1%})" if share else "none",
+                f"{source['epochs']:,.3g}",
+            )
+            texts = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+            rows += f'<tr>{run}<th scope="row"><code>{escape(source["path"])}</code></th>{texts}</tr>'
+    if not rows:
+        return ""
+    names = ["Source", "For", "Tokens", "Samples per epoch", "Tokens in no sample", "Epochs planned"]
+    names = (["Run"] if len(records) > 1 else []) + names
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    body = f'<div class="scroll"><table class="grid"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f"<section><h2>Data</h2>{body}</section>"
 
 
 def config_section(records: list[RunRecord]) -> str:

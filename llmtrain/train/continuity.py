@@ -19,7 +19,7 @@ from llmtrain.checkpoint.folders import CHECKPOINTS, CONFIG, checkpoint_steps, f
 from llmtrain.checkpoint.origin import Origin
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.names import shown
-from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConfig
+from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConfig, WindowKind
 from llmtrain.config.sizes import parameter_shapes
 from llmtrain.data.remote import shown_path
 from llmtrain.data.shards import TOKENIZER_NAMES, Manifest, file_sha256
@@ -223,11 +223,18 @@ def _effective(model: ModelConfig, other: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in everything.items() if name not in FREE_MODEL_KEYS}
 
 
+def windows_of(data: Mapping[str, Any]) -> WindowKind:
+    """What data.windows means in a section as it was saved: before there was the key, samples lay in one shard."""
+    return "per_shard" if data.get("windows", "per_shard") == "per_shard" else "continuous"
+
+
 def _data_differences(origin: Origin, data: DataConfig) -> Iterator[Difference]:
     elsewhere = ("train", "tokenizer", *FREE_DATA_KEYS)
     now = {name: value for name, value in data.model_dump(mode="json").items() if name not in elsewhere}
+    now["windows"] = windows_of(now)
     defaults = DataConfig(train=data.train).model_dump(mode="json")
-    saved = {**defaults, **origin.section("data")}
+    section = origin.section("data")
+    saved = {**defaults, **section, "windows": windows_of(section)}
     return _changed(origin, {name: saved[name] for name in now}, now, "data")
 
 

@@ -1,5 +1,6 @@
 """What a run will do, as plain numbers: the answer of `llmtrain train --dry-run`. Pure arithmetic, no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -10,6 +11,7 @@ from llmtrain.parallel.drawing import LayoutOutline, plan_layout_outline
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.continuation import Continuation
 from llmtrain.train.memory import MemoryPlan, plan_memory
+from llmtrain.train.windows import SourceUse
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,18 @@ class Outline:
     zero_stage: int
     evaluate_every_steps: int
     checkpoint_every_steps: int
+    windows: str | None
+    sources: tuple[SourceUse, ...]
     checkpoint_bytes: int
     memory: MemoryPlan
     continues: Continuation | None
     layout: LayoutOutline
 
 
-def plan_outline(config: RunConfig, world_size: int, continues: Continuation | None = None) -> Outline:
-    """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules."""
+def plan_outline(
+    config: RunConfig, world_size: int, sources: Sequence[SourceUse] = (), continues: Continuation | None = None
+) -> Outline:
+    """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules, and what it makes of data."""
     train, layout = config.train, plan_layout(config.parallel, world_size)
     tokens_per_step = train.global_batch_size * config.data.seq_len
     return Outline(
@@ -66,6 +72,8 @@ def plan_outline(config: RunConfig, world_size: int, continues: Continuation | N
         zero_stage=config.engine.zero_stage,
         evaluate_every_steps=config.evaluate.every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
+        windows=config.data.windows,
+        sources=tuple(sources),
         checkpoint_bytes=BYTES_PER_PARAMETER * sum(map(prod, parameter_shapes(config.model).values())),
         memory=plan_memory(config, world_size),
         continues=continues,

@@ -14,10 +14,12 @@ from llmtrain.config.sizes import num_parameters
 from llmtrain.data.folders import fetch_config, fetch_tokenizer, scheme_fault
 from llmtrain.data.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
+from llmtrain.data.usage import data_use
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.train.continuity import TOKENIZER_NAMES, differences, refusals, resume_target
 from llmtrain.train.file_system import folder_fault
 from llmtrain.train.vocabulary import SPECIAL_KEY, fill_vocabulary
+from llmtrain.train.windows import with_windows
 
 FIRST = "data.train.0.path"
 """The source whose tokenizer is that of the run."""
@@ -30,6 +32,7 @@ def storage_problems(config: RunConfig, asks_room: bool = True) -> list[Problem]
 
     Room for checkpoints is not asked for where it is known that the run will not be here.
     """
+    config = with_windows(config)
     manifests: dict[str, Manifest] = {}
     problems: list[Problem] = []
     for key, source in _iter_sources(config):
@@ -107,13 +110,17 @@ def _seen_from(path: Path) -> str:
 
 
 def _too_short(config: RunConfig, key: str, source: SourceConfig, manifest: Manifest) -> Iterator[Problem]:
-    seq_len = config.data.seq_len
-    if manifest.num_windows(seq_len) > 0:
+    seq_len, windows = config.data.seq_len, config.data.windows
+    use = data_use(manifest, seq_len, windows or "continuous")
+    if use.samples:
         return
-    longest = max((shard.tokens + shard.samples - 1 for shard in manifest.shards), default=0)
-    advice = f"Try data.seq_len={longest} or less, or more text." if longest > 0 else "It needs more text."
-    message = f"holds no shard with the {seq_len + 1} tokens of one sample (data.seq_len = {seq_len}). {advice}"
-    yield Problem(key, message, shown_path(source.path), uses=("data.seq_len",))
+    most, holds = use.tokens - 1, f"{use.tokens} tokens with ends of sequence, less than"
+    if windows == "per_shard":
+        most = max((shard.stream_tokens - 1 for shard in manifest.shards), default=0)
+        holds = "no shard with"
+    advice = f"Try data.seq_len={most} or less, or more text." if most > 0 else "It needs more text."
+    message = f"holds {holds} the {seq_len + 1} tokens of one sample (data.seq_len = {seq_len}). {advice}"
+    yield Problem(key, message, shown_path(source.path), uses=("data.seq_len", "data.windows"))
 
 
 def _disagreements(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:

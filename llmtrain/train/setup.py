@@ -46,6 +46,7 @@ from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.saving import Saving, restore
 from llmtrain.train.state import TrainState
 from llmtrain.train.tensor_norms import measuring
+from llmtrain.train.windows import source_uses
 
 ENGINES = {
     "torch": ("llmtrain.engines.torch_engine", "TorchEngine"),
@@ -153,7 +154,8 @@ def setup(
     if folder:
         folder.ensure_held()
         save_run_files(config, folder.path)
-        attempt = begin_attempt(folder.path, start.step, config.launch.num_workers)
+        data = [source.to_json() for source in source_uses(config)]
+        attempt = begin_attempt(folder.path, start.step, config.launch.num_workers, data)
     engine = engine_class(config.engine.name)(config, device)
     state = restore(start.checkpoint, engine) if start.checkpoint else TrainState()
     engine = measuring(engine, config.model, config.observe.layer_norms_every_steps)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.data.continuous import ContinuousOrder
 from llmtrain.data.shards import read_manifest
 from llmtrain.data.skipped import LEDGER_NAME
-from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
 from tests.end_to_end.test_damage import flip
 from tests.support.command import llmtrain
 from tests.support.http_folder import serve
@@ -44,7 +44,7 @@ def test_a_run_goes_on_without_a_damaged_shard_and_resumes_alike(pieces: Path) -
     manifest = read_manifest(pieces / "pieces/train")
     damaged = pieces / "pieces/train" / manifest.shards[1].file
     expected, actual = flip(damaged, damaged.stat().st_size // 2)
-    share = manifest.shards[1].num_windows(SEQ_LEN) / manifest.num_windows(SEQ_LEN)
+    share = manifest.shards[1].stream_tokens / manifest.stream_tokens
 
     refused = llmtrain("train", "run.yaml", *SKIP, "name=refused", f"data.max_skipped={share / 2}", folder=pieces)
     assert refused.returncode == 3 and "Traceback" not in refused.stderr
@@ -58,7 +58,7 @@ def test_a_run_goes_on_without_a_damaged_shard_and_resumes_alike(pieces: Path) -
     (row,) = map(json.loads, (run / LEDGER_NAME).read_text().splitlines())
     assert row == {
         "path": f"pieces/train/{damaged.name}", "sha256": expected, "actual": actual, "reason": "sha256",
-        "samples": manifest.shards[1].num_windows(SEQ_LEN),
+        "samples": -(-manifest.shards[1].stream_tokens // SEQ_LEN) + 1,
     }  # fmt: skip
     first = losses(run)
     assert_counted(pieces, run, damaged.name)
@@ -78,9 +78,11 @@ def test_a_run_goes_on_without_a_damaged_shard_and_resumes_alike(pieces: Path) -
 
 
 def assert_counted(pieces: Path, run: Path, shard: str) -> None:
-    """The run has taken every sample of its stream, and the tokens of all but those of the shard."""
-    stream = SampleStream(load_sources([pieces / "pieces/train"], [1]), StreamConfig(1234, SEQ_LEN))
-    kept = sum(stream.origin(number).shard != shard for number in range(STEPS * BATCH))
+    """The run has taken every sample of its stream, and the tokens of all but those with any of the shard."""
+    shards = read_manifest(pieces / "pieces/train").shards
+    order = ContinuousOrder([entry.stream_tokens for entry in shards], SEQ_LEN, 1234, 0, 8)
+    needed = [{shards[part.shard].file for part in order.parts(order.place(n))} for n in range(STEPS * BATCH)]
+    kept = sum(shard not in files for files in needed)
     state = json.loads((run / f"checkpoints/step-{STEPS:08d}/state.json").read_text())["train"]
     assert 0 < kept < STEPS * BATCH
     assert (state["samples"], state["tokens"]) == (STEPS * BATCH, kept * SEQ_LEN)

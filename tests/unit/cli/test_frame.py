@@ -202,7 +202,23 @@ def test_dry_run_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     outline = json.loads(capsys.readouterr().out)
     assert outline["steps"] == 10
     assert outline["micro_batches_per_rank"] == 2
+    assert outline["windows"] == "continuous" and outline["sources"][0]["use"]["unused_tokens"] == 0
     assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_says_which_data_no_sample_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_good_run(tmp_path)
+    assert call("train", "run.yaml", "--dry-run") == 0
+    said = "data         shards/train: 1,010 tokens = 16 samples; no token is left out; 5.07 epochs\n"
+    assert said in capsys.readouterr().out
+    assert call("train", "run.yaml", "data.windows=per_shard", "--dry-run") == 0
+    said = (
+        "data         shards/train: 1,010 tokens = 15 samples; 49 of 1,010 tokens (4.9%) are in no sample; 5.33 epochs"
+    )
+    assert said in capsys.readouterr().out
 
 
 BIG = ("engine.name=megatron", "parallel={tensor: 4, pipeline: 2, sequence: true}", "train.global_batch_size=8192")

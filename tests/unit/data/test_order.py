@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from llmtrain.data.order import KeyedBijection, Place, SampleOrder, derived_key, keyed_permutation
 
+SEQ_LEN = 16
+
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40))
 @settings(max_examples=60, deadline=None)
@@ -45,7 +47,7 @@ def test_small_sizes_use_many_permutations() -> None:
 
 def test_order_is_pinned() -> None:
     """A run must find its samples again with a later version: these numbers must never change."""
-    order = SampleOrder([5, 0, 9, 3], seed=1234, source=0, group_size=2)
+    order = SampleOrder([5, 0, 9, 3], SEQ_LEN, seed=1234, source=0, group_size=2)
     assert [order.place(n) for n in (0, 1, 16, 17, 1000)] == [
         Place(0, 0, 1),
         Place(0, 0, 2),
@@ -64,7 +66,7 @@ windows_lists = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lamb
 def test_every_epoch_is_a_permutation_of_all_windows(
     windows: list[int], seed: int, group_size: int, epoch: int
 ) -> None:
-    order = SampleOrder(windows, seed, 0, group_size)
+    order = SampleOrder(windows, SEQ_LEN, seed, 0, group_size)
     size = order.num_windows
     places = [order.place(number) for number in range(epoch * size, (epoch + 1) * size)]
     assert {place.epoch for place in places} == {epoch}
@@ -73,7 +75,7 @@ def test_every_epoch_is_a_permutation_of_all_windows(
 
 
 def test_a_group_of_shards_is_finished_before_the_next_begins() -> None:
-    order = SampleOrder([10] * 6, seed=5, source=0, group_size=2)
+    order = SampleOrder([10] * 6, SEQ_LEN, seed=5, source=0, group_size=2)
     shards = [order.place(number).shard for number in range(60)]
     groups = [set(shards[begin : begin + 20]) for begin in (0, 20, 40)]
     assert [len(group) for group in groups] == [2, 2, 2]
@@ -83,7 +85,7 @@ def test_a_group_of_shards_is_finished_before_the_next_begins() -> None:
 
 def test_epochs_seeds_and_sources_have_different_orders() -> None:
     def first_epoch(seed: int, source: int, epoch: int) -> list[tuple[int, int]]:
-        order = SampleOrder([20, 20], seed, source, 8)
+        order = SampleOrder([20, 20], SEQ_LEN, seed, source, 8)
         return [(p.shard, p.window) for p in map(order.place, range(epoch * 40, epoch * 40 + 40))]
 
     orders = [first_epoch(*key) for key in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))]
@@ -92,15 +94,15 @@ def test_epochs_seeds_and_sources_have_different_orders() -> None:
 
 def test_a_place_does_not_depend_on_what_was_asked_before() -> None:
     windows = [7, 3, 11]
-    asked_at_once = SampleOrder(windows, 3, 0, 2)
+    asked_at_once = SampleOrder(windows, SEQ_LEN, 3, 0, 2)
     numbers = list(range(200))
     np.random.default_rng(0).shuffle(numbers)
     scattered = {number: asked_at_once.place(number) for number in numbers}
-    assert all(SampleOrder(windows, 3, 0, 2).place(number) == place for number, place in scattered.items())
+    assert all(SampleOrder(windows, SEQ_LEN, 3, 0, 2).place(number) == place for number, place in scattered.items())
 
 
 def test_broken_permutation_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The permutation property is not vacuous: a network that forgets to walk leaves the range."""
     monkeypatch.setattr(KeyedBijection, "__call__", lambda self, index: index // 2)
-    order = SampleOrder([4, 4], 1, 0, 2)
+    order = SampleOrder([4, 4], SEQ_LEN, 1, 0, 2)
     assert len({(order.place(n).shard, order.place(n).window) for n in range(8)}) < 8

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.data.continuous import ContinuousOrder
 from llmtrain.data.order import SampleOrder
 from llmtrain.data.read_ahead import ReadAhead
 from llmtrain.data.shard_file import ShardFile
@@ -63,9 +64,9 @@ def test_every_shard_is_hashed_before_its_first_sample_and_once(dataset: Path, m
             super().__init__(folder, manifest, number, hashed)
             self.name = manifest.shards[number].file.removesuffix(".tar")
 
-        def window(self, number: int, seq_len: int):  # type: ignore[no-untyped-def]  # as in the class above
+        def span(self, begin: int, end: int):  # type: ignore[no-untyped-def]  # as in the class above
             events.append(("read", self.name))
-            return super().window(number, seq_len)
+            return super().span(begin, end)
 
     monkeypatch.setattr("llmtrain.data.shards.file_sha256", hashed)
     monkeypatch.setattr("llmtrain.data.folders.ShardFile", Watched)
@@ -89,7 +90,7 @@ def test_the_next_shards_are_opened_behind_the_reading(dataset: Path, monkeypatc
 
     monkeypatch.setattr("llmtrain.data.folders.ShardFile", Watched)
     stream = build(dataset, shuffle_shards=1)
-    order = SampleOrder([shard.num_windows(SEQ_LEN) for shard in read_manifest(dataset).shards], 1, 0, 1)
+    order = ContinuousOrder([shard.stream_tokens for shard in read_manifest(dataset).shards], SEQ_LEN, 1, 0, 1)
     first = order.place(0).shard
     _, middle = order.coming_shards(0)
     (second,), _ = order.coming_shards(middle)
@@ -104,10 +105,14 @@ def test_the_next_shards_are_opened_behind_the_reading(dataset: Path, monkeypatc
     assert set(opened) == {first, second}
 
 
+def first_of_second_shard(stream: SampleStream) -> int:
+    return next(n for n in range(10_000) if stream.origin(n).shard != stream.origin(0).shard)
+
+
 def test_damage_ahead_is_told_where_it_is_due(dataset: Path) -> None:
     stream = build(dataset, shuffle_shards=1)
-    due = next(n for n in range(10_000) if stream.origin(n).shard != stream.origin(0).shard)
-    damaged = dataset / stream.origin(due).shard
+    damaged = dataset / stream.origin(first_of_second_shard(stream)).shard
+    due = first_of_second_shard(stream) - 1  # the last window of a shard ends in the next one
     damaged.write_bytes(damaged.read_bytes()[:-512])
     for number in range(due):
         stream.sample(number)
@@ -117,8 +122,8 @@ def test_damage_ahead_is_told_where_it_is_due(dataset: Path) -> None:
 
 def test_what_failed_ahead_is_tried_again_at_its_use(dataset: Path) -> None:
     stream = build(dataset, shuffle_shards=1)
-    due = next(n for n in range(10_000) if stream.origin(n).shard != stream.origin(0).shard)
-    moved = dataset / stream.origin(due).shard
+    moved = dataset / stream.origin(first_of_second_shard(stream)).shard
+    due = first_of_second_shard(stream) - 1
     moved.rename(dataset / "elsewhere")
     for number in range(due):
         stream.sample(number)
@@ -152,7 +157,7 @@ def test_a_cancelled_task_is_not_begun() -> None:
 def test_coming_shards_are_those_that_come() -> None:
     """In the second half of a group, those that the next group's samples lie in."""
     windows = [3, 0, 5, 2, 7, 1]
-    order = SampleOrder(windows, seed=3, source=0, group_size=3)
+    order = SampleOrder(windows, SEQ_LEN, seed=3, source=0, group_size=3)
     number, groups = 0, 0
     while number < 3 * sum(windows):
         named, until = order.coming_shards(number)

@@ -9,6 +9,7 @@ import pytest
 
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.batch import IGNORED_LABEL
+from llmtrain.data.continuous import ContinuousOrder
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.recipe import Recipe
 from llmtrain.data.shards import read_manifest
@@ -60,6 +61,11 @@ def samples(run: Path, **changes: object) -> list[Sample]:
     return [opened.sample(number) for number in range(read_manifest(run.parent / "data").num_windows(SEQ_LEN))]
 
 
+def needing(run: Path) -> int:
+    """Samples of an epoch that may need the spoiled shard: it begins and ends inside of one."""
+    return -(-read_manifest(run.parent / "data").shards[SPOILED].stream_tokens // SEQ_LEN) + 1
+
+
 def ledger(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / LEDGER_NAME).read_text().splitlines()]
 
@@ -78,11 +84,26 @@ def test_other_samples_stay_what_and_where_they_were(run: Path, prefetch_steps: 
         assert (with_skips.number, with_skips.epoch, with_skips.shard, with_skips.window) == (
             without.number, without.epoch, without.shard, without.window,
         )  # fmt: skip
-        assert with_skips.blank is (without.shard == SPOILED)
+        if without.shard == SPOILED:
+            assert with_skips.blank
         if not with_skips.blank:
             assert with_skips.tokens.tolist() == without.tokens.tolist()
-    windows = read_manifest(run.parent / "data").shards[SPOILED].num_windows(SEQ_LEN)
-    assert len(blanks(skipping)) == windows > 0
+    assert 0 < len(blanks(skipping)) <= needing(run)
+
+
+@pytest.mark.parametrize("windows", ["per_shard", "continuous"])
+def test_a_sample_is_blank_where_any_token_of_it_is_lost(run: Path, windows: str) -> None:
+    """And nowhere else: with windows inside of shards, those of the damaged one."""
+    skipping = blanks(samples(run, windows=windows))
+    spoil(run.parent / "data")
+    lengths = [entry.stream_tokens for entry in read_manifest(run.parent / "data").shards]
+    if windows == "per_shard":
+        kept = {sample.number for sample in samples(run, windows=windows) if sample.shard == SPOILED}
+    else:
+        order = ContinuousOrder(lengths, SEQ_LEN, 1, 0, 8)
+        parts = {number: order.parts(order.place(number)) for number in range(len(samples(run)))}
+        kept = {number for number, found in parts.items() if SPOILED in {part.shard for part in found}}
+    assert skipping == kept
 
 
 def test_the_ledger_says_what_is_missing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +112,7 @@ def test_the_ledger_says_what_is_missing(run: Path, capsys: pytest.CaptureFixtur
     (row,) = ledger(run)
     assert row == {
         "path": str(shard(run.parent / "data")), "sha256": entry.sha256, "reason": "sha256",
-        "actual": row["actual"], "samples": entry.num_windows(SEQ_LEN),
+        "actual": row["actual"], "samples": needing(run),
     }  # fmt: skip
     assert row["actual"] != entry.sha256 and len(str(row["actual"])) == 64
     said = capsys.readouterr().err
@@ -160,8 +181,7 @@ def test_blank_samples_have_no_targets_and_count_no_tokens(run: Path) -> None:
 
 
 def test_more_than_the_share_is_refused_with_all_shards(run: Path) -> None:
-    entries = read_manifest(run.parent / "data").shards
-    one = entries[SPOILED].num_windows(SEQ_LEN) / sum(entry.num_windows(SEQ_LEN) for entry in entries)
+    one = needing(run) / (read_manifest(run.parent / "data").stream_tokens // SEQ_LEN)
     assert blanks(samples(run, max_skipped=one))
     spoil(run.parent / "data", 1)
     with pytest.raises(DataError, match=r"data\.max_skipped") as raised:

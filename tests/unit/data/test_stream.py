@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtrain.config.schema import WindowKind
+from llmtrain.data.continuous import ContinuousOrder
 from llmtrain.data.shard_file import ShardFile
 from llmtrain.data.shards import Manifest, read_manifest
 from llmtrain.data.stream import MixtureSchedule, SampleStream, StreamConfig, load_sources
@@ -13,6 +16,8 @@ from llmtrain.errors import DataError
 from tests.support.datasets import random_documents, token_stream, write_dataset
 
 SEQ_LEN = 16
+PER_SHARD_SHA256 = "749bd254845cafc239fa4f65ca03ac6e171f89074ef7f0b1e0f98337d43acd27"
+CONTINUOUS_SHA256 = "5a93424638e91b179c84192e5f410ad52f0e0a67e3b7f1258970d4c0877e180a"
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +28,10 @@ def two_sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "a", folder / "b"]
 
 
-def build(paths: list[Path], weights: list[int], seed: int = 1, shuffle_shards: int = 2) -> SampleStream:
-    return SampleStream(load_sources(paths, weights), StreamConfig(seed, SEQ_LEN, shuffle_shards))
+def build(
+    paths: list[Path], weights: list[int], seed: int = 1, shuffle_shards: int = 2, windows: WindowKind = "continuous"
+) -> SampleStream:
+    return SampleStream(load_sources(paths, weights), StreamConfig(seed, SEQ_LEN, shuffle_shards, windows=windows))
 
 
 @given(weights=st.lists(st.integers(1, 40), min_size=1, max_size=5))
@@ -62,9 +69,66 @@ def test_any_position_is_what_an_uninterrupted_stream_gives(two_sources: list[Pa
     )  # fmt: skip
 
 
-def test_an_epoch_serves_every_window_of_the_data_once(two_sources: list[Path]) -> None:
+@pytest.mark.parametrize("windows", ["per_shard", "continuous"])
+def test_the_samples_of_a_seed_are_pinned(two_sources: list[Path], windows: WindowKind) -> None:
+    """A run must find its samples again with a later version: these hashes must never change."""
+    stream = build(two_sources, [2, 1], seed=1234, windows=windows)
+    samples = [stream.sample(number) for number in (*range(50), 10**6)]
+    content = b"".join(sample.tokens.tobytes() + sample.document_starts.tobytes() for sample in samples)
+    pinned = {"per_shard": PER_SHARD_SHA256, "continuous": CONTINUOUS_SHA256}
+    assert hashlib.sha256(content).hexdigest() == pinned[windows]
+
+
+def test_every_token_is_a_target_once_in_every_epoch(two_sources: list[Path]) -> None:
+    """Whatever the shards: windows cross their ends, and the epoch's own. The reference reads document by document."""
     manifest = read_manifest(two_sources[0])
+    documents = [random_documents(20 + 5 * shard, shard) for shard in range(4)]
     stream = build(two_sources[:1], [1])
+    order = ContinuousOrder([shard.stream_tokens for shard in manifest.shards], SEQ_LEN, 1, 0, 2)
+    seen: Counter[tuple[int, int, int]] = Counter()
+    epochs, number = 3, 0
+    while (place := order.place(number)).epoch < epochs:
+        sample, parts = stream.sample(number), order.parts(place)
+        expected = np.concatenate([token_stream(documents[part.shard])[part.begin : part.end] for part in parts])
+        assert sample.tokens.tolist() == expected.tolist() and len(expected) == SEQ_LEN + 1
+        begins = [
+            np.cumsum([0, *(len(document) + 1 for document in documents[part.shard])])[:-1] - part.begin
+            for part in parts
+        ]
+        offsets = np.cumsum([0, *(part.end - part.begin for part in parts)])
+        inside = [b[(b >= 0) & (b < p.end - p.begin)] + o for b, p, o in zip(begins, parts, offsets, strict=False)]
+        assert sample.document_starts.tolist() == np.concatenate(inside).tolist()
+        tokens = [(part.shard, token) for part in parts for token in range(part.begin, part.end)]
+        seen.update((place.epoch, *token) for token in tokens[1:])
+        number += 1
+    once = Counter((shard, token) for epoch, shard, token in seen for _ in range(seen[epoch, shard, token]))
+    every = {(shard, token) for shard in range(4) for token in range(len(token_stream(documents[shard])))}
+    assert set(once) == every
+    assert sum(once.values()) == number * SEQ_LEN
+    assert max(once.values()) <= epochs + 1 and min(once.values()) >= epochs - 1
+    # What the end of the third epoch borrows from the fourth, and the first token of all, make the only differences.
+    assert sum(count != epochs for count in once.values()) <= SEQ_LEN + 1
+
+
+def test_tiny_shards_are_used_whole(tmp_path: Path) -> None:
+    """Each shard is shorter than a sample: before, no sample could be had of any of them."""
+    documents = [[np.array([4 + number, 5 + number])] for number in range(40)]
+    write_dataset(tmp_path, documents)
+    with pytest.raises(DataError, match="no shard holds a whole sample"):
+        build([tmp_path], [1], windows="per_shard")
+    stream = build([tmp_path], [1])
+    tokens = np.concatenate([stream.sample(number).tokens[1:] for number in range(15)])  # two epochs
+    counts = Counter(tokens.tolist())
+    first, borrowed = stream.sample(0).tokens[0], stream.sample(14).tokens[-1]  # of this epoch, and of the third
+    expected = Counter({3: 80, **{4 + number: 2 for number in range(40)}}) + Counter(
+        {5 + number: 2 for number in range(40)}
+    )
+    assert counts == expected + Counter([borrowed]) - Counter([first])
+
+
+def test_per_shard_windows_are_those_of_before(two_sources: list[Path]) -> None:
+    manifest = read_manifest(two_sources[0])
+    stream = build(two_sources[:1], [1], windows="per_shard")
     count = manifest.num_windows(SEQ_LEN)
     samples = [stream.sample(number) for number in range(count)]
     served = Counter(sample.tokens.tobytes() for sample in samples)
@@ -96,8 +160,10 @@ def test_sources_of_different_tokenizers_are_refused(tmp_path: Path, two_sources
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     write_dataset(tmp_path, [[np.arange(4, 10)], [np.arange(4, 8)]])
-    with pytest.raises(DataError, match=r"Lower data\.seq_len"):
+    with pytest.raises(DataError, match=r"holds 12 tokens .*less than the 16 \+ 1 .*Lower data\.seq_len"):
         build([tmp_path], [1])
+    with pytest.raises(DataError, match=r"no shard holds a whole sample of 16 \+ 1 tokens; its largest has 7"):
+        build([tmp_path], [1], windows="per_shard")
 
 
 def test_verify_policies_hash_as_often_as_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,14 @@ def test_inspect_speaks_to_people_and_machines(made: Path) -> None:
     train, valid = json.loads(result.stdout)
     assert (train["path"], valid["path"]) == (str(made / "out" / "train"), str(made / "out" / "valid"))
     assert train["documents"] + valid["documents"] == 40
-    assert train["samples"] == (train["tokens"] + train["documents"] - 1) // 32
+    assert train["samples"] == (train["tokens"] + train["documents"]) // 32 and train["unused_tokens"] == 0
+    of_shards = (train["tokens"] + train["documents"] - 1) // 32
+    unused = train["tokens"] + train["documents"] - 32 * of_shards - 1
+    assert train["per_shard"]["samples"] == of_shards and train["per_shard"]["unused_tokens"] == unused
     assert list(train["length_quantiles"].values()) == sorted(train["length_quantiles"].values())
-    assert f"{train['documents']} documents" in run("inspect", made / "out").stdout
+    text = run("inspect", made / "out", "--seq-len", 32).stdout
+    assert f"{train['documents']} documents" in text and "per epoch; no token is left out" in text
+    assert f"data.windows=per_shard {of_shards:,} samples; {unused} of " in text
 
 
 def test_show_prints_the_text_with_document_boundaries(made: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llmtrain.cli.report import report
 from llmtrain.errors import ConfigError
+from llmtrain.observe.audit import record
 from llmtrain.observe.jsonl import JsonlTracker
 from llmtrain.observe.report import chart_data, render, script_json, write_report
 from llmtrain.observe.report_history import MOST_EVENTS, sentence
@@ -172,6 +173,17 @@ def add_history(run: Path, cause: str = "ValueError: no") -> None:
         for seconds, event in events:
             moment = datetime.fromtimestamp(begun + seconds, UTC).isoformat(timespec="milliseconds")
             file.write(json.dumps({"time": moment, **event}) + "\n")
+
+
+def test_the_page_tells_how_much_of_the_data_is_used(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    assert "Tokens in no sample" not in render([load_run(run)])
+    source = {"split": "train", "path": f"data/{HOSTILE}", "weight": 1, "epochs": 5.333}
+    data = [{**source, "tokens": 1010, "samples": 15.0, "unused_tokens": 49}]
+    record(run, "started", step=0, workers=1, data=data)
+    page = Elements(render([load_run(run)]))
+    assert f"data/{HOSTILE}train1,0101549 (4.9%)5.33" in page.text
+    assert "img" not in [tag for tag, _ in page.tags]
 
 
 def test_the_page_tells_what_happened_and_where_the_time_went(tmp_path: Path):

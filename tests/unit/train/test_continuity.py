@@ -55,6 +55,7 @@ STREAM = {
     "reset_attention": ("true", "false"),
     "shuffle_shards": ("4", "8"),
     "objective": ("prefix", "causal"),
+    "windows": ("per_shard", "continuous"),
 }
 """Keys that change what sample n is."""
 

@@ -12,9 +12,13 @@ from llmtrain.data.shards import ShardEntry, file_sha256, read_manifest, write_m
 from llmtrain.errors import ConfigError
 from llmtrain.observe.audit import iter_events
 from llmtrain.train import continuity
+from llmtrain.train.continuity import data_record
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.setup import find_start
+from llmtrain.train.vocabulary import with_vocabulary
+from llmtrain.train.windows import with_windows
 from tests.support.run_files import write_data_set, write_good_run
+from tests.unit.checkpoint.saved import save
 from tests.unit.train.saved_run import check, save_import, save_of_run, start
 
 NEWEST = "runs/small/checkpoints/step-00000010"
@@ -138,3 +142,41 @@ def test_what_an_address_hides_is_not_written_down() -> None:
     record = continuity.data_record(config, [read_manifest("shards/train")])
     assert "host/shards" in record["sources"][0]["path"]
     assert "secret" not in str(record)
+
+
+def save_before_windows(folder: Path) -> None:
+    """A checkpoint of step 20 as it was written when data.windows was no key."""
+    text = to_yaml(with_vocabulary(load_config(Path("run.yaml")).config))
+    assert "  windows: null\n" in text
+    config_text = text.replace("  windows: null\n", "")
+    save(Path("runs/small/checkpoints"), 20, config_text=config_text, about=start_about(folder))
+
+
+def test_a_run_from_before_windows_crossed_shards_goes_on_with_its_samples(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command, and it is not told to set a key; new runs of the same file cross the ends of shards."""
+    assert with_windows(load_config(Path("run.yaml")).config).data.windows == "continuous"
+    save_before_windows(folder)
+    assert check(capsys) == (0, "")
+    resolved = with_windows(with_vocabulary(load_config(Path("run.yaml")).config))
+    assert resolved.data.windows == "per_shard"
+    assert with_windows(load_config(Path("run.yaml"), ["name=new"]).config).data.windows == "continuous"
+    with RunFolder(Path("runs/small")) as held:
+        assert find_start(resolved, held).step == 20
+    save(Path("runs/small/checkpoints"), 30, config_text=to_yaml(resolved), about=start_about(folder))
+    assert with_windows(load_config(Path("run.yaml")).config).data.windows == "per_shard"  # and says so from then on
+
+
+def test_other_windows_than_before_are_refused_until_allowed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_before_windows(folder)
+    code, err = check(capsys, "data.windows=continuous")
+    assert code == 2
+    assert "data.windows = continuous (command line): the checkpoint " in err and "has per_shard" in err
+    assert check(capsys, "data.windows=continuous", "checkpoint.allow_change=[data.windows]") == (0, "")
+    with pytest.raises(ConfigError, match="has per_shard"):  # a rank that was handed an unresolved file is safe
+        start()
+
+
+def start_about(folder: Path) -> dict[str, object]:
+    return {"data": data_record(load_config(Path("run.yaml")).config, [read_manifest(folder / "shards/train")])}

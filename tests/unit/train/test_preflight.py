@@ -1,5 +1,6 @@
 """What a run misses on storage is found before it starts."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,13 @@ from llmtrain.cli import main
 from llmtrain.config.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sizes import num_parameters
-from llmtrain.data.shards import file_sha256
+from llmtrain.data.shards import ShardEntry, file_sha256, read_manifest, write_manifest
+from llmtrain.data.usage import DataUse
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.train.outline import plan_outline
 from llmtrain.train.preflight import storage_problems, storage_warnings
 from llmtrain.train.vocabulary import with_vocabulary
+from llmtrain.train.windows import source_uses
 from tests.support.http_folder import serve
 from tests.support.run_files import write_data_set, write_good_run
 from tests.unit.train.saved_run import save_import, save_of_run
@@ -64,6 +67,12 @@ def test_every_source_needs_one_sample(folder: Path) -> None:
     found = problems("data.valid=[{path: short}, {path: enough}]")
     assert list(found) == ["data.valid.0.path"]
     assert "Try data.seq_len=63 or less" in found["data.valid.0.path"]
+    shards = [ShardEntry(f"{n}.tar", 1, "0" * 64, f"{n}.idx", "0" * 64, samples=1, tokens=39) for n in range(2)]
+    write_manifest(folder / "short", replace(read_manifest(folder / "short"), shards=tuple(shards)))
+    assert list(problems("data.valid=[{path: short}]")) == []  # two shards of 40 tokens hold one sample of 65
+    found = problems("data.valid=[{path: short}]", "data.windows=per_shard")
+    assert "holds no shard with the 65 tokens" in found["data.valid.0.path"]
+    assert "Try data.seq_len=39 or less" in found["data.valid.0.path"]
 
 
 @pytest.mark.parametrize("change", [{"vocab_size": 301}, {"tokenizer_sha256": "b" * 64}])
@@ -138,6 +147,20 @@ def test_outline(folder: Path) -> None:
     assert (outline.data_parallel_size, outline.micro_batches_per_rank) == (2, 2)
     assert outline.tokens == 10 * 16 * 64
     assert outline.run_folder == "runs/small"
+
+
+def test_what_a_run_makes_of_its_data(folder: Path) -> None:
+    """1,010 tokens with ends of sequence, in samples of 64: 80 samples of the run are five times through."""
+    write_data_set(folder / "more", tokens=3000)
+    two = "data.train=[{path: shards/train}, {path: more, weight: 3}]"
+    config = run(two, "data.valid=[{path: shards/train}]", "evaluate.steps=1")
+    first, second, valid = source_uses(config)
+    assert (first.use.tokens, first.use.samples, first.use.unused_tokens) == (1010, 1010 / 64, 0)
+    assert (first.epochs, second.epochs) == (pytest.approx(20 * 64 / 1010), pytest.approx(60 * 64 / 3010))
+    assert (valid.split, valid.epochs) == ("valid", pytest.approx(8 * 64 / 1010))
+    first, second = source_uses(run(two, "data.windows=per_shard"))
+    assert first.use == DataUse(tokens=1010, samples=15, unused_tokens=1010 - 15 * 64 - 1)
+    assert second.use == DataUse(tokens=3010, samples=47, unused_tokens=3010 - 47 * 64 - 1)
 
 
 def test_the_outline_tells_sizes_that_are_those_of_the_files(folder: Path) -> None:

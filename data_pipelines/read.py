@@ -1,113 +1,227 @@
-"""Reading documents from files as they lie about: plain text, JSON lines, folders and patterns."""
+"""Reading documents from files as they lie about: plain text, JSON lines, JSON, each of them compressed or not.
 
-import glob
+What a file is, its name says, in capitals or not; docs/concepts.md has the table.
+"""
+
+import bz2
+import codecs
+import gzip
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import IO, Any, cast
 
+from data_pipelines.inputs import InputFile, ReadReport, find_files
 from llmtrain.errors import ConfigError, DataError
 
-NAMED_EXAMPLES = 2
-"""How many of the files that were left out a summary names."""
+JSON_LINES = (".jsonl", ".ndjson")
+ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".parquet", ".arrow", ".feather")
+_BLOCK_BYTES = 1 << 20
 
 
-@dataclass
-class ReadReport:
-    """What was read and what was left out, counted while documents are drawn."""
+@dataclass(frozen=True)
+class ReadOptions:
+    """`json_field` is the key of a document's text in JSON; `separator` cuts plain text into documents."""
 
-    files: int = 0
-    documents: int = 0
-    text_bytes: int = 0
-    empty: int = 0
-    not_utf8: int = 0
-    examples: list[str] = field(default_factory=list)
-
-    def leave_out(self, where: str) -> None:
-        """Count something that is not UTF-8 text."""
-        self.not_utf8 += 1
-        if len(self.examples) < NAMED_EXAMPLES:
-            self.examples.append(where)
-
-    def summary(self) -> str:
-        """One line for people."""
-        text = f"read {self.documents:,} documents ({self.text_bytes / 1e6:,.1f} MB) from {self.files:,} files"
-        if self.empty:
-            text += f"; left out {self.empty:,} empty ones"
-        if self.not_utf8:
-            text += f"; left out {self.not_utf8:,} that are not UTF-8 text, such as {', '.join(self.examples)}"
-        return text
+    json_field: str = "text"
+    separator: str | None = None
 
 
-def iter_documents(inputs: Sequence[str | Path], report: ReadReport, json_field: str = "text") -> Iterator[str]:
+@dataclass(frozen=True)
+class _Opened:
+    """A file that is being read: `file` gives its bytes unpacked; `named` as in InputFile."""
+
+    file: IO[bytes]
+    path: Path
+    named: bool
+
+
+def iter_documents(
+    inputs: Sequence[str | Path], report: ReadReport, options: ReadOptions | None = None
+) -> Iterator[str]:
     """The documents of all inputs, in an order that depends only on names.
 
-    An input is a file, a folder (every file below it, sorted) or a glob pattern. A `.jsonl` file holds one document
-    per line in `json_field`; any other file is one document. Files that are not UTF-8 are left out and counted in
-    `report`, as are empty documents. Raises ConfigError for an input that does not exist, DataError for a broken line.
+    An input is a file, a folder or a glob pattern. What is left out is counted in `report`. Raises ConfigError for an
+    input that does not exist or cannot be read as text, and where there is not one document; DataError for a broken
+    line or file.
     """
-    for path in _files_of(inputs):
+    options = options or ReadOptions()
+    for file in find_files(inputs, report):
         report.files += 1
-        for text in _read_jsonl(path, json_field, report) if path.suffix == ".jsonl" else _read_text(path, report):
+        for text in _documents_of(file, report, options):
             if not text:
-                report.empty += 1
+                report.leave_out("empty", file.path)
                 continue
             report.documents += 1
             report.text_bytes += len(text.encode())
             yield text
+    if not report.documents:
+        raise ConfigError(f"{', '.join(map(str, inputs))}: no text in it: {report.summary()}.")
 
 
-def _files_of(inputs: Sequence[str | Path]) -> Iterator[Path]:
-    # All inputs are looked at before the first is read: a misspelt last one should not cost an hour.
-    found = [(str(name), _expand(str(name))) for name in inputs]
-    for name, paths in found:
-        if not paths:
-            raise ConfigError(f"{name}: no such file, folder or pattern with files. Check the spelling.")
-    for _, paths in found:
-        yield from paths
-
-
-def _expand(name: str) -> list[Path]:
-    path = Path(name)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return sorted(_files_below(path))
-    matches = [Path(match) for match in glob.glob(name, recursive=True)]  # noqa: PTH207  absolute patterns too
-    return sorted(match for match in matches if match.is_file())
-
-
-def _files_below(folder: Path) -> Iterable[Path]:
-    for parent, _, names in os.walk(folder):  # does not follow links to folders, so it ends
-        yield from (path for name in names if (path := Path(parent, name)).is_file())
-
-
-def _read_text(path: Path, report: ReadReport) -> Iterator[str]:
+def _documents_of(file: InputFile, report: ReadReport, options: ReadOptions) -> Iterator[str]:
+    suffixes = tuple(suffix.lower() for suffix in file.path.suffixes)
+    opener = _OPENERS.get(suffixes[-1] if suffixes else "")
+    kinds = suffixes[:-1] if opener else suffixes
+    kind = kinds[-1] if kinds else ""
+    if kind in ARCHIVES or (suffixes and suffixes[-1] in ARCHIVES):
+        if file.named:
+            raise ConfigError(f"{file.path}: is an archive or a table. Unpack it, or write its texts as .jsonl.")
+        report.leave_out("archive", file.path)
+        return
+    reader = _read_json_lines if kind in JSON_LINES else _read_json if kind == ".json" else _read_text
     try:
-        yield path.read_bytes().decode("utf-8-sig")  # bytes: line ends stay as they are
-    except UnicodeDecodeError:
-        report.leave_out(str(path))
+        with (opener or _open_plain)(file.path) as unpacked:
+            yield from reader(_Opened(unpacked, file.path, file.named), report, options)
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file.path}: cannot be unpacked: {error}. Copy it again or leave it out.") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Repair it or leave it out.") from None
+        raise DataError(
+            f"{file.path}: cannot be read ({error.strerror or error}). Repair it or leave it out."
+        ) from None
 
 
-def _read_jsonl(path: Path, json_field: str, report: ReadReport) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
+def _open_plain(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    try:
+        from backports import zstd  # compression.zstd of Python 3.14
+    except ImportError:
+        raise ConfigError(
+            f"{path}: reading zstd needs the package backports-zstd. Install it, or unpack the file with `zstd -d`."
+        ) from None
+
+    class Whole(zstd.ZstdFile):
+        """Its own error is none of those above."""
+
+        def read(self, size: int | None = -1) -> bytes:
             try:
-                text = json.loads(line)[json_field]
-                text.encode()  # JSON can spell half of a surrogate pair, which is no text
-            except UnicodeError:
-                report.leave_out(where)
-                continue
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from None
-            except (KeyError, TypeError, AttributeError, RecursionError):
-                raise DataError(
-                    f"{where}: must be an object whose key {json_field!r} holds text; --field names it."
-                ) from None
-            yield text
+                return super().read(size)
+            except zstd.ZstdError as error:
+                raise EOFError(error) from None
+
+        def readline(self, size: int | None = -1) -> bytes:
+            try:
+                return super().readline(size)
+            except zstd.ZstdError as error:
+                raise EOFError(error) from None
+
+    return cast(IO[bytes], Whole(path))
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _open_zstd,
+}
+
+
+def _read_text(opened: _Opened, report: ReadReport, options: ReadOptions) -> Iterator[str]:
+    if options.separator:
+        yield from _read_parts(opened, report, options.separator)
+        return
+    try:
+        yield opened.file.read().decode("utf-8-sig")  # bytes: line ends stay as they are
+    except UnicodeDecodeError:
+        report.leave_out("not_text", opened.path)
+
+
+def _read_parts(opened: _Opened, report: ReadReport, separator: str) -> Iterator[str]:
+    """The texts between separators, without holding the file."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    pending: list[str] = []
+    end, given = "", 0
+    while True:
+        block = opened.file.read(_BLOCK_BYTES)
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError:
+            if given:
+                message = f"{opened.path}: is not UTF-8 text behind its part {given}. Repair it or leave it out."
+                raise DataError(message) from None
+            report.leave_out("not_text", opened.path)
+            return
+        # Only the last characters of what is pending may belong to a separator that this block goes on with.
+        first, *others = (end + text).split(separator)
+        if others:
+            yield "".join(pending) + first
+            yield from others[:-1]
+            given += len(others)
+            pending, first = [], others[-1]
+        if not block:
+            yield "".join(pending) + first
+            return
+        keep = max(0, len(first) - len(separator) + 1)
+        pending.append(first[:keep])
+        end = first[keep:]
+
+
+def _read_json_lines(opened: _Opened, report: ReadReport, options: ReadOptions) -> Iterator[str]:
+    yield from _texts_of_lines(iter(opened.file.readline, b""), opened, report, options)
+
+
+def _texts_of_lines(lines: Iterable[bytes], opened: _Opened, report: ReadReport, options: ReadOptions) -> Iterator[str]:
+    key = options.json_field
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{opened.path}:{number}"
+        try:
+            text = json.loads(line)[key]
+            text.encode()  # JSON can spell half of a surrogate pair, which is no text
+        except UnicodeError:
+            report.leave_out("not_text", where)
+            continue
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from None
+        except (KeyError, TypeError, AttributeError, RecursionError):
+            raise DataError(f"{where}: must be an object whose key {key!r} holds text; --field names it.") from None
+        yield text
+
+
+def _read_json(opened: _Opened, report: ReadReport, options: ReadOptions) -> Iterator[str]:
+    """An object with text, a list of such objects, or JSON lines under another name, as many data sets have them."""
+    first = opened.file.readline()
+    second = opened.file.readline() if isinstance(_parsed(first), dict) else b""
+    if second.strip() and isinstance(_parsed(second), dict):
+        lines = chain((first, second), iter(opened.file.readline, b""))
+        yield from _texts_of_lines(lines, opened, report, options)
+        return
+    value = _parsed(first + second + opened.file.read())
+    items = value if isinstance(value, list) else [value]
+    texts = [item.get(options.json_field) if isinstance(item, dict) else None for item in items]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        if opened.named:
+            raise DataError(_json_advice(opened.path, value, options.json_field))
+        report.leave_out("no_field", opened.path)
+        return
+    for text in map(str, texts):
+        try:
+            text.encode()
+        except UnicodeError:
+            report.leave_out("not_text", opened.path)
+            continue
+        yield text
+
+
+def _parsed(content: bytes) -> Any:
+    """The value of a JSON text, or the error that says why there is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _json_advice(path: Path, value: Any, json_field: str) -> str:
+    why = f"is not JSON ({value})" if isinstance(value, Exception) else "holds something else"
+    return (
+        f"{path}: {why}. A .json file must be an object whose key {json_field!r} holds text (--field names it), or a "
+        "list of such objects. Name it .jsonl where each line is an object, .txt to take it as plain text."
+    )

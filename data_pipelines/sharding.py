@@ -1,10 +1,8 @@
 """From documents to a data set: tokens in tar shards, split into train and valid, with index and manifest."""
 
-import hashlib
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
+from data_pipelines.cutting import tokenized
+from data_pipelines.splits import SPLITS, require_all, split_documents, splits_of
+from data_pipelines.work_folder import work_folder
 from llmtrain.data.shards import (
     DTYPES,
     MANIFEST_NAME,
@@ -27,10 +28,7 @@ from llmtrain.data.shards import (
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import ConfigError
 
-SPLITS = ("train", "valid")
-
 _TAR_BLOCK_BYTES = 512
-_BATCH_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -49,62 +47,37 @@ def write_shards(
     """Tokenize documents into OUT/train and OUT/valid and return their manifests.
 
     The files depend only on documents, tokenizer and sizes, not on the number of workers. OUT appears whole or not
-    at all. Raises ConfigError where OUT is in use, and where a split would be empty.
+    at all; with a valid_fraction of 0 there is no OUT/valid. Raises ConfigError where OUT is in use, and where a split
+    would be empty.
     """
-    if not 0 < config.valid_fraction < 1:
-        raise ConfigError(f"--valid-fraction {config.valid_fraction}: must lie between 0 and 1, such as 0.1")
+    if not 0 <= config.valid_fraction < 1:
+        raise ConfigError(
+            f"--valid-fraction {config.valid_fraction}: must be at least 0 and below 1, such as 0.1; with 0 there is "
+            "no valid split"
+        )
     kept = _tokenizers_in(out, tokenizer)
     _check_output(out, config.overwrite, kept)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.absolute().with_name(f".{out.name}.writing-{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with work_folder(out) as temporary:
         manifests = _write_splits(documents, temporary, tokenizer, config)
         for name in {f"tokenizer{tokenizer.path.suffix}", *kept}:
             shutil.copyfile(tokenizer.path, temporary / name)
         _publish(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return manifests
-
-
-def in_valid(text: str, valid_fraction: float) -> bool:
-    """Whether a document belongs to the valid split: by its content, so that a copy of it never lands in the other."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()
-    return int.from_bytes(digest, "little") < valid_fraction * 2.0**64
 
 
 def _write_splits(
     documents: Iterable[str], folder: Path, tokenizer: Tokenizer, config: ShardingConfig
 ) -> dict[str, Manifest]:
-    with (
-        _DatasetWriter(folder / "train", tokenizer, config.shard_tokens) as train,
-        _DatasetWriter(folder / "valid", tokenizer, config.shard_tokens) as valid,
-    ):
-        for texts in _batches(documents):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts, config.num_workers), strict=True):
-                (valid if in_valid(text, config.valid_fraction) else train).add(ids)
-        if not (train.num_documents and valid.num_documents):
-            raise ConfigError(
-                f"of {train.num_documents + valid.num_documents} documents, {train.num_documents} fall into train and "
-                f"{valid.num_documents} into valid with --valid-fraction {config.valid_fraction}; both need one. "
-                "Documents are never cut: give more of them (a .jsonl holds one per line), or another fraction."
-            )
-        return {"train": train.finish(), "valid": valid.finish()}
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Documents in lists large enough to share among threads."""
-    batch: list[str] = []
-    characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+    texts = split_documents(documents, config.valid_fraction)
+    with ExitStack() as opened:
+        writers = {
+            name: opened.enter_context(_DatasetWriter(folder / name, tokenizer, config.shard_tokens))
+            for name in splits_of(config.valid_fraction)
+        }
+        for split, ids in tokenized(texts, tokenizer, config.num_workers):
+            writers[split].add(ids)
+        require_all({name: writer.num_documents for name, writer in writers.items()}, config.valid_fraction)
+        return {name: writer.finish() for name, writer in writers.items()}
 
 
 def _tokenizers_in(out: Path, tokenizer: Tokenizer) -> set[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.indexing import has_manifest, scan_tar, token_problems
-from data_pipelines.sharding import SPLITS
+from data_pipelines.splits import SPLITS
 from llmtrain.data.remote import scheme_of
 from llmtrain.data.shards import (
     DTYPES,

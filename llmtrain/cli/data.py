@@ -12,13 +12,21 @@ import typer
 from llmtrain.errors import DataError
 
 if TYPE_CHECKING:
-    from data_pipelines.read import ReadReport
+    from data_pipelines.inputs import ReadReport
+    from data_pipelines.read import ReadOptions
 
 app = typer.Typer(help="Make, look at and check data sets.", no_args_is_help=True)
 
-Inputs = Annotated[list[str], typer.Argument(help="Text files, .jsonl files, folders or glob patterns.")]
+Inputs = Annotated[
+    list[str],
+    typer.Argument(help="Files of text, .jsonl or .json, each also as .gz, .bz2, .xz or .zst; folders; glob patterns."),
+]
 Dataset = Annotated[Path, typer.Argument(help="Folder of a data set, or the folder that holds its train and valid.")]
-Field = Annotated[str, typer.Option("--field", help="Key of the text in a .jsonl line.")]
+Field = Annotated[str, typer.Option("--field", help="Key of the text in a .jsonl line or .json object.")]
+Separator = Annotated[
+    str | None,
+    typer.Option(help="Cuts text files into documents where it stands, such as '<|endoftext|>'; \\n is a line break."),
+]
 
 
 class TokenizerKind(StrEnum):
@@ -42,13 +50,15 @@ def tokenizer(
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens, special ones and 256 bytes included.")],
     kind: Annotated[TokenizerKind, typer.Option(help="Byte-pair merges, or a unigram model.")] = TokenizerKind.BPE,
     field: Field = "text",
+    separator: Separator = None,
 ) -> None:
     """Train a sentencepiece tokenizer that gives every text back unchanged."""
-    from data_pipelines.read import ReadReport, iter_documents
+    from data_pipelines.inputs import ReadReport
+    from data_pipelines.read import iter_documents
     from data_pipelines.tokenizer_training import train_tokenizer
 
     report = ReadReport()
-    documents = _with_progress(iter_documents(inputs, report, field), report)
+    documents = _with_progress(iter_documents(inputs, report, _read_options(field, separator)), report)
     trained = train_tokenizer(documents, out, vocab_size, kind.value)
     _say(report.summary())
     _say(f"wrote {out}: {trained.vocab_size:,} tokens, sha256 {trained.sha256}")
@@ -59,19 +69,23 @@ def shards(
     inputs: Inputs,
     out: Annotated[Path, typer.Argument(help="Folder to write: OUT/train, OUT/valid and a copy of the tokenizer.")],
     tokenizer: Annotated[Path, typer.Option(help="sentencepiece .model or tokenizer.json.")],
-    valid_fraction: Annotated[float, typer.Option(help="Share of the documents that go to valid, by content.")] = 0.1,
+    valid_fraction: Annotated[
+        float, typer.Option(help="Share of the documents that go to valid, by content; 0: no valid.")
+    ] = 0.1,
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a shard ends.")] = 50_000_000,
     num_workers: Annotated[int, typer.Option(min=1, help="Threads that tokenize; the result is the same.")] = 1,
     field: Field = "text",
+    separator: Separator = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that OUT already holds.")] = False,
 ) -> None:
     """Turn text into tokenized WebDataset shards with manifest, index and a train/valid split."""
-    from data_pipelines.read import ReadReport, iter_documents
+    from data_pipelines.inputs import ReadReport
+    from data_pipelines.read import iter_documents
     from data_pipelines.sharding import ShardingConfig, write_shards
     from llmtrain.data.tokenizer import load_tokenizer
 
     report = ReadReport()
-    documents = _with_progress(iter_documents(inputs, report, field), report)
+    documents = _with_progress(iter_documents(inputs, report, _read_options(field, separator)), report)
     config = ShardingConfig(valid_fraction, shard_tokens, num_workers, overwrite)
     manifests = write_shards(documents, out, load_tokenizer(tokenizer), config)
     _say(report.summary())
@@ -183,6 +197,14 @@ def show(
         if begins:
             typer.echo("-------- document --------")
         typer.echo(text)
+
+
+def _read_options(field: str, separator: str | None) -> "ReadOptions":
+    from data_pipelines.read import ReadOptions
+
+    if separator == "":
+        raise typer.BadParameter("must not be empty", param_hint="--separator")
+    return ReadOptions(field, separator.replace("\\n", "\n") if separator else None)
 
 
 def _count(number: int, noun: str) -> str:

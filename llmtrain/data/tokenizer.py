@@ -218,13 +218,12 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[NDArray[Any]]:
         texts = list(texts)
         try:
-            if num_threads == 1:
-                encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
-            else:  # the library shares a batch among all cores
-                encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            if num_threads == 1:  # one at a time: an encoding is a hundred times as large as its ids
+                return [_ids(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+            # The library shares a batch among all cores.
+            return [_ids(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         except (TypeError, UnicodeEncodeError):
             raise _surrogate_error(texts) from None
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
@@ -240,6 +239,10 @@ def _piece_style(tokenizer: Mapping[str, Any]) -> PieceStyle:
         return "wordpiece"
     is_byte_level = "ByteLevel" in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")])
     return "byte_level" if is_byte_level else "sentencepiece"
+
+
+def _ids(encoding: tokenizers.Encoding) -> NDArray[Any]:
+    return np.array(encoding.ids, np.uint32)
 
 
 def _present(token_id: int) -> int | None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.read import ReadReport, iter_documents
+from data_pipelines.inputs import ReadReport
+from data_pipelines.read import iter_documents
 from data_pipelines.sharding import ShardingConfig, ShardWriter, write_shards
 from data_pipelines.tokenizer_training import train_tokenizer
 from llmtrain.data.shards import DTYPES, SCHEMA_VERSION, Manifest, ShardEntry, dtype_name, write_manifest

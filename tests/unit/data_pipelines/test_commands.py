@@ -119,3 +119,23 @@ def test_faults_of_the_user_are_errors_of_ours(made: Path) -> None:
     ):
         assert isinstance(run(*arguments).exception, ConfigError), arguments
     assert not (made / "new").exists()
+
+
+def test_one_text_file_is_enough(made: Path, tmp_path: Path) -> None:
+    """Whole, for training only; or cut where a separator stands."""
+    text = tmp_path / "book.txt"
+    text.write_text("<|end|>\n".join(f"chapter {number}\n" * 5 for number in range(40)))
+    line = ("shards", text, tmp_path / "whole", "--tokenizer", made / "t.model")
+    error = str(run(*line).exception)
+    assert "of 1 documents" in error and "--separator" in error and "--valid-fraction 0" in error
+    assert run(*line, "--valid-fraction", 0).exit_code == 0
+    assert [row["documents"] for row in json.loads(run("inspect", tmp_path / "whole", "--json").stdout)] == [1]
+    assert run("verify", tmp_path / "whole").exit_code == 0
+    cut = ("shards", text, tmp_path / "cut", "--tokenizer", made / "t.model", "--separator", "<|end|>\\n")
+    assert run(*cut).exit_code == 0
+    train, valid = json.loads(run("inspect", tmp_path / "cut", "--json").stdout)
+    assert train["documents"] + valid["documents"] == 40
+    shown = run("show", tmp_path / "cut", "--seq-len", 60).stdout
+    assert "<|end|>" not in shown and shown.count("-------- document --------") > 0
+    assert run(*cut[:-1], "", "--overwrite").exit_code == 2
+    assert run("tokenizer", text, tmp_path / "c.model", "--vocab-size", 300, "--separator", "<|end|>").exit_code == 0

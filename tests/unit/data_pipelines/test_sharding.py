@@ -1,11 +1,15 @@
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from data_pipelines.sharding import ShardingConfig, in_valid, write_shards
+from data_pipelines.sharding import ShardingConfig, write_shards
+from data_pipelines.splits import in_valid
 from data_pipelines.tokenizer_training import train_tokenizer
-from data_pipelines.verification import verify_dataset
+from data_pipelines.verification import datasets_in, verify_dataset
+from data_pipelines.work_folder import work_folder
 from llmtrain.data.shard_file import ShardFile
 from llmtrain.data.shards import read_manifest
 from llmtrain.data.tokenizer import SentencePieceTokenizer
@@ -43,7 +47,7 @@ def test_result_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(DOCUMENTS, tmp_path / "one", tokenizer, ShardingConfig(num_workers=1))
-    monkeypatch.setattr("data_pipelines.sharding._BATCH_CHARACTERS", 500)
+    monkeypatch.setattr("data_pipelines.cutting._BATCH_CHARACTERS", 500)
     write_shards(iter(DOCUMENTS), tmp_path / "three", tokenizer, ShardingConfig(num_workers=3))
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
 
@@ -55,7 +59,7 @@ def test_split_depends_on_content_only() -> None:
     assert small < {number for number in range(1000) if in_valid(str(number), 0.3)}
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, float("nan")])
+@pytest.mark.parametrize("fraction", [1.0, -1.0, float("nan")])
 def test_fraction_outside_is_refused(tmp_path: Path, tokenizer: SentencePieceTokenizer, fraction: float) -> None:
     with pytest.raises(ConfigError, match="--valid-fraction"):
         write_shards(DOCUMENTS, tmp_path / "out", tokenizer, ShardingConfig(valid_fraction=fraction))
@@ -66,6 +70,67 @@ def test_empty_split_is_refused_and_leaves_nothing(tmp_path: Path, tokenizer: Se
         with pytest.raises(ConfigError, match=r"of \d documents.*give more of them"):
             write_shards(documents, tmp_path / "out", tokenizer, ShardingConfig())
     assert not list(tmp_path.iterdir())
+
+
+def test_one_document_is_refused_before_it_is_tokenized(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode_batch(texts: object, num_threads: int = 1) -> None:
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(tokenizer, "encode_batch", encode_batch)
+    few = [text for text in DOCUMENTS if not in_valid(text, 0.1)][:3]
+    for documents in (DOCUMENTS[:1], few, []):
+        with pytest.raises(ConfigError, match=r"--separator.*--valid-fraction 0"):
+            write_shards(documents, tmp_path / "out", tokenizer, ShardingConfig())
+
+
+def test_without_a_valid_split_one_document_is_enough(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    config = ShardingConfig(valid_fraction=0, overwrite=True)
+    write_shards(DOCUMENTS, tmp_path / "out", tokenizer, ShardingConfig())
+    manifests = write_shards(DOCUMENTS[:1], tmp_path / "out", tokenizer, config)
+    assert list(manifests) == ["train"] and manifests["train"].num_documents == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokenizer.model", "train"]
+    assert datasets_in(tmp_path / "out") == [tmp_path / "out" / "train"]
+    assert verify_dataset(tmp_path / "out" / "train") == []
+    with pytest.raises(ConfigError, match="no document"):
+        write_shards([], tmp_path / "none", tokenizer, config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_half_way_leaves_nothing(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+
+    def stopped() -> Iterator[str]:
+        yield from DOCUMENTS
+        assert [path.name for path in tmp_path.iterdir()] == [f".out.writing-{os.getpid()}"]
+        os.kill(os.getpid(), number)
+        yield DOCUMENTS[0]
+
+    with pytest.raises(SystemExit) as ended:
+        write_shards(stopped(), tmp_path / "out", tokenizer, ShardingConfig())
+    assert ended.value.code == 128 + number
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == before
+
+
+def test_what_a_killed_writer_left_is_cleared_by_the_next_and_what_one_writes_is_not(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    abandoned = tmp_path / ".o[u]t.writing-12345"
+    (abandoned / "train").mkdir(parents=True)
+    other, link = tmp_path / ".other.writing-1", tmp_path / ".o[u]t.writing-2"
+    other.mkdir()
+    link.symlink_to(other)
+    with work_folder(tmp_path / "out") as held:
+        (held / "file").touch()
+        held.rename(tmp_path / ".o[u]t.writing-3")
+        write_shards(DOCUMENTS, tmp_path / "o[u]t", tokenizer, ShardingConfig())
+        assert (tmp_path / ".o[u]t.writing-3" / "file").exists()
+    assert not abandoned.exists() and other.exists() and link.is_symlink()
+    assert capsys.readouterr().err.count("removed ") == 1
 
 
 def test_failure_half_way_leaves_nothing(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:

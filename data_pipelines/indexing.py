@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.foreign import stored_dtype, without_ends
 from llmtrain.data.shards import (
     DTYPES,
     MANIFEST_NAME,
@@ -13,7 +14,6 @@ from llmtrain.data.shards import (
     Manifest,
     ShardEntry,
     check_file,
-    dtype_name,
     file_sha256,
     index_bytes,
     read_manifest,
@@ -91,50 +91,76 @@ def rebuild_sidecars(folder: Path) -> int:
         if index_path.is_file() and file_sha256(index_path) == entry.index_sha256:
             continue
         check_file(folder / entry.file, entry.bytes, entry.sha256)
-        index_path.write_bytes(index_bytes(scan_tar(folder / entry.file)))
+        index_path.write_bytes(index_bytes(scan_documents(folder / entry.file, manifest, entry)))
         check_file(index_path, None, entry.index_sha256)
         rebuilt += 1
     return rebuilt
 
 
-def index_folder(folder: Path, tokenizer: Tokenizer) -> Manifest:
+def scan_documents(path: Path, manifest: Manifest, entry: ShardEntry) -> NDArray[np.uint64]:
+    """Offset and size of each document of a data set's shard, which may end before an end of sequence of its own."""
+    payloads = scan_tar(path)
+    dtype = DTYPES[manifest.dtype]
+    if int(payloads[:, 1].sum()) // dtype.itemsize == entry.tokens:
+        return payloads
+    trimmed = without_ends(path, payloads, dtype, manifest.eos_id)
+    return trimmed if int(trimmed[:, 1].sum()) // dtype.itemsize == entry.tokens else payloads
+
+
+def index_folder(folder: Path, tokenizer: Tokenizer, dtype: str | None = None) -> tuple[Manifest, int]:
     """Write sidecars and a manifest for a folder of tars whose `.bin` members hold ids of this tokenizer.
 
-    The ids are uint16 for vocabularies up to 65,536, else uint32. Raises DataError where the folder has no tar, or a
-    tar is damaged or holds other ids.
+    `dtype` is that of the ids; by default uint16 for vocabularies up to 65,536, else uint32. Returns the number of
+    documents, too, that bring their own end of sequence: it counts as the one that follows every document. Raises
+    DataError where the folder has no tar, or a tar is damaged or holds other ids, ConfigError where `dtype` must be
+    said.
     """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise DataError(f"{folder}: holds no .tar file. Name a folder of tar shards.")
-    dtype = dtype_name(tokenizer.vocab_size)
-    entries = tuple(_index_shard(path, DTYPES[dtype], tokenizer) for path in paths)
-    manifest = Manifest(SCHEMA_VERSION, tokenizer.sha256, tokenizer.vocab_size, dtype, tokenizer.eos_id, entries)
+    shards = [(path, _members(path)) for path in paths]
+    name = stored_dtype(shards, tokenizer.vocab_size, dtype)
+    entries, ended = [], 0
+    for path, payloads in shards:
+        _require_ids(path, payloads, DTYPES[name], tokenizer.vocab_size)
+        documents = without_ends(path, payloads, DTYPES[name], tokenizer.eos_id)
+        ended += int((documents[:, 1] != payloads[:, 1]).sum())
+        entries.append(_index_shard(path, documents, DTYPES[name]))
+    manifest = Manifest(SCHEMA_VERSION, tokenizer.sha256, tokenizer.vocab_size, name, tokenizer.eos_id, tuple(entries))
     write_manifest(folder, manifest)
-    return manifest
+    return manifest, ended
 
 
-def _index_shard(path: Path, dtype: np.dtype[np.unsignedinteger], tokenizer: Tokenizer) -> ShardEntry:
+def _members(path: Path) -> NDArray[np.uint64]:
     payloads = scan_tar(path)
     if not len(payloads):
         raise DataError(f"{path}: has no {TOKEN_SUFFIX} member. Documents are members named KEY{TOKEN_SUFFIX}.")
+    return payloads
+
+
+def _require_ids(path: Path, payloads: NDArray[np.uint64], dtype: np.dtype, vocab_size: int) -> None:
+    """Raise DataError where members are no ids of this type and vocabulary."""
     odd = np.flatnonzero(payloads[:, 1] % dtype.itemsize)
     if odd.size:
         raise DataError(
             f"{path}: document {odd[0]} has {payloads[odd[0], 1]} bytes, no multiple of {dtype.itemsize}: its ids are "
-            f"not {dtype.name}, as a vocabulary of {tokenizer.vocab_size} wants."
+            f"not {dtype.name}, as a vocabulary of {vocab_size} wants, or as --dtype says."
         )
-    if problems := token_problems(path, payloads, dtype, tokenizer.vocab_size):
-        raise DataError(problems[0])
+    if problems := token_problems(path, payloads, dtype, vocab_size):
+        raise DataError(f"{problems[0]} Or its ids are not little-endian {dtype.name}: --dtype says another type.")
+
+
+def _index_shard(path: Path, documents: NDArray[np.uint64], dtype: np.dtype) -> ShardEntry:
     index_path = path.with_suffix(".idx")
-    index_path.write_bytes(index_bytes(payloads))
+    index_path.write_bytes(index_bytes(documents))
     return ShardEntry(
         path.name,
         path.stat().st_size,
         file_sha256(path),
         index_path.name,
         file_sha256(index_path),
-        len(payloads),
-        int(payloads[:, 1].sum()) // dtype.itemsize,
+        len(documents),
+        int(documents[:, 1].sum()) // dtype.itemsize,
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.indexing import has_manifest, scan_tar, token_problems
+from data_pipelines.indexing import has_manifest, scan_documents, token_problems
 from data_pipelines.splits import SPLITS
 from llmtrain.data.remote import scheme_of
 from llmtrain.data.shards import (
@@ -66,7 +66,7 @@ def _shard_problems(folder: Path, manifest: Manifest, entry: ShardEntry) -> Iter
     if not path.is_file():
         return
     try:
-        payloads = scan_tar(path)
+        payloads = scan_documents(path, manifest, entry)
     except DataError as error:
         yield str(error)
         return

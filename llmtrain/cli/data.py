@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtrain.errors import DataError
+from llmtrain.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from data_pipelines.inputs import ReadReport
@@ -34,6 +34,13 @@ class TokenizerKind(StrEnum):
 
     BPE = "bpe"
     UNIGRAM = "unigram"
+
+
+class Dtype(StrEnum):
+    """How ids are stored, little-endian."""
+
+    UINT16 = "uint16"
+    UINT32 = "uint32"
 
 
 class Windows(StrEnum):
@@ -102,6 +109,10 @@ def index(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer of the ids; absent: the one in the folder or beside it.")
     ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="How the ids are stored, where it is not the narrowest type for the vocabulary."),
+    ] = None,
 ) -> None:
     """Make sidecars and a manifest for a folder of tars, or rebuild sidecars that were lost."""
     from data_pipelines.indexing import has_manifest, index_folder, rebuild_sidecars
@@ -110,12 +121,19 @@ def index(
 
     for dataset in datasets_in(folder):
         if has_manifest(dataset):
+            if dtype is not None:
+                raise ConfigError(
+                    f"--dtype {dtype.value}: {dataset} has a manifest, which says it. Delete manifest.json to index "
+                    "the folder anew."
+                )
             _say(f"{dataset}: rebuilt {_count(rebuild_sidecars(dataset), 'sidecar')}; the manifest is unchanged")
         else:
-            manifest = index_folder(dataset, load_tokenizer(tokenizer or find_tokenizer(dataset)))
+            found = load_tokenizer(tokenizer or find_tokenizer(dataset))
+            manifest, ended = index_folder(dataset, found, dtype.value if dtype else None)
+            ends = f", of which {ended:,} bring their own end of sequence: no second one follows them" if ended else ""
             _say(
-                f"{dataset}: indexed {_count(len(manifest.shards), 'shard')}, "
-                f"{_count(manifest.num_documents, 'document')}"
+                f"{dataset}: indexed {_count(len(manifest.shards), 'shard')} of {manifest.dtype}, "
+                f"{_count(manifest.num_documents, 'document')}{ends}"
             )
 
 

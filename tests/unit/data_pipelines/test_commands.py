@@ -97,8 +97,9 @@ def test_index_takes_up_tars_that_have_no_manifest(made: Path, tmp_path: Path) -
     train = tmp_path / "out" / "train"
     before = (train / "manifest.json").read_bytes()
     (train / "manifest.json").unlink()
-    assert "indexed 1 shard," in run("index", train).stderr
+    assert "indexed 1 shard of uint16," in run("index", train).stderr
     assert (train / "manifest.json").read_bytes() == before
+    assert "has a manifest" in str(run("index", train, "--dtype", "uint32").exception)
 
 
 def test_verify_sees_another_tokenizer_beside_the_shards(made: Path, tmp_path: Path) -> None:

@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.foreign import stored_dtype
 from data_pipelines.indexing import index_folder, rebuild_sidecars, scan_tar
+from data_pipelines.sharding import ShardWriter
 from data_pipelines.tokenizer_training import train_tokenizer
 from data_pipelines.verification import datasets_in, verify_dataset
 from llmtrain.data.shard_file import ShardFile
 from llmtrain.data.shards import MANIFEST_NAME, read_index, read_manifest
+from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
+from llmtrain.data.tokenizer import SentencePieceTokenizer
 from llmtrain.errors import ConfigError, DataError
 from tests.support.datasets import random_documents, write_dataset
 
@@ -143,13 +147,103 @@ def test_a_foreign_folder_is_indexed(tmp_path: Path) -> None:
     written = write_dataset(folder, [documents, documents[:3]], 280, tokenizer.sha256)
     for path in (folder / MANIFEST_NAME, *folder.glob("*.idx")):
         path.unlink()
-    assert index_folder(folder, tokenizer) == written
+    assert index_folder(folder, tokenizer) == (written, 0)
     assert verify_dataset(folder) == []
     write_dataset(folder, [[np.array([280])]])
     with pytest.raises(DataError, match="token id 280"):
         index_folder(folder, tokenizer)
     with pytest.raises(DataError, match=r"no \.tar"):
         index_folder(tmp_path, tokenizer)
+
+
+def write_foreign(folder: Path, documents: list[list[int]], dtype: str) -> None:
+    """Two tars of members as others write them, and nothing beside them."""
+    folder.mkdir()
+    for number, part in enumerate((documents[::2], documents[1::2])):
+        writer = ShardWriter(folder, f"their-{number}", np.dtype(dtype))
+        for key, document in enumerate(part):
+            writer.add(f"{key:09d}", np.array(document, dtype))
+        writer.finish()
+    for path in folder.glob("*.idx"):
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
+    return train_tokenizer(["some words to learn\n"] * 20, tmp_path_factory.mktemp("tokenizer") / "t.model", 280)
+
+
+THEIRS = [[5, 6, 7], [8, 0, 9, 10], [11], [12, 13]]
+
+
+def stored(folder: Path) -> list[list[int]]:
+    manifest = read_manifest(folder)
+    shards = [ShardFile(folder, manifest, number) for number in range(len(manifest.shards))]
+    return [shard.document(number).tolist() for shard in shards for number in range(shard.num_documents)]
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4", "<u8", "<i8", ">u2", ">u4"])
+def test_ids_of_another_width_are_never_taken_for_narrow_ones(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, dtype: str
+) -> None:
+    folder = tmp_path / "shards"
+    write_foreign(folder, THEIRS, dtype)
+    expected = [*THEIRS[::2], *THEIRS[1::2]]
+    if dtype == "<u2":
+        assert index_folder(folder, tokenizer)[0].dtype == "uint16"
+    elif dtype == "<u4":
+        with pytest.raises(ConfigError, match=r"look like uint32.*--dtype uint32, or --dtype uint16"):
+            index_folder(folder, tokenizer)
+        assert not (folder / MANIFEST_NAME).exists()
+        assert index_folder(folder, tokenizer, "uint32")[0].dtype == "uint32"
+    else:
+        with pytest.raises(DataError, match=r"64-bit|token id"):
+            index_folder(folder, tokenizer)
+        return
+    assert stored(folder) == expected and verify_dataset(folder) == []
+
+
+def test_a_type_that_is_said_is_taken(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
+    folder = tmp_path / "shards"
+    write_foreign(folder, [[5, 0], [6, 0, 7, 0]], "<u2")
+    with pytest.raises(ConfigError, match="--dtype uint16 if every second"):
+        index_folder(folder, tokenizer)
+    index_folder(folder, tokenizer, "uint16")
+    assert stored(folder) == [[5, 0], [6, 0, 7, 0]]
+    with pytest.raises(ConfigError, match=r"--dtype uint16: does not hold all ids of a vocabulary of 70,000"):
+        stored_dtype([], 70_000, "uint16")
+    write_foreign(tmp_path / "odd", [[5], [6, 7, 8]], "<u2")
+    with pytest.raises(DataError, match=r"no multiple of 4.*--dtype"):
+        index_folder(tmp_path / "odd", tokenizer, "uint32")
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<u4"])
+def test_documents_that_bring_their_end_get_no_second_one(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, dtype: str
+) -> None:
+    """256 ids fill blocks of the tar exactly: the last document's last id has a block of its own."""
+    eos, folder = tokenizer.eos_id, tmp_path / "shards"
+    ended = [[5, 6, eos], [7, eos, 8], [eos], [9] * 256 + [eos], [10]]
+    write_foreign(folder, ended, dtype)
+    manifest, count = index_folder(folder, tokenizer, "uint32" if dtype == "<u4" else None)
+    assert count == 3
+    expected = [[5, 6], [], [10], [7, eos, 8], [9] * 256]
+    assert stored(folder) == expected and manifest.num_tokens == sum(map(len, expected))
+    assert verify_dataset(folder) == []
+    stream = SampleStream(load_sources([folder], [1]), StreamConfig(1, 40))
+    tokens = np.concatenate([stream.sample(number).tokens[1:] for number in range(40)]).tolist()
+    assert max(len(run) for run in "".join("e" if token == eos else " " for token in tokens).split()) == 2
+    before = {path: path.read_bytes() for path in folder.glob("*.idx")}
+    for path in before:
+        path.unlink()
+    assert rebuild_sidecars(folder) == 2
+    assert {path: path.read_bytes() for path in before} == before
+    damaged = folder / "their-0.tar"
+    content = bytearray(damaged.read_bytes())
+    content[512 + 1] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(DataError, match="every header is whole, so the damage lies in the documents"):
+        ShardFile(folder, manifest, 0)
 
 
 def test_folders_that_hold_splits(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def note_stop(config: RunConfig, launch_id: str) -> None:
         if before is not None:
             with RunFolder(run_dir, before.attempt, launch_id) as folder:
                 message = "told to stop; the same command continues"
-                folder.write_status("preempted", before.step, config.total_steps, message)
+                folder.write_status("preempted", before.step, config.train.steps or before.total_steps, message)
 
 
 def _abandon_save(config: RunConfig, run_dir: Path) -> None:
@@ -105,4 +105,6 @@ def _abandon_save(config: RunConfig, run_dir: Path) -> None:
     sys.stderr.write(f"{message}: it continues from step {newest_step(run_dir)}\n")
     with suppress(LlmtrainError, OSError), RunFolder(run_dir) as folder:
         recover(run_dir / CHECKPOINTS)
-        folder.write_status("preempted", newest_step(run_dir), config.total_steps, message)
+        before = read_status(run_dir)
+        total_steps = config.train.steps or (before.total_steps if before else config.total_steps)
+        folder.write_status("preempted", newest_step(run_dir), total_steps, message)

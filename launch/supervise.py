@@ -155,7 +155,8 @@ def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int, 
             return
         with RunFolder(run_dir, attempt, launch_id) as folder:
             message = decision.reason if status == "stalled" else text
-            folder.write_status(status, max(end.step, before.step), config.total_steps, message, text)
+            total_steps = config.train.steps or before.total_steps
+            folder.write_status(status, max(end.step, before.step), total_steps, message, text)
             record(run_dir, status, saved_step=end.saved_step, **facts)
 
 

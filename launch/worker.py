@@ -22,6 +22,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, RunFolderInUseError
 from llmtrain.observe.efficiency import run_efficiency
 from llmtrain.observe.sections import Section
+from llmtrain.train.budget import Budget, Seen
 from llmtrain.train.loop import Run, train
 from llmtrain.train.run_folder import RunFolder, Status, read_status, was_taken_over
 from llmtrain.train.setup import Start, describe_start, find_start, join_start, setup
@@ -97,13 +98,17 @@ class Attempt:
 
     @property
     def finished_before(self) -> bool:
-        return self.start.step >= self.config.total_steps
+        return self.start.step >= self._total_steps
+
+    @property
+    def _total_steps(self) -> int:
+        return Budget.of(self.config).last_step(self.start.state.seen)
 
     def run(self, stop_requested: Callable[[], bool], on_any_rank: Callable[[bool], bool] = bool) -> int:
         """Train to the end or until told to stop; returns the exit code. `on_any_rank`: is a flag set on any rank?"""
         if self.finished_before:
             if self.folder:
-                print(f"{self.folder.path}: {nothing_left(self.config, self.start.step)}")
+                print(f"{self.folder.path}: {nothing_left(self.config, self.start.state.seen)}")
             self._write_status("done", self.start.step, "finished before")
             return 0
         self._write_status("running", self.start.step, "starting")
@@ -124,7 +129,8 @@ class Attempt:
             with suppress(LlmtrainError, OSError):  # what cannot be read is no reason to fail in the end
                 run.monitor.say(str(run_efficiency(self.folder.path)))
         run.monitor.close(status)
-        self._write_status(status, state.step, "" if status == "done" else "told to stop; the same command continues")
+        message = "" if status == "done" else "told to stop; the same command continues"
+        self._write_status(status, state.step, message, total_steps=Budget.of(self.config).last_step(state.seen))
         return 0 if status == "done" else EXIT_PREEMPTED
 
     def _require_own_run(self, error: BaseException) -> None:
@@ -137,20 +143,21 @@ class Attempt:
         status = read_status(self.folder.path) if self.folder else None
         return status.step if status else self.start.step
 
-    def _write_status(self, status: Status, step: int, message: str, cause: str = "") -> None:
+    def _write_status(
+        self, status: Status, step: int, message: str, cause: str = "", total_steps: int | None = None
+    ) -> None:
         if self.folder:
-            self.folder.write_status(status, step, self.config.total_steps, message, cause)
+            self.folder.write_status(status, step, total_steps or self._total_steps, message, cause)
 
 
-def nothing_left(config: RunConfig, step: int) -> str:
-    """Why a run that has made `step` steps has nothing to do, and which number would change that."""
-    by_tokens = config.train.steps is None
-    key, a_step = (
-        ("train.tokens", config.train.global_batch_size * config.data.seq_len) if by_tokens else ("train.steps", 1)
-    )
-    asked = config.total_steps
-    done = f"all {step} steps" if step == asked else f"{step} steps, and {key} asks for {asked}"
-    return f"already done, {done}. Raise {key} above {step * a_step} to go on."
+def nothing_left(config: RunConfig, seen: Seen) -> str:
+    """Why a run that has all that behind it has nothing to do, and which number would change that."""
+    steps, tokens = config.train.steps, config.train.tokens
+    if tokens is not None:
+        done = f"{seen.data_tokens} tokens in {seen.step} steps, and train.tokens asks for {tokens}"
+        return f"already done, {done}. Raise train.tokens above {seen.data_tokens} to go on."
+    done = f"all {seen.step} steps" if seen.step == steps else f"{seen.step} steps, and train.steps asks for {steps}"
+    return f"already done, {done}. Raise train.steps above {seen.step} to go on."
 
 
 def agree_on_start(

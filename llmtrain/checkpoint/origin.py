@@ -25,13 +25,14 @@ class Origin:
     """Where a checkpoint comes from. `config` is the resolved configuration of the run that saved it, as plain data.
 
     `trained` is False for imported weights, which have an architecture but no training behind them. `about` is what
-    the manifest says beside that.
+    the manifest says beside that, `state` what it holds beside tensors.
     """
 
     path: Path
     trained: bool
     config: Mapping[str, Any]
     about: Mapping[str, Any]
+    state: Mapping[str, Any]
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of the configuration, empty where it has none."""
@@ -47,7 +48,7 @@ def origin_of(path: Path, state: Mapping[str, Any], config_text: str, about: Map
         raise CheckpointError(f"{path / CONFIG}: is no YAML: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / CONFIG}: is no configuration of a run")
-    return Origin(path, "train" in state, config, about)
+    return Origin(path, "train" in state, config, about, state)
 
 
 def read_origin(path: Path) -> Origin:

@@ -120,7 +120,8 @@ class TrainConfig(Section):
     tokens: Annotated[int, Field(ge=1, le=10**18), AsWhole] | None = Field(
         default=None,
         description="Tokens of data in all, instead of steps; rounded up to whole steps. A step reads "
-        "global_batch_size x data.seq_len, however few of them the objective predicts.",
+        "global_batch_size x data.seq_len, however few of them the objective predicts. What was read counts, whatever "
+        "the batch size was; the schedule goes by it.",
     )
     global_batch_size: Batch = Field(default=16, description="Sequences per step over all ranks.")
     micro_batch_size: Batch = Field(default=4, description="Sequences per forward pass of one rank.")

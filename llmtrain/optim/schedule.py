@@ -17,8 +17,11 @@ def linear(progress: float) -> float:
 DECAYS: dict[str, Callable[[float], float]] = {"cosine": cosine, "linear": linear, "wsd": linear}
 
 
-def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
-    """Rate of step `step`, counted from 1: linear warm-up to `lr`, then the schedule down to `min_lr`."""
+def learning_rate(step: float, optim: OptimConfig, total_steps: int) -> float:
+    """Rate of step `step`, counted from 1: linear warm-up to `lr`, then the schedule down to `min_lr`.
+
+    Where the schedule goes by tokens, `step` may lie between two steps of the size that it counts in.
+    """
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     if optim.schedule == "constant":

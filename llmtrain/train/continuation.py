@@ -8,6 +8,7 @@ from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.files import read_json
+from llmtrain.train.budget import Budget, Seen, seen_by
 from llmtrain.train.continuity import resume_target
 
 
@@ -15,6 +16,7 @@ from llmtrain.train.continuity import resume_target
 class Continuation:
     """The checkpoint that a run would continue, and the step it was saved after; 0 for imported weights.
 
+    `data_tokens` is what was read up to there, `last_step` where the run would end now.
     `is_own` tells a checkpoint of the run itself from one of another run. Opening it may still find damage: then the
     one before it is taken.
     """
@@ -22,6 +24,8 @@ class Continuation:
     checkpoint: str
     step: int
     is_own: bool
+    data_tokens: int
+    last_step: int
 
 
 def find_continuation(config: RunConfig) -> Continuation | None:
@@ -34,8 +38,10 @@ def find_continuation(config: RunConfig) -> Continuation | None:
     if origin is None:
         return None
     try:
-        step = int(read_json(origin.path / STATE)["train"]["step"]) if origin.trained else 0
+        state = read_json(origin.path / STATE)
+        seen = seen_by(state["train"], origin.config) if origin.trained else Seen()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{origin.path / STATE}: does not say how far training was: {error!r}") from error
     own = Path(config.output_dir) / config.name / CHECKPOINTS
-    return Continuation(str(origin.path), step, origin.path.resolve().parent == own.resolve())
+    is_own, last_step = origin.path.resolve().parent == own.resolve(), Budget.of(config).last_step(seen)
+    return Continuation(str(origin.path), seen.step, is_own, seen.data_tokens, last_step)

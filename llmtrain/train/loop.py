@@ -10,6 +10,7 @@ from llmtrain.data.loader import BatchLoader
 from llmtrain.engines.base import Engine
 from llmtrain.observe.monitor import Monitor
 from llmtrain.optim.schedule import learning_rate
+from llmtrain.train.budget import Budget
 from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.health import Health
 from llmtrain.train.rollback import Rollbacks
@@ -29,7 +30,7 @@ class Run:
     health: Health
     rollbacks: Rollbacks
     state: TrainState
-    total_steps: int
+    budget: Budget
     optim: OptimConfig
 
 
@@ -43,18 +44,20 @@ def train(
     state, loader, monitor, stopping = run.state, run.loader, run.monitor, False
     steps = loader.steps(first_sample=state.samples)
     try:
-        while state.step < run.total_steps and not stopping:
+        while state.step < run.budget.last_step(state.seen) and not stopping:
             with monitor.section("data"):
                 micro_batches = next(steps)
 
             step = state.step + 1
-            lr = learning_rate(step, run.optim, run.total_steps)
+            place, length = run.budget.schedule(state.seen)
+            lr = learning_rate(place, run.optim, length)
             attempt = partial(run.engine.train_step, step, micro_batches, lr)
             result = attempt()
             if result.skipped:
                 result = run.health.skipped(step, result, attempt, loader.step_origins(state.samples))
             history, trouble = run.health.judge(state.history, step, result)
-            state = state.advanced(loader.step_length(state.samples), result.num_tokens, history)
+            moved = loader.step_length(state.samples)
+            state = state.advanced(moved, result.num_tokens, run.budget.tokens_per_step, history)
             monitor.step(step, lr, result)
 
             if run.rollbacks.wanted(trouble, anybody):
@@ -74,10 +77,10 @@ def train(
                 monitor.evaluated(step, valid_loss, num_tokens)
 
             stopping = stop_requested()
-            if run.saving.due(step) or stopping:
+            if run.saving.due(step) or stopping or step == run.budget.last_step(state.seen):
                 with monitor.section("checkpoint"):
                     run.saving.save(state, run.engine, valid_loss)
     finally:
         steps.close()
     run.saving.finish()
-    return ("done" if state.step == run.total_steps else "preempted"), state
+    return ("preempted" if state.step < run.budget.last_step(state.seen) else "done"), state

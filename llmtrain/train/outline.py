@@ -52,6 +52,8 @@ def plan_outline(
     """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules, and what it makes of data."""
     train, layout = config.train, plan_layout(config.parallel, world_size)
     tokens_per_step = train.global_batch_size * config.data.seq_len
+    steps = continues.last_step if continues else config.total_steps
+    before, ahead = (continues.data_tokens, steps - continues.step) if continues else (0, steps)
     return Outline(
         name=config.name,
         run_folder=f"{config.output_dir.rstrip('/') or '/'}/{config.name}",
@@ -65,8 +67,8 @@ def plan_outline(
         micro_batches_per_rank=train.global_batch_size // (train.micro_batch_size * layout.data),
         seq_len=config.data.seq_len,
         tokens_per_step=tokens_per_step,
-        steps=config.total_steps,
-        tokens=config.total_steps * tokens_per_step,
+        steps=steps,
+        tokens=before + max(0, ahead) * tokens_per_step,
         precision=train.precision,
         engine=config.engine.name,
         zero_stage=config.engine.zero_stage,

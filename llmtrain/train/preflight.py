@@ -16,6 +16,7 @@ from llmtrain.data.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
 from llmtrain.data.usage import data_use
 from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.train.budget import Budget, Seen, seen_by
 from llmtrain.train.continuity import TOKENIZER_NAMES, differences, refusals, resume_target
 from llmtrain.train.file_system import folder_fault
 from llmtrain.train.vocabulary import SPECIAL_KEY, fill_vocabulary
@@ -225,4 +226,6 @@ def _room_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _room(config: RunConfig) -> Room:
     folder = Path(config.output_dir) / config.name / CHECKPOINTS
-    return plan_room(folder, num_parameters(config.model), config.checkpoint, config.total_steps)
+    saved = newest_origin(folder)
+    seen = seen_by(saved.state["train"], saved.config) if saved and saved.trained else Seen()
+    return plan_room(folder, num_parameters(config.model), config.checkpoint, Budget.of(config).last_step(seen))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmtrain.checkpoint.manager import CheckpointManager
+from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.engines.base import Engine
 from llmtrain.train.state import TrainState
@@ -11,20 +12,19 @@ from llmtrain.train.state import TrainState
 
 @dataclass(frozen=True)
 class Saving:
-    """Saves every `every_steps` steps (0: never) and after the last one.
+    """Saves every `every_steps` steps (0: never). The loop saves after the last one too.
 
     `before_publish` makes the metrics durable before a checkpoint of the same step becomes visible.
     """
 
     manager: CheckpointManager
     every_steps: int
-    last_step: int
     before_publish: Callable[[], object]
 
     def due(self, step: int) -> bool:
         """Whether a step is saved. Asked at every step: a save that has failed behind training is told of here."""
         self.manager.poll()
-        return step == self.last_step or (self.every_steps > 0 and step % self.every_steps == 0)
+        return self.every_steps > 0 and step % self.every_steps == 0
 
     def save(self, state: TrainState, engine: Engine, valid_loss: float | None) -> None:
         """Write a checkpoint of what `restore` needs."""
@@ -36,11 +36,19 @@ class Saving:
         self.manager.finish()
 
 
+def saved_state(checkpoint: CheckpointReader | None) -> TrainState:
+    """Where a run stands that continues a checkpoint: at its beginning with none, or with imported weights."""
+    if checkpoint is None or "train" not in checkpoint.state:
+        return TrainState()
+    origin = origin_of(checkpoint.path, checkpoint.state, checkpoint.config_text, checkpoint.about)
+    return TrainState.from_json(checkpoint.state["train"], origin.config)
+
+
 def restore(checkpoint: CheckpointReader, engine: Engine) -> TrainState:
     """Continue a checkpoint: weights, moments, counts. Imported weights have no history: training begins with them."""
     if "train" not in checkpoint.state:
         engine.load_weights(checkpoint)
-        return TrainState()
-    engine.load(checkpoint)
-    engine.load_state(checkpoint.state["engine"])
-    return TrainState.from_json(checkpoint.state["train"])
+    else:
+        engine.load(checkpoint)
+        engine.load_state(checkpoint.state["engine"])
+    return saved_state(checkpoint)

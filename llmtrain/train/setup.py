@@ -35,6 +35,7 @@ from llmtrain.observe.system import SystemMeter
 from llmtrain.observe.throughput import flops_per_sample, peak_flops
 from llmtrain.observe.trackers import METRICS_FILE, build_trackers
 from llmtrain.parallel.layout import plan_layout
+from llmtrain.train.budget import Budget
 from llmtrain.train.continuity import data_record, differences, noted_changes, one_line, refusals, resume_target
 from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.health import Health
@@ -43,7 +44,7 @@ from llmtrain.train.progress import ProgressTracker
 from llmtrain.train.rank_logs import log_path
 from llmtrain.train.rollback import Rollbacks, newest_kept, skipped_windows
 from llmtrain.train.run_folder import RunFolder
-from llmtrain.train.saving import Saving, restore
+from llmtrain.train.saving import Saving, restore, saved_state
 from llmtrain.train.state import TrainState
 from llmtrain.train.tensor_norms import measuring
 from llmtrain.train.windows import source_uses
@@ -67,6 +68,10 @@ class Start:
     checkpoint: CheckpointReader | None
     skipped: tuple[Window, ...] = ()
     ranks: Exchange | None = None
+
+    @property
+    def state(self) -> TrainState:
+        return saved_state(self.checkpoint)
 
     @property
     def step(self) -> int:
@@ -163,7 +168,7 @@ def setup(
     on_section = profiled(config, rank, on_section, lambda text: (monitor.say if folder else tell_the_log)(text))
     monitor = build_monitor(config, folder, state, device, attempt, on_section)
     start.manager.reports.warn = monitor.say
-    saving = Saving(start.manager, config.checkpoint.every_steps, config.total_steps, monitor.flush)
+    saving = Saving(start.manager, config.checkpoint.every_steps, monitor.flush)
     evaluation = Evaluation(
         build_loader(config, config.data.valid, rank) if config.data.valid else None,
         config.evaluate.every_steps,
@@ -174,7 +179,7 @@ def setup(
     health = Health(config.health, config.optim.loss_scale.minimum, log, monitor.say, report)
     rollbacks = Rollbacks(config.health, start.manager, folder.path if folder else None, start.ranks, log, monitor.say)
     loader = build_loader(config, config.data.train, rank).skipping(start.skipped)
-    return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, state, config.total_steps, config.optim)
+    return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, state, Budget.of(config), config.optim)
 
 
 def build_manager(
@@ -219,8 +224,9 @@ def build_monitor(
     on_section: Callable[[Section, int], None],
 ) -> Monitor:
     """What records the run from `state` on, into `folder`; without a folder it times and records nothing."""
+    last_step = Budget.of(config).last_step(state.seen)
     plan = RunPlan(
-        last_step=config.total_steps,
+        last_step=last_step,
         start_step=state.step,
         start_tokens=state.tokens,
         log_every_steps=config.observe.log_every_steps,
@@ -234,9 +240,9 @@ def build_monitor(
         return Monitor(plan, on_section=on_section)
     # Among several ranks, rank 0 has a log like the others; launch/rank_log.py has begun it.
     log = log_path(folder.path, 0).open("a", encoding="utf-8") if config.launch.num_workers > 1 else None
-    console = ConsoleTracker(config.name, state.step, config.total_steps, log=log)
+    console = ConsoleTracker(config.name, state.step, last_step, log=log)
     trackers = build_trackers(config, folder.path, attempt, console, partial(newest_checkpoint, folder.path))
-    progress = ProgressTracker(folder, config.total_steps)
+    progress = ProgressTracker(folder, last_step)
     return Monitor(plan, [progress, *trackers], console, on_section=on_section, sample=SystemMeter(device).sample)
 
 

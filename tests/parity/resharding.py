@@ -27,6 +27,7 @@ from llmtrain.engines.base import StepResult
 from llmtrain.engines.precision import DTYPES
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.parallel.layout import plan_layout
+from llmtrain.train.budget import Budget
 from llmtrain.train.saving import Saving, restore
 from llmtrain.train.setup import build_loader, engine_class
 from llmtrain.train.state import TrainState
@@ -160,7 +161,7 @@ def save_and_continue(rank: int, world_size: int, config: RunConfig, folder: Pat
     store = dist.FileStore(str(folder / "said"), world_size)  # pyright: ignore[reportPrivateImportUsage]  # documented
     exchange = StoreExchange(store, rank, world_size, timeout_seconds=60)
     manager = CheckpointManager(folder / "checkpoints", CheckpointConfig(), "name: x\n", {}, ranks=exchange)
-    saving = Saving(manager, SAVED_STEP, config.total_steps, lambda: None)
+    saving = Saving(manager, SAVED_STEP, lambda: None)
     saving.save(state, engine, None)
     outcome = held_by(engine, config), weights_of(engine), engine.state()
     _, results, samples = train(engine, config, state, more_steps, rank)
@@ -198,7 +199,7 @@ def train(
         step = state.step + 1
         lr = learning_rate(step, config.optim, config.total_steps)
         result = engine.train_step(step, micro_batches, lr)
-        state = state.advanced(loader.global_batch_size, result.num_tokens)
+        state = state.advanced(loader.global_batch_size, result.num_tokens, Budget.of(config).tokens_per_step)
         results.append(result)
         samples.append([batch.first_sample for batch in micro_batches])
     steps.close()

@@ -91,9 +91,10 @@ def test_a_loss_scale_that_finds_its_level_is_no_strike() -> None:
 
 
 def test_the_history_goes_with_the_state_and_older_states_have_none() -> None:
-    state = TrainState().advanced(8, 100, LossHistory((0.1 + 0.2, 2.0), 2))
-    assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
-    assert TrainState.from_json({"step": 7, "samples": 112, "tokens": 1792}) == TrainState(7, 112, 1792)
+    state = TrainState().advanced(8, 100, 512, LossHistory((0.1 + 0.2, 2.0), 2))
+    assert TrainState.from_json(json.loads(json.dumps(state.to_json())), {}) == state
+    older = TrainState.from_json({"step": 7, "samples": 112, "tokens": 1792}, {})
+    assert (older.step, older.samples, older.tokens, older.history) == (7, 112, 1792, LossHistory())
 
 
 class Listener:

@@ -1,0 +1,71 @@
+"""How long a run is, and where its schedule stands: counted in steps, or in tokens of data. Pure arithmetic.
+
+A budget in tokens counts what was read, whatever the batch size was: the run ends with the first whole step that
+reaches it. Its schedule goes by tokens too. It counts them in steps of the size that the run's first step had, so
+that `optim.warmup_steps` and `optim.decay_steps` keep meaning the same tokens when the batch size changes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmtrain.config.schema import DataConfig, RunConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a run has behind it: steps, tokens of data, and how many of these its first step read (0: none yet)."""
+
+    step: int = 0
+    data_tokens: int = 0
+    first_step_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`steps`, or else `tokens`. `tokens_per_step` is what a step reads now."""
+
+    steps: int | None
+    tokens: int | None
+    tokens_per_step: int
+
+    @staticmethod
+    def of(config: RunConfig) -> "Budget":
+        """The budget of a configuration that keeps the rules."""
+        return Budget(config.train.steps, config.train.tokens, config.train.global_batch_size * config.data.seq_len)
+
+    def last_step(self, seen: Seen) -> int:
+        """The run's last step, if all further ones are of today's size; a finished run's lies not behind `seen`."""
+        if self.tokens is None:
+            assert self.steps is not None, "a rule"
+            return self.steps
+        return seen.step + _whole(max(0, self.tokens - seen.data_tokens), self.tokens_per_step)
+
+    def schedule(self, seen: Seen) -> tuple[float, int]:
+        """(place of the step that follows in the schedule, from 1; the schedule's length), both in steps."""
+        if self.tokens is None:
+            return seen.step + 1, self.last_step(seen)
+        unit = seen.first_step_tokens or self.tokens_per_step
+        return (seen.data_tokens + self.tokens_per_step) / unit, _whole(self.tokens, unit)
+
+
+def seen_by(train_state: Mapping[str, Any], config: Mapping[str, Any]) -> Seen:
+    """What a checkpoint's training state has behind it; `config` is the configuration that it was saved with.
+
+    Older states do not count tokens of data: then their position in the stream does, and the batch size is taken for
+    the first step's.
+    """
+    if "data_tokens" in train_state:
+        return Seen(*(int(train_state[key]) for key in ("step", "data_tokens", "first_step_tokens")))
+    seq_len = _key(config, "data", "seq_len", DataConfig.model_fields["seq_len"].default)
+    batch = _key(config, "train", "global_batch_size", TrainConfig.model_fields["global_batch_size"].default)
+    return Seen(int(train_state["step"]), int(train_state["samples"]) * seq_len, batch * seq_len)
+
+
+def _key(config: Mapping[str, Any], section: str, key: str, default: int) -> int:
+    found = config.get(section)
+    return found.get(key, default) if isinstance(found, Mapping) else default
+
+
+def _whole(tokens: int, unit: int) -> int:
+    return -(-tokens // unit)

@@ -20,7 +20,7 @@ from launch.stop import StopSignal
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, RunFolderInUseError
-from llmtrain.observe.efficiency import run_efficiency
+from llmtrain.observe.efficiency import DONE, run_efficiency
 from llmtrain.observe.sections import Section
 from llmtrain.train.budget import Budget, Seen
 from llmtrain.train.loop import Run, train
@@ -126,7 +126,9 @@ class Attempt:
                 self._write_status("failed", self._last_step(), said, said)
             raise
         if self.folder:
-            with suppress(LlmtrainError, OSError):  # what cannot be read is no reason to fail in the end
+            with suppress(LlmtrainError, OSError):  # what cannot be read or written is no reason to fail in the end
+                if status == "done":
+                    self.folder.record(DONE, step=state.step)
                 run.monitor.say(str(run_efficiency(self.folder.path)))
         run.monitor.close(status)
         message = "" if status == "done" else "told to stop; the same command continues"

@@ -8,7 +8,8 @@ The ratio (ETTR) is: seconds in steps that count / seconds from the run's first 
   and the stall of a checkpoint are no part of it.
 - **The first start** is the first `started` event, or where a run folder has none, the start of the first recorded
   step; **the last row** is one of training or evaluation. All between them counts: starting up, hanging, being stopped,
-  waiting in a queue until somebody starts the run again.
+  waiting in a queue until somebody starts the run again. But not the time after the run was done, until somebody asked
+  it for more steps (event `done`): nothing was left to do in it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,9 @@ from llmtrain.observe.jsonl import iter_rows
 from llmtrain.observe.tracker import RESUMED_FROM
 from llmtrain.observe.trackers import METRICS_FILE
 
+DONE = "done"
+"""The event of a run that has made all its steps; `step` is the last one."""
+
 ENDS = ("restarting", "failed", "stalled")
 """Events of an attempt that failed; `step` is the last one that any of its ranks finished."""
 
@@ -33,7 +37,8 @@ class Efficiency:
     """Where the time of a run went, in seconds, and what was done for nothing.
 
     `down_seconds` is the time between the last row before a start and that start: hanging, stopped, queued. `starts`
-    counts every start of the ranks. `lost_steps` were finished and do not count; some of them may have left no row.
+    counts every start of the ranks, `extensions` those of a run that was done before. `lost_steps` were finished and do
+    not count; some of them may have left no row.
     """
 
     wall_seconds: float = 0.0
@@ -43,6 +48,7 @@ class Efficiency:
     checkpoint_seconds: float = 0.0
     down_seconds: float = 0.0
     starts: int = 0
+    extensions: int = 0
     lost_steps: int = 0
     rollbacks: int = 0
     resizes: int = 0
@@ -55,7 +61,7 @@ class Efficiency:
 
     @property
     def restarts(self) -> int:
-        return max(0, self.starts - 1)
+        return max(0, self.starts - 1 - self.extensions)
 
     @property
     def other_seconds(self) -> float:
@@ -71,6 +77,7 @@ class Efficiency:
             f"{number:,} {singular if number == 1 else plural}"
             for number, singular, plural in (
                 (self.restarts, "restart", "restarts"),
+                (self.extensions, "extension", "extensions"),
                 (self.lost_steps, "lost step", "lost steps"),
                 (self.rollbacks, "rollback", "rollbacks"),
                 (self.resizes, "change of size", "changes of size"),
@@ -123,14 +130,18 @@ def measure(rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any
     starts = [time for time, event in happened if event["event"] == STARTED]
     slow = {(event.get("rank"), event.get("step")) for _, event in happened if event["event"] == "straggler"}
     steps = _Steps()
-    evaluating = saving = down = 0.0
+    evaluating = saving = down = idle = 0.0
+    extensions, is_done = 0, False
     began = ended = starts[0] if starts else None
     merged = sorted([*((row["time"], row) for row in timed), *happened], key=lambda pair: pair[0])
     for time, entry in merged:
         if entry.get("event") == STARTED:
-            down += time - ended if ended is not None else 0.0
-            ended = time
+            waited = time - ended if ended is not None else 0.0
+            down, idle = (down, idle + waited) if is_done else (down + waited, idle)
+            extensions, is_done, ended = extensions + is_done, False, time
             steps.go_back(min(steps.reached, entry.get("step", 0)))
+        elif entry.get("event") == DONE:
+            is_done = True
         elif entry.get("event") in ENDS:
             # Rows are not written for every step, and the last ones of a killed process may be missing.
             steps.reached = max(steps.reached, entry.get("step", 0))
@@ -144,13 +155,14 @@ def measure(rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any
         began = time - took if began is None else began
         ended = time
     return Efficiency(
-        wall_seconds=ended - began if timed and began is not None and ended is not None else 0.0,
+        wall_seconds=ended - began - idle if timed and began is not None and ended is not None else 0.0,
         step_seconds=steps.seconds,
         lost_seconds=steps.lost_seconds,
         evaluate_seconds=evaluating,
         checkpoint_seconds=saving,
         down_seconds=down,
         starts=max(len(starts), 1),
+        extensions=extensions,
         lost_steps=steps.lost_steps,
         rollbacks=counts["rollback"],
         resizes=counts["resized"],

@@ -8,10 +8,12 @@ from base64 import b64encode
 from datetime import UTC, datetime
 from html import escape
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from llmtrain.observe.report_history import time_section, timeline_section
+from llmtrain.observe.report_model import model_section
 from llmtrain.observe.report_sections import (
     checkpoint_section,
     comparison,
@@ -20,9 +22,18 @@ from llmtrain.observe.report_sections import (
     environment_section,
     tiles,
 )
-from llmtrain.observe.run_record import RunRecord, load_run, smoothed, thinned
+from llmtrain.observe.run_record import MOST_POINTS, RunRecord, load_run, smoothed, thinned
 
 CURVES = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_second", "moe/max_load", "moe/drop_rate")
+SECTIONS = (
+    model_section,
+    data_section,
+    time_section,
+    timeline_section,
+    checkpoint_section,
+    config_section,
+    environment_section,
+)
 SMOOTHED_CURVES = ("loss", "grad_norm", "tokens_per_second")
 
 
@@ -44,8 +55,7 @@ def render(records: list[RunRecord]) -> str:
     title = " · ".join(record.name for record in records)
     summary = tiles(records[0]) if len(records) == 1 else comparison(records)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    sections = (time_section, timeline_section, data_section, checkpoint_section, config_section, environment_section)
-    details = "".join(section(records) for section in sections)
+    details = "".join(section(records) for section in SECTIONS)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -61,6 +71,7 @@ def render(records: list[RunRecord]) -> str:
 <main>
 {_header(records)}
 {summary}
+<div id="axes" class="axes" role="group" aria-label="What the curves are drawn over" hidden></div>
 <section id="charts" class="charts" aria-label="Curves"><noscript><p>The curves are drawn by a script in this page;
 this browser runs none. Their numbers are in metrics.jsonl.</p></noscript></section>
 {details}
@@ -87,10 +98,24 @@ def chart_data(records: list[RunRecord]) -> dict[str, Any]:
             {
                 "name": record.name if labels.count(record.name) == 1 else str(record.path),
                 "resumes": sorted(set(record.resumes)),
+                "places": _places(record),
                 "curves": {key: [steps, [_number(value) for value in values]] for key, (steps, values) in thin.items()},
             }
         )
     return {"runs": runs}
+
+
+def _places(record: RunRecord) -> dict[str, list[float]]:
+    """Where the run was after which step, in predicted tokens and in seconds within steps: to draw curves over."""
+    steps = [row["step"] for row in record.rows]
+    tokens = [float(row.get("tokens", 0)) for row in record.rows]
+    seconds = list(accumulate(record.step_seconds))
+    kept = sorted({*range(0, len(steps), max(1, len(steps) // MOST_POINTS)), len(steps) - 1} - {-1})
+    return {
+        "steps": [steps[i] for i in kept],
+        "tokens": [tokens[i] for i in kept],
+        "seconds": [round(seconds[i], 3) for i in kept],
+    }
 
 
 def script_json(data: Any) -> str:

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from llmtrain.observe.console import duration
-from llmtrain.observe.efficiency import STARTED, Efficiency, event_time
+from llmtrain.observe.efficiency import DONE, STARTED, Efficiency, event_time
 from llmtrain.observe.run_record import RunRecord
 
 MOST_EVENTS = 200
@@ -14,6 +14,7 @@ MOST_EVENTS = 200
 
 SENTENCES = {
     STARTED: "started on {ranks}, after step {step}",
+    DONE: "all {step} steps",
     "restarting": "rank {rank} on {host}, at step {step}: {cause}. Started again after step {saved_step}",
     "failed": "rank {rank} on {host}, at step {step}: {cause}",
     "stalled": "given up: rank {rank} on {host}, at step {step}: {cause}",

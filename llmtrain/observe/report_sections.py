@@ -32,7 +32,7 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
     valid = record.evaluations[-1] if record.evaluations else {}
     best = min(record.evaluations, key=lambda row: _nan_last(row["valid_loss"]), default={})
     planned = (record.config.get("train") or {}).get("steps")
-    seconds = record.training_seconds
+    seconds, rate = record.training_seconds, record.tokens_per_second
     tokens = last.get("tokens")
     mfus = [row["mfu"] for row in record.rows if "mfu" in row]
     skipped = record.skipped
@@ -44,7 +44,7 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
         ("Best validation", _loss(best.get("valid_loss")), f"at step {best['step']:,}" if best else ""),
         ("Steps", f"{last.get('step', 0):,}", f"of {planned:,}" if isinstance(planned, int) else ""),
         ("Tokens", _ABSENT if tokens is None else short_number(tokens), f"{tokens:,}" if tokens else ""),
-        ("Tokens per second", short_number(tokens / seconds) if tokens and seconds else _ABSENT, "mean, training only"),
+        ("Tokens per second", _ABSENT if rate is None else short_number(rate), "mean, training only"),
         ("MFU", f"{100 * sum(mfus) / len(mfus):.1f}%" if mfus else _ABSENT, "mean of the rows"),
         ("Training time", duration(seconds), _other_times(record)),
         ("Peak memory", _memory(record), ""),
@@ -54,6 +54,7 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
             f"of {duration(spent.wall_seconds)}",
         ),
         ("Restarts", f"{spent.restarts:,}", f"from step {resumed}" if resumed else "one attempt"),
+        ("Extensions", _any(spent.extensions), "more steps, once it was done"),
         ("Lost steps", f"{spent.lost_steps:,}", "done, and left behind" if spent.lost_steps else "none"),
         ("Rollbacks", _any(spent.rollbacks), "past bad steps"),
         ("Changes of size", _any(spent.resizes), "other numbers of ranks"),

@@ -60,14 +60,27 @@ class RunRecord:
         return [step for step, _ in points], [value for _, value in points]
 
     @property
+    def step_seconds(self) -> list[float]:
+        """Of each row, the time in the steps since the row before it; evaluation and checkpoints are no part of it."""
+        before = [0, *(row["step"] for row in self.rows)]
+        pairs = zip(self.rows, before, strict=False)
+        return [row.get("step_seconds", 0.0) * max(0, row["step"] - step) for row, step in pairs]
+
+    @property
     def training_seconds(self) -> float:
-        """Time spent in the steps that count, evaluation and checkpoints left out."""
-        seconds, tokens = 0.0, 0
-        for row in self.rows:
-            rate = row.get("tokens_per_second", 0.0)
-            seconds += (row.get("tokens", 0) - tokens) / rate if rate else 0.0
-            tokens = row.get("tokens", 0)
-        return seconds
+        """Time spent in the steps that count."""
+        return sum(self.step_seconds)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Mean over the time in steps; None where nothing is known."""
+        spent = [
+            (seconds, row["tokens_per_second"])
+            for row, seconds in zip(self.rows, self.step_seconds, strict=True)
+            if seconds > 0 and "tokens_per_second" in row
+        ]
+        whole = sum(seconds for seconds, _ in spent)
+        return sum(seconds * rate for seconds, rate in spent) / whole if whole else None
 
     @property
     def skipped(self) -> int:

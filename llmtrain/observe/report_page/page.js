@@ -1,40 +1,64 @@
 "use strict";
-// Draws the curves of the inlined data as SVG. One crosshair runs through all charts: it stands at a step.
+// Draws the curves of the inlined data as SVG over steps, tokens or time. One crosshair runs through all charts.
 const { runs } = JSON.parse(document.getElementById("data").textContent);
-const MARGIN = { top: 10, right: 14, bottom: 26, left: 52 };
+const MARGIN = { top: 26, right: 14, bottom: 42, left: 52 };
 const CHARTS = [
   {
-    title: "Loss", wide: true, log: true, format: (v) => v.toFixed(4),
+    title: "Loss", unit: "nats per target", wide: true, log: true, format: (v) => v.toFixed(4),
     lines: [
       { key: "loss", label: "training", style: "faint" },
       { key: "smooth_loss", label: "smoothed", style: "" },
       { key: "valid_loss", label: "validation", style: "points" },
     ],
   },
-  { title: "Learning rate", zero: true, format: (v) => v.toExponential(3), lines: [{ key: "lr", label: "lr", style: "" }] },
+  { title: "Learning rate", unit: "rate", zero: true, format: (v) => v.toExponential(3), lines: [{ key: "lr", label: "lr", style: "" }] },
   {
-    title: "Gradient norm", log: true, format: significant,
+    title: "Gradient norm", unit: "L2 norm before clipping", log: true, format: significant,
     lines: [
       { key: "grad_norm", label: "each row", style: "faint" },
       { key: "smooth_grad_norm", label: "smoothed", style: "" },
     ],
   },
   {
-    title: "Tokens per second", wide: true, zero: true, format: (v) => Math.round(v).toLocaleString("en"),
+    title: "Speed", unit: "tokens per second", wide: true, zero: true, format: (v) => Math.round(v).toLocaleString("en"),
     lines: [
       { key: "tokens_per_second", label: "each row", style: "faint" },
       { key: "smooth_tokens_per_second", label: "smoothed", style: "" },
     ],
   },
   {
-    title: "Busiest expert, times an equal load", optional: true, format: significant,
+    title: "Busiest expert", unit: "times an equal load", optional: true, format: significant,
     lines: [{ key: "moe/max_load", label: "mean of layers", style: "" }],
   },
   {
-    title: "Choices that found no room", optional: true, zero: true, format: significant,
+    title: "Choices that found no room", unit: "share of the choices", optional: true, zero: true, format: significant,
     lines: [{ key: "moe/drop_rate", label: "mean of layers", style: "" }],
   },
 ];
+
+// What a curve can be drawn over. `of` is where a run was at a step; `unit` is chosen by the largest value.
+const AXES = {
+  step: { label: "Step", of: (run, step) => step, unit: () => ({ name: "step", size: 1, whole: true }) },
+  tokens: { label: "Tokens", of: (run, step) => between(run.places, "tokens", step), unit: () => ({ name: "tokens predicted", size: 1 }) },
+  time: { label: "Time", of: (run, step) => between(run.places, "seconds", step), unit: timeUnit },
+};
+let axis = AXES.step;
+
+function timeUnit(most) {
+  const units = [["seconds", 1, 120], ["minutes", 60, 7200], ["hours", 3600, 172800], ["days", 86400, Infinity]];
+  const [name, size] = units.find(([, , limit]) => most <= limit);
+  return { name: `time in steps, ${name}`, size };
+}
+
+/** A column of a run's places at a step; straight between two of them. Before the first it begins at zero. */
+function between(places, column, step) {
+  const { steps, [column]: values } = places;
+  let high = steps.findIndex((s) => s >= step);
+  if (high < 0) high = steps.length - 1;
+  const [s0, v0] = high > 0 ? [steps[high - 1], values[high - 1]] : [0, 0];
+  const share = steps[high] > s0 ? (step - s0) / (steps[high] - s0) : 1;
+  return v0 + share * (values[high] - v0);
+}
 
 function significant(value) {
   return Number(value.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
@@ -91,16 +115,16 @@ function logTicks(low, high) {
   return fitting.length < 3 ? ticks(low, high, 4) : fitting;
 }
 
-/** Index of the step nearest to `step` in a sorted list. */
-function nearest(steps, step) {
+/** Index of the number nearest to `wish` in a sorted list. */
+function nearest(sorted, wish) {
   let low = 0;
-  let high = steps.length - 1;
+  let high = sorted.length - 1;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (steps[middle] < step) low = middle + 1;
+    if (sorted[middle] < wish) low = middle + 1;
     else high = middle;
   }
-  return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
+  return low > 0 && wish - sorted[low - 1] < sorted[low] - wish ? low - 1 : low;
 }
 
 const charts = [];
@@ -149,16 +173,17 @@ class Chart {
       if (!known.length) return "";
       return `${line.run.name} ${line.label}: from ${this.spec.format(known[0])} to ${this.spec.format(known.at(-1))}`;
     });
-    return `${this.spec.title} over steps. ${parts.join("; ")}. Arrow keys move along the steps.`;
+    return `${this.spec.title} (${this.spec.unit}) over ${axis.label.toLowerCase()}. ${parts.join("; ")}. Arrow keys move along the curve.`;
   }
 
   scales() {
     const usable = (v) => v !== null && (!this.log || v > 0);
     let [low, high, first, last] = [Infinity, -Infinity, Infinity, -Infinity];
     for (const line of this.lines) {
+      line.xs = line.steps.map((step) => axis.of(line.run, step));
       line.values.forEach((v) => { if (usable(v)) { low = Math.min(low, v); high = Math.max(high, v); } });
-      first = Math.min(first, line.steps[0]);
-      last = Math.max(last, line.steps.at(-1));
+      first = Math.min(first, line.xs[0]);
+      last = Math.max(last, line.xs.at(-1));
     }
     if (low > high) [low, high] = this.log ? [1, 10] : [0, 1];
     if (this.spec.zero && !this.log) low = Math.min(0, low);
@@ -171,17 +196,19 @@ class Chart {
     const base = this.height - MARGIN.bottom;
     if (first === last) [first, last] = [first - 1, last + 1];
     this.range = { low: back(bottom), high: back(top), first, last };
-    this.x = (step) => MARGIN.left + ((step - first) / (last - first)) * (right - MARGIN.left);
+    this.unit = axis.unit(last);
+    this.x = (at) => MARGIN.left + ((at - first) / (last - first)) * (right - MARGIN.left);
     this.y = (v) => base - ((f(v) - bottom) / (top - bottom)) * (base - MARGIN.top);
     this.usable = usable;
   }
 
   draw() {
     this.width = Math.max(240, this.svg.clientWidth || this.figure.clientWidth - 32);
-    this.height = this.spec.wide && this.spec.log ? Math.min(380, Math.max(260, this.width * 0.5)) : 230;
+    this.height = this.spec.wide && this.spec.log ? Math.min(380, Math.max(260, this.width * 0.5)) : 246;
     this.svg.replaceChildren();
     this.svg.setAttribute("viewBox", `0 0 ${this.width} ${this.height}`);
     this.svg.style.height = `${this.height}px`;
+    this.svg.setAttribute("aria-label", this.describe());
     this.clear();
     if (!this.lines.length) {
       svg("text", { x: this.width / 2, y: this.height / 2, "text-anchor": "middle" }, this.svg, "No rows recorded yet");
@@ -201,17 +228,24 @@ class Chart {
       svg("line", { class: "rule", x1: MARGIN.left, x2: this.width - MARGIN.right, y1: y, y2: y }, this.svg);
       svg("text", { x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, this.svg, short(value));
     }
-    for (const step of ticks(first, last, Math.max(2, this.width / 110), true)) {
-      const anchor = this.x(step) > this.width - 30 ? "end" : "middle";
-      const x = anchor === "end" ? this.width - 4 : this.x(step);
-      svg("text", { x, y: this.height - 6, "text-anchor": anchor }, this.svg, short(step));
+    const { name, size, whole } = this.unit;
+    for (const value of ticks(first / size, last / size, Math.max(2, this.width / 110), whole)) {
+      const at = this.x(value * size);
+      const anchor = at > this.width - 30 ? "end" : "middle";
+      const x = anchor === "end" ? this.width - 4 : at;
+      svg("text", { x, y: this.height - 22, "text-anchor": anchor }, this.svg, short(value));
     }
+    const middle = (MARGIN.left + this.width - MARGIN.right) / 2;
+    svg("text", { class: "axis", x: middle, y: this.height - 5, "text-anchor": "middle" }, this.svg, name);
+    svg("text", { class: "axis", x: 2, y: 12 }, this.svg, this.spec.unit);
   }
 
   resumes() {
     let labelled = -Infinity;
-    for (const step of runs[0].resumes.filter((s) => s >= this.range.first)) {
-      const x = Math.round(this.x(step)) + 0.5;
+    for (const step of runs[0].resumes) {
+      const at = axis.of(runs[0], step);
+      if (at < this.range.first || at > this.range.last) continue;
+      const x = Math.round(this.x(at)) + 0.5;
       const line = svg("line", { class: "resume", x1: x, x2: x, y1: MARGIN.top, y2: this.height - MARGIN.bottom }, this.svg);
       svg("title", {}, line, `resumed from step ${step}`);
       const fits = x - labelled > 70 && this.width - x > 70;
@@ -224,19 +258,19 @@ class Chart {
   curve(line) {
     let path = "";
     let open = false;
-    line.steps.forEach((step, i) => {
+    line.xs.forEach((at, i) => {
       const value = line.values[i];
       const visible = this.usable(value);
-      if (visible) path += `${open ? "L" : "M"}${this.x(step).toFixed(1)} ${this.y(value).toFixed(1)}`;
+      if (visible) path += `${open ? "L" : "M"}${this.x(at).toFixed(1)} ${this.y(value).toFixed(1)}`;
       open = visible;
     });
     const style = line.style === "points" ? "joint" : line.style;
     svg("path", { class: `curve ${style} ${line.color}`, d: path }, this.svg);
     if (line.style !== "points") return;
     const radius = line.steps.length > 80 ? 2 : 3.5;
-    line.steps.forEach((step, i) => {
+    line.xs.forEach((at, i) => {
       if (!this.usable(line.values[i])) return;
-      svg("circle", { class: `point ${line.color}`, cx: this.x(step), cy: this.y(line.values[i]), r: radius }, this.svg);
+      svg("circle", { class: `point ${line.color}`, cx: this.x(at), cy: this.y(line.values[i]), r: radius }, this.svg);
     });
   }
 
@@ -252,34 +286,36 @@ class Chart {
     const moves = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity };
     if (!(event.key in moves) || !this.range) return;
     event.preventDefault();
-    const steps = this.lines[0].steps;
-    const now = this.step === undefined ? steps.length - 1 : nearest(steps, this.step);
-    this.goTo(steps[Math.min(steps.length - 1, Math.max(0, now + moves[event.key]))]);
+    const { xs } = this.lines[0];
+    const now = this.at === undefined ? xs.length - 1 : nearest(xs, this.at);
+    this.goTo(xs[Math.min(xs.length - 1, Math.max(0, now + moves[event.key]))]);
   }
 
   goTo(wish) {
-    const steps = this.lines[0].steps;
-    const step = steps[nearest(steps, wish)];
-    for (const chart of charts) chart.show(step, chart === this);
+    const { xs } = this.lines[0];
+    const at = xs[nearest(xs, wish)];
+    for (const chart of charts) chart.show(at, chart === this);
   }
 
-  show(step, active) {
+  show(at, active) {
     this.clear();
-    if (!this.range || step < this.range.first || step > this.range.last) return;
-    this.step = step;
-    const x = Math.round(this.x(step)) + 0.5;
+    if (!this.range || at < this.range.first || at > this.range.last) return;
+    this.at = at;
+    const x = Math.round(this.x(at)) + 0.5;
     svg("line", { class: "cross", x1: x, x2: x, y1: MARGIN.top, y2: this.height - MARGIN.bottom }, this.overlay);
-    html("b", {}, this.tip, `Step ${step.toLocaleString("en")}`);
+    const value = (at / this.unit.size).toLocaleString("en", { maximumFractionDigits: this.unit.size > 1 ? 2 : 0 });
+    html("b", {}, this.tip, axis === AXES.step ? `Step ${value}` : `${value} ${this.unit.name.split(", ").at(-1)}`);
     for (const line of this.lines) {
-      const i = nearest(line.steps, step);
-      const near = line.style === "points" || Math.abs(this.x(line.steps[i]) - this.x(step)) < 24;
+      const i = nearest(line.xs, at);
+      const near = line.style === "points" || Math.abs(this.x(line.xs[i]) - this.x(at)) < 24;
       if (!near) continue;
       const value = line.values[i];
-      if (this.usable(value)) svg("circle", { class: `mark ${line.color}`, cx: this.x(line.steps[i]), cy: this.y(value), r: 3.5 }, this.overlay);
+      if (this.usable(value)) svg("circle", { class: `mark ${line.color}`, cx: this.x(line.xs[i]), cy: this.y(value), r: 3.5 }, this.overlay);
       const row = html("p", {}, this.tip);
       const label = html("span", {}, row);
       html("span", { class: `swatch ${line.style === "points" ? "dot" : line.style} ${line.color}` }, label);
-      const where = line.style === "points" && line.steps[i] !== step ? ` at ${line.steps[i].toLocaleString("en")}` : "";
+      const elsewhere = axis !== AXES.step || (line.style === "points" && line.xs[i] !== at);
+      const where = elsewhere ? ` at step ${line.steps[i].toLocaleString("en")}` : "";
       label.append((runs.length > 1 ? (line.style === "" ? line.run.name : `${line.run.name}, ${line.label}`) : line.label) + where);
       html("b", {}, row, value === null ? "not finite" : this.spec.format(value));
     }
@@ -297,13 +333,31 @@ class Chart {
     this.overlay?.replaceChildren();
     this.tip.replaceChildren();
     this.tip.hidden = true;
-    this.step = undefined;
+    this.at = undefined;
   }
 }
 
 const parent = document.getElementById("charts");
 const drawn = (spec) => !spec.optional || runs.some((run) => spec.lines.some((line) => run.curves[line.key][0].length));
 for (const spec of CHARTS.filter(drawn)) charts.push(new Chart(spec, parent));
+/** Buttons that choose what all charts are drawn over; those that a run has no figures for are left out. */
+function chooseAxis() {
+  const known = Object.entries(AXES).filter(([name]) => name === "step" || runs.every((run) => run.places[name === "time" ? "seconds" : name].at(-1) > 0));
+  if (known.length < 2) return;
+  const group = document.getElementById("axes");
+  group.hidden = false;
+  html("span", {}, group, "Horizontal axis");
+  for (const [, choice] of known) {
+    const button = html("button", { type: "button", "aria-pressed": String(choice === axis) }, group, choice.label);
+    button.addEventListener("click", () => {
+      axis = choice;
+      for (const other of group.querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button));
+      redraw();
+    });
+  }
+}
+
 const redraw = () => charts.forEach((chart) => chart.draw());
+chooseAxis();
 new ResizeObserver(redraw).observe(parent);
 redraw();

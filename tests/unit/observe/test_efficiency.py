@@ -40,6 +40,17 @@ def test_an_undisturbed_run() -> None:
     assert str(found) == "effective training time 40.0% of 0:00:20: no restart, no lost step"
 
 
+def test_a_finished_run_that_is_extended_did_not_hang_in_between() -> None:
+    """Done after 20 s; 1,000 s later it is asked for 2 more steps, which take 1 s each after 3 s of starting."""
+    rows = [*(row(step, 10 + step) for step in range(1, 11)), row(11, 1024, resumed_from=10), row(12, 1025)]
+    started = [event("started", 0, step=0), event("started", 1020, step=10)]
+    extended = measure(rows, [started[0], event("done", 20, step=10), started[1]])
+    assert (extended.wall_seconds, extended.down_seconds, extended.restarts) == (25.0, 0.0, 0)
+    assert str(extended) == "effective training time 48.0% of 0:00:25: 1 extension"
+    stopped = measure(rows, started)
+    assert (stopped.wall_seconds, stopped.down_seconds, stopped.restarts) == (1025.0, 1000.0, 1)
+
+
 KILLED = [
     event("started", 0, step=0),
     event("restarting", 15, step=6, saved_step=4),

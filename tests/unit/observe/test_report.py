@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.cli.report import report
+from llmtrain.config.rendering import to_yaml
+from llmtrain.config.sizes import num_active_parameters, num_parameters
 from llmtrain.errors import ConfigError
 from llmtrain.observe.audit import record
 from llmtrain.observe.jsonl import JsonlTracker
@@ -17,6 +19,7 @@ from llmtrain.observe.report import chart_data, render, script_json, write_repor
 from llmtrain.observe.report_history import MOST_EVENTS, sentence
 from llmtrain.observe.report_sections import summary
 from llmtrain.observe.run_record import flat, load_run, smoothed, thinned
+from tests.unit.config.small_run import run as small_run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -31,6 +34,7 @@ def make_run(folder: Path, steps: int = 40, name: str = "tiny", lr: float = 3e-4
             "lr": lr,
             "grad_norm": 1.0,
             "tokens": 100 * step,
+            "step_seconds": 100 / rate,
             "skipped": int(step == 7),
         }
         tracker.log({**row, "tokens_per_second": rate, "memory_bytes": 2**30})
@@ -92,6 +96,61 @@ def test_the_page_tells_the_run(tmp_path: Path):
     curves = chart_data([load_run(run)])["runs"][0]["curves"]
     assert curves["loss"] == [list(range(1, 41)), [5.0 / step for step in range(1, 41)]]
     assert curves["valid_loss"][0] == [10, 20, 30, 40]
+
+
+def test_curves_can_be_drawn_over_tokens_and_time(tmp_path: Path):
+    """Steps take 1 s and 2 s in turn, and predict 100 tokens each."""
+    run = make_run(tmp_path / "run")
+    places = chart_data([load_run(run)])["runs"][0]["places"]
+    assert places["steps"] == list(range(1, 41))
+    assert places["tokens"] == [100.0 * step for step in range(1, 41)]
+    assert places["seconds"][:4] == [1.0, 3.0, 4.0, 6.0] and places["seconds"][-1] == 60.0
+    page = Elements(render([load_run(run)]))
+    assert ("div", "axes") in [(tag, attributes.get("id")) for tag, attributes in page.tags]
+    for name in (
+        "nats per target",
+        "L2 norm before clipping",
+        "tokens per second",
+        "tokens predicted",
+        "time in steps",
+    ):
+        assert name in page.scripts[-1], f"an axis is named: {name}"
+
+
+def test_time_is_that_of_steps_where_few_tokens_are_targets(tmp_path: Path):
+    """Of 100 tokens that are read, 15 are predicted: the speed counts the former, and time follows neither."""
+    run = tmp_path / "run"
+    tracker = JsonlTracker(run / "metrics.jsonl")
+    for step in (10, 20):
+        tracker.log({"step": step, "loss": 1.0, "tokens": 15 * step, "tokens_per_second": 50.0, "step_seconds": 2.0})
+    tracker.close("done")
+    cells = {label: value for label, value, _ in summary(load_run(run))}
+    assert (cells["Training time"], cells["Tokens per second"]) == ("0:00:40", "50")
+
+
+def test_the_page_tells_what_was_trained(tmp_path: Path):
+    """Parameters, and sizes that the file left out."""
+    run = make_run(tmp_path / "run")
+    assert "Model and sizes" not in Elements(render([load_run(run)])).text, "nothing is known of this model"
+    config = small_run(
+        model={"num_layers": 2, "num_kv_heads": 2, "vocab_size": 300, "moe": {"num_experts": 4, "top_k": 1}},
+        parallel={"tensor": 2},
+        engine={"name": "megatron", "zero_stage": 1},
+        launch={"num_workers": 4},
+    )
+    (run / "config.yaml").write_text(to_yaml(config))
+    text = " ".join(Elements(render([load_run(run)])).text.split())
+    whole, active = num_parameters(config.model), num_active_parameters(config.model)
+    assert active < whole
+    for part in (
+        f"{whole:,}, of which a token meets {active:,}",
+        "decoder, 2 layers of width 64",
+        "4 of size 16, 2 for keys and values",
+        f"width {config.model.ffn_size}, swiglu",
+        "8 samples of 64 tokens = 512 tokens a step",
+        "4 ranks, engine megatron, data 2, tensor 2, ZeRO stage 1",
+    ):
+        assert part in text
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path: Path):

@@ -11,8 +11,9 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, Literal, overload
 
 JSON_BYTES = 16 << 20
 """What a JSON file may have unless its reader says otherwise: parsed, `[{},{},...]` takes 25 times as much."""
@@ -29,7 +30,15 @@ _KINDS = {
 }
 
 
-def open_regular(path: Path, mode: str = "rb") -> BinaryIO:
+@overload
+def open_regular(path: Path, mode: Literal["rb"] = "rb") -> BufferedReader: ...
+
+
+@overload
+def open_regular(path: Path, mode: str) -> IO[bytes]: ...
+
+
+def open_regular(path: Path, mode: str = "rb") -> IO[bytes]:
     """Open a regular file, or a link to one, in binary `mode`; anything else is refused without waiting for it.
 
     Raises: OSError with the path (FileNotFoundError, IsADirectoryError, ...; EINVAL for pipes, sockets and devices).

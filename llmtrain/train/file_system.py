@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from llmtrain.checkpoint.folders import CONFIG
+
 UNSUPPORTED = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL, errno.EXDEV, errno.ENOLCK)
 """How file systems say that they have no links between files, or no locks on them."""
 
@@ -38,7 +40,8 @@ def existing_folder(wanted: Path) -> Path:
 def folder_fault(wanted: Path) -> str | None:
     """Why runs cannot be written to a folder that is there or has to be made, and what to do; None where they can.
 
-    For a moment there are two empty files in the nearest folder that is there.
+    For a moment there are two empty files in the nearest folder that is there, unless it is the folder of a run: that
+    has been locked before, and a check leaves it as it is.
     """
     try:
         place = existing_folder(wanted)
@@ -50,7 +53,7 @@ def folder_fault(wanted: Path) -> str | None:
         return f"{place} is a file, so the folder {_shortened(wanted.absolute())} cannot be made. {ANOTHER}"
     if not os.access(place, os.W_OK | os.X_OK):
         return f"{place} may not be written by this user. {ANOTHER[:-1]}, or change its rights."
-    return link_fault(place)
+    return None if (place / CONFIG).is_file() else link_fault(place)
 
 
 def link_fault(folder: Path) -> str | None:

@@ -58,7 +58,7 @@ def open_regular(path: Path, mode: str = "rb") -> IO[bytes]:
     except OSError:
         file.close()
         raise
-    return file  # pyright: ignore[reportReturnType]  # a binary mode, as asserted
+    return file
 
 
 def _require_regular(found: os.stat_result, path: Path) -> None:

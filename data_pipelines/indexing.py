@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.foreign import stored_dtype, without_ends
+from data_pipelines.round_trip import lost_in_texts
 from llmtrain.data.shards import (
     DTYPES,
     MANIFEST_NAME,
@@ -16,9 +17,11 @@ from llmtrain.data.shards import (
     check_file,
     file_sha256,
     index_bytes,
+    read_index,
     read_manifest,
     write_manifest,
 )
+from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import DataError
 
@@ -126,7 +129,14 @@ def index_folder(folder: Path, tokenizer: Tokenizer, dtype: str | None = None) -
         documents = without_ends(path, payloads, DTYPES[name], tokenizer.eos_id)
         ended += int((documents[:, 1] != payloads[:, 1]).sum())
         entries.append(_index_shard(path, documents, DTYPES[name]))
-    manifest = Manifest(SCHEMA_VERSION, tokenizer.sha256, tokenizer.vocab_size, name, tokenizer.eos_id, tuple(entries))
+    bos_ids = tokenizer.around[0] if tokenizer.roles.bos_ids is None else tokenizer.roles.bos_ids
+    if bos_ids and not all(_all_begin_with(path, bos_ids, DTYPES[name]) for path in paths):
+        bos_ids = ()
+    beside = (place / SETTINGS_NAME for place in (folder, folder.absolute().parent))
+    settings = next((file_sha256(path) for path in beside if path.is_file()), "")
+    meaning = (tokenizer.sha256, tokenizer.vocab_size, name, tokenizer.eos_id)
+    lossy = bool(lost_in_texts(tokenizer))
+    manifest = Manifest(SCHEMA_VERSION, *meaning, tuple(entries), bos_ids, settings, lossy)
     write_manifest(folder, manifest)
     return manifest, ended
 
@@ -162,6 +172,14 @@ def _index_shard(path: Path, documents: NDArray[np.uint64], dtype: np.dtype) -> 
         len(documents),
         int(documents[:, 1].sum()) // dtype.itemsize,
     )
+
+
+def _all_begin_with(path: Path, bos_ids: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Whether every document of an indexed shard begins with these ids."""
+    places = read_index(path.with_suffix(".idx")).tolist()
+    tokens, size = np.memmap(path, np.uint8, mode="r"), len(bos_ids) * dtype.itemsize
+    starts = (tokens[offset : offset + min(size, length)].view(dtype) for offset, length in places)
+    return all(tuple(start.tolist()) == bos_ids for start in starts)
 
 
 def token_problems(path: Path, payloads: NDArray[np.uint64], dtype: np.dtype, vocab_size: int) -> list[str]:

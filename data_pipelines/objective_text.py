@@ -26,7 +26,7 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
     data = config.data.model_copy(update={"train": (SourceConfig(path=str(dataset)),), "tokenizer": None})
     config = with_vocabulary(config.model_copy(update={"data": data}))
     stream = build_stream(config.data.train, config.data, config.seed)
-    row = pack_sample(stream.sample(number), build_recipe(config, stream.eos_id))
+    row = pack_sample(stream.sample(number), build_recipe(config, stream))
     tokenizer = load_tokenizer(find_tokenizer(dataset))
     texts = {"input": row.tokens_S, "targets": row.labels_S}
     if row.encoder_tokens_T is not None:

@@ -1,17 +1,19 @@
 """From documents to a data set: tokens in tar shards, split into train and valid, with index and manifest."""
 
+import hashlib
 import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from data_pipelines.cutting import tokenized
+from data_pipelines.round_trip import lost_in_texts
 from data_pipelines.splits import SPLITS, require_all, split_documents, splits_of
 from data_pipelines.work_folder import work_folder
 from llmtrain.data.shards import (
@@ -25,6 +27,7 @@ from llmtrain.data.shards import (
     index_bytes,
     write_manifest,
 )
+from llmtrain.data.token_roles import SETTINGS_NAME, settings_text
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import ConfigError
 
@@ -39,6 +42,28 @@ class ShardingConfig:
     shard_tokens: int = 50_000_000
     num_workers: int = 1
     overwrite: bool = False
+    bos: Literal["auto", "none"] = "auto"
+    """auto: each document begins with what the tokenizer puts before a text. none: with nothing."""
+
+
+def bos_ids_of(tokenizer: Tokenizer, bos: Literal["auto", "none"]) -> tuple[int, ...]:
+    """What every document is to begin with."""
+    if bos == "none":
+        return ()
+    return tokenizer.around[0] if tokenizer.roles.bos_ids is None else tokenizer.roles.bos_ids
+
+
+def settings_of(tokenizer: Tokenizer, bos_ids: tuple[int, ...]) -> str | None:
+    """The tokenizer_settings.json of a data set; None where the tokenizer's own file says all of it."""
+    if tokenizer.path.suffix != ".json" and not tokenizer.roles.files and tokenizer.roles.eos_id is None:
+        return None
+    roles = tokenizer.roles.of_the_tokenizer().as_trained(tokenizer.eos_id, bos_ids)
+    return settings_text(roles, tokenizer.sha256)
+
+
+def sha256_of(settings: str | None) -> str:
+    """What a manifest says of a settings file."""
+    return "" if settings is None else hashlib.sha256(settings.encode()).hexdigest()
 
 
 def write_shards(
@@ -61,6 +86,8 @@ def write_shards(
         manifests = _write_splits(documents, temporary, tokenizer, config)
         for name in {f"tokenizer{tokenizer.path.suffix}", *kept}:
             shutil.copyfile(tokenizer.path, temporary / name)
+        if (settings := settings_of(tokenizer, bos_ids_of(tokenizer, config.bos))) is not None:
+            (temporary / SETTINGS_NAME).write_text(settings, "utf-8")
         _publish(temporary, out)
     return manifests
 
@@ -71,7 +98,7 @@ def _write_splits(
     texts = split_documents(documents, config.valid_fraction)
     with ExitStack() as opened:
         writers = {
-            name: opened.enter_context(_DatasetWriter(folder / name, tokenizer, config.shard_tokens))
+            name: opened.enter_context(_DatasetWriter(folder / name, tokenizer, config))
             for name in splits_of(config.valid_fraction)
         }
         for split, ids in tokenized(texts, tokenizer, config.num_workers):
@@ -86,10 +113,15 @@ def _tokenizers_in(out: Path, tokenizer: Tokenizer) -> set[str]:
     return {path.name for path in files if file_sha256(path) == tokenizer.sha256}
 
 
+def _is_kept(path: Path, kept: set[str]) -> bool:
+    """Whether a file in OUT is the tokenizer, or says something of it and is written again."""
+    return path.name in kept or (bool(kept) and path.name == SETTINGS_NAME)
+
+
 def _check_output(out: Path, overwrite: bool, kept: set[str]) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; the shards need a folder. Name another one.")
-    if not out.exists() or all(path.name in kept for path in out.iterdir()):
+    if not out.exists() or all(_is_kept(path, kept) for path in out.iterdir()):
         return
     if not overwrite:
         raise ConfigError(f"{out}: is not empty. Name another folder, or replace what it holds with --overwrite.")
@@ -112,12 +144,13 @@ def _publish(temporary: Path, out: Path) -> None:
 class _DatasetWriter:
     """Writes one split: cuts its documents into shards and keeps the manifest's entries."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: ShardingConfig) -> None:
         folder.mkdir()
         self.num_documents = 0
         self._folder = folder
         self._tokenizer = tokenizer
-        self._shard_tokens = shard_tokens
+        self._shard_tokens = config.shard_tokens
+        self._bos_ids = bos_ids_of(tokenizer, config.bos)
         self._dtype = dtype_name(tokenizer.vocab_size)
         self._entries: list[ShardEntry] = []
         self._shard: ShardWriter | None = None
@@ -133,7 +166,7 @@ class _DatasetWriter:
         if self._shard is None:
             name = f"shard-{len(self._entries):06d}"
             self._shard = ShardWriter(self._folder, name, DTYPES[self._dtype])
-        self._shard.add(f"{self.num_documents:09d}", ids)
+        self._shard.add(f"{self.num_documents:09d}", np.concatenate((self._bos_ids, ids)) if self._bos_ids else ids)
         self.num_documents += 1
         if self._shard.num_tokens >= self._shard_tokens:
             self._entries.append(self._shard.finish())
@@ -150,6 +183,9 @@ class _DatasetWriter:
             self._dtype,
             self._tokenizer.eos_id,
             tuple(self._entries),
+            self._bos_ids,
+            sha256_of(settings_of(self._tokenizer, self._bos_ids)),
+            bool(lost_in_texts(self._tokenizer)),
         )
         write_manifest(self._folder, manifest)
         return manifest

@@ -27,6 +27,9 @@ class DatasetSummary:
     vocab_size: int
     dtype: str
     tokenizer_sha256: str
+    eos_id: int
+    bos_ids: tuple[int, ...]
+    lossy: bool
     mean_length: float
     length_quantiles: dict[str, int]
     seq_len: int
@@ -54,6 +57,9 @@ def summarize(folder: Path, seq_len: int) -> DatasetSummary:
         vocab_size=manifest.vocab_size,
         dtype=manifest.dtype,
         tokenizer_sha256=manifest.tokenizer_sha256,
+        eos_id=manifest.eos_id,
+        bos_ids=manifest.bos_ids,
+        lossy=manifest.lossy,
         mean_length=float(lengths.mean()) if lengths.size else 0.0,
         length_quantiles={str(q): int(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
         seq_len=seq_len,

@@ -18,6 +18,7 @@ from llmtrain.data.shards import (
     read_index,
     read_manifest,
 )
+from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.data.tokenizer import find_tokenizer
 from llmtrain.errors import ConfigError, DataError
 
@@ -100,3 +101,8 @@ def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         return  # data sets may be kept without a copy of their tokenizer
     if (actual := file_sha256(path)) != manifest.tokenizer_sha256:
         yield f"{path}: expected sha256 {manifest.tokenizer_sha256} as in {folder}/manifest.json, actual {actual}."
+    settings = path.parent / SETTINGS_NAME
+    if manifest.settings_sha256 and not settings.is_file():
+        yield f"{settings}: missing, but {folder}/manifest.json says that it lies beside the tokenizer. Copy it again."
+    elif manifest.settings_sha256 and (actual := file_sha256(settings)) != manifest.settings_sha256:
+        yield f"{settings}: expected sha256 {manifest.settings_sha256} as in {folder}/manifest.json, actual {actual}."

@@ -14,6 +14,7 @@ from llmtrain.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from data_pipelines.inputs import ReadReport
     from data_pipelines.read import ReadOptions
+    from llmtrain.data.tokenizer import Tokenizer
 
 app = typer.Typer(help="Make, look at and check data sets.", no_args_is_help=True)
 
@@ -27,6 +28,13 @@ Separator = Annotated[
     str | None,
     typer.Option(help="Cuts text files into documents where it stands, such as '<|endoftext|>'; \\n is a line break."),
 ]
+
+
+class BosChoice(StrEnum):
+    """What stands before every document."""
+
+    AUTO = "auto"
+    NONE = "none"
 
 
 class TokenizerKind(StrEnum):
@@ -84,6 +92,10 @@ def shards(
     field: Field = "text",
     separator: Separator = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that OUT already holds.")] = False,
+    bos: Annotated[
+        BosChoice,
+        typer.Option(help="auto: documents begin with what the tokenizer puts before a text. none: with nothing."),
+    ] = BosChoice.AUTO,
 ) -> None:
     """Turn text into tokenized WebDataset shards with manifest, index and a train/valid split."""
     from data_pipelines.inputs import ReadReport
@@ -93,8 +105,10 @@ def shards(
 
     report = ReadReport()
     documents = _with_progress(iter_documents(inputs, report, _read_options(field, separator)), report)
-    config = ShardingConfig(valid_fraction, shard_tokens, num_workers, overwrite)
-    manifests = write_shards(documents, out, load_tokenizer(tokenizer), config)
+    config = ShardingConfig(valid_fraction, shard_tokens, num_workers, overwrite, bos.value)
+    loaded = load_tokenizer(tokenizer)
+    _tell_about(loaded)
+    manifests = write_shards(documents, out, loaded, config)
     _say(report.summary())
     for name, manifest in manifests.items():
         _say(
@@ -152,11 +166,14 @@ def inspect(
         typer.echo(json.dumps([summary.to_json() for summary in summaries], indent=1))
         return
     for summary in summaries:
+        begin = ", ".join(map(str, summary.bos_ids))
         quantiles = ", ".join(f"{value:,}" for value in summary.length_quantiles.values())
         typer.echo(
             f"{summary.path}\n"
             f"  {_count(summary.shards, 'shard')}, {summary.size_bytes / 1e6:,.1f} MB, {summary.dtype}, "
             f"vocabulary {summary.vocab_size:,}, tokenizer {summary.tokenizer_sha256[:12]}\n"
+            f"  documents {f'begin with {begin} and ' if begin else ''}end with {summary.eos_id}"
+            f"{'; the tokenizer does not give every text back as it was' if summary.lossy else ''}\n"
             f"  {_count(summary.documents, 'document')}, {summary.tokens:,} tokens, "
             f"{summary.mean_length:,.1f} per document (min, 10%, median, 90%, max: {quantiles})\n"
             f"  {summary.samples:,} samples of {summary.seq_len:,} tokens per epoch; "
@@ -223,6 +240,23 @@ def _read_options(field: str, separator: str | None) -> "ReadOptions":
     if separator == "":
         raise typer.BadParameter("must not be empty", param_hint="--separator")
     return ReadOptions(field, separator.replace("\\n", "\n") if separator else None)
+
+
+def _tell_about(tokenizer: "Tokenizer") -> None:
+    """What a user would wonder about later: text that does not come back, exports that will be refused."""
+    from data_pipelines.round_trip import lost_in_texts
+    from llmtrain.interop.tokenizer_json import export_obstacles
+
+    for note in tokenizer.roles.notes:
+        _say(f"note: {note}")
+    if lost := lost_in_texts(tokenizer):
+        _say(
+            f"note: {tokenizer.path} does not give every text back as it was. Changed or lost are: {', '.join(lost)}. "
+            "A model that is trained on these shards never sees them. Tokenizers that `llmtrain data tokenizer` trains "
+            "give back everything."
+        )
+    if obstacles := export_obstacles(tokenizer.path):
+        _say(f"note: a model that is trained on these shards cannot be exported: {'; '.join(obstacles)}.")
 
 
 def _count(number: int, noun: str) -> str:

@@ -32,18 +32,23 @@ def generate(
     """
     import torch
 
-    from llmtrain.data.tokenizer import load_tokenizer
     from llmtrain.errors import ConfigError
     from llmtrain.infer.generate import Sampling
     from llmtrain.infer.model import load_model
+    from llmtrain.infer.tokenizer import model_tokenizer
     from llmtrain.interop.special_tokens import named_tokens
 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: must be auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device cuda: torch {torch.__version__} finds no GPU that it can use. Give --device cpu or auto; "
+            "`llmtrain doctor` says what is missing."
+        )
     sampling = Sampling(temperature, top_k, top_p, seed)
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
     trained = load_model(model, torch.device(chosen))
-    text = load_tokenizer(tokenizer) if tokenizer else trained.tokenizer()
+    text = model_tokenizer(tokenizer, trained.tokenizer_path, trained.model.config, trained.tokenizer_sha256)
     named = named_tokens(text, trained.data)
     if trained.model.config.family == "encoder":
         _fill(trained.model, text, named, prompt, top_k or NUM_FILLINGS)
@@ -61,13 +66,13 @@ def _continue(
     from llmtrain.infer.prompts import decode_with_names, encode_with_names
 
     names = named.sentinels
-    prompt_ids = encode_with_names(prompt, text, names)
+    prompt_ids = [*named.bos_ids, *encode_with_names(prompt, text, names)]
     if model.config.family == "encoder_decoder":
         prompt_ids.append(text.eos_id)
     ids: list[int] = []
     shown = ""
     tokens = iter_tokens(model, prompt_ids, *how, named.start_id)
-    for token in takewhile(lambda token: token != text.eos_id, tokens):
+    for token in takewhile(lambda token: token not in named.ends, tokens):
         ids.append(token)
         whole = decode_with_names(ids, text, names)
         # A character may span several tokens: until it is complete its bytes decode to replacement marks.
@@ -91,6 +96,7 @@ def _fill(model: "Transformer", text: "Tokenizer", named: "NamedTokens", prompt:
     if name not in prompt:
         raise ConfigError(f"--prompt: an encoder fills masks. Put {name} where a token is to be found.")
     before, behind = named.around
+    before = named.bos_ids or before
     ids = [*before, *encode_with_names(prompt, text, {name: mask_id}), *behind]
     for number, filling in enumerate(fill_masks(model, ids, mask_id, count)):
         typer.echo(f"{name} {number + 1}")

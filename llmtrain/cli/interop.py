@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.errors import ConfigError, DataError
+from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmtrain.checkpoint.fragments import Fragment
     from llmtrain.checkpoint.reader import CheckpointReader
     from llmtrain.config.model import ModelConfig
     from llmtrain.config.objective import ObjectiveName
+    from llmtrain.data.tokenizer import Tokenizer
+    from llmtrain.infer.tokenizer import FolderTokenizer
     from llmtrain.interop.hf_export import Export, TrainedWeights
     from llmtrain.interop.hf_import import HuggingFaceFolder
 
@@ -66,8 +68,8 @@ def export(
 
     Weights are read and written some at a time: memory is that of the largest file, and of the proof.
     """
-    from llmtrain.data.tokenizer import load_tokenizer
     from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_config
+    from llmtrain.infer.tokenizer import model_tokenizer
     from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
     from llmtrain.interop.special_tokens import named_tokens
 
@@ -75,12 +77,9 @@ def export(
     proof_bytes = _size_bytes("--proof-memory", proof_memory)
     require_free(out, overwrite)
     checkpoint = find_checkpoint(source)
-    tokenizer_path = tokenizer or find_tokenizer_of(checkpoint.path)
-    if tokenizer_path is None:
-        raise ConfigError(f"{source}: no tokenizer lies in its run folder. Name one with --tokenizer.")
-    text = load_tokenizer(tokenizer_path)
-
     weights, model = _rounded_weights(checkpoint, dtype)
+    trained = checkpoint.about.get("data", {}).get("tokenizer_sha256")
+    text = model_tokenizer(tokenizer, find_tokenizer_of(checkpoint.path), model, trained)
     settings = ExportSettings(
         dtype=dtype.value,
         max_shard_bytes=max_shard_bytes,
@@ -125,19 +124,21 @@ def import_(
         raise ConfigError(f"{out}: exists already. Choose another name, or remove it.")
 
     from llmtrain.config.sizes import num_parameters
+    from llmtrain.infer.tokenizer import folder_tokenizer
     from llmtrain.interop.hf_import import open_hf_folder
 
     folder = open_hf_folder(source)
-    checkpoint = _write_imported(folder, out)
+    found = folder_tokenizer(source, folder.model)
+    checkpoint = _write_imported(folder, found, out)
     _print_result(
         {
             "folder": str(out),
             "checkpoint": str(checkpoint),
             "config": str(out / "config.yaml"),
-            "tokenizer": None if folder.tokenizer_path is None else str(out / folder.tokenizer_path.name),
+            "tokenizer": None if found.name is None else str(out / found.name),
             "family": folder.family.title,
             "parameters": num_parameters(folder.model),
-            "notes": folder.notes,
+            "notes": [*folder.notes, *found.notes],
         },
         as_json,
     )
@@ -177,7 +178,9 @@ IMPORT_PART_BYTES = 1_000_000_000
 """Weights that are in memory at a time; a larger tensor is alone."""
 
 
-def _write_imported(folder: "HuggingFaceFolder", out: Path, part_bytes: int = IMPORT_PART_BYTES) -> Path:
+def _write_imported(
+    folder: "HuggingFaceFolder", found: "FolderTokenizer", out: Path, part_bytes: int = IMPORT_PART_BYTES
+) -> Path:
     """Write OUT as a run folder with one checkpoint; returns the checkpoint. Nothing is left where it fails."""
     import os
     import shutil
@@ -185,7 +188,7 @@ def _write_imported(folder: "HuggingFaceFolder", out: Path, part_bytes: int = IM
     from llmtrain.checkpoint.folders import CHECKPOINTS
     from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 
-    config_text = _config_yaml(folder)
+    config_text = _config_yaml(folder, found.tokenizer)
     target = out.resolve()
     writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
     try:
@@ -196,8 +199,7 @@ def _write_imported(folder: "HuggingFaceFolder", out: Path, part_bytes: int = IM
         contents = Contents(0, {}, config_text, {"imported": folder.family.title})
         checkpoint = publish(unfinished, parts, contents, before_publish=lambda: None)
         (writing / "config.yaml").write_text(config_text, "utf-8")
-        if folder.tokenizer_path is not None:
-            shutil.copyfile(folder.tokenizer_path, writing / folder.tokenizer_path.name)
+        found.write(writing)
         if target.exists():
             target.rmdir()
         writing.rename(target)
@@ -233,7 +235,7 @@ def _iter_fragments(folder: "HuggingFaceFolder") -> "Iterator[Fragment]":
             yield Fragment(name, "master", shapes[name], box, tensor[None])
 
 
-def _config_yaml(folder: "HuggingFaceFolder") -> str:
+def _config_yaml(folder: "HuggingFaceFolder", tokenizer: "Tokenizer | None") -> str:
     """What a run's configuration can rest on: the model, and what to train such a model on next."""
     import io
 
@@ -242,7 +244,7 @@ def _config_yaml(folder: "HuggingFaceFolder") -> str:
     config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
     objectives: dict[str, ObjectiveName] = {"encoder": "masked", "encoder_decoder": "span_corruption"}
     if objective := objectives.get(folder.model.family):
-        config["data"] = {"objective": objective, "special_tokens": _special_tokens(folder, objective)}
+        config["data"] = {"objective": objective, "special_tokens": _special_tokens(folder, tokenizer, objective)}
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     # The default, None, sorts; ruamel declares no type, so that a checker infers that only None is allowed.
@@ -252,22 +254,22 @@ def _config_yaml(folder: "HuggingFaceFolder") -> str:
     return stream.getvalue()
 
 
-def _special_tokens(folder: "HuggingFaceFolder", objective: "ObjectiveName") -> dict[str, Any]:
+def _special_tokens(
+    folder: "HuggingFaceFolder", tokenizer: "Tokenizer | None", objective: "ObjectiveName"
+) -> dict[str, Any]:
     """Ids of the folder's tokenizer for data.special_tokens, those that the objective needs."""
     from llmtrain.config.objective import needed_tokens
-    from llmtrain.data.tokenizer import load_tokenizer
+    from llmtrain.infer.tokenizer import decoder_start
     from llmtrain.interop.special_tokens import named_tokens
 
-    if folder.tokenizer_path is None:
+    if tokenizer is None:
         return {}
-    try:
-        named = named_tokens(load_tokenizer(folder.tokenizer_path))
-    except DataError as error:
-        folder.notes.append(f"the tokenizer cannot be used for training: {error}")
-        return {}
+    named = named_tokens(tokenizer)
+    # Of an encoder-decoder, padding begins what the decoder reads.
+    start = decoder_start(tokenizer) if folder.model.family == "encoder_decoder" else None
     found = {
         "mask": named.mask and named.mask[1],
-        "pad": named.pad and named.pad[1],
+        "pad": named.pad and named.pad[1] if start is None else start,
         "sentinels": list(named.sentinels.values()) or None,
     }
     needed = needed_tokens(folder.model.family, objective)

@@ -10,8 +10,9 @@ from llmtrain.data.damage import DamagedFileError
 from llmtrain.data.remote import SCHEMES, FetchConfig, RemoteFolder, scheme_of
 from llmtrain.data.retry import retried
 from llmtrain.data.shard_file import ShardFile, ShardPaths
-from llmtrain.data.shards import MANIFEST_NAME, TOKENIZER_NAMES, Manifest, parse_manifest, read_manifest
-from llmtrain.errors import ConfigError
+from llmtrain.data.shards import MANIFEST_NAME, TOKENIZER_NAMES, Manifest, file_sha256, parse_manifest, read_manifest
+from llmtrain.data.token_roles import SETTINGS_NAME, settings_tokenizer
+from llmtrain.errors import ConfigError, DataError
 
 LOCAL_ATTEMPTS = 5
 """How often a file of a file system is tried."""
@@ -109,6 +110,38 @@ def run_tokenizer(data: DataConfig) -> Path:
     if isinstance(folder, LocalFolder):
         return find_tokenizer(folder.path)
     return fetch_tokenizer(data, folder.read_manifest())
+
+
+def run_settings(data: DataConfig, manifest: Manifest) -> Path | None:
+    """The settings file of the run's tokenizer: the one that lies with its first training source, or beside the
+    tokenizer that it names. Raises DataError where the manifest tells of one that is not there or another one."""
+    folder = open_folder(data.train[0].path, fetch_config(data))
+    if isinstance(folder, CachedFolder):
+        return _fetched_settings(folder.remote, manifest.settings_sha256) if manifest.settings_sha256 else None
+    places = [folder.path, folder.path.absolute().parent, *([Path(data.tokenizer).parent] if data.tokenizer else [])]
+    found = [place / SETTINGS_NAME for place in places if (place / SETTINGS_NAME).is_file()]
+    if not manifest.settings_sha256:
+        return next((path for path in found if settings_tokenizer(path) == manifest.tokenizer_sha256), None)
+    right = next((path for path in found if file_sha256(path) == manifest.settings_sha256), None)
+    if right is None:
+        what = f"{found[0]} is another one" if found else "neither it nor the folder above holds one"
+        raise DataError(
+            f"{folder}: its manifest tells of a {SETTINGS_NAME} with the sha256 {manifest.settings_sha256}, and "
+            f"{what}. Copy the data set again, with the files beside its splits."
+        )
+    return right
+
+
+def _fetched_settings(remote: RemoteFolder, sha256: str) -> Path:
+    for place in (remote, remote.parent):
+        try:
+            return place.fetch(SETTINGS_NAME, sha256)
+        except DamagedFileError:
+            continue
+    raise DataError(
+        f"{remote}: neither it nor the folder above holds the {SETTINGS_NAME} of its manifest (sha256 {sha256}). Copy "
+        "the data set again, with the files beside its splits."
+    )
 
 
 def fetch_tokenizer(data: DataConfig, manifest: Manifest) -> Path:

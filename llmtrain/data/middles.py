@@ -30,15 +30,18 @@ def _rearranged(part: Tokens, recipe: Recipe, draws: Draws) -> Tokens:
     config = recipe.data.fim
     # As many draws for every part, so that what happens to one does not depend on those before it.
     cut, suffix_first, *places = draws.uniform(4).tolist()
-    length = len(part) - int(part[-1] == recipe.eos_id)
+    # What stands before every document stays there.
+    begin = len(recipe.bos_ids) if tuple(part[: len(recipe.bos_ids)].tolist()) == recipe.bos_ids else 0
+    head, part = part[:begin], part[begin:]
+    length = len(part) - int(len(part) > 0 and part[-1] == recipe.eos_id)
     room = length - FIM_SENTINELS
     if room < 1 or cut >= config.rate:
-        return part
+        return np.concatenate((head, part))
     first, second = sorted(int(place * (room + 1)) for place in places)
     prefix, middle, suffix = part[:first], part[first:second], part[second:room]
-    begin, mid, behind = recipe.sentinels[:FIM_SENTINELS, None]
+    before, mid, behind = recipe.sentinels[:FIM_SENTINELS, None]
     if suffix_first < config.suffix_first_share:
-        moved = (begin, behind, suffix, mid, prefix, middle)
+        moved = (before, behind, suffix, mid, prefix, middle)
     else:
-        moved = (begin, prefix, behind, suffix, mid, middle)
-    return np.concatenate((*moved, part[length:]))
+        moved = (before, prefix, behind, suffix, mid, middle)
+    return np.concatenate((head, *moved, part[length:]))

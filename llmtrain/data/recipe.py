@@ -24,6 +24,8 @@ class Recipe:
     eos_id: int
     family: str = "decoder"
     pieces: PieceTable | None = None
+    bos_ids: tuple[int, ...] = ()
+    """What every document begins with."""
 
     @cached_property
     def lengths(self) -> Lengths:

@@ -9,7 +9,7 @@ stream, and samples are windows of the streams of all shards, or of each alone. 
 import hashlib
 import json
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,10 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set consists of, and the tokenizer that its ids belong to."""
+    """What a data set consists of, and the tokenizer that its ids belong to.
+
+    The keys with a default are left out of the file where they have it: data sets of before have none of them.
+    """
 
     schema_version: int
     """As it was read; the newest is what is written."""
@@ -70,6 +73,12 @@ class Manifest:
     dtype: str
     eos_id: int
     shards: tuple[ShardEntry, ...]
+    bos_ids: tuple[int, ...] = ()
+    """Stored before the tokens of every document, and counted among them."""
+    settings_sha256: str = ""
+    """Of the tokenizer_settings.json that lies beside the tokenizer."""
+    lossy: bool = False
+    """Whether the tokenizer does not give texts back as they were, such as without their line breaks."""
 
     def num_windows(self, seq_len: int) -> int:
         """Number of windows that lie in one shard."""
@@ -89,6 +98,10 @@ class Manifest:
         return sum(shard.tokens for shard in self.shards)
 
 
+OPTIONAL = {field.name: field.default for field in fields(Manifest) if field.default is not MISSING}
+"""Keys of a manifest that may be absent, with what their absence means."""
+
+
 def dtype_name(vocab_size: int) -> str:
     """The narrowest stored type that holds every id of a vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
@@ -96,7 +109,8 @@ def dtype_name(vocab_size: int) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a folder's manifest.json, sealed; the same manifest gives the same bytes."""
-    content = sealed({**asdict(manifest), "schema_version": SCHEMA_VERSION})
+    content = {**asdict(manifest), "schema_version": SCHEMA_VERSION}
+    content = sealed({key: value for key, value in content.items() if key not in OPTIONAL or value != OPTIONAL[key]})
     (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -141,7 +155,7 @@ def _parsed(raw: Any) -> Manifest:
         ShardEntry(**_checked_fields(ShardEntry, entry, f"shards[{number}]"))
         for number, entry in enumerate(values.pop("shards"))
     )
-    manifest = Manifest(**values, shards=shards)
+    manifest = Manifest(**{**values, "bos_ids": tuple(values.get("bos_ids", ()))}, shards=shards)
     if manifest.dtype not in DTYPES:
         raise ValueError(f"dtype = {manifest.dtype!r}: must be one of {', '.join(DTYPES)}")
     if not 0 <= manifest.eos_id < manifest.vocab_size <= np.iinfo(DTYPES[manifest.dtype]).max + 1:
@@ -149,6 +163,8 @@ def _parsed(raw: Any) -> Manifest:
             f"eos_id = {manifest.eos_id}, vocab_size = {manifest.vocab_size}, dtype = {manifest.dtype}: "
             "eos_id must be below vocab_size, and every id must fit the dtype"
         )
+    if any(type(token) is not int or not 0 <= token < manifest.vocab_size for token in manifest.bos_ids):
+        raise ValueError(f"bos_ids = {list(manifest.bos_ids)}: must be ids below vocab_size = {manifest.vocab_size}")
     names = [name for shard in shards for name in (shard.file, shard.index_file)]
     for name in names:
         # A manifest may come from elsewhere: it must not name files outside its folder.
@@ -163,11 +179,14 @@ def _parsed(raw: Any) -> Manifest:
 def _checked_fields(cls: type, raw: Any, where: str) -> dict[str, Any]:
     """The fields of a dataclass from JSON, each of the right plain type. Raises ValueError."""
     types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
-    if not isinstance(raw, dict) or raw.keys() != types.keys():
+    required = types.keys() - OPTIONAL.keys()
+    if not isinstance(raw, dict) or not required <= raw.keys() <= types.keys():
         found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{where} must have exactly the keys {', '.join(types)}; found {found}")
+        raise ValueError(
+            f"{where} must have exactly the keys {', '.join(key for key in types if key in required)}; found {found}"
+        )
     for key, value in raw.items():
-        kind = types[key] if types[key] in (int, str) else list
+        kind = types[key] if types[key] in (int, str, bool) else list
         if type(value) is not kind or (kind is int and value < 0):
             raise ValueError(f"{where}: {key} = {value!r} must be {'a count' if kind is int else f'a {kind.__name__}'}")
     return raw

@@ -92,6 +92,11 @@ class SampleStream:
     def eos_id(self) -> int:
         return self._readers[0].source.manifest.eos_id
 
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """What every document begins with."""
+        return self._readers[0].source.manifest.bos_ids
+
     def sample(self, number: int) -> Sample:
         """Sample `number`, from 0 without end. Raises DataError where its shard is damaged."""
         source, number_in_source = self._schedule.source_of(number)
@@ -120,7 +125,7 @@ def load_sources(paths: Sequence[str | Path], weights: Sequence[int], fetch: Fet
     sources = [Source(folder, folder.read_manifest(), weight) for folder, weight in zip(folders, weights, strict=True)]
     first = sources[0]
     for other in sources[1:]:
-        for key in ("tokenizer_sha256", "vocab_size", "eos_id"):
+        for key in ("tokenizer_sha256", "vocab_size", "eos_id", "bos_ids"):
             expected, actual = getattr(first.manifest, key), getattr(other.manifest, key)
             if expected != actual:
                 raise DataError(

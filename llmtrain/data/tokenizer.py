@@ -11,9 +11,8 @@ import tokenizers
 from numpy.typing import NDArray
 
 from llmtrain.data.shards import TOKENIZER_NAMES, file_sha256
+from llmtrain.data.token_roles import MODEL_CONFIG, TOKENIZER_CONFIG, Lookup, TokenRoles, read_settings, roles_beside
 from llmtrain.errors import ConfigError, DataError
-
-"""What a tokenizer is called beside the shards that were written with it."""
 
 SPACE_MARK = "\u2581"
 """sentencepiece writes a space as this character, and so takes the character itself for a space."""
@@ -22,18 +21,24 @@ _MASK_NAMES = ("<mask>", "[MASK]", "<|mask|>")
 _CLS_NAMES = ("<cls>", "[CLS]")
 _SEP_NAMES = ("<sep>", "[SEP]")
 _HF_SPECIALS = {
-    "eos_id": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "[SEP]"),
-    "bos_id": ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]", "[CLS]"),
-    "pad_id": ("<pad>", "<|pad|>", "[PAD]"),
-    "mask_id": _MASK_NAMES,
-    "cls_id": _CLS_NAMES,
-    "sep_id": _SEP_NAMES,
+    "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "[SEP]"),
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>", "<|bos|>", "[BOS]", "[CLS]"),
+    "pad": ("<pad>", "<|pad|>", "[PAD]"),
+    "mask": _MASK_NAMES,
+    "cls": _CLS_NAMES,
+    "sep": _SEP_NAMES,
 }
-"""A tokenizer.json does not say which token ends a text: the first of these names that it has is taken."""
+"""Where neither the files beside a tokenizer.json nor what it puts around a text say which token ends one, the first
+of these names among its added tokens is taken. An ordinary piece of that name is no such token."""
 
+Around = tuple[tuple[int, ...], tuple[int, ...]]
 
 PieceStyle = Literal["sentencepiece", "byte_level", "wordpiece"]
 """How pieces show where words begin; see data/pieces.py."""
+
+
+class UnknownEndError(DataError):
+    """A tokenizer of which nothing says which token ends a text."""
 
 
 class Tokenizer(Protocol):
@@ -49,6 +54,20 @@ class Tokenizer(Protocol):
     cls_id: int | None
     sep_id: int | None
     piece_style: PieceStyle
+    roles: TokenRoles
+    """What is said beside the tokenizer's file."""
+    around: Around
+    """Ids that the tokenizer itself puts before and behind a text."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All ids at which a text ends; eos_id is the first."""
+        ...
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        """Ids before every text that its model has seen."""
+        ...
 
     @property
     def pieces(self) -> list[str]:
@@ -77,12 +96,19 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a sentencepiece .model or a tokenizer.json. Raises ConfigError where it is missing, DataError if damaged."""
+def load_tokenizer(path: str | Path, said: Path | TokenRoles | None = None) -> Tokenizer:
+    """Load a sentencepiece .model or a tokenizer.json, and what is said of it in files beside it.
+
+    `said` takes the place of those files: a settings file, or its content. Raises ConfigError where the tokenizer is
+    missing, DataError if it is damaged.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file. Give a sentencepiece .model or a Hugging Face tokenizer.json.")
-    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+        near = next((path / name for name in TOKENIZER_NAMES if (path / name).is_file()), None)
+        what = f"is a folder. Try {near}." if near else "is a folder." if path.is_dir() else "no such file."
+        raise ConfigError(f"{path}: {what} Give a sentencepiece .model or a Hugging Face tokenizer.json.")
+    kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+    return kind(path, said)
 
 
 def find_tokenizer(folder: str | Path) -> Path:
@@ -98,24 +124,39 @@ def find_tokenizer(folder: str | Path) -> Path:
 class SentencePieceTokenizer:
     """A sentencepiece model. Those that `llmtrain data tokenizer` trains give back every text unchanged."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, said: Path | TokenRoles | None = None) -> None:
         """Raises DataError where the file is no sentencepiece model or has no end of sequence."""
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(path.read_bytes())
         except RuntimeError as error:
             raise DataError(f"{path}: not a sentencepiece model ({error}). Copy the file again.") from None
-        if self._model.eos_id() < 0:
-            raise DataError(f"{path}: has no end-of-sequence piece, which documents need. Train one with eos_id >= 0.")
         self.path = path
         self.sha256 = file_sha256(path)
         self.vocab_size: int = self._model.get_piece_size()
-        self.eos_id: int = self._model.eos_id()
-        self.bos_id = _present(self._model.bos_id())
-        self.pad_id = _present(self._model.pad_id())
-        self.mask_id, self.cls_id, self.sep_id = map(self._first_of, (_MASK_NAMES, _CLS_NAMES, _SEP_NAMES))
+        self.roles = _roles(self, said, self._id_of)
+        own = {"eos": self._model.eos_id(), "bos": self._model.bos_id(), "pad": self._model.pad_id()}
+        ids = {role: token for role, token in own.items() if token >= 0}  # -1: the model has none such
+        named = {"mask": _MASK_NAMES, "cls": _CLS_NAMES, "sep": _SEP_NAMES}
+        ids |= {role: token for role, names in named.items() if (token := self._first_of(names)) is not None}
+        ids = {role: token for role, token in ids.items() if role not in self.roles.absent} | dict(self.roles.ids)
+        eos_id = ids.get("eos", own["eos"]) if self.roles.eos_id is None else self.roles.eos_id
+        if eos_id < 0:
+            raise DataError(f"{path}: has no end-of-sequence piece, which documents need. Train one with eos_id >= 0.")
+        self.eos_id: int = eos_id
+        self.bos_id, self.pad_id = ids.get("bos"), ids.get("pad")
+        self.mask_id, self.cls_id, self.sep_id = ids.get("mask"), ids.get("cls"), ids.get("sep")
+        self.around = _around_by_flags(self.roles, self.bos_id, self.eos_id) or ((), ())
         self.piece_style: PieceStyle = "sentencepiece"
         self._mark_ids = self._byte_ids_of_mark()
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return _end_ids(self)
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        return _bos_ids(self)
 
     @property
     def pieces(self) -> list[str]:
@@ -130,6 +171,10 @@ class SentencePieceTokenizer:
     def special_id(self, name: str) -> int | None:
         token = self._model.piece_to_id(name)
         return token if self._model.is_control(token) else None  # what users define comes from text as well
+
+    def _id_of(self, name: str) -> int | None:
+        token = self._model.piece_to_id(name)
+        return token if self._model.id_to_piece(token) == name else None  # unknown names have the id of <unk>
 
     def _first_of(self, names: Sequence[str]) -> int | None:
         return next((token for token in map(self.special_id, names) if token is not None), None)
@@ -170,8 +215,8 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A tokenizer.json, run by the `tokenizers` library."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises DataError where the file is no tokenizer or has no end-of-sequence token known by name."""
+    def __init__(self, path: Path, said: Path | TokenRoles | None = None) -> None:
+        """Raises DataError where the file is no tokenizer, or where nothing says which token ends a text."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing narrower
@@ -182,15 +227,25 @@ class HuggingFaceTokenizer:
         self.path = path
         self.sha256 = file_sha256(path)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        eos_id = self._special("eos_id")
+        self.roles = _roles(self, said, self._tokenizer.token_to_id)
+        behind = self._put_around()[1]
+        ids = {role: token for role in _HF_SPECIALS if (token := self._special(role)) is not None}
+        eos_id = self.roles.eos_id
         if eos_id is None:
-            names = ", ".join(_HF_SPECIALS["eos_id"])
-            raise DataError(f"{path}: has no end-of-sequence token, which documents need; known names are {names}.")
+            eos_id = self._unsaid_end(behind, ids)
         self.eos_id = eos_id
-        self.bos_id = self._special("bos_id")
-        self.pad_id = self._special("pad_id")
-        self.mask_id, self.cls_id, self.sep_id = map(self._special, ("mask_id", "cls_id", "sep_id"))
+        self.bos_id, self.pad_id = ids.get("bos"), ids.get("pad")
+        self.mask_id, self.cls_id, self.sep_id = ids.get("mask"), ids.get("cls"), ids.get("sep")
+        self.around = _around_by_flags(self.roles, self.bos_id, self.eos_id) or self._put_around()
         self.piece_style: PieceStyle = _piece_style(json.loads(self._tokenizer.to_str()))
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return _end_ids(self)
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]:
+        return _bos_ids(self)
 
     @property
     def pieces(self) -> list[str]:
@@ -205,6 +260,7 @@ class HuggingFaceTokenizer:
         special = np.array([piece == "" for piece in self.pieces], bool)
         for token, added in self._tokenizer.get_added_tokens_decoder().items():
             special[token] |= added.special
+        special[[self.eos_id, *self.bos_ids]] = True  # a file beside may name a piece that is not marked as special
         return special
 
     def special_id(self, name: str) -> int | None:
@@ -228,9 +284,63 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
-    def _special(self, kind: str) -> int | None:
-        found = (self._tokenizer.token_to_id(name) for name in _HF_SPECIALS[kind])
-        return next((token for token in found if token is not None), None)
+    def _special(self, role: str) -> int | None:
+        """The token of a role: as the files beside say, else the first added token with one of the known names."""
+        if role in self.roles.ids or role in self.roles.absent:
+            return self.roles.ids.get(role)
+        added = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+        return next((added[name] for name in _HF_SPECIALS[role] if name in added), None)
+
+    def _unsaid_end(self, behind: tuple[int, ...], ids: Mapping[str, int]) -> int:
+        """What ends documents where no file beside says so: what the tokenizer puts behind a text, or a known name."""
+        found = behind[0] if len(behind) == 1 else ids.get("eos", ids.get("sep"))
+        if found is None:
+            names = ", ".join(_HF_SPECIALS["eos"])
+            raise UnknownEndError(
+                f"{self.path}: has no end-of-sequence token, which documents need: none of its added tokens has "
+                f"a known name ({names}), and no file beside it names one. Put the {TOKENIZER_CONFIG} of its folder "
+                'beside it, with "eos_token".'
+            )
+        return found
+
+    def _put_around(self) -> Around:
+        """What its post-processor puts before and behind a text."""
+        plain, whole = self._tokenizer.encode("a", add_special_tokens=False).ids, self._tokenizer.encode("a").ids
+        if not plain:
+            return (), ()
+        starts = range(len(whole) - len(plain) + 1)
+        found = (start for start in starts if whole[start : start + len(plain)] == plain)
+        start = next(found, None)
+        return ((), ()) if start is None else (tuple(whole[:start]), tuple(whole[start + len(plain) :]))
+
+
+def _roles(tokenizer: Tokenizer, said: Path | TokenRoles | None, lookup: Lookup) -> TokenRoles:
+    if isinstance(said, TokenRoles):
+        return said
+    if said is not None:
+        return read_settings(said, tokenizer.sha256, tokenizer.vocab_size)
+    return roles_beside(tokenizer.path, tokenizer.sha256, lookup, tokenizer.vocab_size)
+
+
+def _around_by_flags(roles: TokenRoles, bos_id: int | None, eos_id: int) -> Around | None:
+    """What a tokenizer_config.json makes a tokenizer put around a text; as in transformers its flags, where there are
+    any, take the place of the post-processor in tokenizer.json."""
+    flags = roles.files.get(TOKENIZER_CONFIG, {})
+    if "add_bos_token" not in flags and "add_eos_token" not in flags:
+        return None
+    before = (bos_id,) if flags.get("add_bos_token") and bos_id is not None else ()
+    return before, ((eos_id,) if flags.get("add_eos_token") else ())
+
+
+def _end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((tokenizer.eos_id, *tokenizer.roles.end_ids)))
+
+
+def _bos_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """As it was recorded; of a folder in Hugging Face's format, what its tokenizer puts before a text."""
+    if tokenizer.roles.bos_ids is not None:
+        return tokenizer.roles.bos_ids
+    return tokenizer.around[0] if MODEL_CONFIG in tokenizer.roles.files else ()
 
 
 def _piece_style(tokenizer: Mapping[str, Any]) -> PieceStyle:
@@ -243,11 +353,6 @@ def _piece_style(tokenizer: Mapping[str, Any]) -> PieceStyle:
 
 def _ids(encoding: tokenizers.Encoding) -> NDArray[Any]:
     return np.array(encoding.ids, np.uint32)
-
-
-def _present(token_id: int) -> int | None:
-    """sentencepiece says -1 for a special piece that a model does not have."""
-    return token_id if token_id >= 0 else None
 
 
 def _surrogate_error(texts: Sequence[str]) -> DataError:

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import parameter_shapes
 from llmtrain.data.batch import PADDING
-from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer
 from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.build import build_model
@@ -38,12 +39,12 @@ class TrainedModel:
     model: Transformer
     tokenizer_path: Path | None
     data: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_sha256: str | None = None
+    """Of the tokenizer that it was trained with, where a checkpoint says so."""
 
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where none was found."""
-        if self.tokenizer_path is None:
-            raise ConfigError("No tokenizer lies beside the model. Name one with --tokenizer.")
-        return load_tokenizer(self.tokenizer_path)
+        return model_tokenizer(None, self.tokenizer_path, self.model.config)
 
 
 @torch.no_grad()
@@ -64,10 +65,11 @@ def segments_of(valid: Tensor | None) -> Tensor | None:
     return None if valid is None else torch.where(valid, 0, PADDING)
 
 
-def find_checkpoint(path: Path) -> CheckpointReader:
+def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
     """The checkpoint at a path, or the newest valid one of the run at a path; every file is hashed.
 
-    Raises ConfigError where there is neither, CheckpointError where it is damaged.
+    `also` are other kinds of folders that could have been given, for the error. Raises ConfigError where there is
+    neither, CheckpointError where it is damaged.
     """
     if is_checkpoint(path):
         return open_checkpoint(path)
@@ -75,11 +77,19 @@ def find_checkpoint(path: Path) -> CheckpointReader:
     newest = find_newest_valid(folder, warn=lambda text: None)[0] if folder else None
     if newest is not None:
         return newest
+    kinds = [
+        f"a checkpoint (a folder with {MANIFEST})",
+        f"a run with one (a folder with {CHECKPOINTS}/)",
+        *also,
+    ]
     near = nearest_checkpoint(path) or "a run folder such as runs/NAME, or runs/NAME/checkpoints/step-00000050"
-    raise ConfigError(
-        f"{path}: neither a checkpoint (a folder with {MANIFEST}) nor a run with one (a folder with {CHECKPOINTS}/). "
-        f"Try {near}."
-    )
+    if not path.exists():
+        what = f"no such folder. Looked from {Path.cwd()}. What is taken is {' or '.join(kinds)}"
+    elif not path.is_dir():
+        what = f"is a file. What is taken is {' or '.join(kinds)}"
+    else:
+        what = f"is neither {' nor '.join(kinds)}"
+    raise ConfigError(f"{path}: {what}. Try {near}.")
 
 
 def find_tokenizer_of(checkpoint: Path) -> Path | None:
@@ -149,11 +159,12 @@ def _load_router_biases(model: Transformer, source: FragmentSource, device: torc
                 layer.moe.router.bias_E = steps_E * moe.bias_update_rate
 
 
-def load_checkpoint(path: Path, device: torch.device) -> TrainedModel:
-    """The model of a checkpoint or of a run's newest checkpoint."""
-    checkpoint = find_checkpoint(path)
+def load_checkpoint(path: Path, device: torch.device, also: Sequence[str] = ()) -> TrainedModel:
+    """The model of a checkpoint or of a run's newest checkpoint; `also` as in `find_checkpoint`."""
+    checkpoint = find_checkpoint(path, also)
     model = build_trained(saved_architecture(checkpoint), checkpoint, device)
-    return TrainedModel(model, find_tokenizer_of(checkpoint.path), saved_config(checkpoint).get("data") or {})
+    sha256 = checkpoint.about.get("data", {}).get("tokenizer_sha256")
+    return TrainedModel(model, find_tokenizer_of(checkpoint.path), saved_config(checkpoint).get("data") or {}, sha256)
 
 
 def load_model(path: Path, device: torch.device) -> TrainedModel:
@@ -163,4 +174,4 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
 
         folder = open_hf_folder(path)
         return TrainedModel(build_trained(folder.model, folder, device), folder.tokenizer_path)
-    return load_checkpoint(path, device)
+    return load_checkpoint(path, device, ["a Hugging Face folder (with config.json and safetensors)"])

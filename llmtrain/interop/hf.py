@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.interop import bert, gpt2, llama, mistral, mixtral, qwen3, switch, t5
+from llmtrain.interop.carried import USE_KEYS
 from llmtrain.interop.differences import differences
 from llmtrain.interop.name_table import Table, covers
 from llmtrain.interop.special_tokens import NamedTokens
@@ -195,9 +196,9 @@ _ELSEWHERE = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "rope_scaling", "rope_theta",
     "num_sparse_encoder_layers", "num_sparse_decoder_layers", "is_encoder_decoder", "id2label", "label2id",
     "gradient_checkpointing", "return_dict", "output_past", "max_window_layers", "tie_word_embeddings",
-    "initializer_range",
+    *USE_KEYS,
 }  # fmt: skip
-"""Keys that the tokenizer or the weights answer, or that say nothing about the model."""
+"""Keys that the tokenizer or the weights answer, or that say nothing about the model and are carried along."""
 
 
 def parse_config(content: Mapping[str, Any], where: str) -> PretrainedConfig:

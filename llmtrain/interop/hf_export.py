@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from transformers import GenerationConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import num_parameters
 from llmtrain.errors import ConfigError, ExportError
+from llmtrain.interop.carried import carry_config, write_equal
 from llmtrain.interop.examples import ExampleTokens, Logits
 from llmtrain.interop.hf import Family, family_for, hf_config, judged
 from llmtrain.interop.model_card import model_card
@@ -86,13 +88,15 @@ class _Source:
     def tokens(self) -> NamedTokens:
         return self.settings.tokens or named_tokens(self.tokenizer)
 
-    def write_config(self, folder: Path, model: ModelConfig) -> None:
-        """config.json and, for models that generate, generation_config.json."""
+    def write_config(self, folder: Path, model: ModelConfig) -> list[str]:
+        """config.json and, for models that generate, generation_config.json; returns notes."""
         config: Any = hf_config(model, self.tokens, self.family.config_class.model_type)
         config.dtype = DTYPES[self.settings.dtype]
         config.save_pretrained(folder)
         if model.family != "encoder":
             GenerationConfig.from_model_config(config).save_pretrained(folder)
+        start_id = self.tokens.start_id if model.family == "encoder_decoder" else None
+        return carry_config(folder, self.tokenizer.roles.files, start_id)
 
 
 def write_export(
@@ -106,19 +110,21 @@ def write_export(
     require_free(folder, settings.overwrite)
     family = family_for(model, settings.family)
     source = _Source(model, weights, tokenizer, settings, family)
-    notes = judged(family, model)[1]
+    notes = list(judged(family, model)[1])
     target = folder.resolve()
     writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
     try:
         writing.mkdir(parents=True)
-        source.write_config(writing, model)
+        notes += source.write_config(writing, model)
         # Masks and sentinels have to be spelled in what such models are asked.
         plain = TokenizerSettings(model.max_seq_len, model.family == "decoder")
-        write_tokenizer(writing, tokenizer, source.tokens, plain)
+        notes += write_tokenizer(writing, tokenizer, source.tokens, plain)
         dtype = DTYPES[settings.dtype]
         theirs = iter_theirs(family.tables_for(model)[0], model, weights.read)
         write_weights(writing, ((name, tensor.to(dtype)) for name, tensor in theirs), settings.max_shard_bytes)
         proof = _prove(writing, source)
+        equal = (tokenizer.sha256, *tokenizer.roles.equal_sha256)
+        write_equal(writing, sha256((writing / "tokenizer.json").read_bytes()).hexdigest(), equal)
         facts = {"Architecture": family.title, **settings.facts, "Weights": settings.dtype}
         (writing / "README.md").write_text(model_card(target.name, model, facts, notes, proof), "utf-8")
         _put_in_place(writing, target)

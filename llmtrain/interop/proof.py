@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from llmtrain.config.model import ModelConfig
@@ -147,8 +153,8 @@ def load_theirs(folder: Path, family: str) -> Any:
         raise ExportError(f"transformers does not find exactly the tensors that it expects: {wrong}")
     model.eval()
     if family != "encoder":
-        # Greedy tokens are compared past the end of a text too.
-        model.generation_config.eos_token_id = None
+        # The likeliest tokens are compared, past the end of a text too, whatever a folder says of penalties.
+        model.generation_config = GenerationConfig()
     return model
 
 

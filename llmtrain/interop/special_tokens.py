@@ -1,20 +1,35 @@
 """Tokens that text never gives, by the names that a text can spell them with: the mask, padding, sentinels."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenizers import Tokenizer
-
 FIM_NAMES = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+
+
+Around = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+class Roles(Protocol):
+    """What is said beside a tokenizer's file."""
+
+    @property
+    def ids(self) -> Mapping[str, int]: ...
+
+    @property
+    def equal_sha256(self) -> tuple[str, ...]: ...
+
+    @property
+    def files(self) -> Mapping[str, Any]: ...
 
 
 class TextTokenizer(Protocol):
     """What must be known of the tokenizer that a model was trained with."""
 
     path: Path
+    sha256: str
     vocab_size: int
     eos_id: int
     bos_id: int | None
@@ -22,6 +37,16 @@ class TextTokenizer(Protocol):
     mask_id: int | None
     cls_id: int | None
     sep_id: int | None
+    around: Around
+
+    @property
+    def roles(self) -> Roles: ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]: ...
 
     @property
     def pieces(self) -> list[str]: ...
@@ -36,14 +61,22 @@ class TextTokenizer(Protocol):
 @dataclass(frozen=True)
 class NamedTokens:
     """Names and ids. `around` stands before and behind a text that an encoder is to read, where the tokenizer's file
-    says so (BERT's [CLS] and [SEP])."""
+    says so (BERT's [CLS] and [SEP]). `bos_ids` stand before every text that a model was trained on. Generation stops
+    at each of `ends`."""
 
     eos_id: int
     bos_id: int | None = None
     mask: tuple[str, int] | None = None
     pad: tuple[str, int] | None = None
     sentinels: Mapping[str, int] = field(default_factory=dict)
-    around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    around: Around = ((), ())
+    bos_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """All ids at which a text ends."""
+        return self.end_ids or (self.eos_id,)
 
     @property
     def start_id(self) -> int:
@@ -83,26 +116,11 @@ def named_tokens(tokenizer: TextTokenizer, data: Mapping[str, Any] | None = None
         named(_either(given.get("mask"), tokenizer.mask_id), "<mask>"),
         named(_either(given.get("pad"), tokenizer.pad_id), "<pad>"),
         dict(filter(None, sentinels)),
-        _around(tokenizer.path),
+        tokenizer.around,
+        tokenizer.bos_ids,
+        tokenizer.end_ids,
     )
 
 
 def _either(first: int | None, second: int | None) -> int | None:
     return second if first is None else first
-
-
-def _around(path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if path.suffix != ".json":
-        return (), ()
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    plain, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
-    return next(_places(plain, whole), ((), ()))
-
-
-def _places(plain: list[int], whole: list[int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """What stands before and behind the plain tokens, for each place where they are in the whole."""
-    for start in range(len(whole) - len(plain) + 1):
-        if plain and whole[start : start + len(plain)] == plain:
-            yield tuple(whole[:start]), tuple(whole[start + len(plain) :])

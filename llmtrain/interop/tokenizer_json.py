@@ -19,6 +19,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from llmtrain.errors import ExportError
+from llmtrain.interop.carried import TOKENIZER_CONFIG, carry_tokenizer, follow_training
 from llmtrain.interop.special_tokens import NamedTokens, TextTokenizer
 
 SPACE_MARK = "\u2581"
@@ -40,8 +41,10 @@ class TokenizerSettings:
     plain: bool = True
 
 
-def write_tokenizer(folder: Path, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings) -> None:
-    """Write tokenizer.json and tokenizer_config.json.
+def write_tokenizer(
+    folder: Path, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings
+) -> list[str]:
+    """Write tokenizer.json and tokenizer_config.json, an imported folder's as it was; returns notes.
 
     Raises ExportError for a model that cannot be converted, and special tokens whose ids cannot be had.
     """
@@ -52,8 +55,24 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer, named: NamedTokens, 
     else:
         converted = convert(tokenizer.path)
         converted.save(str(target))
-    if _add_names(converted, named.all):
+    added = _add_names(converted, named.all)
+    if added:
         converted.save(str(target))
+    files = tokenizer.roles.files
+    if TOKENIZER_CONFIG in files:
+        used = {"mask_token": named.mask, "pad_token": named.pad}
+        roles = {role: found[0] for role, found in used.items() if found is not None and found[0] in added}
+        notes = carry_tokenizer(folder, files, roles)
+    else:
+        _write_config(folder, converted, tokenizer, named, settings)
+        notes = []
+    return notes + follow_training(folder, converted, tokenizer, named)
+
+
+def _write_config(
+    folder: Path, converted: Tokenizer, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings
+) -> None:
+    """What transformers needs to know of a tokenizer that comes from no other folder."""
     special = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id, "cls_token": tokenizer.cls_id}
     special |= {"sep_token": tokenizer.sep_id, "mask_token": named.mask and named.mask[1]}
     special |= {"pad_token": named.pad and named.pad[1]}
@@ -70,8 +89,8 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer, named: NamedTokens, 
     (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _add_names(converted: Tokenizer, names: Mapping[str, int]) -> bool:
-    """Give ids above the tokenizer's their names; whether there were some. Raises ExportError where that cannot be."""
+def _add_names(converted: Tokenizer, names: Mapping[str, int]) -> set[str]:
+    """Give ids above the tokenizer's their names; returns those. Raises ExportError where that cannot be."""
     nameless = sorted((token, name) for name, token in names.items() if converted.token_to_id(name) != token)
     for token, name in nameless:
         # The library numbers what is added from the end on.
@@ -82,13 +101,12 @@ def _add_names(converted: Tokenizer, names: Mapping[str, int]) -> bool:
                 "Special tokens that follow the tokenizer's ids without a gap can be exported."
             )
         converted.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-    return bool(nameless)
+    return {name for _, name in nameless}
 
 
 def convert(path: Path) -> Tokenizer:
     """The tokenizer of a sentencepiece file. Raises ExportError with all settings that have no equivalent."""
-    # The module makes its classes when it is imported, where a type checker does not see them.
-    proto = sentencepiece_model.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    proto = _read_model(path)
     if problems := _obstacles(proto):
         listed = "\n  ".join(problems)
         raise ExportError(
@@ -105,6 +123,16 @@ def convert(path: Path) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def export_obstacles(path: Path) -> list[str]:
+    """Why a tokenizer has no equal tokenizer.json, so that no model of it can be exported; empty where it has one."""
+    return [] if path.suffix == ".json" else _obstacles(_read_model(path))
+
+
+def _read_model(path: Path) -> Any:
+    # The module makes its classes when it is imported, where a type checker does not see them.
+    return sentencepiece_model.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _obstacles(proto: Any) -> list[str]:

@@ -23,6 +23,7 @@ from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConf
 from llmtrain.config.sizes import parameter_shapes
 from llmtrain.data.remote import shown_path
 from llmtrain.data.shards import TOKENIZER_NAMES, Manifest, file_sha256
+from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import CheckpointError, Problem
 
 FREE_MODEL_KEYS = ("init",)
@@ -82,7 +83,9 @@ def resume_target(config: RunConfig) -> Path | None:
 
 def content_sha256(manifest: Manifest) -> str:
     """What tells data sets apart: tokens, their documents and their order. Not where they lie, nor names of files."""
-    meaning = (manifest.tokenizer_sha256, manifest.vocab_size, manifest.dtype, manifest.eos_id)
+    meaning: tuple[Any, ...] = (manifest.tokenizer_sha256, manifest.vocab_size, manifest.dtype, manifest.eos_id)
+    if manifest.bos_ids:
+        meaning = (*meaning, manifest.bos_ids)
     shards = [(shard.sha256, shard.samples, shard.tokens) for shard in manifest.shards]
     return hashlib.sha256(json.dumps([meaning, shards]).encode()).hexdigest()
 
@@ -245,6 +248,8 @@ def _tokenizer_differences(
     if not manifests or was is None or was == manifests[0].tokenizer_sha256:
         return
     now = manifests[0].tokenizer_sha256
+    if not origin.trained and now in _proved_equal(origin):
+        return
     text = (
         f"the tokenizer of {shown_path(config.data.train[0].path)} has sha256 {now[:SHOWN_DIGITS]}, "
         f"that of the checkpoint {origin.path} has {was[:SHOWN_DIGITS]}"
@@ -259,6 +264,12 @@ def _saved_tokenizer(origin: Origin) -> str | None:
         return said
     run = origin.path.absolute().parent.parent
     return next((file_sha256(run / name) for name in TOKENIZER_NAMES if (run / name).is_file()), None)
+
+
+def _proved_equal(origin: Origin) -> tuple[str, ...]:
+    """Hashes of the tokenizers that give the same ids as the one beside imported weights: those of an own export."""
+    settings = origin.path.absolute().parent.parent / SETTINGS_NAME
+    return read_settings(settings).equal_sha256 if settings.is_file() else ()
 
 
 def _source_differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest] | None) -> list[Difference]:

@@ -11,7 +11,7 @@ from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.checkpoint.space import BYTES_PER_PARAMETER, Room, bytes_text, plan_room
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.config.sizes import num_parameters
-from llmtrain.data.folders import fetch_config, fetch_tokenizer, scheme_fault
+from llmtrain.data.folders import fetch_config, fetch_tokenizer, run_settings, scheme_fault
 from llmtrain.data.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
 from llmtrain.data.usage import data_use
@@ -138,11 +138,30 @@ def _disagreements(config: RunConfig, manifests: dict[str, Manifest]) -> Iterato
                 f"({first.tokenizer_sha256[:12]}, {first.vocab_size}). Write both with one tokenizer."
             )
             yield Problem(key, message, paths[key])
+            continue
+        for name in ("eos_id", "bos_ids"):
+            is_, was = getattr(manifest, name), getattr(first, name)
+            if is_ != was:
+                message = (
+                    f"its manifest has {name} = {_plain(is_)}, and that of {first_key} = {paths[first_key]} has "
+                    f"{_plain(was)}: documents begin or end otherwise. Write one of them again "
+                    "(`llmtrain data shards --bos auto|none`)."
+                )
+                yield Problem(key, message, paths[key])
+
+
+def _plain(ids: int | tuple[int, ...]) -> str:
+    return str(list(ids) if isinstance(ids, tuple) else ids)
 
 
 def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
-    """The named tokenizer is there, and is the one that the first training source was written with."""
+    """The named tokenizer is there, and is the one that the first training source was written with.
+
+    Raises DataError where what the data set's manifest says of the tokenizer's settings is not so.
+    """
     named, first = config.data.tokenizer, manifests.get(FIRST)
+    if first is not None:
+        run_settings(config.data, first)
     if named is None:
         yield from _fetched_tokenizer_problems(config, first)
         return

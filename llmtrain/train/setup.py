@@ -18,12 +18,14 @@ from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.lengths import sample_lengths
 from llmtrain.config.rendering import to_yaml
-from llmtrain.config.schema import RunConfig, SourceConfig
-from llmtrain.data.folders import fetch_config, open_folder, run_tokenizer
+from llmtrain.config.schema import DataConfig, RunConfig, SourceConfig
+from llmtrain.data.folders import fetch_config, open_folder, run_settings, run_tokenizer
 from llmtrain.data.loader import BatchLoader, Window, build_stream
 from llmtrain.data.pieces import load_pieces
 from llmtrain.data.recipe import Recipe
 from llmtrain.data.shards import Manifest
+from llmtrain.data.stream import SampleStream
+from llmtrain.data.token_roles import SETTINGS_NAME, TokenRoles, read_settings, settings_text, settings_tokenizer
 from llmtrain.errors import ConfigError
 from llmtrain.infer.model import find_checkpoint
 from llmtrain.observe.attempts import StartedAttempt, begin_attempt
@@ -158,7 +160,7 @@ def setup(
     attempt = StartedAttempt()
     if folder:
         folder.ensure_held()
-        save_run_files(config, folder.path)
+        save_run_files(config, folder.path, start.checkpoint.path if start.checkpoint else None)
         data = [source.to_json() for source in source_uses(config)]
         attempt = begin_attempt(folder.path, start.step, config.launch.num_workers, data)
     engine = engine_class(config.engine.name)(config, device)
@@ -206,13 +208,13 @@ def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int
     stream = build_stream(sources, config.data, config.seed, Path(config.output_dir) / config.name)
     layout = plan_layout(config.parallel, config.launch.num_workers)
     sizes = (config.train.global_batch_size, config.train.micro_batch_size)
-    return BatchLoader(stream, build_recipe(config, stream.eos_id), *sizes, layout.coordinates(rank).data, layout.data)
+    return BatchLoader(stream, build_recipe(config, stream), *sizes, layout.coordinates(rank).data, layout.data)
 
 
-def build_recipe(config: RunConfig, eos_id: int) -> Recipe:
+def build_recipe(config: RunConfig, stream: SampleStream) -> Recipe:
     """What rows are made with; special tokens are filled in already. Raises as `run_tokenizer` and `load_pieces` do."""
     pieces = load_pieces(run_tokenizer(config.data)) if config.data.objective == "masked" else None
-    return Recipe(config.data, config.seed, eos_id, config.model.family, pieces)
+    return Recipe(config.data, config.seed, stream.eos_id, config.model.family, pieces, stream.bos_ids)
 
 
 def build_monitor(
@@ -278,9 +280,36 @@ def peak_of_run(config: RunConfig, device: torch.device) -> float | None:
     return peak * config.launch.num_workers if peak else None
 
 
-def save_run_files(config: RunConfig, path: Path) -> None:
-    """The resolved configuration, the environment and the tokenizer: with them the folder explains itself."""
+def save_run_files(config: RunConfig, path: Path, checkpoint: Path | None = None) -> None:
+    """The resolved configuration, the environment and the tokenizer: with them the folder explains itself.
+
+    `checkpoint` is the one that the run continues. What is known of the tokenizer beside its file comes from the data,
+    else from there.
+    """
     (path / "config.yaml").write_text(to_yaml(config), "utf-8")
     save_environment(path)
     tokenizer = run_tokenizer(config.data)
     shutil.copyfile(tokenizer, path / f"tokenizer{tokenizer.suffix}")
+    manifest = open_folder(config.data.train[0].path, fetch_config(config.data)).read_manifest()
+    roles = trained_roles(config.data, manifest, checkpoint)
+    if roles is None and tokenizer.suffix == ".json":
+        roles = TokenRoles().as_trained(manifest.eos_id, manifest.bos_ids)
+    if roles is None:
+        (path / SETTINGS_NAME).unlink(missing_ok=True)
+    else:
+        (path / SETTINGS_NAME).write_text(settings_text(roles, manifest.tokenizer_sha256), "utf-8")
+
+
+def trained_roles(data: DataConfig, manifest: Manifest, checkpoint: Path | None) -> TokenRoles | None:
+    """What is known of a run's tokenizer, with the end and begin that its documents have; None where nothing is.
+
+    Raises DataError where a file that says it is damaged.
+    """
+    settings, sha256 = run_settings(data, manifest), manifest.tokenizer_sha256
+    roles = read_settings(settings, sha256, manifest.vocab_size) if settings else None
+    before = checkpoint.absolute().parent.parent / SETTINGS_NAME if checkpoint else None
+    if before is not None and before.is_file():
+        found = read_settings(before, None, manifest.vocab_size)
+        if settings_tokenizer(before) == sha256 or sha256 in found.equal_sha256:
+            roles = roles.with_model_of(found) if roles else found
+    return None if roles is None else roles.as_trained(manifest.eos_id, manifest.bos_ids)

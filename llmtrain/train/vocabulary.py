@@ -11,7 +11,7 @@ from llmtrain.config.lengths import NUM_SENTINELS, num_sentinels
 from llmtrain.config.names import shown
 from llmtrain.config.objective import SpecialTokensConfig, needed_tokens
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.folders import fetch_config, open_folder, run_tokenizer
+from llmtrain.data.folders import fetch_config, open_folder, run_settings, run_tokenizer
 from llmtrain.data.remote import shown_path
 from llmtrain.data.shards import Manifest, file_sha256
 from llmtrain.errors import ConfigError, DataError, Problem
@@ -71,7 +71,7 @@ def _find_tokenizer(config: RunConfig, manifest: Manifest) -> "Tokenizer | Probl
     try:
         path = run_tokenizer(config.data)
         if path.is_file() and file_sha256(path) == manifest.tokenizer_sha256:
-            return load_tokenizer(path)
+            return load_tokenizer(path, run_settings(config.data, manifest))
     except (ConfigError, DataError) as error:
         message = f"data.objective = {objective} needs it, for special tokens: {error}"
         return Problem("data.tokenizer", message, uses=("data.objective",))

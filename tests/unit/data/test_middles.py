@@ -1,6 +1,7 @@
 """Fill in the middle: documents come back from their parts, and keep their places."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,3 +114,19 @@ def test_worked_examples() -> None:
     row = window_of(pack_sample(sample_of(tokens), recipe_of("decoder", "fim", 8, fim=spm)))
     end = row.index(MIDDLE)
     assert row == [PREFIX, SUFFIX, *range(15 - (end - 2), 15), MIDDLE, *range(10, 15 - (end - 2)), EOS]
+
+
+@given(tokens=windows, number=st.integers(0, 10**9))
+@settings(deadline=None, max_examples=50)
+def test_what_begins_every_document_stays_in_front(tokens: list[int], number: int) -> None:
+    begin = 5
+    parts = [[begin, *part] for part in split([token for token in tokens if token != begin])] or [[begin, EOS]]
+    window = [token for part in parts for token in part]
+    recipe = recipe_of("decoder", "fim", max(1, len(window) - 1), fim={"rate": 1.0})
+    moved = window_of(pack_sample(sample_of(window, number), replace(recipe, bos_ids=(begin,))))
+    plain = [part[1:] for part in split(moved)]
+    assert [part[0] for part in split(moved)] == [begin] * len(parts)
+    for part, was in zip(plain, parts, strict=True):
+        text, kind, _ = restored(part) if part else (part, "whole", (0, 0))
+        end = was[-1:] if was[-1] == EOS else []
+        assert text == (was[1:] if kind == "whole" else was[1 : len(was) - len(end) - 3] + end)

@@ -81,6 +81,7 @@ def test_the_folder_is_complete_and_names_no_path(small_tokenizer, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
         "README.md",
+        "llmtrain.json",
     }
     card = (out / "README.md").read_text("utf-8")
     assert "| Training steps | 40 |" in card and "32 greedy tokens are equal" in card

@@ -1,0 +1,238 @@
+"""What is known of a tokenizer beside its own file: which tokens end, begin and fill texts, and what its folder said.
+
+A tokenizer.json does not say which token ends a text. A folder in Hugging Face's format says so in the files beside
+it; what they say is kept in one file, `tokenizer_settings.json`, that travels with the tokenizer into data sets, run
+folders and exports. Imports no torch and no tokenizer's library.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import DataError
+from llmtrain.files import SEAL, parse_json, read_text, sealed, unsealed
+
+SETTINGS_NAME = "tokenizer_settings.json"
+SETTINGS_VERSION = 1
+EQUAL_NAME = "llmtrain.json"
+"""In an own export: which tokenizers give the same ids as the exported one, as was proved."""
+TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
+MODEL_CONFIG, GENERATION = "config.json", "generation_config.json"
+MODEL_FILES = (MODEL_CONFIG, GENERATION)
+JSON_FILES = (TOKENIZER_CONFIG, TOKENS_MAP, *MODEL_FILES)
+CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+
+ROLES = ("eos", "bos", "pad", "unk", "mask", "cls", "sep")
+
+Lookup = Callable[[str], int | None]
+"""The id of a token by its text."""
+
+
+@dataclass(frozen=True)
+class TokenRoles:
+    """Ids by their role, and the content of the files that said so.
+
+    `eos_id` ends documents; generation stops at every one of `end_ids`. `bos_ids` stand in front of each text that the
+    model sees; None: nobody says so. `absent` are roles that a file says no token has. `equal_sha256` are hashes of
+    tokenizers that give the same ids as this one, as was proved. `notes` tell what of the files could not be used.
+    """
+
+    eos_id: int | None = None
+    end_ids: tuple[int, ...] = ()
+    bos_ids: tuple[int, ...] | None = None
+    ids: Mapping[str, int] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    equal_sha256: tuple[str, ...] = ()
+    files: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def as_trained(self, eos_id: int, bos_ids: tuple[int, ...]) -> "TokenRoles":
+        """With the end and the begin that documents really have."""
+        others = (token for token in self.end_ids if token not in (eos_id, self.eos_id))
+        was = () if self.eos_id is None else (self.eos_id,)
+        ends = dict.fromkeys((eos_id, *was, *others))
+        return replace(self, eos_id=eos_id, end_ids=tuple(ends), bos_ids=bos_ids)
+
+    def of_the_tokenizer(self) -> "TokenRoles":
+        """Without the files that speak of a model, which another one may be trained with the same tokenizer."""
+        return replace(self, files={name: said for name, said in self.files.items() if name not in MODEL_FILES})
+
+    def with_model_of(self, other: "TokenRoles") -> "TokenRoles":
+        """With the other's files that speak of a model, and the ends that they name."""
+        said = {name: content for name, content in other.files.items() if name in MODEL_FILES}
+        return replace(
+            self, files={**self.files, **said}, end_ids=tuple(dict.fromkeys((*self.end_ids, *other.end_ids)))
+        )
+
+
+def roles_beside(tokenizer: Path, sha256: str, lookup: Lookup, vocab_size: int) -> TokenRoles:
+    """What the files beside a tokenizer say: its settings file, or else those of a folder in Hugging Face's format.
+
+    Raises DataError where one of them is damaged, or is another tokenizer's.
+    """
+    kept = tokenizer.parent / SETTINGS_NAME
+    if kept.exists():
+        return read_settings(kept, sha256, vocab_size)
+    roles = _declared(read_folder(tokenizer.parent), lookup, vocab_size)
+    return replace(roles, equal_sha256=_proved_equal(tokenizer.parent / EQUAL_NAME, sha256))
+
+
+def _proved_equal(path: Path, sha256: str) -> tuple[str, ...]:
+    """What an own export says of its tokenizer, if it still is the one that it was proved for."""
+    said = read_json_object(path) if path.exists() else {}
+    equal = said.get("equal_sha256")
+    usable = said.get("tokenizer_sha256") == sha256 and isinstance(equal, list)
+    return tuple(text for text in equal if isinstance(text, str)) if usable and equal else ()
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """The files of a folder that say how its tokenizer and its generation are used, by their names."""
+    found: dict[str, Any] = {}
+    for name in JSON_FILES:
+        if (folder / name).exists():
+            found[name] = read_json_object(folder / name)
+    templates = [folder / CHAT_TEMPLATE, *sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))]
+    for path in templates:
+        if path.exists():
+            found[path.relative_to(folder).as_posix()] = _read_text(path)
+    return found
+
+
+def _declared(files: dict[str, Any], lookup: Lookup, vocab_size: int) -> TokenRoles:
+    """Roles that files give. Where they contradict each other, the tokenizer's own files win over those of the model,
+    for they name the token, and config.json wins over generation_config.json, which may name several ends."""
+    notes: list[str] = []
+    ids: dict[str, int] = {}
+    absent: list[str] = []
+    for role in ROLES:
+        said = list(_said(files, role, lookup))
+        usable = [token for _, _, token in said if token is not None and _is_id(token, vocab_size)]
+        notes += [
+            f"{where}: {role}_token = {value!r} is no token of the tokenizer: not used"
+            for where, value, token in said
+            if token is not None and not _is_id(token, vocab_size)
+        ]
+        if usable:
+            ids[role] = usable[0]
+        elif said and said[0][1] is None:
+            absent.append(role)
+    ends = [ids["eos"]] if "eos" in ids else []
+    for name in (GENERATION, MODEL_CONFIG):
+        ends += [token for token in _listed(files.get(name, {}).get("eos_token_id")) if _is_id(token, vocab_size)]
+    generation_ends = _listed(files.get(GENERATION, {}).get("eos_token_id"))
+    if ends and generation_ends and ends[0] not in generation_ends:
+        notes.append(
+            f"documents end with token {ends[0]}, at which {GENERATION} does not stop (eos_token_id = "
+            f"{files[GENERATION]['eos_token_id']}); `llmtrain generate` stops at all of them"
+        )
+    return TokenRoles(ids.get("eos"), tuple(dict.fromkeys(ends)), None, ids, tuple(absent), (), files, tuple(notes))
+
+
+def _said(files: Mapping[str, Any], role: str, lookup: Lookup) -> Iterator[tuple[str, Any, int | None]]:
+    """Each file's word on a role: (file, value, id); the id is -1 for what the tokenizer does not have."""
+    for name in (TOKENIZER_CONFIG, TOKENS_MAP):
+        if f"{role}_token" in files.get(name, {}):
+            value = files[name][f"{role}_token"]
+            text = value.get("content") if isinstance(value, dict) else value
+            token = lookup(text) if isinstance(text, str) else None
+            yield name, text, -1 if token is None and text is not None else token
+    for name in (MODEL_CONFIG, GENERATION):
+        if f"{role}_token_id" in files.get(name, {}):
+            value = files[name][f"{role}_token_id"]
+            listed = _listed(value)
+            yield name, value, listed[0] if listed else None if value is None else -1
+
+
+def _listed(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [token for token in values if type(token) is int]
+
+
+def _is_id(token: int | None, vocab_size: int) -> bool:
+    return token is not None and 0 <= token < vocab_size
+
+
+def settings_text(roles: TokenRoles, sha256: str) -> str:
+    """The content of a settings file; the same roles give the same text."""
+    content = {
+        "schema_version": SETTINGS_VERSION,
+        "tokenizer_sha256": sha256,
+        "eos_id": roles.eos_id,
+        "end_ids": list(roles.end_ids),
+        "bos_ids": None if roles.bos_ids is None else list(roles.bos_ids),
+        "ids": dict(roles.ids),
+        "absent": list(roles.absent),
+        "equal_sha256": list(roles.equal_sha256),
+        "files": dict(roles.files),
+    }
+    return json.dumps(sealed(content), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_settings(path: Path, sha256: str | None = None, vocab_size: int | None = None) -> TokenRoles:
+    """A settings file, of the tokenizer with this hash. Raises DataError where it is not what it should be."""
+    raw = read_json_object(path)
+    try:
+        unsealed(raw)
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if SEAL not in raw:
+        raise _damaged(path, f"it has no {SEAL}")
+    if raw.get("schema_version") != SETTINGS_VERSION:
+        raise _damaged(path, f"schema_version = {raw.get('schema_version')!r}: this llmtrain reads {SETTINGS_VERSION}")
+    if sha256 is not None and raw.get("tokenizer_sha256") != sha256:
+        raise DataError(
+            f"{path}: belongs to the tokenizer with sha256 {str(raw.get('tokenizer_sha256'))[:12]}, the one beside it "
+            f"has {sha256[:12]}. Copy the two from one place, or remove this file for a tokenizer of another origin."
+        )
+    ids, files = raw.get("ids"), raw.get("files")
+    if not isinstance(ids, dict) or not isinstance(files, dict):
+        raise _damaged(path, "ids and files must be objects")
+    lists: dict[str, Any] = {name: raw.get(name) for name in ("end_ids", "bos_ids")}
+    numbers = [raw.get("eos_id"), *ids.values(), *(token for value in lists.values() for token in value or ())]
+    limit = 1 << 32 if vocab_size is None else vocab_size
+    if any(token is not None and (type(token) is not int or not 0 <= token < limit) for token in numbers):
+        raise _damaged(path, f"ids must be whole numbers below {limit}")
+    texts = {name: raw.get(name) for name in ("absent", "equal_sha256")}
+    if any(not isinstance(value, list) or any(type(text) is not str for text in value) for value in texts.values()):
+        raise _damaged(path, "absent and equal_sha256 must be lists of texts")
+    bos_ids = None if lists["bos_ids"] is None else tuple(lists["bos_ids"])
+    return TokenRoles(
+        raw.get("eos_id"),
+        tuple(lists["end_ids"] or ()),
+        bos_ids,
+        ids,
+        tuple(texts["absent"] or ()),
+        tuple(texts["equal_sha256"] or ()),
+        files,
+    )
+
+
+def settings_tokenizer(path: Path) -> str:
+    """The hash of the tokenizer that a settings file belongs to."""
+    return str(read_json_object(path).get("tokenizer_sha256"))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of reasonable size. Raises DataError for anything else."""
+    try:
+        content = parse_json(_read_text(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}). Copy the file again.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: must hold a JSON object, not {type(content).__name__}. Copy the file again.")
+    return content
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}). Copy the file again.") from None
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    return DataError(f"{path}: {reason}. Copy the file again, or write the shards or the import again.")

@@ -1,0 +1,173 @@
+"""Which tokenizer belongs to a model: the one beside it, one that a user names, or that of an imported folder."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.data.token_roles import GENERATION, JSON_FILES, MODEL_CONFIG, SETTINGS_NAME, TokenRoles, settings_text
+from llmtrain.data.tokenizer import Tokenizer, UnknownEndError, load_tokenizer
+from llmtrain.errors import ConfigError, DataError
+
+_KNOWN_FILES = ("*.safetensors", "*.safetensors.index.json", "tokenizer.json", "chat_template.jinja", "llmtrain.json")
+_SHOWN = 6
+
+# Long enough for merges across words, and with what tokenizers treat in ways of their own.
+_TEXTS = (
+    "def export(self, name: str) -> None:\n\treturn [x ** 2 for x in range(10)]\n\n",
+    "The quick brown fox jumps over the lazy dog, doesn't it?  Yes -- 3,141.59 times!\r\n",
+    "  Ünïcödé 中文字 😀 \u2581 \ufb01 ½ <s></s><pad>[MASK]<|endoftext|> <0x41>",
+    "aAbBcC0123456789 zZ\t\t~!@#$%^&*()_+{}|:\"<>?`-=[]\\;',./",
+)
+
+
+def model_tokenizer(
+    given: Path | None, beside: Path | None, model: ModelConfig, trained_sha256: str | None = None
+) -> Tokenizer:
+    """The tokenizer that `--tokenizer` names, or the one beside a model.
+
+    A named one must give the ids that the model was trained with: it is the one beside the model, has the hash that
+    the checkpoint says, or encodes alike. Raises ConfigError where it is another one or there is none, DataError where
+    the one beside the model does not fit it.
+    """
+    if beside is None and given is None:
+        raise ConfigError("No tokenizer lies beside the model. Name one with --tokenizer.")
+    own = load_tokenizer(beside) if beside else None
+    if given is None:
+        assert own is not None
+        if (fault := _too_large(own, model)) is not None:
+            raise DataError(f"{own.path}: {fault} Copy the model's own tokenizer there.")
+        return own
+    # What is said of the model's own ids is said of the same ids in another file.
+    named = load_tokenizer(given, own.roles.as_trained(own.eos_id, own.bos_ids) if own else None)
+    if (fault := _too_large(named, model)) is not None:
+        raise ConfigError(f"--tokenizer {given}: {fault} Give the tokenizer that the model was trained with.")
+    if own is not None:
+        fault = difference(named, own)
+        known = f"the one beside the model ({own.path})"
+    else:
+        other = trained_sha256 is not None and named.sha256 != trained_sha256
+        known = f"the one that the model was trained with (sha256 {str(trained_sha256)[:12]})"
+        fault = f"its sha256 is {named.sha256[:12]}" if other else None
+    if fault is not None:
+        raise ConfigError(f"--tokenizer {given}: is another tokenizer than {known}: {fault}. Give that one.")
+    return named
+
+
+def _too_large(tokenizer: Tokenizer, model: ModelConfig) -> str | None:
+    if tokenizer.vocab_size <= model.vocabulary:
+        return None
+    return f"has {tokenizer.vocab_size} ids, and the model has {model.vocabulary} (model.vocab_size)."
+
+
+def difference(one: Tokenizer, other: Tokenizer) -> str | None:
+    """In words, the first thing in which two tokenizers do not give the same ids; None where nothing was found."""
+    if one.sha256 == other.sha256:
+        return None
+    if one.vocab_size != other.vocab_size:
+        return f"it has {one.vocab_size} ids, not {other.vocab_size}"
+    for text, ids, others in zip(_TEXTS, one.encode_batch(_TEXTS), other.encode_batch(_TEXTS), strict=True):
+        if ids.tolist() != others.tolist():
+            return f"{text[:20]!r}... begins with the ids {ids[:_SHOWN].tolist()}, not {others[:_SHOWN].tolist()}"
+    return None
+
+
+@dataclass(frozen=True)
+class FolderTokenizer:
+    """The tokenizer of an imported folder as it is kept: a file, its name, and the text of its settings file.
+
+    `tokenizer` is None where it cannot be used; `notes` say why, and what of the folder is not kept.
+    """
+
+    name: str | None
+    content: bytes
+    settings: str | None
+    tokenizer: Tokenizer | None
+    notes: tuple[str, ...]
+
+    def write(self, folder: Path) -> None:
+        """Put it into a run folder."""
+        if self.name is not None:
+            (folder / self.name).write_bytes(self.content)
+        if self.settings is not None:
+            (folder / SETTINGS_NAME).write_text(self.settings, "utf-8")
+
+
+def folder_tokenizer(folder: Path, model: ModelConfig) -> FolderTokenizer:
+    """What a folder in Hugging Face's format says about its tokens. Raises DataError where a file is damaged.
+
+    Where it has no tokenizer.json, transformers makes one of the files that it has.
+    """
+    from llmtrain.interop.reader_tokenizer import reader_tokenizer
+
+    notes: list[str] = []
+    reader = reader_tokenizer(folder, notes)
+    with _as_json(folder, reader.json if reader else None) as path:
+        if path is None:
+            return FolderTokenizer(None, b"", None, None, (*notes, "the folder holds no tokenizer that llmtrain reads"))
+        if path.parent != folder:
+            notes.append("tokenizer.json: made by transformers of the tokenizer files in the folder")
+        name, content = f"tokenizer{path.suffix}", path.read_bytes()
+        try:
+            tokenizer = load_tokenizer(path)
+        except UnknownEndError as error:
+            return FolderTokenizer(name, content, None, None, (*notes, f"no text can be made or read: {error}"))
+    notes += [*tokenizer.roles.notes, *_unsaid(tokenizer), *_not_kept(folder, name)]
+    if (fault := _too_large(tokenizer, model)) is not None:
+        notes.append(f"the tokenizer {fault} The ids above it cannot be used")
+    bos_ids = tokenizer.around[0]
+    if reader is not None and reader.before != bos_ids:
+        notes.append(
+            f"transformers puts the ids {list(reader.before)} before a text, not {list(bos_ids)}: so it is done"
+        )
+        bos_ids = reader.before
+    roles: TokenRoles = replace(tokenizer.roles, ids=tokenizer.roles.ids).as_trained(tokenizer.eos_id, bos_ids)
+    return FolderTokenizer(name, content, settings_text(roles, tokenizer.sha256), tokenizer, tuple(notes))
+
+
+@contextmanager
+def _as_json(folder: Path, made: str | None) -> Iterator[Path | None]:
+    """A tokenizer's file with the folder's other files beside it; one that was made lies in a folder of its own."""
+    found = folder / "tokenizer.json"
+    if found.is_file() or made is None:
+        model = folder / "tokenizer.model"
+        yield found if found.is_file() else model if model.is_file() else None
+        return
+    with TemporaryDirectory(prefix="llmtrain-") as place:
+        for path in (folder / name for name in JSON_FILES):
+            if path.is_file():
+                shutil.copyfile(path, Path(place, path.name))
+        for path in (folder / "chat_template.jinja", folder / "additional_chat_templates"):
+            if path.exists():
+                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, Path(place, path.name))
+        Path(place, "tokenizer.json").write_text(made, "utf-8")
+        yield Path(place, "tokenizer.json")
+
+
+def _unsaid(tokenizer: Tokenizer) -> Iterator[str]:
+    if tokenizer.roles.eos_id is None and tokenizer.eos_id not in tokenizer.around[1]:
+        name = tokenizer.pieces[tokenizer.eos_id]
+        yield f"no file says which token ends a text: {name} (id {tokenizer.eos_id}) is taken"
+
+
+def _not_kept(folder: Path, tokenizer: str) -> Iterator[str]:
+    """Files of the folder that an export will not have; what is no part of a model is not spoken of."""
+    known = {path for pattern in _KNOWN_FILES for path in folder.glob(pattern)}
+    files = {path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")} - known
+    names = sorted(path.name for path in files if path.name not in (*JSON_FILES, tokenizer, "README.md"))
+    if names:
+        yield f"not kept: {', '.join(names)}"
+
+
+def decoder_start(tokenizer: Tokenizer) -> int | None:
+    """What the folder's decoder begins with, where it says so."""
+    for name in (MODEL_CONFIG, GENERATION):
+        files: Mapping[str, Any] = tokenizer.roles.files.get(name, {})
+        token = files.get("decoder_start_token_id")
+        if type(token) is int and token >= 0:
+            return token
+    return None

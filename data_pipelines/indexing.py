@@ -1,6 +1,9 @@
 """Finding the documents in tar shards, strictly: making sidecars and manifests for tars that are already there."""
 
+import os
 import tarfile
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +27,11 @@ from llmtrain.data.shards import (
 from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import DataError
+from llmtrain.files import open_regular
 
 TOKEN_SUFFIX = ".bin"
 _TAR_BLOCK_BYTES = 512
+_END_BLOCK_BYTES = _LONGEST_HEADER = 1 << 20
 
 
 def scan_tar(path: Path) -> NDArray[np.uint64]:
@@ -38,7 +43,7 @@ def scan_tar(path: Path) -> NDArray[np.uint64]:
     payloads: list[tuple[int, int]] = []
     last_key = None
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_regular(path) as file, tarfile.open(fileobj=_HeaderFile(file.raw), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 # The library would keep every header in memory.
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  documented, but not in typeshed
@@ -58,6 +63,15 @@ def scan_tar(path: Path) -> NDArray[np.uint64]:
     return np.array(payloads, np.uint64).reshape(-1, 2)
 
 
+class _HeaderFile(BufferedReader):
+    """A tar of which headers alone are read. What one claims to be its own rest, a long name say, is bounded."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header at byte {self.tell()} claims {size} bytes of its own")
+        return super().read(size)
+
+
 def _key(name: str) -> str:
     """What webdataset groups members by: the path up to the first dot of the last part."""
     folder, _, last = name.rpartition("/")
@@ -66,19 +80,20 @@ def _key(name: str) -> str:
 
 def _check_end(path: Path, end: int) -> None:
     """An archive ends with two blocks of zeros, and nothing but zeros follows."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         # The reader stands behind the first block that it took for the end, or before it: both lie in the zeros.
-        file.seek(min(end, path.stat().st_size))
-        rest = file.read()
-    if rest.strip(b"\0"):
+        size_bytes = os.fstat(file.fileno()).st_size
+        begin = file.seek(min(end, size_bytes))
+        clean = not any(block.strip(b"\0") for block in iter(partial(file.read, _END_BLOCK_BYTES), b""))
+    if not clean:
         raise DataError(
-            f"{path}: expected the end of the archive at byte {end}, actual {len(rest)} bytes follow that are no valid "
-            "member: a header is damaged or cut. Copy the file again."
+            f"{path}: expected the end of the archive at byte {end}, actual {size_bytes - begin} bytes follow that are "
+            "no valid member: a header is damaged or cut. Copy the file again."
         )
-    if len(rest) < 2 * _TAR_BLOCK_BYTES:
+    if size_bytes - begin < 2 * _TAR_BLOCK_BYTES:
         raise DataError(
-            f"{path}: expected {2 * _TAR_BLOCK_BYTES} bytes of zeros at the end of the archive, actual {len(rest)}: "
-            "it is cut short. Copy the file again."
+            f"{path}: expected {2 * _TAR_BLOCK_BYTES} bytes of zeros at the end of the archive, actual "
+            f"{size_bytes - begin}: it is cut short. Copy the file again."
         )
 
 

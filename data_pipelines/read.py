@@ -179,7 +179,7 @@ def _texts_of_lines(lines: Iterable[bytes], opened: _Opened, report: ReadReport,
         except UnicodeError:
             report.leave_out("not_text", where)
             continue
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or a number of thousands of digits
             raise DataError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from None
         except (KeyError, TypeError, AttributeError, RecursionError):
             raise DataError(f"{where}: must be an object whose key {key!r} holds text; --field names it.") from None

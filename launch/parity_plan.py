@@ -17,7 +17,8 @@ SMOOTH = {"relu": "gelu", "reglu": "geglu"}
 """What takes the place of activations whose slope jumps: where rounding puts a value on the other side of 0, gradients
 differ for good, though every layout is right."""
 AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context", "ep": "expert"}
-PART = re.compile(r"(tp|pp|vp|cp|ep|dp|zero)(\d+)|sp|offload")
+PART = re.compile(r"(tp|pp|vp|cp|ep|dp|zero)([0-9]{1,3})|sp|offload")
+MOST_RANKS = 64
 FORM = "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 cp2 ep2 dp2 sp zero1 offload, as in megatron:tp2+sp+zero1."
 
 
@@ -72,7 +73,8 @@ def parse_candidate(text: str, config: RunConfig) -> Candidate:
     data = 1
     for part in layout.split("+"):
         match = PART.fullmatch(part)
-        if match is None or engine not in ("torch", "megatron", "deepspeed"):
+        size = int(match[2] or 1) if match and match[1] != "zero" else 1
+        if match is None or not 1 <= size <= MOST_RANKS or engine not in ("torch", "megatron", "deepspeed"):
             raise ConfigError(f"--layouts {text}: {FORM}")
         if part == "sp":
             parallel["sequence"] = True

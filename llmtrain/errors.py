@@ -4,6 +4,8 @@ A message says what is wrong, where (file, line, or dotted key), the value, what
 The command prints the message and no traceback. Everything else that is raised is a defect of llmtrain.
 """
 
+import errno
+import os
 from dataclasses import dataclass
 
 
@@ -72,6 +74,34 @@ class LaunchError(LlmtrainError):
     """The ranks of a run cannot be started, or cannot find each other."""
 
     exit_code = 1
+
+
+class PathError(LlmtrainError):
+    """The system does not give what a path names: it may not be opened, is of another kind, or cannot be at all."""
+
+    exit_code = 2
+
+    @staticmethod
+    def of(error: BaseException | None) -> "PathError | None":
+        """What a system call on a path means to whoever named it; None where a path alone does not explain it.
+
+        A file that is not there is expected by whoever looks for it, and a fault of a device or a full one is no
+        fault of the name.
+        """
+        if not isinstance(error, OSError) or error.errno not in _FAULTS_OF_PATHS:
+            return None
+        if not isinstance(error.filename, str | bytes):
+            return None
+        path = os.fsdecode(error.filename)
+        shown = path if len(path) <= _LONGEST_SHOWN else f"{path[:_LONGEST_SHOWN]}... ({len(path):,} characters)"
+        return PathError(f"{shown}: {error.strerror}. Check the path, and who may read and write there.")
+
+
+_FAULTS_OF_PATHS = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EEXIST, errno.ENXIO, errno.EINVAL, errno.EFBIG),
+)
+_LONGEST_SHOWN = 200
 
 
 class NoProgressError(LlmtrainError):

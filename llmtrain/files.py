@@ -10,13 +10,16 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, Literal, overload
 
 JSON_BYTES = 16 << 20
 """What a JSON file may have unless its reader says otherwise: parsed, `[{},{},...]` takes 25 times as much."""
+
+LINE_BYTES = 8 << 20
+"""What a line of a file of lines may have: a row with the norms of a thousand layers has 200 kB."""
 
 JSON_DEPTH = 32
 """How deep JSON may be nested: ours has 6 levels at most."""
@@ -74,8 +77,10 @@ def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
     Raises: OSError as `open_regular`, and EFBIG where the file has more.
     """
     with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        # Most files of a wrong size say so themselves; one that grows is cut off.
+        content = b"" if os.fstat(file.fileno()).st_size > limit else file.read(limit + 1)
+        too_long = not content and file.seek(0, os.SEEK_END) > limit
+    if too_long or len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes, more than such a file can have", str(path))
     return content
 
@@ -88,6 +93,19 @@ def read_text(path: Path, limit: int = JSON_BYTES) -> str:
 def read_json(path: Path, limit: int = JSON_BYTES, depth: int = JSON_DEPTH) -> Any:
     """The value in a JSON file. Raises: OSError as `read_bytes`, ValueError as `parse_json`."""
     return parse_json(read_bytes(path, limit), depth)
+
+
+def iter_lines(path: Path, longest: int = LINE_BYTES) -> Iterator[bytes]:
+    """The lines of a regular file with their ends, as they are read.
+
+    Raises: OSError as `open_regular`, and EFBIG at a line of more than `longest` bytes.
+    """
+    with open_regular(path) as file:
+        while line := file.readline(longest + 1):
+            if len(line) > longest:
+                message = f"it has a line of more than {longest:,} bytes, more than such a line can have"
+                raise OSError(errno.EFBIG, message, str(path))
+            yield line
 
 
 def parse_json(content: bytes | str, depth: int = JSON_DEPTH) -> Any:

@@ -8,6 +8,8 @@ CHECKPOINTS = "checkpoints"
 """The folder inside a run folder."""
 
 MANIFEST = "manifest.json"
+LONGEST_MANIFEST = 256 << 20
+"""Some hundred bytes per fragment: those of a thousand ranks with a thousand tensors each."""
 MANIFEST_HASH = "manifest.json.sha256"
 CONFIG = "config.yaml"
 STATE = "state.json"
@@ -45,7 +47,17 @@ def folder_of_checkpoints(path: Path) -> Path | None:
 
 
 def nearest_checkpoint(path: Path) -> Path | None:
-    """What a path to a checkpoint may have meant: a run below it, or a checkpoint or a run beside or above it."""
+    """What a path to a checkpoint may have meant: a run below it, or a checkpoint or a run beside or above it.
+
+    None where that is not found, or where what is around the path may not be looked at.
+    """
+    try:
+        return _nearest(path)
+    except OSError:
+        return None
+
+
+def _nearest(path: Path) -> Path | None:
     below = sorted(path.iterdir()) if path.is_dir() else []
     for entry in below:
         if folder_of_checkpoints(entry):

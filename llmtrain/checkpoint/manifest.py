@@ -10,7 +10,6 @@ checkpoints/step-00000050/
 
 import errno
 import hashlib
-import json
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from llmtrain.checkpoint.folders import MANIFEST, MANIFEST_HASH, step_folder_name
+from llmtrain.checkpoint.folders import LONGEST_MANIFEST, MANIFEST, MANIFEST_HASH, step_folder_name
 from llmtrain.checkpoint.fragments import Box, tiling_problem
 from llmtrain.checkpoint.tensor_file import DTYPES
 from llmtrain.errors import CheckpointError
+from llmtrain.files import parse_json, read_bytes
 
 SCHEMA_VERSION = 1
 TENSOR_FILE_SUFFIX = ".safetensors"
@@ -168,7 +168,7 @@ def load_manifest(folder: Path) -> Manifest:
             f"{path}: sha256 is {hashlib.sha256(content).hexdigest()}, {MANIFEST_HASH} says {expected}"
         )
     try:
-        found = json.loads(content).get("schema_version")
+        found = parse_json(content).get("schema_version")
         if isinstance(found, int) and found > SCHEMA_VERSION:
             raise CheckpointUnusableError(
                 f"{path}: schema_version = {found} is newer than what this llmtrain reads ({SCHEMA_VERSION}). "
@@ -182,7 +182,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, LONGEST_MANIFEST)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing") from None
     except OSError as error:
@@ -191,7 +191,11 @@ def _read(path: Path) -> bytes:
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
     """The error for a file that is there but gives no bytes. Missing permission is no damage."""
-    kind = CheckpointError if error.errno in (errno.EIO, errno.EISDIR) else CheckpointUnusableError
+    kind = (
+        CheckpointError
+        if error.errno in (errno.EIO, errno.EISDIR, errno.EINVAL, errno.EFBIG, errno.ELOOP)
+        else CheckpointUnusableError
+    )
     return kind(f"{path}: cannot be read: {error.strerror}. Check its permissions and its file system.")
 
 

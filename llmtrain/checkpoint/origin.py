@@ -1,7 +1,6 @@
 """What a checkpoint was trained with, by its small files alone. Imports no torch: it is asked before a run starts."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from llmtrain.checkpoint.folders import (
     CONFIG,
+    LONGEST_MANIFEST,
     MANIFEST,
     MANIFEST_HASH,
     STATE,
@@ -18,6 +18,7 @@ from llmtrain.checkpoint.folders import (
 )
 from llmtrain.config.document import load_plain
 from llmtrain.errors import CheckpointError
+from llmtrain.files import parse_json, read_bytes, read_text
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,17 @@ def read_origin(path: Path) -> Origin:
     Raises CheckpointError where they are damaged. Whether the tensors are whole, only opening the checkpoint tells.
     """
     try:
-        content = (path / MANIFEST).read_bytes()
-        told = (path / MANIFEST_HASH).read_text("ascii").split()[0]
+        content = read_bytes(path / MANIFEST, LONGEST_MANIFEST)
+        told = read_text(path / MANIFEST_HASH).split()[0]
         if hashlib.sha256(content).hexdigest() != told:
             raise CheckpointError(f"{path / MANIFEST}: its sha256 is not the one that {MANIFEST_HASH} says")
-        manifest = json.loads(content)
-        texts = {name: (path / name).read_bytes() for name in (CONFIG, STATE)}
+        manifest = parse_json(content)
+        texts = {name: read_bytes(path / name) for name in (CONFIG, STATE)}
         for name, text in texts.items():
             if hashlib.sha256(text).hexdigest() != manifest["files"][name]["sha256"]:
                 raise CheckpointError(f"{path / name}: its sha256 is not the one that {MANIFEST} says")
-        return origin_of(path, json.loads(texts[STATE]), texts[CONFIG].decode(), manifest["about"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        return origin_of(path, parse_json(texts[STATE]), texts[CONFIG].decode(), manifest["about"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 

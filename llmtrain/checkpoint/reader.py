@@ -1,7 +1,6 @@
 """Reading a checkpoint: checked when it is opened, then any box of any tensor in it."""
 
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from llmtrain.checkpoint.manifest import (
 from llmtrain.checkpoint.stored_tensors import Scratch, StoredTensors
 from llmtrain.checkpoint.tensor_file import DTYPES
 from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.files import read_json, read_text
 
 WHAT_TO_DO = (
     "Do not use it: copy it again from where it came from, or resume from an older one "
@@ -163,9 +163,11 @@ def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
         shown = "\n  ".join(problems[:MAX_SHOWN] + more)
         raise CheckpointError(f"{path}: the checkpoint is damaged:\n  {shown}\n{WHAT_TO_DO}")
     try:
-        state = json.loads((path / STATE).read_bytes())
-        config_text = (path / CONFIG).read_text("utf-8")
-    except (ValueError, RecursionError) as error:
+        state = read_json(path / STATE)
+        config_text = read_text(path / CONFIG)
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} is no JSON object")
+    except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: {STATE} or {CONFIG} cannot be decoded: {error}. {WHAT_TO_DO}") from error
     return CheckpointReader(path, manifest, state, config_text)
 

@@ -6,7 +6,6 @@ counts as this process's memory. So parts are read with calls of their own; the 
 keeps it as busy as reading everything would.
 """
 
-import json
 import os
 import weakref
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 from llmtrain.checkpoint.fragments import Box
 from llmtrain.checkpoint.tensor_file import DTYPES, LENGTH_BYTES, PAGE_BYTES
 from llmtrain.errors import CheckpointError
+from llmtrain.files import parse_json
 
 LONGEST_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
@@ -94,7 +94,7 @@ class StoredTensors:
         end = LENGTH_BYTES + header_bytes
         if not 2 <= header_bytes <= min(LONGEST_HEADER_BYTES, size - LENGTH_BYTES):
             raise ValueError(f"its header cannot have {header_bytes:,} bytes")
-        header = json.loads(os.pread(self._descriptor, header_bytes, LENGTH_BYTES))
+        header = parse_json(os.pread(self._descriptor, header_bytes, LENGTH_BYTES))
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)

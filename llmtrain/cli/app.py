@@ -4,6 +4,7 @@ A verb's module is imported when the verb is called, not before, so that `--help
 cannot be imported harms only its own verbs. Verb modules import only light things at their top.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError, LlmtrainError
+from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError, LlmtrainError, PathError
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class Verbs(TyperGroup):
                 raise
             report_error(error)
             raise typer.Exit(error.exit_code) from None
+        except (OSError, RuntimeError) as error:
+            # Paths that users name are opened in many places; what the system says of them is for users to mend.
+            fault = PathError.of(error if isinstance(error, OSError) else error.__context__)
+            if fault is None or wants_traceback():
+                raise
+            report_error(fault)
+            raise typer.Exit(fault.exit_code) from None
         except KeyboardInterrupt:
             if wants_traceback():
                 raise
@@ -169,5 +177,8 @@ def root(
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command with the given arguments, or the process's, and end the process with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may hold bytes, and texts characters, that the terminal's encoding does not have.
+        sys.stdout.reconfigure(errors="backslashreplace")
     typer.main.get_command(app).main(args=args, prog_name="llmtrain")
     sys.exit(0)

@@ -62,7 +62,9 @@ class Windows(StrEnum):
 def tokenizer(
     inputs: Inputs,
     out: Annotated[Path, typer.Argument(help="The tokenizer to write; its name ends with .model.")],
-    vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens, special ones and 256 bytes included.")],
+    vocab_size: Annotated[
+        int, typer.Option(min=1, max=10_000_000, help="Number of tokens, special ones and 256 bytes included.")
+    ],
     kind: Annotated[TokenizerKind, typer.Option(help="Byte-pair merges, or a unigram model.")] = TokenizerKind.BPE,
     field: Field = "text",
     separator: Separator = None,
@@ -87,8 +89,10 @@ def shards(
     valid_fraction: Annotated[
         float, typer.Option(help="Share of the documents that go to valid, by content; 0: no valid.")
     ] = 0.1,
-    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens after which a shard ends.")] = 50_000_000,
-    num_workers: Annotated[int, typer.Option(min=1, help="Threads that tokenize; the result is the same.")] = 1,
+    shard_tokens: Annotated[int, typer.Option(min=1, max=10**12, help="Tokens after which a shard ends.")] = 50_000_000,
+    num_workers: Annotated[
+        int, typer.Option(min=1, max=1024, help="Threads that tokenize; the result is the same.")
+    ] = 1,
     field: Field = "text",
     separator: Separator = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace shards that OUT already holds.")] = False,
@@ -154,7 +158,7 @@ def index(
 @app.command()
 def inspect(
     folder: Dataset,
-    seq_len: Annotated[int, typer.Option(min=1, help="Length that samples are counted for.")] = 1024,
+    seq_len: Annotated[int, typer.Option(min=1, max=2**30, help="Length that samples are counted for.")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list, one object per data set.")] = False,
 ) -> None:
     """Summarize data sets: shards, documents, tokens, lengths, samples."""
@@ -199,11 +203,11 @@ def verify(folder: Dataset) -> None:
 @app.command()
 def show(
     folder: Dataset,
-    sample: Annotated[int, typer.Option(min=0, help="Number of the sample, from 0.")] = 0,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens per sample.")] = 1024,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the run whose order is meant.")] = 1234,
+    sample: Annotated[int, typer.Option(min=0, max=10**18, help="Number of the sample, from 0.")] = 0,
+    seq_len: Annotated[int, typer.Option(min=1, max=2**30, help="Tokens per sample.")] = 1024,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the run whose order is meant.")] = 1234,
     windows: Annotated[Windows, typer.Option(help="The run's data.windows.")] = Windows.CONTINUOUS,
-    shuffle_shards: Annotated[int, typer.Option(min=1, help="The run's data.shuffle_shards.")] = 8,
+    shuffle_shards: Annotated[int, typer.Option(min=1, max=1_000_000, help="The run's data.shuffle_shards.")] = 8,
     run: Annotated[
         Path | None, typer.Option(help="A run's YAML file, in place of the other options; its objective is shown.")
     ] = None,

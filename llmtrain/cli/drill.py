@@ -14,8 +14,10 @@ def drill(
     config: Annotated[Path, typer.Argument(help="A run's configuration; the runs are short.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Overrides.")] = None,
     only: Annotated[str, typer.Option(help="Only the faults whose name contains this.")] = "",
-    kills: Annotated[int, typer.Option(min=0, help="In place of the faults: kill ranks at random so often.")] = 0,
-    mean_seconds: Annotated[float, typer.Option(min=0.1, help="Mean time between two of these kills.")] = 10.0,
+    kills: Annotated[
+        int, typer.Option(min=0, max=10_000, help="In place of the faults: kill ranks at random so often.")
+    ] = 0,
+    mean_seconds: Annotated[float, typer.Option(min=0.1, max=1e6, help="Mean time between two of these kills.")] = 10.0,
     json: Annotated[bool, typer.Option("--json", help="A line of JSON per fault on stdout.")] = False,
 ) -> None:
     """Inject faults into short runs of a configuration, and say what follows.

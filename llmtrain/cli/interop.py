@@ -165,7 +165,7 @@ def _facts(checkpoint: "CheckpointReader") -> dict[str, str]:
     config = saved_config(checkpoint)
     progress = checkpoint.state.get("train", {})
     facts = {"Run": str(config.get("name", "imported")), "Training steps": f"{checkpoint.step:,}"}
-    if "tokens" in progress:
+    if isinstance(progress, dict) and isinstance(progress.get("tokens"), int):
         facts["Training tokens"] = f"{progress['tokens']:,}"
     manifests = [Path(data["path"], "manifest.json") for data in config.get("data", {}).get("train", ())]
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in manifests if path.is_file()]

@@ -24,10 +24,12 @@ RANK_COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")
 def logs(
     run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run is over.")] = False,
-    rank: Annotated[int | None, typer.Option(min=0, help="Only this rank's.", show_default=False)] = None,
+    rank: Annotated[int | None, typer.Option(min=0, max=2**20, help="Only this rank's.", show_default=False)] = None,
     lines: Annotated[
         int | None,
-        typer.Option("--lines", "-n", min=0, help="Only the last ones of each rank; with --follow 10, else all."),
+        typer.Option(
+            "--lines", "-n", min=0, max=10**9, help="Only the last ones of each rank; with --follow 10, else all."
+        ),
     ] = None,
 ) -> None:
     """Print the logs of a run's ranks, attempt by attempt; several ranks' lines begin with the rank.

@@ -13,7 +13,7 @@ def parity(
         str, typer.Option(help="Only these, separated by commas, for example megatron:tp2+sp,deepspeed:dp2+zero3.")
     ] = "",
     ranks: Annotated[int, typer.Option(min=1, max=64, help="All legal layouts with up to so many ranks.")] = 2,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to compare.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Steps to compare.")] = 5,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     json: Annotated[bool, typer.Option("--json", help="A line of JSON per layout on stdout.")] = False,
 ) -> None:

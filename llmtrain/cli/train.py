@@ -31,7 +31,7 @@ def train(
         bool, typer.Option("--print-config", help="Print the resolved configuration as YAML, and stop.")
     ] = False,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="With --dry-run: as if on so many ranks.", show_default=False)
+        int | None, typer.Option(min=1, max=2**20, help="With --dry-run: as if on so many ranks.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
 ) -> None:

@@ -166,7 +166,7 @@ class _Reading:
             try:
                 shortest = Path(os.path.normpath(target))
                 target = shortest if shortest.exists() else target
-                if target.resolve() in [file.resolve() for file in chain]:
+                if os.path.realpath(target) in map(os.path.realpath, chain):
                     fault = f"goes in a circle: {' -> '.join(str(file) for file in (*chain, target))}. Remove one."
             except (OSError, ValueError) as error:
                 fault = f"is no file that can be read: {reason_of(error)}."

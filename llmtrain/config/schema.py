@@ -110,7 +110,9 @@ class DataConfig(Section):
     )
     fetch_attempts: Count = Field(default=5, description="Tries to fetch a remote file, with growing pauses.")
     fetch_timeout_seconds: Seconds = Field(default=60.0, description="Longest silence of a remote server.")
-    prefetch_steps: CountOrZero = Field(default=2, description="Steps whose batches are prepared ahead.")
+    prefetch_steps: Annotated[int, Field(ge=0, le=1_000), AsWhole] = Field(
+        default=2, description="Steps whose batches are prepared ahead."
+    )
 
 
 class TrainConfig(Section):

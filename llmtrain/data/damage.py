@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.errors import DataError
+from llmtrain.files import open_regular
 
 TAR_BLOCK_BYTES = 512
 _CHECKSUM = slice(148, 156)
@@ -40,7 +41,7 @@ def place_of_cut(payloads: NDArray[np.int64], size_bytes: int) -> str:
 
 def place_of_flip(path: Path, payloads: NDArray[np.int64]) -> str:
     """The first header of a shard whose own checksum is wrong, or that none is."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         for number, (offset, size) in enumerate(payloads.tolist()):
             begin = offset - TAR_BLOCK_BYTES
             file.seek(max(0, begin))

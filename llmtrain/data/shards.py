@@ -6,8 +6,10 @@ follows from the document lengths alone: the documents of a shard, each followed
 stream, and samples are windows of the streams of all shards, or of each alone. Imports no torch.
 """
 
+import errno
 import hashlib
 import json
+import os
 import struct
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -32,6 +34,10 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _INDEX_MAGIC = b"LLMTINDX"
 _INDEX_VERSION = 1
+NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EFBIG)
+"""What tells that something else stands in a file's place. Other errors of the system may pass."""
+LONGEST_INDEX = 256 << 20
+"""Of a sidecar: sixteen million documents in one shard."""
 _INDEX_HEADER = struct.Struct("<8sQ")  # magic, version; then offset and size of each payload, uint64, little-endian
 
 Verify = Literal["off", "first", "always"]
@@ -206,10 +212,15 @@ def index_bytes(payloads: NDArray[np.uint64]) -> bytes:
 def read_index(path: Path) -> NDArray[np.uint64]:
     """Array [documents, 2] of payload offset and size. Raises DamagedFileError where the sidecar is missing or torn."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, LONGEST_INDEX)
     except FileNotFoundError:
         message = f"{path}: missing. `llmtrain data index {path.parent}` rebuilds it from the shard."
         raise DamagedFileError(message, "missing", f"no {path.name}") from None
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        message = f"{path}: {error.strerror}. Delete it; `llmtrain data index {path.parent}` rebuilds it."
+        raise DamagedFileError(message, "index", f"{path.name}: {error.strerror}") from None
     body = content[_INDEX_HEADER.size :]
     if len(content) < _INDEX_HEADER.size or len(body) % 16:
         expected = f"{_INDEX_HEADER.size} bytes and 16 for each document"
@@ -225,7 +236,8 @@ def read_index(path: Path) -> NDArray[np.uint64]:
 def check_file(path: Path, size_bytes: int | None = None, sha256: str | None = None) -> None:
     """Compare a file with what the manifest says. Raises DamagedFileError that names file, expected and actual."""
     try:
-        actual_bytes = path.stat().st_size
+        with open_regular(path) as file:
+            actual_bytes = os.fstat(file.fileno()).st_size
         if size_bytes is not None and actual_bytes != size_bytes:
             message = f"{path}: expected {size_bytes} bytes, actual {actual_bytes} bytes. Copy the file again."
             raise DamagedFileError(message, "size", f"{actual_bytes} bytes")
@@ -235,3 +247,8 @@ def check_file(path: Path, size_bytes: int | None = None, sha256: str | None = N
     except FileNotFoundError:
         message = f"{path}: missing, but the manifest names it. Copy the data set again."
         raise DamagedFileError(message, "missing", f"no {path.name}") from None
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        message = f"{path}: {error.strerror}. It must be a regular file. Copy the data set again."
+        raise DamagedFileError(message, "size", f"{path.name}: {error.strerror}") from None

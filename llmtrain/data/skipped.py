@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llmtrain.errors import DataError
+from llmtrain.files import parse_json, read_bytes
 
 LEDGER_NAME = "skipped_shards.jsonl"
 
@@ -62,14 +63,16 @@ class SkippedShards:
         try:
             if self.path.stat().st_size == self._size:
                 return False
-            content = self.path.read_bytes()
+            content = read_bytes(self.path)
         except FileNotFoundError:
             return False
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from None
         before = len(self._shards)
         self._size = len(content)
         for number, line in enumerate(content.splitlines(), start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 continue  # torn by a crash: that shard is found again
             try:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from llmtrain.data.shards import TOKENIZER_NAMES, file_sha256
 from llmtrain.data.token_roles import MODEL_CONFIG, TOKENIZER_CONFIG, Lookup, TokenRoles, read_settings, roles_beside
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.files import read_bytes
 
 SPACE_MARK = "\u2581"
 """sentencepiece writes a space as this character, and so takes the character itself for a space."""
@@ -121,6 +122,18 @@ def find_tokenizer(folder: str | Path) -> Path:
     raise ConfigError(f"{folder}: neither it nor the folder above holds one of {', '.join(TOKENIZER_NAMES)}. Name one.")
 
 
+LONGEST_TOKENIZER = 256 << 20
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return read_bytes(path, LONGEST_TOKENIZER)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such tokenizer. Name a sentencepiece .model or a tokenizer.json.") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
 class SentencePieceTokenizer:
     """A sentencepiece model. Those that `llmtrain data tokenizer` trains give back every text unchanged."""
 
@@ -128,8 +141,8 @@ class SentencePieceTokenizer:
         """Raises DataError where the file is no sentencepiece model or has no end of sequence."""
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(path.read_bytes())
-        except RuntimeError as error:
+            self._model.LoadFromSerializedProto(_content(path))
+        except (RuntimeError, ValueError) as error:  # ValueError: its own message holds bytes of the file
             raise DataError(f"{path}: not a sentencepiece model ({error}). Copy the file again.") from None
         self.path = path
         self.sha256 = file_sha256(path)
@@ -218,7 +231,9 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path, said: Path | TokenRoles | None = None) -> None:
         """Raises DataError where the file is no tokenizer, or where nothing says which token ends a text."""
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(_content(path))
+        except DataError:
+            raise
         except Exception as error:  # the library raises nothing narrower
             raise DataError(f"{path}: not a tokenizer.json ({error}). Copy the file again.") from None
         self._tokenizer.no_truncation()

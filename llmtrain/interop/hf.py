@@ -204,7 +204,7 @@ _ELSEWHERE = {
 def parse_config(content: Mapping[str, Any], where: str) -> PretrainedConfig:
     """The configuration in a config.json. Raises ConfigError for a family that is not known, or wrong values."""
     kind = content.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"{where}: model_type = {kind}: can import {', '.join(FAMILIES)}.")
     try:
         config = FAMILIES[kind].config_class.from_dict(dict(content))

@@ -1,6 +1,5 @@
 """The safetensors files of a Hugging Face folder: which there are and what is in them. Pickles are never read."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llmtrain import files
 from llmtrain.errors import ConfigError, DataError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,9 +43,11 @@ def equal_tensors(one: Header, other: Header) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises DataError for anything else."""
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = files.read_json(path)
+    except ValueError as error:
         raise DataError(f"{path}: is no valid JSON: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: must be a JSON object")
     return content
@@ -54,10 +56,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        foreign = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        foreign = [name for name in named if not isinstance(name, str) or Path(name).name != name or "\0" in name]
+        names = [] if foreign else sorted(set(named))
         if foreign or not names:
-            raise DataError(f"{folder / INDEX}: weight_map must name files of the same folder; it names {foreign}")
+            raise DataError(
+                f"{folder / INDEX}: weight_map must name files of the same folder; it names {str(foreign)[:200]}"
+            )
         if missing := [name for name in names if not (folder / name).is_file()]:
             raise DataError(f"{folder}: {', '.join(missing)} is missing; {INDEX} lists it. Copy the folder again.")
         return [folder / name for name in names]

@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import DataError
+from llmtrain.files import iter_lines, parse_json
 
 AUDIT_FILE = "audit.jsonl"
+
+NUMBERS = ("step", "first_sample", "end_sample", "rank", "workers", "number")
+"""Facts that others reckon with, where an event has them."""
+MOST = 10**18
 
 
 def record(run_dir: Path, event: str, **facts: Any) -> None:
@@ -33,17 +38,33 @@ def record(run_dir: Path, event: str, **facts: Any) -> None:
 def iter_events(run_dir: Path, *events: str) -> Iterator[dict[str, Any]]:
     """The recorded events, oldest first; all kinds, or those named. A torn line is left out.
 
-    Raises DataError where the file holds something else than events.
+    Raises DataError where the file holds something else than events, or cannot be read.
     """
     path = run_dir / AUDIT_FILE
-    if not path.exists():
+    try:
+        for number, line in enumerate(iter_lines(path), start=1):
+            try:
+                row = parse_json(line)
+            except ValueError:
+                continue
+            if fault := _fault(row):
+                raise DataError(f"{path}:{number}: not an event of a run ({fault}): {line[:80]!r}. Remove that line.")
+            if not events or row["event"] in events:
+                yield row
+    except FileNotFoundError:
         return
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(row, dict) or "event" not in row:
-            raise DataError(f"{path}:{number}: not an event of a run: {line[:80]!r}. Remove that line.")
-        if not events or row["event"] in events:
-            yield row
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _fault(row: Any) -> str | None:
+    """What is wrong with a line of the log; None where it is an event."""
+    if not isinstance(row, dict) or not isinstance(row.get("event"), str):
+        return "no text `event`"
+    try:
+        if datetime.fromisoformat(row["time"]).utcoffset() is None:
+            return "`time` without a zone"
+    except (KeyError, TypeError, ValueError):
+        return "no ISO `time`"
+    wrong = [key for key in NUMBERS if not isinstance(row.get(key, 0), int) or abs(row.get(key, 0)) > MOST]
+    return f"no whole number `{wrong[0]}`" if wrong else None

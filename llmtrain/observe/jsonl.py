@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import DataError
+from llmtrain.files import iter_lines, open_regular, parse_json
 from llmtrain.observe.tracker import RESUMED_FROM, Row
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _TAIL_BYTES = 1 << 16
+MOST = 10**18
+"""No count of a run is larger, and no time is later."""
 
 
 class JsonlTracker:
@@ -27,6 +30,8 @@ class JsonlTracker:
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            open_regular(path).close()  # a pipe would wait for a reader
         self._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
         self._size_bytes = _end_of_last_whole_line(self._file.fileno())
         self._file.truncate(self._size_bytes)
@@ -86,21 +91,43 @@ def rows_that_count(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Every row as written, replaced ones included; a last line without its end is left out."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    """Every row as written, replaced ones included; a last line without its end is left out.
+
+    Raises DataError for a damaged line and for what is no file that can be read.
+    """
+    try:
+        for number, line in enumerate(iter_lines(path), start=1):
             if not line.endswith(b"\n"):
                 return
             try:
-                row = json.loads(line)
-                if not isinstance(row.get("step"), int):
-                    raise ValueError("no whole number `step`")
-            except (ValueError, AttributeError) as error:
+                yield parse_row(line)
+            except ValueError as error:
                 raise DataError(
                     f"{path}:{number}: not a row of metrics ({error}): {line[:80]!r}. "
                     "Remove that line; training does not need it."
                 ) from error
-            yield {key: _from_json(value) for key, value in row.items()}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """A row from its line. Raises ValueError where it is none, or holds what no run has recorded."""
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise ValueError("no object")
+    for key in ("step", RESUMED_FROM):
+        value = row.get(key, 0 if key == RESUMED_FROM else None)
+        if type(value) is not int or not 0 <= value <= MOST:
+            raise ValueError(f"no whole number `{key}`")
+    row = {key: _from_json(value) for key, value in row.items()}
+    for key, value in row.items():
+        if isinstance(value, str | dict | list) or value is None:
+            raise ValueError(f"`{key}` is no number")
+        if (key == "time" or key.endswith("_seconds")) and not abs(value) <= MOST:
+            raise ValueError(f"`{key}` is no time")
+        if isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"`{key}` has more digits than any number of a run")
+    return row
 
 
 def _goes_back(kept: list[dict[str, Any]], row: Row) -> bool:

@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from llmtrain.errors import ConfigError
 from llmtrain.observe.report_history import time_section, timeline_section
 from llmtrain.observe.report_model import model_section
 from llmtrain.observe.report_sections import (
@@ -39,6 +40,8 @@ SMOOTHED_CURVES = ("loss", "grad_norm", "tokens_per_second")
 
 def write_report(runs: list[Path], out: Path) -> None:
     """Write a page about run folders to `out`. Raises ConfigError for a path that is none, DataError for damage."""
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder. Name the page to write, such as {out / 'report.html'}.")
     page = render([load_run(path) for path in runs])
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")

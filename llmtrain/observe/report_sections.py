@@ -3,9 +3,11 @@
 import math
 import re
 from html import escape
+from typing import Any
 
 from llmtrain.observe.attempts import STARTED
 from llmtrain.observe.console import duration, short_number
+from llmtrain.observe.jsonl import MOST
 from llmtrain.observe.run_record import RunRecord, flat
 
 _YAML_LINE = re.compile(r"^(\s*(?:- )?)([A-Za-z0-9_.-]+)(:)(.*)$")
@@ -104,7 +106,7 @@ def data_section(records: list[RunRecord]) -> str:
     rows = ""
     for record in records:
         started = next((event for event in reversed(record.events) if event["event"] == STARTED), {})
-        for source in started.get("data") or ():
+        for source in _sources(started.get("data")):
             run = f"<td>{escape(record.name)}</td>" if len(records) > 1 else ""
             share = source["unused_tokens"] / max(1, source["tokens"])
             cells = (
@@ -123,6 +125,18 @@ def data_section(records: list[RunRecord]) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = f'<div class="scroll"><table class="grid"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     return f"<section><h2>Data</h2>{body}</section>"
+
+
+def _sources(data: object) -> list[dict[str, Any]]:
+    """What an event says of data sources; one that says it in another way is left out."""
+    texts, numbers = ("split", "path"), ("tokens", "samples", "unused_tokens", "epochs")
+    return [
+        source
+        for source in (data if isinstance(data, list) else ())
+        if isinstance(source, dict)
+        and all(isinstance(source.get(key), str) for key in texts)
+        and all(isinstance(source.get(key), int | float) and abs(source[key]) < MOST for key in numbers)
+    ]
 
 
 def config_section(records: list[RunRecord]) -> str:
@@ -153,7 +167,8 @@ def environment_section(records: list[RunRecord]) -> str:
 
 def _readable(environment: dict) -> dict[str, str]:
     """Dotted keys with sizes in GiB, and devices counted rather than listed."""
-    devices = environment.get("devices") or []
+    devices = environment.get("devices")
+    devices = devices if isinstance(devices, list) else []
     names = sorted({str(device.get("name")) for device in devices if isinstance(device, dict)})
     shown = {**environment, "devices": f"{len(devices)} x {', '.join(names)}" if devices else "none but the CPU"}
     result = flat(shown)

@@ -8,8 +8,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from llmtrain.config.bounded_yaml import LONGEST_BYTES
 from llmtrain.config.document import load_plain
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataError
+from llmtrain.files import parse_json, read_bytes
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.efficiency import Efficiency, measure
 from llmtrain.observe.environment import ENVIRONMENT_FILE
@@ -174,13 +176,18 @@ def _checkpoints(folder: Path) -> Iterator[CheckpointEntry]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        return read_bytes(path, LONGEST_BYTES).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
     """A small file beside the metrics: where it is absent or damaged the report goes without it."""
     try:
-        data = json.loads(_text(path) or "{}")
+        data = parse_json(_text(path) or "{}")
     except ValueError:
         return {}
     return data if isinstance(data, dict) else {}

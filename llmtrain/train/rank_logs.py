@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmtrain.files import open_regular
+
 LOGS = "logs"
 """The folder inside a run folder."""
 
@@ -98,7 +100,7 @@ class Follower:
 
     def _read(self, path: Path, tail: _Tail) -> Iterable[str]:
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 if path.stat().st_size < tail.position:
                     tail.position, tail.rest = 0, b""
                 file.seek(tail.position)

@@ -16,18 +16,22 @@ from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.schema import HealthConfig
 from llmtrain.data.loader import Window
 from llmtrain.engines.base import Engine
-from llmtrain.errors import CheckpointError, NoProgressError
+from llmtrain.errors import CheckpointError, DataError, NoProgressError
 from llmtrain.observe.audit import AUDIT_FILE, iter_events
 from llmtrain.train.health import Record, Trouble
 from llmtrain.train.saving import restore
 from llmtrain.train.state import TrainState
+from llmtrain.train.stored_state import require_state
 
 ROLLBACK = "rollback"
 
 
 def skipped_windows(run_dir: Path) -> tuple[Window, ...]:
     """The windows of data that a run passes over, as its audit log says. Raises DataError where that is damaged."""
-    return tuple((row["first_sample"], row["end_sample"]) for row in iter_events(run_dir, ROLLBACK))
+    try:
+        return tuple((row["first_sample"], row["end_sample"]) for row in iter_events(run_dir, ROLLBACK))
+    except KeyError as error:
+        raise DataError(f"{run_dir / AUDIT_FILE}: an event `{ROLLBACK}` has no {error}. Remove that line.") from None
 
 
 def newest_kept(manager: CheckpointManager, skipped: Sequence[Window]) -> CheckpointReader | None:
@@ -42,6 +46,7 @@ def newest_kept(manager: CheckpointManager, skipped: Sequence[Window]) -> Checkp
 
 def _has_seen(checkpoint: CheckpointReader, skipped: Sequence[Window]) -> bool:
     """Whether a checkpoint was made with data that is now to be skipped: its position lies within a window."""
+    require_state(checkpoint)
     position = checkpoint.state.get("train", {}).get("samples", 0)
     return any(first < position <= end for first, end in skipped)
 

@@ -16,11 +16,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import psutil
+from pydantic import Field, TypeAdapter, ValidationError
 
 from llmtrain.errors import LlmtrainError, RunFolderInUseError
+from llmtrain.files import read_json
 from llmtrain.observe import audit
 from llmtrain.train.file_system import UNSUPPORTED, lock_file, no_links_text
 
@@ -30,6 +32,9 @@ RENEW_SECONDS = 10.0
 LEASE_SECONDS = 60.0
 
 Status = Literal["running", "restarting", "done", "preempted", "failed", "stalled"]
+
+Number = Annotated[int, Field(ge=0, le=10**18)]
+Pid = Annotated[int, Field(gt=0, lt=2**31)]
 
 NEXT_ACTIONS: dict[Status, str] = {
     "running": "wait",
@@ -51,13 +56,13 @@ class RunStatus:
     """
 
     status: Status
-    step: int
-    total_steps: int
+    step: Number
+    total_steps: Number
     message: str
-    pid: int
+    pid: Pid
     host: str
     updated: str
-    attempt: int = 0
+    attempt: Number = 0
     cause: str = ""
     next_action: str = ""
     verdict: str = ""
@@ -69,11 +74,14 @@ class LockOwner:
 
     host: str
     machine: str
-    pid: int
+    pid: Pid
     process_started: str
     since: str
     token: str
     launch_id: str = ""
+
+
+_STATUS_FIELDS, _OWNER_FIELDS = TypeAdapter(RunStatus), TypeAdapter(LockOwner)
 
 
 class RunFolder:
@@ -223,7 +231,8 @@ class RunFolder:
         with (self.path / f".{LOCK}.takeover").open("w") as guard:
             lock_file(guard.fileno(), self._lock)
             # Another process may have taken over while this one waited: look again before replacing.
-            if not self._lock.exists():
+            # A link to nothing is something that stands there, too.
+            if not os.path.lexists(self._lock):
                 return False
             self._require_stale(mine)
             mine.replace(self._lock)
@@ -265,13 +274,22 @@ def read_status(path: Path) -> RunStatus | None:
     """What the run folder's `status.json` says; None where there is none. Raises LlmtrainError for a damaged one."""
     file = Path(path) / STATUS
     try:
-        status = RunStatus(**json.loads(file.read_bytes()))
+        status = RunStatus(**read_json(file))
+        if status.status not in (allowed := get_args(Status)):
+            raise LlmtrainError(f"{file}: status = {status.status}, allowed are {', '.join(allowed)}. Remove it.")
+        _STATUS_FIELDS.validate_json(json.dumps(asdict(status)), strict=True)
+        if datetime.fromisoformat(status.updated).utcoffset() is None:
+            raise ValueError("updated: has no zone")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise LlmtrainError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise LlmtrainError(f"{file}: is not a status that llmtrain wrote: {fault}. Remove it.") from error
     except (ValueError, TypeError) as error:
         raise LlmtrainError(f"{file}: is not a status that llmtrain wrote: {error}. Remove it.") from error
-    if status.status not in get_args(Status):
-        raise LlmtrainError(f"{file}: status = {status.status}, allowed are {', '.join(get_args(Status))}. Remove it.")
     return status
 
 
@@ -287,11 +305,11 @@ def was_taken_over(run_dir: Path, token: str) -> bool:
 def read_owner(lock: Path) -> LockOwner | None:
     """Who holds the lock; None where it is gone or says nothing that can be understood."""
     try:
-        fields: dict[str, Any] = json.loads(lock.read_bytes())
-        owner = LockOwner(**fields)
+        owner = LockOwner(**read_json(lock))
+        _OWNER_FIELDS.validate_json(json.dumps(asdict(owner)), strict=True)
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return owner if isinstance(owner.pid, int) and owner.pid > 0 else None
+    return owner
 
 
 def _is_forgotten(path: Path, now: float) -> bool:

@@ -8,6 +8,7 @@ from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.engines.base import Engine
 from llmtrain.train.state import TrainState
+from llmtrain.train.stored_state import require_state
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def restore(checkpoint: CheckpointReader, engine: Engine) -> TrainState:
     if "train" not in checkpoint.state:
         engine.load_weights(checkpoint)
     else:
+        require_state(checkpoint, engine_too=True)
         engine.load(checkpoint)
         engine.load_state(checkpoint.state["engine"])
     return saved_state(checkpoint)

@@ -48,6 +48,7 @@ from llmtrain.train.rollback import Rollbacks, newest_kept, skipped_windows
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.saving import Saving, restore, saved_state
 from llmtrain.train.state import TrainState
+from llmtrain.train.stored_state import require_state
 from llmtrain.train.tensor_norms import measuring
 from llmtrain.train.windows import source_uses
 
@@ -107,6 +108,7 @@ def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = No
     checkpoint = newest_kept(manager, skipped) if target == own else find_checkpoint(target)
     start = Start(manager, checkpoint, skipped, ranks)
     if start.checkpoint:
+        require_state(start.checkpoint)
         require_continuity(config, folder, start.checkpoint)
     back = target.resolve().is_relative_to(own.resolve())
     later = [step for step in manager.latest_steps() if step > start.step] if back else []

@@ -1,6 +1,6 @@
 """What can be told of a run from outside, from its folder alone: how far it is, and whether its process still lives."""
 
-import json
+import math
 import os
 import socket
 import time
@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
 from llmtrain.errors import ConfigError
+from llmtrain.files import open_regular
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.console import duration
 from llmtrain.observe.efficiency import STARTED
+from llmtrain.observe.jsonl import parse_row
 from llmtrain.observe.tracker import RESUMED_FROM
 from llmtrain.observe.trackers import METRICS_FILE
 from llmtrain.train.run_folder import (
@@ -77,7 +79,7 @@ def find_runs(path: Path) -> list[Path]:
     """The run that a path is, or the runs in it, by name. Raises ConfigError where there is none."""
     if is_run(path):
         return [path]
-    runs = sorted(entry for entry in path.iterdir() if is_run(entry)) if path.is_dir() else []
+    runs = sorted(entry for entry in path.iterdir() if _is_open_run(entry)) if path.is_dir() else []
     if not runs:
         missing = "no run is in it" if path.is_dir() else "it is no folder"
         raise ConfigError(f"{path}: {missing}. Give the folder of a run, <output_dir>/<name>, or one that holds runs.")
@@ -87,6 +89,14 @@ def find_runs(path: Path) -> list[Path]:
 def is_run(path: Path) -> bool:
     """Whether a folder is one that `llmtrain train` writes to."""
     return path.is_dir() and any((path / name).is_file() for name in (STATUS, METRICS_FILE, LOCK))
+
+
+def _is_open_run(path: Path) -> bool:
+    """Whether a folder beside others is a run that one may look at."""
+    try:
+        return is_run(path)
+    except PermissionError:
+        return False
 
 
 def look(path: Path) -> RunView:
@@ -138,7 +148,7 @@ def holder_lives(lock: Path, owner: LockOwner) -> bool:
 def recent_rows(metrics: Path) -> list[dict[str, Any]]:
     """The last whole rows of metrics.jsonl that belong to the newest attempt. What cannot be read is left out."""
     try:
-        with metrics.open("rb") as file:
+        with open_regular(metrics) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().split(b"\n")[1 if size > TAIL_BYTES else 0 : -1]
@@ -147,11 +157,10 @@ def recent_rows(metrics: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_row(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows = [row] if RESUMED_FROM in row else [*rows, row]
+        rows = [row] if RESUMED_FROM in row else [*rows, row]
     return rows
 
 
@@ -219,4 +228,4 @@ def _age(path: Path) -> float:
 
 def _number(value: Any) -> float | None:
     """A number of a row; None where it is not finite, which JSON has no number for."""
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if math.isfinite(value) else None

@@ -25,16 +25,20 @@ def parity(
     from json import dumps
 
     from launch.parity import Comparison, compare_layouts
-    from launch.parity_plan import iter_candidates, parse_candidate, shrink
+    from launch.parity_plan import iter_candidates, own_candidate, parse_candidate, shrink
     from llmtrain.config.load import load_config
     from llmtrain.errors import ConfigError
 
     if precision not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"--precision {precision}: must be fp32, bf16 or fp16.")
     whole = load_config(config, overrides or []).config
-    small = shrink(whole, precision)
+    small = shrink(whole, precision, 0 if layouts else ranks)
     wanted = [parse_candidate(text.strip(), small) for text in layouts.split(",")] if layouts else None
-    candidates = wanted or list(iter_candidates(small, ranks))
+    own = own_candidate(whole, small, ranks)
+    others = [other for other in iter_candidates(small, ranks) if own is None or other.name != own.name]
+    candidates = wanted or ([own] if own else []) + others
+    if wanted is None and own is None and whole.launch.num_workers > 1:
+        typer.echo(f"the run's own layout takes more ranks than --ranks {ranks}: it is not compared", err=True)
     typer.echo(f"comparing {len(candidates)} layouts with one process, {steps} steps of {precision}", err=True)
     if small.model.activation != whole.model.activation:
         kind, instead = whole.model.activation, small.model.activation

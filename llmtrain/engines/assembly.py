@@ -72,7 +72,9 @@ def cut(whole: Transformer, chunk: Chunk, config: ModelConfig) -> nn.ModuleDict:
     first = 0
     for stack in whole.stacks:
         numbers = range(first, first + len(stack.layers))
-        if part := cut_stack(stack, chunk, numbers, is_last=numbers.stop == config.total_layers):
+        # The norm at the end of the stack that the head stands on goes with the head, wherever the last layer is.
+        ends_here = chunk.last if numbers.stop == config.total_layers else numbers[-1] in chunk.layers
+        if part := cut_stack(stack, chunk, numbers.start, ends_here):
             parts[stack.side] = part
         first = numbers.stop
     if not chunk.last:
@@ -86,13 +88,15 @@ def cut(whole: Transformer, chunk: Chunk, config: ModelConfig) -> nn.ModuleDict:
     return parts
 
 
-def cut_stack(stack: Stack, chunk: Chunk, numbers: range, is_last: bool) -> Stack | None:
-    """A stack without the layers of other chunks; None where nothing is left. Its layers have the given numbers among
-    those of all stacks; `is_last` says that the head stands on it."""
+def cut_stack(stack: Stack, chunk: Chunk, first: int, ends_here: bool) -> Stack | None:
+    """A stack without the layers of other chunks; None where nothing is left.
+
+    Its first layer has the number `first` among those of all stacks; `ends_here` says that its end is this chunk's.
+    """
     for number in list(stack.layers):
-        if numbers.start + int(number) not in chunk.layers:
+        if first + int(number) not in chunk.layers:
             del stack.layers[number]
-    if not (numbers[-1] in chunk.layers or (chunk.last and is_last)):
+    if not ends_here:
         stack.final_norm = None
     if not stack.layers:
         stack.position_bias = None

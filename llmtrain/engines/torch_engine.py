@@ -18,7 +18,7 @@ from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
 from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.inputs import Scales, model_inputs
 from llmtrain.engines.placement import Placement, read_range
-from llmtrain.engines.precision import DTYPES
+from llmtrain.engines.precision import DTYPES, clip_factor, scale_gradients
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.models.build import build_model, materialize
 from llmtrain.models.cross_entropy import Objective
@@ -127,11 +127,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def _update(self, grads: list[Tensor], grad_norm: float, loss_scale: float, lr: float) -> None:
-        clip = self.config.optim.grad_clip
-        factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) / loss_scale
-        if factor != 1.0:
-            # The only multiplication of many tensors at once that there is.
-            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+        scale_gradients(grads, clip_factor(self.config.optim.grad_clip, grad_norm) / loss_scale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -72,8 +72,7 @@ class Outcome:
 
 def layout_name(config: RunConfig) -> str:
     data = config.launch.num_workers // config.parallel.replica_size
-    split = "+split" if config.parallel.pipeline_split else ""
-    return f"{short_name(config.parallel, config.engine, data)}{split}:{config.train.precision}"
+    return f"{short_name(config.parallel, config.engine, data)}:{config.train.precision}"
 
 
 def resharding_run(model: str, precision: str) -> RunConfig:

@@ -19,7 +19,7 @@ from llmtrain.engines.deepspeed_engine.setup import build_deepspeed, materialize
 from llmtrain.engines.deepspeed_engine.weights import PartitionedWeights
 from llmtrain.engines.inputs import Scales
 from llmtrain.engines.placement import InitialWeights, Placement, iter_range_boxes, read_range
-from llmtrain.engines.precision import DTYPES
+from llmtrain.engines.precision import DTYPES, clip_factor, scale_gradients
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.models.sharding import PARTIAL, is_expert, split_dim
@@ -183,12 +183,10 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _update(self, grad_norm: float, unscale: float, lr: float) -> None:
-        clip = self.config.optim.grad_clip
-        factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) * unscale
+        factor = clip_factor(self.config.optim.grad_clip, grad_norm) * unscale
         if factor != 1.0:
             for masters in self.sharding.resident(write=True):
-                grads = [master.grad for master in masters if master.grad is not None]
-                torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]  # nothing public does it
+                scale_gradients([master.grad for master in masters if master.grad is not None], factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.sharding.update()

@@ -25,7 +25,7 @@ from llmtrain.engines.inputs import Scales
 from llmtrain.engines.megatron_engine.chunk import PipelineChunk, transformer_config
 from llmtrain.engines.megatron_engine.masters import Master, iter_masters, round_weights
 from llmtrain.engines.placement import InitialWeights, Placement, iter_range_boxes, read_range
-from llmtrain.engines.precision import DTYPES
+from llmtrain.engines.precision import DTYPES, clip_factor, scale_gradients
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.models.sharding import ON_SEVERAL_STAGES, PARTIAL, is_expert, split_dim
@@ -242,12 +242,9 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _update(self, grad_norm: float, loss_scale: float, lr: float) -> None:
-        clip = self.config.optim.grad_clip
-        factor = (min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) / loss_scale
+        factor = clip_factor(self.config.optim.grad_clip, grad_norm) / loss_scale
         for optimizer in self.optimizers:
-            if factor != 1.0:
-                grads = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
-                torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]  # nothing public does it
+            scale_gradients([p.grad for p in optimizer.get_parameters() if p.grad is not None], factor)
             for group in optimizer.optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step_with_ready_grads()  # under ZeRO it gathers the weights as well

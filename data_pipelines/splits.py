@@ -1,12 +1,14 @@
 """Which documents are for training and which for validation."""
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 
 from llmtrain.errors import ConfigError
 
 SPLITS = ("train", "valid")
+
+_PLACES = 2.0**64
 
 _HELD_CHARACTERS = 50_000_000
 """Of the documents that are looked at before the first is handed on."""
@@ -14,8 +16,7 @@ _HELD_CHARACTERS = 50_000_000
 
 def in_valid(text: str, valid_fraction: float) -> bool:
     """Whether a document belongs to the valid split: by its content, so that a copy of it never lands in the other."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest()
-    return int.from_bytes(digest, "little") < valid_fraction * 2.0**64
+    return _place(text) < valid_fraction * _PLACES
 
 
 def splits_of(valid_fraction: float) -> tuple[str, ...]:
@@ -26,28 +27,41 @@ def splits_of(valid_fraction: float) -> tuple[str, ...]:
 def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator[tuple[str, str]]:
     """The split and text of each document.
 
-    Some are looked at first, so that a split without documents is told before any work is put into them. Raises
-    ConfigError.
+    The first ones are looked at before any work is put into them. Where they are all that there are, and one split
+    would be empty, the bound between the splits moves to the nearest that gives both a document. Raises ConfigError
+    where that cannot be.
     """
-    counts = dict.fromkeys(splits_of(valid_fraction), 0)
-    held: deque[tuple[str, str]] = deque()
+    bound = valid_fraction * _PLACES
+    held: deque[tuple[int, str]] = deque()
+    found: set[str] = set()
     characters = 0
-    rest = ((_split_of(text, valid_fraction), text) for text in documents)
-    for split, text in rest:
-        held.append((split, text))
-        counts[split] += 1
+    rest = ((_place(text), text) for text in documents)
+    for place, text in rest:
+        held.append((place, text))
+        found.add(_split(place, bound))
         characters += len(text)
-        if all(counts.values()) or (characters > _HELD_CHARACTERS and len(held) > 1):
+        if len(found) == len(splits_of(valid_fraction)) or (characters > _HELD_CHARACTERS and len(held) > 1):
             break
     else:
-        require_all(counts, valid_fraction)
+        if valid_fraction and held:
+            places = [place for place, _ in held]
+            bound = min(max(bound, min(places) + 1), max(places))
+        counts = Counter(_split(place, bound) for place, _ in held)
+        require_all({split: counts[split] for split in splits_of(valid_fraction)}, valid_fraction)
     while held:
-        yield held.popleft()
-    yield from rest
+        place, text = held.popleft()
+        yield _split(place, bound), text
+    for place, text in rest:
+        yield _split(place, bound), text
 
 
-def _split_of(text: str, valid_fraction: float) -> str:
-    return "valid" if valid_fraction and in_valid(text, valid_fraction) else "train"
+def _place(text: str) -> int:
+    """Where the content of a document stands between 0 and 2^64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest(), "little")
+
+
+def _split(place: int, bound: float) -> str:
+    return "valid" if place < bound else "train"
 
 
 def require_all(counts: Mapping[str, int], valid_fraction: float) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.sharding import ShardingConfig, write_shards
-from data_pipelines.splits import in_valid
+from data_pipelines.splits import in_valid, split_documents
 from data_pipelines.tokenizer_training import train_tokenizer
 from data_pipelines.verification import datasets_in, verify_dataset
 from data_pipelines.work_folder import work_folder
@@ -27,6 +27,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def texts_in(folder: Path, tokenizer: SentencePieceTokenizer) -> list[str]:
+    manifest = read_manifest(folder)
+    shards = [ShardFile(folder, manifest, number) for number in range(len(manifest.shards))]
+    return [tokenizer.decode(shard.document(n).tolist()) for shard in shards for n in range(shard.num_documents)]
+
+
 def test_every_document_is_in_exactly_one_split_as_it_was(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     manifests = write_shards(DOCUMENTS, tmp_path / "out", tokenizer, ShardingConfig(shard_tokens=1000))
     assert len(manifests["train"].shards) > 3
@@ -34,9 +40,7 @@ def test_every_document_is_in_exactly_one_split_as_it_was(tmp_path: Path, tokeni
         folder = tmp_path / "out" / split
         assert read_manifest(folder) == manifest
         assert verify_dataset(folder) == []
-        shards = [ShardFile(folder, manifest, number) for number in range(len(manifest.shards))]
-        texts = [tokenizer.decode(s.document(n).tolist()) for s in shards for n in range(s.num_documents)]
-        assert texts == [d for d in DOCUMENTS if in_valid(d, 0.1) == (split == "valid")]
+        assert texts_in(folder, tokenizer) == [d for d in DOCUMENTS if in_valid(d, 0.1) == (split == "valid")]
         assert all(entry.tokens >= 1000 for entry in manifest.shards[:-1])
     assert 5 < manifests["valid"].num_documents < 40
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
@@ -79,10 +83,23 @@ def test_one_document_is_refused_before_it_is_tokenized(
         raise AssertionError("tokenized")
 
     monkeypatch.setattr(tokenizer, "encode_batch", encode_batch)
-    few = [text for text in DOCUMENTS if not in_valid(text, 0.1)][:3]
-    for documents in (DOCUMENTS[:1], few, []):
+    for documents in (DOCUMENTS[:1], [DOCUMENTS[0]] * 3, []):
         with pytest.raises(ConfigError, match=r"--separator.*--valid-fraction 0"):
             write_shards(documents, tmp_path / "out", tokenizer, ShardingConfig())
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.999_999])
+def test_few_documents_still_make_two_splits(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, fraction: float
+) -> None:
+    few = [text for text in DOCUMENTS if not in_valid(text, 0.1)][:3]
+    few.append(few[0])
+    manifests = write_shards(few, tmp_path / "out", tokenizer, ShardingConfig(valid_fraction=fraction))
+    counts = {split: manifest.num_documents for split, manifest in manifests.items()}
+    assert sum(counts.values()) == 4 and min(counts.values()) >= 1
+    texts = {split: set(texts_in(tmp_path / "out" / split, tokenizer)) for split in counts}
+    assert not texts["train"] & texts["valid"]
+    assert set(split_documents(few, fraction)) == set(split_documents(reversed(few), fraction))
 
 
 def test_without_a_valid_split_one_document_is_enough(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:

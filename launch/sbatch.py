@@ -15,6 +15,9 @@ from pathlib import Path
 
 from launch.on_slurm import cpus_per_rank
 from launch.rank_log import LOGS
+from llmtrain.config.credentials import text_without_credentials
+from llmtrain.config.document import COMMAND_LINE
+from llmtrain.config.names import shown
 from llmtrain.config.rules_launch import uneven_nodes
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, LaunchError, Problem
@@ -37,11 +40,11 @@ SCRIPT_NAME = "job.sbatch"
 def render(config: RunConfig, config_path: Path, overrides: Sequence[str], folder: Path | None = None) -> str:
     """The batch script that `sbatch` gets: it runs `llmtrain train config_path overrides...` in `folder`.
 
-    `folder` is the working directory if absent. Raises ConfigError for a path that Slurm cannot take, and for ranks
-    that cannot be spread over the machines evenly.
+    `folder` is the working directory if absent. Raises ConfigError for a path that Slurm cannot take, for ranks that
+    cannot be spread over the machines evenly, and for credentials among the overrides.
     """
     folder = folder or Path.cwd()
-    if problems := list(uneven_nodes(config)):
+    if problems := [*uneven_nodes(config), *_secrets_in(overrides)]:
         raise ConfigError(problems)
     header = [f"#SBATCH {option}" for option in _options(config, folder)]
     setup = config.launch.slurm.setup
@@ -52,6 +55,18 @@ def render(config: RunConfig, config_path: Path, overrides: Sequence[str], folde
         f"set -- {' '.join(quoted(word) for word in (str(config_path), *overrides))}",
     ]
     return "\n".join(["#!/bin/bash", *header, "", *prologue, "", body(config)])
+
+
+def _secrets_in(overrides: Sequence[str]) -> Iterator[Problem]:
+    """Slurm keeps a script where others can read it, and so are the arguments of a program."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if text_without_credentials(value) != value:
+            message = (
+                "its user, password or query would stand in the job's script and in the lists of processes. Write the "
+                "URL into the run's file, which only you need to be able to read."
+            )
+            yield Problem(key, message, shown(key, value), COMMAND_LINE)
 
 
 def body(config: RunConfig) -> str:

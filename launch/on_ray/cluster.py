@@ -63,6 +63,10 @@ OF_OUR_RAY = {
 }
 
 
+RAY_FOLDER = "r"
+"""Ray's part of a private folder. It makes it itself."""
+
+
 @dataclass
 class Cluster:
     """A Ray that this process is connected to. `own` says that it was started for this run and ends with it."""
@@ -127,7 +131,8 @@ def _own_ray(launch: LaunchConfig) -> Iterator[Cluster]:
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
             "_node_ip_address": LOOPBACK,
-            "_temp_dir": str(folder),
+            # Ray opens its folder to everybody, who could then put another token there: it is not the token's.
+            "_temp_dir": str(folder / RAY_FOLDER),
         }
         # Ray would prefer this variable to the file.
         with changed_environment(settings, without=("RAY_AUTH_TOKEN", "RAY_ADDRESS")), _connected(**options) as context:

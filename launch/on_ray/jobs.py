@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from launch.environment import changed_environment, passed_environment
 from launch.frozen import with_absolute_paths
 from launch.on_ray.access import job_server_token
-from llmtrain.config.rendering import to_yaml
+from llmtrain.config.rendering import record_of, to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE, LaunchError, RunFolderInUseError
 from llmtrain.train.run_folder import read_status
@@ -37,13 +37,14 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What Ray is asked to run. `config_text` is uploaded as `run.yaml`."""
+    """What Ray is asked to run. `config_text` is uploaded as `run.yaml`; `shown_text` is that without secrets."""
 
     submission_id: str
     entrypoint: str
     env_vars: dict[str, str]
     run_folder: Path
-    config_text: str
+    config_text: str = field(repr=False)
+    shown_text: str
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -76,6 +77,7 @@ def plan_job(config: RunConfig, folder: Path, environ: Mapping[str, str]) -> Job
         },
         run_folder=Path(frozen.output_dir) / frozen.name,
         config_text=to_yaml(frozen),
+        shown_text=record_of(frozen),
     )
 
 
@@ -117,6 +119,8 @@ class JobServer:
                 "stop it first: `llmtrain submit CONFIG --to ray --stop`."
             )
         with tempfile.TemporaryDirectory(prefix="llmtrain-job-") as folder, self._errors():
+            # Ray keeps the mode where it unpacks the file.
+            (Path(folder) / CONFIG_NAME).touch(0o600)
             (Path(folder) / CONFIG_NAME).write_text(plan.config_text, "utf-8")
             return self._client.submit_job(
                 entrypoint=plan.entrypoint,

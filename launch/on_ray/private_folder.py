@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "llmtrain-ray-"
-LONGEST_PATH = 40
-"""Ray puts sockets into it, with names of up to 66 characters; a socket's path may have 107."""
+LONGEST_PATH = 38
+"""Ray puts sockets into a folder in it with one letter, with names of up to 66 characters; a socket's path may have
+107."""
 
 
 @contextmanager

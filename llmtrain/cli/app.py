@@ -134,12 +134,17 @@ def wants_traceback() -> bool:
 
 
 def report_error(error: LlmtrainError) -> None:
-    """Write an error to stderr: every problem of a configuration on a line of its own, notes at the end."""
+    """Write an error to stderr: every problem of a configuration on a line of its own, notes at the end.
+
+    Whatever a library or a rule has put into the text, no URL keeps its credentials.
+    """
+    from llmtrain.config.credentials import text_without_credentials
+
     lines = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else []
     for line in lines or [str(error)]:
-        typer.echo(f"{_error_mark()} {line}", err=True)
+        typer.echo(f"{_error_mark()} {text_without_credentials(line)}", err=True)
     for note in getattr(error, "__notes__", ()):
-        typer.echo(note, err=True)
+        typer.echo(text_without_credentials(note), err=True)
 
 
 def _error_mark() -> str:

@@ -111,7 +111,7 @@ def _print_plan(plan: "JobPlan") -> None:
         "runtime_env": {"working_dir": "(a folder with run.yaml)", "env_vars": plan.env_vars},
         "metadata": plan.metadata,
     }
-    typer.echo(f"{json.dumps(asked, indent=2)}\n---\n# run.yaml\n{plan.config_text}", nl=False)
+    typer.echo(f"{json.dumps(asked, indent=2)}\n---\n# run.yaml\n{plan.shown_text}", nl=False)
 
 
 def _job_line(job: "Job") -> str:

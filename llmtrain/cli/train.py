@@ -47,9 +47,9 @@ def train(
         message = f"goes with --dry-run. To train on so many, write launch.num_workers={ranks}"
         raise typer.BadParameter(message, param_hint="--ranks")
     if print_config:
-        from llmtrain.config.rendering import to_yaml
+        from llmtrain.config.rendering import record_of
 
-        typer.echo(to_yaml(load_config(config, overrides or []).config), nl=False)
+        typer.echo(record_of(load_config(config, overrides or []).config), nl=False)
         return
 
     from launch.rank import rank_from_environment

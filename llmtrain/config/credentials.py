@@ -1,31 +1,31 @@
-"""Credentials that stand in URLs, and configurations without them. Pure."""
+"""Credentials that stand in URLs, and texts without them. Pure."""
 
 import re
-from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from llmtrain.config.names import is_secret
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:/|(?:https?|s3|gs|hf):)/")
+"""What was taken for a path has lost a slash."""
+_URL_IN_TEXT = re.compile(_URL.pattern + r"[^\s'\"<>]+")
 
 HIDDEN = "(hidden)"
 
 
 def without_credentials(url: str) -> str:
     """A URL to show: without user, password, query and fragment."""
-    parts = urlsplit(url)
+    parts = urlsplit(re.sub(":/(?=[^/])", "://", url, count=1))
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def redacted(value: Any) -> Any:
-    """JSON-like settings without credentials: URLs lose them, values of keys that name a secret are replaced."""
-    if isinstance(value, dict):
-        return {key: HIDDEN if is_secret(str(key)) else redacted(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(child) for child in value]
-    if not isinstance(value, str) or not _URL.match(value):
-        return value
+def text_without_credentials(text: str) -> str:
+    """A text to show: every URL that has credentials or a query loses them. One that is a URL is so as a whole."""
+    if _URL.match(text):
+        return _shown_url(text)
+    return _URL_IN_TEXT.sub(lambda match: _shown_url(match[0]), text)
+
+
+def _shown_url(url: str) -> str:
     try:
-        return without_credentials(value)
+        shown = without_credentials(url)
+        return shown if any(mark in url for mark in "@?#") else url
     except ValueError:  # no URL at all, such as one with half an IPv6 address
         return HIDDEN

@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from llmtrain.config.credentials import HIDDEN, text_without_credentials
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section
 
@@ -119,13 +120,14 @@ def is_secret(name: str) -> bool:
 def shown(key: str, value: Any) -> str:
     """A value as a user would write it in YAML, shortened; what looks like a secret is not repeated."""
     if any(is_secret(part) for part in key.split(".")):
-        return "(hidden)"
+        return HIDDEN
     if isinstance(value, str):
+        value = text_without_credentials(value)
         text = value if value.isprintable() else json.dumps(value)
     elif isinstance(value, float):
         text = number(value)
     else:
-        text = json.dumps(_without_secrets(value), ensure_ascii=False, default=str)
+        text = json.dumps(redacted(value), ensure_ascii=False, default=str)
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
@@ -146,9 +148,10 @@ def either(values: Iterable[Any]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def _without_secrets(value: Any) -> Any:
+def redacted(value: Any) -> Any:
+    """JSON-like settings without credentials: URLs lose them, values of keys that name a secret are replaced."""
     if isinstance(value, dict):
-        return {name: "(hidden)" if is_secret(str(name)) else _without_secrets(child) for name, child in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(child) for child in value]
-    return value
+        return {key: HIDDEN if is_secret(str(key)) else redacted(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(child) for child in value]
+    return text_without_credentials(value) if isinstance(value, str) else value

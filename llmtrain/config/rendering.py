@@ -7,11 +7,36 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from llmtrain.config.names import redacted
 from llmtrain.config.schema import RunConfig
+
+LEFT_OUT = (
+    "# Users, passwords and queries of URLs are left out: take them from the file that the run was started with.\n"
+)
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration in schema order, defaults included. Loading the text gives an equal config."""
+    """The whole configuration in schema order, defaults included. Loading the text gives an equal config.
+
+    For whoever runs it only: what is kept or shown is `record_of`.
+    """
+    return plain_yaml(config.model_dump(mode="json"))
+
+
+def record_of(config: RunConfig) -> str:
+    """The configuration as it is kept and shown: as `to_yaml`, without what is secret in URLs, which it then says."""
+    values = config.model_dump(mode="json")
+    return without_secrets(plain_yaml(values), values)
+
+
+def without_secrets(text: str, values: dict[str, Any]) -> str:
+    """A YAML text whose values these are; written anew where a URL in it has a user, a password or a query."""
+    clean = redacted(values)
+    return text if clean == values else LEFT_OUT + plain_yaml(clean)
+
+
+def plain_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML, in their order."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
@@ -19,7 +44,7 @@ def to_yaml(config: RunConfig) -> str:
     yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
     yaml.width = 2**20  # never break a long text: it would come back with other white space
     stream = io.StringIO()
-    yaml.dump(config.model_dump(mode="json"), stream)
+    yaml.dump(values, stream)
     return stream.getvalue()
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from llmtrain.config.credentials import redacted, without_credentials
 from llmtrain.config.legal_values import nearest_multiples
 from llmtrain.config.names import either
 from llmtrain.config.schema import RunConfig
@@ -48,17 +47,6 @@ def artifacts_have_a_place(config: RunConfig) -> Found:
         message = "has no effect with observe.wandb = off. Try none, or observe.wandb=offline."
         yield Problem("observe.wandb_artifacts", message, observe.wandb_artifacts, uses=("observe.wandb",))
         return
-    # A checkpoint holds the configuration as it was written; without that file it would not be whole.
-    for split in ("train", "valid"):
-        for number, source in enumerate(getattr(config.data, split)):
-            key = f"data.{split}.{number}.path"
-            if redacted(source.path) != source.path:
-                message = (
-                    f"the checkpoint's config.yaml would take the credentials of {key} to Weights & Biases. Try none, "
-                    f"or give {without_credentials(source.path)} and keep credentials in the environment."
-                )
-                uses = (key, "observe.wandb")
-                yield Problem("observe.wandb_artifacts", message, observe.wandb_artifacts, uses=uses)
 
 
 def profiled_ranks_exist(config: RunConfig, world_size: int) -> Found:

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.config.bounded_yaml import LONGEST_BYTES
+from llmtrain.config.credentials import text_without_credentials
 from llmtrain.config.document import load_plain
+from llmtrain.config.names import redacted
+from llmtrain.config.rendering import without_secrets
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import parse_json, read_bytes
 from llmtrain.observe.audit import iter_events
@@ -102,6 +105,9 @@ def load_run(path: Path) -> RunRecord:
     events = list(iter_events(path))
     config_text = _text(path / "config.yaml")
     config = _yaml(config_text)
+    # Runs of before have kept URLs as they were written.
+    config_text = without_secrets(config_text, config) if config else text_without_credentials(config_text)
+    config = redacted(config)
     return RunRecord(
         path=path,
         name=str(config.get("name") or path.resolve().name),

@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config.credentials import redacted
+from llmtrain.config.names import redacted
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sizes import num_parameters
 from llmtrain.observe.attempts import StartedAttempt

@@ -17,7 +17,7 @@ from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.lengths import sample_lengths
-from llmtrain.config.rendering import to_yaml
+from llmtrain.config.rendering import record_of
 from llmtrain.config.schema import DataConfig, RunConfig, SourceConfig
 from llmtrain.data.folders import fetch_config, open_folder, run_settings, run_tokenizer
 from llmtrain.data.loader import BatchLoader, Window, build_stream
@@ -197,7 +197,7 @@ def build_manager(
         "data": data_record(config, read_manifests(config)),
     }
     reports = Reports(record=folder.record, ensure_held=folder.ensure_held) if folder else Reports()
-    return CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint, to_yaml(config), about, reports, ranks)
+    return CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint, record_of(config), about, reports, ranks)
 
 
 def read_manifests(config: RunConfig) -> list[Manifest]:
@@ -288,7 +288,7 @@ def save_run_files(config: RunConfig, path: Path, checkpoint: Path | None = None
     `checkpoint` is the one that the run continues. What is known of the tokenizer beside its file comes from the data,
     else from there.
     """
-    (path / "config.yaml").write_text(to_yaml(config), "utf-8")
+    (path / "config.yaml").write_text(record_of(config), "utf-8")
     save_environment(path)
     tokenizer = run_tokenizer(config.data)
     shutil.copyfile(tokenizer, path / f"tokenizer{tokenizer.suffix}")

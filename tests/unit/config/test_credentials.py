@@ -1,6 +1,7 @@
 """Credentials in URLs and under telling names do not get out."""
 
-from llmtrain.config.credentials import HIDDEN, redacted, without_credentials
+from llmtrain.config.credentials import HIDDEN, text_without_credentials, without_credentials
+from llmtrain.config.names import redacted, shown
 
 
 def test_a_url_loses_user_password_query_and_fragment() -> None:
@@ -26,3 +27,18 @@ def test_settings_are_redacted_at_every_depth_and_stay_what_they_were_otherwise(
         "lr": 3e-4,
         "none": None,
     }
+
+
+def test_texts_lose_what_urls_in_them_hold() -> None:
+    texts = {
+        "GET https://u:canary@h:8443/d?sig=canary: no": "GET https://h:8443/d no",
+        "tried 's3://k:canary@b/a', then \"http://h/?canary\"": "tried 's3://b/a', then \"http://h/\"",
+        "https://u:canary with blanks@h/a b?canary d": "https://h/a b",
+        "no https:/u:canary@h/d?canary here": "no https://h/d here",
+        "https://[canary@": HIDDEN,
+        "see https://example.org/page, a@b, what?": "see https://example.org/page, a@b, what?",
+    }
+    for text, clean in texts.items():
+        assert text_without_credentials(text) == clean
+    assert "canary" not in shown("data.train", "https://u:canary@h/d?canary")
+    assert "canary" not in shown("data.train", [{"path": "https://u:canary@h/d?canary"}])

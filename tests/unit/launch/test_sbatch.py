@@ -331,3 +331,11 @@ def test_what_sbatch_refuses_is_told(folder: Path, monkeypatch: pytest.MonkeyPat
         sbatch.submit(loaded(), Path("run.yaml"), [])
     with pytest.raises(ConfigError, match=r"launch\.slurm\.setup = no\.sh: there is no such file"):
         sbatch.submit(loaded("launch.slurm.setup=no.sh"), Path("run.yaml"), [])
+
+
+def test_credentials_do_not_get_into_a_script(folder: Path) -> None:
+    overrides = ["data.train.0.path=https://user:canary@host/d?sig=canary", "train.steps=5"]
+    with pytest.raises(ConfigError) as refused:
+        sbatch.render(loaded(*overrides), Path("run.yaml"), overrides)
+    assert "data.train.0.path = https://host/d (command line)" in str(refused.value)
+    assert "canary" not in str(refused.value)

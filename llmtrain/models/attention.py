@@ -24,7 +24,7 @@ from llmtrain.models.linear_attention import decode, linear_attention
 from llmtrain.models.norms import RMSNorm
 from llmtrain.models.positions import PositionBias, Rotary, at_least_fp32, rotate
 from llmtrain.models.visibility import Visibility
-from llmtrain.parallel.draws import Draws, Span, derived_key
+from llmtrain.parallel.draws import Draws, Span, site_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         self.scale = config.attention.scale or 1 / math.sqrt(self.head_dim)
         self.softcap = config.attention.softcap
         self.dropout = config.attention_dropout
-        self.dropout_site = derived_key(site, "probabilities")
+        self.dropout_site = site_key(site, "probabilities")
         self.recompute_kernel = recompute_kernel
         self.q = nn.Linear(config.hidden_size, config.num_heads * self.head_dim, bias=config.bias)
         self.k = nn.Linear(config.hidden_size, config.kv_heads * self.head_dim, bias=config.bias)

@@ -19,7 +19,7 @@ class ProbabilityDropout:
     """Stateless dropout on probabilities. `heads` places this rank's heads among all."""
 
     probability: float
-    site: int
+    site: Tensor
     draws: Draws
     heads: Span
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.norms import build_norm
 from llmtrain.models.positions import sinusoids
-from llmtrain.parallel.draws import Draws, derived_key, dropout_hidden
+from llmtrain.parallel.draws import Draws, dropout_hidden, site_key
 
 
 class Embeddings(nn.Module):
@@ -19,7 +19,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.sinusoidal = config.position == "sinusoidal"
         self.dropout = config.dropout
-        self.dropout_sites = {"decoder": derived_key("embeddings"), "encoder": derived_key("embeddings", "encoder")}
+        self.dropout_sites = {"decoder": site_key("embeddings"), "encoder": site_key("embeddings", "encoder")}
         self.word = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         learned = config.position == "learned"
         self.position = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None

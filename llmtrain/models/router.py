@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.moe import MoeConfig
-from llmtrain.parallel.draws import Draws, Span, derived_key
+from llmtrain.parallel.draws import Draws, Span, site_key
 from llmtrain.parallel.sequence import WHOLE, SequenceParts
 
 
@@ -69,7 +69,7 @@ class Router(nn.Module):
         super().__init__()
         assert config.moe is not None
         self.moe = config.moe
-        self.jitter_site = derived_key(site, "jitter")
+        self.jitter_site = site_key(site, "jitter")
         self.parts: SequenceParts = WHOLE
         """Which part of the sequence this rank holds; set by the engines."""
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))

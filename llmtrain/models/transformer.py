@@ -22,7 +22,7 @@ from llmtrain.models.moe import MoE
 from llmtrain.models.norms import build_norm
 from llmtrain.models.positions import build_position_bias, rotary_angles
 from llmtrain.models.visibility import Visibility
-from llmtrain.parallel.draws import Draws, derived_key, dropout_hidden
+from llmtrain.parallel.draws import Draws, dropout_hidden, site_key
 
 Side = Literal["encoder", "decoder"]
 
@@ -52,8 +52,8 @@ class Layer(nn.Module):
         site, selective = f"{side}.{number}", recompute == "selective"
         self.pre_norm = config.norm_position == "pre"
         self.dropout = config.dropout
-        self.attention_site, self.mlp_site = derived_key(site, "attention"), derived_key(site, "mlp")
-        self.cross_attention_site = derived_key(site, "cross_attention")
+        self.attention_site, self.mlp_site = site_key(site, "attention"), site_key(site, "mlp")
+        self.cross_attention_site = site_key(site, "cross_attention")
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, f"{site}.attention", recompute_kernel=selective)
         self.cross_attention_norm, self.cross_attention = None, None
@@ -89,7 +89,7 @@ class Layer(nn.Module):
     def _before(self, norm: nn.Module, x_SBH: Tensor) -> Tensor:
         return norm(x_SBH) if self.pre_norm else x_SBH
 
-    def _added(self, norm: nn.Module, x_SBH: Tensor, y_SBH: Tensor, site: int, draws: Draws | None) -> Tensor:
+    def _added(self, norm: nn.Module, x_SBH: Tensor, y_SBH: Tensor, site: Tensor, draws: Draws | None) -> Tensor:
         x_SBH = x_SBH + dropout_hidden(y_SBH, self.dropout, site, draws)
         return x_SBH if self.pre_norm else norm(x_SBH)
 

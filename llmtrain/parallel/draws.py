@@ -19,6 +19,15 @@ def derived_key(*parts: int | str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def site_key(*parts: int | str) -> Tensor:
+    """The key of a place in the model that draws, as a 0-dim int64 tensor on the CPU.
+
+    A layer is compiled once for all layers: a number of its own would be a part of the graph, and every layer has
+    another. It is no buffer, so that it keeps its value where a model is built without memory.
+    """
+    return torch.tensor(derived_key(*parts), device="cpu")
+
+
 def mixed(x: Tensor) -> Tensor:
     """The output of splitmix64 (Steele, Lea and Flood 2014) on int64: products wrap, masks make shifts logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
@@ -40,7 +49,7 @@ class Draws:
     """The source of one micro-batch's draws.
 
     `key` is a 0-dim int64 tensor, so that a compiled layer is not compiled again for every step. `sequence` says which
-    part of the sequence this rank's activations hold; None: all of it.
+    part of the sequence this rank's activations hold; None: all of it. A `site` is a `site_key`.
     """
 
     key: Tensor
@@ -54,15 +63,15 @@ class Draws:
     def with_sequence(self, sequence: Span) -> "Draws":
         return replace(self, sequence=sequence)
 
-    def keep_mask(self, site: int, probability: float, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def keep_mask(self, site: Tensor | int, probability: float, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
         """True where an element is kept. `spans` places each dimension of `shape` in the whole tensor."""
         return self.bits(site, shape, spans) >= int(probability * 2**32)
 
-    def uniform(self, site: int, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def uniform(self, site: Tensor | int, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
         """Numbers in [0, 1), in fp32."""
         return (self.bits(site, shape, spans) >> 8).float() * 2**-24
 
-    def bits(self, site: int, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def bits(self, site: Tensor | int, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
         """32 random bits per element, as int64."""
         key = mixed(self.key + site)
         index = torch.zeros((), dtype=torch.int64, device=self.key.device)
@@ -75,7 +84,7 @@ class Draws:
         return (mixed(key ^ index) >> 32) & 0xFFFFFFFF
 
 
-def dropout_hidden(x_SBH: Tensor, probability: float, site: int, draws: Draws | None) -> Tensor:
+def dropout_hidden(x_SBH: Tensor, probability: float, site: Tensor | int, draws: Draws | None) -> Tensor:
     """Dropout on activations whose sequence may be split over ranks. Without draws (evaluation) it does nothing."""
     if draws is None or probability == 0.0:
         return x_SBH

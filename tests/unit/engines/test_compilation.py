@@ -1,16 +1,26 @@
-"""Compiled layers: nothing is unpickled from disk, and nobody else's files are used."""
+"""Compiled layers: nothing is unpickled from disk, nobody else's files are used, and all layers share their graphs."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 from torch import nn
+from torch._dynamo.utils import counters
 
 from llmtrain.engines.compilation import compile_layers
+from llmtrain.engines.inputs import model_inputs
+from llmtrain.models.build import build_model
 from llmtrain.models.compiled_graphs import CACHE_VARIABLE
+from llmtrain.models.transformer import Pass
+from llmtrain.parallel.draws import Draws
+from tests.support.samples import random_batch, tiny_model
+
+JITTERED = {"num_experts": 4, "router": "switch", "capacity_factor": 1.0, "jitter": 0.01, "every_n_layers": 1}
 
 
 @pytest.fixture
@@ -43,3 +53,41 @@ def test_the_users_own_folder_is_used(untouched: Path, monkeypatch: pytest.Monke
     compile_layers([])
     assert os.environ[CACHE_VARIABLE] == "/scratch/compiled"
     assert not untouched.exists()
+
+
+FEW, MANY = 3, 12
+"""Layers. PyTorch gives up compiling a function after its eighth graph."""
+
+
+def graphs(num_layers: int, recompute: str = "none", **changes: Any) -> dict[str, int]:
+    """How many graphs all layers of a model with dropout take in two steps, and how often the compiler gave up."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = build_model(tiny_model(num_layers=num_layers, dropout=0.1, **changes), recompute)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    for layer in (layer for stack in model.stacks for layer in stack.layers.values()):
+        layer.compile(backend="eager")
+    for step in (1, 2):
+        draws = Draws.of_micro_batch(1, step, 0, torch.device("cpu"))
+        model(model_inputs(random_batch()), Pass(draws))[0].sum().backward()
+    given_up = counters["frames"]["total"] - counters["frames"]["ok"]
+    return {"graphs": counters["stats"]["unique_graphs"], "given up": given_up}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_layers_with_dropout_share_one_graph(recompute: str) -> None:
+    assert graphs(MANY, recompute) == {"graphs": 1, "given up": 0}
+
+
+def test_attention_dropout_takes_no_more_graphs_in_more_layers() -> None:
+    """What a graph cannot hold splits a layer into several, the same of each layer."""
+    assert graphs(MANY, attention_dropout=0.1) == graphs(FEW, attention_dropout=0.1)
+
+
+@pytest.mark.whole_grid
+def test_the_compiler_does_not_give_up_layers_with_experts() -> None:
+    """How many graphs they take depends on how many tokens each expert gets."""
+    assert graphs(MANY, moe=JITTERED)["given up"] == 0

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llmtrain.parallel.draws import Draws, Span, derived_key, dropout_hidden
+from llmtrain.parallel.draws import Draws, Span, derived_key, dropout_hidden, site_key
 
 CPU = torch.device("cpu")
 
@@ -56,3 +56,13 @@ def test_keys_depend_on_every_part_and_on_order() -> None:
     keys = {derived_key(*parts) for parts in [(1, "a"), ("a", 1), (1, "b"), (2, "a"), ("1", "a"), (1, "a", 0)]}
     assert len(keys) == 6
     assert derived_key(1, "a") == derived_key(1, "a")
+
+
+def test_a_site_as_a_tensor_draws_what_its_number_draws() -> None:
+    """On the CPU also where a model is built without memory, as compiled layers need it."""
+    draws, shape = Draws.of_micro_batch(5, 1, 0, CPU), (7, 9)
+    for place in ("decoder.0.attention", "decoder.11.mlp", "encoder.3"):
+        with torch.device("meta"):
+            site = site_key(place)
+        assert (site.dtype, site.shape, site.device) == (torch.int64, (), CPU)
+        assert torch.equal(draws.bits(site, shape, whole(shape)), draws.bits(derived_key(place), shape, whole(shape)))

@@ -24,6 +24,8 @@ LINE_BYTES = 8 << 20
 JSON_DEPTH = 32
 """How deep JSON may be nested: ours has 6 levels at most."""
 
+_BLOCK_BYTES = 1 << 20
+
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -76,13 +78,16 @@ def read_bytes(path: Path, limit: int = JSON_BYTES) -> bytes:
 
     Raises: OSError as `open_regular`, and EFBIG where the file has more.
     """
+    content = bytearray()
     with open_regular(path) as file:
         # Most files of a wrong size say so themselves; one that grows is cut off.
-        content = b"" if os.fstat(file.fileno()).st_size > limit else file.read(limit + 1)
-        too_long = not content and file.seek(0, os.SEEK_END) > limit
-    if too_long or len(content) > limit:
+        too_long = os.fstat(file.fileno()).st_size > limit
+        while not too_long and (block := file.read(_BLOCK_BYTES)):
+            content += block
+            too_long = len(content) > limit
+    if too_long:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes, more than such a file can have", str(path))
-    return content
+    return bytes(content)
 
 
 def read_text(path: Path, limit: int = JSON_BYTES) -> str:

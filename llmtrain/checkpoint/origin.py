@@ -16,6 +16,7 @@ from llmtrain.checkpoint.folders import (
     is_checkpoint,
     step_folder_name,
 )
+from llmtrain.checkpoint.stored_state import require_position
 from llmtrain.config.document import load_plain
 from llmtrain.errors import CheckpointError
 from llmtrain.files import parse_json, read_bytes, read_text
@@ -43,6 +44,7 @@ class Origin:
 
 def origin_of(path: Path, state: Mapping[str, Any], config_text: str, about: Mapping[str, Any]) -> Origin:
     """The origin of a checkpoint that has been read. Raises CheckpointError where its configuration is none."""
+    require_position(path, state)
     try:
         config = load_plain(config_text)
     except ValueError as error:

@@ -35,7 +35,8 @@ def reader_tokenizer(folder: Path, notes: list[str]) -> ReaderTokenizer | None:
         whole = loaded.encode("a")
         text = loaded.backend_tokenizer.to_str()
     except Exception as error:  # transformers raises nothing narrower, and of many kinds
-        notes.append(f"transformers cannot use the folder's tokenizer: {str(error).splitlines()[0][:200]}")
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        notes.append(f"transformers cannot use the folder's tokenizer: {reason}")
         return None
     starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
     return ReaderTokenizer(text, tuple(whole[: next(starts, 0)]))

@@ -13,6 +13,7 @@ from typing import Any
 from llmtrain.checkpoint.exchange import Exchange
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.checkpoint.stored_state import require_state
 from llmtrain.config.schema import HealthConfig
 from llmtrain.data.loader import Window
 from llmtrain.engines.base import Engine
@@ -21,7 +22,6 @@ from llmtrain.observe.audit import AUDIT_FILE, iter_events
 from llmtrain.train.health import Record, Trouble
 from llmtrain.train.saving import restore
 from llmtrain.train.state import TrainState
-from llmtrain.train.stored_state import require_state
 
 ROLLBACK = "rollback"
 
@@ -46,7 +46,7 @@ def newest_kept(manager: CheckpointManager, skipped: Sequence[Window]) -> Checkp
 
 def _has_seen(checkpoint: CheckpointReader, skipped: Sequence[Window]) -> bool:
     """Whether a checkpoint was made with data that is now to be skipped: its position lies within a window."""
-    require_state(checkpoint)
+    require_state(checkpoint.path, checkpoint.state, checkpoint.about)
     position = checkpoint.state.get("train", {}).get("samples", 0)
     return any(first < position <= end for first, end in skipped)
 

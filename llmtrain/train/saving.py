@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.checkpoint.stored_state import require_state
 from llmtrain.engines.base import Engine
 from llmtrain.train.state import TrainState
-from llmtrain.train.stored_state import require_state
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def restore(checkpoint: CheckpointReader, engine: Engine) -> TrainState:
     if "train" not in checkpoint.state:
         engine.load_weights(checkpoint)
     else:
-        require_state(checkpoint, engine_too=True)
+        require_state(checkpoint.path, checkpoint.state, checkpoint.about, engine_too=True)
         engine.load(checkpoint)
         engine.load_state(checkpoint.state["engine"])
     return saved_state(checkpoint)

@@ -16,6 +16,7 @@ from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_fold
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.checkpoint.stored_state import require_state
 from llmtrain.config.lengths import sample_lengths
 from llmtrain.config.rendering import record_of
 from llmtrain.config.schema import DataConfig, RunConfig, SourceConfig
@@ -48,7 +49,6 @@ from llmtrain.train.rollback import Rollbacks, newest_kept, skipped_windows
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.saving import Saving, restore, saved_state
 from llmtrain.train.state import TrainState
-from llmtrain.train.stored_state import require_state
 from llmtrain.train.tensor_norms import measuring
 from llmtrain.train.windows import source_uses
 
@@ -108,7 +108,7 @@ def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = No
     checkpoint = newest_kept(manager, skipped) if target == own else find_checkpoint(target)
     start = Start(manager, checkpoint, skipped, ranks)
     if start.checkpoint:
-        require_state(start.checkpoint)
+        require_state(start.checkpoint.path, start.checkpoint.state, start.checkpoint.about)
         require_continuity(config, folder, start.checkpoint)
     back = target.resolve().is_relative_to(own.resolve())
     later = [step for step in manager.latest_steps() if step > start.step] if back else []

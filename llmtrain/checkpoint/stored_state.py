@@ -1,10 +1,11 @@
-"""What state.json of a checkpoint must hold before a run continues from it."""
+"""What state.json of a checkpoint must hold before a run continues from it. Imports no torch."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.errors import CheckpointError
 
 Number = Annotated[int, Field(ge=0, le=10**18)]
@@ -44,23 +45,36 @@ class _Position(_Stored):
     train: _Train
 
 
+class _Maybe(_Stored):
+    train: _Train | None = None
+
+
 class _Whole(_Position):
     engine: _Engine
 
 
-def require_state(checkpoint: CheckpointReader, engine_too: bool = False) -> None:
-    """Raise CheckpointError where a checkpoint of a run lacks the position of that run, or what its engine counts.
+def require_state(path: Path, state: Mapping[str, Any], about: Mapping[str, Any], engine_too: bool = False) -> None:
+    """Raise CheckpointError where the checkpoint of a run lacks that run's position, or what its engine counts.
 
     Imported weights have neither, and say so in the manifest: without that word, a run would begin anew in silence.
     """
-    if not checkpoint.state and "imported" in checkpoint.about:
+    if not state and "imported" in about:
         return
+    _require(_Whole if engine_too else _Position, path, state)
+
+
+def require_position(path: Path, state: object) -> None:
+    """Raise CheckpointError where a state has a position that is none."""
+    _require(_Maybe, path, state)
+
+
+def _require(form: type[_Stored], path: Path, state: object) -> None:
     try:
-        (_Whole if engine_too else _Position).model_validate(checkpoint.state)
+        form.model_validate(state)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise CheckpointError(
-            f"{checkpoint.path}: state.json does not say how far the run is: {key}: {first['msg']}. "
+            f"{path}: state.json does not say how far the run is: {key}: {first['msg']}. "
             "Resume from another checkpoint, or copy this one again."
         ) from None

@@ -132,6 +132,13 @@ def test_the_drawn_cases_meet_every_file_and_verb() -> None:
     assert len(lines) == 13
 
 
+def test_no_drawn_line_hands_a_run_over() -> None:
+    drawn = [command_cases(Random(f"submit-{number}")).arguments for number in range(3000)]
+    submitted = [words for words in drawn if words[0] == "submit"]
+    assert len(submitted) > 50
+    assert all(words[1] == "--dry-run" for words in submitted)
+
+
 def test_an_end_that_is_not_allowed_is_seen(server: Server, good: Path, tmp_path: Path) -> None:
     case = Case("legal", ("schema",), None, TOLD)
     assert "exit code 0" in str(fault_of(case, server, good, tmp_path / "case"))

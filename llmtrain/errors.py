@@ -110,6 +110,12 @@ class NoProgressError(LlmtrainError):
     exit_code = 93
 
 
+class InstallationError(LlmtrainError):
+    """A package that is needed cannot be imported in this environment."""
+
+    exit_code = 1
+
+
 class ExportError(LlmtrainError):
     """An exported model does not reproduce the numbers of the trained one."""
 

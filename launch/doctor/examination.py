@@ -27,7 +27,7 @@ IMPORTED = {
     "webdataset": "webdataset",
     "sentencepiece": "sentencepiece",
     "safetensors": "safetensors.torch",
-    "transformers": "transformers",
+    "transformers": "transformers.modeling_utils",  # the package itself imports nothing until it is used
     "tensorboard": "torch.utils.tensorboard",
 }
 """Packages that are imported to see whether they work, by the module that says so. Engines show it of the others."""
@@ -55,7 +55,7 @@ def examine(output_dir: Path) -> list[Finding]:
     # A package that fails as torch itself does is not the broken one.
     errors = _broken_imports(importing.result()).items()
     broken = {name: error for name, error in errors if error != answers["devices"].get("error")}
-    found = [_with_import_error(finding, broken) for finding in found]
+    found = [with_import_error(finding, broken, importing.result()) for finding in found]
     found += [*machine, *device_findings(answers["devices"], gpus), meeting_finding("gloo", answers["meeting"])]
     if answers["devices"].get("gpus", 0) > 1:
         found.append(meeting_finding("nccl", ask("meeting", "cuda")))
@@ -156,10 +156,15 @@ def _broken_imports(answer: Answer) -> dict[str, str]:
     return {name: text for name, text in said.items() if text}
 
 
-def _with_import_error(finding: Finding, broken: Mapping[str, str]) -> Finding:
+def with_import_error(finding: Finding, broken: Mapping[str, str], answer: Answer) -> Finding:
     """A package that is installed, and cannot be imported."""
     if finding.section != "packages" or finding.state != "ok" or finding.name not in broken:
         return finding
     (requirement,) = (wanted(each) for each in requirements() if each.name == finding.name)
     text = f"{finding.text} is installed, but cannot be imported: {broken[finding.name]}"
-    return Finding("packages", finding.name, "broken", text, pip_install("--force-reinstall", requirement))
+    culprit = answer.get(f"{IMPORTED[finding.name]} breaks in")
+    if culprit is None or culprit == "torch":
+        return Finding("packages", finding.name, "broken", text, pip_install("--force-reinstall", requirement))
+    text = f"{text}, in the package {culprit}, which does not fit this torch or is damaged"
+    mend = f"{shlex.quote(sys.executable)} -m pip uninstall {culprit}   (or install the {culprit} of this torch)"
+    return Finding("packages", finding.name, "broken", text, mend)

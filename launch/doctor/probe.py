@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from llmtrain.interop.installation import broken_package
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 ZERO_STAGES = (0, 1, 2, 3)
 AXES = ("tensor", "pipeline", "context")
@@ -25,8 +27,24 @@ Answer = dict[str, Any]
 
 
 def imports(*names: str) -> Answer:
-    """What importing each of these packages comes to: None, or the error in words."""
-    return {name: error_of(lambda name=name: import_module(name)) for name in names}
+    """What importing each of these packages comes to: None, or the error in words.
+
+    Where it is another package that fails, `NAME breaks in` says which.
+    """
+    answers: dict[str, Any] = {}
+    for name in names:
+        broken: list[str | None] = []
+        answers[name] = error_of(lambda name=name, broken=broken: _import(name, broken))
+        answers |= {f"{name} breaks in": package for package in broken if package not in (None, name.split(".")[0])}
+    return answers
+
+
+def _import(name: str, broken: list[str | None]) -> None:
+    try:
+        import_module(name)
+    except Exception as error:
+        broken.append(broken_package(error))
+        raise
 
 
 def trials(*engines: str) -> Answer:

@@ -259,7 +259,7 @@ def _tell_about(tokenizer: "Tokenizer") -> None:
             "A model that is trained on these shards never sees them. Tokenizers that `llmtrain data tokenizer` trains "
             "give back everything."
         )
-    if obstacles := export_obstacles(tokenizer.path):
+    if obstacles := export_obstacles(tokenizer):
         _say(f"note: a model that is trained on these shards cannot be exported: {'; '.join(obstacles)}.")
 
 

@@ -68,6 +68,9 @@ def export(
 
     Weights are read and written some at a time: memory is that of the largest file, and of the proof.
     """
+    from llmtrain.interop.installation import require_transformers
+
+    require_transformers()
     from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_config
     from llmtrain.infer.tokenizer import model_tokenizer
     from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
@@ -76,6 +79,7 @@ def export(
     max_shard_bytes = _size_bytes("--max-shard-size", max_shard_size)
     proof_bytes = _size_bytes("--proof-memory", proof_memory)
     require_free(out, overwrite)
+    _require_place(out)
     checkpoint = find_checkpoint(source)
     weights, model = _rounded_weights(checkpoint, dtype)
     trained = checkpoint.about.get("data", {}).get("tokenizer_sha256")
@@ -122,8 +126,12 @@ def import_(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already. Choose another name, or remove it.")
+    _require_place(out)
 
     from llmtrain.config.sizes import num_parameters
+    from llmtrain.interop.installation import require_transformers
+
+    require_transformers()
     from llmtrain.infer.tokenizer import folder_tokenizer
     from llmtrain.interop.hf_import import open_hf_folder
 
@@ -276,8 +284,19 @@ def _special_tokens(
     return {key: found[key] for key in needed if found[key] is not None}
 
 
+def _require_place(out: Path) -> None:
+    """Raise ConfigError where no folder of that name can be made, before anything is read."""
+    import os
+
+    above = next(path for path in out.absolute().parents if path.exists() or path.is_symlink())
+    if not above.is_dir():
+        raise ConfigError(f"{out}: cannot be made, for {above} is no folder. Choose another place.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out}: cannot be made, for nothing can be written to {above}. Choose another place.")
+
+
 def _size_bytes(option: str, text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*(|KB|MB|GB)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15})\s*(|KB|MB|GB)", text.strip().upper())
     if match is None or int(match[1]) == 0:
         raise ConfigError(f"{option} {text}: must be a number of bytes, or one with KB, MB or GB such as 500MB.")
     return int(match[1]) * _UNITS[match[2]]

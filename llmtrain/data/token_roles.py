@@ -120,7 +120,10 @@ def _declared(files: dict[str, Any], lookup: Lookup, vocab_size: int) -> TokenRo
             absent.append(role)
     ends = [ids["eos"]] if "eos" in ids else []
     for name in (GENERATION, MODEL_CONFIG):
-        ends += [token for token in _listed(files.get(name, {}).get("eos_token_id")) if _is_id(token, vocab_size)]
+        named = _listed(files.get(name, {}).get("eos_token_id"))
+        ends += [token for token in named if _is_id(token, vocab_size)]
+        if len(named) > 1 and (beyond := [token for token in named if not _is_id(token, vocab_size)]):
+            notes.append(f"{name}: eos_token_id {beyond} are no tokens of the tokenizer: nothing ends there")
     generation_ends = _listed(files.get(GENERATION, {}).get("eos_token_id"))
     if ends and generation_ends and ends[0] not in generation_ends:
         notes.append(

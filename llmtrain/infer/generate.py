@@ -12,6 +12,9 @@ from torch import Tensor
 from llmtrain.errors import ConfigError
 from llmtrain.models.transformer import ModelInputs, Pass, Transformer, build_caches, counted_positions
 
+LEAST_TEMPERATURE = 1e-6
+"""Logits that are divided by less leave the range of their type."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -26,8 +29,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        allowed = f"0 (greedy), or {LEAST_TEMPERATURE:g} or more"
         ranges = (
-            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", self.temperature, self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE, allowed),
             ("top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),
             ("top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
         )
@@ -45,6 +49,7 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
         probabilities[sampling.top_k :] = 0
     if sampling.top_p < 1:
         before = probabilities.cumsum(-1) - probabilities
+        before[0] = -1  # the likeliest token stays, however small top_p is
         probabilities[before >= sampling.top_p * probabilities.sum()] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 

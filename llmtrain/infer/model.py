@@ -170,6 +170,9 @@ def load_checkpoint(path: Path, device: torch.device, also: Sequence[str] = ()) 
 def load_model(path: Path, device: torch.device) -> TrainedModel:
     """The model of a run, a checkpoint or a Hugging Face folder."""
     if (path / "config.json").is_file():
+        from llmtrain.interop.installation import require_transformers
+
+        require_transformers()
         from llmtrain.interop.hf_import import open_hf_folder  # brings in transformers, for which no run shall wait
 
         folder = open_hf_folder(path)

@@ -142,13 +142,11 @@ def test_scores_that_round_in_fp32_are_why_unigram_scores_are_multiples_of_a_pow
 
 def test_a_model_with_other_settings_is_refused_with_every_reason(tmp_path):
     lines = ["some words to train on", "and some more words"] * 20
-    model = train_sentencepiece(
-        lines, "bpe", 60, byte_fallback=False, add_dummy_prefix=True, normalization_rule_name="nmt_nfkc"
-    )
+    model = train_sentencepiece(lines, "bpe", 320, treat_whitespace_as_suffix=True, user_defined_symbols=["<tag>"])
     tokenizer = saved_tokenizer(tmp_path / "tokenizer.model", model)
     with pytest.raises(ExportError) as raised:
         convert(tokenizer.path)
-    for word in ("byte_fallback", "add_dummy_prefix", "nmt_nfkc", "tokenizer.model"):
+    for word in ("treat_whitespace_as_suffix", "user-defined", "tokenizer.model"):
         assert word in str(raised.value)
 
 

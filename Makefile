@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-all check bench docs clean
+.PHONY: help install readers quickstart test test-all check bench docs clean
 
 help:
 	@echo "make quickstart   train a small model on real text, sample from it, export it (a few minutes)"
 	@echo "make test         every kind of test"
 	@echo "make test-all     every test grid whole"
+	@echo "make readers      llama.cpp and CTranslate2 for make test-all (llama.cpp compiles for minutes)"
 	@echo "make check        ruff, basedpyright, import-linter"
 	@echo "make bench        benchmarks beside peers"
 	@echo "make docs         write the generated reference pages"
@@ -58,10 +59,39 @@ quickstart: $(STAMP) $(QS)/data/train/manifest.json
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal --durations 20
 
-test: $(STAMP)
+# Programs that read exports, each in a folder of its own so that none changes what the project itself uses.
+READERS := $(VENV)/readers
+INTO = $(BIN)/pip install --quiet --upgrade --no-deps --target
+
+$(READERS)/transformers/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'transformers>=4.57,<4.58' 'tokenizers>=0.22,<0.23' 'huggingface_hub>=0.34,<1' && touch $@
+
+$(READERS)/ctranslate2/.installed: | $(STAMP)
+	$(INTO) $(@D) 'ctranslate2>=4.6'
+	touch $@
+
+# The source package has llama.cpp and its converter in it.
+$(READERS)/llama.cpp/.installed: | $(STAMP)
+	rm -rf $(@D) $(READERS)/source && mkdir -p $(READERS)/source
+	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(READERS)/source 'llama-cpp-python>=0.3'
+	tar -xzf $(READERS)/source/llama_cpp_python-*.tar.gz -C $(READERS)/source
+	mv $(READERS)/source/llama_cpp_python-*/vendor/llama.cpp $(@D)
+	touch $@
+
+$(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF' \
+	  $(INTO) $(@D) $(READERS)/source/llama_cpp_python-*.tar.gz diskcache
+	touch $@
+
+# Where one cannot be had (no compiler, no network), its tests are skipped and say so.
+readers: $(READERS)/transformers/.installed
+	-$(MAKE) $(READERS)/ctranslate2/.installed
+	-$(MAKE) $(READERS)/llama_cpp/.installed
+
+test: $(STAMP) $(READERS)/transformers/.installed
 	$(PYTEST) -m 'not whole_grid'
 
-test-all: $(STAMP)
+test-all: $(STAMP) readers
 	$(PYTEST)
 
 check: $(STAMP)

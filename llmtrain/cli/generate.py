@@ -66,9 +66,8 @@ def _continue(
     from llmtrain.infer.prompts import decode_with_names, encode_with_names
 
     names = named.sentinels
-    prompt_ids = [*named.bos_ids, *encode_with_names(prompt, text, names)]
-    if model.config.family == "encoder_decoder":
-        prompt_ids.append(text.eos_id)
+    before, behind = named.frame(model.config.family)
+    prompt_ids = [*before, *encode_with_names(prompt, text, names), *behind]
     ids: list[int] = []
     shown = ""
     tokens = iter_tokens(model, prompt_ids, *how, named.start_id)

@@ -30,6 +30,10 @@ TABLE = (
 )
 
 
+_OLDER: dict[str, Any] = {"position_embedding_type": "absolute"}
+"""transformers 5 knows no other kind, but readers that came with transformers 4 ask for it."""
+
+
 def to_config(model: ModelConfig) -> BertConfig:
     """The configuration nearest to a model."""
     return BertConfig(
@@ -46,6 +50,7 @@ def to_config(model: ModelConfig) -> BertConfig:
         layer_norm_eps=model.norm_eps,
         initializer_range=model.init.std,
         tie_word_embeddings=model.tie_embeddings,
+        **_OLDER,
         architectures=["BertForMaskedLM"],
     )
 

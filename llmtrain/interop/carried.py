@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer, processors
 
-from llmtrain.interop.special_tokens import Around, NamedTokens, TextTokenizer
+from llmtrain.interop.special_tokens import Around
 from llmtrain.interop.weight_files import read_json
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -87,23 +87,38 @@ def carry_tokenizer(folder: Path, files: Mapping[str, Any], added: Mapping[str, 
     return notes
 
 
-def follow_training(folder: Path, converted: Tokenizer, tokenizer: TextTokenizer, named: NamedTokens) -> list[str]:
-    """Take from an exported tokenizer what it would put before a text and the model was not trained with.
+def follow_training(folder: Path, converted: Tokenizer, own: Around, wanted: Around) -> list[str]:
+    """Have an exported tokenizer put around a text what the model was trained with, and not `own`, what it does by
+    itself.
 
     Returns notes. Then a reader's prompt has the ids that `llmtrain generate` gives it.
     """
-    before, behind = tokenizer.around
-    if not before or named.bos_ids == before:
+    if own == wanted:
         return []
-    converted.post_processor = _template((named.bos_ids, behind), converted)
+    converted.post_processor = _template(wanted, converted)
     converted.save(str(folder / "tokenizer.json"))
+    if own == ((), ()):
+        return []
     config = folder / TOKENIZER_CONFIG
     content = read_json(config)
     for flag in ("add_bos_token", "add_eos_token"):
         content.pop(flag, None)
     _write_json(config, content)
-    shown = " ".join(str(converted.id_to_token(token)) for token in before)
-    return [f"the tokenizer no longer puts {shown} before a text: documents were trained without (data shards --bos)"]
+
+    def shown(side: tuple[int, ...]) -> str:
+        return " ".join(str(converted.id_to_token(token)) for token in side)
+
+    notes = []
+    if own[0] and not wanted[0]:
+        notes.append(
+            f"the tokenizer no longer puts {shown(own[0])} before a text: documents were trained without (data shards "
+            "--bos)"
+        )
+    elif own != wanted:
+        notes.append(
+            f"the tokenizer now puts {shown(wanted[0])} [text] {shown(wanted[1])} around a text, as in training"
+        )
+    return notes
 
 
 def _template(around: Around, converted: Tokenizer) -> Any:

@@ -159,7 +159,10 @@ def family_for(model: ModelConfig, wanted: str | None = None) -> Family:
 def hf_config(model: ModelConfig, tokens: NamedTokens, wanted: str | None = None) -> PretrainedConfig:
     """transformers' configuration of a model. Raises ConfigError where no family fits."""
     config: Any = family_for(model, wanted).to_config(model)
-    config.eos_token_id, config.bos_token_id = tokens.eos_id, tokens.bos_id
+    # Where no text of training had a beginning of its own, none is named: readers would put it there. As with GPT-2, a
+    # document then begins after the end of another.
+    begin = tokens.eos_id if model.family == "decoder" else None
+    config.eos_token_id, config.bos_token_id = tokens.eos_id, next(iter(tokens.bos_ids), begin)
     config.pad_token_id = None if tokens.pad is None else tokens.pad[1]
     if model.family == "encoder_decoder":
         config.pad_token_id = config.decoder_start_token_id = tokens.start_id

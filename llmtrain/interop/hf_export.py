@@ -21,14 +21,17 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import num_parameters
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.interop.carried import carry_config, write_equal
+from llmtrain.interop.config_json import write_config_json
 from llmtrain.interop.examples import ExampleTokens, Logits
 from llmtrain.interop.hf import Family, family_for, hf_config, judged
 from llmtrain.interop.model_card import model_card
 from llmtrain.interop.name_table import ReadTensor, iter_theirs
 from llmtrain.interop.parts import Part, layer_parts
-from llmtrain.interop.proof import Proof, compare_models, compare_tokenizers, real_texts
+from llmtrain.interop.proof import Proof, compare_models, real_texts
+from llmtrain.interop.reader_notes import reader_notes
 from llmtrain.interop.special_tokens import NamedTokens, TextTokenizer, named_tokens
-from llmtrain.interop.tokenizer_json import TokenizerSettings, write_tokenizer
+from llmtrain.interop.text_proof import TextReader
+from llmtrain.interop.tokenizer_json import TokenizerSettings, text_frame, write_tokenizer
 from llmtrain.interop.weight_files import INDEX, WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -92,7 +95,7 @@ class _Source:
         """config.json and, for models that generate, generation_config.json; returns notes."""
         config: Any = hf_config(model, self.tokens, self.family.config_class.model_type)
         config.dtype = DTYPES[self.settings.dtype]
-        config.save_pretrained(folder)
+        write_config_json(folder, config)
         if model.family != "encoder":
             GenerationConfig.from_model_config(config).save_pretrained(folder)
         start_id = self.tokens.start_id if model.family == "encoder_decoder" else None
@@ -116,9 +119,8 @@ def write_export(
     try:
         writing.mkdir(parents=True)
         notes += source.write_config(writing, model)
-        # Masks and sentinels have to be spelled in what such models are asked.
-        plain = TokenizerSettings(model.max_seq_len, model.family == "decoder")
-        notes += write_tokenizer(writing, tokenizer, source.tokens, plain)
+        text = TokenizerSettings(model.max_seq_len, model.family, model.token_types, family.config_class.model_type)
+        notes += write_tokenizer(writing, tokenizer, source.tokens, text)
         dtype = DTYPES[settings.dtype]
         theirs = iter_theirs(family.tables_for(model)[0], model, weights.read)
         write_weights(writing, ((name, tensor.to(dtype)) for name, tensor in theirs), settings.max_shard_bytes)
@@ -132,25 +134,27 @@ def write_export(
         raise ExportError(f"{error.filename or folder}: the export could not be written: {error.strerror}.") from error
     finally:
         shutil.rmtree(writing, ignore_errors=True)
-    return Export(family.title, proof, notes)
+    return Export(family.title, proof, [*notes, *reader_notes(model)])
 
 
 def _prove(folder: Path, source: _Source) -> Proof:
     """Compare the tokenizers, and the models as a whole or part by part."""
     texts = real_texts()
-    token_ids = compare_tokenizers(folder, source.tokenizer, texts)
+    reader = TextReader(folder, source.tokenizer, text_frame(source.tokenizer, source.tokens, source.model.family))
+    token_ids = reader.compare(texts)
+    prompt = reader.prompt(texts[0], source.model.max_seq_len)
     mask, pad = source.tokens.mask, source.tokens.pad
     tokens = ExampleTokens(pad[1] if pad else 0, source.tokens.start_id, mask[1] if mask else None)
     model, weights, settings = source.model, source.weights, source.settings
     whole = settings.proof == "full" or (settings.proof == "auto" and proof_bytes(model) <= settings.proof_bytes)
     if whole:
         logits = weights.build(model, weights.read)
-        agreements = [compare_models(folder, model, logits, token_ids, tokens)]
+        agreements = [compare_models(folder, model, logits, token_ids, tokens, prompt)]
     else:
         agreements = []
         for part in layer_parts(model):
             logits = _build_part(folder, part, source)
-            agreements.append(compare_models(folder / _PART, part.model, logits, token_ids, tokens))
+            agreements.append(compare_models(folder / _PART, part.model, logits, token_ids, tokens, prompt))
             shutil.rmtree(folder / _PART)
     return Proof.of(agreements, sum(map(len, texts)))
 

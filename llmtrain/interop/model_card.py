@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import num_active_parameters, num_parameters
 from llmtrain.interop.proof import Proof
+from llmtrain.interop.reader_notes import reader_notes
 
 _KINDS = {
     "decoder": ("A causal language model", "text-generation"),
@@ -17,7 +18,7 @@ _DECODER = """from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "{name}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
-inputs = tokenizer("def main(", return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer("def main(", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))"""
 
 _ENCODER = """from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -25,7 +26,7 @@ _ENCODER = """from transformers import AutoModelForMaskedLM, AutoTokenizer
 folder = "{name}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForMaskedLM.from_pretrained(folder)
-inputs = tokenizer(f"def {{tokenizer.mask_token}}(", return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer(f"def {{tokenizer.mask_token}}(", return_tensors="pt")
 place = inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)
 print(tokenizer.decode(model(**inputs).logits[0, place].argmax()))"""
 
@@ -34,13 +35,14 @@ _ENCODER_DECODER = """from transformers import AutoModelForSeq2SeqLM, AutoTokeni
 folder = "{name}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSeq2SeqLM.from_pretrained(folder)
-inputs = tokenizer("def <extra_id_0>(self):", return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer("def <extra_id_0>(self):", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
 
 _USES = {"decoder": _DECODER, "encoder": _ENCODER, "encoder_decoder": _ENCODER_DECODER}
 
 _SPECIAL = {
-    "decoder": "Text that spells a special token is taken as ordinary text, as it was in training.",
+    "decoder": "A text that spells the end token or padding is taken for it; in training it was ordinary text, which\n"
+    "`tokenizer(text, split_special_tokens=True)` gives.",
     "encoder": "A mask, and other special tokens, can be spelled in a text.",
     "encoder_decoder": "Sentinels (`<extra_id_0>`), and other special tokens, can be spelled in a text.",
 }
@@ -78,7 +80,7 @@ tags: [llmtrain]
 ```
 
 {_SPECIAL[model.family]}
-{missing}
+{missing}{_readers(model)}
 ## Checked
 
 Before this folder was given its name, transformers loaded it, and it was compared with the trained model
@@ -86,8 +88,13 @@ Before this folder was given its name, transformers loaded it, and it was compar
 
 - {proof.num_tokens:,} positions: logits in fp32 differ by at most {proof.max_difference:.2e};
 - {proof.num_greedy_tokens} {"best fillings of masks" if model.family == "encoder" else "greedy tokens"} are equal;
-- {proof.num_text_characters:,} characters of text have equal token ids.
+- {proof.num_text_characters:,} characters of text have equal token ids, alone and as `tokenizer(text)` gives them.
 """
+
+
+def _readers(model: ModelConfig) -> str:
+    notes = "".join(f"\n- {note}" for note in reader_notes(model))
+    return f"\n## Other readers\n{notes}\n" if notes else ""
 
 
 def _sizes(model: ModelConfig) -> dict[str, str]:

@@ -17,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     GenerationConfig,
 )
 from transformers.utils import logging as transformers_logging
@@ -25,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ExportError
 from llmtrain.interop.examples import Example, ExampleTokens, Logits, build_example
-from llmtrain.interop.special_tokens import TextTokenizer
+from llmtrain.interop.text_proof import NUM_GREEDY, Prompt
 
 AUTO_CLASSES: dict[str, Any] = {
     "decoder": AutoModelForCausalLM,
@@ -37,8 +36,6 @@ AUTO_CLASSES: dict[str, Any] = {
 TOLERANCE = 1e-4
 """For logits of usual size; where the largest is beyond 10, fp32 itself is as much coarser."""
 
-NUM_GREEDY = 32
-_PROMPT = 16
 _NUM_FILES = 20
 _FILE_CHARACTERS = 10_000
 
@@ -97,40 +94,8 @@ def real_texts() -> list[str]:
     return texts + list(HARD_TEXTS)
 
 
-def compare_tokenizers(folder: Path, tokenizer: TextTokenizer, texts: Sequence[str]) -> list[int]:
-    """All ids of the texts, once both sides agree on them and on the text of them. Raises ExportError."""
-    exported: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    all_ids: list[int] = []
-    for text in texts:
-        expected = tokenizer.encode(text)
-        actual = exported.encode(text, add_special_tokens=False, verbose=False, split_special_tokens=True)
-        if actual != expected:
-            pairs = enumerate(zip(expected, actual, strict=False))
-            place = next((i for i, (one, other) in pairs if one != other), min(len(expected), len(actual)))
-            before = tokenizer.decode(expected[max(0, place - 8) : place])
-            raise ExportError(
-                f"The exported tokenizer differs at token {place}, after {before[-60:]!r}: "
-                f"trained with {expected[place : place + 6]}, exported {actual[place : place + 6]}. {_LIKELY_CAUSE}"
-            )
-        all_ids += expected
-        if exported.unk_token_id is not None and exported.unk_token_id in expected:
-            continue  # what is no token has no text either
-        expected_text, actual_text = tokenizer.decode(expected), exported.decode(actual, skip_special_tokens=True)
-        if actual_text != expected_text:
-            raise ExportError(
-                f"The exported tokenizer decodes to {actual_text[:80]!r} what is {expected_text[:80]!r} for ours."
-            )
-    return all_ids
-
-
-_LIKELY_CAUSE = (
-    "A unigram model with scores that are not multiples of a power of two rounds differently in the two libraries: "
-    "train the tokenizer again with `llmtrain data tokenizer`, or as bpe."
-)
-
-
 def compare_models(
-    folder: Path, model: ModelConfig, ours: Logits, token_ids: Sequence[int], tokens: ExampleTokens
+    folder: Path, model: ModelConfig, ours: Logits, token_ids: Sequence[int], tokens: ExampleTokens, prompt: Prompt
 ) -> Agreement:
     """Load a folder with transformers and compare it with our model. Raises ExportError that says what differs."""
     example = build_example(model, token_ids, tokens)
@@ -139,7 +104,7 @@ def compare_models(
     if model.family == "encoder":
         num_greedy = _compare_fillings(theirs, ours, example, tokens.mask_id)
     else:
-        num_greedy = _compare_greedy(theirs, model, ours, token_ids, tokens)
+        num_greedy = _compare_greedy(theirs, model, ours, prompt, tokens)
     valid = example.valid_BS
     return Agreement(difference, example.tokens_BS.numel() if valid is None else int(valid.sum()), num_greedy)
 
@@ -221,11 +186,10 @@ def _compare_fillings(theirs: Any, ours: Logits, example: Example, mask_id: int 
 
 
 @torch.no_grad()
-def _compare_greedy(
-    theirs: Any, model: ModelConfig, ours: Logits, token_ids: Sequence[int], tokens: ExampleTokens
-) -> int:
-    """The number of tokens after a prompt, or after an encoder's input, that are the same."""
-    prompt_BS = torch.tensor([list(token_ids[: max(1, min(_PROMPT, model.max_seq_len - NUM_GREEDY))])])
+def _compare_greedy(theirs: Any, model: ModelConfig, ours: Logits, prompt: Prompt, tokens: ExampleTokens) -> int:
+    """The number of tokens that are the same after a prompt, or after an encoder's input: ours after the ids that
+    training gives it, theirs after what their tokenizer makes of the same string."""
+    prompt_BS = torch.tensor([list(prompt.ids)])
     with_encoder = model.family == "encoder_decoder"
     begin_BS = torch.tensor([[tokens.start_id]]) if with_encoder else prompt_BS
     count = min(NUM_GREEDY, model.max_seq_len - begin_BS.shape[1])
@@ -235,8 +199,7 @@ def _compare_greedy(
         ours_BS = torch.cat((ours_BS, ours(example)[:, -1:].argmax(-1).cpu()), dim=1)
     start = {"decoder_start_token_id": tokens.start_id} if with_encoder else {}
     theirs_BS = theirs.generate(
-        prompt_BS,
-        attention_mask=torch.ones_like(prompt_BS),
+        **prompt.inputs,
         do_sample=False,
         max_new_tokens=count,
         pad_token_id=tokens.pad_id,

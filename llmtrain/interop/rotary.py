@@ -1,4 +1,4 @@
-"""Rotary positions in Hugging Face's configurations: `rope_parameters`, both ways."""
+"""Rotary positions in Hugging Face's configurations: `rope_parameters`, both ways, and its older spelling."""
 
 from math import log
 from typing import Any
@@ -25,6 +25,14 @@ def rope_parameters(model: ModelConfig) -> dict[str, Any]:
         case "llama3":
             found |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     return found | {"original_max_position_embeddings": scaling.original_max_seq_len}
+
+
+def older_rope_keys(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The same for transformers 4 and what follows it, which know no `rope_parameters`: without these keys they take
+    their class's theta and no scaling, and say nothing."""
+    # theta stands within too: CTranslate2 looks for it there and nowhere else.
+    scaled = parameters["rope_type"] != "default"
+    return {"rope_theta": parameters["rope_theta"], "rope_scaling": dict(parameters) if scaled else None}
 
 
 def stretched_theta(model: ModelConfig) -> float:

@@ -56,9 +56,13 @@ def normalizer_of(proto: Any, num_bytes: int) -> Any:
 
 
 def decoder_of(proto: Any) -> Any:
-    """Pieces to text: bytes become characters, and the space in front goes, or all of them where they are merged."""
+    """Pieces to text: bytes become characters, and the space in front goes, or all of them where they are merged.
+
+    Bytes are never a step of an outer Sequence: llama.cpp's converter would take the file for Llama's, whose space is
+    U+2581, and read every text wrongly. So it refuses where there is no tokenizer.model.
+    """
     spec = proto.normalizer_spec
-    steps: list[Any] = [decoders.ByteFallback(), decoders.Fuse()]
-    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
-        steps.append(decoders.Strip(" ", _ALL if spec.remove_extra_whitespaces else 1, 0))
-    return decoders.Sequence(steps)
+    if not (spec.add_dummy_prefix or spec.remove_extra_whitespaces):
+        return decoders.ByteFallback()
+    stripped = decoders.Strip(" ", _ALL if spec.remove_extra_whitespaces else 1, 0)
+    return decoders.Sequence([decoders.Sequence([decoders.ByteFallback()]), decoders.Fuse(), stripped])

@@ -1,10 +1,12 @@
 """Tokens that text never gives, by the names that a text can spell them with: the mask, padding, sentinels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Protocol
+
+from tokenizers import Tokenizer
 
 FIM_NAMES = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
 
@@ -83,6 +85,16 @@ class NamedTokens:
         """What an encoder-decoder's decoder begins with: padding, as T5 has it."""
         return self.eos_id if self.pad is None else self.pad[1]
 
+    def frame(self, family: str) -> Around:
+        """What stands before and behind a text that a model of such a `model.family` reads, as it was in training."""
+        match family:
+            case "encoder":
+                return self.around
+            case "encoder_decoder":
+                return self.bos_ids, (self.eos_id,)
+            case _:
+                return self.bos_ids, ()
+
     @property
     def all(self) -> dict[str, int]:
         """Mask, padding and sentinels."""
@@ -124,3 +136,18 @@ def named_tokens(tokenizer: TextTokenizer, data: Mapping[str, Any] | None = None
 
 def _either(first: int | None, second: int | None) -> int | None:
     return second if first is None else first
+
+
+def around_of(tokenizer: Tokenizer) -> Around:
+    """What a tokenizer by itself puts before and behind a text."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    plain, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    return next(_places(plain, whole), ((), ()))
+
+
+def _places(plain: list[int], whole: list[int]) -> Iterator[Around]:
+    """What stands before and behind the plain tokens, for each place where they are in the whole."""
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            yield tuple(whole[:start]), tuple(whole[start + len(plain) :])

@@ -10,7 +10,7 @@ Three things differ between the two libraries and are dealt with here:
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from llmtrain.errors import ExportError
 from llmtrain.interop.carried import TOKENIZER_CONFIG, carry_tokenizer, follow_training
 from llmtrain.interop.sentencepiece_text import decoder_of, is_plain, normalizer_of, trial_texts
-from llmtrain.interop.special_tokens import NamedTokens, TextTokenizer
+from llmtrain.interop.special_tokens import Around, NamedTokens, TextTokenizer, around_of
 
 SPACE_MARK = "\u2581"
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -35,59 +35,110 @@ _UNK_PENALTY = 10.0
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """How transformers is to use a tokenizer. `plain`: text that spells a special token is ordinary text, as it was in
-    training."""
+    """What of a model its tokenizer's files must follow. `kind` is transformers' model_type."""
 
     max_seq_len: int
-    plain: bool = True
+    family: str = "decoder"
+    token_types: int = 0
+    kind: str = "llama"
+
+
+def text_frame(tokenizer: TextTokenizer, named: NamedTokens, family: str) -> Around:
+    """What an exported tokenizer puts before and behind a text: what the model was trained with.
+
+    What an imported decoder's tokenizer puts behind one stays, as its folder had it.
+    """
+    before, behind = named.frame(family)
+    return (before, tokenizer.around[1]) if family == "decoder" and _is_carried(tokenizer) else (before, behind)
+
+
+def _is_carried(tokenizer: TextTokenizer) -> bool:
+    return TOKENIZER_CONFIG in tokenizer.roles.files
 
 
 def write_tokenizer(
     folder: Path, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings
 ) -> list[str]:
-    """Write tokenizer.json and tokenizer_config.json, an imported folder's as it was; returns notes.
+    """Write tokenizer.json, tokenizer_config.json, an imported folder's as it was, and, for readers that take it
+    rightly, tokenizer.model; returns notes.
 
     Raises ExportError for a model that cannot be converted, and special tokens whose ids cannot be had.
     """
     target = folder / "tokenizer.json"
+    frame = text_frame(tokenizer, named, settings.family)
     if tokenizer.path.suffix == ".json":
         shutil.copyfile(tokenizer.path, target)
         converted = Tokenizer.from_file(str(target))
     else:
-        converted = convert(tokenizer.path)
+        converted = convert(tokenizer.path, _spelled(tokenizer, named, settings.family))
         converted.save(str(target))
+        if _reads_sentencepiece(settings.kind, tokenizer.path):
+            (folder / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     added = _add_names(converted, named.all)
     if added:
         converted.save(str(target))
-    files = tokenizer.roles.files
-    if TOKENIZER_CONFIG in files:
-        used = {"mask_token": named.mask, "pad_token": named.pad}
-        roles = {role: found[0] for role, found in used.items() if found is not None and found[0] in added}
-        notes = carry_tokenizer(folder, files, roles)
-    else:
-        _write_config(folder, converted, tokenizer, named, settings)
-        notes = []
-    return notes + follow_training(folder, converted, tokenizer, named)
+    if not _is_carried(tokenizer):
+        content = _tokenizer_config(converted, tokenizer, named, settings)
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        own = around_of(Tokenizer.from_file(str(target)))
+        return follow_training(folder, converted, own, frame)
+    used = {"mask_token": named.mask, "pad_token": named.pad}
+    roles = {role: found[0] for role, found in used.items() if found is not None and found[0] in added}
+    notes = carry_tokenizer(folder, tokenizer.roles.files, roles)
+    return notes + follow_training(folder, converted, tokenizer.around, frame)
 
 
-def _write_config(
-    folder: Path, converted: Tokenizer, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings
-) -> None:
-    """What transformers needs to know of a tokenizer that comes from no other folder."""
-    special = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id, "cls_token": tokenizer.cls_id}
-    special |= {"sep_token": tokenizer.sep_id, "mask_token": named.mask and named.mask[1]}
+def _spelled(tokenizer: TextTokenizer, named: NamedTokens, family: str) -> set[int]:
+    """The control pieces that a text can spell: those of training."""
+    before, behind = named.frame(family)
+    known = {tokenizer.eos_id, *named.all.values(), *before, *behind}
+    return known - ({named.mask[1]} if named.mask is not None and family != "encoder" else set())
+
+
+def _tokenizer_config(
+    converted: Tokenizer, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings
+) -> dict[str, Any]:
+    """Roles are named only where training had them: readers put a beginning of text or a class token where it has a
+    name, and take text that spells it for the token."""
+    before, behind = named.frame(settings.family)
+    special = {"eos_token": tokenizer.eos_id, "mask_token": named.mask and named.mask[1]}
     special |= {"pad_token": named.pad and named.pad[1]}
+    if settings.family == "decoder":
+        special["bos_token"] = tokenizer.eos_id  # what stood before every document but the first
+    around = {"bos_token": tokenizer.bos_id, "cls_token": tokenizer.cls_id, "sep_token": tokenizer.sep_id}
+    special |= {role: token for role, token in around.items() if token in (*before, *behind)}
+    if settings.family == "encoder" and tokenizer.path.suffix == ".json":  # its own, whether it puts them there or not
+        special |= {"cls_token": tokenizer.cls_id, "sep_token": tokenizer.sep_id}
+    if settings.family != "encoder":
+        del special["mask_token"]
     names = {role: converted.id_to_token(token) for role, token in special.items() if token is not None}
-    if known := [name for name in _UNKNOWN if converted.token_to_id(name) is not None]:
-        names["unk_token"] = known[0]
-    content: dict[str, Any] = {
+    unknown = [name for name in _UNKNOWN if converted.token_to_id(name) in converted.get_added_tokens_decoder()]
+    if unknown:
+        names["unk_token"] = unknown[0]
+    # transformers 5 writes both sides anew from these two keys, so others than these are left to tokenizer.json.
+    ends = {"add_bos_token": False, "add_eos_token": behind == (tokenizer.eos_id,)}
+    simple = before == () and behind in ((), (tokenizer.eos_id,))
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": settings.max_seq_len,
+        "model_input_names": ["input_ids", *["token_type_ids"] * (settings.token_types > 1), "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": settings.plain,
+        "add_prefix_space": False,
+        **(ends if simple else {}),
         **names,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _reads_sentencepiece(kind: str, path: Path) -> bool:
+    """Whether llama.cpp's converter takes llmtrain's sentencepiece models rightly where such a file lies in a folder.
+
+    For Llama, Mistral and Mixtral it takes them as byte pairs, whatever they are, and texts as they stand. For Qwen3
+    it puts a space before every text, for T5 it has no bytes for what has no piece: without the file it refuses, which
+    is better.
+    """
+    proto = _read_model(path)
+    is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
+    return kind in ("llama", "mistral", "mixtral") and is_bpe and is_plain(proto)
 
 
 def _add_names(converted: Tokenizer, names: Mapping[str, int]) -> set[str]:
@@ -105,8 +156,12 @@ def _add_names(converted: Tokenizer, names: Mapping[str, int]) -> set[str]:
     return {name for _, name in nameless}
 
 
-def convert(path: Path) -> Tokenizer:
-    """The tokenizer of a sentencepiece file. Raises ExportError with all settings that have no equivalent."""
+def convert(path: Path, spelled: Collection[int] | None = None) -> Tokenizer:
+    """The tokenizer of a sentencepiece file. Raises ExportError with all settings that have no equivalent.
+
+    `spelled` are the control pieces that a text can spell there, None: all. What training never had is better no token
+    at all: text that spells it stays text.
+    """
     proto = _read_model(path)
     if problems := _obstacles(proto):
         listed = "\n  ".join(problems)
@@ -122,7 +177,11 @@ def convert(path: Path) -> Tokenizer:
     num_bytes = sum(piece.type == BYTE for piece in proto.pieces)
     tokenizer.normalizer = normalizer_of(proto, num_bytes)
     tokenizer.decoder = decoder_of(proto)
-    special = [piece.piece for piece in proto.pieces if piece.type in (UNKNOWN, CONTROL)]
+    special = [
+        piece.piece
+        for number, piece in enumerate(proto.pieces)
+        if piece.type == UNKNOWN or (piece.type == CONTROL and (spelled is None or number in spelled))
+    ]
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     tokenizer.encode_special_tokens = True
     return tokenizer

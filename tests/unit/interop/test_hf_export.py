@@ -79,6 +79,7 @@ def test_the_folder_is_complete_and_names_no_path(small_tokenizer, tmp_path):
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
         "README.md",
         "llmtrain.json",
@@ -115,7 +116,7 @@ def test_special_tokens_above_the_tokenizers_have_names_in_the_export(small_toke
     write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, settings)
     exported = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
     assert exported.encode("a<extra_id_0>b<extra_id_99>") == [
-        *small_tokenizer.encode("a"), first, *small_tokenizer.encode("b"), first + 99,
+        *small_tokenizer.encode("a"), first, *small_tokenizer.encode("b"), first + 99, small_tokenizer.eos_id,
     ]  # fmt: skip
     gap = named_tokens(small_tokenizer, {"special_tokens": {"sentinels": [first + 1]}})
     with pytest.raises(ExportError, match=f"<extra_id_0> has the id {first + 1}"):
@@ -138,13 +139,20 @@ def test_berts_own_kind_of_tokenizer_is_exported(tmp_path):
     assert exported.encode("Words [MASK]") == [*tokenizer.encode("words"), tokenizer.mask_id]
 
 
-def test_a_mask_can_be_spelled_in_an_encoders_text_and_not_in_a_decoders(small_tokenizer, tmp_path):
-    for config, spelled in ((BERT, True), (LLAMA, False)):
+def test_only_tokens_of_training_can_be_spelled(small_tokenizer, tmp_path):
+    """A mask in an encoder's text; in a decoder's, none that it never saw, and no beginning of text anywhere."""
+    for config, spelled in ((BERT, True), (LLAMA, False), (T5, False)):
         out = tmp_path / config.family
         write_export(out, config, weights_of(random_model(config)), small_tokenizer, ExportSettings())
         exported = AutoTokenizer.from_pretrained(out, local_files_only=True)
-        assert exported.mask_token_id == small_tokenizer.mask_id
-        assert (exported.mask_token_id in exported.encode("a <mask> b")) is spelled
+        assert exported.mask_token_id == (small_tokenizer.mask_id if spelled else None)
+        assert (small_tokenizer.mask_id in exported.encode("a <mask> b")) is spelled
+        begin = [] if config.family == "encoder_decoder" else small_tokenizer.encode("<s><cls><sep>")
+        assert exported.encode("<s><cls><sep>")[: len(begin)] == begin
+        assert exported.bos_token_id == (small_tokenizer.eos_id if config is LLAMA else None)
+        assert exported.encode("</s>")[0] == small_tokenizer.eos_id, "chat templates spell tokens"
+        exported.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
+        assert exported.convert_tokens_to_ids("<|im_start|>") in exported.encode("<|im_start|>user")
 
 
 def test_shards_and_their_index(small_tokenizer, tmp_path):

@@ -43,7 +43,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def _assert_equal(tokenizer: SentencePieceTokenizer, exported, text: str) -> None:
     ids = tokenizer.encode(text)
-    assert exported.encode(text) == ids
+    assert exported.encode(text, split_special_tokens=True) == ids
+    if not any(name in text for name in exported.all_special_tokens):
+        assert exported(text)["input_ids"] == ids, "as a user calls it"
     assert exported.decode(ids) == tokenizer.decode(ids)
 
 
@@ -69,16 +71,17 @@ def test_ids_and_text_agree_on_any_text(pair, parts):
 
 def test_special_tokens_in_text_are_text_and_as_ids_are_left_out(pair):
     tokenizer, exported = pair
-    assert not set(exported.all_special_ids) & set(exported.encode("<s>a</s><pad><mask>"))
+    assert not set(exported.all_special_ids) & set(exported.encode("<s>a</s><pad><mask>", split_special_tokens=True))
     assert exported.eos_token_id == tokenizer.eos_id
-    assert (exported.bos_token_id, exported.pad_token_id) == (tokenizer.bos_id, tokenizer.pad_id)
+    assert (exported.bos_token_id, exported.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
     with_end = [*tokenizer.encode("x = 1"), tokenizer.eos_id]
     assert exported.decode(with_end, skip_special_tokens=True) == tokenizer.decode(with_end) == "x = 1"
 
 
-def test_without_the_setting_special_tokens_in_text_would_be_taken(pair):
+def test_without_the_setting_tokens_of_training_are_taken_and_others_are_not(pair):
     tokenizer, exported = pair
-    assert exported.encode("<s>", split_special_tokens=False) != tokenizer.encode("<s>")
+    assert exported.encode("</s>") == [tokenizer.eos_id] != tokenizer.encode("</s>")
+    assert exported.encode("<s>x<mask>") == tokenizer.encode("<s>x<mask>")
 
 
 @pytest.mark.parametrize("alphabet", ["ab", "a b", "=- "])
@@ -158,4 +161,8 @@ def test_a_tokenizer_json_is_copied(pair, tmp_path):
     write_tokenizer(tmp_path / "out", copied, named_tokens(copied), TokenizerSettings(64))
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == copied.path.read_bytes()
     exported = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
-    assert exported.encode("x = '<s>' ▁ y") == tokenizer.encode("x = '<s>' ▁ y") == copied.encode("x = '<s>' ▁ y")
+    assert (
+        exported.encode("x = '<s>' ▁ y", split_special_tokens=True)
+        == tokenizer.encode("x = '<s>' ▁ y")
+        == copied.encode("x = '<s>' ▁ y")
+    )

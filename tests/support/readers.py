@@ -1,0 +1,48 @@
+"""Programs that read exports, each installed into a folder of its own beside the project's packages: `make readers`."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+READERS = Path(sys.prefix, "readers")
+_SCRIPT = Path(__file__).with_name("read_export.py")
+_PATHS = {
+    "transformers 4": ("transformers",),
+    "transformers 5": (),
+    "ctranslate2": ("ctranslate2", "transformers"),
+    "llama_cpp": ("llama_cpp",),
+}
+
+
+def require_reader(name: str) -> None:
+    """Skip a test where a reader is not installed."""
+    folders = [*_PATHS[name], *["llama.cpp"] * (name == "llama_cpp")]
+    if missing := [folder for folder in folders if not (READERS / folder / ".installed").is_file()]:
+        pytest.skip(
+            f"{name} is not installed ({', '.join(missing)} in {READERS}): make readers, which needs a compiler"
+        )
+
+
+def read_by(name: str, folders: Sequence[Path], job: dict[str, Any]) -> dict[Path, dict[str, Any]]:
+    """What a reader makes of each folder: one process reads all."""
+    require_reader(name)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(str(READERS / folder) for folder in _PATHS[name]),
+        "CONVERTER": str(READERS / "llama.cpp" / "convert_hf_to_gguf.py"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    # -P: modules beside the script are not those of the same name that a reader imports.
+    done = subprocess.run(
+        [sys.executable, "-P", str(_SCRIPT), name.split(" ")[0]],
+        input=json.dumps({**job, "folders": [str(folder) for folder in folders]}),
+        capture_output=True, text=True, env=environment, timeout=560, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {Path(folder): answer for folder, answer in json.loads(done.stdout.splitlines()[-1]).items()}

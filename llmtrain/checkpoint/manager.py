@@ -88,7 +88,8 @@ class CheckpointManager:
     """Saves and finds the checkpoints of one run.
 
     `folder` is the run's `checkpoints` folder. Make one only while holding the run folder's lock: it removes what
-    killed saves left behind. `about` says where checkpoints come from (layout, engine) and goes into each manifest.
+    killed saves left behind. `about` says where checkpoints come from (layout, engine), and with `evaluated_on` what
+    their metric was measured on; it goes into each manifest.
     Where several ranks hold the state, each has a manager with `ranks`; all save the same steps, in the same order.
     Rank 0, which holds the lock, publishes what all have written, and reports. Where one rank cannot write, the
     checkpoint is not there for any of them.
@@ -287,13 +288,18 @@ class CheckpointManager:
             self._warn(f"{path}: an old checkpoint could not be removed: {error.strerror}")
 
     def _metric(self, step: int) -> float | None:
-        """The metric of a checkpoint, from its manifest when this process did not write it."""
+        """The metric of a checkpoint, from its manifest when this process did not write it.
+
+        None where it was measured on something else than this process measures on: such losses cannot be compared.
+        """
         if step not in self._metrics:
             try:
-                metric = load_manifest(self._folder / step_folder_name(step)).about.get("metric")
+                about = load_manifest(self._folder / step_folder_name(step)).about
             except CheckpointError:
-                metric = None
-            self._metrics[step] = metric if isinstance(metric, int | float) else None
+                about = {}
+            metric, own = about.get("metric"), self._about.get("evaluated_on")
+            comparable = isinstance(metric, int | float) and about.get("evaluated_on", own) == own
+            self._metrics[step] = metric if comparable else None
         return self._metrics[step]
 
     def _set_aside(self, path: Path, reason: str, why: str) -> Path:

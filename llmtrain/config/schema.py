@@ -230,7 +230,11 @@ class CheckpointConfig(Section):
     keep_every_steps: StepsOrZero = Field(
         default=0, description="Checkpoints at multiples of this are kept for good; 0: none."
     )
-    keep_best: bool = Field(default=False, description="Also keep the checkpoint with the lowest validation loss.")
+    keep_best: bool = Field(
+        default=False,
+        description="Also keep the checkpoint with the lowest validation loss. Steps that are saved are then evaluated "
+        "too, whatever evaluate.every_steps is.",
+    )
     async_save: bool = Field(
         default=True, description="Write behind training; it waits only for one copy of the state."
     )

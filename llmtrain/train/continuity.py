@@ -99,6 +99,19 @@ def data_record(config: RunConfig, manifests: Sequence[Manifest]) -> dict[str, A
     return {"tokenizer_sha256": manifests[0].tokenizer_sha256, "sources": sources}
 
 
+def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str | None:
+    """A hash of what a validation loss is measured on; `manifests` are those of data.valid. None where there are none.
+
+    Losses are compared where it is equal: validation data and how much of it is read may change at any time.
+    """
+    if not manifests:
+        return None
+    weights = [source.weight for source in config.data.valid]
+    sources = list(zip(weights, map(content_sha256, manifests), strict=True))
+    samples = config.evaluate.steps * config.train.global_batch_size
+    return hashlib.sha256(json.dumps([sources, samples, _stream_keys(config.data), config.seed]).encode()).hexdigest()
+
+
 def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest] | None) -> list[Difference]:
     """Everything in which a run differs from a checkpoint that it would continue, and must not by itself.
 
@@ -231,10 +244,15 @@ def windows_of(data: Mapping[str, Any]) -> WindowKind:
     return "per_shard" if data.get("windows", "per_shard") == "per_shard" else "continuous"
 
 
-def _data_differences(origin: Origin, data: DataConfig) -> Iterator[Difference]:
+def _stream_keys(data: DataConfig) -> dict[str, Any]:
+    """What decides which sample a number means, beside the sources."""
     elsewhere = ("train", "tokenizer", *FREE_DATA_KEYS)
-    now = {name: value for name, value in data.model_dump(mode="json").items() if name not in elsewhere}
-    now["windows"] = windows_of(now)
+    keys = {name: value for name, value in data.model_dump(mode="json").items() if name not in elsewhere}
+    return {**keys, "windows": windows_of(keys)}
+
+
+def _data_differences(origin: Origin, data: DataConfig) -> Iterator[Difference]:
+    now = _stream_keys(data)
     defaults = DataConfig(train=data.train).model_dump(mode="json")
     section = origin.section("data")
     saved = {**defaults, **section, "windows": windows_of(section)}

@@ -9,14 +9,24 @@ from llmtrain.engines.base import Engine
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every `every_steps` steps (0: never), the mean loss over `num_batches` global batches, weighted by tokens."""
+    """Every `every_steps` steps (0: never), the mean loss over `num_batches` global batches, weighted by tokens.
+
+    With `before_saves` also at every step that is saved in any case: the best checkpoint is known by its loss.
+    """
 
     loader: BatchLoader | None
     every_steps: int
     num_batches: int
+    before_saves: bool = False
 
-    def due(self, step: int) -> bool:
-        return self.loader is not None and self.every_steps > 0 and step % self.every_steps == 0
+    def due(self, step: int, saved: bool) -> bool:
+        """Whether a step is evaluated; `saved` says that it is saved whether or not the run is told to stop.
+
+        A save because of a signal is not evaluated: there is no time, and a run that nobody stops would not have it.
+        """
+        if self.loader is None:
+            return False
+        return (self.every_steps > 0 and step % self.every_steps == 0) or (saved and self.before_saves)
 
     def run(self, engine: Engine) -> tuple[float, int]:
         """(mean loss, number of target tokens)."""

@@ -70,14 +70,15 @@ def train(
                     monitor.went_back(state.step, state.tokens)
                     continue
 
+            saved = run.saving.due(step) or step == run.budget.last_step(state.seen)
             valid_loss = None
-            if run.evaluation.due(step):
+            if run.evaluation.due(step, saved):
                 with monitor.section("evaluate"):
                     valid_loss, num_tokens = run.evaluation.run(run.engine)
                 monitor.evaluated(step, valid_loss, num_tokens)
 
             stopping = stop_requested()
-            if run.saving.due(step) or stopping or step == run.budget.last_step(state.seen):
+            if saved or stopping:
                 with monitor.section("checkpoint"):
                     run.saving.save(state, run.engine, valid_loss)
     finally:

@@ -39,7 +39,15 @@ from llmtrain.observe.throughput import flops_per_sample, peak_flops
 from llmtrain.observe.trackers import METRICS_FILE, build_trackers
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.budget import Budget
-from llmtrain.train.continuity import data_record, differences, noted_changes, one_line, refusals, resume_target
+from llmtrain.train.continuity import (
+    data_record,
+    differences,
+    evaluation_record,
+    noted_changes,
+    one_line,
+    refusals,
+    resume_target,
+)
 from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.health import Health
 from llmtrain.train.loop import Run
@@ -121,7 +129,7 @@ def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = No
 def require_continuity(config: RunConfig, folder: RunFolder, checkpoint: CheckpointReader) -> None:
     """Raise ConfigError where the run may not continue a checkpoint; say and record what has changed otherwise."""
     origin = origin_of(checkpoint.path, checkpoint.state, checkpoint.config_text, checkpoint.about)
-    found = differences(origin, config, read_manifests(config))
+    found = differences(origin, config, read_manifests(config, config.data.train))
     refused = refusals(found, config)
     if refused:
         raise ConfigError(refused)
@@ -177,6 +185,7 @@ def setup(
         build_loader(config, config.data.valid, rank) if config.data.valid else None,
         config.evaluate.every_steps,
         config.evaluate.steps,
+        config.checkpoint.keep_best,
     )
     log = start.manager.reports.record if folder else lambda event, **facts: None
     report = partial(setattr, folder, "verdict") if folder else lambda verdict: None
@@ -194,15 +203,16 @@ def build_manager(
         "engine": config.engine.name,
         "world_size": config.launch.num_workers,
         "precision": config.train.precision,
-        "data": data_record(config, read_manifests(config)),
+        "data": data_record(config, read_manifests(config, config.data.train)),
+        "evaluated_on": evaluation_record(config, read_manifests(config, config.data.valid)),
     }
     reports = Reports(record=folder.record, ensure_held=folder.ensure_held) if folder else Reports()
     return CheckpointManager(run_dir / CHECKPOINTS, config.checkpoint, record_of(config), about, reports, ranks)
 
 
-def read_manifests(config: RunConfig) -> list[Manifest]:
-    """Those of data.train, in its order. Raises DataError."""
-    return [open_folder(source.path, fetch_config(config.data)).read_manifest() for source in config.data.train]
+def read_manifests(config: RunConfig, sources: tuple[SourceConfig, ...]) -> list[Manifest]:
+    """Those of data.train or data.valid, in its order. Raises DataError."""
+    return [open_folder(source.path, fetch_config(config.data)).read_manifest() for source in sources]
 
 
 def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int = 0) -> BatchLoader:

@@ -22,7 +22,7 @@ def stacks_path(run_dir: Path) -> Path:
 def rank_log(run_dir: Path, place: Rank) -> Iterator[None]:
     """Append what this process prints to its log, headed by a line about the attempt; an error that leaves is kept too.
 
-    Rank 0 goes on printing where it did: its console writes plain lines to the log as well.
+    Rank 0, alone or not, goes on printing where it did: its console writes plain lines to the log as well.
     """
     path = log_path(run_dir, place.rank)
     path.parent.mkdir(parents=True, exist_ok=True)

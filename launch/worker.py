@@ -64,6 +64,8 @@ def run_worker(
         if place.world_size == 1:
             folder = held.enter_context(RunFolder(run_dir, place.attempt, place.launch_id))
             attempt = Attempt(config, device, find_start(config, folder), folder, place, pulse, change_run)
+            if not attempt.finished_before:
+                held.enter_context(rank_log(run_dir, place))
             if config.engine.name not in SINGLE_PROCESS_ENGINES and not attempt.finished_before:
                 open_group(lone_store(), place, device, timeout_seconds)
             return attempt.run(lambda: stop.requested)

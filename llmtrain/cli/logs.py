@@ -97,4 +97,4 @@ def _printer(named: bool) -> Callable[[Iterable["Line"]], None]:
 def _nothing(run: Path, rank: int | None, ranks: list[int]) -> str:
     if rank is not None and ranks:
         return f"--rank {rank}: {run} has no log of it. Those that it has: {', '.join(map(str, ranks))}."
-    return f"{run}: no rank has written a log. A run on a single rank writes to the terminal only."
+    return f"{run}: no rank has written a log yet."

@@ -92,11 +92,12 @@ def _to_ray(path: Path, overrides: list[str], address: str | None, action: str) 
 def _checked(path: Path, overrides: list[str]) -> "RunConfig":
     """The configuration, once everything is known to be right. Warns of what may stop the run on its way."""
     from llmtrain.config.load import load_config
+    from llmtrain.config.rules_schedule import schedule_warnings
     from llmtrain.train.preflight import storage_problems, storage_warnings
     from llmtrain.train.vocabulary import with_vocabulary
 
     run = load_config(path, overrides, storage_problems).config
-    for warning in storage_warnings(with_vocabulary(run)):
+    for warning in schedule_warnings(run) + storage_warnings(with_vocabulary(run)):
         typer.echo(f"warning: {warning}", err=True)
     return run
 

@@ -53,6 +53,7 @@ def train(
         return
 
     from launch.rank import rank_from_environment
+    from llmtrain.config.rules_schedule import schedule_warnings
     from llmtrain.train.preflight import storage_problems, storage_warnings
     from llmtrain.train.vocabulary import with_vocabulary
     from llmtrain.train.windows import source_uses, with_windows
@@ -63,7 +64,7 @@ def train(
     on_storage = partial(storage_problems, asks_room=ranks is None)
     run = load_config(config, [*(overrides or []), *hypothetical], on_storage, world_size).config
     run = with_windows(with_vocabulary(run))
-    for warning in storage_warnings(run) if ranks is None else ():
+    for warning in schedule_warnings(run) + (storage_warnings(run) if ranks is None else []):
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
         from llmtrain.train.continuation import find_continuation

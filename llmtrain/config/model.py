@@ -134,6 +134,11 @@ class ModelConfig(Section):
         return self.moe is not None and layer % self.moe.every_n_layers == 1 % self.moe.every_n_layers
 
     @property
+    def has_plain_mlp(self) -> bool:
+        """Whether some layer of some stack has an MLP without experts."""
+        return not all(map(self.has_experts, (*range(self.encoder_layers), *range(self.decoder_layers))))
+
+    @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 

@@ -17,6 +17,7 @@ from llmtrain.config.rules_model import MODEL_RULES
 from llmtrain.config.rules_objective import OBJECTIVE_RULES
 from llmtrain.config.rules_observe import OBSERVE_RULES, OBSERVE_WORLD_RULES
 from llmtrain.config.rules_parallel import PARALLEL_RULES, WORLD_RULES
+from llmtrain.config.rules_schedule import SCHEDULE_RULES
 from llmtrain.config.schema import LONGEST_PERIOD, RunConfig
 from llmtrain.errors import Problem
 
@@ -41,7 +42,10 @@ def one_budget(config: RunConfig) -> Found:
         message = "needs train.steps or train.tokens. Try train.steps=1000."
         yield Problem("train", message, uses=("train.steps", "train.tokens"))
     if steps is not None and tokens is not None:
-        message = f"train.steps = {steps} already says how long to train. Remove one of the two."
+        message = (
+            f"train.steps = {steps} already says how long to train. Remove one of the two: train.tokens=null, or "
+            "train.steps=null."
+        )
         yield Problem("train.tokens", message, tokens, uses=("train.steps",))
 
 
@@ -87,39 +91,6 @@ def rope_scaling_needs_rope(config: RunConfig) -> Found:
     if model.position != "rope":
         message = f"has no effect with model.position = {model.position}. Try null, or model.position=rope."
         yield Problem("model.rope_scaling", message, uses=("model.position",))
-
-
-def steps_fit_schedule(config: RunConfig) -> Found:
-    """Warm-up ends before the run does, and the decay has its place behind it."""
-    if (config.train.steps is None) == (config.train.tokens is None):
-        return
-    optim, steps = config.optim, config.total_steps
-    budget = ("train.tokens", "train.global_batch_size", "data.seq_len")
-    uses = budget if config.train.steps is None else ("train.steps",)
-    length = f"the run's {steps} steps"
-    if optim.warmup_steps >= steps:
-        message = f"must be less than {length}. Try {steps // 10}."
-        yield Problem("optim.warmup_steps", message, optim.warmup_steps, uses=uses)
-    elif optim.decay_steps is None:
-        return
-    elif optim.schedule == "wsd" and optim.warmup_steps + optim.decay_steps > steps:
-        message = (
-            f"with optim.warmup_steps = {optim.warmup_steps} must fit into {length}. "
-            f"Try {steps - optim.warmup_steps} or less."
-        )
-        uses = ("optim.warmup_steps", "optim.schedule", *uses)
-        yield Problem("optim.decay_steps", message, optim.decay_steps, uses=uses)
-    elif optim.schedule != "wsd" and optim.decay_steps <= optim.warmup_steps:
-        message = f"must be greater than optim.warmup_steps = {optim.warmup_steps}. Try {steps}."
-        uses = ("optim.warmup_steps", "optim.schedule", *uses)
-        yield Problem("optim.decay_steps", message, optim.decay_steps, uses=uses)
-
-
-def lr_falls(config: RunConfig) -> Found:
-    optim = config.optim
-    if optim.schedule != "constant" and optim.min_lr > optim.lr:
-        message = f"must be at most optim.lr = {optim.lr:g}. Try {optim.lr / 10:g}."
-        yield Problem("optim.min_lr", message, optim.min_lr, uses=("optim.lr", "optim.schedule"))
 
 
 def loss_scale_has_room(config: RunConfig) -> Found:
@@ -172,8 +143,7 @@ RULES = (
     rope_needs_even_heads,
     rope_scaling_needs_rope,
     *OBJECTIVE_RULES,
-    steps_fit_schedule,
-    lr_falls,
+    *SCHEDULE_RULES,
     loss_scale_has_room,
     weights_are_shares,
     evaluation_needs_data,

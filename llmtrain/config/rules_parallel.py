@@ -26,9 +26,11 @@ def tensor_divides_layers(config: RunConfig) -> Found:
     sizes = {
         "model.num_heads": model.num_heads,
         "model.num_kv_heads": model.kv_heads,
-        "model.ffn_hidden_size": model.ffn_size,
         "the vocabulary's padding": VOCAB_MULTIPLE,
     }
+    # Where all layers have experts of a width of their own, no layer has the model's.
+    if model.has_plain_mlp or (model.moe is not None and model.moe.ffn_hidden_size is None):
+        sizes["model.ffn_hidden_size"] = model.ffn_size
     undivided = {name: size for name, size in sizes.items() if size % tensor}
     if not undivided:
         return
@@ -160,9 +162,11 @@ def micro_batches_fill_batch(config: RunConfig, world_size: int) -> Found:
             f"must be a multiple of train.micro_batch_size x data parallel size = {micro} x {data_parallel} = {unit}. "
             f"Try {either(nearest_multiples(unit * _round(config), batch))}."
         )
-        if batch % (data_parallel * _round(config)) == 0:
-            fitting = either(nearest_divisors(batch // (data_parallel * _round(config)), micro))
-            message = f"{message[:-1]}, or for train.micro_batch_size {fitting}."
+        least = data_parallel * _round(config)
+        if batch % least == 0:
+            message = f"{message[:-1]}, or for train.micro_batch_size {either(nearest_divisors(batch // least, micro))}."
+        elif micro > 1:
+            message = f"{message[:-1]}, or {either(nearest_multiples(least, batch))} with train.micro_batch_size=1."
         yield Problem("train.global_batch_size", message, batch, uses=uses)
     elif batch // unit % _round(config):
         per_rank = batch // unit

@@ -51,7 +51,9 @@ def effective_values(model: ModelConfig) -> dict[str, Any]:
         found.pop("relative_max_distance")
     if model.activation not in ("gelu", "geglu"):
         found.pop("gelu_approximate")
-    return found | dict(_attention(model)) | dict(_rope(model)) | dict(_moe(model, found))
+    if not model.has_plain_mlp:
+        found.pop("ffn_hidden_size")
+    return found | dict(_attention(model)) | dict(_rope(model)) | dict(_moe(model))
 
 
 def _attention(model: ModelConfig) -> Iterator[tuple[str, Any]]:
@@ -76,7 +78,7 @@ def _rope(model: ModelConfig) -> Iterator[tuple[str, Any]]:
         yield f"rope_scaling.{key}", getattr(scaling, key)
 
 
-def _moe(model: ModelConfig, found: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _moe(model: ModelConfig) -> Iterator[tuple[str, Any]]:
     yield "moe", None if model.moe is None else "experts"
     if model.moe is None:
         return
@@ -85,9 +87,6 @@ def _moe(model: ModelConfig, found: dict[str, Any]) -> Iterator[tuple[str, Any]]
         values.pop("normalize_weights")
     if model.moe.router == "switch":
         values.pop("top_k")
-    layers = (*range(model.encoder_layers), *range(model.decoder_layers))
-    if all(map(model.has_experts, layers)):
-        found.pop("ffn_hidden_size")
     yield from ((f"moe.{key}", value) for key, value in values.items())
 
 

@@ -76,7 +76,8 @@ class ConsoleTracker:
             self._live = None
         colour = {"done": "green", "preempted": "yellow", "failed": "red"}.get(status, "default")
         step = f"{self._status.step:,}/{self._status.last_step:,}"
-        self._print(f"[{colour}]{escape(status)}[/] at step {step} after {duration(self._status.elapsed_seconds)}")
+        text = f"[{colour}]{escape(status)}[/] at step {step} after {duration(self._status.elapsed_seconds)}"
+        self._print(f"{text}: saved; the same command continues" if status == "preempted" else text)
 
     def _print(self, markup: str, on_terminal: bool = True) -> None:
         # soft_wrap: a long path is one line, to be copied whole.

@@ -252,8 +252,9 @@ def build_monitor(
     )
     if folder is None:
         return Monitor(plan, on_section=on_section)
-    # Among several ranks, rank 0 has a log like the others; launch/rank_log.py has begun it.
-    log = log_path(folder.path, 0).open("a", encoding="utf-8") if config.launch.num_workers > 1 else None
+    path = log_path(folder.path, 0)
+    path.parent.mkdir(exist_ok=True)
+    log = path.open("a", encoding="utf-8")  # launch/rank_log.py has begun it
     console = ConsoleTracker(config.name, state.step, last_step, log=log)
     trackers = build_trackers(config, folder.path, attempt, console, partial(newest_checkpoint, folder.path))
     progress = ProgressTracker(folder, last_step)

@@ -52,3 +52,23 @@ def test_a_broken_model_is_caught(tmp_path: Path) -> None:
     broken.write_text("num_heads: 3\nhidden_size: 64\n")
     with pytest.raises(ConfigError, match=r"model\.num_heads = 3 .*model\.yaml:1"):
         load_config(run_around(broken, tmp_path))
+
+
+SMALL_OVERRIDES = (
+    ("train.steps=20", "train.tokens=null"),
+    ("train.steps=1", "train.tokens=null"),
+    ("train.steps=null", "train.tokens=100_000"),
+    ("train.micro_batch_size=1",),
+    ("train.precision=fp32", "train.compile=false"),
+    ("model.num_layers=2", "data.seq_len=64"),
+    ("evaluate.every_steps=0", "checkpoint.every_steps=0"),
+    ("launch.num_workers=2",),
+    ("optim.lr=1e-3", "seed=7"),
+)
+"""What is set on the command line to try a run out."""
+
+
+@pytest.mark.parametrize("overrides", SMALL_OVERRIDES, ids=" ".join)
+@pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
+def test_run_takes_small_overrides(file: Path, overrides: tuple[str, ...]) -> None:
+    load_config(file, overrides)

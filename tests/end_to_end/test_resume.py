@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def test_killed_and_resumed_ends_with_the_same_bits(workspace: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     assert "from step 20" in resumed.stderr
     assert_same_end(workspace / "runs" / "whole", killed)
+    log = (killed / "logs" / "rank-00000.log").read_text("utf-8")
+    assert re.findall(r"rank 0 of 1|killed: .*to step 40|done at step 40/40", log) == [
+        "rank 0 of 1",
+        "killed: to step 40",
+        "rank 0 of 1",
+        "killed: from step 20 to step 40",
+        "done at step 40/40",
+    ]
 
     again = llmtrain("train", "run.yaml", "name=killed", folder=workspace)
     assert again.returncode == 0
@@ -112,6 +121,8 @@ def test_told_to_stop_saves_at_the_very_step_and_continues(workspace: Path) -> N
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
     step = last_step(stopped)
+    said = (workspace / "output.txt").read_text("utf-8").splitlines()[-1]
+    assert said.startswith(f"preempted at step {step}/40") and said.endswith(": saved; the same command continues")
     assert (stopped / "checkpoints" / f"step-{step:08d}").exists()
     status = json.loads((stopped / "status.json").read_text("utf-8"))
     assert (status["status"], status["step"]) == ("preempted", step)

@@ -41,6 +41,11 @@ def wide(**sections: Any) -> dict[str, str]:
             "parallel.tensor",
             "must divide the vocabulary's padding = 128. Try 1 or 2.",
         ),
+        (
+            {"model": {"ffn_hidden_size": 130, "moe": {"num_experts": 4}}, "parallel": {"tensor": 4}},
+            "parallel.tensor",
+            "must divide model.ffn_hidden_size = 130. Try 1 or 2.",
+        ),
         ({"parallel": {"context": 3}}, "parallel.context", "4 / 1 = 4. Try 1, 2 or 4."),
         ({"parallel": {"tensor": 2, "context": 4}}, "parallel.context", "4 / 2 = 2. Try 1 or 2."),
         ({"parallel": {"sequence": True}}, "parallel.sequence", "Try false."),
@@ -103,6 +108,7 @@ def test_rule_is_broken(sections: dict[str, Any], key: str, says: str) -> None:
     [
         {"parallel": {"tensor": 2, "sequence": True, "context": 2}},
         {"model": {"num_kv_heads": 1}, "parallel": {"context": 4}},
+        {"model": {"ffn_hidden_size": 130, "moe": {"ffn_hidden_size": 64}}, "parallel": {"tensor": 4}},
         {"parallel": {"pipeline": 4}, "train": {"global_batch_size": 4}},
         {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
         {"parallel": {"pipeline": 3, "pipeline_split": [0, 4, 0]}},
@@ -120,6 +126,11 @@ def test_axes_must_divide_the_world() -> None:
     message = broken(config, world_size=6)["launch.num_workers"]
     assert message.endswith("= 4 ranks. Try 4 or 8, or parallel.pipeline=1.")
     assert "launch.num_workers" not in broken(config, world_size=8)
+
+
+def test_micro_batches_of_one_are_named_where_more_ranks_than_samples_ask_for_a_larger_batch() -> None:
+    message = broken(run(), world_size=1024)["train.global_batch_size"]
+    assert message.endswith("Try 4096, or 1024 with train.micro_batch_size=1.")
 
 
 def test_micro_batches_count_data_parallel_ranks() -> None:
@@ -184,8 +195,11 @@ def test_suggested_batch_sizes_are_legal(batch: int, micro: int, world_size: int
     sizes = {"global_batch_size": batch, "micro_batch_size": micro}
     message = broken(run(train=sizes), world_size).get("train.global_batch_size")
     assume(message is not None)
-    batches, *micros = str(message).split("Try")[1].split("for train.micro_batch_size")
-    for legal in map(int, re.findall(r"\d+", batches)):
+    advice, *micros = str(message).split("Try")[1].split("for train.micro_batch_size")
+    smallest = re.search(r", or ([\d or]+) with train\.micro_batch_size=1", advice)
+    for legal in map(int, re.findall(r"\d+", smallest[1] if smallest else "")):
+        assert broken(run(train={"global_batch_size": legal, "micro_batch_size": 1}), world_size) == {}
+    for legal in map(int, re.findall(r"\d+", advice[: smallest.start()] if smallest else advice)):
         assert broken(run(train={**sizes, "global_batch_size": legal}), world_size) == {}
     for legal in map(int, re.findall(r"\d+", "".join(micros))):
         assert broken(run(train={**sizes, "micro_batch_size": legal}), world_size) == {}

@@ -1,5 +1,6 @@
 """Configurations both ways, and refusals that say why."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 from llmtrain.config.attention import AttentionConfig, RopeScaling
+from llmtrain.config.load import load_config
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.moe import MoeConfig
 from llmtrain.config.sizes import num_parameters
@@ -29,6 +31,8 @@ from llmtrain.interop.hf import (
     parse_config,
 )
 from llmtrain.interop.special_tokens import NamedTokens
+from tests.configs.test_shipped_configs import MODELS as SHIPPED_MODELS
+from tests.configs.test_shipped_configs import run_around
 from tests.unit.interop.models import BERT, LLAMA, MIXTRAL, MODELS, SCALING, SWITCH, T5, T5_V11, scaled
 
 TOKENS = NamedTokens(eos_id=3, bos_id=2, pad=("<pad>", 0))
@@ -212,3 +216,26 @@ def test_published_configurations_have_their_published_sizes(config, millions):
 
 def _tied(config: Any) -> bool:
     return getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+
+
+NOT_WRITTEN = {"switch-xxl-128": "its experts are gated, and transformers' class of Switch Transformers has none"}
+"""Shipped architectures that no family expresses."""
+
+
+@pytest.mark.parametrize("file", SHIPPED_MODELS, ids=lambda file: file.stem)
+def test_shipped_architectures_can_be_exported(file: Path, tmp_path: Path) -> None:
+    model = load_config(run_around(file, tmp_path)).config.model
+    model = changed(model, vocab_size=model.vocab_size or 2048)
+    if file.stem in NOT_WRITTEN:
+        with pytest.raises(ConfigError, match="expresses this model"):
+            family_for(model)
+    else:
+        assert judged(family_for(model), model)[0] == []
+
+
+def test_a_width_that_no_layer_has_speaks_against_no_family() -> None:
+    assert "ffn_hidden_size" not in effective_values(MIXTRAL)
+    assert "ffn_hidden_size" in effective_values(LLAMA)
+    assert "ffn_hidden_size" in effective_values(SWITCH), "every second layer has an MLP"
+    narrow = changed(MIXTRAL, ffn_hidden_size=40, moe=MoeConfig(num_experts=5, top_k=2, ffn_hidden_size=24))
+    assert family_for(narrow).title == "Mixtral"

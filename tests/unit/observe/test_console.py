@@ -142,6 +142,17 @@ def test_numbers_in_words():
     assert duration(90_061) == "1d 1:01:01"
 
 
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [("done", ""), ("failed", ""), ("preempted", ": saved; the same command continues")],
+)
+def test_the_last_line_says_what_to_do_about_a_run_that_was_told_to_stop(status: str, says: str) -> None:
+    console, out = plain(10, Clock())
+    console.log({"step": 4, "loss": 2.5})
+    console.close(status)
+    assert out.getvalue().splitlines()[-1] == f"{status} at step 4/10 after 0:00:00{says}"
+
+
 def test_the_log_gets_plain_lines_beside_a_bar() -> None:
     out, log = io.StringIO(), io.StringIO()
     console = ConsoleTracker("run", 0, 10, Console(file=out, force_terminal=True, width=80), Clock(), log)

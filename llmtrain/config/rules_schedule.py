@@ -1,0 +1,49 @@
+"""Rules about the learning-rate schedule, and what is told of one that is longer than its run. Pure, like all rules."""
+
+from collections.abc import Iterator
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import Problem
+
+Found = Iterator[Problem]
+
+
+def decay_follows_warmup(config: RunConfig) -> Found:
+    """Where `optim.decay_steps` is the step at which the decay ends. With wsd it is a length, and fits anywhere."""
+    optim = config.optim
+    if optim.decay_steps is not None and optim.schedule != "wsd" and optim.decay_steps <= optim.warmup_steps:
+        message = f"must be greater than optim.warmup_steps = {optim.warmup_steps}. Try {2 * optim.warmup_steps}."
+        uses = ("optim.warmup_steps", "optim.schedule")
+        yield Problem("optim.decay_steps", message, optim.decay_steps, uses=uses)
+
+
+def lr_falls(config: RunConfig) -> Found:
+    optim = config.optim
+    if optim.schedule != "constant" and optim.min_lr > optim.lr:
+        message = f"must be at most optim.lr = {optim.lr:g}. Try {optim.lr / 10:g}."
+        yield Problem("optim.min_lr", message, optim.min_lr, uses=("optim.lr", "optim.schedule"))
+
+
+SCHEDULE_RULES = (decay_follows_warmup, lr_falls)
+
+
+def schedule_warnings(config: RunConfig) -> list[str]:
+    """What of its schedule a run does not come to, which keeps the rules.
+
+    A short run of a long one's configuration is its beginning, step by step: it is told, not refused.
+    """
+    optim, steps = config.optim, config.total_steps
+    if steps <= optim.warmup_steps:
+        reached = optim.lr * steps / optim.warmup_steps
+        return [
+            f"optim.warmup_steps = {optim.warmup_steps:,} takes all of the run's {steps:,} steps: the learning rate "
+            f"rises to {reached:g}, of optim.lr = {optim.lr:g}, and never falls. "
+            f"For a whole schedule set optim.warmup_steps={steps // 10}."
+        ]
+    room = steps - optim.warmup_steps
+    if optim.schedule == "wsd" and optim.decay_steps is not None and optim.decay_steps > room:
+        return [
+            f"optim.decay_steps = {optim.decay_steps:,} is longer than what warm-up leaves of the run's {steps:,} "
+            f"steps: the decay takes {room:,}. Set optim.decay_steps={max(1, room)} or less to say so."
+        ]
+    return []

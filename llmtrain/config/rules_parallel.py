@@ -164,7 +164,8 @@ def micro_batches_fill_batch(config: RunConfig, world_size: int) -> Found:
         )
         least = data_parallel * _round(config)
         if batch % least == 0:
-            message = f"{message[:-1]}, or for train.micro_batch_size {either(nearest_divisors(batch // least, micro))}."
+            fitting = either(nearest_divisors(batch // least, micro))
+            message = f"{message[:-1]}, or for train.micro_batch_size {fitting}."
         elif micro > 1:
             message = f"{message[:-1]}, or {either(nearest_multiples(least, batch))} with train.micro_batch_size=1."
         yield Problem("train.global_batch_size", message, batch, uses=uses)

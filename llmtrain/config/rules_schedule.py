@@ -35,15 +35,17 @@ def schedule_warnings(config: RunConfig) -> list[str]:
     optim, steps = config.optim, config.total_steps
     if steps <= optim.warmup_steps:
         reached = optim.lr * steps / optim.warmup_steps
-        return [
+        warning = (
             f"optim.warmup_steps = {optim.warmup_steps:,} takes all of the run's {steps:,} steps: the learning rate "
             f"rises to {reached:g}, of optim.lr = {optim.lr:g}, and never falls. "
             f"For a whole schedule set optim.warmup_steps={steps // 10}."
-        ]
+        )
+        return [warning]
     room = steps - optim.warmup_steps
     if optim.schedule == "wsd" and optim.decay_steps is not None and optim.decay_steps > room:
-        return [
+        warning = (
             f"optim.decay_steps = {optim.decay_steps:,} is longer than what warm-up leaves of the run's {steps:,} "
             f"steps: the decay takes {room:,}. Set optim.decay_steps={max(1, room)} or less to say so."
-        ]
+        )
+        return [warning]
     return []

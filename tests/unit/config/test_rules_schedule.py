@@ -17,7 +17,9 @@ def test_a_run_within_its_warm_up_is_the_beginning_of_a_longer_one(schedule: str
     optim = {"schedule": schedule, "warmup_steps": 50, "lr": 1e-3}
     short, long = run(train={"steps": steps}, optim=optim), run(train={"steps": 1000}, optim=optim)
     assert broken(short) == {}
-    rates = [[learning_rate(step, made.optim, made.total_steps) for step in range(1, steps + 1)] for made in (short, long)]
+    rates = [
+        [learning_rate(step, made.optim, made.total_steps) for step in range(1, steps + 1)] for made in (short, long)
+    ]
     assert rates[0] == rates[1]
     (warning,) = schedule_warnings(short)
     assert f"rises to {rates[0][-1]:g}, of optim.lr = 0.001" in warning

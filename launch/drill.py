@@ -129,7 +129,10 @@ def undisturbed(config: RunConfig) -> RunConfig:
     reference = named(config, UNDISTURBED)
     code = run_quietly(reference)
     if code:
-        raise LlmtrainError(f"the undisturbed run ended with {code}: {folder_of(reference) / 'output.txt'} says why.")
+        status = read_status(folder_of(reference))
+        cause = f" ({status.cause})" if status and status.cause else ""
+        output = folder_of(reference) / "output.txt"
+        raise LlmtrainError(f"the undisturbed run ended with {code}{cause}: {output} says more.")
     rows = read_rows(folder_of(reference) / METRICS_FILE)
     longest = max(row["step_seconds"] for row in rows if "step_seconds" in row)
     seconds = max(LEAST_WATCHDOG_SECONDS, LONGEST_STEP_FACTOR * longest)

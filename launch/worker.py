@@ -19,13 +19,14 @@ from launch.rank_log import rank_log
 from launch.stop import StopSignal
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, RunFolderInUseError
+from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, NoProgressError, RunFolderInUseError
 from llmtrain.observe.efficiency import DONE, run_efficiency
 from llmtrain.observe.sections import Section
 from llmtrain.train.budget import Budget, Seen
 from llmtrain.train.loop import Run, train
 from llmtrain.train.run_folder import RunFolder, Status, read_status, was_taken_over
 from llmtrain.train.setup import Start, describe_start, find_start, join_start, setup
+from llmtrain.train.stall_limit import StallLimit, skipped_text
 from llmtrain.train.vocabulary import with_vocabulary
 from llmtrain.train.windows import with_windows
 
@@ -109,6 +110,7 @@ class Attempt:
     def run(self, stop_requested: Callable[[], bool], on_any_rank: Callable[[bool], bool] = bool) -> int:
         """Train to the end or until told to stop; returns the exit code. `on_any_rank`: is a flag set on any rank?"""
         if self.finished_before:
+            self._require_result()
             if self.folder:
                 print(f"{self.folder.path}: {nothing_left(self.config, self.start.state.seen)}")
             self._write_status("done", self.start.step, "finished before")
@@ -124,18 +126,29 @@ class Attempt:
             if run:
                 run.monitor.close("failed")
             said = f"{type(error).__name__}: {error}"
+            status = "stalled" if isinstance(error, NoProgressError) else "failed"
             with suppress(LlmtrainError, OSError):  # a full disk must not hide why the run has failed
-                self._write_status("failed", self._last_step(), said, said)
+                self._write_status(status, self._last_step(), said, said)
             raise
         if self.folder:
             with suppress(LlmtrainError, OSError):  # what cannot be read or written is no reason to fail in the end
                 if status == "done":
                     self.folder.record(DONE, step=state.step)
                 run.monitor.say(str(run_efficiency(self.folder.path)))
+        message = skipped_text(state) if status == "done" else "told to stop; the same command continues"
+        if message and status == "done":
+            run.monitor.say(f"warning: {message}")
         run.monitor.close(status)
-        message = "" if status == "done" else "told to stop; the same command continues"
         self._write_status(status, state.step, message, total_steps=Budget.of(self.config).last_step(state.seen))
         return 0 if status == "done" else EXIT_PREEMPTED
+
+    def _require_result(self) -> None:
+        """That a run has made all its steps is no success where they came to nothing. Raises NoProgressError."""
+        try:
+            StallLimit.of(self.config).require_result(self.start.state)
+        except NoProgressError as error:
+            self._write_status("stalled", self.start.step, str(error), str(error))
+            raise
 
     def _require_own_run(self, error: BaseException) -> None:
         """On another rank than 0: where rank 0 has lost the run folder, that is why this one fails too."""

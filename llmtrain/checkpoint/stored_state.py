@@ -28,6 +28,7 @@ class _Train(_Stored):
     tokens: Number
     data_tokens: Number = 0
     first_step_tokens: Number = 0
+    skipped_in_row: Number = 0
     history: _History = _History()
 
 

@@ -274,6 +274,11 @@ class HealthConfig(Section):
         "0: none is.",
     )
     window_steps: Count = Field(default=100, description="Steps of the running median.")
+    max_skipped_steps: StepsOrZero = Field(
+        default=100,
+        description="Skipped steps in a row, trials of fp16's loss scale included, before a run is given up with exit "
+        "code 93; 0: never before its end.",
+    )
     max_rollbacks: Count = Field(default=10, description="Rollbacks of a run before it is given up with exit code 93.")
 
 

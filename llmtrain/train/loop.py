@@ -15,6 +15,7 @@ from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.health import Health
 from llmtrain.train.rollback import Rollbacks
 from llmtrain.train.saving import Saving
+from llmtrain.train.stall_limit import StallLimit
 from llmtrain.train.state import TrainState
 
 
@@ -29,6 +30,7 @@ class Run:
     saving: Saving
     health: Health
     rollbacks: Rollbacks
+    stall_limit: StallLimit
     state: TrainState
     budget: Budget
     optim: OptimConfig
@@ -39,7 +41,7 @@ def train(
 ) -> tuple[Literal["done", "preempted"], TrainState]:
     """Train to the last step, or until `stop_requested`, which is asked once per step. Either way the end is saved.
 
-    `anybody` tells whether a flag is set on any rank.
+    `anybody` tells whether a flag is set on any rank. Raises NoProgressError where all that was done changed nothing.
     """
     state, loader, monitor, stopping = run.state, run.loader, run.monitor, False
     steps = loader.steps(first_sample=state.samples)
@@ -57,7 +59,7 @@ def train(
                 result = run.health.skipped(step, result, attempt, loader.step_origins(state.samples))
             history, trouble = run.health.judge(state.history, step, result)
             moved = loader.step_length(state.samples)
-            state = state.advanced(moved, result.num_tokens, run.budget.tokens_per_step, history)
+            state = state.advanced(moved, result.num_tokens, run.budget.tokens_per_step, history, result.skipped)
             monitor.step(step, lr, result)
 
             if run.rollbacks.wanted(trouble, anybody):
@@ -69,6 +71,7 @@ def train(
                     steps = loader.steps(first_sample=state.samples)
                     monitor.went_back(state.step, state.tokens)
                     continue
+            run.stall_limit.require_progress(state)
 
             saved = run.saving.due(step) or step == run.budget.last_step(state.seen)
             valid_loss = None
@@ -84,4 +87,7 @@ def train(
     finally:
         steps.close()
     run.saving.finish()
-    return ("preempted" if state.step < run.budget.last_step(state.seen) else "done"), state
+    if state.step < run.budget.last_step(state.seen):
+        return "preempted", state
+    run.stall_limit.require_result(state)
+    return "done", state

@@ -1,7 +1,7 @@
 """When a run is saved, and what of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.origin import origin_of
@@ -42,7 +42,11 @@ def saved_state(checkpoint: CheckpointReader | None) -> TrainState:
     if checkpoint is None or "train" not in checkpoint.state:
         return TrainState()
     origin = origin_of(checkpoint.path, checkpoint.state, checkpoint.config_text, checkpoint.about)
-    return TrainState.from_json(checkpoint.state["train"], origin.config)
+    stored = checkpoint.state["train"]
+    state = TrainState.from_json(stored, origin.config)
+    if "skipped_in_row" not in stored and checkpoint.state.get("engine", {}).get("adam_steps") == 0:
+        return replace(state, skipped_in_row=state.step)  # an older checkpoint, that no step has ever changed
+    return state
 
 
 def restore(checkpoint: CheckpointReader, engine: Engine) -> TrainState:

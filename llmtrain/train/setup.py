@@ -56,6 +56,7 @@ from llmtrain.train.rank_logs import log_path
 from llmtrain.train.rollback import Rollbacks, newest_kept, skipped_windows
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.saving import Saving, restore, saved_state
+from llmtrain.train.stall_limit import StallLimit
 from llmtrain.train.state import TrainState
 from llmtrain.train.tensor_norms import measuring
 from llmtrain.train.windows import source_uses
@@ -192,7 +193,8 @@ def setup(
     health = Health(config.health, config.optim.loss_scale.minimum, log, monitor.say, report)
     rollbacks = Rollbacks(config.health, start.manager, folder.path if folder else None, start.ranks, log, monitor.say)
     loader = build_loader(config, config.data.train, rank).skipping(start.skipped)
-    return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, state, Budget.of(config), config.optim)
+    limit, budget = StallLimit.of(config), Budget.of(config)
+    return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, limit, state, budget, config.optim)
 
 
 def build_manager(

@@ -6,9 +6,11 @@ from pathlib import Path
 from llmtrain.config.load import load_config
 from llmtrain.config.schema import DataConfig, SourceConfig
 from llmtrain.data.batch import IGNORED_LABEL
+from llmtrain.data.folders import find_tokenizer
 from llmtrain.data.loader import build_stream
 from llmtrain.data.objectives import pack_sample
-from llmtrain.data.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llmtrain.data.shards import read_manifest
+from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.train.setup import build_recipe
 from llmtrain.train.vocabulary import with_vocabulary
 from llmtrain.train.windows import with_windows
@@ -27,7 +29,7 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
     config = with_vocabulary(config.model_copy(update={"data": data}))
     stream = build_stream(config.data.train, config.data, config.seed)
     row = pack_sample(stream.sample(number), build_recipe(config, stream))
-    tokenizer = load_tokenizer(find_tokenizer(dataset))
+    tokenizer = load_tokenizer(find_tokenizer(dataset, read_manifest(dataset).tokenizer_sha256))
     texts = {"input": row.tokens_S, "targets": row.labels_S}
     if row.encoder_tokens_T is not None:
         texts = {"encoder": row.encoder_tokens_T, "decoder": row.tokens_S, "targets": row.labels_S}

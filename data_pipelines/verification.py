@@ -7,6 +7,7 @@ import numpy as np
 
 from data_pipelines.indexing import has_manifest, scan_documents, token_problems
 from data_pipelines.splits import SPLITS
+from llmtrain.data.folders import find_tokenizer
 from llmtrain.data.remote import scheme_of
 from llmtrain.data.shards import (
     DTYPES,
@@ -19,7 +20,6 @@ from llmtrain.data.shards import (
     read_manifest,
 )
 from llmtrain.data.token_roles import SETTINGS_NAME
-from llmtrain.data.tokenizer import find_tokenizer
 from llmtrain.errors import ConfigError, DataError
 
 
@@ -96,11 +96,12 @@ def _stray_files(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     try:
-        path = find_tokenizer(folder)
+        path = find_tokenizer(folder, manifest.tokenizer_sha256)
     except ConfigError:
         return  # data sets may be kept without a copy of their tokenizer
-    if (actual := file_sha256(path)) != manifest.tokenizer_sha256:
-        yield f"{path}: expected sha256 {manifest.tokenizer_sha256} as in {folder}/manifest.json, actual {actual}."
+    except DataError as error:
+        yield str(error)
+        return
     settings = path.parent / SETTINGS_NAME
     if manifest.settings_sha256 and not settings.is_file():
         yield f"{settings}: missing, but {folder}/manifest.json says that it lies beside the tokenizer. Copy it again."

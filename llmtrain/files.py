@@ -100,6 +100,16 @@ def read_json(path: Path, limit: int = JSON_BYTES, depth: int = JSON_DEPTH) -> A
     return parse_json(read_bytes(path, limit), depth)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in the place of another or of none, whole or not at all. Raises OSError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def iter_lines(path: Path, longest: int = LINE_BYTES) -> Iterator[bytes]:
     """The lines of a regular file with their ends, as they are read.
 

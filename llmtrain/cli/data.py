@@ -135,7 +135,8 @@ def index(
     """Make sidecars and a manifest for a folder of tars, or rebuild sidecars that were lost."""
     from data_pipelines.indexing import has_manifest, index_folder, rebuild_sidecars
     from data_pipelines.verification import datasets_in
-    from llmtrain.data.tokenizer import find_tokenizer, load_tokenizer
+    from llmtrain.data.folders import find_tokenizer
+    from llmtrain.data.tokenizer import load_tokenizer
 
     for dataset in datasets_in(folder):
         if has_manifest(dataset):
@@ -218,8 +219,9 @@ def show(
     """
     from data_pipelines.summary import document_texts
     from data_pipelines.verification import datasets_in
+    from llmtrain.data.folders import find_tokenizer
     from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
-    from llmtrain.data.tokenizer import find_tokenizer, load_tokenizer
+    from llmtrain.data.tokenizer import load_tokenizer
 
     dataset = datasets_in(folder)[0]
     if run is not None:
@@ -229,10 +231,12 @@ def show(
             typer.echo(f"-------- {title} --------\n{text}")
         return
     config = StreamConfig(seed, seq_len, shuffle_shards, windows=windows.value)
-    stream = SampleStream(load_sources([dataset], [1]), config)
+    sources = load_sources([dataset], [1])
+    tokenizer = load_tokenizer(find_tokenizer(dataset, sources[0].manifest.tokenizer_sha256))
+    stream = SampleStream(sources, config)
     shown = stream.sample(sample)
     _say(f"{stream.shard_path(shown)}: epoch {shown.epoch}, window {shown.window}, {len(shown.tokens)} tokens")
-    for begins, text in document_texts(shown, load_tokenizer(find_tokenizer(dataset))):
+    for begins, text in document_texts(shown, tokenizer):
         if begins:
             typer.echo("-------- document --------")
         typer.echo(text)

@@ -48,7 +48,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     chosen = "cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu")
     trained = load_model(model, torch.device(chosen))
-    text = model_tokenizer(tokenizer, trained.tokenizer_path, trained.model.config, trained.tokenizer_sha256)
+    text = model_tokenizer(tokenizer, trained.tokenizer_path, trained.model.config, trained.tokens)
     named = named_tokens(text, trained.data)
     if trained.model.config.family == "encoder":
         _fill(trained.model, text, named, prompt, top_k or NUM_FILLINGS)

@@ -71,6 +71,7 @@ def export(
     from llmtrain.interop.installation import require_transformers
 
     require_transformers()
+    from llmtrain.data.token_roles import TrainedTokens
     from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_config
     from llmtrain.infer.tokenizer import model_tokenizer
     from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
@@ -82,8 +83,8 @@ def export(
     _require_place(out)
     checkpoint = find_checkpoint(source)
     weights, model = _rounded_weights(checkpoint, dtype)
-    trained = checkpoint.about.get("data", {}).get("tokenizer_sha256")
-    text = model_tokenizer(tokenizer, find_tokenizer_of(checkpoint.path), model, trained)
+    tokens = TrainedTokens.of(checkpoint.about)
+    text = model_tokenizer(tokenizer, find_tokenizer_of(checkpoint.path), model, tokens)
     settings = ExportSettings(
         dtype=dtype.value,
         max_shard_bytes=max_shard_bytes,
@@ -204,7 +205,7 @@ def _write_imported(
         # Part after part takes the place of rank after rank: nobody has to hold it all.
         groups = enumerate(_iter_groups(folder, part_bytes))
         parts = [write_rank_files(unfinished, number, group) for number, group in groups]
-        contents = Contents(0, {}, config_text, {"imported": folder.family.title})
+        contents = Contents(0, {}, config_text, {"imported": folder.family.title, **found.about()})
         checkpoint = publish(unfinished, parts, contents, before_publish=lambda: None)
         (writing / "config.yaml").write_text(config_text, "utf-8")
         found.write(writing)

@@ -1,5 +1,6 @@
 """Where a data set lies: a folder of a file system, or a URL. Imports no torch."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,15 @@ from llmtrain.data.damage import DamagedFileError
 from llmtrain.data.remote import SCHEMES, FetchConfig, RemoteFolder, scheme_of
 from llmtrain.data.retry import retried
 from llmtrain.data.shard_file import ShardFile, ShardPaths
-from llmtrain.data.shards import MANIFEST_NAME, TOKENIZER_NAMES, Manifest, file_sha256, parse_manifest, read_manifest
+from llmtrain.data.shards import (
+    MANIFEST_NAME,
+    TOKENIZER_NAMES,
+    Manifest,
+    check_file,
+    file_sha256,
+    parse_manifest,
+    read_manifest,
+)
 from llmtrain.data.token_roles import SETTINGS_NAME, settings_tokenizer
 from llmtrain.errors import ConfigError, DataError
 
@@ -97,19 +106,41 @@ def fetch_config(data: DataConfig) -> FetchConfig:
     return FetchConfig(cache_dir, data.fetch_attempts, data.fetch_timeout_seconds)
 
 
-def run_tokenizer(data: DataConfig) -> Path:
-    """The run's tokenizer: the one it names, or the one kept with its first training source.
+def find_tokenizer(folder: str | Path, sha256: str | None = None) -> Path:
+    """The tokenizer kept in a data set's folder or beside it; the one with the hash that the manifest says.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError where there is none, DamagedFileError where none has that hash.
     """
-    from llmtrain.data.tokenizer import find_tokenizer  # its libraries are slow to import
+    folder = Path(folder)
+    candidates = [place / name for place in (folder, folder.absolute().parent) for name in TOKENIZER_NAMES]
+    found = [path for path in candidates if os.path.lexists(path)]
+    if not found:
+        names = ", ".join(TOKENIZER_NAMES)
+        raise ConfigError(f"{folder}: neither it nor the folder above holds one of {names}. Name one.")
+    if sha256 is None:
+        return found[0]
+    faults = []
+    for path in found:
+        try:
+            check_file(path, None, sha256)
+            return path
+        except DamagedFileError as damage:
+            faults.append(damage)
+    raise faults[0]
 
+
+def run_tokenizer(data: DataConfig, manifest: Manifest) -> Path:
+    """The run's tokenizer: the one it names, or the one kept with its first training source, whose manifest is given.
+
+    Raises ConfigError where there is none, DamagedFileError where it is not the manifest's.
+    """
     if data.tokenizer:
+        check_file(Path(data.tokenizer), None, manifest.tokenizer_sha256)
         return Path(data.tokenizer)
     folder = open_folder(data.train[0].path, fetch_config(data))
     if isinstance(folder, LocalFolder):
-        return find_tokenizer(folder.path)
-    return fetch_tokenizer(data, folder.read_manifest())
+        return find_tokenizer(folder.path, manifest.tokenizer_sha256)
+    return fetch_tokenizer(data, manifest)
 
 
 def run_settings(data: DataConfig, manifest: Manifest) -> Path | None:

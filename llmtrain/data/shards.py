@@ -25,6 +25,7 @@ from llmtrain.files import SEAL, open_regular, parse_json, read_bytes, sealed, u
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
 """What the tokenizer is called that is kept in a data set's folder, or beside it."""
+LONGEST_TOKENIZER = 256 << 20
 SCHEMA_VERSION = 2
 UNSEALED_VERSION = 1
 """Manifests of data sets that were written before manifests had a hash of their own."""

@@ -67,6 +67,38 @@ class TokenRoles:
         )
 
 
+@dataclass(frozen=True)
+class TrainedTokens:
+    """What a checkpoint says of the tokenizer that its model was trained with; None where it does not say.
+
+    `has_settings`: a settings file lay beside it.
+    """
+
+    sha256: str | None = None
+    eos_id: int | None = None
+    bos_ids: tuple[int, ...] | None = None
+    has_settings: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Keys of what a checkpoint says about its data."""
+        bos_ids = None if self.bos_ids is None else list(self.bos_ids)
+        known = {"tokenizer_sha256": self.sha256, "eos_id": self.eos_id, "bos_ids": bos_ids}
+        return {**known, "tokenizer_settings": self.has_settings}
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> "TrainedTokens":
+        """From what a checkpoint says about where it comes from; older ones say less."""
+        data = about.get("data")
+        said = data if isinstance(data, dict) else {}
+        sha256, eos_id, bos_ids = (said.get(name) for name in ("tokenizer_sha256", "eos_id", "bos_ids"))
+        return cls(
+            sha256 if isinstance(sha256, str) else None,
+            eos_id if isinstance(eos_id, int) else None,
+            tuple(bos_ids) if isinstance(bos_ids, list) else None,
+            said.get("tokenizer_settings") is True,
+        )
+
+
 def roles_beside(tokenizer: Path, sha256: str, lookup: Lookup, vocab_size: int) -> TokenRoles:
     """What the files beside a tokenizer say: its settings file, or else those of a folder in Hugging Face's format.
 

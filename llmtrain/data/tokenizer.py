@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 from numpy.typing import NDArray
 
-from llmtrain.data.shards import TOKENIZER_NAMES, file_sha256
+from llmtrain.data.shards import LONGEST_TOKENIZER, TOKENIZER_NAMES, file_sha256
 from llmtrain.data.token_roles import MODEL_CONFIG, TOKENIZER_CONFIG, Lookup, TokenRoles, read_settings, roles_beside
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_bytes
@@ -110,19 +110,6 @@ def load_tokenizer(path: str | Path, said: Path | TokenRoles | None = None) -> T
         raise ConfigError(f"{path}: {what} Give a sentencepiece .model or a Hugging Face tokenizer.json.")
     kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
     return kind(path, said)
-
-
-def find_tokenizer(folder: str | Path) -> Path:
-    """The tokenizer kept in a data set's folder or beside it. Raises ConfigError where there is none."""
-    folder = Path(folder)
-    candidates = [place / name for place in (folder, folder.absolute().parent) for name in TOKENIZER_NAMES]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise ConfigError(f"{folder}: neither it nor the folder above holds one of {', '.join(TOKENIZER_NAMES)}. Name one.")
-
-
-LONGEST_TOKENIZER = 256 << 20
 
 
 def _content(path: Path) -> bytes:

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import parameter_shapes
 from llmtrain.data.batch import PADDING
+from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.infer.tokenizer import model_tokenizer
@@ -39,12 +41,12 @@ class TrainedModel:
     model: Transformer
     tokenizer_path: Path | None
     data: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer_sha256: str | None = None
-    """Of the tokenizer that it was trained with, where a checkpoint says so."""
+    tokens: TrainedTokens = field(default_factory=TrainedTokens)
+    """What a checkpoint says of that tokenizer."""
 
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where none was found."""
-        return model_tokenizer(None, self.tokenizer_path, self.model.config)
+        return model_tokenizer(None, self.tokenizer_path, self.model.config, self.tokens)
 
 
 @torch.no_grad()
@@ -95,7 +97,7 @@ def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
 def find_tokenizer_of(checkpoint: Path) -> Path | None:
     """The tokenizer in the run folder of a checkpoint."""
     run = checkpoint.absolute().parent.parent
-    return next((run / name for name in TOKENIZER_NAMES if (run / name).is_file()), None)
+    return next((run / name for name in TOKENIZER_NAMES if os.path.lexists(run / name)), None)
 
 
 def saved_config(checkpoint: CheckpointReader) -> Mapping[str, Any]:
@@ -163,8 +165,8 @@ def load_checkpoint(path: Path, device: torch.device, also: Sequence[str] = ()) 
     """The model of a checkpoint or of a run's newest checkpoint; `also` as in `find_checkpoint`."""
     checkpoint = find_checkpoint(path, also)
     model = build_trained(saved_architecture(checkpoint), checkpoint, device)
-    sha256 = checkpoint.about.get("data", {}).get("tokenizer_sha256")
-    return TrainedModel(model, find_tokenizer_of(checkpoint.path), saved_config(checkpoint).get("data") or {}, sha256)
+    tokens, data = TrainedTokens.of(checkpoint.about), saved_config(checkpoint).get("data") or {}
+    return TrainedModel(model, find_tokenizer_of(checkpoint.path), data, tokens)
 
 
 def load_model(path: Path, device: torch.device) -> TrainedModel:

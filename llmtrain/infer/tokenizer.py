@@ -1,5 +1,6 @@
 """Which tokenizer belongs to a model: the one beside it, one that a user names, or that of an imported folder."""
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.data.token_roles import GENERATION, JSON_FILES, MODEL_CONFIG, SETTINGS_NAME, TokenRoles, settings_text
+from llmtrain.data.shards import file_sha256
+from llmtrain.data.token_roles import (
+    GENERATION,
+    JSON_FILES,
+    MODEL_CONFIG,
+    SETTINGS_NAME,
+    TokenRoles,
+    TrainedTokens,
+    settings_text,
+)
 from llmtrain.data.tokenizer import Tokenizer, UnknownEndError, load_tokenizer
 from llmtrain.errors import ConfigError, DataError
 
@@ -26,17 +36,21 @@ _TEXTS = (
 
 
 def model_tokenizer(
-    given: Path | None, beside: Path | None, model: ModelConfig, trained_sha256: str | None = None
+    given: Path | None, beside: Path | None, model: ModelConfig, trained: TrainedTokens | None = None
 ) -> Tokenizer:
-    """The tokenizer that `--tokenizer` names, or the one beside a model.
+    """The tokenizer that `--tokenizer` names, or the one beside a model; `trained` is what the checkpoint says of it.
 
-    A named one must give the ids that the model was trained with: it is the one beside the model, has the hash that
-    the checkpoint says, or encodes alike. Raises ConfigError where it is another one or there is none, DataError where
-    the one beside the model does not fit it.
+    A named one must give the ids that the model was trained with: it has the hash that the checkpoint says, is the one
+    beside the model, or encodes alike. Raises ConfigError where it is another one or there is none, DataError where
+    the one beside the model is not the one that it was trained with.
     """
+    trained = trained or TrainedTokens()
     if beside is None and given is None:
-        raise ConfigError("No tokenizer lies beside the model. Name one with --tokenizer.")
-    own = load_tokenizer(beside) if beside else None
+        known = f" It was trained with one of sha256 {trained.sha256}." if trained.sha256 else ""
+        raise ConfigError(f"No tokenizer lies beside the model.{known} Name it with --tokenizer.")
+    if given is not None and given.is_file() and file_sha256(given) == trained.sha256:
+        return _right_named(given, beside, trained)  # whatever has become of the one beside the model
+    own = _own(beside, trained) if beside else None
     if given is None:
         assert own is not None
         if (fault := _too_large(own, model)) is not None:
@@ -50,12 +64,49 @@ def model_tokenizer(
         fault = difference(named, own)
         known = f"the one beside the model ({own.path})"
     else:
-        other = trained_sha256 is not None and named.sha256 != trained_sha256
-        known = f"the one that the model was trained with (sha256 {str(trained_sha256)[:12]})"
-        fault = f"its sha256 is {named.sha256[:12]}" if other else None
+        known = f"the one that the model was trained with (sha256 {str(trained.sha256)[:12]})"
+        fault = f"its sha256 is {named.sha256[:12]}" if trained.sha256 is not None else None
     if fault is not None:
         raise ConfigError(f"--tokenizer {given}: is another tokenizer than {known}: {fault}. Give that one.")
     return named
+
+
+def _own(path: Path, trained: TrainedTokens) -> Tokenizer:
+    """The tokenizer beside a model, with its settings, as the checkpoint knows them. Raises DataError."""
+    mend = "Copy the run's own file there, or the one of its data set, or name a good one with --tokenizer."
+    if trained.sha256 is not None:
+        try:
+            actual = file_sha256(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}. {mend}") from None
+        if actual != trained.sha256:
+            raise DataError(
+                f"{path}: is not the tokenizer that the model was trained with: expected sha256 {trained.sha256} as "
+                f"its checkpoint says, actual {actual}. {mend}"
+            )
+    settings = path.parent / SETTINGS_NAME
+    if trained.has_settings and not os.path.lexists(settings):
+        raise DataError(f"{settings}: missing, and the run had one. Copy it there again, or that of its data set.")
+    return _as_trained(load_tokenizer(path), settings, trained)
+
+
+def _right_named(given: Path, beside: Path | None, trained: TrainedTokens) -> Tokenizer:
+    """The tokenizer of the model in another place; what is said of it beside the model is said of it there."""
+    settings = beside.parent / SETTINGS_NAME if beside else None
+    if settings is None or not os.path.lexists(settings):
+        return load_tokenizer(given)
+    return _as_trained(load_tokenizer(given, settings), settings, trained)
+
+
+def _as_trained(tokenizer: Tokenizer, settings: Path, trained: TrainedTokens) -> Tokenizer:
+    """Raises DataError where texts would not begin and end as the documents did that the model has seen."""
+    for name, expected in (("eos_id", trained.eos_id), ("bos_ids", trained.bos_ids)):
+        if expected is not None and (actual := getattr(tokenizer, name)) != expected:
+            raise DataError(
+                f"{settings}: gives {name} = {actual} for {tokenizer.path}, and the documents that the model was "
+                f"trained on had {expected}. Copy the file of the run, or of its data set, there again."
+            )
+    return tokenizer
 
 
 def _too_large(tokenizer: Tokenizer, model: ModelConfig) -> str | None:
@@ -78,23 +129,29 @@ def difference(one: Tokenizer, other: Tokenizer) -> str | None:
 
 @dataclass(frozen=True)
 class FolderTokenizer:
-    """The tokenizer of an imported folder as it is kept: a file, its name, and the text of its settings file.
+    """The tokenizer of an imported folder as it is kept: a file, its name, and what its settings file says.
 
     `tokenizer` is None where it cannot be used; `notes` say why, and what of the folder is not kept.
     """
 
     name: str | None
     content: bytes
-    settings: str | None
+    roles: TokenRoles | None
     tokenizer: Tokenizer | None
     notes: tuple[str, ...]
+
+    def about(self) -> dict[str, Any]:
+        """What the imported checkpoint says of it."""
+        if self.tokenizer is None:
+            return {}
+        return {"data": TrainedTokens(self.tokenizer.sha256, has_settings=True).to_json()}
 
     def write(self, folder: Path) -> None:
         """Put it into a run folder."""
         if self.name is not None:
             (folder / self.name).write_bytes(self.content)
-        if self.settings is not None:
-            (folder / SETTINGS_NAME).write_text(self.settings, "utf-8")
+        if self.roles is not None and self.tokenizer is not None:
+            (folder / SETTINGS_NAME).write_text(settings_text(self.roles, self.tokenizer.sha256), "utf-8")
 
 
 def folder_tokenizer(folder: Path, model: ModelConfig) -> FolderTokenizer:
@@ -126,7 +183,7 @@ def folder_tokenizer(folder: Path, model: ModelConfig) -> FolderTokenizer:
         )
         bos_ids = reader.before
     roles: TokenRoles = replace(tokenizer.roles, ids=tokenizer.roles.ids).as_trained(tokenizer.eos_id, bos_ids)
-    return FolderTokenizer(name, content, settings_text(roles, tokenizer.sha256), tokenizer, tuple(notes))
+    return FolderTokenizer(name, content, roles, tokenizer, tuple(notes))
 
 
 @contextmanager

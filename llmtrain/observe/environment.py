@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from llmtrain.files import replace_file
+
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = (
     "llmtrain",
@@ -51,8 +53,7 @@ def describe_environment() -> dict[str, Any]:
 
 def save_environment(run_dir: Path) -> None:
     """Write the description into a run folder, where `llmtrain report` finds it."""
-    text = json.dumps(describe_environment(), indent=2)
-    (run_dir / ENVIRONMENT_FILE).write_text(text + "\n", encoding="utf-8")
+    replace_file(run_dir / ENVIRONMENT_FILE, (json.dumps(describe_environment(), indent=2) + "\n").encode())
 
 
 def source_commit(file: Path) -> str | None:

@@ -23,7 +23,7 @@ from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConf
 from llmtrain.config.sizes import parameter_shapes
 from llmtrain.data.remote import shown_path
 from llmtrain.data.shards import TOKENIZER_NAMES, Manifest, file_sha256
-from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
+from llmtrain.data.token_roles import SETTINGS_NAME, TrainedTokens, read_settings
 from llmtrain.errors import CheckpointError, Problem
 
 FREE_MODEL_KEYS = ("init",)
@@ -96,7 +96,9 @@ def data_record(config: RunConfig, manifests: Sequence[Manifest]) -> dict[str, A
         {"path": shown_path(source.path), "weight": source.weight, "content_sha256": content_sha256(manifest)}
         for source, manifest in zip(config.data.train, manifests, strict=True)
     ]
-    return {"tokenizer_sha256": manifests[0].tokenizer_sha256, "sources": sources}
+    first = manifests[0]
+    tokens = TrainedTokens(first.tokenizer_sha256, first.eos_id, first.bos_ids, bool(first.settings_sha256))
+    return {**tokens.to_json(), "sources": sources}
 
 
 def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str | None:

@@ -11,7 +11,7 @@ from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.checkpoint.space import BYTES_PER_PARAMETER, Room, bytes_text, plan_room
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.config.sizes import num_parameters
-from llmtrain.data.folders import fetch_config, fetch_tokenizer, run_settings, scheme_fault
+from llmtrain.data.folders import fetch_config, run_settings, run_tokenizer, scheme_fault
 from llmtrain.data.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
 from llmtrain.data.usage import data_use
@@ -157,13 +157,14 @@ def _plain(ids: int | tuple[int, ...]) -> str:
 def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
     """The named tokenizer is there, and is the one that the first training source was written with.
 
-    Raises DataError where what the data set's manifest says of the tokenizer's settings is not so.
+    Raises DataError where what the data set's manifest says of its tokenizer and the settings of it is not so.
     """
     named, first = config.data.tokenizer, manifests.get(FIRST)
     if first is not None:
         run_settings(config.data, first)
     if named is None:
-        yield from _fetched_tokenizer_problems(config, first)
+        if first is not None:
+            yield from _kept_tokenizer_problems(config, first)
         return
     path = Path(named)
     if path.is_file():
@@ -183,14 +184,16 @@ def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> It
     yield Problem("data.tokenizer", f"{kind}. {_seen_from(path)}{advice}", named)
 
 
-def _fetched_tokenizer_problems(config: RunConfig, first: Manifest | None) -> Iterator[Problem]:
-    """A run whose first training source is remote and that names no tokenizer finds one beside the data."""
-    if first is None or not scheme_of(config.data.train[0].path):
-        return
+def _kept_tokenizer_problems(config: RunConfig, first: Manifest) -> Iterator[Problem]:
+    """A run that names no tokenizer finds the right one beside the data. Raises DataError where that one is damaged."""
+    remote = scheme_of(config.data.train[0].path) is not None
     try:
-        fetch_tokenizer(config.data, first)
+        run_tokenizer(config.data, first)
     except (ConfigError, DataError) as error:
-        yield Problem("data.tokenizer", str(error))
+        if isinstance(error, DataError) and not remote:
+            raise
+        if remote:
+            yield Problem("data.tokenizer", str(error))
 
 
 def _resume_problems(config: RunConfig) -> Iterator[Problem]:

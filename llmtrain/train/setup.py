@@ -1,6 +1,6 @@
 """From a configuration to the parts of a run: loader, engine, monitor, evaluation, checkpoints."""
 
-import shutil
+import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,10 +24,11 @@ from llmtrain.data.folders import fetch_config, open_folder, run_settings, run_t
 from llmtrain.data.loader import BatchLoader, Window, build_stream
 from llmtrain.data.pieces import load_pieces
 from llmtrain.data.recipe import Recipe
-from llmtrain.data.shards import Manifest
+from llmtrain.data.shards import LONGEST_TOKENIZER, Manifest
 from llmtrain.data.stream import SampleStream
 from llmtrain.data.token_roles import SETTINGS_NAME, TokenRoles, read_settings, settings_text, settings_tokenizer
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataError
+from llmtrain.files import read_bytes, replace_file
 from llmtrain.infer.model import find_checkpoint
 from llmtrain.observe.attempts import StartedAttempt, begin_attempt
 from llmtrain.observe.console import ConsoleTracker
@@ -227,8 +228,15 @@ def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int
 
 def build_recipe(config: RunConfig, stream: SampleStream) -> Recipe:
     """What rows are made with; special tokens are filled in already. Raises as `run_tokenizer` and `load_pieces` do."""
-    pieces = load_pieces(run_tokenizer(config.data)) if config.data.objective == "masked" else None
+    pieces = None
+    if config.data.objective == "masked":
+        pieces = load_pieces(run_tokenizer(config.data, _first_manifest(config.data)))
     return Recipe(config.data, config.seed, stream.eos_id, config.model.family, pieces, stream.bos_ids)
+
+
+def _first_manifest(data: DataConfig) -> Manifest:
+    """That of the source whose tokenizer is the run's."""
+    return open_folder(data.train[0].path, fetch_config(data)).read_manifest()
 
 
 def build_monitor(
@@ -301,18 +309,22 @@ def save_run_files(config: RunConfig, path: Path, checkpoint: Path | None = None
     `checkpoint` is the one that the run continues. What is known of the tokenizer beside its file comes from the data,
     else from there.
     """
-    (path / "config.yaml").write_text(record_of(config), "utf-8")
-    save_environment(path)
-    tokenizer = run_tokenizer(config.data)
-    shutil.copyfile(tokenizer, path / f"tokenizer{tokenizer.suffix}")
-    manifest = open_folder(config.data.train[0].path, fetch_config(config.data)).read_manifest()
+    manifest = _first_manifest(config.data)
+    tokenizer = run_tokenizer(config.data, manifest)
+    content = read_bytes(tokenizer, LONGEST_TOKENIZER)
+    if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
+        raise DataError(f"{tokenizer}: was changed while it was read. See who writes there, then start again.")
     roles = trained_roles(config.data, manifest, checkpoint)
     if roles is None and tokenizer.suffix == ".json":
         roles = TokenRoles().as_trained(manifest.eos_id, manifest.bos_ids)
+    # Nothing is written before all that it is made of was found whole: what the folder has stays good.
+    replace_file(path / "config.yaml", record_of(config).encode())
+    save_environment(path)
+    replace_file(path / f"tokenizer{tokenizer.suffix}", content)
     if roles is None:
         (path / SETTINGS_NAME).unlink(missing_ok=True)
     else:
-        (path / SETTINGS_NAME).write_text(settings_text(roles, manifest.tokenizer_sha256), "utf-8")
+        replace_file(path / SETTINGS_NAME, settings_text(roles, manifest.tokenizer_sha256).encode())
 
 
 def trained_roles(data: DataConfig, manifest: Manifest, checkpoint: Path | None) -> TokenRoles | None:

@@ -13,7 +13,7 @@ from llmtrain.config.objective import SpecialTokensConfig, needed_tokens
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.folders import fetch_config, open_folder, run_settings, run_tokenizer
 from llmtrain.data.remote import shown_path
-from llmtrain.data.shards import Manifest, file_sha256
+from llmtrain.data.shards import Manifest
 from llmtrain.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -67,20 +67,13 @@ def fill_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig | list[P
 def _find_tokenizer(config: RunConfig, manifest: Manifest) -> "Tokenizer | Problem":
     from llmtrain.data.tokenizer import load_tokenizer  # its libraries are slow to import
 
-    objective = config.data.objective
     try:
-        path = run_tokenizer(config.data)
-        if path.is_file() and file_sha256(path) == manifest.tokenizer_sha256:
-            return load_tokenizer(path, run_settings(config.data, manifest))
+        return load_tokenizer(run_tokenizer(config.data, manifest), run_settings(config.data, manifest))
     except (ConfigError, DataError) as error:
-        message = f"data.objective = {objective} needs it, for special tokens: {error}"
-        return Problem("data.tokenizer", message, uses=("data.objective",))
-    message = (
-        f"data.objective = {objective} needs special tokens of the tokenizer that "
-        f"{shown_path(config.data.train[0].path)} was written with (sha256 {manifest.tokenizer_sha256[:12]}), and "
-        f"{path} is not that one. Set data.tokenizer to it."
-    )
-    return Problem("data.tokenizer", message, config.data.tokenizer, uses=("data.objective",))
+        if isinstance(error, DataError) and config.data.tokenizer is None:
+            raise  # of the data set itself: nothing in the configuration would mend it
+        message = f"data.objective = {config.data.objective} needs it, for special tokens: {error}"
+        return Problem("data.tokenizer", message, config.data.tokenizer, uses=("data.objective",))
 
 
 def _filled(config: RunConfig, tokenizer: "Tokenizer") -> tuple[SpecialTokensConfig, list[Problem]]:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from llmtrain.cli.app import app
 from llmtrain.config.load import load_config
+from llmtrain.data.shards import file_sha256
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import DataError
 from llmtrain.files import sealed, unsealed
@@ -92,6 +93,35 @@ def test_data_of_before_means_what_it_meant(place: Path) -> None:
     assert (kept.eos_id, kept.bos_ids, dict(kept.files)) == (1, (), {})
 
 
+def test_a_damaged_tokenizer_of_the_data_does_not_replace_the_run_s_good_one(place: Path) -> None:
+    (place / "own.model").write_bytes(train_sentencepiece(TEXTS, "bpe", 300))
+    _shards("shards", Path("own.model"))
+    Path("run.yaml").write_text(
+        "name: more\ndata: {train: [{path: shards/train}], seq_len: 32}\n"
+        "model: {num_layers: 1, hidden_size: 32, num_heads: 2, max_seq_len: 32}\n"
+        "train: {steps: 5, global_batch_size: 2, micro_batch_size: 1}\noptim: {warmup_steps: 1}\n"
+    )
+    config = load_config(Path("run.yaml")).config
+    (place / "run").mkdir()
+    save_run_files(config, place / "run")
+    before = {path.name: path.read_bytes() for path in (place / "run").iterdir()}
+    source = place / "shards" / "tokenizer.model"
+    good = source.read_bytes()
+    source.write_bytes(good.replace(b"dog", b"dig"))
+    assert source.read_bytes() != good
+    with pytest.raises(DataError, match=r"shards/tokenizer.model: expected sha256"):
+        save_run_files(config, place / "run")
+    assert {path.name: path.read_bytes() for path in (place / "run").iterdir()} == before
+    result = CliRunner().invoke(app, ["train", "run.yaml", "--dry-run"])
+    assert result.exit_code == 3 and "shards/tokenizer.model" in result.stderr, result.stderr
+    shown = CliRunner().invoke(app, ["data", "show", "shards/train", "--seq-len", "32"])
+    assert shown.exit_code == 3 and "shards/tokenizer.model" in shown.stderr
+    source.write_bytes(good)
+    (place / "run" / "tokenizer.model").write_bytes(b"spoiled")
+    save_run_files(config, place / "run")
+    assert (place / "run" / "tokenizer.model").read_bytes() == good, "a resume mends the run's own copy"
+
+
 def test_sources_that_begin_otherwise_are_no_mixture(place: Path) -> None:
     _shards("shards", Path("hf/tokenizer.json"))
     _shards("plain", Path("hf/tokenizer.json"), "--bos", "none")
@@ -126,4 +156,9 @@ def _run_with_own_tokenizer(run: Path, place: Path) -> None:
     import shutil
 
     shutil.copytree(place / "imported" / "checkpoints", run / "checkpoints")
+    manifest = next(run.glob("checkpoints/*/manifest.json"))
+    content = json.loads(manifest.read_text())
+    content["about"] = {"data": {"tokenizer_sha256": file_sha256(place / "own.model")}}
+    manifest.write_text(json.dumps(content))
+    manifest.with_name("manifest.json.sha256").write_text(f"{file_sha256(manifest)}  manifest.json\n")
     shutil.copyfile(place / "own.model", run / "tokenizer.model")

@@ -10,7 +10,7 @@ from llmtrain.config.load import load_config
 from llmtrain.config.rendering import to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.shards import file_sha256
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataError
 from llmtrain.train.preflight import storage_problems
 from llmtrain.train.vocabulary import with_vocabulary
 from tests.support.run_files import write_data_set, write_good_run
@@ -149,7 +149,10 @@ def test_sentinels_of_a_tokenizer_are_found_by_name(folder: Path) -> None:
 
 def test_the_tokenizer_must_be_there_and_the_right_one(folder: Path) -> None:
     Path("shards/tokenizer.model").write_text("another")
-    assert "is not that one" in problems(*MASKED)["data.tokenizer"]
+    with pytest.raises(DataError, match=r"shards/tokenizer.model: expected sha256 \w+, actual"):
+        filled(*MASKED)
+    named = (*MASKED, "data.tokenizer=shards/tokenizer.model")
+    assert "is not the tokenizer that" in problems(*named)["data.tokenizer"]
     Path("shards/tokenizer.model").unlink()
     assert "needs it, for special tokens" in problems(*MASKED)["data.tokenizer"]
     assert filled().model.vocab_size == PLAIN, "causal needs none"

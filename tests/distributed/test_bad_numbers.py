@@ -1,6 +1,7 @@
 """Losses and gradients that are not as they should be, in whole runs on several ranks of every engine."""
 
 import sysconfig
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ def folder(tmp_path: Path) -> Path:
     source = Path(sysconfig.get_path("stdlib")) / "json"
     files = sorted(source.glob("*.py"))
     documents = [np.frombuffer(file.read_bytes(), np.uint8).astype(np.int64) + 4 for file in files]
-    write_dataset(tmp_path / "data", [documents[::2], documents[1::2]])
-    (tmp_path / "data" / "tokenizer.model").write_bytes(b"a run copies it and reads no token")
+    tokenizer = b"a run copies it and reads no token"
+    shards = [documents[::2], documents[1::2]]
+    write_dataset(tmp_path / "data", shards, tokenizer_sha256=sha256(tokenizer).hexdigest())
+    (tmp_path / "data" / "tokenizer.model").write_bytes(tokenizer)
     return tmp_path
 
 

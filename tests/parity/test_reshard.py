@@ -1,6 +1,7 @@
 """A checkpoint of any engine and layout continues in any other: bit for bit at the start, on the same data, and with
 the losses of the run that was never stopped."""
 
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ are compared bit for bit before that."""
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     text = ["the words of a text that has as many pieces as the documents have tokens and then as many words again"]
-    (folder / "tokenizer.model").write_bytes(train_sentencepiece(text, "bpe", VOCAB_SIZE))
-    write_dataset(folder, [random_documents(60, seed) for seed in range(3)])
+    tokenizer = train_sentencepiece(text, "bpe", VOCAB_SIZE)
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    documents = [random_documents(60, seed) for seed in range(3)]
+    write_dataset(folder, documents, tokenizer_sha256=sha256(tokenizer).hexdigest())
     return folder
 
 

@@ -1,5 +1,6 @@
 """A run's YAML file and the data sets that it names, small and on storage."""
 
+import json
 from hashlib import sha256
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def write_data_set(folder: Path, tokens: int = 1000, vocab_size: int = 300, toke
     shard = ShardEntry("shard-00000.tar", 1, "0" * 64, "shard-00000.idx", "0" * 64, samples=10, tokens=tokens)
     write_manifest(folder, Manifest(1, tokenizer_sha256, vocab_size, "uint16", 0, (shard,)))
     return folder
+
+
+def replace_tokenizer(run: Path, tokenizer: bytes) -> None:
+    """A run folder as if it had been trained with a sentencepiece model."""
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        content["about"]["data"] = {"tokenizer_sha256": sha256(tokenizer).hexdigest()}
+        manifest.write_text(json.dumps(content))
+        told = sha256(manifest.read_bytes()).hexdigest()
+        manifest.with_name("manifest.json.sha256").write_text(f"{told}  manifest.json\n")
+    (run / "tokenizer.model").write_bytes(tokenizer)
 
 
 def contents(run: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from llmtrain.data.shards import read_manifest
 from llmtrain.interop.sentencepiece_text import trial_texts
 from llmtrain.interop.tokenizer_json import convert, export_obstacles
 from tests.support.hf_folders import write_llama
+from tests.support.run_files import replace_tokenizer
 from tests.support.tokenizers import saved_tokenizer, train_sentencepiece
 
 LINES = [line for text in trial_texts()[:6] for line in text.splitlines() if line.strip()]
@@ -81,6 +82,6 @@ def test_shards_say_what_is_lost(tmp_path: Path) -> None:
 def test_a_model_of_another_s_tokenizer_is_exported(tmp_path: Path) -> None:
     assert _call("import", write_llama(tmp_path / "hf"), tmp_path / "imported").exit_code == 0
     shutil.copytree(tmp_path / "imported" / "checkpoints", tmp_path / "run" / "checkpoints")
-    (tmp_path / "run" / "tokenizer.model").write_bytes(train_sentencepiece(FEW_SIGNS, "bpe", 300, **USUAL))
+    replace_tokenizer(tmp_path / "run", train_sentencepiece(FEW_SIGNS, "bpe", 300, **USUAL))
     result = _call("export", tmp_path / "run", tmp_path / "out")
     assert result.exit_code == 0, result.stderr

@@ -9,12 +9,12 @@ from typer.testing import CliRunner
 
 from llmtrain.cli.app import app
 from llmtrain.config.load import load_config
-from llmtrain.data.shards import file_sha256
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import DataError
 from llmtrain.files import sealed, unsealed
 from llmtrain.train.setup import save_run_files
 from tests.support.hf_folders import write_llama
+from tests.support.run_files import replace_tokenizer
 from tests.support.tokenizers import train_sentencepiece
 
 TEXTS = [f"the fox {number} jumps\nover a dog " * 20 for number in range(40)]
@@ -156,9 +156,4 @@ def _run_with_own_tokenizer(run: Path, place: Path) -> None:
     import shutil
 
     shutil.copytree(place / "imported" / "checkpoints", run / "checkpoints")
-    manifest = next(run.glob("checkpoints/*/manifest.json"))
-    content = json.loads(manifest.read_text())
-    content["about"] = {"data": {"tokenizer_sha256": file_sha256(place / "own.model")}}
-    manifest.write_text(json.dumps(content))
-    manifest.with_name("manifest.json.sha256").write_text(f"{file_sha256(manifest)}  manifest.json\n")
-    shutil.copyfile(place / "own.model", run / "tokenizer.model")
+    replace_tokenizer(run, (place / "own.model").read_bytes())

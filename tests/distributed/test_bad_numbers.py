@@ -1,7 +1,6 @@
 """Losses and gradients that are not as they should be, in whole runs on several ranks of every engine."""
 
 import sysconfig
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from llmtrain.observe.attempts import STARTED
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.jsonl import read_rows
 from tests.support.bad_numbers import BATCH, Fault, Seen, bad_run, consumed, finite, run_rank, same
-from tests.support.datasets import write_dataset
+from tests.support.datasets import UNREAD_TOKENIZER, write_dataset
 from tests.support.ranks import RankError, run_ranks
 
 Layout = tuple[str, int, dict[str, Any]]
@@ -43,10 +42,7 @@ def folder(tmp_path: Path) -> Path:
     source = Path(sysconfig.get_path("stdlib")) / "json"
     files = sorted(source.glob("*.py"))
     documents = [np.frombuffer(file.read_bytes(), np.uint8).astype(np.int64) + 4 for file in files]
-    tokenizer = b"a run copies it and reads no token"
-    shards = [documents[::2], documents[1::2]]
-    write_dataset(tmp_path / "data", shards, tokenizer_sha256=sha256(tokenizer).hexdigest())
-    (tmp_path / "data" / "tokenizer.model").write_bytes(tokenizer)
+    write_dataset(tmp_path / "data", [documents[::2], documents[1::2]], tokenizer=UNREAD_TOKENIZER)
     return tmp_path
 
 

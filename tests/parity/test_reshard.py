@@ -1,7 +1,6 @@
 """A checkpoint of any engine and layout continues in any other: bit for bit at the start, on the same data, and with
 the losses of the run that was never stopped."""
 
-from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     text = ["the words of a text that has as many pieces as the documents have tokens and then as many words again"]
     tokenizer = train_sentencepiece(text, "bpe", VOCAB_SIZE)
-    (folder / "tokenizer.model").write_bytes(tokenizer)
-    documents = [random_documents(60, seed) for seed in range(3)]
-    write_dataset(folder, documents, tokenizer_sha256=sha256(tokenizer).hexdigest())
+    write_dataset(folder, [random_documents(60, seed) for seed in range(3)], tokenizer=tokenizer)
     return folder
 
 

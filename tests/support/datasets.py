@@ -1,6 +1,7 @@
 """Small data sets that tests write and then read, spoil or compare."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,21 @@ def random_documents(count: int, seed: int = 0, longest: int = 40) -> list[NDArr
     return [generator.integers(4, VOCAB_SIZE, length) for length in generator.integers(0, longest + 1, count)]
 
 
+UNREAD_TOKENIZER = b"a run copies it and reads no token"
+
+
 def write_dataset(
-    folder: Path, shards: Sequence[Documents], vocab_size: int = VOCAB_SIZE, tokenizer_sha256: str = "0" * 64
+    folder: Path,
+    shards: Sequence[Documents],
+    vocab_size: int = VOCAB_SIZE,
+    tokenizer_sha256: str = "0" * 64,
+    tokenizer: bytes | None = None,
 ) -> Manifest:
-    """Write documents as shards with sidecars and manifest."""
+    """Write documents as shards with sidecars and manifest, and the tokenizer that a run is to find there."""
     folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        (folder / "tokenizer.model").write_bytes(tokenizer)
+        tokenizer_sha256 = sha256(tokenizer).hexdigest()
     dtype = dtype_name(vocab_size)
     entries = []
     for number, documents in enumerate(shards):

@@ -10,7 +10,7 @@ from launch.worker import run_worker, unchanged
 from llmtrain.config.schema import RunConfig
 from llmtrain.observe.jsonl import read_rows
 from llmtrain.train.loop import Run
-from tests.support.datasets import VOCAB_SIZE, random_documents, write_dataset
+from tests.support.datasets import UNREAD_TOKENIZER, VOCAB_SIZE, random_documents, write_dataset
 
 ChangeRun = Callable[[Run, Rank], Run]
 
@@ -18,8 +18,7 @@ ChangeRun = Callable[[Run, Rank], Run]
 def write_data(folder: Path, valid_documents: int = 40) -> None:
     """Training and validation data, whose tokenizer no run reads."""
     for name, count, seed in (("train", 200, 0), ("valid", valid_documents, 1)):
-        write_dataset(folder / name, [random_documents(count, seed)])
-        (folder / name / "tokenizer.model").write_bytes(b"a run copies it and reads no token")
+        write_dataset(folder / name, [random_documents(count, seed)], tokenizer=UNREAD_TOKENIZER)
 
 
 def small_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:

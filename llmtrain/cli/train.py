@@ -123,7 +123,7 @@ def _model(outline: "Outline") -> str:
 def _source(source: "SourceUse") -> tuple[str, str]:
     """What an epoch of a source is, and how much of the source no epoch shows."""
     name = {"train": "data", "valid": "validation"}[source.split]
-    often = f"{source.epochs:,.3g} epochs" if name == "data" else f"{min(source.epochs, 1):.1%} of it each time"
+    often = f"{source.epochs:,.3g} epochs" if name == "data" else f"{source.epochs:.1%} of it each time"
     use = source.use
     return name, f"{source.path}: {use.tokens:,} tokens = {use.samples:,.0f} samples; {use.unused_text}; {often}"
 

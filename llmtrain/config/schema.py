@@ -219,7 +219,10 @@ class EvaluateConfig(Section):
     """Evaluation during training."""
 
     every_steps: StepsOrZero = Field(default=0, description="Steps between evaluations; 0: never.")
-    steps: Steps = Field(default=10, description="Global batches per evaluation, always the same first samples.")
+    steps: Steps = Field(
+        default=10,
+        description="Global batches per evaluation, always the same first samples. Data that holds fewer is read once.",
+    )
 
 
 class CheckpointConfig(Section):

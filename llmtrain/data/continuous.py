@@ -46,6 +46,9 @@ class ContinuousOrder:
         assert self._epoch_tokens > seq_len
         self.num_windows = self._epoch_tokens // seq_len
         """Of one epoch, rounded down: epochs need not end where windows do."""
+        self.whole_windows = (self._epoch_tokens - 1) // seq_len
+        """The first samples, which hold tokens of the first epoch alone: all that begin in it but the last, if that
+        one reaches into the next."""
         self._lengths = np.asarray(lengths, np.int64)
         self._seq_len = seq_len
         self._seed = seed

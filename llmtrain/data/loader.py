@@ -20,16 +20,18 @@ Window = tuple[int, int]
 
 
 def build_stream(
-    sources: Sequence[SourceConfig], data: DataConfig, seed: int, run_dir: Path | None = None
+    sources: Sequence[SourceConfig], data: DataConfig, seed: int, run_dir: Path | None = None, once: bool = False
 ) -> SampleStream:
-    """The stream of a mixture of data sets. Raises DataError where one is damaged or written with another tokenizer.
+    """The stream of a mixture of data sets; with `once`, what lies behind a source's end is blank.
+
+    Raises DataError where one is damaged or written with another tokenizer.
 
     With data.on_corrupt = skip, the shards that the run goes without are listed in its folder; without `run_dir` damage
     is an error.
     """
     paths, weights = [source.path for source in sources], [source.weight for source in sources]
     ahead, windows = data.prefetch_steps > 0, data.windows or "continuous"
-    config = StreamConfig(seed, data.seq_len, data.shuffle_shards, data.verify, ahead, windows)
+    config = StreamConfig(seed, data.seq_len, data.shuffle_shards, data.verify, ahead, windows, once)
     skipped = None
     if run_dir is not None and data.on_corrupt == "skip":
         skipped = SkippedShards(run_dir / LEDGER_NAME, data.max_skipped)
@@ -86,6 +88,11 @@ class BatchLoader:
                 yield prepared.popleft().result()
         finally:
             thread.shutdown(cancel_futures=True)
+
+    @property
+    def steps_once(self) -> int:
+        """How many steps from the first sample on have all that each source holds, read once."""
+        return -(-self._stream.length_once // self.global_batch_size)
 
     def step_length(self, first_sample: int) -> int:
         """How far a step that begins at a position of the stream moves on in it, samples passed over included."""

@@ -126,7 +126,7 @@ class SampleOrder:
 
     def __init__(self, windows: Sequence[int], seq_len: int, seed: int, source: int, group_size: int) -> None:
         """`windows` counts the windows of each shard; they are shuffled within groups of `group_size` shards."""
-        self.num_windows = sum(windows)
+        self.num_windows = self.whole_windows = sum(windows)
         assert self.num_windows > 0
         self._seq_len = seq_len
         self._windows = np.asarray(windows, np.int64)

@@ -45,6 +45,8 @@ class StreamConfig:
     verify: Verify = "first"
     read_ahead: bool = False
     windows: WindowKind = "continuous"
+    once: bool = False
+    """Read each source through once: samples behind that are blank."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,25 @@ class SourceReader:
         if self._config.read_ahead and number not in self._looked_at:
             self._look_ahead(number)
         place = self.order.place(number)
-        tokens = np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
+        tokens = self._no_tokens()
         starts: list[NDArray[np.int64]] = []
         filled = 0
         for part in self.order.parts(place):
             shard = self._shard(part.shard)
             if shard is None:
-                tokens[:] = self.source.manifest.eos_id
-                return Window(place, tokens, np.empty(0, np.int64), blank=True)
+                return self.blank_window(number)
             found, begins = shard.span(part.begin, part.end)
             tokens[filled : filled + len(found)] = found
             starts.append(begins + filled)
             filled += len(found)
         return Window(place, tokens, np.concatenate(starts), blank=False)
+
+    def blank_window(self, number: int) -> Window:
+        """Sample `number` without what it holds; no shard is opened for it."""
+        return Window(self.order.place(number), self._no_tokens(), np.empty(0, np.int64), blank=True)
+
+    def _no_tokens(self) -> NDArray[np.int64]:
+        return np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
 
     def _look_ahead(self, number: int) -> None:
         shards, until = self.order.coming_shards(number)

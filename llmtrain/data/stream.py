@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd
 from pathlib import Path
 
@@ -24,7 +25,8 @@ class Sample:
 
     `tokens` has seq_len + 1 ids; `document_starts` are the positions in it where a document begins. The rest names
     the sample in reports: its global number, source, epoch of that source, shard and window. A blank one stands for a
-    sample of a skipped shard: its tokens mean nothing, and it has no targets.
+    sample of a skipped shard, or one behind the end of a source that is read once: its tokens mean nothing, and it has
+    no targets.
     """
 
     number: int
@@ -74,6 +76,12 @@ class MixtureSchedule:
         source = self._sources[position]
         return source, period * self._weights[source] + self._turns[position]
 
+    def number_of(self, source: int, number_in_source: int) -> int:
+        """The global number of a source's sample: the inverse of `source_of`."""
+        period, turn = divmod(number_in_source, self._weights[source])
+        position = next(i for i, each in enumerate(self._sources) if each == source and self._turns[i] == turn)
+        return period * len(self._sources) + position
+
 
 class SampleStream:
     """All samples of a mixture, addressed by their global number. Nothing in it depends on what was read before."""
@@ -84,6 +92,7 @@ class SampleStream:
         Raises DataError where a source has no whole sample, or has lost too many.
         """
         self.seq_len = config.seq_len
+        self._once = config.once
         self._schedule = MixtureSchedule([source.weight for source in sources])
         ahead: ReadAhead[ShardFile] = ReadAhead()
         self._readers = [SourceReader(source, index, config, skipped, ahead) for index, source in enumerate(sources)]
@@ -100,11 +109,21 @@ class SampleStream:
     def sample(self, number: int) -> Sample:
         """Sample `number`, from 0 without end. Raises DataError where its shard is damaged."""
         source, number_in_source = self._schedule.source_of(number)
-        window = self._readers[source].window(number_in_source)
+        reader = self._readers[source]
+        if self._once and number_in_source >= reader.order.whole_windows:
+            window = reader.blank_window(number_in_source)
+        else:
+            window = reader.window(number_in_source)
         place = window.place
         return Sample(
             number, window.tokens, window.document_starts, source, place.epoch, place.shard, place.window, window.blank
         )
+
+    @cached_property
+    def length_once(self) -> int:
+        """How many samples from the first on have all that each source holds, read once."""
+        last = (self._schedule.number_of(i, reader.order.whole_windows - 1) for i, reader in enumerate(self._readers))
+        return 1 + max(last)
 
     def origin(self, number: int) -> SampleOrigin:
         """Where sample `number` comes from; found without opening its shard."""

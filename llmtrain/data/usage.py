@@ -35,3 +35,10 @@ def data_use(manifest: Manifest, seq_len: int, windows: WindowKind) -> DataUse:
     counts = [shard.num_windows(seq_len) for shard in manifest.shards]
     used = sum(count * seq_len + 1 for count in counts if count)
     return DataUse(tokens, sum(counts), tokens - used)
+
+
+def samples_once(manifest: Manifest, seq_len: int, windows: WindowKind) -> int:
+    """How many whole samples a data set holds that is read through once, as an evaluation does."""
+    if windows == "continuous":
+        return max(0, manifest.stream_tokens - 1) // seq_len
+    return sum(shard.num_windows(seq_len) for shard in manifest.shards)

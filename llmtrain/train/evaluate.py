@@ -11,6 +11,7 @@ from llmtrain.engines.base import Engine
 class Evaluation:
     """Every `every_steps` steps (0: never), the mean loss over `num_batches` global batches, weighted by tokens.
 
+    Data that has fewer is read once: its loader is one of a stream that is, so that no token counts twice.
     With `before_saves` also at every step that is saved in any case: the best checkpoint is known by its loss.
     """
 
@@ -32,6 +33,7 @@ class Evaluation:
         """(mean loss, number of target tokens)."""
         assert self.loader is not None
         steps = self.loader.steps(first_sample=0)
-        results = [engine.eval_step(micro_batches) for micro_batches in islice(steps, self.num_batches)]
+        num_batches = min(self.num_batches, self.loader.steps_once)
+        results = [engine.eval_step(micro_batches) for micro_batches in islice(steps, num_batches)]
         num_tokens = sum(result.num_tokens for result in results)
         return sum(result.loss_sum for result in results) / max(1, num_tokens), num_tokens

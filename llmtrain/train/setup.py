@@ -184,7 +184,7 @@ def setup(
     start.manager.reports.warn = monitor.say
     saving = Saving(start.manager, config.checkpoint.every_steps, monitor.flush)
     evaluation = Evaluation(
-        build_loader(config, config.data.valid, rank) if config.data.valid else None,
+        build_loader(config, config.data.valid, rank, once=True) if config.data.valid else None,
         config.evaluate.every_steps,
         config.evaluate.steps,
         config.checkpoint.keep_best,
@@ -218,9 +218,12 @@ def read_manifests(config: RunConfig, sources: tuple[SourceConfig, ...]) -> list
     return [open_folder(source.path, fetch_config(config.data)).read_manifest() for source in sources]
 
 
-def build_loader(config: RunConfig, sources: tuple[SourceConfig, ...], rank: int = 0) -> BatchLoader:
-    """The micro-batches of a rank: those of its place on the data axis."""
-    stream = build_stream(sources, config.data, config.seed, Path(config.output_dir) / config.name)
+def build_loader(
+    config: RunConfig, sources: tuple[SourceConfig, ...], rank: int = 0, once: bool = False
+) -> BatchLoader:
+    """The micro-batches of a rank: those of its place on the data axis. With `once`, data that ends is followed by
+    samples without targets."""
+    stream = build_stream(sources, config.data, config.seed, Path(config.output_dir) / config.name, once)
     layout = plan_layout(config.parallel, config.launch.num_workers)
     sizes = (config.train.global_batch_size, config.train.micro_batch_size)
     return BatchLoader(stream, build_recipe(config, stream), *sizes, layout.coordinates(rank).data, layout.data)

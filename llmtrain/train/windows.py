@@ -11,13 +11,14 @@ from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.schema import RunConfig, SourceConfig, WindowKind
 from llmtrain.data.folders import fetch_config, open_folder
 from llmtrain.data.remote import shown_path
-from llmtrain.data.usage import DataUse, data_use
+from llmtrain.data.usage import DataUse, data_use, samples_once
 from llmtrain.train.continuity import resume_target, windows_of
 
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a run makes of one source. `epochs`: how often it goes through it; an evaluation, each time."""
+    """What a run makes of one source. `epochs`: how often it goes through it; an evaluation, how much of it it reads,
+    each time, and once at most."""
 
     split: str
     path: str
@@ -53,5 +54,7 @@ def _uses(config: RunConfig, split: str, sources: tuple[SourceConfig, ...], samp
         manifest = open_folder(source.path, fetch_config(data)).read_manifest()
         use = data_use(manifest, data.seq_len, data.windows or "continuous")
         taken = samples * source.weight / sum(other.weight for other in sources)
+        if split == "valid":
+            taken = min(taken, samples_once(manifest, data.seq_len, data.windows or "continuous"))
         found.append(SourceUse(split, shown_path(source.path), source.weight, use, taken / use.samples))
     return found

@@ -38,8 +38,9 @@ def batches(step: int, data_rank: int, data_size: int) -> list[Batch]:
     return found
 
 
-def train(rank: int, world_size: int, config: RunConfig) -> tuple[list[Step], float]:
-    """Loss, gradient norm, targets and whether it was skipped of each step; and the loss of a blank evaluation."""
+def train(rank: int, world_size: int, config: RunConfig) -> tuple[list[Step], list[tuple[float, int]]]:
+    """Loss, gradient norm, targets and whether it was skipped of each step; sum of losses and number of targets of
+    evaluations, one of which is blank on some ranks and one on all."""
     layout = plan_layout(config.parallel, world_size)
     data = layout.coordinates(rank).data, layout.data
     engine = engine_class(config.engine.name)(config, torch.device("cpu"))
@@ -47,7 +48,8 @@ def train(rank: int, world_size: int, config: RunConfig) -> tuple[list[Step], fl
     for step in range(1, 5):
         result = engine.train_step(step, batches(step, *data), 1e-2)
         steps.append((result.loss, result.grad_norm, result.num_tokens, result.skipped))
-    return steps, engine.eval_step(batches(3, *data)).loss_sum
+    evaluated = [engine.eval_step(batches(step, *data)) for step in (2, 3)]
+    return steps, [(result.loss_sum, result.num_tokens) for result in evaluated]
 
 
 def run(engine: dict[str, Any], parallel: dict[str, Any]) -> RunConfig:
@@ -67,4 +69,6 @@ def test_steps_without_targets_are_like_those_of_one_process(name: str) -> None:
     for expected, actual in zip(alone, found, strict=True):
         assert all(math.isfinite(value) for value in actual[:2])
         assert actual[:2] == pytest.approx(expected[:2], rel=1e-5)
-    assert evaluated == found_evaluated == 0.0
+    assert [tokens for _, tokens in evaluated] == [tokens for _, tokens in found_evaluated] == [2 * 32, 0]
+    assert found_evaluated[0][0] == pytest.approx(evaluated[0][0], rel=1e-5)
+    assert evaluated[1][0] == found_evaluated[1][0] == 0.0

@@ -89,8 +89,8 @@ class RunFolder:
 
     `attempt` is which of its launcher's attempts writes. A launcher whose earlier ranks are all gone, or cut off, gives
     its attempts one `launch_id`: the lock of an earlier one is taken over at once. `verdict` is the last judgement of
-    the run's health; it goes into every status. Raises RunFolderInUseError where another process holds it,
-    LlmtrainError where it cannot be made.
+    the run's health, an earlier owner's to begin with; it goes into every status. Raises RunFolderInUseError where
+    another process holds it, LlmtrainError where it cannot be made.
     """
 
     def __init__(self, path: Path, attempt: int = 0, launch_id: str = "") -> None:
@@ -118,6 +118,9 @@ class RunFolder:
                 "Set output_dir to a folder that can be written."
             ) from error
         self._clear_unfinished()
+        with suppress(LlmtrainError):  # a damaged status is replaced by the next one
+            before = read_status(self.path)
+            self.verdict = before.verdict if before else ""
         self._closed = threading.Event()
         self._renewal = threading.Thread(target=self._renew, name="run-lock", daemon=True)
         self._renewal.start()

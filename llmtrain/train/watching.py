@@ -1,7 +1,6 @@
 """What can be told of a run from outside, from its folder alone: how far it is, and whether its process still lives."""
 
 import math
-import os
 import socket
 import time
 from dataclasses import dataclass
@@ -11,12 +10,10 @@ from typing import Any, Literal
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
 from llmtrain.errors import ConfigError
-from llmtrain.files import open_regular
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.console import duration
 from llmtrain.observe.efficiency import STARTED
-from llmtrain.observe.jsonl import parse_row
-from llmtrain.observe.tracker import RESUMED_FROM
+from llmtrain.observe.newest_rows import NewestRows, newest_rows
 from llmtrain.observe.trackers import METRICS_FILE
 from llmtrain.train.run_folder import (
     LEASE_SECONDS,
@@ -37,7 +34,6 @@ State = Literal["starting", "running", "restarting", "done", "preempted", "faile
 OVER: tuple[State, ...] = ("done", "failed", "stalled", "dead", "unknown")
 """States that nobody but a person changes. A preempted run is one that somebody starts again."""
 
-TAIL_BYTES = 1 << 16
 RATE_ROWS = 100
 """Rows that rates are means over."""
 
@@ -116,7 +112,7 @@ def look(path: Path) -> RunView:
         "attempt": len(starts) or status.attempt + 1,
         "since": starts[-1]["time"] if starts else "",
         **_newest_checkpoint(path),
-        **_progress(recent_rows(path / METRICS_FILE), status, state),
+        **_progress(newest_rows(path / METRICS_FILE, RATE_ROWS), status, state),
     }
     message, action = status.message, status.next_action
     if state == "dead":
@@ -145,25 +141,6 @@ def holder_lives(lock: Path, owner: LockOwner) -> bool:
     return _age(lock) < LEASE_SECONDS
 
 
-def recent_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The last whole rows of metrics.jsonl that belong to the newest attempt. What cannot be read is left out."""
-    try:
-        with open_regular(metrics) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().split(b"\n")[1 if size > TAIL_BYTES else 0 : -1]
-    except OSError:
-        return []
-    rows: list[dict[str, Any]] = []
-    for line in lines:
-        try:
-            row = parse_row(line)
-        except ValueError:
-            continue
-        rows = [row] if RESUMED_FROM in row else [*rows, row]
-    return rows
-
-
 def _lives(path: Path, status: RunStatus, owner: LockOwner | None) -> bool | None:
     """Whether somebody is at a run that is said to go on; None where that cannot be told, or where it has ended."""
     if status.status not in ("running", "restarting"):
@@ -186,16 +163,14 @@ def _last_words(path: Path, status: RunStatus, saved_step: int | None) -> tuple[
     return said, f"start the same command again: it continues from {from_step}"
 
 
-def _progress(rows: list[dict[str, Any]], status: RunStatus, state: State) -> dict[str, Any]:
-    training = [row for row in rows if "loss" in row and "time" in row]
-    valid = next((_number(row["valid_loss"]) for row in reversed(rows) if "valid_loss" in row), None)
-    if not training:
+def _progress(rows: NewestRows, status: RunStatus, state: State) -> dict[str, Any]:
+    valid = _number(rows.evaluation["valid_loss"]) if rows.evaluation else None
+    if not rows.training:
         return {"step": status.step, "valid_loss": valid}
-    last = training[-1]
+    counted, last = rows.training, rows.training[-1]
     # The status follows the rows once a second. After a restart it is the rows that are old.
     fresh = last["time"] >= datetime.fromisoformat(status.updated).timestamp() - 2.0
     step = max(status.step, last["step"]) if fresh else status.step
-    counted = training[-RATE_ROWS:]
     between = counted[-1]["step"] - counted[0]["step"]
     seconds = (last["time"] - counted[0]["time"]) / between if between else last["step_seconds"]
     # Until a start has made a step, the rows are those of the one before it, and say nothing of its pace.

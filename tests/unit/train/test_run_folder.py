@@ -213,6 +213,22 @@ def test_status_round_trip(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["status.json"]
 
 
+def test_a_verdict_outlives_the_process_that_found_it(tmp_path: Path) -> None:
+    """What the launcher writes when a run has failed, or the next attempt, does not take it away."""
+    with RunFolder(tmp_path) as owner:
+        owner.verdict = "persistent: step 40 skipped"
+        owner.write_status("running", 40, 200)
+    for status in ("stalled", "running"):
+        with RunFolder(tmp_path) as owner:
+            owner.write_status(status, 40, 200)
+        found = read_status(tmp_path)
+        assert found is not None and found.verdict == "persistent: step 40 skipped"
+    (tmp_path / "status.json").write_text("{}")
+    with RunFolder(tmp_path) as owner:
+        owner.write_status("running", 40, 200)
+    assert (found := read_status(tmp_path)) is not None and found.verdict == ""
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"status": "done"}'])
 def test_a_damaged_status_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)

@@ -11,12 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmtrain.cli import main
 from llmtrain.errors import ConfigError
+from llmtrain.files import LINE_BYTES
 from llmtrain.observe.audit import record
+from llmtrain.observe.jsonl import rows_that_count
+from llmtrain.observe.newest_rows import BLOCK_BYTES, NewestRows, newest_rows
 from llmtrain.train.run_folder import LEASE_SECONDS, LOCK, STATUS, RunFolder, Status
-from llmtrain.train.watching import RunView, find_runs, look, recent_rows
+from llmtrain.train.watching import RunView, find_runs, look
 
 
 def write_rows(run: Path, first: int = 1, last: int = 40, age: float = 0.0, **cells: object) -> None:
@@ -26,6 +31,11 @@ def write_rows(run: Path, first: int = 1, last: int = 40, age: float = 0.0, **ce
             seconds = time.time() - age - 2.0 * (last - step)
             row = {"step": step, "time": seconds, "loss": 5.0, "step_seconds": 1.5, "tokens_per_second": 100.0}
             file.write(json.dumps({**row, **(cells if step == first else {})}) + "\n")
+
+
+def evaluate(run: Path, step: int, loss: float, **cells: object) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "time": time.time(), "valid_loss": loss, **cells}) + "\n")
 
 
 def make_run(folder: Path, status: Status = "running", step: int = 40, cause: str = "") -> Path:
@@ -139,19 +149,108 @@ def test_rows_of_an_attempt_before_do_not_count(tmp_path: Path) -> None:
         write_rows(run, 21, 24, resumed_from=20)
         held.write_status("running", 24, 100)
         assert look(run).step == 24
-        assert [row["step"] for row in recent_rows(run / "metrics.jsonl")] == [21, 22, 23, 24]
+        assert [row["step"] for row in newest_rows(run / "metrics.jsonl", 100).training] == [21, 22, 23, 24]
         rewrite_status(run, step=0, updated=datetime.fromtimestamp(time.time() + 60, UTC).isoformat())
         assert look(run).step == 0, "a restart has gone back, and no row of it is there yet"
 
 
+def test_the_validation_loss_outlives_restarts_and_many_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with RunFolder(run) as held:
+        held.write_status("running", 40, 100_000, "training")
+        write_rows(run)
+        evaluate(run, 40, 3.25)
+        write_rows(run, 41, 50, resumed_from=40)
+        assert look(run).valid_loss == 3.25, "evaluated before the restart"
+        write_rows(run, 51, 20_000)
+        assert (run / "metrics.jsonl").stat().st_size > 2 * BLOCK_BYTES
+        assert look(run).valid_loss == 3.25, "evaluated long ago"
+        assert "validation 3.2500" in status(capsys, run)[1]
+        write_rows(run, 39, 45, resumed_from=38)
+        assert look(run).valid_loss is None, "the run went back before its only evaluation"
+
+
+def test_an_evaluation_right_after_a_restart_hides_no_training_loss(tmp_path: Path) -> None:
+    """Training rows are written every so many steps: the first row of an attempt may be an evaluation."""
+    run = tmp_path / "run"
+    with RunFolder(run) as held:
+        held.write_status("running", 40, 100, "training")
+        write_rows(run)
+        evaluate(run, 41, 3.25, resumed_from=40)
+        view = look(run)
+    assert (view.loss, view.valid_loss, view.tokens_per_second) == (5.0, 3.25, 100.0)
+    assert view.last_row_age_seconds is not None
+
+
+def test_a_row_of_many_columns_is_read_whole(tmp_path: Path) -> None:
+    """The norms of many layers: one row is longer than what is read at once."""
+    run = tmp_path / "run"
+    with RunFolder(run) as held:
+        held.write_status("running", 40, 100, "training")
+        write_rows(run)
+        evaluate(run, 40, 3.25)
+        write_rows(run, 41, 41, **{f"norm/decoder.layers.{number}.weight": 1.5 for number in range(40_000)})
+        view = look(run)
+    assert (view.step, view.loss, view.valid_loss) == (41, 5.0, 3.25)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=200)
+def test_the_newest_rows_are_those_that_count(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The slow reference reads the file from its begin. Attempts end anywhere, go back, and some say so."""
+    file = tmp_path_factory.mktemp("rows") / "metrics.jsonl"
+    rows, step = [], 0
+    for attempt in range(data.draw(st.integers(1, 4))):
+        first = True
+        for _ in range(data.draw(st.integers(0, 12))):
+            step += 1
+            kinds = data.draw(st.sampled_from([("loss",), ("loss", "valid_loss"), ("valid_loss",)]))
+            for kind in kinds:
+                row = {"step": step, "time": 1.0, kind: float(len(rows)), "step_seconds": 1.0, "tokens_per_second": 1.0}
+                if attempt and first:
+                    row["resumed_from"] = step - 1
+                first = False
+                rows.append(row)
+        step = data.draw(st.integers(0, step))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = rows_that_count(rows)
+    found = newest_rows(file, 5)
+    evaluations = [row for row in kept if "valid_loss" in row]
+    assert found.evaluation == (evaluations[-1] if evaluations else None)
+    training = [row for row in kept if "loss" in row]
+    assert found.training == training[len(training) - len(found.training) :]
+    assert bool(found.training) == bool(training)
+
+
+def test_rows_from_before_the_mark_of_a_restart(tmp_path: Path) -> None:
+    """A step that is there twice replaces the first one, with its evaluation."""
+    run = tmp_path / "run"
+    with RunFolder(run) as held:
+        held.write_status("running", 10, 100, "training")
+        write_rows(run, 1, 4)
+        evaluate(run, 4, 4.0)
+        write_rows(run, 5, 10)
+        evaluate(run, 10, 3.0)
+        write_rows(run, 10, 10)
+        assert look(run).valid_loss == 4.0
+        assert [row["step"] for row in newest_rows(run / "metrics.jsonl", 100).training] == list(range(1, 11))
+
+
 def test_torn_and_strange_rows_are_left_out(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    assert recent_rows(file) == []
-    row = json.dumps({"step": 1, "loss": "NaN", "time": 1.0})
+    assert newest_rows(file, 100) == NewestRows()
+    row = json.dumps({"step": 1, "loss": "NaN", "time": 1.0, "step_seconds": 1.0, "tokens_per_second": 1.0})
     file.write_bytes(b"\xff\xfe{\n" + row.encode() + b'\n[]\n{"step": 2, "lo')
-    assert [row["step"] for row in recent_rows(file)] == [1]
-    file.write_bytes((b"x" * 100_000) + b"\n" + row.encode() + b"\n")
-    assert [row["step"] for row in recent_rows(file)] == [1], "the cut-off line before it is left out"
+    assert [row["step"] for row in newest_rows(file, 100).training] == [1]
+    for strange in (b"x" * 100_000, b"y" * (BLOCK_BYTES + 5), b"z" * (LINE_BYTES + BLOCK_BYTES + 5)):
+        file.write_bytes(row.encode() + b"\n" + strange + b"\n")
+        assert [row["step"] for row in newest_rows(file, 100).training] == [1]
+        file.write_bytes(row.encode() + b"\n" + strange)
+        assert [row["step"] for row in newest_rows(file, 100).training] == [1], "it has no end yet"
+        file.write_bytes(strange + b"\n" + row.encode() + b"\n")
+        assert [row["step"] for row in newest_rows(file, 100).training] == [1]
 
 
 def test_not_finite_numbers_are_unknown_ones(tmp_path: Path) -> None:

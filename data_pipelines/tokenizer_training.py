@@ -3,7 +3,10 @@
 import io
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,9 +40,14 @@ def train_tokenizer(documents: Iterable[str], out: Path, vocab_size: int, kind: 
     source = _Chunks(documents)
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(source), model_writer=model, model_type=kind, vocab_size=vocab_size, **_settings()
-        )
+        with _ended_by_signals():
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(source),
+                model_writer=model,
+                model_type=kind,
+                vocab_size=vocab_size,
+                **_settings(),
+            )
     except RuntimeError as error:
         if source.error is not None:
             raise source.error from None
@@ -49,6 +57,25 @@ def train_tokenizer(documents: Iterable[str], out: Path, vocab_size: int, kind: 
     temporary.write_bytes(with_rounded_scores(model.getvalue()) if kind == "unigram" else model.getvalue())
     temporary.replace(out)
     return SentencePieceTokenizer(out)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals end the process at once. Nothing is on storage yet, and Python's handlers wait for native code to
+    return: for hours, where there is much text.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def with_rounded_scores(model: bytes, steps_per_unit: int = 16) -> bytes:

@@ -63,7 +63,8 @@ def _stopping_raises() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, stop) for number in STOPPING}
+    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # as nohup sets it
+    before = {number: signal.signal(number, stop) for number in heard}
     try:
         yield
     finally:

@@ -1,20 +1,27 @@
 """Does a run survive? Faults are injected into short runs of a configuration, and what follows is measured."""
 
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
+
+from launch.attempt import import_for_ranks
 from launch.faults import STRUCK, Fault, inject
 from launch.local import launch
-from launch.rank import Rank
+from launch.processes import die_with
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
 from llmtrain.checkpoint.manifest import load_manifest
 from llmtrain.config.schema import RunConfig
@@ -22,7 +29,6 @@ from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError, NoProgressError
 from llmtrain.observe.audit import AUDIT_FILE, iter_events
 from llmtrain.observe.jsonl import iter_rows, read_rows
 from llmtrain.observe.trackers import METRICS_FILE
-from llmtrain.train.loop import Run
 from llmtrain.train.run_folder import read_status
 
 STEPS = 30
@@ -89,16 +95,53 @@ def folder_of(config: RunConfig) -> Path:
     return Path(config.output_dir) / config.name
 
 
-def run_quietly(config: RunConfig, change_run: Callable[[Run, Rank], Run] | None = None) -> int:
-    """Run a configuration, what it prints going to `output.txt` in its folder; returns the exit code."""
+def run_quietly(config: RunConfig, fault: Fault | None = None) -> int:
+    """Run a configuration, perhaps with a fault, what it prints going to `output.txt` in its folder; the exit code.
+
+    Its launcher is a process in a session of its own: what the drill is told to do it does not hear, and what a fault
+    tells it the drill does not. Whatever ends the drill ends the launcher and its ranks too.
+    """
+    import_for_ranks(config.engine.name)
+    drill = os.getpid()
+
+    def life() -> None:
+        os.setsid()
+        die_with(drill)
+        os._exit(_launched(config, fault))
+
+    process = multiprocessing.get_context("fork").Process(target=life, name="launcher")
+    process.start()
+    try:
+        process.join()
+    finally:
+        if process.is_alive():
+            end_session(process)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _launched(config: RunConfig, fault: Fault | None) -> int:
     folder = folder_of(config)
     folder.mkdir(parents=True, exist_ok=True)
     with printed_to(folder / "output.txt"):
         try:
-            return launch(config, change_run)
+            return launch(config, inject(fault, config, FAULT_STEP) if fault else None)
         except LlmtrainError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
+        except Exception:
+            traceback.print_exc()
+            return 1
+
+
+def end_session(process: BaseProcess) -> None:
+    """Kill a process and all that is in its session, ranks that are stopped too."""
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    with suppress(ProcessLookupError):  # it may not have got so far as to have a session
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.kill()
+    process.join()
+    psutil.wait_procs(ranks)
 
 
 @contextmanager
@@ -143,10 +186,9 @@ def undisturbed(config: RunConfig) -> RunConfig:
 def try_fault(config: RunConfig, fault: Fault) -> Outcome:
     """Run with a fault, start it again where it asks for that, and say what followed. After `undisturbed`."""
     run = named(with_settings(config, fault.changes), fault.name)
-    change_run = inject(fault, run, FAULT_STEP)
-    ends = [(run_quietly(run, change_run), time.time())]
+    ends = [(run_quietly(run, fault), time.time())]
     if ends[0][0] == EXIT_PREEMPTED:
-        ends.append((run_quietly(run, change_run), time.time()))
+        ends.append((run_quietly(run, fault), time.time()))
     return judge(fault, folder_of(run), ends, folder_of(config.model_copy(update={"name": UNDISTURBED})))
 
 

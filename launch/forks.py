@@ -7,15 +7,21 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import signal
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import TracebackType
 from typing import Any
+
+from launch.processes import die_with
 
 PRELOAD_VARIABLE = "LLMTRAIN_PRELOAD"
 """Names the modules that the server imports, in its environment: a server is told nothing else before it forks."""
@@ -45,6 +51,7 @@ class Forks:
         The function belongs to a module. Each rank computes with one thread. Raises RankError with the traceback of the
         first rank that raised, or where the ranks, once they have met, are not done in time; none is left running.
         """
+        _start_server()
         with tempfile.TemporaryDirectory() as folder:
             pipes: list[Any] = []
             processes = []
@@ -69,13 +76,34 @@ class Forks:
                     process.join()
 
 
+def _start_server() -> None:
+    """Start the server, if it does not run yet. It and its ranks are deaf to the keyboard, and end with this process.
+
+    By itself it would be deaf once its imports are done.
+    """
+    resource_tracker.ensure_running()  # it lets signals through that were held back
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def preload() -> None:
     """Import what the ranks need. Called in the server, before the first fork."""
+    die_with(os.getppid())  # a rank that is asked for just then would keep the server, and the server the rank
+    sys.excepthook = _report_unasked
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in os.environ.get(PRELOAD_VARIABLE, "").split():
         with suppress(ImportError):  # an engine that is not installed on this platform
             importlib.import_module(name)
     gc.freeze()  # ranks' garbage collections pass over what is imported
+
+
+def _report_unasked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What is raised in the server before a rank begins. Where its orders end too early, who gave them is gone."""
+    if not issubclass(kind, EOFError | ConnectionError | pickle.UnpicklingError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _gather(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
@@ -105,6 +133,7 @@ def _run_rank(
     import torch
     import torch.distributed as dist
 
+    die_with(os.getppid())  # the server, which ends with whoever has started it
     rank, world_size, store, timeout_seconds = place
     torch.set_num_threads(1)
     try:

@@ -7,7 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -26,6 +26,7 @@ from launch.drill import (
     undisturbed,
     with_settings,
 )
+from launch.processes import die_with
 from llmtrain.config.schema import RunConfig
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.jsonl import iter_rows, read_rows
@@ -101,19 +102,24 @@ def _judge(run: RunConfig, reference: RunConfig, code: int, measured: Measured) 
 
 @contextmanager
 def _punisher(kills: int, mean_seconds: float, seed: int) -> Iterator["Synchronized[int]"]:
-    """A process that kills children of this one, and counts them, until the context ends."""
+    """A process that kills ranks, children of this one's children, and counts them, until the context ends."""
     count = multiprocessing.get_context("fork").Value("i", 0)
     victim_of = os.getpid()
 
     def life() -> None:
+        die_with(victim_of)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a keyboard tells the drill
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         chance = random.Random(seed)
         while count.value < kills:
             time.sleep(mean_seconds * chance.uniform(0.5, 1.5))
-            ranks = [child for child in psutil.Process(victim_of).children() if child.pid != os.getpid()]
-            if not ranks:
-                continue
-            os.kill(chance.choice(ranks).pid, signal.SIGKILL)
-            count.value += 1
+            launchers = [child for child in psutil.Process(victim_of).children() if child.pid != os.getpid()]
+            with suppress(psutil.NoSuchProcess):
+                ranks = [rank for launcher in launchers for rank in launcher.children()]
+                if not ranks:
+                    continue
+                chance.choice(ranks).kill()
+                count.value += 1
         os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=life, name="punisher", daemon=True)

@@ -6,10 +6,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from launch.doctor.finding import Finding, pip_install
@@ -39,23 +43,33 @@ OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 Answer = Mapping[str, Any]
 
+Tell = Callable[[str], object]
+"""Hears what has been tried, at once."""
 
-def examine(output_dir: Path) -> list[Finding]:
+
+def examine(output_dir: Path, tell: Tell = lambda line: None) -> list[Finding]:
     """Look at everything. `output_dir` is where runs would be written."""
-    with ThreadPoolExecutor() as pool:
-        trying = pool.submit(ask, "trials", *ENGINES)
-        importing = pool.submit(ask, "imports", *IMPORTED.values())
+    began = time.monotonic()
+
+    def done(what: str) -> None:
+        tell(f"{time.monotonic() - began:4.0f} s  {what}")
+
+    tell(f"steps with {', '.join(ENGINES)}, imports of {', '.join(IMPORTED)}: up to a minute")
+    # Both at the same time; what they say in all is less than a pipe holds.
+    with Probe("trials", *ENGINES) as trying, Probe("imports", *IMPORTED.values()) as importing:
         found = list(package_findings())
         machine = list(machine_findings(output_dir))
         gpus = output_of("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-    trials = trying.result()
+        imported = importing.answer()
+        done("imports")
+        trials = trying.answer(done)
     # Where the process of all trials has died, that is the answer of each.
     answers = {name: trials.get(name, trials) for name in ("devices", "meeting", *(f"engine {e}" for e in ENGINES))}
     absent = {finding.name: "not installed" for finding in found if finding.state == "missing"}
     # A package that fails as torch itself does is not the broken one.
-    errors = _broken_imports(importing.result()).items()
+    errors = _broken_imports(imported).items()
     broken = {name: error for name, error in errors if error != answers["devices"].get("error")}
-    found = [with_import_error(finding, broken, importing.result()) for finding in found]
+    found = [with_import_error(finding, broken, imported) for finding in found]
     found += [*machine, *device_findings(answers["devices"], gpus), meeting_finding("gloo", answers["meeting"])]
     if answers["devices"].get("gpus", 0) > 1:
         found.append(meeting_finding("nccl", ask("meeting", "cuda")))
@@ -65,28 +79,68 @@ def examine(output_dir: Path) -> list[Finding]:
 
 def ask(*probe: str) -> Answer:
     """What a probe answers; `error` in words where it breaks, dies or hangs."""
-    environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    process = subprocess.Popen(
-        probe_command(*probe),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        said, errors = process.communicate(timeout=PROBE_SECONDS)
-    except subprocess.TimeoutExpired:
-        # Its children too: they hold the pipes.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return {"error": f"no answer within {PROBE_SECONDS:.0f} s"}
-    try:
-        return json.loads(said)
-    except ValueError:
-        last = (errors.strip().splitlines() or ["nothing said"])[-1]
-        return {"error": f"the process ended with {process.returncode}: {last}"}
+    with Probe(*probe) as asked:
+        return asked.answer()
+
+
+class Probe:
+    """A probe in a process of its own. None of its processes is left when the context ends."""
+
+    def __init__(self, *probe: str) -> None:
+        environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - as long as it
+        self._process = subprocess.Popen(
+            probe_command(*probe),
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        self._hangs = False
+        self._alarm = threading.Timer(PROBE_SECONDS, self._end_hanging)
+
+    def __enter__(self) -> "Probe":
+        self._alarm.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._alarm.cancel()
+        self._kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def answer(self, tell: Tell = lambda line: None) -> Answer:
+        """All that it says, `tell` hearing of each part; `error` in words where it breaks, dies or hangs."""
+        answers: dict[str, Any] = {}
+        assert self._process.stdout
+        for line in self._process.stdout:
+            try:
+                part = json.loads(line)
+            except ValueError:  # torn, as its process ended
+                break
+            answers |= part
+            for name in part:
+                tell(name)
+        code = self._process.wait()
+        if self._hangs:
+            return {**answers, "error": f"no answer within {PROBE_SECONDS:.0f} s"}
+        if code not in (0, 1) or not answers:
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["nothing said"])[-1]
+            return {**answers, "error": f"the process ended with {code}: {last}"}
+        return answers
+
+    def _end_hanging(self) -> None:
+        self._hangs = True
+        self._kill()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # its children too: they hold the pipe
 
 
 def probe_command(*probe: str) -> list[str]:

@@ -1,6 +1,6 @@
 """`python -P -m launch.doctor.probe NAME [ARGUMENT ...]`: try one thing, in a process that may break.
 
-Prints one line of JSON: the result, or `error` in words. What libraries print goes to stderr.
+Prints the result as JSON, or `error` in words; several trials print a line each. What libraries print goes to stderr.
 """
 
 import json
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from launch.processes import die_with
 from llmtrain.interop.installation import broken_package
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -47,9 +48,9 @@ def _import(name: str, broken: list[str | None]) -> None:
         raise
 
 
-def trials(*engines: str) -> Answer:
-    """The answers of `devices`, `meeting` and `engine`, from processes that share the imports."""
-    answers = {"devices": devices()}
+def trials(*engines: str) -> Iterator[Answer]:
+    """The answers of `devices`, `meeting` and `engine`, by name, from processes that share the imports."""
+    yield {"devices": devices()}
     children = {"meeting": start_child(lambda: meeting("cpu"))}
     # What a rank imports, so that a package that training needs is missed here.
     error = error_of(lambda: import_module("launch.worker"))
@@ -57,8 +58,9 @@ def trials(*engines: str) -> Answer:
         if error is None:
             children[f"engine {name}"] = start_child(lambda name=name: engine(name))
         else:
-            answers[f"engine {name}"] = {"error": error}
-    return {**answers, **{name: finish(child) for name, child in children.items()}}
+            yield {f"engine {name}": {"error": error}}
+    for name, child in children.items():
+        yield {name: finish(child)}
 
 
 def devices() -> Answer:
@@ -201,10 +203,12 @@ class Child:
 def start_child(work: Callable[[], Answer]) -> Child:
     """Do something in a forked process, which is ended after CHILD_SECONDS."""
     read, write = os.pipe()
+    parent = os.getpid()
     child = os.fork()
     if child:
         os.close(write)
         return Child(child, read)
+    die_with(parent)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(CHILD_SECONDS)
     os.write(write, json.dumps(answer_of(work)).encode())
@@ -239,7 +243,7 @@ def error_of(action: Callable[[], object]) -> str | None:
     return None
 
 
-PROBES: dict[str, Callable[..., Answer]] = {
+PROBES: dict[str, Callable[..., Answer | Iterator[Answer]]] = {
     "imports": imports,
     "trials": trials,
     "devices": devices,
@@ -249,14 +253,22 @@ PROBES: dict[str, Callable[..., Answer]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Run a probe, and end with 1 where it came to an error."""
+    """Run a probe, and end with 1 where it came to an error. Whoever has asked is gone: so is the probe."""
     output = os.dup(1)
     os.dup2(2, 1)
-    answer = answer_of(lambda: PROBES[arguments[0]](*arguments[1:]))
-    os.write(output, json.dumps(answer).encode() + b"\n")
+    die_with(os.getppid())
+
+    def say() -> None:
+        said = PROBES[arguments[0]](*arguments[1:])
+        for part in [said] if isinstance(said, dict) else said:
+            os.write(output, json.dumps(part).encode() + b"\n")
+
+    error = error_of(say)
+    if error is not None:
+        os.write(output, json.dumps({"error": error}).encode() + b"\n")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1 if "error" in answer else 0)
+    os._exit(0 if error is None else 1)
 
 
 if __name__ == "__main__":

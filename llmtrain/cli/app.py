@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from llmtrain.cli.interruption import raising
 from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError, LlmtrainError, PathError
 
 
@@ -69,7 +70,8 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a verb. An error that a user can mend becomes a message and its exit code, without a traceback."""
         try:
-            return super().invoke(ctx)
+            with raising():
+                return super().invoke(ctx)
         except typer.BadParameter as error:
             # typer checks choices with pydantic, which puts this before a message that is whole without it.
             error.message = error.message.removeprefix("Value error, ")

@@ -21,15 +21,15 @@ def doctor(
 ) -> None:
     """Say what is installed, which devices there are, and what each engine and launcher can do here.
 
-    Engines make a tiny step, and two ranks meet. With everything that is missing or broken stands the command that
-    mends it. Ends with 0 where training is possible, with 1 otherwise.
+    Engines make a tiny step, and two ranks meet; what is tried is said on stderr as it ends. With everything that is
+    missing or broken stands the command that mends it. Ends with 0 where training is possible, with 1 otherwise.
     """
     from dataclasses import asdict
 
     from launch.doctor.examination import examine
     from launch.doctor.finding import can_train
 
-    findings = examine(output_dir)
+    findings = examine(output_dir, lambda line: typer.echo(line, err=True))
     possible = can_train(findings)
     if as_json:
         facts = {"can_train": possible, "findings": [asdict(finding) for finding in findings]}

@@ -27,14 +27,16 @@ def drill(
     weights are those of the undisturbed run, bit for bit. Ends with 1 where one does not go as it must.
 
     With --kills, one longer run whose ranks are killed at random times.
+
+    Told to stop (Ctrl-C, SIGTERM) it ends the fault in progress, says what was tried, and ends with 143.
     """
     from dataclasses import asdict
     from json import dumps
 
-    from launch.drill import drill_config, try_fault, undisturbed
+    from launch.drill import UNDISTURBED, drill_config, try_fault, undisturbed
     from launch.faults import FAULTS
     from llmtrain.config.load import load_config
-    from llmtrain.errors import ConfigError
+    from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError
     from llmtrain.train.preflight import storage_problems
     from llmtrain.train.vocabulary import with_vocabulary
 
@@ -47,17 +49,24 @@ def drill(
     run = drill_config(asked)
     faults = [fault for fault in faults if fault.least_ranks <= run.launch.num_workers]
     typer.echo(f"{len(faults)} faults, after one run without: {run.output_dir}", err=True)
-    run = undisturbed(run)
-    failed = 0
     if not json:
         typer.echo(_HEADER)
-    for fault in faults:
-        outcome = try_fault(run, fault)
-        failed += bool(outcome.problems)
-        typer.echo(dumps(asdict(outcome)) if json else _line(outcome))
-        for problem in outcome.problems:
-            typer.echo(f"  {problem}", err=True)
-    typer.echo(f"{len(faults) - failed} as they must, {failed} not", err=True)
+    trying, failed, done = UNDISTURBED, 0, 0
+    try:
+        run = undisturbed(run)
+        for fault in faults:
+            trying = fault.name
+            outcome = try_fault(run, fault)
+            done += 1
+            failed += bool(outcome.problems)
+            typer.echo(dumps(asdict(outcome)) if json else _line(outcome))
+            for problem in outcome.problems:
+                typer.echo(f"  {problem}", err=True)
+    except KeyboardInterrupt:
+        counts = f"Tried: {done} of {len(faults)} faults, {done - failed} as they must, {failed} not"
+        typer.echo(f"told to stop in {trying!r}, which does not count. {counts}", err=True)
+        raise typer.Exit(EXIT_TOLD_TWICE) from None
+    typer.echo(f"{done - failed} as they must, {failed} not", err=True)
     raise typer.Exit(1 if failed else 0)
 
 
@@ -67,8 +76,13 @@ def _punish(config: "RunConfig", kills: int, mean_seconds: float, as_json: bool)
     from json import dumps
 
     from launch.punisher import punish
+    from llmtrain.errors import EXIT_TOLD_TWICE
 
-    done = punish(config, kills, mean_seconds)
+    try:
+        done = punish(config, kills, mean_seconds)
+    except KeyboardInterrupt:
+        typer.echo("told to stop: the kills so far say nothing", err=True)
+        raise typer.Exit(EXIT_TOLD_TWICE) from None
     typer.echo(
         dumps(asdict(done))
         if as_json

@@ -78,7 +78,12 @@ def _to_ray(path: Path, overrides: list[str], address: str | None, action: str) 
         job_id = server.submit(plan)
         typer.echo(job_id)
         if action == "--follow":
-            raise typer.Exit(exit_code_of(server.follow(job_id), plan.run_folder))
+            try:
+                ended = server.follow(job_id)
+            except KeyboardInterrupt:
+                typer.echo(f"\n{job_id} goes on. --logs shows what it prints, --stop lets it save and stop.", err=True)
+                raise
+            raise typer.Exit(exit_code_of(ended, plan.run_folder))
         return
     job = server.newest(plan.run_folder)
     if job is None:

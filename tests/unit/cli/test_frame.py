@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from llmtrain.cli import app, main
-from llmtrain.cli.app import VERBS, Verb, load_verb
+from llmtrain.cli import main
+from llmtrain.cli.app import VERBS, Verb, app, load_verb
 from llmtrain.config.load import load_config
 from llmtrain.errors import CheckpointError
 from tests.support.run_files import write_good_run

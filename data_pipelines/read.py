@@ -20,6 +20,9 @@ from llmtrain.errors import ConfigError, DataError
 
 JSON_LINES = (".jsonl", ".ndjson")
 ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".zip", ".7z", ".rar", ".parquet", ".arrow", ".feather")
+LONGEST_DOCUMENT = 1 << 30
+"""Bytes of a document, of a line, or of a .json file: each is in memory as a whole."""
+
 _BLOCK_BYTES = 1 << 20
 
 
@@ -79,6 +82,8 @@ def _documents_of(file: InputFile, report: ReadReport, options: ReadOptions) -> 
             yield from reader(_Opened(unpacked, file.path, file.named), report, options)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{file.path}: cannot be unpacked: {error}. Copy it again or leave it out.") from None
+    except MemoryError:
+        raise DataError(f"{file.path}: there is too little memory for a document of it. {_SMALLER}") from None
     except OSError as error:
         raise DataError(
             f"{file.path}: cannot be read ({error.strerror or error}). Repair it or leave it out."
@@ -128,7 +133,7 @@ def _read_text(opened: _Opened, report: ReadReport, options: ReadOptions) -> Ite
         yield from _read_parts(opened, report, options.separator)
         return
     try:
-        yield opened.file.read().decode("utf-8-sig")  # bytes: line ends stay as they are
+        yield _whole(opened).decode("utf-8-sig")  # bytes: line ends stay as they are
     except UnicodeDecodeError:
         report.leave_out("not_text", opened.path)
 
@@ -137,7 +142,7 @@ def _read_parts(opened: _Opened, report: ReadReport, separator: str) -> Iterator
     """The texts between separators, without holding the file."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     pending: list[str] = []
-    end, given = "", 0
+    end, given, length = "", 0, 0
     while True:
         block = opened.file.read(_BLOCK_BYTES)
         try:
@@ -161,10 +166,39 @@ def _read_parts(opened: _Opened, report: ReadReport, separator: str) -> Iterator
         keep = max(0, len(first) - len(separator) + 1)
         pending.append(first[:keep])
         end = first[keep:]
+        length = length + keep if not others else keep
+        if length > LONGEST_DOCUMENT:
+            raise _too_long(opened.path)
+
+
+def _whole(opened: _Opened) -> bytes:
+    """What is left of a file. Raises DataError where that is too much for one document."""
+    content = opened.file.read(LONGEST_DOCUMENT + 1)
+    if len(content) > LONGEST_DOCUMENT:
+        raise _too_long(opened.path)
+    return content
+
+
+def _lines(opened: _Opened) -> Iterator[bytes]:
+    """The lines that are left of a file. Raises DataError for one that is too long."""
+    while line := opened.file.readline(LONGEST_DOCUMENT + 1):
+        if len(line) > LONGEST_DOCUMENT:
+            raise _too_long(opened.path)
+        yield line
+
+
+def _too_long(path: Path) -> DataError:
+    return DataError(f"{path}: a document or line of it has more than {LONGEST_DOCUMENT:,} bytes. {_SMALLER}")
+
+
+_SMALLER = (
+    "Cut the file into documents: plain text with --separator, such as an empty line, JSON as .jsonl with an object "
+    "in each line."
+)
 
 
 def _read_json_lines(opened: _Opened, report: ReadReport, options: ReadOptions) -> Iterator[str]:
-    yield from _texts_of_lines(iter(opened.file.readline, b""), opened, report, options)
+    yield from _texts_of_lines(_lines(opened), opened, report, options)
 
 
 def _texts_of_lines(lines: Iterable[bytes], opened: _Opened, report: ReadReport, options: ReadOptions) -> Iterator[str]:
@@ -188,13 +222,13 @@ def _texts_of_lines(lines: Iterable[bytes], opened: _Opened, report: ReadReport,
 
 def _read_json(opened: _Opened, report: ReadReport, options: ReadOptions) -> Iterator[str]:
     """An object with text, a list of such objects, or JSON lines under another name, as many data sets have them."""
-    first = opened.file.readline()
-    second = opened.file.readline() if isinstance(_parsed(first), dict) else b""
+    first = next(_lines(opened), b"")
+    second = next(_lines(opened), b"") if isinstance(_parsed(first), dict) else b""
     if second.strip() and isinstance(_parsed(second), dict):
-        lines = chain((first, second), iter(opened.file.readline, b""))
+        lines = chain((first, second), _lines(opened))
         yield from _texts_of_lines(lines, opened, report, options)
         return
-    value = _parsed(first + second + opened.file.read())
+    value = _parsed(first + second + _whole(opened))
     items = value if isinstance(value, list) else [value]
     texts = [item.get(options.json_field) if isinstance(item, dict) else None for item in items]
     if not texts or not all(isinstance(text, str) for text in texts):

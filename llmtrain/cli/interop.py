@@ -72,7 +72,7 @@ def export(
 
     require_transformers()
     from llmtrain.data.token_roles import TrainedTokens
-    from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_config
+    from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_data
     from llmtrain.infer.tokenizer import model_tokenizer
     from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
     from llmtrain.interop.special_tokens import named_tokens
@@ -93,7 +93,7 @@ def export(
         family=family,
         proof=proof.value,
         proof_bytes=proof_bytes,
-        tokens=named_tokens(text, saved_config(checkpoint).get("data")),
+        tokens=named_tokens(text, saved_data(checkpoint)),
     )
     export = write_export(out, model, weights, text, settings)
     _print_result(
@@ -169,15 +169,19 @@ def _facts(checkpoint: "CheckpointReader") -> dict[str, str]:
     """What the model card says about training. Data sets are named by the hash of their manifest, not by a path."""
     import hashlib
 
-    from llmtrain.infer.model import saved_config
+    from llmtrain.data.shards import MANIFEST_BYTES
+    from llmtrain.files import read_bytes
+    from llmtrain.infer.model import saved_config, saved_data
 
     config = saved_config(checkpoint)
     progress = checkpoint.state.get("train", {})
     facts = {"Run": str(config.get("name", "imported")), "Training steps": f"{checkpoint.step:,}"}
     if isinstance(progress, dict) and isinstance(progress.get("tokens"), int):
         facts["Training tokens"] = f"{progress['tokens']:,}"
-    manifests = [Path(data["path"], "manifest.json") for data in config.get("data", {}).get("train", ())]
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in manifests if path.is_file()]
+    paths = [source.get("path") for source in saved_data(checkpoint).get("train") or () if isinstance(source, dict)]
+    manifests = [Path(path, "manifest.json") for path in paths if isinstance(path, str)]
+    found = [path for path in manifests if path.is_file()]
+    hashes = [hashlib.sha256(read_bytes(path, MANIFEST_BYTES)).hexdigest() for path in found]
     if hashes:
         facts["Training data"] = ", ".join(f"manifest sha256 {value}" for value in hashes)
     return facts

@@ -112,7 +112,8 @@ def load_tokenizer(path: str | Path, said: Path | TokenRoles | None = None) -> T
     return kind(path, said)
 
 
-def _content(path: Path) -> bytes:
+def tokenizer_content(path: Path) -> bytes:
+    """What is in a tokenizer's file. Raises ConfigError where there is none, DataError where it cannot be read."""
     try:
         return read_bytes(path, LONGEST_TOKENIZER)
     except FileNotFoundError:
@@ -128,7 +129,7 @@ class SentencePieceTokenizer:
         """Raises DataError where the file is no sentencepiece model or has no end of sequence."""
         self._model = sentencepiece.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(_content(path))
+            self._model.LoadFromSerializedProto(tokenizer_content(path))
         except (RuntimeError, ValueError) as error:  # ValueError: its own message holds bytes of the file
             raise DataError(f"{path}: not a sentencepiece model ({error}). Copy the file again.") from None
         self.path = path
@@ -218,7 +219,7 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path, said: Path | TokenRoles | None = None) -> None:
         """Raises DataError where the file is no tokenizer, or where nothing says which token ends a text."""
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(_content(path))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_content(path))
         except DataError:
             raise
         except Exception as error:  # the library raises nothing narrower

@@ -19,6 +19,7 @@ from llmtrain.checkpoint.manager import find_newest_valid
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.sizes import parameter_shapes
 from llmtrain.data.batch import PADDING
 from llmtrain.data.token_roles import TrainedTokens
@@ -105,11 +106,24 @@ def saved_config(checkpoint: CheckpointReader) -> Mapping[str, Any]:
     return origin_of(checkpoint.path, {}, checkpoint.config_text, {}).config
 
 
+def saved_data(checkpoint: CheckpointReader) -> dict[str, Any]:
+    """The data section of the configuration in a checkpoint, empty of an imported one."""
+    data = origin_of(checkpoint.path, {}, checkpoint.config_text, {}).section("data")
+    try:
+        special = SpecialTokensConfig.model_validate(data.get("special_tokens") or {})
+    except ValidationError as error:
+        raise CheckpointError(f"{checkpoint.path}: the data.special_tokens of its configuration: {error}") from None
+    return data | {"special_tokens": special.model_dump()}
+
+
 def saved_architecture(checkpoint: CheckpointReader) -> ModelConfig:
     """The model section of the configuration in a checkpoint."""
     try:
-        return ModelConfig.model_validate(saved_config(checkpoint)["model"])
-    except (KeyError, ValidationError) as error:
+        model = ModelConfig.model_validate(saved_config(checkpoint)["model"])
+        if model.vocab_size is None:
+            raise ValueError("vocab_size is missing")
+        return model
+    except (KeyError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path}: its configuration has no model section that fits: {error}") from None
 
 
@@ -165,8 +179,8 @@ def load_checkpoint(path: Path, device: torch.device, also: Sequence[str] = ()) 
     """The model of a checkpoint or of a run's newest checkpoint; `also` as in `find_checkpoint`."""
     checkpoint = find_checkpoint(path, also)
     model = build_trained(saved_architecture(checkpoint), checkpoint, device)
-    tokens, data = TrainedTokens.of(checkpoint.about), saved_config(checkpoint).get("data") or {}
-    return TrainedModel(model, find_tokenizer_of(checkpoint.path), data, tokens)
+    tokens = TrainedTokens.of(checkpoint.about)
+    return TrainedModel(model, find_tokenizer_of(checkpoint.path), saved_data(checkpoint), tokens)
 
 
 def load_model(path: Path, device: torch.device) -> TrainedModel:

@@ -20,7 +20,7 @@ from llmtrain.data.token_roles import (
     TrainedTokens,
     settings_text,
 )
-from llmtrain.data.tokenizer import Tokenizer, UnknownEndError, load_tokenizer
+from llmtrain.data.tokenizer import Tokenizer, UnknownEndError, load_tokenizer, tokenizer_content
 from llmtrain.errors import ConfigError, DataError
 
 _KNOWN_FILES = ("*.safetensors", "*.safetensors.index.json", "tokenizer.json", "chat_template.jinja", "llmtrain.json")
@@ -168,7 +168,7 @@ def folder_tokenizer(folder: Path, model: ModelConfig) -> FolderTokenizer:
             return FolderTokenizer(None, b"", None, None, (*notes, "the folder holds no tokenizer that llmtrain reads"))
         if path.parent != folder:
             notes.append("tokenizer.json: made by transformers of the tokenizer files in the folder")
-        name, content = f"tokenizer{path.suffix}", path.read_bytes()
+        name, content = f"tokenizer{path.suffix}", tokenizer_content(path)
         try:
             tokenizer = load_tokenizer(path)
         except UnknownEndError as error:

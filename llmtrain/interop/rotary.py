@@ -1,12 +1,19 @@
 """Rotary positions in Hugging Face's configurations: `rope_parameters`, both ways, and its older spelling."""
 
+from collections.abc import Mapping
 from math import log
 from typing import Any
 
 from llmtrain.config.attention import RopeScaling
 from llmtrain.config.model import ModelConfig
+from llmtrain.errors import ConfigError
 
 KINDS = ("default", "linear", "yarn", "llama3")
+_NUMBERS = (
+    "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor",
+    "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim",
+)  # fmt: skip
+_LARGEST = 1e12
 
 
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:
@@ -45,7 +52,7 @@ def stretched_theta(model: ModelConfig) -> float:
 
 def rope_fields(config: Any) -> tuple[dict[str, Any], list[str]]:
     """The fields of a ModelConfig, and what llmtrain cannot express."""
-    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    rope = _known_kinds(config.rope_parameters or {})
     kind = rope.get("rope_type", "default")
     checks = (
         (kind in KINDS, f"rope_type {kind}, not {', '.join(KINDS)}"),
@@ -55,6 +62,26 @@ def rope_fields(config: Any) -> tuple[dict[str, Any], list[str]]:
     theta = float(rope.get("rope_theta") or getattr(config, "default_theta", 10000.0))
     fields = {"position": "rope", "rope_theta": theta, "rope_scaling": _scaling(kind, rope, config)}
     return fields, [reason for holds, reason in checks if not holds]
+
+
+def _known_kinds(parameters: Any) -> dict[str, Any]:
+    """The parameters, each of the kind of value that it must have. Raises ConfigError: transformers looks at the other
+    keys of a config.json only."""
+    if not isinstance(parameters, Mapping):
+        raise ConfigError(f"config.json: rope_parameters = {_short(parameters)}: must be an object.")
+    for key, value in parameters.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+        if key in _NUMBERS and value is not None and not is_number:
+            raise ConfigError(
+                f"config.json: rope_parameters.{key} = {_short(value)}: must be a number from 0 to {_LARGEST:g}."
+            )
+    if not isinstance(kind := parameters.get("rope_type", ""), str):
+        raise ConfigError(f"config.json: rope_parameters.rope_type = {_short(kind)}: must be a name.")
+    return dict(parameters)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]
 
 
 def _scaling(kind: str, rope: dict[str, Any], config: Any) -> dict[str, Any] | None:

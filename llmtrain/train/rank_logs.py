@@ -45,7 +45,7 @@ def written_lines(
     """
     parts: list[tuple[str, int, list[str]]] = []
     for rank, path in files.items():
-        content = path.read_bytes()[: ends[rank] if ends else None]
+        content = _content(path)[: ends[rank] if ends else None]
         texts = [line.rstrip("\r") for line in content.decode(errors="replace").split("\n")]
         texts = texts if texts[-1] else texts[:-1]
         began, lines = "", []
@@ -59,6 +59,11 @@ def written_lines(
     for _, rank, lines in sorted(parts, key=lambda part: part[:2]):
         for text in lines:
             yield Line(rank, text)
+
+
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 @dataclass
@@ -82,7 +87,7 @@ class Follower:
     def skip_written(self) -> dict[int, int]:
         """Begin after the last whole line that is there now; returns the size of what is passed over, by rank."""
         for rank, path in self.choose().items():
-            self._tails[rank] = _Tail(path.read_bytes().rfind(b"\n") + 1)
+            self._tails[rank] = _Tail(_content(path).rfind(b"\n") + 1)
         return {rank: tail.position for rank, tail in self._tails.items()}
 
     def new_lines(self) -> Iterator[Line]:

@@ -14,19 +14,8 @@ TEXTS = (
     *("\ud800", "é" * 200, "😀", "null", "true", "1", "1e5", "[", "{", "%s%n", "$(id)", "`id`", "; rm -rf x", "auto"),
     *("none", "http://", "https://[::1", "http://localhost:1/x", "s3://", "file:///etc/passwd", "://", "C:\\x", "a\0b"),
 )
-STRUCTURES: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    [],
-    {},
-    [[]],
-    [{}],
-    {"a": 1},
-    [None] * 3,
-    [1] * 1000,
-    {"a": {"b": []}},
-)
+STRUCTURES = ("null", "true", "false", "[]", "{}", "[[]]", "[{}]", '{"a": 1}', "[null, null]", '{"a": {"b": []}}')
+"""As JSON, so that each use has its own: a change of one would change the others."""
 PATHS = (
     *(
         "",
@@ -73,7 +62,7 @@ def anything(random: Random) -> Any:
         return number(random)
     if choice < 0.75:
         return random.choice(TEXTS)
-    return random.choice(STRUCTURES) if choice < 0.95 else deep(random.choice((30, 50, 500)))
+    return json.loads(random.choice(STRUCTURES)) if choice < 0.95 else deep(random.choice((30, 50, 500)))
 
 
 def deep(levels: int) -> Any:

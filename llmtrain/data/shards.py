@@ -38,7 +38,7 @@ _INDEX_VERSION = 1
 NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EFBIG)
 """What tells that something else stands in a file's place. Other errors of the system may pass."""
 LONGEST_INDEX = 256 << 20
-"""Of a sidecar: sixteen million documents in one shard."""
+"""Of a sidecar: sixteen million documents in one shard. No tokenizer is longer either."""
 _INDEX_HEADER = struct.Struct("<8sQ")  # magic, version; then offset and size of each payload, uint64, little-endian
 
 Verify = Literal["off", "first", "always"]
@@ -235,13 +235,18 @@ def read_index(path: Path) -> NDArray[np.uint64]:
 
 
 def check_file(path: Path, size_bytes: int | None = None, sha256: str | None = None) -> None:
-    """Compare a file with what the manifest says. Raises DamagedFileError that names file, expected and actual."""
+    """Compare a file with what the manifest says: a hash without a size is that of a sidecar or a tokenizer.
+
+    Raises DamagedFileError that names file, expected and actual.
+    """
     try:
         with open_regular(path) as file:
             actual_bytes = os.fstat(file.fileno()).st_size
         if size_bytes is not None and actual_bytes != size_bytes:
             message = f"{path}: expected {size_bytes} bytes, actual {actual_bytes} bytes. Copy the file again."
             raise DamagedFileError(message, "size", f"{actual_bytes} bytes")
+        if sha256 is not None and size_bytes is None and actual_bytes > LONGEST_INDEX:
+            raise OSError(errno.EFBIG, f"it has {actual_bytes:,} bytes, more than such a file can have")
         if sha256 is not None and (actual := file_sha256(path)) != sha256:
             message = f"{path}: expected sha256 {sha256}, actual {actual}. Copy the file again."
             raise DamagedFileError(message, "sha256", actual)
@@ -251,5 +256,5 @@ def check_file(path: Path, size_bytes: int | None = None, sha256: str | None = N
     except OSError as error:
         if error.errno not in NO_FILE:
             raise
-        message = f"{path}: {error.strerror}. It must be a regular file. Copy the data set again."
+        message = f"{path}: {error.strerror}. Copy the data set again."
         raise DamagedFileError(message, "size", f"{path.name}: {error.strerror}") from None

@@ -146,7 +146,7 @@ def _damage(folder: Path, name: str, seed: int) -> None:
     else:
         _write(path, _other_content(path, before, random))
     if random.random() < 0.7:
-        _told_anew(path)
+        told_anew(path)
 
 
 def _other_content(path: Path, before: bytes, random: Random) -> bytes:
@@ -196,7 +196,7 @@ def _other_tar(before: bytes, random: Random) -> bytes:
     return header + b"\0" * random.choice((0, 512, 1024, 10240))
 
 
-def _told_anew(path: Path) -> None:
+def told_anew(path: Path) -> None:
     """The hash of a changed file, told to those who keep it: so that the content is what is looked at."""
     folder = path.parent
     if not path.is_file() or path.is_symlink() or path.stat().st_size > 10**7:

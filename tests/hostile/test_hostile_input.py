@@ -4,19 +4,21 @@
 the same ones again.
 """
 
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
 from tests.hostile.command import Case, Server, fault_of, judged
 from tests.hostile.command_lines import command_cases
 from tests.hostile.configurations import file_cases, override_cases, trained_cases
-from tests.hostile.damaged_files import KINDS, READERS, STEP, damaged_cases
+from tests.hostile.damaged_files import KINDS, READERS, STEP, damaged_cases, told_anew
 from tests.hostile.good_things import make_good_things
 
 AREAS: dict[str, tuple[Callable[[Random], Case], int, int]] = {
@@ -54,6 +56,41 @@ def manifest_of_forty_digits(folder: Path) -> None:
     path.write_text(path.read_text().replace('"samples": ', '"samples": 1' + "0" * 40))
 
 
+def changed(name: str, *keys: str, value: Any) -> Callable[[Path], None]:
+    """A value in a JSON file, in a folder whose hashes are told anew."""
+
+    def spoil(folder: Path) -> None:
+        content = json.loads((folder / name).read_bytes())
+        holder = content
+        for key in keys[:-1]:
+            holder = holder.setdefault(key, {})
+        holder[keys[-1]] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return spoil
+
+
+def other_config(old: str, new: str) -> Callable[[Path], None]:
+    """Another line in a checkpoint's configuration."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / STEP / "config.yaml"
+        before = path.read_text()
+        assert old in before
+        path.write_text(before.replace(old, new))
+        told_anew(path)
+
+    return spoil
+
+
+def rows_without_rates(folder: Path) -> None:
+    path = folder / "runs/tiny/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({key: row[key] for key in row if "second" not in key}) + "\n" for row in rows))
+
+
+SHARDS = ("data", "shards", "texts", "out", "--tokenizer", "tokenizer.model")
+GENERATED = ("generate", "runs/tiny", "--prompt", "a", "--max-tokens", "2")
 DRY, TRAINED = ("train", "run.yaml", "--dry-run"), ("train", "run.yaml", "name=other", "train.steps=2")
 TOLD = frozenset({2, 3})
 KNOWN = [
@@ -79,6 +116,16 @@ KNOWN = [
     Case("a state that is a pipe", ("train", "run.yaml", "train.steps=5"), replaced(f"{STEP}/state.json", "pipe")),
     Case("a lock that leads nowhere", ("train", "run.yaml"), replaced("runs/tiny/run.lock", "dangling")),
     Case("a report onto a folder", ("report", "runs/tiny", "--out", ".."), None, TOLD),
+    Case("a log that is a pipe", ("logs", "runs/tiny"), replaced("runs/tiny/logs/rank-00000.log", "pipe"), TOLD),
+    Case("rows without rates", ("status", "runs/tiny"), rows_without_rates, frozenset({0})),
+    Case("theta", ("import", "hf", "out"), changed("hf/config.json", "rope_parameters", "rope_theta", value={}), TOLD),
+    Case("rope", ("import", "hf", "out"), changed("hf/config.json", "rope_parameters", "factor", value="8"), TOLD),
+    Case("a tokenizer of 3 GB", ("import", "hf", "out"), replaced("hf/tokenizer.json", "sparse"), TOLD),
+    Case("a text of 3 GB", SHARDS, replaced("texts/1.txt", "sparse"), TOLD),
+    Case("a line of 3 GB", SHARDS, replaced("texts/more.jsonl", "sparse"), TOLD),
+    Case("an index of 3 GB", ("data", "show", "data/train"), replaced("data/train/shard-000000.idx", "sparse"), TOLD),
+    Case("a mask that is no id", GENERATED, other_config("    mask: null", "    mask: x"), TOLD),
+    Case("no vocabulary", ("export", STEP, "out"), other_config("  vocab_size:", "  # vocab_size:"), TOLD),
     Case("a layout of no ranks", ("parity", "run.yaml", "--layouts", "torch:dp0"), None, TOLD),
 ]
 """What has once ended in a traceback, or not at all, and could be told plainly."""

@@ -26,13 +26,14 @@ class NewestRows:
     evaluation: Row | None = None
 
 
-def newest_rows(metrics: Path, most: int) -> NewestRows:
+def newest_rows(metrics: Path, most: int, last_step: int | None = None) -> NewestRows:
     """The last `most` training rows and the last evaluation. What cannot be read is left out.
 
+    `last_step` is that of a run that has gone back to it and written no row since: later ones will be replaced.
     Which rows count is as in `rows_that_count`. Where a run is never evaluated the whole file is looked through, and
     few rows of it are parsed.
     """
-    search = _Search(most)
+    search = _Search(most, last_step)
     try:
         with open_regular(metrics) as file:
             for block in _iter_blocks_back(file):
@@ -46,14 +47,14 @@ def newest_rows(metrics: Path, most: int) -> NewestRows:
 class _Search:
     """Goes through rows from the last one on. A row counts that none behind it in the file replaces."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, last_step: int | None) -> None:
         self.training: list[Row] = []
         self.evaluation: Row | None = None
         self._most = most
         self._has_training = False
-        self._limit: int | None = None
+        self._limit = last_step
         """Rows of later steps are replaced."""
-        self._may_repeat = False
+        self._may_repeat = True
         """Whether any row of this very step counts too; else, of an evaluation, the training row does."""
         self._saw_evaluation = False
 

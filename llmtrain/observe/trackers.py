@@ -13,6 +13,7 @@ from llmtrain.observe.attempts import StartedAttempt
 from llmtrain.observe.background import BackgroundTracker
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.jsonl import JsonlTracker
+from llmtrain.observe.newest_rows import NewestRows, newest_rows
 from llmtrain.observe.tracker import Tracker
 from llmtrain.parallel.layout import plan_layout
 
@@ -54,7 +55,11 @@ def build_trackers(
                 config.name, config.observe.wandb_project, mode, attempt.number, attempt.step, attempt.run_id
             )
             shown = {**redacted(config.model_dump(mode="json")), "run": describe_run(config, attempt)}
-            return WandbTracker(run, run_dir, shown, console.say, final_checkpoint if wants_checkpoint else None)
+            tracker = WandbTracker(run, run_dir, shown, console.say, final_checkpoint if wants_checkpoint else None)
+            before = newest_rows(run_dir / METRICS_FILE, 1, attempt.step) if attempt.step else NewestRows()
+            for row in (*before.training, before.evaluation):
+                tracker.summarize(row or {})
+            return tracker
 
         seconds = ARTIFACT_SECONDS if wants_checkpoint else None
         trackers.append(BackgroundTracker("Weights & Biases", build_wandb, console.say, seconds))

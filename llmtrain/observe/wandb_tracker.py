@@ -74,6 +74,11 @@ class WandbTracker:
             self._run.define_metric(STEP)
             self._run.define_metric("*", step_metric=STEP)
 
+    def summarize(self, row: Row) -> None:
+        """Let the summary begin with a row of an attempt before, as lists of runs show it; no chart has it here."""
+        with _ends_cleanly():
+            self._run.summary.update(scalars(row))
+
     def log(self, row: Row) -> None:
         with _ends_cleanly():
             self._run.log({STEP: row["step"], **scalars(row)})

@@ -112,7 +112,7 @@ def look(path: Path) -> RunView:
         "attempt": len(starts) or status.attempt + 1,
         "since": starts[-1]["time"] if starts else "",
         **_newest_checkpoint(path),
-        **_progress(newest_rows(path / METRICS_FILE, RATE_ROWS), status, state),
+        **_progress(newest_rows(path / METRICS_FILE, RATE_ROWS, _gone_back_to(status)), status, state),
     }
     message, action = status.message, status.next_action
     if state == "dead":
@@ -139,6 +139,11 @@ def holder_lives(lock: Path, owner: LockOwner) -> bool:
     if owner.machine == this_machine() and owner.host == socket.gethostname():
         return process_start(owner.pid) in (owner.process_started, "")
     return _age(lock) < LEASE_SECONDS
+
+
+def _gone_back_to(status: RunStatus) -> int | None:
+    """The step that a start continues, until it has made one: rows of later steps are of the start before it."""
+    return status.step if status.status == "running" and status.message == "starting" else None
 
 
 def _lives(path: Path, status: RunStatus, owner: LockOwner | None) -> bool | None:

@@ -282,6 +282,27 @@ def test_the_configuration_chooses_and_all_trackers_hold_the_same(tmp_path: Path
     assert {event.step: event.value for event in events} == pytest.approx(expected)
 
 
+def test_the_summary_of_an_attempt_begins_with_what_the_run_had_before(tmp_path: Path):
+    """An attempt that ends before its first evaluation has the one of the run up to it; not one that it replaces."""
+    rows = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 2, "valid_loss": 4.5}]
+    replaced = [{"step": 3, "loss": 3.0}, {"step": 3, "valid_loss": 3.5}]
+    timed = {"time": 1.0, "step_seconds": 1.0, "tokens_per_second": 1.0}
+    lines = (json.dumps({**timed, **row}) + "\n" for row in (*rows, *replaced))
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    console = ConsoleTracker("tiny", 2, 4)
+    config, attempt = run_config(wandb="offline", tensorboard=False), StartedAttempt(number=2, step=2)
+    trackers = build_trackers(config, tmp_path, attempt, console)
+    for tracker in trackers:
+        tracker.log({"step": 3, "loss": 2.0})
+        tracker.close("done")
+    summary: dict[str, object] = {}
+    for record in iter_records(wandb_file(tmp_path)):
+        for item in record.summary.update if record.HasField("summary") else ():
+            summary["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    assert (summary["valid/loss"], summary["train/loss"]) == (4.5, 2.0)
+    assert history(wandb_file(tmp_path)) == [{"train/step": 3, "train/loss": 2.0}]
+
+
 def test_only_the_file_is_written_where_the_rest_is_off(tmp_path: Path):
     trackers = build_trackers(
         run_config(wandb="off", tensorboard=False), tmp_path, StartedAttempt(), ConsoleTracker("tiny", 0, 3)

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
+from launch.drill import drill_config, undisturbed
 from launch.faults import Fault, inject, nothing
 from launch.stop import StopSignal
 from launch.worker import unchanged
 from llmtrain.checkpoint.folders import checkpoint_steps
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import NoProgressError
+from llmtrain.errors import LlmtrainError, NoProgressError
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.efficiency import DONE
 from llmtrain.train.run_folder import read_status
@@ -128,3 +129,14 @@ def test_counts() -> None:
     StallLimit(0, "fp32").require_progress(state.advanced(8, 100, 512, skipped=True))
     limit.require_result(TrainState())
     assert skipped_text(TrainState(step=3)) == ""
+
+
+def test_a_drill_does_not_begin_with_such_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fault would be found to leave the weights of the undisturbed run."""
+
+    def launched(config: RunConfig, change_run: object) -> int:
+        return train_here(config, inject(DESTROYED, config, 5))
+
+    monkeypatch.setattr("launch.drill.launch", launched)
+    with pytest.raises(LlmtrainError, match=r"undisturbed run ended with 93 \(.*no progress since step 5: the last 25"):
+        undisturbed(drill_config(small_run(tmp_path)))

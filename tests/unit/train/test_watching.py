@@ -172,6 +172,21 @@ def test_the_validation_loss_outlives_restarts_and_many_rows(
         assert look(run).valid_loss is None, "the run went back before its only evaluation"
 
 
+def test_until_a_restart_has_made_a_step_the_rows_up_to_it_count(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with RunFolder(run) as held:
+        write_rows(run, 1, 20)
+        evaluate(run, 20, 4.0)
+        write_rows(run, 21, 40, loss=9.0)
+        evaluate(run, 40, 3.0)
+        held.write_status("running", 20, 100, "starting")
+        view = look(run)
+        assert (view.step, view.loss, view.valid_loss) == (20, 5.0, 4.0)
+        write_rows(run, 21, 22, resumed_from=20)
+        held.write_status("running", 22, 100, "training")
+        assert (look(run).step, look(run).valid_loss) == (22, 4.0)
+
+
 def test_an_evaluation_right_after_a_restart_hides_no_training_loss(tmp_path: Path) -> None:
     """Training rows are written every so many steps: the first row of an attempt may be an evaluation."""
     run = tmp_path / "run"

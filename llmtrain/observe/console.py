@@ -57,8 +57,9 @@ class ConsoleTracker:
         self._status.step = row["step"]
         self._status.row.update(row)
         if "valid_loss" in row:
+            tokens = f" of {row['valid_tokens']:,} tokens" if "valid_tokens" in row else ""
             perplexity = f"perplexity {row['valid_perplexity']:,.2f}"
-            self.say(f"step {row['step']:,}: validation loss {row['valid_loss']:.4f}, {perplexity}")
+            self.say(f"step {row['step']:,}: validation loss {row['valid_loss']:.4f}, {perplexity}{tokens}")
         elif (self._live is None or self._log) and self._line_is_due(row["step"]):
             self._said_at, self._said_step = self._clock(), row["step"]
             self._print(escape("  ".join(self._status.cells(width=None))), on_terminal=self._live is None)

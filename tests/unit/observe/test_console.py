@@ -100,10 +100,10 @@ def test_messages_are_whole_lines_and_no_markup():
     tracker, out = plain(10, Clock())
     path = "/a/long/path/" * 12 + "[bold]step-00000010"
     tracker.say(f"saved {path}")
-    tracker.log({"step": 5, "valid_loss": 2.0, "valid_perplexity": 7.389})
+    tracker.log({"step": 5, "valid_loss": 2.0, "valid_perplexity": 7.389, "valid_tokens": 12_800})
     lines = out.getvalue().splitlines()
     assert f"saved {path}" in lines
-    assert "step 5: validation loss 2.0000, perplexity 7.39" in lines
+    assert "step 5: validation loss 2.0000, perplexity 7.39 of 12,800 tokens" in lines
 
 
 def test_values_that_are_not_finite_are_shown():

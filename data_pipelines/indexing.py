@@ -27,7 +27,7 @@ from llmtrain.data.shards import (
 from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import DataError
-from llmtrain.files import open_regular
+from llmtrain.files import open_regular, replace_file
 
 TOKEN_SUFFIX = ".bin"
 _TAR_BLOCK_BYTES = 512
@@ -109,7 +109,7 @@ def rebuild_sidecars(folder: Path) -> int:
         if index_path.is_file() and file_sha256(index_path) == entry.index_sha256:
             continue
         check_file(folder / entry.file, entry.bytes, entry.sha256)
-        index_path.write_bytes(index_bytes(scan_documents(folder / entry.file, manifest, entry)))
+        replace_file(index_path, index_bytes(scan_documents(folder / entry.file, manifest, entry)))
         check_file(index_path, None, entry.index_sha256)
         rebuilt += 1
     return rebuilt
@@ -177,7 +177,7 @@ def _require_ids(path: Path, payloads: NDArray[np.uint64], dtype: np.dtype, voca
 
 def _index_shard(path: Path, documents: NDArray[np.uint64], dtype: np.dtype) -> ShardEntry:
     index_path = path.with_suffix(".idx")
-    index_path.write_bytes(index_bytes(documents))
+    replace_file(index_path, index_bytes(documents))
     return ShardEntry(
         path.name,
         path.stat().st_size,

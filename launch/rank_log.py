@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from launch.rank import Rank
+from llmtrain.files import open_log
 from llmtrain.train.rank_logs import LOGS, log_path
 
 
@@ -27,7 +28,7 @@ def rank_log(run_dir: Path, place: Rank) -> Iterator[None]:
     path = log_path(run_dir, place.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    with path.open("a", encoding="utf-8") as log:
+    with open_log(path) as log:
         where = f"on {socket.gethostname()}, process {os.getpid()}"
         log.write(f"=== {now} rank {place.rank} of {place.world_size} {where}\n")
         log.flush()

@@ -14,6 +14,7 @@ import psutil
 
 from launch.pulse import Position
 from llmtrain.config.launch import WatchdogConfig
+from llmtrain.files import open_log
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Tells a rank to write what its threads are doing."""
@@ -138,7 +139,7 @@ def save_stacks(stacks: Mapping[int, str], path: Path) -> None:
     """Append the dumped stacks to a file, by rank."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
+        with open_log(path) as file:
             for rank, stack in stacks.items():
                 file.write(f"=== rank {rank}\n{stack or 'said nothing: its process is stopped'}\n")
     except OSError as error:

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from io import BufferedReader
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, Literal, overload
 
@@ -66,6 +66,11 @@ def open_regular(path: Path, mode: str = "rb") -> IO[bytes]:
     return file
 
 
+def open_log(path: Path) -> TextIOWrapper:
+    """Open a file of text to append to. Raises: OSError as `open_regular`."""
+    return TextIOWrapper(open_regular(path, "ab"), encoding="utf-8")
+
+
 def _require_regular(found: os.stat_result, path: Path) -> None:
     kind = stat.S_IFMT(found.st_mode)
     if kind != stat.S_IFREG:
@@ -101,11 +106,16 @@ def read_json(path: Path, limit: int = JSON_BYTES, depth: int = JSON_DEPTH) -> A
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in the place of another or of none, whole or not at all. Raises OSError."""
+    """Put a file in the place of another, of a special file or of none, whole or not at all.
+
+    Raises: OSError with the path, such as IsADirectoryError where a folder stands there.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_bytes(content)
         partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -162,6 +172,43 @@ def unsealed(found: Mapping[str, Any]) -> dict[str, Any]:
     if SEAL in found and found[SEAL] != (actual := _hash_of(content)):
         raise ValueError(f"its values do not give the {SEAL} in it: expected {found[SEAL]}, actual {actual}")
     return content
+
+
+def sealed_line(content: Mapping[str, Any]) -> bytes:
+    """An object as a line of JSON with its own hash in it. Raises: ValueError for NaN, TypeError for other types."""
+    as_read = json.loads(json.dumps(content, allow_nan=False))
+    return json.dumps(sealed(as_read)).encode() + b"\n"
+
+
+def parse_line(line: bytes) -> Any | None:
+    """The value of a line of JSON; None where a crash has cut it short, which spoils no other line.
+
+    Raises: ValueError where it is damaged: whole and no JSON, nested too deep, or not what was sealed.
+    """
+    text = line.strip(b"\0\r\n")  # a power failure leaves zeros where a line was to be
+    if not text:
+        return None
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError as error:
+        if _is_cut(text, error):
+            return None
+        raise
+    if not isinstance(value, dict):
+        return value
+    return unsealed(value)
+
+
+_BEGUN_NUMBERS = (b".", b"-", b"e", b"e-", b"e+")
+_WORDS = (b"true", b"false", b"null")
+
+
+def _is_cut(text: bytes, error: json.JSONDecodeError) -> bool:
+    """Whether more text could have mended it: its end is missing. A line that was changed goes wrong before."""
+    if error.msg.startswith("Unterminated string"):
+        return not text.endswith(b"}")
+    rest = text[error.pos :]
+    return rest in _BEGUN_NUMBERS or any(word.startswith(rest) for word in _WORDS)
 
 
 def _hash_of(content: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from llmtrain.data.damage import DamagedFileError
 from llmtrain.errors import DataError
-from llmtrain.files import SEAL, open_regular, parse_json, read_bytes, sealed, unsealed
+from llmtrain.files import SEAL, open_regular, parse_json, read_bytes, replace_file, sealed, unsealed
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -118,7 +118,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a folder's manifest.json, sealed; the same manifest gives the same bytes."""
     content = {**asdict(manifest), "schema_version": SCHEMA_VERSION}
     content = sealed({key: value for key, value in content.items() if key not in OPTIONAL or value != OPTIONAL[key]})
-    (folder / MANIFEST_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    replace_file(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_manifest(folder: str | Path) -> Manifest:

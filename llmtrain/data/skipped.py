@@ -1,7 +1,6 @@
 """skipped_shards.jsonl: which damaged shards a run goes without, the same for every rank and after every resume."""
 
 import fcntl
-import json
 import os
 import sys
 from collections.abc import Iterable
@@ -9,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llmtrain.errors import DataError
-from llmtrain.files import parse_json, read_bytes
+from llmtrain.files import open_regular, parse_line, read_bytes, sealed_line
 
 LEDGER_NAME = "skipped_shards.jsonl"
 
@@ -72,14 +71,15 @@ class SkippedShards:
         self._size = len(content)
         for number, line in enumerate(content.splitlines(), start=1):
             try:
-                row = parse_json(line)
-            except ValueError:
-                continue  # torn by a crash: that shard is found again
-            try:
+                row = parse_line(line)
+                if row is None:
+                    continue  # torn by a crash: that shard is found again
                 shard = SkippedShard(**row)
-            except TypeError:
+            except (TypeError, ValueError) as error:
+                what = f" ({error})" if isinstance(error, ValueError) else ""
                 raise DataError(
-                    f"{self.path}:{number}: not a skipped shard: {line[:80]!r}. Remove that line."
+                    f"{self.path}:{number}: not a skipped shard{what}: {line[:80]!r}. Remove that line: the shard is "
+                    "found again."
                 ) from None
             self._shards[shard.key] = shard
         return len(self._shards) > before
@@ -90,7 +90,7 @@ class SkippedShards:
         Raises DataError where the source would lose more than its share, or the ledger cannot be written.
         """
         try:
-            with self.path.open("ab+") as file:
+            with open_regular(self.path, "ab+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 self.refresh()
                 if shard.key in self._shards:
@@ -100,7 +100,7 @@ class SkippedShards:
                 size = os.fstat(file.fileno()).st_size
                 if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                     file.write(b"\n")
-                file.write(json.dumps(asdict(shard)).encode() + b"\n")
+                file.write(sealed_line(asdict(shard)))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -112,11 +112,15 @@ def roles_beside(tokenizer: Path, sha256: str, lookup: Lookup, vocab_size: int) 
 
 
 def _proved_equal(path: Path, sha256: str) -> tuple[str, ...]:
-    """What an own export says of its tokenizer, if it still is the one that it was proved for."""
+    """Tokenizers that an own export was proved equal to. Raises DataError where its tokenizer is another one now."""
     said = read_json_object(path) if path.exists() else {}
+    if said.get("tokenizer_sha256", sha256) != sha256:
+        raise DataError(
+            f"{path}: tells of the tokenizer with sha256 {str(said['tokenizer_sha256'])[:12]}, the one beside it has "
+            f"{sha256[:12]}. Export again; after a change on purpose, remove this file."
+        )
     equal = said.get("equal_sha256")
-    usable = said.get("tokenizer_sha256") == sha256 and isinstance(equal, list)
-    return tuple(text for text in equal if isinstance(text, str)) if usable and equal else ()
+    return tuple(text for text in equal if isinstance(text, str)) if isinstance(equal, list) else ()
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

@@ -20,9 +20,6 @@ CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", 
 TOKENIZER_FILES = re.compile(r"special_tokens_map\.json|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja")
 """Files that are written back whole; their names come from a file, so no others are."""
 
-EQUAL_NAME = "llmtrain.json"
-"""Says which tokenizers give the same ids as the exported one, as was proved."""
-
 USE_KEYS = (
     "finetuning_task", "id2label", "initializer_factor", "initializer_range", "label2id", "prefix", "pretraining_tp",
     "problem_type", "task_specific_params", "tokenizer_class", "use_cache",
@@ -126,13 +123,6 @@ def _template(around: Around, converted: Tokenizer) -> Any:
     before, behind = ([str(converted.id_to_token(token)) for token in side] for side in around)
     single, pair = [*before, "$A", *behind], [*before, "$A", *behind, *before, "$B", *behind]
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
-
-
-def write_equal(folder: Path, exported_sha256: str, others: tuple[str, ...]) -> None:
-    """Say which tokenizers the exported one was proved equal to, so that data sets written with them stay usable."""
-    equal = [sha256 for sha256 in dict.fromkeys(others) if sha256 != exported_sha256]
-    if equal:
-        _write_json(folder / EQUAL_NAME, {"tokenizer_sha256": exported_sha256, "equal_sha256": equal})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +19,10 @@ from transformers import GenerationConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import num_parameters
 from llmtrain.errors import ConfigError, ExportError
-from llmtrain.interop.carried import carry_config, write_equal
+from llmtrain.interop.carried import carry_config
 from llmtrain.interop.config_json import write_config_json
 from llmtrain.interop.examples import ExampleTokens, Logits
+from llmtrain.interop.exported import write_record
 from llmtrain.interop.hf import Family, family_for, hf_config, judged
 from llmtrain.interop.model_card import model_card
 from llmtrain.interop.name_table import ReadTensor, iter_theirs
@@ -125,8 +125,7 @@ def write_export(
         theirs = iter_theirs(family.tables_for(model)[0], model, weights.read)
         write_weights(writing, ((name, tensor.to(dtype)) for name, tensor in theirs), settings.max_shard_bytes)
         proof = _prove(writing, source)
-        equal = (tokenizer.sha256, *tokenizer.roles.equal_sha256)
-        write_equal(writing, sha256((writing / "tokenizer.json").read_bytes()).hexdigest(), equal)
+        write_record(writing, (tokenizer.sha256, *tokenizer.roles.equal_sha256))
         facts = {"Architecture": family.title, **settings.facts, "Weights": settings.dtype}
         (writing / "README.md").write_text(model_card(target.name, model, facts, notes, proof), "utf-8")
         _put_in_place(writing, target)

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sizes import parameter_shapes
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.interop.exported import require_as_exported
 from llmtrain.interop.hf import FAMILIES, Family, model_config, not_taken_over, parse_config
 from llmtrain.interop.name_table import Pairing, Table, head_name, pairings, their_shape, to_ours
 from llmtrain.interop.weight_files import Header, all_headers, equal_tensors, read_json
@@ -114,6 +115,7 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise ConfigError(f"{path}: holds no config.json. Give a folder that `save_pretrained` wrote.")
+    require_as_exported(path)
     content = read_json(config_path)
     config = parse_config(content, str(config_path))
     family, model = FAMILIES[config.model_type], model_config(config)

@@ -4,7 +4,6 @@ Events and their facts are listed in docs/operations/. Every line has `time` (IS
 appends: rank 0 while it trains, the launcher between attempts.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import DataError
-from llmtrain.files import iter_lines, parse_json
+from llmtrain.files import iter_lines, open_regular, parse_line, sealed_line
 
 AUDIT_FILE = "audit.jsonl"
 
@@ -21,16 +20,18 @@ NUMBERS = ("step", "first_sample", "end_sample", "rank", "workers", "number")
 MOST = 10**18
 
 
+_MEND = "Remove that line, or put back what it said: without a rollback's line the run reads those samples again."
+
+
 def record(run_dir: Path, event: str, **facts: Any) -> None:
     """Append one event to the run's audit log, durably. Facts are JSON without NaN. Raises OSError."""
-    line = json.dumps(
-        {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}, allow_nan=False
-    )
-    with (run_dir / AUDIT_FILE).open("ab+") as file:
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = sealed_line({"time": time, "event": event, **facts})
+    with open_regular(run_dir / AUDIT_FILE, "ab+") as file:
         # A line that a crash has torn gets its end here: it spoils itself only.
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             file.write(b"\n")
-        file.write(line.encode() + b"\n")
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
@@ -44,11 +45,14 @@ def iter_events(run_dir: Path, *events: str) -> Iterator[dict[str, Any]]:
     try:
         for number, line in enumerate(iter_lines(path), start=1):
             try:
-                row = parse_json(line)
-            except ValueError:
+                row = parse_line(line)
+                fault = _fault(row)
+            except ValueError as error:
+                row, fault = {}, str(error)
+            if row is None:
                 continue
-            if fault := _fault(row):
-                raise DataError(f"{path}:{number}: not an event of a run ({fault}): {line[:80]!r}. Remove that line.")
+            if fault:
+                raise DataError(f"{path}:{number}: not an event of a run ({fault}): {line[:80]!r}. {_MEND}")
             if not events or row["event"] in events:
                 yield row
     except FileNotFoundError:

@@ -28,7 +28,7 @@ from llmtrain.data.shards import LONGEST_TOKENIZER, Manifest
 from llmtrain.data.stream import SampleStream
 from llmtrain.data.token_roles import SETTINGS_NAME, TokenRoles, read_settings, settings_text, settings_tokenizer
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.files import read_bytes, replace_file
+from llmtrain.files import open_log, read_bytes, replace_file
 from llmtrain.infer.model import find_checkpoint
 from llmtrain.observe.attempts import StartedAttempt, begin_attempt
 from llmtrain.observe.console import ConsoleTracker
@@ -267,7 +267,7 @@ def build_monitor(
         return Monitor(plan, on_section=on_section)
     path = log_path(folder.path, 0)
     path.parent.mkdir(exist_ok=True)
-    log = path.open("a", encoding="utf-8")  # launch/rank_log.py has begun it
+    log = open_log(path)  # launch/rank_log.py has begun it
     console = ConsoleTracker(config.name, state.step, last_step, log=log)
     trackers = build_trackers(config, folder.path, attempt, console, partial(newest_checkpoint, folder.path))
     progress = ProgressTracker(folder, last_step)

@@ -10,6 +10,7 @@ import pytest
 from llmtrain.data.continuous import ContinuousOrder
 from llmtrain.data.shards import read_manifest
 from llmtrain.data.skipped import LEDGER_NAME
+from llmtrain.files import parse_line
 from tests.end_to_end.test_damage import flip
 from tests.support.command import llmtrain
 from tests.support.http_folder import serve
@@ -55,7 +56,7 @@ def test_a_run_goes_on_without_a_damaged_shard_and_resumes_alike(pieces: Path) -
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: skipping") == 1
     run = pieces / "runs/tiny"
-    (row,) = map(json.loads, (run / LEDGER_NAME).read_text().splitlines())
+    (row,) = map(parse_line, (run / LEDGER_NAME).read_bytes().splitlines())
     assert row == {
         "path": f"pieces/train/{damaged.name}", "sha256": expected, "actual": actual, "reason": "sha256",
         "samples": -(-manifest.shards[1].stream_tokens // SEQ_LEN) + 1,

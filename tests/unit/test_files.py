@@ -3,11 +3,12 @@
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from llmtrain.files import open_regular, parse_json, read_bytes, read_json, read_text
+from llmtrain.files import open_regular, parse_json, parse_line, read_bytes, read_json, read_text, sealed_line
 
 
 @pytest.fixture
@@ -89,3 +90,35 @@ def test_depth_counts_lists_and_objects() -> None:
     assert parse_json(nested, depth=4) == json.loads(nested)
     with pytest.raises(ValueError, match="more than 3 deep"):
         parse_json(nested, depth=3)
+
+
+EVENT = {"event": "rollback", "first": 100, "data": [{"at": -1.5e-05, "is": True}], "reason": "a {b} spike"}
+EVENT = {"event": "rollback", "first": 100, "data": [{"at": -1.5e-05, "is": True}], "reason": "a {b} spike"}
+LINE = sealed_line(EVENT)
+
+
+def test_a_line_gives_back_what_was_sealed() -> None:
+    assert parse_line(LINE) == EVENT
+    assert parse_line(sealed_line({"steps": {10: "b", 9: "a"}})) == {"steps": {"10": "b", "9": "a"}}, "as it is read"
+    assert parse_line(b'{"event": "of before"}\n') == {"event": "of before"}
+
+
+def test_a_line_that_was_cut_is_none_wherever_it_was_cut() -> None:
+    whole = len(LINE) - 1
+    for kept in range(whole):
+        if not LINE[:kept].endswith(b"}"):  # a crash would have to hit right there, in a text
+            assert parse_line(LINE[:kept] + b"\n") is None, LINE[:kept]
+    assert parse_line(LINE[:20] + bytes(100)) is None
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_changed_bit_never_gives_another_value(bit: int) -> None:
+    """A change in the name of the seal, or from e to E, leaves the values as they were."""
+    good = parse_line(LINE)
+    for at in range(len(LINE) - 1):
+        changed = bytearray(LINE)
+        changed[at] ^= 1 << bit
+        with suppress(ValueError):
+            found = parse_line(bytes(changed))
+            assert found is not None, f"{bytes(changed)!r} was taken for one that was cut"
+            assert {key: found[key] for key in good} == good

@@ -16,6 +16,7 @@ from llmtrain.data.shards import read_manifest
 from llmtrain.data.skipped import LEDGER_NAME, SkippedShard, SkippedShards, SourceSamples
 from llmtrain.data.stream import Sample, SampleStream
 from llmtrain.errors import DataError
+from llmtrain.files import unsealed
 from tests.support.datasets import random_documents, write_dataset
 
 SEQ_LEN = 16
@@ -67,7 +68,7 @@ def needing(run: Path) -> int:
 
 
 def ledger(run: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run / LEDGER_NAME).read_text().splitlines()]
+    return [unsealed(json.loads(line)) for line in (run / LEDGER_NAME).read_text().splitlines()]
 
 
 def blanks(taken: list[Sample]) -> set[int]:

@@ -52,8 +52,10 @@ def open_regular(path: Path, mode: str = "rb") -> IO[bytes]:
     try:
         _require_regular(path.stat(), path)
     except FileNotFoundError:
-        if mode.startswith("r") or path.is_symlink():
+        if mode.startswith("r"):
             raise
+        if path.is_symlink():
+            raise OSError(errno.EINVAL, "it is a link that leads nowhere", str(path)) from None
     except ValueError as error:  # a NUL in the path
         raise OSError(errno.EINVAL, str(error), str(path)) from None
     # It may have become another kind in between: the second look is at what was opened, which did not wait for a peer.
@@ -172,6 +174,25 @@ def unsealed(found: Mapping[str, Any]) -> dict[str, Any]:
     if SEAL in found and found[SEAL] != (actual := _hash_of(content)):
         raise ValueError(f"its values do not give the {SEAL} in it: expected {found[SEAL]}, actual {actual}")
     return content
+
+
+_TEXT_SEAL = "# sha256 of the lines below: "
+
+
+def sealed_text(text: str) -> str:
+    """A text of lines, such as YAML, under a comment with its hash."""
+    return f"{_TEXT_SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def unsealed_text(text: str) -> str:
+    """The text without its seal, if it has one. Raises: ValueError if it is not the text that was sealed."""
+    first, _, rest = text.partition("\n")
+    if not first.startswith(_TEXT_SEAL):
+        return text
+    expected, actual = first.removeprefix(_TEXT_SEAL), hashlib.sha256(rest.encode()).hexdigest()
+    if actual != expected:
+        raise ValueError(f"its first line says the sha256 {expected}, the lines below it have {actual}")
+    return rest
 
 
 def sealed_line(content: Mapping[str, Any]) -> bytes:

@@ -74,10 +74,11 @@ def read_origin(path: Path) -> Origin:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
 
 
-def newest_origin(target: Path) -> Origin | None:
+def newest_origin(target: Path, damaged: list[str] | None = None) -> Origin | None:
     """The origin of a checkpoint, or of the newest one in a folder of checkpoints whose small files are whole.
 
-    None where there is none: what that means is decided when it is opened.
+    None where there is none: what that means is decided when it is opened. What is wrong with newer ones is appended to
+    `damaged`.
     """
     found = (
         [target] if is_checkpoint(target) else [target / step_folder_name(step) for step in checkpoint_steps(target)]
@@ -85,6 +86,7 @@ def newest_origin(target: Path) -> Origin | None:
     for path in found:
         try:
             return read_origin(path)
-        except CheckpointError:
-            continue
+        except CheckpointError as error:
+            if damaged is not None:
+                damaged.append(str(error))
     return None

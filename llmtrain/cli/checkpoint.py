@@ -179,7 +179,7 @@ def _summary(path: Path) -> dict[str, Any]:
             "problem": None,
         }
     except CheckpointError as error:
-        size_bytes = sum(entry.stat().st_size for entry in path.iterdir())
+        size_bytes = sum(entry.lstat().st_size for entry in path.iterdir())
         return {**row, "size_bytes": size_bytes, "num_tensors": 0, "metric": None, "problem": str(error)}
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmtrain.errors import DataError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 2.0
 
-ATTENTION = ("failed", "stalled", "dead", "unknown", "preempted", "restarting")
+ATTENTION = ("failed", "stalled", "dead", "unknown", "damaged", "preempted", "restarting")
 """States of which a list of runs says more."""
 
 
@@ -29,7 +31,7 @@ def status(
 ) -> None:
     """Say how far runs are, whether their processes live, and what is to be done.
 
-    Ends with 0 where that could be told of every run, whatever has become of it.
+    Ends with 0 where that could be told of every run, whatever has become of it, and with 3 where a file is damaged.
     """
     from llmtrain.train.watching import OVER, find_runs
 
@@ -48,7 +50,8 @@ def status(
     finally:
         if live:
             live.stop()
-    raise typer.Exit(1 if any(view.state == "unknown" for view in shown) else 0)
+    states = {view.state for view in shown}
+    raise typer.Exit(DataError.exit_code if "damaged" in states else 1 if "unknown" in states else 0)
 
 
 def _looks(folders: list[Path], again: bool) -> Iterator[list["RunView"]]:
@@ -69,13 +72,12 @@ def _looks(folders: list[Path], again: bool) -> Iterator[list["RunView"]]:
 
 
 def _look(folder: Path) -> "RunView":
-    from llmtrain.errors import LlmtrainError
     from llmtrain.train.watching import RunView, look
 
     try:
         return look(folder)
-    except LlmtrainError as error:
-        return RunView(folder.resolve().name, str(folder), "unknown", cause=str(error))
+    except DataError as error:
+        return RunView(folder.resolve().name, str(folder), "damaged", cause=str(error))
 
 
 def _news(view: "RunView") -> dict[str, object]:

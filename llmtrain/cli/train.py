@@ -67,9 +67,11 @@ def train(
     for warning in schedule_warnings(run) + (storage_warnings(run) if ranks is None else []):
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
-        from llmtrain.train.continuation import find_continuation
+        from llmtrain.train.continuation import damaged_checkpoints, find_continuation
         from llmtrain.train.outline import plan_outline
 
+        for fault in damaged_checkpoints(run):
+            typer.echo(f"warning: {fault}. It is passed over for an older one, if there is one.", err=True)
         outline = plan_outline(run, run.launch.num_workers, source_uses(run), find_continuation(run))
         _print_outline(outline, as_json)
         return

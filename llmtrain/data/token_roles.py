@@ -6,6 +6,7 @@ folders and exports. Imports no torch and no tokenizer's library.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,7 +106,7 @@ def roles_beside(tokenizer: Path, sha256: str, lookup: Lookup, vocab_size: int) 
     Raises DataError where one of them is damaged, or is another tokenizer's.
     """
     kept = tokenizer.parent / SETTINGS_NAME
-    if kept.exists():
+    if os.path.lexists(kept):
         return read_settings(kept, sha256, vocab_size)
     roles = _declared(read_folder(tokenizer.parent), lookup, vocab_size)
     return replace(roles, equal_sha256=_proved_equal(tokenizer.parent / EQUAL_NAME, sha256))
@@ -113,7 +114,7 @@ def roles_beside(tokenizer: Path, sha256: str, lookup: Lookup, vocab_size: int) 
 
 def _proved_equal(path: Path, sha256: str) -> tuple[str, ...]:
     """Tokenizers that an own export was proved equal to. Raises DataError where its tokenizer is another one now."""
-    said = read_json_object(path) if path.exists() else {}
+    said = read_json_object(path) if os.path.lexists(path) else {}
     if said.get("tokenizer_sha256", sha256) != sha256:
         raise DataError(
             f"{path}: tells of the tokenizer with sha256 {str(said['tokenizer_sha256'])[:12]}, the one beside it has "
@@ -127,11 +128,11 @@ def read_folder(folder: Path) -> dict[str, Any]:
     """The files of a folder that say how its tokenizer and its generation are used, by their names."""
     found: dict[str, Any] = {}
     for name in JSON_FILES:
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             found[name] = read_json_object(folder / name)
     templates = [folder / CHAT_TEMPLATE, *sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))]
     for path in templates:
-        if path.exists():
+        if os.path.lexists(path):
             found[path.relative_to(folder).as_posix()] = _read_text(path)
     return found
 

@@ -4,6 +4,7 @@ Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,7 @@ def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
     if is_checkpoint(path):
         return open_checkpoint(path)
     folder = folder_of_checkpoints(path)
-    newest = find_newest_valid(folder, warn=lambda text: None)[0] if folder else None
+    newest = find_newest_valid(folder, warn=_warn)[0] if folder else None
     if newest is not None:
         return newest
     kinds = [
@@ -93,6 +94,10 @@ def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
     else:
         what = f"is neither {' nor '.join(kinds)}"
     raise ConfigError(f"{path}: {what}. Try {near}.")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def find_tokenizer_of(checkpoint: Path) -> Path | None:
@@ -192,5 +197,7 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
         from llmtrain.interop.hf_import import open_hf_folder  # brings in transformers, for which no run shall wait
 
         folder = open_hf_folder(path)
+        for text in folder.changed:
+            _warn(text)
         return TrainedModel(build_trained(folder.model, folder, device), folder.tokenizer_path)
     return load_checkpoint(path, device, ["a Hugging Face folder (with config.json and safetensors)"])

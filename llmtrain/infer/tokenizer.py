@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.data.shards import file_sha256
+from llmtrain.data.shards import TOKENIZER_NAMES, file_sha256
 from llmtrain.data.token_roles import (
     GENERATION,
     JSON_FILES,
@@ -47,7 +47,8 @@ def model_tokenizer(
     trained = trained or TrainedTokens()
     if beside is None and given is None:
         known = f" It was trained with one of sha256 {trained.sha256}." if trained.sha256 else ""
-        raise ConfigError(f"No tokenizer lies beside the model.{known} Name it with --tokenizer.")
+        names = " or ".join(TOKENIZER_NAMES)
+        raise ConfigError(f"No tokenizer lies beside the model: no {names}.{known} Name it with --tokenizer.")
     if given is not None and given.is_file() and file_sha256(given) == trained.sha256:
         return _right_named(given, beside, trained)  # whatever has become of the one beside the model
     own = _own(beside, trained) if beside else None

@@ -44,7 +44,7 @@ class HuggingFaceFolder:
     """A folder whose configuration fits its tensors; a source of weights like a checkpoint.
 
     `files` says for each tensor's full name in transformers which file holds it, and under which name. `notes` tell
-    what of the folder is not taken over.
+    what of the folder is not taken over, and what an own export did not have when it was written: `changed`.
     """
 
     path: Path
@@ -53,6 +53,7 @@ class HuggingFaceFolder:
     table: Table
     files: dict[str, tuple[Path, str]]
     notes: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -115,7 +116,7 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise ConfigError(f"{path}: holds no config.json. Give a folder that `save_pretrained` wrote.")
-    require_as_exported(path)
+    changed = require_as_exported(path)
     content = read_json(config_path)
     config = parse_config(content, str(config_path))
     family, model = FAMILIES[config.model_type], model_config(config)
@@ -126,7 +127,8 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     expected = {pairing.theirs: their_shape(pairing, model) for pairing in pairings(table, model)}
     _require_fit(path, expected, headers)
     files = {name: (header.file, header.name) for name, header in headers.items()}
-    return HuggingFaceFolder(path, family, model, table, files, notes + not_taken_over(content, config, model))
+    notes = [*changed, *notes, *not_taken_over(content, config, model)]
+    return HuggingFaceFolder(path, family, model, table, files, notes, changed)
 
 
 def _named_headers(path: Path, family: Family) -> tuple[dict[str, Header], list[str]]:

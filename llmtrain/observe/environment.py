@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from llmtrain.files import replace_file
+from llmtrain.files import replace_file, sealed
 
 ENVIRONMENT_FILE = "environment.json"
 PACKAGES = (
@@ -53,7 +53,7 @@ def describe_environment() -> dict[str, Any]:
 
 def save_environment(run_dir: Path) -> None:
     """Write the description into a run folder, where `llmtrain report` finds it."""
-    replace_file(run_dir / ENVIRONMENT_FILE, (json.dumps(describe_environment(), indent=2) + "\n").encode())
+    replace_file(run_dir / ENVIRONMENT_FILE, (json.dumps(sealed(describe_environment()), indent=2) + "\n").encode())
 
 
 def source_commit(file: Path) -> str | None:

@@ -7,6 +7,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from llmtrain.errors import DataError
 from llmtrain.files import LINE_BYTES, open_regular
 from llmtrain.observe.jsonl import parse_row
 from llmtrain.observe.tracker import RESUMED_FROM, Row
@@ -27,11 +28,11 @@ class NewestRows:
 
 
 def newest_rows(metrics: Path, most: int, last_step: int | None = None) -> NewestRows:
-    """The last `most` training rows and the last evaluation. What cannot be read is left out.
+    """The last `most` training rows and the last evaluation. Rows that cannot be read are left out.
 
     `last_step` is that of a run that has gone back to it and written no row since: later ones will be replaced.
     Which rows count is as in `rows_that_count`. Where a run is never evaluated the whole file is looked through, and
-    few rows of it are parsed.
+    few rows of it are parsed. Raises DataError where something else stands in the file's place.
     """
     search = _Search(most, last_step)
     try:
@@ -39,8 +40,10 @@ def newest_rows(metrics: Path, most: int, last_step: int | None = None) -> Newes
             for block in _iter_blocks_back(file):
                 if search.takes(block) and search.found_in(block):
                     break
-    except OSError:
+    except FileNotFoundError:
         return NewestRows()
+    except OSError as error:
+        raise DataError(f"{metrics}: cannot be read: {error.strerror}. Remove it: a run writes another one.") from None
     return NewestRows(search.training[::-1], search.evaluation)
 
 

@@ -14,7 +14,7 @@ from llmtrain.config.document import load_plain
 from llmtrain.config.names import redacted
 from llmtrain.config.rendering import without_secrets
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.files import parse_json, read_bytes
+from llmtrain.files import parse_json, read_bytes, unsealed, unsealed_text
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.efficiency import Efficiency, measure
 from llmtrain.observe.environment import ENVIRONMENT_FILE
@@ -93,7 +93,7 @@ class RunRecord:
 
 
 def load_run(path: Path) -> RunRecord:
-    """Read a run folder. Raises ConfigError where it is none, DataError where its metrics are damaged."""
+    """Read a run folder; it may lack all but its metrics. Raises ConfigError where it is none, DataError for damage."""
     metrics = path / METRICS_FILE
     if not metrics.is_file():
         missing = f"has no {METRICS_FILE}" if path.is_dir() else "is no folder"
@@ -103,8 +103,7 @@ def load_run(path: Path) -> RunRecord:
     written = list(iter_rows(metrics))
     rows = rows_that_count(written)
     events = list(iter_events(path))
-    config_text = _text(path / "config.yaml")
-    config = _yaml(config_text)
+    config_text, config = _configuration(path / "config.yaml")
     # Runs of before have kept URLs as they were written.
     config_text = without_secrets(config_text, config) if config else text_without_credentials(config_text)
     config = redacted(config)
@@ -181,27 +180,41 @@ def _checkpoints(folder: Path) -> Iterator[CheckpointEntry]:
             yield CheckpointEntry(path.name, int(number), size_bytes, (path / "manifest.json.sha256").is_file())
 
 
-def _text(path: Path) -> str:
+def _text(path: Path) -> str | None:
+    """The text of a small file beside the metrics; None where there is none."""
     try:
         return read_bytes(path, LONGEST_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
-        return ""
+        return None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise _damaged(path, str(error.strerror)) from None
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A small file beside the metrics: where it is absent or damaged the report goes without it."""
-    try:
-        data = parse_json(_text(path) or "{}")
-    except ValueError:
+    text = _text(path)
+    if text is None:
         return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _yaml(text: str) -> dict[str, Any]:
     try:
+        data = parse_json(text)
+        return unsealed(data) if isinstance(data, dict) else {}
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+
+
+def _configuration(path: Path) -> tuple[str, dict[str, Any]]:
+    """The resolved configuration, as text and as data; nothing where the folder has none."""
+    text = _text(path)
+    if text is None:
+        return "", {}
+    try:
+        text = unsealed_text(text)
         data = load_plain(text)
-    except ValueError:
-        return {}
-    return data if isinstance(data, dict) else {}
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
+    if not isinstance(data, dict):
+        raise _damaged(path, "it is no configuration of a run")
+    return text, data
+
+
+def _damaged(path: Path, fault: str) -> DataError:
+    return DataError(f"{path}: is damaged: {fault}. Remove it: a report goes without, and a start writes it again.")

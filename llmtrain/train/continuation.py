@@ -28,6 +28,14 @@ class Continuation:
     last_step: int
 
 
+def damaged_checkpoints(config: RunConfig) -> list[str]:
+    """What is wrong with the checkpoints that a run would pass over for an older one, as their small files tell."""
+    target, damaged = resume_target(config), list[str]()
+    if target is not None:
+        newest_origin(target, damaged)
+    return damaged
+
+
 def find_continuation(config: RunConfig) -> Continuation | None:
     """None where the run begins at its first step, with nothing to begin from.
 

@@ -14,8 +14,10 @@ from llmtrain.config.sizes import num_parameters
 from llmtrain.data.folders import fetch_config, run_settings, run_tokenizer, scheme_fault
 from llmtrain.data.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.shards import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
+from llmtrain.data.skipped import LEDGER_NAME, SkippedShards
 from llmtrain.data.usage import data_use
 from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.observe.audit import iter_events
 from llmtrain.train.budget import Budget, Seen, seen_by
 from llmtrain.train.continuity import TOKENIZER_NAMES, differences, refusals, resume_target
 from llmtrain.train.file_system import folder_fault
@@ -29,7 +31,7 @@ SHARDS_HINT = "Write it with `llmtrain data shards INPUT... OUT --tokenizer MODE
 
 
 def storage_problems(config: RunConfig, asks_room: bool = True) -> list[Problem]:
-    """What the run would miss on storage. Raises DataError where a manifest is there but damaged.
+    """What the run would miss on storage. Raises DataError where a manifest or a record of the run is damaged.
 
     Room for checkpoints is not asked for where it is known that the run will not be here.
     """
@@ -53,7 +55,10 @@ def storage_problems(config: RunConfig, asks_room: bool = True) -> list[Problem]
     problems.extend(_resume_problems(config))
     unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size")
     problems.extend(found for found in _continuity_problems(config, manifests) if not found.key.startswith(unknown))
-    problems.extend(_output_problems(config) or (_room_problems(config) if asks_room else ()))
+    faults = _output_problems(config)
+    if not faults:
+        _require_records(config)
+    problems.extend(faults or (_room_problems(config) if asks_room else ()))
     return problems
 
 
@@ -186,14 +191,12 @@ def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> It
 
 def _kept_tokenizer_problems(config: RunConfig, first: Manifest) -> Iterator[Problem]:
     """A run that names no tokenizer finds the right one beside the data. Raises DataError where that one is damaged."""
-    remote = scheme_of(config.data.train[0].path) is not None
     try:
         run_tokenizer(config.data, first)
     except (ConfigError, DataError) as error:
-        if isinstance(error, DataError) and not remote:
+        if isinstance(error, DataError) and scheme_of(config.data.train[0].path) is None:
             raise
-        if remote:
-            yield Problem("data.tokenizer", str(error))
+        yield Problem("data.tokenizer", str(error))
 
 
 def _resume_problems(config: RunConfig) -> Iterator[Problem]:
@@ -221,6 +224,15 @@ def _continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> l
     keys = [f"data.train.{number}.path" for number in range(len(config.data.train))]
     training = [manifests[key] for key in keys if key in manifests]
     return refusals(differences(origin, config, training if len(training) == len(keys) else None), config)
+
+
+def _require_records(config: RunConfig) -> None:
+    """Raise DataError where a file is damaged that says which data the run passes over."""
+    run_dir = Path(config.output_dir) / config.name
+    for _ in iter_events(run_dir):
+        pass
+    if config.data.on_corrupt == "skip":
+        SkippedShards(run_dir / LEDGER_NAME, config.data.max_skipped)
 
 
 def _output_problems(config: RunConfig) -> list[Problem]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmtrain.errors import DataError
 from llmtrain.files import open_regular
 
 LOGS = "logs"
@@ -62,8 +63,15 @@ def written_lines(
 
 
 def _content(path: Path) -> bytes:
-    with open_regular(path) as file:
-        return file.read()
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read: {error.strerror}. Remove it: a run writes another one.")
 
 
 @dataclass
@@ -115,3 +123,5 @@ class Follower:
                     yield from (line.decode(errors="replace").rstrip("\r") for line in whole)
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise _unreadable(path, error) from None

@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal, get_args
 import psutil
 from pydantic import Field, TypeAdapter, ValidationError
 
-from llmtrain.errors import LlmtrainError, RunFolderInUseError
-from llmtrain.files import read_json
+from llmtrain.errors import DataError, LlmtrainError, RunFolderInUseError
+from llmtrain.files import read_json, sealed, unsealed
 from llmtrain.observe import audit
 from llmtrain.train.file_system import UNSUPPORTED, lock_file, no_links_text
 
@@ -113,6 +113,10 @@ class RunFolder:
         except OSError as error:
             if error.errno in UNSUPPORTED and error.filename2:
                 raise LlmtrainError(no_links_text(self.path, error)) from error
+            if os.path.lexists(self._lock) and not self._lock.is_file():
+                raise DataError(
+                    f"{self._lock}: {error.strerror}. If no process trains in this folder, remove it."
+                ) from error
             raise LlmtrainError(
                 f"{error.filename or self.path}: the run folder cannot be used: {error.strerror}. "
                 "Set output_dir to a folder that can be written."
@@ -194,11 +198,13 @@ class RunFolder:
         )
         temporary = self.path / f".{STATUS}.{self._owner.token}"
         try:
-            temporary.write_text(json.dumps(asdict(content), indent=1) + "\n", "utf-8")
+            temporary.write_text(json.dumps(sealed(asdict(content)), indent=1) + "\n", "utf-8")
             temporary.replace(self.path / STATUS)
         except OSError as error:
             with suppress(OSError):  # a full disk takes the name and not the content
                 temporary.unlink(missing_ok=True)
+            if (self.path / STATUS).is_dir():
+                raise DataError(f"{self.path / STATUS}: is a folder, where a file is to be. Remove it.") from error
             raise LlmtrainError(
                 f"{self.path / STATUS}: cannot be written: {error.strerror}. Free space there."
             ) from error
@@ -274,26 +280,35 @@ class RunFolder:
 
 
 def read_status(path: Path) -> RunStatus | None:
-    """What the run folder's `status.json` says; None where there is none. Raises LlmtrainError for a damaged one."""
+    """What the run folder's `status.json` says; None where there is none. Raises DataError for a damaged one."""
     file = Path(path) / STATUS
     try:
-        status = RunStatus(**read_json(file))
+        status = RunStatus(**unsealed(_object(read_json(file))))
         if status.status not in (allowed := get_args(Status)):
-            raise LlmtrainError(f"{file}: status = {status.status}, allowed are {', '.join(allowed)}. Remove it.")
+            raise ValueError(f"status = {status.status}, allowed are {', '.join(allowed)}")
         _STATUS_FIELDS.validate_json(json.dumps(asdict(status)), strict=True)
         if datetime.fromisoformat(status.updated).utcoffset() is None:
             raise ValueError("updated: has no zone")
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise LlmtrainError(f"{file}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{file}: cannot be read: {error.strerror}. Remove it: a run writes another one.") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise LlmtrainError(f"{file}: is not a status that llmtrain wrote: {fault}. Remove it.") from error
+        raise _no_status(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (ValueError, TypeError) as error:
-        raise LlmtrainError(f"{file}: is not a status that llmtrain wrote: {error}. Remove it.") from error
+        raise _no_status(file, str(error)) from error
     return status
+
+
+def _no_status(file: Path, fault: str) -> DataError:
+    return DataError(f"{file}: is not a status that llmtrain wrote: {fault}. Remove it: a run writes another one.")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a JSON {type(value).__name__}, not an object")
+    return value
 
 
 def was_taken_over(run_dir: Path, token: str) -> bool:

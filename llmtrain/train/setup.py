@@ -28,7 +28,7 @@ from llmtrain.data.shards import LONGEST_TOKENIZER, Manifest
 from llmtrain.data.stream import SampleStream
 from llmtrain.data.token_roles import SETTINGS_NAME, TokenRoles, read_settings, settings_text, settings_tokenizer
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.files import open_log, read_bytes, replace_file
+from llmtrain.files import open_log, read_bytes, replace_file, sealed_text
 from llmtrain.infer.model import find_checkpoint
 from llmtrain.observe.attempts import StartedAttempt, begin_attempt
 from llmtrain.observe.console import ConsoleTracker
@@ -321,7 +321,7 @@ def save_run_files(config: RunConfig, path: Path, checkpoint: Path | None = None
     if roles is None and tokenizer.suffix == ".json":
         roles = TokenRoles().as_trained(manifest.eos_id, manifest.bos_ids)
     # Nothing is written before all that it is made of was found whole: what the folder has stays good.
-    replace_file(path / "config.yaml", record_of(config).encode())
+    replace_file(path / "config.yaml", sealed_text(record_of(config)).encode())
     save_environment(path)
     replace_file(path / f"tokenizer{tokenizer.suffix}", content)
     if roles is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, DataError
 from llmtrain.observe.audit import iter_events
 from llmtrain.observe.console import duration
 from llmtrain.observe.efficiency import STARTED
@@ -27,11 +27,13 @@ from llmtrain.train.run_folder import (
     this_machine,
 )
 
-State = Literal["starting", "running", "restarting", "done", "preempted", "failed", "stalled", "dead", "unknown"]
+State = Literal[
+    "starting", "running", "restarting", "done", "preempted", "failed", "stalled", "dead", "unknown", "damaged"
+]
 """What holds of a run: its recorded status, or `dead` where that says that it goes on and its process is gone,
-`starting` where nothing is recorded yet, `unknown` where nothing can be told."""
+`starting` where nothing is recorded yet, `unknown` where nothing can be told, `damaged` where a file cannot be read."""
 
-OVER: tuple[State, ...] = ("done", "failed", "stalled", "dead", "unknown")
+OVER: tuple[State, ...] = ("done", "failed", "stalled", "dead", "unknown", "damaged")
 """States that nobody but a person changes. A preempted run is one that somebody starts again."""
 
 RATE_ROWS = 100
@@ -100,7 +102,10 @@ def look(path: Path) -> RunView:
     name = path.resolve().name
     state: State
     status = read_status(path)
-    owner = read_owner(path / LOCK)
+    try:
+        owner = read_owner(path / LOCK)
+    except OSError as error:
+        raise DataError(f"{path / LOCK}: {error.strerror}. If no process trains in this folder, remove it.") from None
     if status is None:
         held = owner is not None and holder_lives(path / LOCK, owner)
         state = "starting" if held else "unknown"

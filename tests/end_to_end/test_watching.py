@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.files import sealed, unsealed
 from llmtrain.observe.efficiency import run_efficiency
 from llmtrain.observe.jsonl import iter_rows, read_rows
 from tests.distributed.conftest import workspace as workspace
@@ -142,7 +143,7 @@ def test_an_interrupted_follower_is_quiet(workspace: Path) -> None:
     run = workspace / "runs" / "tiny"
     assert llmtrain("train", "run.yaml", folder=workspace).returncode == 0
     state = json.loads((run / "status.json").read_text("utf-8"))
-    (run / "status.json").write_text(json.dumps({**state, "status": "preempted"}))
+    (run / "status.json").write_text(json.dumps(sealed({**unsealed(state), "status": "preempted"})))
     follower = subprocess.Popen(
         [COMMAND, "logs", "-f", run],
         cwd=workspace,

@@ -5,6 +5,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from llmtrain.data.shards import Manifest, ShardEntry, write_manifest
+from tests.support.datasets import UNREAD_TOKENIZER
 
 GOOD_RUN = """\
 name: small
@@ -31,9 +32,14 @@ def write_good_run(folder: Path) -> Path:
     return file
 
 
-def write_data_set(folder: Path, tokens: int = 1000, vocab_size: int = 300, tokenizer_sha256: str = "a" * 64) -> Path:
-    """A data set's manifest, which is all that checks before a run read."""
+def write_data_set(
+    folder: Path, tokens: int = 1000, vocab_size: int = 300, tokenizer_sha256: str | None = None
+) -> Path:
+    """A data set's manifest and its tokenizer, which is all that checks before a run read."""
     folder.mkdir(parents=True)
+    if tokenizer_sha256 is None:
+        (folder.parent / "tokenizer.model").write_bytes(UNREAD_TOKENIZER)
+        tokenizer_sha256 = sha256(UNREAD_TOKENIZER).hexdigest()
     shard = ShardEntry("shard-00000.tar", 1, "0" * 64, "shard-00000.idx", "0" * 64, samples=10, tokens=tokens)
     write_manifest(folder, Manifest(1, tokenizer_sha256, vocab_size, "uint16", 0, (shard,)))
     return folder

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.files import open_regular, parse_json, parse_line, read_bytes, read_json, read_text, sealed_line
+from llmtrain.files import (
+    open_regular,
+    parse_json,
+    parse_line,
+    read_bytes,
+    read_json,
+    read_text,
+    replace_file,
+    sealed_line,
+    sealed_text,
+    unsealed_text,
+)
 
 
 @pytest.fixture
@@ -114,11 +125,34 @@ def test_a_line_that_was_cut_is_none_wherever_it_was_cut() -> None:
 @pytest.mark.parametrize("bit", range(8))
 def test_a_changed_bit_never_gives_another_value(bit: int) -> None:
     """A change in the name of the seal, or from e to E, leaves the values as they were."""
-    good = parse_line(LINE)
     for at in range(len(LINE) - 1):
         changed = bytearray(LINE)
         changed[at] ^= 1 << bit
         with suppress(ValueError):
             found = parse_line(bytes(changed))
             assert found is not None, f"{bytes(changed)!r} was taken for one that was cut"
-            assert {key: found[key] for key in good} == good
+            assert {key: found[key] for key in EVENT} == EVENT
+
+
+def test_a_file_is_put_in_place_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    os.mkfifo(path)
+    replace_file(path, b"one")  # a pipe would have waited for a reader
+    replace_file(path, b"other")
+    assert path.read_bytes() == b"other"
+    (tmp_path / "link").symlink_to("nowhere")
+    replace_file(tmp_path / "link", b"content")
+    assert not (tmp_path / "nowhere").exists() and not (tmp_path / "link").is_symlink()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as raised:
+        replace_file(tmp_path / "folder", b"content")
+    assert raised.value.filename == str(tmp_path / "folder")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder", "link"], "nothing is left behind"
+
+
+def test_a_sealed_text_is_the_text_below_its_first_line() -> None:
+    sealed = sealed_text("name: a\nsteps: 10\n")
+    assert unsealed_text(sealed) == unsealed_text("name: a\nsteps: 10\n") == "name: a\nsteps: 10\n"
+    for damaged in (sealed.replace("10", "90"), sealed[:-3], sealed.replace(": a", ": b")):
+        with pytest.raises(ValueError, match="sha256"):
+            unsealed_text(damaged)

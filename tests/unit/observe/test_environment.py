@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.files import unsealed
 from llmtrain.observe.environment import describe_environment, save_environment, source_commit
 
 
@@ -19,7 +20,7 @@ def test_versions_and_machine_are_there_and_no_environment_variable_is(tmp_path:
     save_environment(tmp_path)
     text = (tmp_path / "environment.json").read_text()
     assert "canary-4711" not in text
-    environment = json.loads(text)
+    environment = unsealed(json.loads(text))
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert environment["cpu"]["usable"] >= 1
     assert environment["cpu"]["memory_bytes"] > 1 << 28

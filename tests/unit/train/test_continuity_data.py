@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.setup import find_start
 from llmtrain.train.vocabulary import with_vocabulary
 from llmtrain.train.windows import with_windows
+from tests.support.datasets import UNREAD_TOKENIZER
 from tests.support.run_files import write_data_set, write_good_run
 from tests.unit.checkpoint.saved import save
 from tests.unit.train.saved_run import check, save_import, save_of_run, start
+
+TOKENIZER = sha256(UNREAD_TOKENIZER).hexdigest()[:12]
 
 NEWEST = "runs/small/checkpoints/step-00000010"
 
@@ -102,7 +106,7 @@ def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixtur
     assert code == 2
     told = file_sha256(tokenizer)[:12]
     assert f"data.tokenizer = other.model (command line): the tokenizer of shards/other has sha256 {told}" in err
-    assert f"that of the checkpoint {NEWEST} has {'a' * 12}. " in err
+    assert f"that of the checkpoint {NEWEST} has {TOKENIZER}. " in err
     assert "model.vocab_size = 301 (default): the checkpoint" in err
     assert err.endswith("3 problems in run.yaml; nothing was started.\n")
 
@@ -121,9 +125,10 @@ def test_imported_weights_need_their_shape_and_tokenizer_only(folder: Path, caps
     assert code == 2 and "model.num_layers = 3 (command line): the checkpoint" in err
     (folder / "weights/tokenizer.json").write_text("{}")
     code, err = check(capsys, *resume)
-    assert code == 2 and "the tokenizer of shards/train has sha256 aaaaaaaaaaaa" in err
+    assert code == 2 and f"the tokenizer of shards/train has sha256 {TOKENIZER}" in err
     write_data_set(folder / "fitting", tokenizer_sha256=file_sha256(folder / "weights/tokenizer.json"))
-    assert check(capsys, *resume, "data.train.0.path=fitting") == (0, "")
+    fitting = ("data.train.0.path=fitting", "data.tokenizer=weights/tokenizer.json")
+    assert check(capsys, *resume, *fitting) == (0, "")
 
 
 def test_without_the_hashes_a_changed_data_set_would_go_unseen(

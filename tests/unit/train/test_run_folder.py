@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.errors import LlmtrainError, RunFolderInUseError
+from llmtrain.errors import DataError, LlmtrainError, RunFolderInUseError
+from llmtrain.files import sealed, unsealed
 from llmtrain.train import run_folder
 from llmtrain.train.file_system import folder_fault
 from llmtrain.train.run_folder import LEASE_SECONDS, LOCK, RunFolder, read_status
@@ -232,17 +233,29 @@ def test_a_verdict_outlives_the_process_that_found_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"status": "done"}'])
 def test_a_damaged_status_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content)
-    with pytest.raises(LlmtrainError, match=r"status\.json: is not a status"):
+    with pytest.raises(DataError, match=r"status\.json: is not a status"):
         read_status(tmp_path)
+
+
+def test_a_changed_number_of_a_status_is_seen(tmp_path: Path) -> None:
+    with RunFolder(tmp_path) as owner:
+        owner.write_status("done", 3, 3)
+    file = tmp_path / "status.json"
+    file.write_text(file.read_text().replace('"step": 3', '"step": 7'))
+    with pytest.raises(DataError, match=r"status\.json: is not a status .* do not give the seal"):
+        read_status(tmp_path)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in content.items() if key != "seal"}))
+    assert read_status(tmp_path), "of before"
 
 
 def test_a_status_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with RunFolder(tmp_path) as owner:
         owner.write_status("done", 3, 3)
     content = json.loads((tmp_path / "status.json").read_bytes())
-    (tmp_path / "status.json").write_text(json.dumps(content | {"status": "on fire"}))
+    (tmp_path / "status.json").write_text(json.dumps(sealed(unsealed(content) | {"status": "on fire"})))
     with pytest.raises(
-        LlmtrainError, match="status = on fire, allowed are running, restarting, done, preempted, failed, stalled"
+        DataError, match="status = on fire, allowed are running, restarting, done, preempted, failed, stalled"
     ):
         read_status(tmp_path)
 

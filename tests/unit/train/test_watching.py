@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llmtrain.cli import main
 from llmtrain.errors import ConfigError
-from llmtrain.files import LINE_BYTES
+from llmtrain.files import LINE_BYTES, sealed, unsealed
 from llmtrain.observe.audit import record
 from llmtrain.observe.jsonl import rows_that_count
 from llmtrain.observe.newest_rows import BLOCK_BYTES, NewestRows, newest_rows
@@ -60,8 +60,8 @@ def hold(run: Path, **owner: object) -> None:
 
 
 def rewrite_status(run: Path, **fields: object) -> None:
-    status = json.loads((run / STATUS).read_text())
-    (run / STATUS).write_text(json.dumps({**status, **fields}))
+    status = unsealed(json.loads((run / STATUS).read_text()))
+    (run / STATUS).write_text(json.dumps(sealed({**status, **fields})))
 
 
 def test_a_running_run(tmp_path: Path) -> None:
@@ -333,11 +333,11 @@ def test_the_command_tells_several_runs_in_a_table(tmp_path: Path, capsys: pytes
     (tmp_path / "c" / STATUS).write_text("not json")
     code, out = status(capsys, tmp_path)
     head, *rows = [line.split("\t") for line in out.splitlines()]
-    assert [row[:2] for row in rows] == [["a", "failed"], ["b", "done"], ["c", "unknown"]]
+    assert [row[:2] for row in rows] == [["a", "failed"], ["b", "done"], ["c", "damaged"]]
     assert [len(row) for row in rows] == [len(head)] * 3
     assert rows[0][-1] == "line and line"
     assert "is not a status that llmtrain wrote" in rows[2][-1]
-    assert code == 1, "one could not be told"
+    assert code == 3, "a file of one is damaged"
 
 
 def test_the_command_prints_json_with_stable_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ weights after the last, an evaluation. The reference is the trace of the torch e
 layout is put together from its ranks' fragments by their global coordinates.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -145,15 +146,16 @@ def compare(reference: Trace, other: Trace, levels: Levels) -> Verdict:
             verdict.problems.append(f"weights before the first step differ, first in {name}")
             break
     relative = [abs(b.loss - a.loss) / abs(a.loss) for a, b in zip(reference.steps, other.steps, strict=True)]
-    verdict.first_loss, verdict.loss = relative[0], max(relative)
+    verdict.first_loss, verdict.loss = relative[0], max(relative, key=_size)
     _judge(verdict, "loss of step 1", verdict.first_loss, levels.first_loss)
-    for step, (a, b) in enumerate(zip(reference.gradients, other.gradients, strict=True), start=1):
-        name, error = worst_tensor(a, b, levels.floor)
-        verdict.gradient = max(verdict.gradient, error)
-        if step == 1:
-            _judge(verdict, f"gradient of {name} in step 1", error, levels.gradient)
-    norms = [abs(b.grad_norm - a.grad_norm) / a.grad_norm for a, b in zip(reference.steps, other.steps, strict=True)]
-    verdict.grad_norm = max(norms)
+    made = _made_steps(reference, other, verdict)
+    for step in made:
+        name, error = worst_tensor(reference.gradients[step], other.gradients[step], levels.floor)
+        verdict.gradient = max(verdict.gradient, error, key=_size)
+        if step == made[0]:
+            _judge(verdict, f"gradient of {name} in step {step + 1}", error, levels.gradient)
+    norms = [(reference.steps[step].grad_norm, other.steps[step].grad_norm) for step in made]
+    verdict.grad_norm = max((abs(after - before) / before for before, after in norms), key=_size, default=0.0)
     _judge(verdict, "gradient norm", verdict.grad_norm, levels.grad_norm)
     _judge(verdict, "loss", verdict.loss, levels.loss)
     noise = noise_tensors(reference, levels.floor)
@@ -171,6 +173,26 @@ def compare(reference: Trace, other: Trace, levels: Levels) -> Verdict:
     return verdict
 
 
+def _made_steps(reference: Trace, other: Trace, verdict: Verdict) -> list[int]:
+    """The steps, from 0, whose gradients can be compared: those that not both have skipped, as fp16 does at first."""
+    pairs = [(a.skipped, b.skipped) for a, b in zip(reference.steps, other.steps, strict=True)]
+    for step, (before, after) in enumerate(pairs, start=1):
+        if before != after:
+            verdict.problems.append(f"step {step} is skipped in {'one process' if before else 'this layout'} only")
+            break
+    if all(before and after for before, after in pairs):
+        verdict.problems.append(
+            f"nothing is compared: each of the {len(pairs)} steps was skipped, as no gradient was finite. Give more "
+            "--steps, or lower optim.loss_scale.initial"
+        )
+    return [step for step, pair in enumerate(pairs) if not all(pair)]
+
+
+def _size(error: float) -> float:
+    """What errors are ordered by: NaN, which is neither smaller nor larger, is worse than any number."""
+    return math.inf if math.isnan(error) else error
+
+
 def worst_metric(reference: Mapping[str, float], other: Mapping[str, float]) -> tuple[str, float]:
     """The expert metric that differs most, and by how much, relative; a missing one differs by infinity."""
     errors = [("expert metrics", 0.0)]
@@ -178,7 +200,7 @@ def worst_metric(reference: Mapping[str, float], other: Mapping[str, float]) -> 
         if name.startswith("moe/"):
             apart = abs(reference[name] - other.get(name, float("inf")))
             errors.append((name, apart / max(abs(reference[name]), 1e-3)))
-    return max(errors, key=lambda found: found[1])
+    return max(errors, key=lambda found: _size(found[1]))
 
 
 def noise_tensors(reference: Trace, floor: float) -> set[str]:
@@ -186,8 +208,9 @@ def noise_tensors(reference: Trace, floor: float) -> set[str]:
 
     Keys' biases are such: adding the same to all scores of a query changes no softmax.
     """
-    names = set(reference.final)
-    for gradients in reference.gradients:
+    made = [at for step, at in zip(reference.steps, reference.gradients, strict=True) if not step.skipped]
+    names = set(reference.final) if made else set()
+    for gradients in made:
         least = _least(gradients, floor)
         names &= {name for name, value in gradients.items() if np.linalg.norm(value.ravel()) < least}
     return names
@@ -200,7 +223,7 @@ def _judge(verdict: Verdict, what: str, error: float, allowed: float) -> None:
 
 def worst_tensor(reference: Tensors, other: Tensors, floor: float) -> tuple[str, float]:
     """The name and the relative error of the tensor that differs most; a missing one differs by infinity."""
-    return max(_errors(reference, other, _least(reference, floor)), key=lambda found: found[1])
+    return max(_errors(reference, other, _least(reference, floor)), key=lambda found: _size(found[1]))
 
 
 def _least(tensors: Tensors, floor: float) -> float:
@@ -216,7 +239,7 @@ def _errors(reference: Tensors, other: Tensors, least: float) -> Iterator[tuple[
         difference = float(np.linalg.norm((value.astype(np.float64) - other[name]).ravel()))
         norm = float(np.linalg.norm(value.ravel()))
         # What is noise beside the others (keys' biases have no true gradient) is only bounded.
-        yield name, difference / norm if norm >= least else difference / least if difference > least else 0.0
+        yield name, difference / norm if norm >= least else 0.0 if difference <= least else difference / least
 
 
 @dataclass(frozen=True)

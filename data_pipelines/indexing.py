@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.foreign import stored_dtype, without_ends
 from data_pipelines.round_trip import lost_in_texts
+from llmtrain.data.damage import DamagedFileError
 from llmtrain.data.shards import (
     DTYPES,
     MANIFEST_NAME,
@@ -106,13 +107,21 @@ def rebuild_sidecars(folder: Path) -> int:
     rebuilt = 0
     for entry in manifest.shards:
         index_path = folder / entry.index_file
-        if index_path.is_file() and file_sha256(index_path) == entry.index_sha256:
+        if _is_whole(index_path, entry.index_sha256):
             continue
         check_file(folder / entry.file, entry.bytes, entry.sha256)
         replace_file(index_path, index_bytes(scan_documents(folder / entry.file, manifest, entry)))
         check_file(index_path, None, entry.index_sha256)
         rebuilt += 1
     return rebuilt
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    try:
+        check_file(path, None, sha256)
+    except DamagedFileError:
+        return False
+    return True
 
 
 def scan_documents(path: Path, manifest: Manifest, entry: ShardEntry) -> NDArray[np.uint64]:

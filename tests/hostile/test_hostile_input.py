@@ -124,6 +124,7 @@ KNOWN = [
     Case("a text of 3 GB", SHARDS, replaced("texts/1.txt", "sparse"), TOLD),
     Case("a line of 3 GB", SHARDS, replaced("texts/more.jsonl", "sparse"), TOLD),
     Case("an index of 3 GB", ("data", "show", "data/train"), replaced("data/train/shard-000000.idx", "sparse"), TOLD),
+    Case("an index of 3 GB anew", ("data", "index", "data/train"), replaced("data/train/shard-000000.idx", "sparse")),
     Case("a mask that is no id", GENERATED, other_config("    mask: null", "    mask: x"), TOLD),
     Case("no vocabulary", ("export", STEP, "out"), other_config("  vocab_size:", "  # vocab_size:"), TOLD),
     Case("a layout of no ranks", ("parity", "run.yaml", "--layouts", "torch:dp0"), None, TOLD),

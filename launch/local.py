@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.attempt import ChangeRun, import_for_ranks, rank_work, sum_up, watches_speed
+from launch.cores import num_threads, set_threads
 from launch.failure import Failure, failure_text
 from launch.processes import LocalCrew, RankProcess, start_rank
 from launch.pulse import PulseBoard
-from launch.rank import Rank, num_threads, set_threads
+from launch.rank import Rank
 from launch.rank_log import log_path
 from launch.stop import StopSignal, exit_after_grace
 from launch.stragglers import Stragglers

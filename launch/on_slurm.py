@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.attempt import sum_up, watches_speed
+from launch.cores import user_threads
 from launch.failure import Failure
 from launch.nursery_crew import NurseryCrew
 from launch.pulse import PulseBoard
@@ -27,7 +28,8 @@ def launch(config: RunConfig) -> int:
     """Run the configuration on the nodes of this job and return the exit code. Raises LaunchError outside of a job."""
     cpus = cpus_per_task(config, os.environ)
     # Slurm may bind a task to its own CPUs: how many these are cannot be told from what a rank finds there.
-    settings = config.launch.model_copy(update={"threads_per_worker": config.launch.threads_per_worker or cpus})
+    threads = config.launch.threads_per_worker or user_threads(os.environ) or cpus
+    settings = config.launch.model_copy(update={"threads_per_worker": threads})
     config = config.model_copy(update={"launch": settings})
     with StopSignal() as stop:
         attempts = Attempts(config, stop, cpus)

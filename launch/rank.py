@@ -1,12 +1,10 @@
 """Which process of a run this is, as whoever started it says. Pure: imports no torch."""
 
-import os
 import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmtrain.config.launch import LaunchConfig
 from llmtrain.errors import LaunchError
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
@@ -52,17 +50,6 @@ def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment:
         return _checked(_from_srun(environment))
     return None
-
-
-def set_threads(threads: int) -> None:
-    """Tell the libraries that read it when they are loaded how many threads to use. Call before importing torch."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-
-
-def num_threads(config: LaunchConfig, local_world_size: int) -> int:
-    """CPU threads of one rank: as configured, or the usable cores shared among the ranks of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.threads_per_worker or max(1, cores // local_world_size)
 
 
 def first_host(node_list: str) -> str:

@@ -15,6 +15,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from queue import Empty, Queue
 
+from launch.cores import record_of_user
 from launch.nursery_crew import Message
 from launch.rank import Rank
 from launch.stop import StopSignal
@@ -101,7 +102,7 @@ class Step:
                 line,
                 stdin=subprocess.PIPE,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": threads},
+                env={**os.environ, **record_of_user(os.environ), "OMP_NUM_THREADS": threads},
             )
         except OSError as error:
             self._listener.close()

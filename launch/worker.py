@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.cores import num_threads
 from launch.failure import OtherRankFailedError
 from launch.meeting import StoreExchange, anybody, connect, lone_store, open_exchange, open_group
 from launch.memory_advice import advise
 from launch.pulse import Pulse
-from launch.rank import ALONE, Rank, num_threads
+from launch.rank import ALONE, Rank
 from launch.rank_log import rank_log
 from launch.stop import StopSignal
 from llmtrain.config.launch import LaunchConfig

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 
+from launch.cgroup import cpu_quota, memory_limit
 from launch.doctor.finding import Finding
 from llmtrain.train.file_system import existing_folder, folder_fault
 
-CGROUP = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_BYTES = 1 << 30
 LEAST_FREE_BYTES = 1 << 30
@@ -47,8 +47,9 @@ def cpu_finding(usable: int, present: int, quota: float | None, load: float = 0.
     processes want to compute."""
     text = f"{usable} of {present} cores usable"
     if quota is not None and quota < usable:
-        mend = f"set launch.threads_per_worker so that all ranks use {max(1, math.floor(quota))} in all"
-        return Finding("machine", "CPU", "limited", f"{text}, a quota of {quota:g} cores (cgroup)", mend)
+        ranks = f"ranks take {max(1, math.floor(quota))} in all"
+        mend = "give the job more time of its cores (--cpus of a container, CPUQuota of systemd)"
+        return Finding("machine", "CPU", "limited", f"{text}, a quota of {quota:g} cores (cgroup): {ranks}", mend)
     if usable < present:
         mend = "give the job more cores (taskset, --cpus-per-task of Slurm, --cpuset-cpus of a container)"
         return Finding("machine", "CPU", "limited", text, mend)
@@ -128,18 +129,6 @@ def disk_finding(output_dir: Path) -> Finding:
     return Finding("machine", name, "ok", text)
 
 
-def cpu_quota(folder: Path = CGROUP) -> float | None:
-    """Cores that this process's container may use (cgroup v2)."""
-    quota, _, period = _text(folder / "cpu.max").partition(" ")
-    return int(quota) / int(period) if quota.isdigit() and period.strip().isdigit() else None
-
-
-def memory_limit(folder: Path = CGROUP) -> int | None:
-    """Bytes that this process's container may have (cgroup v2)."""
-    text = _text(folder / "memory.max").strip()
-    return int(text) if text.isdigit() else None
-
-
 def clock_is_synchronized() -> bool | None:
     """What systemd says; None where it says nothing."""
     answer = output_of("timedatectl", "show", "--property=NTPSynchronized", "--value")
@@ -157,10 +146,3 @@ def output_of(*command: str) -> str | None:
 
 def gib(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:,.1f} GiB"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("ascii")
-    except OSError:
-        return ""

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from launch.cores import record_of_user
 from launch.environment import passed_environment
 from launch.on_ray.cluster import num_worker_cpus
 from launch.on_ray.host import NEWS, HostFacts, RankHost
@@ -142,7 +143,8 @@ class Placement:
             bundle["GPU"] = 1.0
         self._bundle = bundle
         size = config.parallel.replica_size
-        start = (folder, config.engine.name, passed_environment(environment, launch.pass_environment))
+        passed = {**passed_environment(environment, launch.pass_environment), **record_of_user(environment)}
+        start = (folder, config.engine.name, passed)
         self.replicas = [Replica(size, bundle, start) for _ in range(launch.num_workers // size)]
 
     def __enter__(self) -> "Placement":

@@ -61,7 +61,11 @@ class LaunchConfig(Section):
         description="With ray: a run goes on with as few ranks while there is no room for num_workers, and grows back; "
         "absent: it waits for all.",
     )
-    threads_per_worker: Threads = Field(default=0, description="CPU threads of a rank; 0: cores divided by ranks.")
+    threads_per_worker: Threads = Field(
+        default=0,
+        description="CPU threads of a rank; 0: OMP_NUM_THREADS where you have set it, else the cores that a machine "
+        "has for the run (affinity, cgroup quota) divided by its ranks there. With slurm, else the CPUs of a rank.",
+    )
     cpus_per_worker: Threads = Field(
         default=0, description="CPUs that Ray or Slurm set aside for a rank; 0: threads_per_worker, at least 1."
     )

@@ -2,8 +2,7 @@
 
 import pytest
 
-from launch.rank import ALONE, FIRST_PORT, NUM_PORTS, Rank, first_host, num_threads, rank_from_environment
-from llmtrain.config.launch import LaunchConfig
+from launch.rank import ALONE, FIRST_PORT, NUM_PORTS, Rank, first_host, rank_from_environment
 from llmtrain.errors import LaunchError
 
 TORCHRUN = {
@@ -74,10 +73,3 @@ def test_contradictions_are_told(name: str, value: str) -> None:
 )
 def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
-
-
-def test_cores_are_shared_among_the_ranks_of_a_machine() -> None:
-    cores = num_threads(LaunchConfig(), 1)
-    assert num_threads(LaunchConfig(), 2) == max(1, cores // 2)
-    assert num_threads(LaunchConfig(), 10**6) == 1
-    assert num_threads(LaunchConfig(threads_per_worker=3), 2) == 3

@@ -100,16 +100,6 @@ def test_the_machine(finding: Finding, state: str, says: str) -> None:
     assert bool(finding.mend) == (state != "ok" and finding.name != "memory")
 
 
-def test_limits_of_containers_are_read(tmp_path: Path) -> None:
-    assert machine.cpu_quota(tmp_path) is machine.memory_limit(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    (tmp_path / "memory.max").write_text(f"{GIB}\n")
-    assert (machine.cpu_quota(tmp_path), machine.memory_limit(tmp_path)) == (1.5, GIB)
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.cpu_quota(tmp_path) is machine.memory_limit(tmp_path) is None
-
-
 def test_the_output_folder(tmp_path: Path) -> None:
     found = machine.disk_finding(tmp_path / "runs" / "later")
     assert found.state == "ok" and "free" in found.text

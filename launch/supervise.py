@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from launch.rank_log import log_path
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE, LlmtrainError, NoProgressError, RunFolderInUseError
-from llmtrain.observe.audit import record
+from llmtrain.observe.audit import iter_events, record
 from llmtrain.observe.efficiency import run_efficiency
 from llmtrain.train.run_folder import RunFolder, Status, read_status
 
@@ -52,12 +53,15 @@ class Decision:
     reason: str = ""
 
 
-def decide(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_before: int = 0) -> Decision:
+def decide(
+    attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_before: int = 0, stops_before: int = 0
+) -> Decision:
     """What follows the last of the attempts of this launch; `saved_before` is the newest step saved before the first.
 
     A run is started again from its newest valid checkpoint, unless it was told to stop, a person must mend something,
     nothing has ever worked, or attempts end again and again without a newer checkpoint. Where it was told to stop and
-    would have been started again, whoever told it does that: the exit code asks for it.
+    would have been started again, whoever told it does that: the exit code asks for it. Not for ever: `stops_before`
+    launches in a row have already ended so, and none saved anything.
     """
     end = attempts[-1]
     if not end.failures:
@@ -66,6 +70,9 @@ def decide(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_befo
         return Decision("stop", EXIT_TOLD_TWICE, "told to stop")
     decision = _after_failure(attempts, max_stalled_attempts, saved_before)
     if decision.action == "restart" and end.told_to_stop:
+        stalled = num_stalled(attempts, saved_before)
+        if stalled == len(attempts) and stalled + stops_before >= max_stalled_attempts:
+            return Decision("stop", EXIT_NO_PROGRESS, _no_progress(stalled + stops_before, max_stalled_attempts))
         return Decision("stop", EXIT_PREEMPTED, "told to stop")
     return decision
 
@@ -81,10 +88,24 @@ def _after_failure(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, sa
         return Decision("stop", cause.exit_code, "no step was ever finished")
     stalled = num_stalled(attempts, saved_before)
     if stalled >= max_stalled_attempts:
-        times = f"{stalled} attempts in a row ended" if stalled > 1 else "an attempt ended"
-        reason = f"{times} without a newer checkpoint (launch.max_stalled_attempts = {max_stalled_attempts})"
-        return Decision("stop", EXIT_NO_PROGRESS, reason)
+        return Decision("stop", EXIT_NO_PROGRESS, _no_progress(stalled, max_stalled_attempts))
     return Decision("restart")
+
+
+def _no_progress(stalled: int, max_stalled_attempts: int) -> str:
+    times = f"{stalled} attempts in a row ended" if stalled > 1 else "an attempt ended"
+    return f"{times} without a newer checkpoint (launch.max_stalled_attempts = {max_stalled_attempts})"
+
+
+def stops_without_save(run_dir: Path, saved_step: int) -> int:
+    """How many launches in a row, up to now, were told to stop, failed then, and have left this newest checkpoint.
+
+    A defect in a run's last save would otherwise have it requeued for ever.
+    """
+    with suppress(LlmtrainError, OSError):
+        newest_first = reversed(list(iter_events(run_dir, "preempted")))
+        return sum(1 for _ in takewhile(lambda event: event.get("saved_step") == saved_step, newest_first))
+    return 0
 
 
 def num_stalled(attempts: Sequence[AttemptEnd], saved_before: int = 0) -> int:
@@ -108,12 +129,14 @@ def supervise(config: RunConfig, run_attempt: Callable[[int], AttemptEnd], launc
     `run_attempt(number)` starts all ranks, from the newest valid checkpoint, and returns once none of them is left.
     `launch_id` is that of the ranks, see `Rank`.
     """
-    saved_before = newest_step(Path(config.output_dir) / config.name)
+    run_dir = Path(config.output_dir) / config.name
+    saved_before = newest_step(run_dir)
+    stops_before = stops_without_save(run_dir, saved_before)
     attempts: list[AttemptEnd] = []
     while True:
         end = run_attempt(len(attempts))
         attempts.append(end)
-        decision = decide(attempts, config.launch.max_stalled_attempts, saved_before)
+        decision = decide(attempts, config.launch.max_stalled_attempts, saved_before, stops_before)
         if end.failures:
             _tell(config, end, decision, len(attempts) - 1, launch_id)
         if decision.action == "stop":

@@ -156,3 +156,15 @@ def test_a_stop_that_could_not_save_is_told(tmp_path: Path, capsys: pytest.Captu
     assert status is not None and status.status == "preempted" and "SIGKILL" in status.cause
     assert "start the same command again" in status.next_action
     assert [event["event"] for event in iter_events(run)] == ["preempted"]
+
+
+def test_a_stop_that_can_never_save_is_not_asked_for_for_ever(tmp_path: Path) -> None:
+    """With checkpoint.every_steps=0 the last save is the only one: a defect in it comes again after every requeue."""
+    config = run_config(tmp_path)
+    run = folder_of(config, 5)
+    hopeless = replace(failed(saved=5), told_to_stop=True)
+    assert [supervise(config, lambda number: hopeless) for _ in range(3)] == [75, 75, 93]
+    status = read_status(run)
+    assert status is not None and status.status == "stalled" and "3 attempts in a row" in status.message
+    # One that has saved something meanwhile has not come to a standstill.
+    assert supervise(config, lambda number: replace(failed(saved=9), told_to_stop=True)) == 75

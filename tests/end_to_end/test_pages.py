@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = 3600
 
 SMALL = {"steps: 1000": "steps: 4", "seq_len: 256": "seq_len: 32", "every_steps: 100}": "every_steps: 2, steps: 1}"}
 SMALL |= {"every_steps: 200": "every_steps: 2"}
-SHORT = {"steps: 1000": "steps: 60"}
+SHORT = {"steps: 1000": "steps: 20"}
 """What of README's my-run.yaml is changed: a run of 1000 steps takes half an hour."""
 
 JOB_OF_8 = "launch.num_workers=8 launch.slurm.nodes=2 train.micro_batch_size=2"
@@ -191,6 +191,7 @@ def test_the_main_job_and_what_looks_at_it_run_as_written(tmp_path: Path, monkey
 
 
 @pytest.mark.whole_grid
+@pytest.mark.timeout(TIMEOUT_SECONDS)
 def test_what_takes_longer_runs_as_written(tmp_path: Path) -> None:
     folder = clone(tmp_path, SHORT)
     for line in MAIN_JOB[:2]:
@@ -204,6 +205,7 @@ def test_what_takes_longer_runs_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.whole_grid
+@pytest.mark.timeout(TIMEOUT_SECONDS)
 def test_jobs_of_slurm_run_as_written(tmp_path: Path) -> None:
     folder = clone(tmp_path, SHORT)
     for line in MAIN_JOB[:2]:
@@ -219,11 +221,14 @@ def test_jobs_of_slurm_run_as_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.whole_grid
+@pytest.mark.timeout(TIMEOUT_SECONDS)
 def test_jobs_of_ray_run_as_written(tmp_path: Path) -> None:
     folder = clone(tmp_path, SHORT)
     for line in MAIN_JOB[:2]:
         run(line, folder)
-    with ray_head(num_cpus=10) as head:
+    # Ray is started where the command is on PATH, as in a shell that has sourced the environment's `activate`.
+    path = f"{Path(COMMAND).parent}{os.pathsep}{os.environ['PATH']}"
+    with ray_head(num_cpus=10, extra={"PATH": path}) as head:
         own = {name: value for name, value in head.environ.items() if name.startswith("RAY_")}
         own |= {"RAY_API_SERVER_ADDRESS": head.dashboard}
         for written in ON_RAY:

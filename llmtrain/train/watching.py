@@ -109,7 +109,8 @@ def look(path: Path) -> RunView:
     if status is None:
         held = owner is not None and holder_lives(path / LOCK, owner)
         state = "starting" if held else "unknown"
-        return RunView(name, str(path), state, alive=held or None, **_newest_checkpoint(path))
+        cause = "" if held else f"{path / STATUS}: there is no such file"
+        return RunView(name, str(path), state, alive=held or None, cause=cause, **_newest_checkpoint(path))
     alive = _lives(path, status, owner)
     state = "dead" if alive is False else status.status
     starts = list(iter_events(path, STARTED))

@@ -173,6 +173,9 @@ class _Builder:
                     return None
                 return value
             except (YAMLError, ValueError):
+                if node.value.lstrip("+-").replace("_", "").isdigit():  # Python reads no more digits than 4,300
+                    self.problems.append(Problem(key, "has more digits than any number here.", where=where))
+                    return None
                 message = f"is no {node.tag.removeprefix(TAG)}. Remove the tag."
                 self.problems.append(Problem(key, message, shown(key, node.value), where))
                 return None

@@ -14,6 +14,7 @@ from llmtrain.interop import bert, gpt2, llama, mistral, mixtral, qwen3, switch,
 from llmtrain.interop.carried import USE_KEYS
 from llmtrain.interop.differences import differences
 from llmtrain.interop.name_table import Table, covers
+from llmtrain.interop.rotary import require_one_spelling
 from llmtrain.interop.special_tokens import NamedTokens
 
 
@@ -179,7 +180,10 @@ def model_config(config: PretrainedConfig) -> ModelConfig:
     try:
         return ModelConfig(**fields)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))} = {repr(fault['input'])[:60]}: {fault['msg']}"
+            for fault in error.errors()
+        )
         raise ConfigError(f"This {config.model_type} model cannot be imported: {faults}.") from None
 
 
@@ -209,6 +213,7 @@ def parse_config(content: Mapping[str, Any], where: str) -> PretrainedConfig:
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ConfigError(f"{where}: model_type = {kind}: can import {', '.join(FAMILIES)}.")
+    require_one_spelling(content, where)
     try:
         config = FAMILIES[kind].config_class.from_dict(dict(content))
     except Exception as error:  # transformers validates with several libraries and no common class of error

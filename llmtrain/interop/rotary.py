@@ -64,6 +64,26 @@ def rope_fields(config: Any) -> tuple[dict[str, Any], list[str]]:
     return fields, [reason for holds, reason in checks if not holds]
 
 
+def require_one_spelling(content: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError where the older keys of a config.json say other positions than `rope_parameters`: transformers
+    4 reads the ones, what follows it the other, and a folder would be two models."""
+    newer = content.get("rope_parameters")
+    if not isinstance(newer, Mapping):
+        return
+    pairs = [("rope_theta", content.get("rope_theta"), newer.get("rope_theta"))]
+    if "rope_scaling" in content:
+        older = content["rope_scaling"] if isinstance(content["rope_scaling"], Mapping) else {}
+        kind = older.get("rope_type", older.get("type", "default"))
+        pairs.append(("rope_scaling.rope_type", kind, newer.get("rope_type", "default")))
+        pairs += [(f"rope_scaling.{key}", value, newer[key]) for key, value in older.items() if key in newer]
+    for key, one, other in pairs:
+        if one is not None and other is not None and one != other:
+            raise ConfigError(
+                f"{where}: {key} = {_short(one)}, but rope_parameters has {_short(other)}: transformers 4 reads the "
+                "one, 5 the other. Make them equal, or remove the one that training did not use."
+            )
+
+
 def _known_kinds(parameters: Any) -> dict[str, Any]:
     """The parameters, each of the kind of value that it must have. Raises ConfigError: transformers looks at the other
     keys of a config.json only."""

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -283,7 +283,10 @@ def read_status(path: Path) -> RunStatus | None:
     """What the run folder's `status.json` says; None where there is none. Raises DataError for a damaged one."""
     file = Path(path) / STATUS
     try:
-        status = RunStatus(**unsealed(_object(read_json(file))))
+        content = unsealed(_object(read_json(file)))
+        if missing := [item.name for item in fields(RunStatus) if item.default is MISSING and item.name not in content]:
+            raise ValueError(f"{', '.join(missing)}: missing")
+        status = RunStatus(**content)
         if status.status not in (allowed := get_args(Status)):
             raise ValueError(f"status = {status.status}, allowed are {', '.join(allowed)}")
         _STATUS_FIELDS.validate_json(json.dumps(asdict(status)), strict=True)
@@ -295,7 +298,8 @@ def read_status(path: Path) -> RunStatus | None:
         raise DataError(f"{file}: cannot be read: {error.strerror}. Remove it: a run writes another one.") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise _no_status(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        key, value = ".".join(map(str, first["loc"])), repr(first["input"])[:60]
+        raise _no_status(file, f"{key} = {value}: {first['msg']}") from error
     except (ValueError, TypeError) as error:
         raise _no_status(file, str(error)) from error
     return status

@@ -96,6 +96,7 @@ TOLD = frozenset({2, 3})
 KNOWN = [
     Case("nested anchors", DRY, written("run.yaml", BILLION), TOLD),
     Case("brackets", (*DRY, "seed=" + "[" * 2000), None, TOLD),
+    Case("5,000 digits", (*DRY, "seed=" + "9" * 5000), None, TOLD),
     Case("a base without permission", DRY, written("run.yaml", "base: closed.yaml\nname: x\n"), TOLD),
     Case("a data folder without permission", (*DRY, "data.train=[{path: closed}]"), None, TOLD),
     Case("a folder without permission", ("data", "inspect", "closed"), None, TOLD),

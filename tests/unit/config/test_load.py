@@ -150,3 +150,10 @@ def test_resolved_yaml_loads_to_an_equal_config(
     data = base.data.model_copy(update={"train": (source,)})
     config = base.model_copy(update={"output_dir": output_dir, "train": train, "optim": optim, "data": data})
     assert load_config(write(tmp_path, "resolved.yaml", to_yaml(config))).config == config
+
+
+def test_a_number_of_too_many_digits_is_called_that(tmp_path: Path) -> None:
+    """Python itself reads no more than 4,300 of them."""
+    for digits in ("9" * 5000, "-" + "9" * 5000, "0x" + "f" * 5000):
+        with pytest.raises(ConfigError, match="more digits than any number"):
+            loaded(tmp_path, "", f"seed={digits}")

@@ -1,5 +1,6 @@
 """Configurations both ways, and refusals that say why."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,20 @@ def test_a_width_that_no_layer_has_speaks_against_no_family() -> None:
     assert "ffn_hidden_size" in effective_values(SWITCH), "every second layer has an MLP"
     narrow = changed(MIXTRAL, ffn_hidden_size=40, moe=MoeConfig(num_experts=5, top_k=2, ffn_hidden_size=24))
     assert family_for(narrow).title == "Mixtral"
+
+
+@pytest.mark.parametrize(
+    ("older", "named"),
+    [
+        ({"rope_theta": 1e4}, "rope_theta = 10000.0, but rope_parameters has 500000.0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling.factor = 2.0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type = 'yarn'"),
+        ({"rope_theta": 5e5, "rope_scaling": None}, "rope_scaling.rope_type = 'default'"),
+    ],
+)
+def test_a_folder_that_would_be_two_models_is_refused(older: dict[str, Any], named: str) -> None:
+    newer = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    content = {"model_type": "llama", "rope_parameters": newer}
+    parse_config({**content, "rope_theta": 5e5, "rope_scaling": newer}, "config.json")
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        parse_config({**content, **older}, "config.json")

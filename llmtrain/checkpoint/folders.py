@@ -3,6 +3,7 @@
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 CHECKPOINTS = "checkpoints"
 """The folder inside a run folder."""
@@ -25,6 +26,14 @@ def step_of_folder(name: str) -> int | None:
     """The step of a published checkpoint's folder; None for any other name."""
     match = _STEP_FOLDER.match(name)
     return int(match[1]) if match else None
+
+
+def wrong_name(folder: Path, step: Any) -> str | None:
+    """What is wrong with the name of a checkpoint's folder: that of another step than the one that is in it."""
+    named = step_of_folder(folder.name)
+    if named is None or named == step:
+        return None
+    return f"{folder}: its name says step {named}, but it holds step {step}. Give it the name {step_folder_name(step)}."
 
 
 def checkpoint_steps(checkpoints: Path) -> list[int]:

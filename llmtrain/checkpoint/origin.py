@@ -15,6 +15,7 @@ from llmtrain.checkpoint.folders import (
     checkpoint_steps,
     is_checkpoint,
     step_folder_name,
+    wrong_name,
 )
 from llmtrain.checkpoint.stored_state import require_position
 from llmtrain.config.document import load_plain
@@ -61,10 +62,12 @@ def read_origin(path: Path) -> Origin:
     """
     try:
         content = read_bytes(path / MANIFEST, LONGEST_MANIFEST)
-        told = read_text(path / MANIFEST_HASH).split()[0]
-        if hashlib.sha256(content).hexdigest() != told:
+        told = read_text(path / MANIFEST_HASH).split()[:1]
+        if [hashlib.sha256(content).hexdigest()] != told:
             raise CheckpointError(f"{path / MANIFEST}: its sha256 is not the one that {MANIFEST_HASH} says")
         manifest = parse_json(content)
+        if fault := wrong_name(path, manifest["step"]):
+            raise CheckpointError(fault)
         texts = {name: read_bytes(path / name) for name in (CONFIG, STATE)}
         for name, text in texts.items():
             if hashlib.sha256(text).hexdigest() != manifest["files"][name]["sha256"]:

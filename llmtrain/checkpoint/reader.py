@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE
+from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE, wrong_name
 from llmtrain.checkpoint.fragments import Box
 from llmtrain.checkpoint.manifest import (
     TENSOR_FILE_SUFFIX,
@@ -175,6 +175,8 @@ def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
 def checkpoint_problems(folder: Path, manifest: Manifest, verify: bool) -> list[str]:
     """Every difference between a folder and its manifest, each naming the file, what is expected and what is there."""
     problems = [f"{folder / MANIFEST}: {problem}" for problem in manifest.problems()]
+    if fault := wrong_name(folder, manifest.step):
+        problems.append(fault)
     problems += [
         f"{folder / name}: the manifest does not list it: every checkpoint has one"
         for name in (STATE, CONFIG)

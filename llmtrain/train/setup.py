@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run: loader, engine, monitor, evaluation, checkpoints."""
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from llmtrain.checkpoint.exchange import Exchange
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
-from llmtrain.checkpoint.origin import origin_of
+from llmtrain.checkpoint.origin import origin_of, read_origin
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.checkpoint.stored_state import require_state
 from llmtrain.config.lengths import sample_lengths
@@ -26,7 +27,14 @@ from llmtrain.data.pieces import load_pieces
 from llmtrain.data.recipe import Recipe
 from llmtrain.data.shards import LONGEST_TOKENIZER, Manifest
 from llmtrain.data.stream import SampleStream
-from llmtrain.data.token_roles import SETTINGS_NAME, TokenRoles, read_settings, settings_text, settings_tokenizer
+from llmtrain.data.token_roles import (
+    SETTINGS_NAME,
+    TokenRoles,
+    TrainedTokens,
+    read_settings,
+    settings_text,
+    settings_tokenizer,
+)
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import open_log, read_bytes, replace_file, sealed_text
 from llmtrain.infer.model import find_checkpoint
@@ -337,9 +345,12 @@ def trained_roles(data: DataConfig, manifest: Manifest, checkpoint: Path | None)
     """
     settings, sha256 = run_settings(data, manifest), manifest.tokenizer_sha256
     roles = read_settings(settings, sha256, manifest.vocab_size) if settings else None
-    before = checkpoint.absolute().parent.parent / SETTINGS_NAME if checkpoint else None
-    if before is not None and before.is_file():
-        found = read_settings(before, None, manifest.vocab_size)
-        if settings_tokenizer(before) == sha256 or sha256 in found.equal_sha256:
-            roles = roles.with_model_of(found) if roles else found
+    if checkpoint is not None:
+        before = checkpoint.absolute().parent.parent / SETTINGS_NAME
+        if os.path.lexists(before):
+            found = read_settings(before, None, manifest.vocab_size)
+            if settings_tokenizer(before) == sha256 or sha256 in found.equal_sha256:
+                roles = roles.with_model_of(found) if roles else found
+        elif TrainedTokens.of(read_origin(checkpoint).about).has_settings:
+            raise DataError(f"{before}: missing, and there was one. Copy it there again: it says what the model needs.")
     return None if roles is None else roles.as_trained(manifest.eos_id, manifest.bos_ids)

@@ -9,12 +9,14 @@ A row has a letter for each of KINDS, in their order:
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from llmtrain.files import sealed_line
 
 RUN, SAVED, IMPORTED = "runs/tiny", "runs/tiny/checkpoints/step-00000004", "imported/checkpoints/step-00000000"
+RANK = "rank-00000.safetensors"
 _SAY = ("--prompt", "the fox", "--max-tokens", "4", "--temperature", "0")
 
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -91,7 +93,160 @@ TABLE: dict[str, dict[str, str]] = {
     "runs/tiny/run.lock": {"resume": "444=3=3", "status": "====3=3"},
     "runs/tiny/skipped_shards.jsonl": {"resume": "3===3=="},
     "runs/tiny/logs/rank-00000.log": {"resume": "====222"},
-    f"{SAVED}/state.json": {"generate": "sssssss", "dry run": "sssssss"},
+    "data/train/manifest.json": {
+        "train": "3332222",
+        "dry run": "3332222",
+        "data verify": "3333333",
+        "data inspect": "3333333",
+        "data show": "3333333",
+        "data index": "333=2==",
+    },
+    "data/train/shard-000000.tar": {
+        "train": "3333333",
+        "dry run": "=======",
+        "data verify": "3333333",
+        "data inspect": "=333333",
+        "data show": "3333333",
+    },
+    "data/train/shard-000000.idx": {
+        "train": "3333333",
+        "dry run": "=======",
+        "data verify": "3333333",
+        "data inspect": "3333333",
+        "data show": "3333333",
+        "data index": "====2==",
+    },
+    "data/valid/manifest.json": {
+        "train": "3332222",
+        "dry run": "3332222",
+        "data verify": "3333333",
+        "data inspect": "3333333",
+    },
+    "data/valid/shard-000000.tar": {
+        "train": "3333333",
+        "dry run": "=======",
+        "data verify": "3333333",
+        "data inspect": "=333333",
+    },
+    "data/valid/shard-000000.idx": {
+        "train": "3333333",
+        "dry run": "=======",
+        "data verify": "3333333",
+        "data inspect": "3333333",
+    },
+    "data/tokenizer.model": {
+        "train": "3332333",
+        "resume": "3332333",
+        "dry run": "3332333",
+        "data verify": "333=333",
+        "data show": "3332333",
+        "data inspect": "=======",
+    },
+    "jdata/tokenizer.json": {"continue import": "3332333", "verify json": "333=333"},
+    "jdata/tokenizer_settings.json": {"continue import": "3333333", "verify json": "3333333"},
+    f"{SAVED}/manifest.json": {
+        "resume": "sssssss",
+        "resume from": "3333333",
+        "dry run": "sssssss",
+        "generate": "sssssss",
+        "generate from": "3333333",
+        "export": "sssssss",
+        "checkpoint list": "-------",
+        "checkpoint inspect": "3333333",
+        "checkpoint verify": "3333333",
+        "checkpoint diff": "3333333",
+    },
+    f"{SAVED}/manifest.json.sha256": {
+        "resume": "sssssss",
+        "resume from": "3333333",
+        "dry run": "sssssss",
+        "generate": "sssssss",
+        "generate from": "3333333",
+        "export": "sssssss",
+        "checkpoint list": "-------",
+        "checkpoint inspect": "3333333",
+        "checkpoint verify": "3333333",
+        "checkpoint diff": "3333333",
+    },
+    f"{SAVED}/state.json": {
+        "resume": "sssssss",
+        "resume from": "3333333",
+        "dry run": "sssssss",
+        "generate": "sssssss",
+        "generate from": "3333333",
+        "export": "sssssss",
+        "checkpoint list": "-------",
+        "checkpoint inspect": "3333333",
+        "checkpoint verify": "3333333",
+        "checkpoint diff": "3333333",
+    },
+    f"{SAVED}/config.yaml": {
+        "resume": "sssssss",
+        "resume from": "3333333",
+        "dry run": "sssssss",
+        "generate": "sssssss",
+        "generate from": "3333333",
+        "export": "sssssss",
+        "checkpoint list": "-------",
+        "checkpoint inspect": "3333333",
+        "checkpoint verify": "3333333",
+        "checkpoint diff": "3333333",
+    },
+    f"{SAVED}/rank-00000.safetensors": {
+        "resume": "sssssss",
+        "resume from": "3333333",
+        "dry run": "=======",
+        "generate": "sssssss",
+        "generate from": "3333333",
+        "export": "sssssss",
+        "checkpoint list": "=------",
+        "checkpoint inspect": "3333333",
+        "checkpoint verify": "3333333",
+        "checkpoint diff": "3333333",
+    },
+    "imported/tokenizer.json": {"continue import": "=======", "generate import": "3332333", "export import": "3332333"},
+    "imported/tokenizer_settings.json": {
+        "continue import": "3333333",
+        "generate import": "3333333",
+        "export import": "3333333",
+    },
+    "imported/config.yaml": {"continue import": "2-22222", "generate import": "=======", "export import": "======="},
+    f"{IMPORTED}/manifest.json": {
+        "continue import": "3333333",
+        "generate import": "3333333",
+        "export import": "3333333",
+        "verify import": "3333333",
+    },
+    f"{IMPORTED}/manifest.json.sha256": {
+        "continue import": "3333333",
+        "generate import": "3333333",
+        "export import": "3333333",
+        "verify import": "3333333",
+    },
+    f"{IMPORTED}/state.json": {
+        "continue import": "3333333",
+        "generate import": "3333333",
+        "export import": "3333333",
+        "verify import": "3333333",
+    },
+    f"{IMPORTED}/config.yaml": {
+        "continue import": "3333333",
+        "generate import": "3333333",
+        "export import": "3333333",
+        "verify import": "3333333",
+    },
+    f"{IMPORTED}/rank-00000.safetensors": {
+        "continue import": "3333333",
+        "generate import": "3333333",
+        "export import": "3333333",
+        "verify import": "3333333",
+    },
+    "model/model.safetensors": {"generate export": "3333333", "import": "3333333"},
+    "model/tokenizer.json": {"generate export": "3333333", "import": "3333333"},
+    "model/tokenizer.model": {"generate export": "3333333", "import": "3333333"},
+    "model/config.json": {"generate export": "2332222", "import": "2332222"},
+    "model/generation_config.json": {"generate export": "s33s333", "import": "s33s333"},
+    "model/tokenizer_config.json": {"generate export": "333s333", "import": "333s333"},
 }
 
 _ELSEWHERE = {"host": "elsewhere", "machine": "m", "pid": 1, "process_started": "", "since": "2026-01-01", "token": "t"}
@@ -101,6 +256,42 @@ ABSENT = {
     "runs/tiny/skipped_shards.jsonl": sealed_line(_SKIPPED),
 }
 """Files that a good run does not have, to be spoiled."""
+
+
+def _copied(source: str, target: str) -> Callable[[Path], object]:
+    return lambda folder: shutil.copyfile(folder / source, folder / target)
+
+
+EARLIER, LATER = "runs/tiny/checkpoints/step-00000002", "runs/tiny/checkpoints/step-00000006"
+_TRAIN = COMMANDS["train"]
+
+
+def _renamed(folder: Path) -> None:
+    shutil.copytree(folder / EARLIER, folder / LATER)
+
+
+CONTRADICTIONS: tuple[tuple[str, Callable[[Path], object], tuple[str, ...], str, str], ...] = (
+    ("sidecar", _copied("data/valid/shard-000000.idx", "data/train/shard-000000.idx"), _TRAIN, "3", "000000.idx"),
+    ("manifest", _copied("data/valid/manifest.json", "data/train/manifest.json"), _TRAIN, "3", "shard-000000"),
+    ("shard", _copied("data/valid/shard-000000.tar", "data/train/shard-000000.tar"), _TRAIN, "3", "000000.tar"),
+    (
+        "state",
+        _copied(f"{EARLIER}/state.json", f"{SAVED}/state.json"),
+        COMMANDS["generate"],
+        "0",
+        f"{SAVED}/state.json",
+    ),
+    ("rank", _copied(f"{EARLIER}/{RANK}", f"{SAVED}/{RANK}"), COMMANDS["resume"], "0", f"{SAVED}/{RANK}"),
+    ("renamed, resumed", _renamed, ("train", "run.yaml", "train.steps=8"), "0", f"{LATER}: its name says step 6"),
+    ("renamed, generated", _renamed, COMMANDS["generate"], "0", f"{LATER}: its name says step 6"),
+    ("renamed, exported", _renamed, ("export", LATER, "out"), "3", f"{LATER}: its name says step 6"),
+    ("renamed, verified", _renamed, COMMANDS["checkpoint verify"], "3", f"{LATER}: its name says step 6"),
+    ("renamed, asked", _renamed, COMMANDS["dry run"], "0", f"{LATER}: its name says step 6"),
+    ("export's weights", _copied("hf2/model.safetensors", "model/model.safetensors"), COMMANDS["import"], "3", "model"),
+    ("export's config", _copied("hf2/config.json", "model/config.json"), COMMANDS["import"], "3", "model"),
+    ("tokenizer", _copied("tokenizer.model", "imported/tokenizer.json"), COMMANDS["export import"], "3", "tokenizer"),
+)
+"""Whole files that contradict others: a title, what is put where, a command, its exit code, and what it must say."""
 
 MORE = """\
 base: imported/config.yaml

@@ -3,14 +3,14 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.hostile.command import Ending, Server, remove
 from tests.hostile.good_things import make_good_things
-from tests.hostile.spoiled_files import ABSENT, COMMANDS, KINDS, MORE, TABLE
+from tests.hostile.spoiled_files import ABSENT, COMMANDS, CONTRADICTIONS, KINDS, MORE, TABLE
 from tests.support.hf_folders import write_llama
 
 ANSWERS = {"checkpoint diff": 1}
@@ -107,11 +107,11 @@ def made(command: str, place: Path, output: str) -> str:
 def outcome(ending: Ending, result: str, whole: tuple[Ending, str], file: str, expected_code: int) -> str:
     """The letter of the table; with `!` what no table may hold."""
     name = Path(file).name
-    named = max(ending.output.count(text) - whole[0].output.count(text) for text in (file, name)) > 0
     if "Traceback" in ending.output or ending.code < 0:
         return "!"
+    named = max(ending.output.count(text) - whole[0].output.count(text) for text in (file, name)) > 0
     if ending.code != expected_code:
-        return str(ending.code) if named else f"{ending.code}!"
+        return str(ending.code) if named or name in ending.output.partition("error:")[2] else f"{ending.code}!"
     return "s" if named else "=" if result == whole[1] else "-"
 
 
@@ -129,3 +129,17 @@ def test_a_spoiled_file(file: str, kind: str, results: Results, tmp_path: Path) 
         said[command] = ending.output[-1500:]
     wrong = {command: said[command] for command, letter in expected.items() if actual[command] != letter}
     assert actual == expected, wrong
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS, ids=lambda case: case[0])
+def test_whole_files_that_contradict_each_other(
+    case: tuple[str, Callable[[Path], object], tuple[str, ...], str, str], server: Server, good: Path, tmp_path: Path
+) -> None:
+    _, put, words, code, said = case
+    place = tmp_path / "case"
+    shutil.copytree(good, place, symlinks=True)
+    put(place)
+    ending = server.run(words, place)
+    remove(place)
+    assert str(ending.code) == code, ending.output
+    assert said in ending.output

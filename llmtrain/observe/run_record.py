@@ -217,4 +217,6 @@ def _configuration(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _damaged(path: Path, fault: str) -> DataError:
-    return DataError(f"{path}: is damaged: {fault}. Remove it: a report goes without, and a start writes it again.")
+    return DataError(
+        f"{path}: is damaged: {fault.rstrip('.')}. Remove it: a report goes without, and a start writes it again."
+    )

@@ -109,15 +109,16 @@ def test_a_run_whose_old_files_hold_them_is_reported_without(used: Watched, tmp_
     """Runs of before have kept the configuration as it was written."""
     run = tmp_path / "tiny"
     shutil.copytree(used.folder / "runs" / "tiny", run, ignore=shutil.ignore_patterns("checkpoints", "wandb"))
-    text = (run / "config.yaml").read_text()
+    text = (run / "config.yaml").read_text().partition("\n")[2]  # without the seal, which those did not have
     (run / "config.yaml").write_text(text.replace("/train", f"/train?sig={CANARIES[1]}"))
-    for spoiled in (False, True):
-        if spoiled:
-            (run / "config.yaml").write_text((run / "config.yaml").read_text() + "\n: [")
-        done = llmtrain("report", "tiny", folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert "/train" in (run / "report.html").read_text()
-        assert CANARIES[1] not in (run / "report.html").read_text()
+    done = llmtrain("report", "tiny", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "/train" in (run / "report.html").read_text()
+    assert CANARIES[1] not in (run / "report.html").read_text()
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "\n: [")
+    done = llmtrain("report", "tiny", folder=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert CANARIES[1] not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -131,13 +131,6 @@ KNOWN = [
     Case("a layout of no ranks", ("parity", "run.yaml", "--layouts", "torch:dp0"), None, TOLD),
 ]
 """What has once ended in a traceback, or not at all, and could be told plainly."""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    found = Server()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,13 +22,6 @@ CELLS = [(file, kind) for file in TABLE for kind in KINDS]
 
 def in_turn(file: str, kind: str) -> bool:
     return (list(TABLE).index(file) - list(KINDS).index(kind)) % len(KINDS) == 0
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    found = Server()
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")

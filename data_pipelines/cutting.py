@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.data.shards import DTYPES, dtype_name
+from llmtrain.data.storage.manifest import DTYPES, dtype_name
 from llmtrain.data.tokenizer import SPACE_MARK, Tokenizer
 
 LONGEST_PIECE = 1 << 16

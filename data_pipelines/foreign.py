@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.data.shards import DTYPES, dtype_name
+from llmtrain.data.storage.manifest import DTYPES, dtype_name
 from llmtrain.errors import ConfigError, DataError
 
 Payloads = NDArray[np.uint64]

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from data_pipelines.foreign import stored_dtype, without_ends
 from data_pipelines.round_trip import lost_in_texts
-from llmtrain.data.damage import DamagedFileError
-from llmtrain.data.shards import (
+from llmtrain.data.storage.damage import DamagedFileError
+from llmtrain.data.storage.manifest import (
     DTYPES,
     MANIFEST_NAME,
     SCHEMA_VERSION,

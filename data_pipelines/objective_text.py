@@ -3,17 +3,17 @@
 from itertools import groupby
 from pathlib import Path
 
-from llmtrain.config.load import load_config
+from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import DataConfig, SourceConfig
-from llmtrain.data.batch import IGNORED_LABEL
-from llmtrain.data.folders import find_tokenizer
 from llmtrain.data.loader import build_stream
-from llmtrain.data.objectives import pack_sample
-from llmtrain.data.shards import read_manifest
+from llmtrain.data.objectives.table import pack_sample
+from llmtrain.data.storage.folders import find_tokenizer
+from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.preflight.vocabulary import with_vocabulary
+from llmtrain.preflight.windows import with_windows
 from llmtrain.train.setup import build_recipe
-from llmtrain.train.vocabulary import with_vocabulary
-from llmtrain.train.windows import with_windows
+from llmtrain.values.batch import IGNORED_LABEL
 
 SKIPPED = "..."
 """Stands for positions that are no targets."""

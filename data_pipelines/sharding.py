@@ -16,7 +16,7 @@ from data_pipelines.cutting import tokenized
 from data_pipelines.round_trip import lost_in_texts
 from data_pipelines.splits import SPLITS, require_all, split_documents, splits_of
 from data_pipelines.work_folder import work_folder
-from llmtrain.data.shards import (
+from llmtrain.data.storage.manifest import (
     DTYPES,
     MANIFEST_NAME,
     SCHEMA_VERSION,

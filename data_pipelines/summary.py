@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmtrain.data.shard_file import ShardFile
-from llmtrain.data.shards import Manifest, read_manifest
+from llmtrain.data.storage.manifest import Manifest, read_manifest
+from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.stream import Sample
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.usage import DataUse, data_use

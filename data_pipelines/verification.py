@@ -7,9 +7,8 @@ import numpy as np
 
 from data_pipelines.indexing import has_manifest, scan_documents, token_problems
 from data_pipelines.splits import SPLITS
-from llmtrain.data.folders import find_tokenizer
-from llmtrain.data.remote import scheme_of
-from llmtrain.data.shards import (
+from llmtrain.data.storage.folders import find_tokenizer
+from llmtrain.data.storage.manifest import (
     DTYPES,
     MANIFEST_NAME,
     Manifest,
@@ -19,6 +18,7 @@ from llmtrain.data.shards import (
     read_index,
     read_manifest,
 )
+from llmtrain.data.storage.remote import scheme_of
 from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.errors import ConfigError, DataError
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llmtrain.config.names import bound_text, either, sections_of, shown
+from llmtrain.config.reading.key_names import bound_text, either, sections_of, shown
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section
 

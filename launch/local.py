@@ -10,17 +10,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.attempt import ChangeRun, import_for_ranks, rank_work, sum_up, watches_speed
-from launch.cores import num_threads, set_threads
-from launch.failure import Failure, failure_text
-from launch.processes import LocalCrew, RankProcess, start_rank
-from launch.pulse import PulseBoard
-from launch.rank import Rank
-from launch.rank_log import log_path
-from launch.stop import StopSignal, exit_after_grace
-from launch.stragglers import Stragglers
-from launch.supervise import AttemptEnd, newest_step, supervise
-from launch.watch import watch
+from launch.forking.rank_process import LocalCrew, RankProcess, start_rank
+from launch.rank.cores import num_threads, set_threads
+from launch.rank.failure import Failure, failure_text
+from launch.rank.heartbeat import PulseBoard
+from launch.rank.log import log_path
+from launch.rank.place import Rank
+from launch.rank.stop import StopSignal, exit_after_grace
+from launch.supervision.attempt import ChangeRun, import_for_ranks, rank_work, sum_up, watches_speed
+from launch.supervision.restarts import AttemptEnd, newest_step, supervise
+from launch.supervision.stragglers import Stragglers
+from launch.supervision.watch import watch
 from llmtrain.config.schema import RunConfig
 
 LOOPBACK = "127.0.0.1"
@@ -33,7 +33,7 @@ def launch(config: RunConfig, change_run: ChangeRun | None = None) -> int:
         if config.launch.num_workers > 1 or is_supervised(config):
             return supervise(config, Attempts(config, stop, change_run).run)
         # It imports torch: only once the configuration is known to be right.
-        from launch.worker import run_worker, unchanged
+        from launch.rank.worker import run_worker, unchanged
 
         exit_after_grace(stop, config.launch.grace_seconds)
         return run_worker(config, stop, change_run=change_run or unchanged)
@@ -50,7 +50,7 @@ def is_supervised(config: RunConfig) -> bool:
 def run_as_rank(config: RunConfig, place: Rank) -> int:
     """Be one rank that another launcher started. What goes wrong is told at once, with the rank."""
     set_threads(num_threads(config.launch, place.local_world_size))
-    from launch.worker import run_worker
+    from launch.rank.worker import run_worker
 
     try:
         with StopSignal() as stop:
@@ -76,7 +76,7 @@ class Attempts:
 
     def run(self, number: int) -> AttemptEnd:
         """One attempt, from the newest valid checkpoint."""
-        from launch.meeting import serve_store
+        from launch.rank.rendezvous import serve_store
 
         import_for_ranks(self.config.engine.name)
         # All ranks are on this machine: no other network interface, and no name of this machine, is needed.

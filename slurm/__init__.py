@@ -1,1 +1,1 @@
-"""Batch scripts for Slurm, to be used by hand; launch/sbatch.py fills in their header."""
+"""Batch scripts for Slurm, to be used by hand; launch/on_slurm/batch_script.py fills in their header."""

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 import grpc
 import psutil
 
-from llmtrain.config.rules_launch import HEAD, NO_HEAD
+from llmtrain.config.rules.launch import HEAD, NO_HEAD
 from llmtrain.errors import ConfigError, LaunchError
 
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"

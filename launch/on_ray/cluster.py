@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from launch.environment import changed_environment
+from launch.forking.environment import changed_environment
 from launch.on_ray.access import ask_head, is_on_loopback, split_address, token_for
 from launch.on_ray.private_folder import private_folder
 from llmtrain.config.launch import LaunchConfig

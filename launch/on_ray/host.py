@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import psutil
 import ray
 
-from launch.nursery_crew import Message
+from launch.forking.agent_rank_set import Message
 from llmtrain.errors import LaunchError
 
 NEWS = "news"
@@ -30,14 +30,14 @@ class HostFacts:
 
 
 class RankHost:
-    """The actor: it starts a nursery (launch/nursery.py) and passes messages on."""
+    """The actor: it starts a nursery (launch/forking/agent.py) and passes messages on."""
 
     def __init__(self, folder: str, engine: str, environment: Mapping[str, str]) -> None:
         """`folder` is where the run was started: paths of its configuration are relative to it."""
         self._problem = ""
         here, there = socket.socketpair()
         self._nursery = Connection(here.detach())
-        line = [sys.executable, "-m", "launch.nursery", str(there.fileno()), engine]
+        line = [sys.executable, "-m", "launch.forking.agent", str(there.fileno()), engine]
         try:
             subprocess.Popen(
                 line,

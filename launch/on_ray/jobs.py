@@ -17,13 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launch.environment import changed_environment, passed_environment
-from launch.frozen import with_absolute_paths
+from launch.forking.environment import changed_environment, passed_environment
+from launch.on_ray.absolute_paths import with_absolute_paths
 from launch.on_ray.access import job_server_token
-from llmtrain.config.rendering import record_of, to_yaml
+from llmtrain.config.reading.rendering import record_of, to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE, LaunchError, RunFolderInUseError
-from llmtrain.train.run_folder import read_status
+from llmtrain.runs.folder import read_status
 
 DEFAULT_SERVER = "http://127.0.0.1:8265"
 CONFIG_NAME = "run.yaml"

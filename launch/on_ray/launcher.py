@@ -16,20 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.attempt import note_stop, sum_up, watches_speed
-from launch.failure import Failure
-from launch.nursery_crew import NurseryCrew
+from launch.forking.agent_rank_set import NurseryCrew
 from launch.on_ray.cluster import Cluster, ray_cluster
 from launch.on_ray.ranking import seat_ranks, sized
-from launch.pulse import PulseBoard
-from launch.rank import Rank
-from launch.stop import StopSignal
-from launch.stragglers import Stragglers
-from launch.supervise import AttemptEnd, newest_step, supervise
-from launch.watch import Ending, watch
+from launch.rank.failure import Failure
+from launch.rank.heartbeat import PulseBoard
+from launch.rank.place import Rank
+from launch.rank.stop import StopSignal
+from launch.supervision.attempt import note_stop, sum_up, watches_speed
+from launch.supervision.restarts import AttemptEnd, newest_step, supervise
+from launch.supervision.stragglers import Stragglers
+from launch.supervision.watch import Ending, watch
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LaunchError
-from llmtrain.observe.audit import record
+from llmtrain.runs.audit import record
 
 if TYPE_CHECKING:
     from launch.on_ray.placement import Placement, Replica

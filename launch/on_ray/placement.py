@@ -17,12 +17,12 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launch.cores import record_of_user
-from launch.environment import passed_environment
+from launch.forking.environment import passed_environment
 from launch.on_ray.cluster import num_worker_cpus
 from launch.on_ray.host import NEWS, HostFacts, RankHost
 from launch.on_ray.ranking import legal_sizes
-from launch.stop import StopSignal
+from launch.rank.cores import record_of_user
+from launch.rank.stop import StopSignal
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
 

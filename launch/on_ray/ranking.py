@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from llmtrain.config.rules import arithmetic_problems
+from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import plan_layout
 

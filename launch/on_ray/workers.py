@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from launch.nursery_crew import Message
+from launch.forking.agent_rank_set import Message
 from launch.on_ray.host import HostFacts
 from launch.on_ray.placement import Replica, Worker
 from launch.on_ray.ranking import Seat
@@ -33,7 +33,7 @@ class Member:
 
 
 class RayNurseries:
-    """See `launch.nursery_crew.Nurseries`. Each worker is always asked for its news; it answers once it has some.
+    """See `launch.forking.agent_rank_set.Nurseries`. Each worker is always asked for news; it answers once it has some.
 
     Ray ends no call of an actor that has begun: what it brings when nobody waits for it any more would be lost. So the
     question that is left open when an attempt ends stays with its worker, and the next attempt gets the answer.

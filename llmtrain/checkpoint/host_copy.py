@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.fragments import Fragment
+from llmtrain.values.fragment import Fragment
 
 
 class HostCopy:

@@ -12,7 +12,6 @@ from typing import Any
 
 from llmtrain.checkpoint.exchange import Exchange, SaveTalk
 from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name, step_of_folder
-from llmtrain.checkpoint.fragments import Fragment
 from llmtrain.checkpoint.host_copy import HostCopy
 from llmtrain.checkpoint.manifest import (
     CheckpointUnusableError,
@@ -35,6 +34,7 @@ from llmtrain.checkpoint.writer import (
 )
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError, SaveError
+from llmtrain.values.fragment import Fragment
 
 _logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from llmtrain.checkpoint.folders import LONGEST_MANIFEST, MANIFEST, MANIFEST_HASH, step_folder_name
-from llmtrain.checkpoint.fragments import Box, tiling_problem
 from llmtrain.checkpoint.tensor_file import DTYPES
 from llmtrain.errors import CheckpointError
 from llmtrain.files import parse_json, read_bytes
+from llmtrain.values.fragment import Box, tiling_problem
 
 SCHEMA_VERSION = 1
 TENSOR_FILE_SUFFIX = ".safetensors"

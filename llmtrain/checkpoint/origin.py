@@ -18,7 +18,7 @@ from llmtrain.checkpoint.folders import (
     wrong_name,
 )
 from llmtrain.checkpoint.stored_state import require_position
-from llmtrain.config.document import load_plain
+from llmtrain.config.reading.document import load_plain
 from llmtrain.errors import CheckpointError
 from llmtrain.files import parse_json, read_bytes, read_text
 

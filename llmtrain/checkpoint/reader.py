@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE, wrong_name
-from llmtrain.checkpoint.fragments import Box
 from llmtrain.checkpoint.manifest import (
     TENSOR_FILE_SUFFIX,
     Manifest,
@@ -25,6 +24,7 @@ from llmtrain.checkpoint.stored_tensors import Scratch, StoredTensors
 from llmtrain.checkpoint.tensor_file import DTYPES
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.files import read_json, read_text
+from llmtrain.values.fragment import Box
 
 WHAT_TO_DO = (
     "Do not use it: copy it again from where it came from, or resume from an older one "

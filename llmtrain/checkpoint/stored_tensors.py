@@ -20,10 +20,10 @@ from numpy.lib.stride_tricks import as_strided
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 from torch import Tensor
 
-from llmtrain.checkpoint.fragments import Box
 from llmtrain.checkpoint.tensor_file import DTYPES, LENGTH_BYTES, PAGE_BYTES
 from llmtrain.errors import CheckpointError
 from llmtrain.files import parse_json
+from llmtrain.values.fragment import Box
 
 LONGEST_HEADER_BYTES = 100_000_000  # as in the safetensors library
 

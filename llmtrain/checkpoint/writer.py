@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtrain.checkpoint.disk_space import require_room, save_error
 from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE, step_folder_name
-from llmtrain.checkpoint.fragments import KINDS, Fragment
 from llmtrain.checkpoint.manifest import (
     TENSOR_FILE_SUFFIX,
     FileEntry,
@@ -24,9 +24,9 @@ from llmtrain.checkpoint.manifest import (
     merge_parts,
     writing_folder_name,
 )
-from llmtrain.checkpoint.space import require_room, save_error
 from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, WrittenFile, write_all, write_tensor_file
 from llmtrain.errors import CheckpointError
+from llmtrain.values.fragment import KINDS, Fragment
 
 MAX_FILES = 4
 """Files that a rank writes at once, if it has the cores to hash them."""

@@ -120,7 +120,7 @@ def refuse_keys_as_options(verb: Any, arguments: Sequence[str]) -> None:
         if not option.startswith("--") or option in options:
             continue
 
-        from llmtrain.config.names import all_keys, shown, suggested_keys
+        from llmtrain.config.reading.key_names import all_keys, shown, suggested_keys
 
         word = option.removeprefix("--").replace("-", "_")
         keys = [word] if word in all_keys() else suggested_keys(word.split("."))
@@ -140,7 +140,7 @@ def report_error(error: LlmtrainError) -> None:
 
     Whatever a library or a rule has put into the text, no URL keeps its credentials.
     """
-    from llmtrain.config.credentials import text_without_credentials
+    from llmtrain.config.reading.credentials import text_without_credentials
 
     lines = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else []
     for line in lines or [str(error)]:

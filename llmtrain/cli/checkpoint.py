@@ -186,7 +186,7 @@ def _summary(path: Path) -> dict[str, Any]:
 def _padding(reader: "CheckpointReader", tensors: "list[TensorInfo]") -> int:
     """Elements of the rows that pad the vocabulary: they lie in the tensors, and are no parameters of the model."""
     from llmtrain.checkpoint.origin import origin_of
-    from llmtrain.config.sizes import VOCABULARY_TENSORS
+    from llmtrain.config.parameter_shapes import VOCABULARY_TENSORS
 
     model = origin_of(reader.path, reader.state, reader.config_text, reader.about).section("model")
     vocab_size = model.get("vocab_size")
@@ -221,7 +221,7 @@ def _tensor_rows(tensors: "list[TensorInfo]") -> Iterator[list[str]]:
 def _differences(first: "CheckpointReader", second: "CheckpointReader") -> Iterator[dict[str, Any]]:
     import torch
 
-    from llmtrain.checkpoint.fragments import Box
+    from llmtrain.values.fragment import Box
 
     left = {(tensor.name, tensor.kind): tensor for tensor in first.tensors()}
     right = {(tensor.name, tensor.kind): tensor for tensor in second.tensors()}

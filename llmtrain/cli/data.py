@@ -135,7 +135,7 @@ def index(
     """Make sidecars and a manifest for a folder of tars, or rebuild sidecars that were lost."""
     from data_pipelines.indexing import has_manifest, index_folder, rebuild_sidecars
     from data_pipelines.verification import datasets_in
-    from llmtrain.data.folders import find_tokenizer
+    from llmtrain.data.storage.folders import find_tokenizer
     from llmtrain.data.tokenizer import load_tokenizer
 
     for dataset in datasets_in(folder):
@@ -219,7 +219,7 @@ def show(
     """
     from data_pipelines.summary import document_texts
     from data_pipelines.verification import datasets_in
-    from llmtrain.data.folders import find_tokenizer
+    from llmtrain.data.storage.folders import find_tokenizer
     from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
     from llmtrain.data.tokenizer import load_tokenizer
 
@@ -253,7 +253,7 @@ def _read_options(field: str, separator: str | None) -> "ReadOptions":
 def _tell_about(tokenizer: "Tokenizer") -> None:
     """What a user would wonder about later: text that does not come back, exports that will be refused."""
     from data_pipelines.round_trip import lost_in_texts
-    from llmtrain.interop.tokenizer_json import export_obstacles
+    from llmtrain.interop.text.tokenizer_json import export_obstacles
 
     for note in tokenizer.roles.notes:
         _say(f"note: {note}")

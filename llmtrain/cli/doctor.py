@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from launch.doctor.finding import Finding
+    from llmtrain.checks.doctor.finding import Finding
 
 WIDTH = 110
 MARKS = {"ok": ("ok", "green"), "limited": ("!", "yellow"), "missing": ("-", "yellow"), "broken": ("x", "red")}
@@ -26,8 +26,8 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from launch.doctor.examination import examine
-    from launch.doctor.finding import can_train
+    from llmtrain.checks.doctor.examination import examine
+    from llmtrain.checks.doctor.finding import can_train
 
     findings = examine(output_dir, lambda line: typer.echo(line, err=True))
     possible = can_train(findings)
@@ -63,7 +63,7 @@ def _print(findings: list["Finding"]) -> None:
 
 def _with_packages_together(findings: list["Finding"]) -> list["Finding"]:
     """The packages that are as they should be in one line, the others on their own."""
-    from launch.doctor.finding import Finding
+    from llmtrain.checks.doctor.finding import Finding
 
     right = [f for f in findings if f.section == "packages" and f.state == "ok" and f.name != "Python"]
     line = Finding("packages", "packages", "ok", ", ".join(f"{f.name} {f.text}" for f in right))

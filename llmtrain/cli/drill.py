@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from launch.drill import Outcome
+    from llmtrain.checks.drill.single_faults import Outcome
     from llmtrain.config.schema import RunConfig
 
 
@@ -33,12 +33,12 @@ def drill(
     from dataclasses import asdict
     from json import dumps
 
-    from launch.drill import UNDISTURBED, drill_config, try_fault, undisturbed
-    from launch.faults import FAULTS
-    from llmtrain.config.load import load_config
+    from llmtrain.checks.drill.faults import FAULTS
+    from llmtrain.checks.drill.single_faults import UNDISTURBED, drill_config, try_fault, undisturbed
+    from llmtrain.config.reading.load import load_config
     from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError
-    from llmtrain.train.preflight import storage_problems
-    from llmtrain.train.vocabulary import with_vocabulary
+    from llmtrain.preflight.storage import storage_problems
+    from llmtrain.preflight.vocabulary import with_vocabulary
 
     faults = [fault for fault in FAULTS if only in fault.name]
     if not faults:
@@ -75,7 +75,7 @@ def _punish(config: "RunConfig", kills: int, mean_seconds: float, as_json: bool)
     from dataclasses import asdict
     from json import dumps
 
-    from launch.punisher import punish
+    from llmtrain.checks.drill.random_kills import punish
     from llmtrain.errors import EXIT_TOLD_TWICE
 
     try:

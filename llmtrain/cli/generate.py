@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from llmtrain.data.tokenizer import Tokenizer
     from llmtrain.infer.generate import Sampling
-    from llmtrain.interop.special_tokens import NamedTokens
+    from llmtrain.interop.text.special_tokens import NamedTokens
     from llmtrain.models.transformer import Transformer
 
 NUM_FILLINGS = 5
@@ -36,7 +36,7 @@ def generate(
     from llmtrain.infer.generate import Sampling
     from llmtrain.infer.model import load_model
     from llmtrain.infer.tokenizer import model_tokenizer
-    from llmtrain.interop.special_tokens import named_tokens
+    from llmtrain.interop.text.special_tokens import named_tokens
 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {device}: must be auto, cpu or cuda.")

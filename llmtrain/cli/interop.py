@@ -12,7 +12,6 @@ import typer
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoint.fragments import Fragment
     from llmtrain.checkpoint.reader import CheckpointReader
     from llmtrain.config.model import ModelConfig
     from llmtrain.config.objective import ObjectiveName
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from llmtrain.infer.tokenizer import FolderTokenizer
     from llmtrain.interop.hf_export import Export, TrainedWeights
     from llmtrain.interop.hf_import import HuggingFaceFolder
+    from llmtrain.values.fragment import Fragment
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -75,7 +75,7 @@ def export(
     from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_data
     from llmtrain.infer.tokenizer import model_tokenizer
     from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
-    from llmtrain.interop.special_tokens import named_tokens
+    from llmtrain.interop.text.special_tokens import named_tokens
 
     max_shard_bytes = _size_bytes("--max-shard-size", max_shard_size)
     proof_bytes = _size_bytes("--proof-memory", proof_memory)
@@ -129,7 +129,7 @@ def import_(
         raise ConfigError(f"{out}: exists already. Choose another name, or remove it.")
     _require_place(out)
 
-    from llmtrain.config.sizes import num_parameters
+    from llmtrain.config.parameter_shapes import num_parameters
     from llmtrain.interop.installation import require_transformers
 
     require_transformers()
@@ -169,7 +169,7 @@ def _facts(checkpoint: "CheckpointReader") -> dict[str, str]:
     """What the model card says about training. Data sets are named by the hash of their manifest, not by a path."""
     import hashlib
 
-    from llmtrain.data.shards import MANIFEST_BYTES
+    from llmtrain.data.storage.manifest import MANIFEST_BYTES
     from llmtrain.files import read_bytes
     from llmtrain.infer.model import saved_config, saved_data
 
@@ -236,8 +236,8 @@ def _iter_groups(folder: "HuggingFaceFolder", part_bytes: int) -> "Iterator[list
 
 def _iter_fragments(folder: "HuggingFaceFolder") -> "Iterator[Fragment]":
     """Every tensor of a folder as a fragment; each expert of stacked ones is one."""
-    from llmtrain.checkpoint.fragments import Box, Fragment
-    from llmtrain.config.sizes import parameter_shapes
+    from llmtrain.config.parameter_shapes import parameter_shapes
+    from llmtrain.values.fragment import Box, Fragment
 
     shapes = parameter_shapes(folder.model)
     for name, expert, tensor in folder.iter_tensors():
@@ -273,7 +273,7 @@ def _special_tokens(
     """Ids of the folder's tokenizer for data.special_tokens, those that the objective needs."""
     from llmtrain.config.objective import needed_tokens
     from llmtrain.infer.tokenizer import decoder_start
-    from llmtrain.interop.special_tokens import named_tokens
+    from llmtrain.interop.text.special_tokens import named_tokens
 
     if tokenizer is None:
         return {}

@@ -12,7 +12,7 @@ import typer
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llmtrain.train.rank_logs import Follower, Line
+    from llmtrain.runs.rank_logs import Follower, Line
 
 FOLLOWED_LINES = 10
 LOOK_SECONDS = 0.5
@@ -37,8 +37,8 @@ def logs(
     With --follow, what is written from now on too: by ranks that are started again, after a requeue, and by new ones.
     It ends by itself when the run is over, and goes on while a run that was told to stop waits for its next start.
     """
-    from llmtrain.train.rank_logs import Follower, log_path, rank_files, written_lines
-    from llmtrain.train.watching import is_run
+    from llmtrain.report.run_view import is_run
+    from llmtrain.runs.rank_logs import Follower, log_path, rank_files, written_lines
 
     if not is_run(run):
         raise ConfigError(f"{run}: not a run folder. Give the folder that `llmtrain train` wrote: <output_dir>/<name>.")
@@ -61,7 +61,7 @@ def logs(
 
 def _follow(run: Path, follower: "Follower", say: Callable[[Iterable["Line"]], None]) -> None:
     """Print new lines until nobody but a person will bring more."""
-    from llmtrain.train.watching import OVER, look
+    from llmtrain.report.run_view import OVER, look
 
     waiting, gone = False, 0
     while True:

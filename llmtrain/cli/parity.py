@@ -24,9 +24,9 @@ def parity(
     """
     from json import dumps
 
-    from launch.parity import Comparison, compare_layouts
-    from launch.parity_plan import iter_candidates, own_candidate, parse_candidate, shrink
-    from llmtrain.config.load import load_config
+    from llmtrain.checks.parity.compare import Comparison, compare_layouts
+    from llmtrain.checks.parity.layouts import iter_candidates, own_candidate, parse_candidate, shrink
+    from llmtrain.config.reading.load import load_config
     from llmtrain.errors import ConfigError
 
     if precision not in ("fp32", "bf16", "fp16"):

@@ -14,7 +14,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page with the curves, the configuration and the environment; print its path."""
-    from llmtrain.observe.report import write_report
+    from llmtrain.report.page import write_report
 
     page = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     write_report(runs, page)

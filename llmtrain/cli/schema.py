@@ -10,6 +10,6 @@ def schema() -> None:
     """
     import json
 
-    from llmtrain.config.rendering import json_schema
+    from llmtrain.config.reading.rendering import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))

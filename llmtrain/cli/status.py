@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
-    from llmtrain.train.watching import RunView
+    from llmtrain.report.run_view import RunView
 
 WATCH_SECONDS = 2.0
 
@@ -33,7 +33,7 @@ def status(
 
     Ends with 0 where that could be told of every run, whatever has become of it, and with 3 where a file is damaged.
     """
-    from llmtrain.train.watching import OVER, find_runs
+    from llmtrain.report.run_view import OVER, find_runs
 
     folders = list(dict.fromkeys(folder for path in runs for folder in find_runs(path)))
     shown: list[RunView] = []
@@ -72,7 +72,7 @@ def _looks(folders: list[Path], again: bool) -> Iterator[list["RunView"]]:
 
 
 def _look(folder: Path) -> "RunView":
-    from llmtrain.train.watching import RunView, look
+    from llmtrain.report.run_view import RunView, look
 
     try:
         return look(folder)
@@ -117,7 +117,7 @@ def _print(views: list["RunView"], as_json: bool) -> None:
 
 def in_words(view: "RunView") -> list[str]:
     """Lines about one run: the most important one first, then what is known, then what is to be done."""
-    from llmtrain.observe.console import duration, short_number
+    from llmtrain.words import duration, short_number
 
     left = "" if view.seconds_left is None else f", {duration(view.seconds_left)} left"
     starting = ", no step since the start yet" if view.message == "starting" and view.state == "running" else ""
@@ -150,7 +150,7 @@ def in_words(view: "RunView") -> list[str]:
 
 
 def _table(views: list["RunView"]) -> tuple[list[str], list[list[str]]]:
-    from llmtrain.observe.console import duration, short_number
+    from llmtrain.words import duration, short_number
 
     header = ["run", "state", "step", "loss", "tokens/s", "left", "attempt", "saved", "host", "note"]
     rows = []
@@ -185,7 +185,7 @@ def _steps(view: "RunView") -> str:
 def _since(moment: str) -> str:
     from datetime import UTC, datetime
 
-    from llmtrain.observe.console import duration
+    from llmtrain.words import duration
 
     if not moment:
         return ""

@@ -51,18 +51,18 @@ def submit(
 
 
 def _to_slurm(path: Path, overrides: list[str], dry_run: bool) -> None:
-    from launch import sbatch
+    from launch.on_slurm import batch_script
 
     run = _checked(path, overrides)
     if dry_run:
-        typer.echo(sbatch.render(run, path, overrides), nl=False)
+        typer.echo(batch_script.render(run, path, overrides), nl=False)
     else:
-        typer.echo(sbatch.submit(run, path, overrides))
+        typer.echo(batch_script.submit(run, path, overrides))
 
 
 def _to_ray(path: Path, overrides: list[str], address: str | None, action: str) -> None:
     from launch.on_ray.jobs import DEFAULT_SERVER, JobServer, exit_code_of, plan_job
-    from llmtrain.config.load import load_config
+    from llmtrain.config.reading.load import load_config
     from llmtrain.errors import LaunchError
 
     overrides = [*overrides, "launch.backend=ray"]
@@ -96,10 +96,10 @@ def _to_ray(path: Path, overrides: list[str], address: str | None, action: str) 
 
 def _checked(path: Path, overrides: list[str]) -> "RunConfig":
     """The configuration, once everything is known to be right. Warns of what may stop the run on its way."""
-    from llmtrain.config.load import load_config
-    from llmtrain.config.rules_schedule import schedule_warnings
-    from llmtrain.train.preflight import storage_problems, storage_warnings
-    from llmtrain.train.vocabulary import with_vocabulary
+    from llmtrain.config.reading.load import load_config
+    from llmtrain.config.rules.schedule import schedule_warnings
+    from llmtrain.preflight.storage import storage_problems, storage_warnings
+    from llmtrain.preflight.vocabulary import with_vocabulary
 
     run = load_config(path, overrides, storage_problems).config
     for warning in schedule_warnings(run) + storage_warnings(with_vocabulary(run)):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from llmtrain.train.outline import Outline
-    from llmtrain.train.windows import SourceUse
+    from llmtrain.preflight.dry_run import Outline
+    from llmtrain.preflight.windows import SourceUse
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG", show_default=False)]
 OverridesArgument = Annotated[
@@ -19,7 +19,7 @@ OverridesArgument = Annotated[
 ]
 
 
-LAUNCHERS = {"local": "launch.local", "ray": "launch.on_ray.launcher", "slurm": "launch.on_slurm"}
+LAUNCHERS = {"local": "launch.local", "ray": "launch.on_ray.launcher", "slurm": "launch.on_slurm.launcher"}
 """Where the function `launch` of each launch.backend is."""
 
 
@@ -39,7 +39,7 @@ def train(
 
     All problems of the configuration are reported together, before anything is started.
     """
-    from llmtrain.config.load import load_config
+    from llmtrain.config.reading.load import load_config
 
     if as_json and not dry_run:
         raise typer.BadParameter("goes with --dry-run", param_hint="--json")
@@ -47,16 +47,16 @@ def train(
         message = f"goes with --dry-run. To train on so many, write launch.num_workers={ranks}"
         raise typer.BadParameter(message, param_hint="--ranks")
     if print_config:
-        from llmtrain.config.rendering import record_of
+        from llmtrain.config.reading.rendering import record_of
 
         typer.echo(record_of(load_config(config, overrides or []).config), nl=False)
         return
 
-    from launch.rank import rank_from_environment
-    from llmtrain.config.rules_schedule import schedule_warnings
-    from llmtrain.train.preflight import storage_problems, storage_warnings
-    from llmtrain.train.vocabulary import with_vocabulary
-    from llmtrain.train.windows import source_uses, with_windows
+    from launch.rank.place import rank_from_environment
+    from llmtrain.config.rules.schedule import schedule_warnings
+    from llmtrain.preflight.storage import storage_problems, storage_warnings
+    from llmtrain.preflight.vocabulary import with_vocabulary
+    from llmtrain.preflight.windows import source_uses, with_windows
 
     place = rank_from_environment(os.environ)
     world_size = place.world_size if place and ranks is None else None
@@ -67,8 +67,8 @@ def train(
     for warning in schedule_warnings(run) + (storage_warnings(run) if ranks is None else []):
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
-        from llmtrain.train.continuation import damaged_checkpoints, find_continuation
-        from llmtrain.train.outline import plan_outline
+        from llmtrain.preflight.continuation import damaged_checkpoints, find_continuation
+        from llmtrain.preflight.dry_run import plan_outline
 
         for fault in damaged_checkpoints(run):
             typer.echo(f"warning: {fault}. It is passed over for an older one, if there is one.", err=True)
@@ -87,8 +87,8 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from llmtrain.checkpoint.space import short_bytes
-    from llmtrain.parallel.drawing import draw_layout
+    from llmtrain.plan.layout_text import draw_layout
+    from llmtrain.words import short_bytes
 
     if as_json:
         typer.echo(json.dumps(asdict(outline), indent=2))
@@ -145,7 +145,7 @@ def _start(outline: "Outline") -> str:
 
 
 def _memory(outline: "Outline") -> str:
-    from llmtrain.checkpoint.space import short_bytes
+    from llmtrain.words import short_bytes
 
     memory = outline.memory
     parts = {

@@ -7,13 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from llmtrain.config.schema import DataConfig, SourceConfig
-from llmtrain.data.batch import Batch
-from llmtrain.data.folders import fetch_config
-from llmtrain.data.objectives import pack_sample
-from llmtrain.data.pack import stack_samples
-from llmtrain.data.recipe import Recipe
-from llmtrain.data.skipped import LEDGER_NAME, SkippedShards
+from llmtrain.data.objectives.causal import stack_samples
+from llmtrain.data.objectives.table import pack_sample
+from llmtrain.data.row_config import Recipe
+from llmtrain.data.storage.folders import fetch_config
+from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
 from llmtrain.data.stream import SampleOrigin, SampleStream, StreamConfig, load_sources
+from llmtrain.values.batch import Batch
 
 Window = tuple[int, int]
 """Global samples [first, end) that a run passes over, whatever its layout and batch size."""

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from llmtrain.config.schema import WindowKind
 from llmtrain.data.continuous import ContinuousOrder
-from llmtrain.data.damage import DamagedFileError
-from llmtrain.data.folders import DataFolder
 from llmtrain.data.order import Place, SampleOrder
 from llmtrain.data.read_ahead import ReadAhead
-from llmtrain.data.shard_file import ShardFile
-from llmtrain.data.shards import Manifest
-from llmtrain.data.skipped import SkippedShard, SkippedShards, SourceSamples, shard_key
+from llmtrain.data.storage.damage import DamagedFileError
+from llmtrain.data.storage.folders import DataFolder
+from llmtrain.data.storage.manifest import Manifest
+from llmtrain.data.storage.shard_file import ShardFile
+from llmtrain.data.storage.skipped import SkippedShard, SkippedShards, SourceSamples, shard_key
 from llmtrain.errors import DataError
 
 Verify = Literal["off", "first", "always"]

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config.schema import LONGEST_PERIOD
-from llmtrain.data.folders import open_folder
 from llmtrain.data.read_ahead import ReadAhead
-from llmtrain.data.remote import FetchConfig
-from llmtrain.data.shard_file import ShardFile
-from llmtrain.data.skipped import SkippedShards
 from llmtrain.data.source_reader import Source, SourceReader, StreamConfig
+from llmtrain.data.storage.folders import open_folder
+from llmtrain.data.storage.remote import FetchConfig
+from llmtrain.data.storage.shard_file import ShardFile
+from llmtrain.data.storage.skipped import SkippedShards
 from llmtrain.errors import DataError
 
 

@@ -10,7 +10,7 @@ import sentencepiece
 import tokenizers
 from numpy.typing import NDArray
 
-from llmtrain.data.shards import LONGEST_TOKENIZER, TOKENIZER_NAMES, file_sha256
+from llmtrain.data.storage.manifest import LONGEST_TOKENIZER, TOKENIZER_NAMES, file_sha256
 from llmtrain.data.token_roles import MODEL_CONFIG, TOKENIZER_CONFIG, Lookup, TokenRoles, read_settings, roles_beside
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_bytes

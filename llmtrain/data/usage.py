@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from llmtrain.config.schema import WindowKind
-from llmtrain.data.shards import Manifest
+from llmtrain.data.storage.manifest import Manifest
 
 
 @dataclass(frozen=True)

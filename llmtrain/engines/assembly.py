@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.attention import Attention
-from llmtrain.models.moe import MoE
+from llmtrain.models.attention.multi_head import Attention
+from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.positions import RelativeBias
 from llmtrain.models.sharding import split_dim
 from llmtrain.models.transformer import Stack, Transformer

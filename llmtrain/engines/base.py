@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from llmtrain.checkpoint.fragments import Fragment, FragmentSource
-from llmtrain.data.batch import Batch
+from llmtrain.values.batch import Batch
+from llmtrain.values.fragment import Fragment, FragmentSource
 
 
 @dataclass(frozen=True)

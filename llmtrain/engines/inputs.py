@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from llmtrain.data.batch import Batch
 from llmtrain.models.transformer import ModelInputs
+from llmtrain.values.batch import Batch
 
 
 def model_inputs(batch: Batch) -> ModelInputs:

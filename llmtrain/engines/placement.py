@@ -6,10 +6,10 @@ from math import prod
 
 from torch import Tensor
 
-from llmtrain.checkpoint.fragments import Box, FragmentSource
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.models.init import initial_tensor
+from llmtrain.values.fragment import Box, FragmentSource
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.fragments import Box, Fragment, FragmentSource
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.moe import MoE
-from llmtrain.models.router import NUM_SCALARS, RouterReport, bias_name
+from llmtrain.models.experts.mixture import MoE
+from llmtrain.models.experts.router import NUM_SCALARS, RouterReport, bias_name
 from llmtrain.models.transformer import Stack
+from llmtrain.values.fragment import Box, Fragment, FragmentSource
 
 
 class Routers:

@@ -8,10 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from llmtrain.config.lengths import sample_lengths
+from llmtrain.config.parameter_shapes import parameter_shapes
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sizes import parameter_shapes
-from llmtrain.data.batch import Batch
+from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.engines.assembly import cut, split_stacks
 from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.inputs import Scales, model_inputs
@@ -30,11 +29,12 @@ from llmtrain.models.transformer import (
     main_visibility,
     with_memory,
 )
-from llmtrain.parallel.draws import Draws, Span
 from llmtrain.parallel.groups import Groups
 from llmtrain.parallel.layout import Chunk
+from llmtrain.parallel.stateless_random import Draws, Span
 from llmtrain.parallel.tensor import TensorRegion, split_modules
 from llmtrain.parallel.vocabulary import VocabularyPart
+from llmtrain.values.batch import Batch
 
 StageOutput = tuple[Tensor, Tensor | None, Reports]
 """Hidden states for the next chunk, or of the last one the scaled loss to call backward on; the detached sum of the

@@ -11,9 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.checkpoint.fragments import Box, Fragment, FragmentSource
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.batch import Batch
 from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
 from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.inputs import Scales, model_inputs
@@ -25,9 +23,11 @@ from llmtrain.models.cross_entropy import Objective
 from llmtrain.models.transformer import Pass, Reports
 from llmtrain.optim.groups import parameter_groups
 from llmtrain.optim.scaler import build_loss_scale
-from llmtrain.parallel.draws import Draws
-from llmtrain.parallel.sums import sum_over_ranks
+from llmtrain.parallel.all_reduce import sum_over_ranks
+from llmtrain.parallel.stateless_random import Draws
 from llmtrain.parallel.vocabulary import VocabularyPart
+from llmtrain.values.batch import Batch
+from llmtrain.values.fragment import Box, Fragment, FragmentSource
 
 
 class TorchEngine:

@@ -15,14 +15,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, MANIFEST, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
-from llmtrain.checkpoint.fragments import Box, FragmentSource
 from llmtrain.checkpoint.manager import find_newest_valid
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.objective import SpecialTokensConfig
-from llmtrain.config.sizes import parameter_shapes
-from llmtrain.data.batch import PADDING
+from llmtrain.config.parameter_shapes import parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer
 from llmtrain.errors import CheckpointError, ConfigError
@@ -30,9 +28,11 @@ from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.build import build_model
-from llmtrain.models.moe import MoE
-from llmtrain.models.router import bias_name
+from llmtrain.models.experts.mixture import MoE
+from llmtrain.models.experts.router import bias_name
 from llmtrain.models.transformer import ModelInputs, Transformer, counted_positions
+from llmtrain.values.batch import PADDING
+from llmtrain.values.fragment import Box, FragmentSource
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.data.shards import TOKENIZER_NAMES, file_sha256
+from llmtrain.data.storage.manifest import TOKENIZER_NAMES, file_sha256
 from llmtrain.data.token_roles import (
     GENERATION,
     JSON_FILES,
@@ -160,7 +160,7 @@ def folder_tokenizer(folder: Path, model: ModelConfig) -> FolderTokenizer:
 
     Where it has no tokenizer.json, transformers makes one of the files that it has.
     """
-    from llmtrain.interop.reader_tokenizer import reader_tokenizer
+    from llmtrain.interop.text.reader_tokenizer import reader_tokenizer
 
     notes: list[str] = []
     reader = reader_tokenizer(folder, notes)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmtrain.interop.rotary import older_rope_keys
+from llmtrain.interop.families.rotary import older_rope_keys
 
 CONFIG = "config.json"
 

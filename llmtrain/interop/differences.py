@@ -9,9 +9,9 @@ from math import isclose
 from typing import Any
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.names import shown
-from llmtrain.config.sizes import expert_ffn_size
-from llmtrain.interop.rotary import stretched_theta
+from llmtrain.config.parameter_shapes import expert_ffn_size
+from llmtrain.config.reading.key_names import shown
+from llmtrain.interop.families.rotary import stretched_theta
 
 TRAINING_ONLY = (
     "dropout",

@@ -10,12 +10,12 @@ from transformers import PretrainedConfig
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
-from llmtrain.interop import bert, gpt2, llama, mistral, mixtral, qwen3, switch, t5
-from llmtrain.interop.carried import USE_KEYS
 from llmtrain.interop.differences import differences
+from llmtrain.interop.families import bert, gpt2, llama, mistral, mixtral, qwen3, switch, t5
+from llmtrain.interop.families.rotary import require_one_spelling
 from llmtrain.interop.name_table import Table, covers
-from llmtrain.interop.rotary import require_one_spelling
-from llmtrain.interop.special_tokens import NamedTokens
+from llmtrain.interop.text.carried import USE_KEYS
+from llmtrain.interop.text.special_tokens import NamedTokens
 
 
 def _no_limits(model: ModelConfig) -> list[str]:

@@ -17,21 +17,21 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.sizes import num_parameters
+from llmtrain.config.parameter_shapes import num_parameters
 from llmtrain.errors import ConfigError, ExportError
-from llmtrain.interop.carried import carry_config
 from llmtrain.interop.config_json import write_config_json
 from llmtrain.interop.examples import ExampleTokens, Logits
 from llmtrain.interop.exported import write_record
 from llmtrain.interop.hf import Family, family_for, hf_config, judged
+from llmtrain.interop.layer_groups import Part, layer_parts
 from llmtrain.interop.model_card import model_card
 from llmtrain.interop.name_table import ReadTensor, iter_theirs
-from llmtrain.interop.parts import Part, layer_parts
 from llmtrain.interop.proof import Proof, compare_models, real_texts
 from llmtrain.interop.reader_notes import reader_notes
-from llmtrain.interop.special_tokens import NamedTokens, TextTokenizer, named_tokens
-from llmtrain.interop.text_proof import TextReader
-from llmtrain.interop.tokenizer_json import TokenizerSettings, text_frame, write_tokenizer
+from llmtrain.interop.text.carried import carry_config
+from llmtrain.interop.text.proof import TextReader
+from llmtrain.interop.text.special_tokens import NamedTokens, TextTokenizer, named_tokens
+from llmtrain.interop.text.tokenizer_json import TokenizerSettings, text_frame, write_tokenizer
 from llmtrain.interop.weight_files import INDEX, WEIGHTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

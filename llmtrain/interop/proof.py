@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ExportError
 from llmtrain.interop.examples import Example, ExampleTokens, Logits, build_example
-from llmtrain.interop.text_proof import NUM_GREEDY, Prompt
+from llmtrain.interop.text.proof import NUM_GREEDY, Prompt
 
 AUTO_CLASSES: dict[str, Any] = {
     "decoder": AutoModelForCausalLM,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.norms import build_norm
 from llmtrain.models.positions import sinusoids
-from llmtrain.parallel.draws import Draws, dropout_hidden, site_key
+from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
 
 
 class Embeddings(nn.Module):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.sizes import VOCABULARY_TENSORS
-from llmtrain.parallel.draws import derived_key
+from llmtrain.config.parameter_shapes import VOCABULARY_TENSORS
+from llmtrain.parallel.stateless_random import derived_key
 
 BLOCK_ELEMENTS = 65536
 

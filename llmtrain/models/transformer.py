@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.attention import Attention, AttentionInputs
-from llmtrain.models.caches import KeyValueCache, MemoryCache, StateCache, build_cache
+from llmtrain.models.attention.caches import KeyValueCache, MemoryCache, StateCache, build_cache
+from llmtrain.models.attention.multi_head import Attention, AttentionInputs
+from llmtrain.models.attention.visibility import Visibility
 from llmtrain.models.cross_entropy import Objective, head_cross_entropy
 from llmtrain.models.embeddings import Embeddings
+from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.head import MlmHead
 from llmtrain.models.mlp import MLP
-from llmtrain.models.moe import MoE
 from llmtrain.models.norms import build_norm
 from llmtrain.models.positions import build_position_bias, rotary_angles
-from llmtrain.models.visibility import Visibility
-from llmtrain.parallel.draws import Draws, dropout_hidden, site_key
+from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
 
 Side = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """Tokens and who sees whom, for the fields of the same names of a batch; see llmtrain/data/batch.py."""
+    """Tokens and who sees whom, for the fields of the same names of a batch; see llmtrain/values/batch.py."""
 
     tokens_BS: Tensor
     positions_BS: Tensor

@@ -4,7 +4,8 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from llmtrain.observe.tracker import Row, Tracker
+from llmtrain.observe.tracker import Tracker
+from llmtrain.values.row import Row
 
 GATHER_SECONDS = 0.5
 """Rows are handed on in batches: waking the thread for each row would cost training more than the row itself."""

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -12,7 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.observe.tracker import Row
+from llmtrain.values.row import Row
+from llmtrain.words import duration, short_number
 
 PLAIN_LINE_SECONDS = 5.0
 QUIET_SECONDS = 60.0
@@ -164,17 +164,3 @@ class StatusLine:
         bar = ProgressBar(total=max(1, self.last_step), completed=self.step)
         grid.add_row(bar, *(Text(cell, no_wrap=True, overflow="ellipsis") for cell in cells))
         yield grid
-
-
-def duration(seconds: float) -> str:
-    """1:02:03, or 2d 1:02:03."""
-    days, rest = divmod(round(seconds), 86_400)
-    return f"{days}d {timedelta(seconds=rest)}" if days else str(timedelta(seconds=rest))
-
-
-def short_number(value: float) -> str:
-    """Three digits and a unit: 950, 12.3K, 4.56M."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= 0.9995 * limit:  # from here on three digits round up to the unit
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"

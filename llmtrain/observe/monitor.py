@@ -13,9 +13,10 @@ import torch
 
 from llmtrain.errors import RunFolderInUseError
 from llmtrain.observe.console import ConsoleTracker
-from llmtrain.observe.sections import Section
+from llmtrain.observe.phases import Section
 from llmtrain.observe.throughput import mfu
-from llmtrain.observe.tracker import RESUMED_FROM, Row, Tracker
+from llmtrain.observe.tracker import Tracker
+from llmtrain.values.row import RESUMED_FROM, Row
 
 Status = Literal["done", "preempted", "failed"]
 

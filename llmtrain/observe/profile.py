@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llmtrain.observe.sections import Section
+from llmtrain.observe.phases import Section
 
 PROFILES = "profile"
 """The folder inside a run folder."""

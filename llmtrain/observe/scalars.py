@@ -3,7 +3,7 @@
 metrics.jsonl has them under the names on the left.
 """
 
-from llmtrain.observe.tracker import RESUMED_FROM, Row
+from llmtrain.values.row import RESUMED_FROM, Row
 
 CHART_NAMES = {
     "loss": "train/loss",

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from llmtrain.observe.scalars import scalars
-from llmtrain.observe.tracker import Row
+from llmtrain.values.row import Row
 
 
 class TensorBoardTracker:

@@ -2,9 +2,9 @@
 
 from math import prod
 
-from llmtrain.config.lengths import Lengths
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.sizes import parameter_shapes
+from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.sequence_lengths import Lengths
 
 _TERA = 1e12
 

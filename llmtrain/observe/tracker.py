@@ -1,13 +1,8 @@
 """The seam to whatever records metrics."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
-Row = Mapping[str, Any]
-"""Metrics of one step by name. `step` is always there; training rows carry `loss`, evaluation rows `valid_loss`."""
-
-RESUMED_FROM = "resumed_from"
-"""In a row: the step that the run went back to. The row replaces all earlier ones after that step."""
+from llmtrain.values.row import Row
 
 
 class Tracker(Protocol):

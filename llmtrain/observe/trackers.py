@@ -6,18 +6,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config.names import redacted
+from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.reading.key_names import redacted
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sizes import num_parameters
-from llmtrain.observe.attempts import StartedAttempt
 from llmtrain.observe.background import BackgroundTracker
 from llmtrain.observe.console import ConsoleTracker
-from llmtrain.observe.jsonl import JsonlTracker
-from llmtrain.observe.newest_rows import NewestRows, newest_rows
 from llmtrain.observe.tracker import Tracker
 from llmtrain.parallel.layout import plan_layout
-
-METRICS_FILE = "metrics.jsonl"
+from llmtrain.runs.attempts import StartedAttempt
+from llmtrain.runs.metrics_file import METRICS_FILE, JsonlTracker
+from llmtrain.runs.newest_rows import NewestRows, newest_rows
 
 ARTIFACT_SECONDS = 300.0
 """How long the end of a run waits for its last checkpoint to be hashed and sent."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import wandb
 
 from llmtrain.observe.scalars import scalars
-from llmtrain.observe.tracker import Row
+from llmtrain.values.row import Row
 
 STEP = "train/step"
 """Every chart's horizontal axis: W&B's own step restarts at 0 with each attempt."""

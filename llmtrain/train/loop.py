@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from llmtrain.config.budget import Budget
 from llmtrain.config.schema import OptimConfig
 from llmtrain.data.loader import BatchLoader
 from llmtrain.engines.base import Engine
 from llmtrain.observe.monitor import Monitor
 from llmtrain.optim.schedule import learning_rate
-from llmtrain.train.budget import Budget
 from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.health import Health
 from llmtrain.train.rollback import Rollbacks

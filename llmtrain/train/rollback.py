@@ -18,7 +18,7 @@ from llmtrain.config.schema import HealthConfig
 from llmtrain.data.loader import Window
 from llmtrain.engines.base import Engine
 from llmtrain.errors import CheckpointError, DataError, NoProgressError
-from llmtrain.observe.audit import AUDIT_FILE, iter_events
+from llmtrain.runs.audit import AUDIT_FILE, iter_events
 from llmtrain.train.health import Record, Trouble
 from llmtrain.train.saving import restore
 from llmtrain.train.state import TrainState

@@ -18,14 +18,15 @@ from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of, read_origin
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.checkpoint.stored_state import require_state
-from llmtrain.config.lengths import sample_lengths
-from llmtrain.config.rendering import record_of
+from llmtrain.config.budget import Budget
+from llmtrain.config.reading.rendering import record_of
 from llmtrain.config.schema import DataConfig, RunConfig, SourceConfig
-from llmtrain.data.folders import fetch_config, open_folder, run_settings, run_tokenizer
+from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.data.loader import BatchLoader, Window, build_stream
-from llmtrain.data.pieces import load_pieces
-from llmtrain.data.recipe import Recipe
-from llmtrain.data.shards import LONGEST_TOKENIZER, Manifest
+from llmtrain.data.objectives.word_starts import load_pieces
+from llmtrain.data.row_config import Recipe
+from llmtrain.data.storage.folders import fetch_config, open_folder, run_settings, run_tokenizer
+from llmtrain.data.storage.manifest import LONGEST_TOKENIZER, Manifest
 from llmtrain.data.stream import SampleStream
 from llmtrain.data.token_roles import (
     SETTINGS_NAME,
@@ -35,20 +36,19 @@ from llmtrain.data.token_roles import (
     settings_text,
     settings_tokenizer,
 )
+from llmtrain.engines.tensor_norms import measuring
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import open_log, read_bytes, replace_file, sealed_text
 from llmtrain.infer.model import find_checkpoint
-from llmtrain.observe.attempts import StartedAttempt, begin_attempt
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.environment import save_environment
 from llmtrain.observe.monitor import Monitor, RunPlan
-from llmtrain.observe.sections import Section
+from llmtrain.observe.phases import Section
 from llmtrain.observe.system import SystemMeter
 from llmtrain.observe.throughput import flops_per_sample, peak_flops
-from llmtrain.observe.trackers import METRICS_FILE, build_trackers
+from llmtrain.observe.trackers import build_trackers
 from llmtrain.parallel.layout import plan_layout
-from llmtrain.train.budget import Budget
-from llmtrain.train.continuity import (
+from llmtrain.preflight.resume_rules import (
     data_record,
     differences,
     evaluation_record,
@@ -57,18 +57,19 @@ from llmtrain.train.continuity import (
     refusals,
     resume_target,
 )
+from llmtrain.preflight.windows import source_uses
+from llmtrain.runs.attempts import StartedAttempt, begin_attempt
+from llmtrain.runs.folder import RunFolder
+from llmtrain.runs.metrics_file import METRICS_FILE
+from llmtrain.runs.rank_logs import log_path
 from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.health import Health
 from llmtrain.train.loop import Run
-from llmtrain.train.progress import ProgressTracker
-from llmtrain.train.rank_logs import log_path
 from llmtrain.train.rollback import Rollbacks, newest_kept, skipped_windows
-from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.saving import Saving, restore, saved_state
 from llmtrain.train.stall_limit import StallLimit
 from llmtrain.train.state import TrainState
-from llmtrain.train.tensor_norms import measuring
-from llmtrain.train.windows import source_uses
+from llmtrain.train.status_tracker import ProgressTracker
 
 ENGINES = {
     "torch": ("llmtrain.engines.torch_engine", "TorchEngine"),
@@ -275,7 +276,7 @@ def build_monitor(
         return Monitor(plan, on_section=on_section)
     path = log_path(folder.path, 0)
     path.parent.mkdir(exist_ok=True)
-    log = open_log(path)  # launch/rank_log.py has begun it
+    log = open_log(path)  # launch/rank/log.py has begun it
     console = ConsoleTracker(config.name, state.step, last_step, log=log)
     trackers = build_trackers(config, folder.path, attempt, console, partial(newest_checkpoint, folder.path))
     progress = ProgressTracker(folder, last_step)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llmtrain.train.budget import Seen, seen_by
+from llmtrain.config.budget import Seen, seen_by
 from llmtrain.train.health import LossHistory
 
 

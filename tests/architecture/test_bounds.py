@@ -8,7 +8,7 @@ import pytest
 from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
-from llmtrain.config.names import iter_keys, sections_of
+from llmtrain.config.reading.key_names import iter_keys, sections_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import AsTuple, Section
 

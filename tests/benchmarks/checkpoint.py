@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from llmtrain.checkpoint.folders import step_folder_name
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checkpoint.tensor_file import iter_chunks, write_all
 from llmtrain.config.schema import CheckpointConfig
+from llmtrain.values.fragment import Box, Fragment
 from tests.benchmarks.measuring import Measurement, Options, Row, Table, measure
 
 OURS = "llmtrain: save, hashed and synced"

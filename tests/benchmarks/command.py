@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmtrain.config.rendering import to_yaml
+from llmtrain.config.reading.rendering import to_yaml
 from tests.benchmarks.data_sets import write_text_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure
 from tests.benchmarks.peer_models import Shape

@@ -13,7 +13,7 @@ from data_pipelines.inputs import ReadReport
 from data_pipelines.read import iter_documents
 from data_pipelines.sharding import ShardingConfig, ShardWriter, write_shards
 from data_pipelines.tokenizer_training import train_tokenizer
-from llmtrain.data.shards import DTYPES, SCHEMA_VERSION, Manifest, ShardEntry, dtype_name, write_manifest
+from llmtrain.data.storage.manifest import DTYPES, SCHEMA_VERSION, Manifest, ShardEntry, dtype_name, write_manifest
 
 TOKENIZER = "tokenizer.model"
 EOS_ID = 0

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from launch.forks import Forks
+from llmtrain.checks.parity.rank_pool import Forks
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Engine
 from llmtrain.engines.inputs import model_inputs

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from llmtrain.config.observe import ObserveConfig
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.batch import Batch
 from llmtrain.engines.inputs import model_inputs
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.models.build import build_model, materialize
+from llmtrain.runs.folder import RunFolder
 from llmtrain.train.loop import train
-from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.setup import build_loader, find_start, setup
+from llmtrain.values.batch import Batch
 from tests.benchmarks.data_sets import write_text_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_torch_thread
 from tests.benchmarks.peer_models import Shape

@@ -7,7 +7,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from launch.drill import FAULT_STEP, SAVE_EVERY, STEPS
+from llmtrain.checks.drill.single_faults import FAULT_STEP, SAVE_EVERY, STEPS
 from tests.benchmarks.command import REPOSITORY, SHAPE, write_run
 from tests.benchmarks.launch import TWO_RANKS
 from tests.benchmarks.measuring import Measurement, Options, Table, measure

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
+from llmtrain.values.fragment import Box, Fragment
 from tests.benchmarks.measuring import Options, Row, Table
 from tests.support.memory import peak_growth
 from tests.support.ranks import run_ranks

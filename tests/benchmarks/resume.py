@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.recipe import Recipe
+from llmtrain.data.row_config import Recipe
 from tests.benchmarks.data_sets import write_random_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.batch import Batch
 from llmtrain.engines.torch_engine import TorchEngine
+from llmtrain.values.batch import Batch
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_torch_thread
 from tests.benchmarks.peer_models import PlainGPT, Shape, hugging_face_gpt2, random_tokens
 

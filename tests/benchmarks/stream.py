@@ -17,8 +17,8 @@ from webdataset.writer import TarWriter
 
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.recipe import Recipe
-from llmtrain.data.shards import read_manifest
+from llmtrain.data.row_config import Recipe
+from llmtrain.data.storage.manifest import read_manifest
 from tests.benchmarks.data_sets import random_documents, write_random_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_core
 

@@ -11,8 +11,8 @@ from time import process_time
 
 from llmtrain.config.observe import ObserveConfig
 from llmtrain.config.schema import RunConfig
+from llmtrain.runs.folder import RunFolder
 from llmtrain.train.loop import train
-from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.setup import find_start, setup
 from tests.benchmarks.data_sets import write_text_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_torch_thread

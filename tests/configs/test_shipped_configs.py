@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from llmtrain.config.load import load_config
+from llmtrain.config.reading.load import load_config
 from llmtrain.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

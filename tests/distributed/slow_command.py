@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launch.worktime import WorkMeter
+from launch.supervision.work_meter import WorkMeter
 from llmtrain import cli
 from llmtrain.data.loader import BatchLoader
 from llmtrain.models.mlp import MLP

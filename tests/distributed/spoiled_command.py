@@ -14,7 +14,7 @@ import torch.distributed as dist
 from llmtrain import cli
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.errors import DataError
-from llmtrain.train.run_folder import LOCK
+from llmtrain.runs.folder import LOCK
 from tests.support.run_files import contents
 
 STEP = 3

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmtrain.observe.attempts import STARTED
-from llmtrain.observe.audit import iter_events
-from llmtrain.observe.jsonl import read_rows
+from llmtrain.runs.attempts import STARTED
+from llmtrain.runs.audit import iter_events
+from llmtrain.runs.metrics_file import read_rows
 from tests.support.bad_numbers import BATCH, Fault, Seen, bad_run, consumed, finite, run_rank, same
 from tests.support.datasets import UNREAD_TOKENIZER, write_dataset
 from tests.support.ranks import RankError, run_ranks

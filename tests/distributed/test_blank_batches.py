@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
-from llmtrain.data.batch import IGNORED_LABEL, Batch
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
+from llmtrain.values.batch import IGNORED_LABEL, Batch
 from tests.support.ranks import run_ranks
 from tests.support.samples import random_batch, tiny_model, tiny_run
 

@@ -10,7 +10,7 @@ from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.cli.checkpoint import app
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError
-from llmtrain.observe.audit import iter_events
+from llmtrain.runs.audit import iter_events
 from tests.support.command import llmtrain
 
 FLIPS = 200

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain.data.batch import IGNORED_LABEL, Batch
 from llmtrain.engines import torch_engine
 from llmtrain.engines.torch_engine import TorchEngine
+from llmtrain.values.batch import IGNORED_LABEL, Batch
 from tests.support.ranks import run_ranks
 from tests.support.samples import random_batch, tiny_model, tiny_run
 

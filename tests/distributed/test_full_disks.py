@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmtrain.checkpoint.folders import checkpoint_steps
-from llmtrain.observe.audit import iter_events
-from llmtrain.observe.jsonl import read_rows
+from llmtrain.runs.audit import iter_events
+from llmtrain.runs.metrics_file import read_rows
 from tests.support.command import COMMAND, ENVIRONMENT, TIMEOUT_SECONDS, llmtrain, start_llmtrain, wait_until
 
 QUICK = ("evaluate.every_steps=0", "data.valid=[]", "checkpoint.every_steps=2", "checkpoint.keep=1")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.checkpoint.fragments import Box
 from llmtrain.checkpoint.reader import open_checkpoint
+from llmtrain.values.fragment import Box
 from tests.architecture.source_tree import ROOT
 from tests.support.command import ENVIRONMENT, TIMEOUT_SECONDS
 

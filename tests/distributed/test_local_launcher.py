@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmtrain.observe.jsonl import read_rows
+from llmtrain.runs.metrics_file import read_rows
 from tests.architecture.source_tree import ROOT
 from tests.support.command import COMMAND, ENVIRONMENT, TIMEOUT_SECONDS, llmtrain, start_llmtrain, wait_until
 

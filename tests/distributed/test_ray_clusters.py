@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llmtrain.observe.audit import iter_events
-from llmtrain.observe.jsonl import iter_rows, read_rows
+from llmtrain.runs.audit import iter_events
+from llmtrain.runs.metrics_file import iter_rows, read_rows
 from tests.distributed.conftest import workspace as workspace
 from tests.distributed.test_local_launcher import last_row, living, losses, rank_processes, status, tensors
 from tests.support.command import COMMAND, ENVIRONMENT, llmtrain, wait_until

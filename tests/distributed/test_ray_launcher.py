@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from launch.on_ray.host import RankHost
-from llmtrain.observe.audit import iter_events
+from llmtrain.runs.audit import iter_events
 from tests.distributed.conftest import workspace as workspace
 from tests.distributed.test_local_launcher import last_row, living, losses, rank_processes, status, tensors
 from tests.support.command import llmtrain, start_llmtrain, wait_until
@@ -53,7 +53,7 @@ def parents(process: int, depth: int) -> psutil.Process:
 
 def nursery_of(rank: int) -> psutil.Process:
     found = parents(rank, 1)
-    assert "launch.nursery" in found.cmdline()
+    assert "launch.forking.agent" in found.cmdline()
     return found
 
 

@@ -12,7 +12,7 @@ SCRIPT = """
 import os, stat
 from pathlib import Path
 from launch.on_ray.cluster import ray_cluster
-from llmtrain.config.load import load_config
+from llmtrain.config.reading.load import load_config
 
 config = load_config(Path("run.yaml")).config
 with ray_cluster(config) as cluster:

@@ -13,11 +13,11 @@ import torch.distributed as dist
 # It is documented, but torch does not list it among its exports.
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
-from launch.meeting import StoreExchange
-from llmtrain.checkpoint.fragments import Box, Fragment
+from launch.rank.rendezvous import StoreExchange
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import CheckpointConfig
+from llmtrain.values.fragment import Box, Fragment
 from tests.support.collectives import Collectives
 from tests.support.ranks import run_ranks
 

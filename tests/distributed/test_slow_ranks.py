@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.observe.audit import iter_events
+from llmtrain.runs.audit import iter_events
 from tests.architecture.source_tree import ROOT
 from tests.distributed.test_local_launcher import last_row, rank_processes
 from tests.support.command import ENVIRONMENT, TIMEOUT_SECONDS, start_llmtrain, wait_until

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llmtrain.data.continuous import ContinuousOrder
-from llmtrain.data.shards import read_manifest
-from llmtrain.data.skipped import LEDGER_NAME
+from llmtrain.data.storage.manifest import read_manifest
+from llmtrain.data.storage.skipped import LEDGER_NAME
 from llmtrain.files import parse_line
 from tests.end_to_end.test_damage import flip
 from tests.support.command import llmtrain

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.faults import FAULTS
+from llmtrain.checks.drill.faults import FAULTS
 from tests.distributed.conftest import workspace as workspace
 from tests.support.command import llmtrain
 

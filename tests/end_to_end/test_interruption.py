@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.faults import FAULTS
+from llmtrain.checks.drill.faults import FAULTS
 from tests.distributed.conftest import write_workspace
 from tests.support.blocked_command import BLOCKED
 from tests.support.command import COMMAND, ENVIRONMENT, TIMEOUT_SECONDS, llmtrain, wait_until
@@ -32,18 +32,18 @@ BLOCKED_COMMANDS = {
     "llmtrain.data.tokenizer:HuggingFaceTokenizer.encode_batch": (
         *("data", "shards", "text", "out", "--tokenizer", "hf/tokenizer.json"),
     ),
-    "llmtrain.train.preflight:storage_problems": ("train", "run.yaml"),
+    "llmtrain.preflight.storage:storage_problems": ("train", "run.yaml"),
     "llmtrain.interop.hf_export:_prove": ("export", "hf-weights", "exported", "--to", "hf"),
     "llmtrain.checkpoint.writer:publish": ("import", "hf", "imported"),
     "llmtrain.infer.generate:iter_tokens": ("generate", "hf-weights", "--prompt", "x"),
     "llmtrain.checkpoint.reader:checkpoint_problems": ("checkpoint", "verify", "hf-weights"),
-    "llmtrain.observe.report:render": ("report", "runs/tiny"),
-    "llmtrain.train.watching:look": ("status", "runs/tiny", "--watch"),
-    "llmtrain.train.rank_logs:Follower.new_lines": ("logs", "runs/tiny", "-f"),
-    "launch.sbatch:submit": ("submit", "run.yaml", "--to", "slurm"),
-    "launch.drill:drill_config": ("drill", "run.yaml"),
-    "launch.parity:compare_layouts": ("parity", "run.yaml"),
-    "launch.doctor.examination:machine_findings": ("doctor",),
+    "llmtrain.report.page:render": ("report", "runs/tiny"),
+    "llmtrain.report.run_view:look": ("status", "runs/tiny", "--watch"),
+    "llmtrain.runs.rank_logs:Follower.new_lines": ("logs", "runs/tiny", "-f"),
+    "launch.on_slurm.batch_script:submit": ("submit", "run.yaml", "--to", "slurm"),
+    "llmtrain.checks.drill.single_faults:drill_config": ("drill", "run.yaml"),
+    "llmtrain.checks.parity.compare:compare_layouts": ("parity", "run.yaml"),
+    "llmtrain.checks.doctor.examination:machine_findings": ("doctor",),
 }
 """Where a command is when it is told to stop: in the middle of what takes time, or not even started."""
 
@@ -137,7 +137,7 @@ def test_a_tokenizer_in_training_ends_at_once(folder: Path, number: signal.Signa
 
 def test_a_signal_that_is_ignored_from_outside_stays_so(folder: Path) -> None:
     """`nohup llmtrain ...` goes on when the terminal is closed."""
-    line = ("llmtrain.observe.report:render", "report", "runs/tiny")
+    line = ("llmtrain.report.page:render", "report", "runs/tiny")
     process = start(folder, "nohup", sys.executable, "-m", "tests.support.blocked_command", *line)
     await_line(process, BLOCKED)
     os.kill(process.pid, signal.SIGHUP)

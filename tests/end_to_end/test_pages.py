@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import sbatch
-from llmtrain.config.load import load_config
-from llmtrain.train.preflight import storage_problems
+from launch.on_slurm import batch_script
+from llmtrain.config.reading.load import load_config
+from llmtrain.preflight.storage import storage_problems
 from tests.architecture.test_docs import README, ROOT, blocks, parse_llmtrain
 from tests.support.command import COMMAND, ENVIRONMENT
 from tests.support.ray_cluster import ray_head
@@ -160,7 +160,7 @@ def planned(line: str) -> str:
     path, overrides = parameters["config"], list(parameters["overrides"] or ())
     to_ray = ["launch.backend=ray"] if parameters.get("to") == "ray" else []
     config = load_config(path, [*overrides, *to_ray], storage_problems).config
-    return sbatch.render(config, path, overrides) if parameters.get("to") == "slurm" else config.name
+    return batch_script.render(config, path, overrides) if parameters.get("to") == "slurm" else config.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 
-from llmtrain.checkpoint.fragments import Box
 from llmtrain.checkpoint.reader import open_checkpoint
-from llmtrain.observe.jsonl import read_rows
+from llmtrain.runs.metrics_file import read_rows
+from llmtrain.values.fragment import Box
 from tests.support.command import llmtrain, start_llmtrain, wait_until
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmtrain.observe.audit import iter_events
+from llmtrain.runs.audit import iter_events
 from tests.architecture.source_tree import ROOT
 from tests.support.command import COMMAND, ENVIRONMENT, llmtrain
 from tests.support.slurm import TIMEOUT_SECONDS, NoSlurmError, Slurm, running_slurm

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.observe.jsonl import read_rows
+from llmtrain.runs.metrics_file import read_rows
 from tests.support.command import llmtrain
 
 STEP = 16 * 64

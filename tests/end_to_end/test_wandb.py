@@ -13,10 +13,10 @@ from typing import Any
 import psutil
 import pytest
 
-from llmtrain.observe.attempts import STARTED
-from llmtrain.observe.audit import iter_events
-from llmtrain.observe.jsonl import iter_rows, read_rows
 from llmtrain.observe.scalars import scalars
+from llmtrain.runs.attempts import STARTED
+from llmtrain.runs.audit import iter_events
+from llmtrain.runs.metrics_file import iter_rows, read_rows
 from tests.distributed.conftest import workspace as workspace
 from tests.distributed.conftest import write_workspace
 from tests.support import command

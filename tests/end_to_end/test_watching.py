@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from llmtrain.files import sealed, unsealed
-from llmtrain.observe.efficiency import run_efficiency
-from llmtrain.observe.jsonl import iter_rows, read_rows
+from llmtrain.report.efficiency import run_efficiency
+from llmtrain.runs.metrics_file import iter_rows, read_rows
 from tests.distributed.conftest import workspace as workspace
 from tests.support.command import COMMAND, ENVIRONMENT, TIMEOUT_SECONDS, llmtrain, start_llmtrain, wait_until
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from llmtrain.config.names import field_at, iter_keys
+from llmtrain.config.reading.key_names import field_at, iter_keys
 from tests.hostile import values
 from tests.hostile.command import Case
 from tests.hostile.good_things import RUN

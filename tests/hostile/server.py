@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOMS = ("llmtrain.cli", "llmtrain.train", "llmtrain.observe", "llmtrain.infer", "llmtrain.interop", "data_pipelines")
-MORE = ("launch.sbatch", "launch.on_ray.jobs", "launch.worker", "launch.local", "transformers", "torch._dynamo")
+MORE = (
+    "launch.on_slurm.batch_script",
+    "launch.on_ray.jobs",
+    "launch.rank.worker",
+    "launch.local",
+    "transformers",
+    "torch._dynamo",
+)
 UNDER_TEST = "wandb_tracker", "tensorboard_tracker"
 CAPABILITY_VERSION = 0x20080522
 OVERRIDING_CAPABILITIES = 0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH

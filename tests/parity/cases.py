@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from launch.parity import FP32, Levels, RankTrace, Trace, Verdict, assemble_trace, compare, trace_layout, trace_rank
+from llmtrain.checks.parity.compare import (
+    FP32,
+    Levels,
+    RankTrace,
+    Trace,
+    Verdict,
+    assemble_trace,
+    compare,
+    trace_layout,
+    trace_rank,
+)
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.engines.torch_engine import TorchEngine
 from tests.support.ranks import run_ranks

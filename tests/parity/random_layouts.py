@@ -9,9 +9,9 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from launch.parity import FP32, LOW_PRECISION, Levels
-from launch.parity_plan import build_candidate, short_name
-from llmtrain.config.rules import arithmetic_problems
+from llmtrain.checks.parity.compare import FP32, LOW_PRECISION, Levels
+from llmtrain.checks.parity.layouts import build_candidate, short_name
+from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import LossScaleConfig, RunConfig
 from tests.parity.cases import DATA, MODELS, SHORT_STEPS
 from tests.support.samples import tiny_model, tiny_run

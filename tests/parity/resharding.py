@@ -14,23 +14,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from launch.meeting import StoreExchange
-from launch.parity import Pieces, Tensors, assemble, pieces
-from launch.parity_plan import build_candidate, iter_candidates, short_name
-from llmtrain.checkpoint.fragments import Box, Fragment
+from launch.rank.rendezvous import StoreExchange
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
+from llmtrain.checks.parity.compare import Pieces, Tensors, assemble, pieces
+from llmtrain.checks.parity.layouts import build_candidate, iter_candidates, short_name
+from llmtrain.config.budget import Budget
 from llmtrain.config.objective import SpecialTokensConfig
-from llmtrain.config.rules import arithmetic_problems
+from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import CheckpointConfig, RunConfig, SourceConfig
 from llmtrain.engines.base import StepResult
 from llmtrain.engines.precision import DTYPES
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.parallel.layout import plan_layout
-from llmtrain.train.budget import Budget
 from llmtrain.train.saving import Saving, restore
 from llmtrain.train.setup import build_loader, engine_class
 from llmtrain.train.state import TrainState
+from llmtrain.values.fragment import Box, Fragment
 from tests.parity.cases import GRID_STEPS, parity_run
 from tests.parity.test_deepspeed import small_pieces
 from tests.support.datasets import VOCAB_SIZE

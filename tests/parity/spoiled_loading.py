@@ -10,8 +10,8 @@ SPOILED = "decoder.layers.1.mlp.up.weight"
 
 def swap_two_fragments() -> None:
     """Where one half of a tensor is wanted, the file and the key of the other are opened."""
-    from llmtrain.checkpoint.fragments import Box
     from llmtrain.checkpoint.reader import CheckpointReader
+    from llmtrain.values.fragment import Box
 
     read = CheckpointReader._read_stored
 
@@ -25,7 +25,7 @@ def swap_two_fragments() -> None:
 
 def forget_an_offset() -> None:
     """Every part of a stored fragment is taken from its beginning."""
-    from llmtrain.checkpoint.fragments import Box
+    from llmtrain.values.fragment import Box
 
     Box.relative_to = lambda self, outer: Box((0,) * len(self.offsets), self.shape)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.probe_batches import probe_batches
+from llmtrain.checks.parity.batches import probe_batches
 from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.train.setup import engine_class

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launch.parity import LOW_PRECISION, Verdict
+from llmtrain.checks.parity.compare import LOW_PRECISION, Verdict
 from llmtrain.config.schema import RunConfig
 from tests.parity.cases import parity_run, short_and_whole, verdict, with_layout
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launch.parity import LOW_PRECISION
-from launch.parity_plan import Candidate, parse_candidate
+from llmtrain.checks.parity.compare import LOW_PRECISION
+from llmtrain.checks.parity.layouts import Candidate, parse_candidate
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError
 from tests.parity.cases import parity_run, short_and_whole, verdict
@@ -118,7 +118,7 @@ def reduce_experts_over_all_replicas() -> None:
 
 def balance_by_one_part_of_the_sequence() -> None:
     """Shares of the experts are those of this rank's own tokens."""
-    from llmtrain.models.router import Router
+    from llmtrain.models.experts.router import Router
 
     original: Any = Router.balance_losses
 
@@ -167,7 +167,7 @@ def forget_padding() -> None:
 
 def enter_weights_without_sum() -> None:
     """The gradients of the router's weights stay parts."""
-    from llmtrain.models.moe import MoE, identity
+    from llmtrain.models.experts.mixture import MoE, identity
 
     original: Any = MoE.forward
 

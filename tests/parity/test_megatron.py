@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from launch.parity import LOW_PRECISION, assemble_trace, worst_tensor
+from llmtrain.checks.parity.compare import LOW_PRECISION, assemble_trace, worst_tensor
 from llmtrain.config.schema import LossScaleConfig
 from tests.parity.cases import parity_run, reference, short_and_whole, traced_rank, verdict, with_layout
 from tests.support.ranks import run_ranks

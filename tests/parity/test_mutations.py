@@ -35,7 +35,7 @@ def split_the_wrong_dimension() -> None:
 
 
 def draw_from_local_indices() -> None:
-    from llmtrain.parallel.draws import Draws
+    from llmtrain.parallel.stateless_random import Draws
 
     Draws.with_sequence = lambda self, _: self
 

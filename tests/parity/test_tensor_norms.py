@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from launch.parity import probe_batches
+from llmtrain.checks.parity.compare import probe_batches
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import StepResult
+from llmtrain.engines.tensor_norms import GRADIENTS, WEIGHTS, measuring
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
-from llmtrain.train.tensor_norms import GRADIENTS, WEIGHTS, measuring
 from tests.parity.cases import parity_run, reference, with_layout
 from tests.support.ranks import run_ranks
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.meeting import StoreExchange, anybody
-from launch.parity import Pieces, pieces
+from launch.rank.rendezvous import StoreExchange, anybody
+from llmtrain.checks.parity.compare import Pieces, pieces
 from llmtrain.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -25,17 +25,17 @@ from llmtrain.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from llmtrain.data import objectives
-from llmtrain.data.batch import Batch
-from llmtrain.data.pack import PackedSample
-from llmtrain.data.recipe import Recipe
+from llmtrain.data.objectives import table
+from llmtrain.data.objectives.causal import PackedSample
+from llmtrain.data.row_config import Recipe
 from llmtrain.data.stream import Sample
 from llmtrain.engines.base import StepResult
 from llmtrain.errors import LlmtrainError
 from llmtrain.models import cross_entropy
+from llmtrain.runs.folder import RunFolder
 from llmtrain.train import rollback, setup
 from llmtrain.train.loop import Run, train
-from llmtrain.train.run_folder import RunFolder
+from llmtrain.values.batch import Batch
 from tests.support.samples import tiny_model, tiny_run
 
 BATCH = 4
@@ -103,7 +103,7 @@ def bad_run(folder: Path, layout: tuple[str, int, dict[str, Any]], steps: int, *
 
 
 def run_rank(rank: int, world_size: int, config: RunConfig, fault: Fault) -> Seen:
-    """Begin or continue a run on one rank, as launch/worker.py does, with a fault."""
+    """Begin or continue a run on one rank, as launch/rank/worker.py does, with a fault."""
     run_dir = Path(config.output_dir) / config.name
     store = dist.PrefixStore("said", dist.distributed_c10d._get_default_store())  # pyright: ignore
     ranks = StoreExchange(store, rank, world_size, 60.0)
@@ -181,7 +181,7 @@ def _spoil(fault: Fault, run: Run, seen: Seen, run_dir: Path) -> None:
 
 
 def _poison(numbers: set[int]) -> None:
-    causal = objectives.OBJECTIVES["causal"]
+    causal = table.OBJECTIVES["causal"]
 
     def poisoned(sample: Sample, recipe: Recipe) -> PackedSample:
         packed = causal(sample, recipe)
@@ -189,7 +189,7 @@ def _poison(numbers: set[int]) -> None:
             packed.labels_S[:] = POISON
         return packed
 
-    objectives.OBJECTIVES["causal"] = poisoned
+    table.OBJECTIVES["causal"] = poisoned
 
 
 def _break(mutation: str) -> None:
@@ -200,7 +200,7 @@ def _break(mutation: str) -> None:
         rollback._has_seen = lambda checkpoint, skipped: False
     elif mutation == "the second attempt draws anew":
         from llmtrain.engines import torch_engine
-        from llmtrain.parallel.draws import Draws
+        from llmtrain.parallel.stateless_random import Draws
 
         attempts = iter(range(10**6))
         build = Draws.of_micro_batch

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.sharding import ShardWriter
-from llmtrain.data.shards import DTYPES, SCHEMA_VERSION, Manifest, dtype_name, write_manifest
+from llmtrain.data.storage.manifest import DTYPES, SCHEMA_VERSION, Manifest, dtype_name, write_manifest
 
 EOS_ID = 3
 VOCAB_SIZE = 300

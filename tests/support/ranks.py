@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-from launch.forks import Forks, RankError
+from llmtrain.checks.parity.rank_pool import Forks, RankError
 
 __all__ = ["RankError", "run_ranks"]
 
 PRELOADED = (
     "torch",
     "torch.distributed",
-    "launch.worker",
+    "launch.rank.worker",
     "llmtrain.engines.torch_engine",
     "llmtrain.engines.megatron_engine",
     "llmtrain.engines.deepspeed_engine",
@@ -23,5 +23,5 @@ _forks = Forks(PRELOADED)
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 60.0) -> list[Any]:
-    """`launch.forks.Forks.run` with a bound that suits tests."""
+    """`llmtrain.checks.parity.rank_pool.Forks.run` with a bound that suits tests."""
     return _forks.run(function, world_size, *args, timeout_seconds=timeout_seconds)

@@ -4,7 +4,7 @@ import json
 from hashlib import sha256
 from pathlib import Path
 
-from llmtrain.data.shards import Manifest, ShardEntry, write_manifest
+from llmtrain.data.storage.manifest import Manifest, ShardEntry, write_manifest
 from tests.support.datasets import UNREAD_TOKENIZER
 
 GOOD_RUN = """\

@@ -6,10 +6,10 @@ import torch
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, SourceConfig, TrainConfig
-from llmtrain.data.batch import Batch
 from llmtrain.engines.inputs import model_inputs
 from llmtrain.models.transformer import Pass, Transformer
-from llmtrain.parallel.draws import Draws
+from llmtrain.parallel.stateless_random import Draws
+from llmtrain.values.batch import Batch
 
 
 def tiny_model(**changes: Any) -> ModelConfig:

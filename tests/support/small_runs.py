@@ -4,11 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.rank import Rank
-from launch.stop import StopSignal
-from launch.worker import run_worker, unchanged
+from launch.rank.place import Rank
+from launch.rank.stop import StopSignal
+from launch.rank.worker import run_worker, unchanged
 from llmtrain.config.schema import RunConfig
-from llmtrain.observe.jsonl import read_rows
+from llmtrain.runs.metrics_file import read_rows
 from llmtrain.train.loop import Run
 from tests.support.datasets import UNREAD_TOKENIZER, VOCAB_SIZE, random_documents, write_dataset
 

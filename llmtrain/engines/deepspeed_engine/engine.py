@@ -8,9 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.checkpoint.fragments import Fragment, FragmentSource
 from llmtrain.config.schema import RunConfig
-from llmtrain.data.batch import Batch
 from llmtrain.engines.base import EvalResult, StepResult
 from llmtrain.engines.deepspeed_engine.experts import expert_group, register_experts
 from llmtrain.engines.deepspeed_engine.masters import MOMENTS, Master, Replicated, Sharding, fp32_masters
@@ -25,12 +23,14 @@ from llmtrain.engines.stage import Stage
 from llmtrain.models.sharding import PARTIAL, is_expert, split_dim
 from llmtrain.optim.groups import parameter_groups
 from llmtrain.optim.scaler import build_loss_scale
+from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.cpu import stand_in_for_cuda
-from llmtrain.parallel.draws import Draws
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.layout import plan_chunks, plan_layout
-from llmtrain.parallel.marks import mark_parameter
-from llmtrain.parallel.sums import sum_over_ranks
+from llmtrain.parallel.parameter_attributes import mark_parameter
+from llmtrain.parallel.stateless_random import Draws
+from llmtrain.values.batch import Batch
+from llmtrain.values.fragment import Fragment, FragmentSource
 
 
 class DeepSpeedEngine:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from llmtrain.parallel.sums import sum_over_ranks
+from llmtrain.parallel.all_reduce import sum_over_ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -14,12 +14,10 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from llmtrain.checkpoint.fragments import Fragment, FragmentSource
-from llmtrain.config.lengths import sample_lengths
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameter_shapes import parameter_shapes
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sizes import parameter_shapes
-from llmtrain.data.batch import Batch
+from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
 from llmtrain.engines.inputs import Scales
 from llmtrain.engines.megatron_engine.chunk import PipelineChunk, transformer_config
@@ -30,12 +28,14 @@ from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.models.sharding import ON_SEVERAL_STAGES, PARTIAL, is_expert, split_dim
 from llmtrain.optim.scaler import build_loss_scale
+from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.cpu import call_cuda_tensors, stand_in_for_cuda
-from llmtrain.parallel.draws import Draws
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.layout import plan_chunks, plan_layout
-from llmtrain.parallel.marks import mark_parameter
-from llmtrain.parallel.sums import sum_over_ranks
+from llmtrain.parallel.parameter_attributes import mark_parameter
+from llmtrain.parallel.stateless_random import Draws
+from llmtrain.values.batch import Batch
+from llmtrain.values.fragment import Fragment, FragmentSource
 
 MicroBatch = tuple[int, Batch]
 """A micro-batch with its number in the step, over all ranks."""

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
+from llmtrain.values.fragment import Box, Fragment
 
 CONFIG_TEXT = "name: tiny\n"
 STATE = {"train": {"step": 7, "samples": 112, "tokens": 1792}, "engine": {"scale": 1024.0, "lr": 0.1 + 0.2}}

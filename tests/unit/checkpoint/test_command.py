@@ -7,10 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.cli.checkpoint import app
 from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.values.fragment import Box, Fragment
 from tests.unit.checkpoint.saved import cut, save, state_fragments
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.reader import open_checkpoint
-from llmtrain.checkpoint.space import bytes_text
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import SaveError
+from llmtrain.values.fragment import Box, Fragment
+from llmtrain.words import bytes_text
 from tests.support.mortality import in_child, on_file_operations
 from tests.unit.checkpoint.saved import save, state_fragments
 from tests.unit.checkpoint.voices import Board, Voice

@@ -13,11 +13,11 @@ import pytest
 
 from llmtrain.checkpoint import manager as manager_module
 from llmtrain.checkpoint import tensor_file, writer
-from llmtrain.checkpoint.fragments import Fragment
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError
+from llmtrain.values.fragment import Fragment
 from tests.support.mortality import die_at, in_child, on_file_operations, only_within
 from tests.unit.checkpoint.saved import save, state_fragments
 from tests.unit.checkpoint.voices import Board, Voice

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from llmtrain.checkpoint.folders import MANIFEST, checkpoint_steps
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.manifest import CheckpointUnusableError
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checkpoint.retention import steps_to_remove
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError
+from llmtrain.values.fragment import Box, Fragment
 from tests.unit.checkpoint.saved import bits, save, state_fragments
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from llmtrain.checkpoint.folders import checkpoint_steps
-from llmtrain.checkpoint.fragments import Fragment
 from llmtrain.checkpoint.host_copy import HostCopy
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.config.schema import CheckpointConfig
+from llmtrain.values.fragment import Fragment
 from tests.support.mortality import in_child, on_file_operations
 from tests.unit.checkpoint.saved import state_fragments
 

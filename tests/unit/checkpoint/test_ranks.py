@@ -9,11 +9,11 @@ import torch
 
 from llmtrain.checkpoint import manager as manager_module
 from llmtrain.checkpoint.folders import checkpoint_steps
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError
+from llmtrain.values.fragment import Box, Fragment
 from tests.unit.checkpoint.voices import Board, Voice
 
 WHOLE = torch.arange(12.0).view(4, 3)

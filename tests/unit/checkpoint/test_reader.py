@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmtrain.checkpoint import writer
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.manifest import CheckpointUnusableError, manifest_hash_line
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.values.fragment import Box, Fragment
 from tests.unit.checkpoint.saved import CONFIG_TEXT, STATE, bits, cut, save, state_fragments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
 from llmtrain.checkpoint import stored_tensors
-from llmtrain.checkpoint.fragments import Box
 from llmtrain.checkpoint.stored_tensors import Scratch, StoredTensors
 from llmtrain.checkpoint.tensor_file import PAGE_BYTES, write_tensor_file
 from llmtrain.errors import CheckpointError
+from llmtrain.values.fragment import Box
 from tests.unit.checkpoint.saved import bits
 from tests.unit.checkpoint.test_reader import boxes_in
 

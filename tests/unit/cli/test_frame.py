@@ -11,7 +11,7 @@ import typer
 
 from llmtrain.cli import main
 from llmtrain.cli.app import VERBS, Verb, app, load_verb
-from llmtrain.config.load import load_config
+from llmtrain.config.reading.load import load_config
 from llmtrain.errors import CheckpointError
 from tests.support.run_files import write_good_run
 

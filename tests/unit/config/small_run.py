@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llmtrain.config.rules import arithmetic_problems
+from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
 
 BASE: dict[str, Any] = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from llmtrain.config.schema import DataConfig, SourceConfig
-from llmtrain.data.batch import Batch
 from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.recipe import Recipe
+from llmtrain.data.row_config import Recipe
 from llmtrain.errors import DataError
+from llmtrain.values.batch import Batch
 from tests.support.datasets import random_documents, write_dataset
 
 

@@ -10,8 +10,8 @@ import pytest
 from llmtrain.data.continuous import ContinuousOrder
 from llmtrain.data.order import SampleOrder
 from llmtrain.data.read_ahead import ReadAhead
-from llmtrain.data.shard_file import ShardFile
-from llmtrain.data.shards import Manifest, file_sha256, read_manifest
+from llmtrain.data.storage.manifest import Manifest, file_sha256, read_manifest
+from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
 from llmtrain.errors import DataError
 from tests.support.datasets import random_documents, write_dataset
@@ -68,8 +68,8 @@ def test_every_shard_is_hashed_before_its_first_sample_and_once(dataset: Path, m
             events.append(("read", self.name))
             return super().span(begin, end)
 
-    monkeypatch.setattr("llmtrain.data.shards.file_sha256", hashed)
-    monkeypatch.setattr("llmtrain.data.folders.ShardFile", Watched)
+    monkeypatch.setattr("llmtrain.data.storage.manifest.file_sha256", hashed)
+    monkeypatch.setattr("llmtrain.data.storage.folders.ShardFile", Watched)
     stream = build(dataset)
     for number in range(2 * read_manifest(dataset).num_windows(SEQ_LEN)):
         stream.sample(number)
@@ -88,7 +88,7 @@ def test_the_next_shards_are_opened_behind_the_reading(dataset: Path, monkeypatc
             super().__init__(folder, manifest, number, hashed)
             opened[number] = threading.current_thread().name
 
-    monkeypatch.setattr("llmtrain.data.folders.ShardFile", Watched)
+    monkeypatch.setattr("llmtrain.data.storage.folders.ShardFile", Watched)
     stream = build(dataset, shuffle_shards=1)
     order = ContinuousOrder([shard.stream_tokens for shard in read_manifest(dataset).shards], SEQ_LEN, 1, 0, 1)
     first = order.place(0).shard

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llmtrain.config.schema import WindowKind
 from llmtrain.data.continuous import ContinuousOrder
-from llmtrain.data.shard_file import ShardFile
-from llmtrain.data.shards import Manifest, read_manifest
+from llmtrain.data.storage.manifest import Manifest, read_manifest
+from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.stream import MixtureSchedule, SampleStream, StreamConfig, load_sources
 from llmtrain.errors import DataError
 from tests.support.datasets import random_documents, token_stream, write_dataset
@@ -175,7 +175,7 @@ def test_verify_policies_hash_as_often_as_they_say(tmp_path: Path, monkeypatch: 
             opened.append(hashed)
             super().__init__(folder, manifest, number, hashed)
 
-    monkeypatch.setattr("llmtrain.data.folders.ShardFile", Recorded)
+    monkeypatch.setattr("llmtrain.data.storage.folders.ShardFile", Recorded)
     hashes = {}
     for verify in ("off", "first", "always"):
         opened.clear()

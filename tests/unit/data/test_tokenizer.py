@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.tokenizer_training import Kind, train_tokenizer
-from llmtrain.data.folders import find_tokenizer
+from llmtrain.data.storage.folders import find_tokenizer
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
 from llmtrain.errors import ConfigError, DataError
 

@@ -10,8 +10,8 @@ from data_pipelines.splits import in_valid, split_documents
 from data_pipelines.tokenizer_training import train_tokenizer
 from data_pipelines.verification import datasets_in, verify_dataset
 from data_pipelines.work_folder import work_folder
-from llmtrain.data.shard_file import ShardFile
-from llmtrain.data.shards import read_manifest
+from llmtrain.data.storage.manifest import read_manifest
+from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.tokenizer import SentencePieceTokenizer
 from llmtrain.errors import ConfigError, DataError
 

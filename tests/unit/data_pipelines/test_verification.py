@@ -12,8 +12,8 @@ from data_pipelines.indexing import index_folder, rebuild_sidecars, scan_tar
 from data_pipelines.sharding import ShardWriter
 from data_pipelines.tokenizer_training import train_tokenizer
 from data_pipelines.verification import datasets_in, verify_dataset
-from llmtrain.data.shard_file import ShardFile
-from llmtrain.data.shards import MANIFEST_NAME, read_index, read_manifest
+from llmtrain.data.storage.manifest import MANIFEST_NAME, read_index, read_manifest
+from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
 from llmtrain.data.tokenizer import SentencePieceTokenizer
 from llmtrain.errors import ConfigError, DataError

@@ -17,7 +17,7 @@ from llmtrain.engines.inputs import model_inputs
 from llmtrain.models.build import build_model
 from llmtrain.models.compiled_graphs import CACHE_VARIABLE
 from llmtrain.models.transformer import Pass
-from llmtrain.parallel.draws import Draws
+from llmtrain.parallel.stateless_random import Draws
 from tests.support.samples import random_batch, tiny_model
 
 JITTERED = {"num_experts": 4, "router": "switch", "capacity_factor": 1.0, "jitter": 0.01, "every_n_layers": 1}

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmtrain.checkpoint.fragments import Box, Fragment
-from llmtrain.data.batch import IGNORED_LABEL, Batch
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.errors import CheckpointError
 from llmtrain.models.build import build_model, materialize
+from llmtrain.values.batch import IGNORED_LABEL, Batch
+from llmtrain.values.fragment import Box, Fragment
 from tests.support.samples import hidden_states, random_batch, tiny_model, tiny_run
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from llmtrain.cli.app import app
 from llmtrain.config.model import ModelConfig
-from llmtrain.data.shards import file_sha256
+from llmtrain.data.storage.manifest import file_sha256
 from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.infer.tokenizer import model_tokenizer

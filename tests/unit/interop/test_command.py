@@ -12,18 +12,18 @@ from ruamel.yaml import YAML
 from tokenizers import AddedToken, Tokenizer, processors
 from typer.testing import CliRunner
 
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.cli.app import app
-from llmtrain.config.load import load_config
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.moe import MoeConfig
-from llmtrain.config.rendering import to_yaml
+from llmtrain.config.reading.load import load_config
+from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.infer.model import find_checkpoint, load_checkpoint, logits_of
 from llmtrain.interop.proof import load_theirs, their_inputs
-from llmtrain.interop.tokenizer_json import convert
+from llmtrain.interop.text.tokenizer_json import convert
+from llmtrain.values.fragment import Box, Fragment
 from tests.support.samples import tiny_run
 from tests.unit.interop.models import (
     BERT,
@@ -167,7 +167,7 @@ def test_an_encoder_fills_masks(small_tokenizer, tmp_path):
 
 
 def test_a_text_for_berts_tokenizer_is_put_between_its_special_tokens(small_tokenizer, tmp_path):
-    from llmtrain.interop.special_tokens import named_tokens
+    from llmtrain.interop.text.special_tokens import named_tokens
 
     converted: Tokenizer = convert(small_tokenizer.path)
     ids = [("<cls>", converted.token_to_id("<cls>")), ("<sep>", converted.token_to_id("<sep>"))]

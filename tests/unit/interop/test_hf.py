@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from llmtrain.config.attention import AttentionConfig, RopeScaling
-from llmtrain.config.load import load_config
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.moe import MoeConfig
-from llmtrain.config.sizes import num_parameters
+from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.reading.load import load_config
 from llmtrain.errors import ConfigError
 from llmtrain.interop.differences import effective_values
 from llmtrain.interop.hf import (
@@ -31,7 +31,7 @@ from llmtrain.interop.hf import (
     not_taken_over,
     parse_config,
 )
-from llmtrain.interop.special_tokens import NamedTokens
+from llmtrain.interop.text.special_tokens import NamedTokens
 from tests.configs.test_shipped_configs import MODELS as SHIPPED_MODELS
 from tests.configs.test_shipped_configs import run_around
 from tests.unit.interop.models import BERT, LLAMA, MIXTRAL, MODELS, SCALING, SWITCH, T5, T5_V11, scaled

@@ -12,17 +12,18 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmtrain.config.sizes import num_parameters
+from llmtrain.config.parameter_shapes import num_parameters
 from llmtrain.data.tokenizer import HuggingFaceTokenizer
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.infer.model import logits_of
-from llmtrain.interop import gpt2, hf_export
+from llmtrain.interop import hf_export
+from llmtrain.interop.families import gpt2
 from llmtrain.interop.hf import FAMILIES, family_for
 from llmtrain.interop.hf_export import INDEX, WEIGHTS, ExportSettings, write_export
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import Shape
 from llmtrain.interop.proof import load_theirs, their_inputs
-from llmtrain.interop.special_tokens import named_tokens
+from llmtrain.interop.text.special_tokens import named_tokens
 from tests.unit.interop.models import (
     BERT,
     GPT2,

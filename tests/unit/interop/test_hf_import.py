@@ -20,7 +20,6 @@ from transformers import (
     T5Config,
 )
 
-from llmtrain.data.batch import IGNORED_LABEL
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.infer.generate import Sampling, iter_tokens
 from llmtrain.infer.model import build_trained, logits_of, segments_of
@@ -31,6 +30,7 @@ from llmtrain.interop.weight_files import INDEX, WEIGHTS
 from llmtrain.models.cross_entropy import Objective
 from llmtrain.models.transformer import ModelInputs, Transformer, counted_positions
 from llmtrain.parallel.vocabulary import VocabularyPart
+from llmtrain.values.batch import IGNORED_LABEL
 from tests.unit.interop.models import random_example
 
 _GPT2 = {"vocab_size": 307, "n_positions": 48, "n_embd": 40, "n_layer": 2, "n_head": 4}
@@ -198,7 +198,7 @@ def test_reads_stacked_experts_as_transformers_has_them_in_memory(tmp_path):
 
 def test_reads_the_boxes_that_an_engine_asks_for(tmp_path):
     """Experts 1 to 3 and half of their rows, as a rank of expert and tensor parallel would."""
-    from llmtrain.checkpoint.fragments import Box
+    from llmtrain.values.fragment import Box
 
     _written(tmp_path, CONFIGS["mixtral"])
     folder = open_hf_folder(tmp_path)

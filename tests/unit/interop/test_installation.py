@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.doctor import examination
-from launch.doctor.examination import ask
-from launch.doctor.finding import Finding
+from llmtrain.checks.doctor import examination
+from llmtrain.checks.doctor.examination import ask
+from llmtrain.checks.doctor.finding import Finding
 from tests.support.hf_folders import write_gpt2
 
 BROKEN = """import torch

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.checkpoint.fragments import Box, Fragment
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
-from llmtrain.config.rendering import to_yaml
-from llmtrain.config.sizes import parameter_shapes
+from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.reading.rendering import to_yaml
+from llmtrain.values.fragment import Box, Fragment
 from tests.support.memory import peak_growth, peak_growth_again
 from tests.support.ranks import run_ranks
 from tests.support.samples import tiny_run

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from llmtrain.interop import gpt2
+from llmtrain.interop.families import gpt2
+from llmtrain.interop.families.mixtral import STACKED_TABLE
 from llmtrain.interop.hf import family_for, hf_config
-from llmtrain.interop.mixtral import STACKED_TABLE
 from llmtrain.interop.name_table import covers, iter_theirs, pairings, parameter_shapes, their_shape, to_ours
 from llmtrain.interop.proof import AUTO_CLASSES
-from llmtrain.interop.special_tokens import NamedTokens
+from llmtrain.interop.text.special_tokens import NamedTokens
 from tests.unit.interop.models import GPT2, MIXTRAL, MODELS, SWITCH, random_model
 
 

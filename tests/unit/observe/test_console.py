@@ -4,7 +4,8 @@ import math
 import pytest
 from rich.console import Console
 
-from llmtrain.observe.console import ConsoleTracker, StatusLine, duration, short_number
+from llmtrain.observe.console import ConsoleTracker, StatusLine
+from llmtrain.words import duration, short_number
 
 ROW = {"step": 123_456, "loss": 2.34567, "valid_loss": 2.5, "tokens_per_second": 1_234_567.0, "mfu": 0.4123}
 

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from llmtrain.observe.console import ConsoleTracker
-from llmtrain.observe.jsonl import JsonlTracker, read_rows
 from llmtrain.observe.monitor import Monitor, RunPlan, perplexity
+from llmtrain.runs.metrics_file import JsonlTracker, read_rows
 
 
 @dataclass(frozen=True)

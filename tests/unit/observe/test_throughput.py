@@ -1,7 +1,7 @@
 import pytest
 
-from llmtrain.config.lengths import Lengths
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.observe.throughput import flops_per_sample, mfu, peak_flops
 
 LLAMA_3_8B = ModelConfig(

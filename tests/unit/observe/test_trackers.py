@@ -13,15 +13,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.engines.base import StepResult
 from llmtrain.observe import background
-from llmtrain.observe.attempts import StartedAttempt
 from llmtrain.observe.background import BackgroundTracker
 from llmtrain.observe.console import ConsoleTracker
-from llmtrain.observe.jsonl import read_rows
 from llmtrain.observe.monitor import Monitor, RunPlan
 from llmtrain.observe.scalars import CHART_NAMES, NO_METRICS, chart_name, scalars
 from llmtrain.observe.tensorboard_tracker import TensorBoardTracker
 from llmtrain.observe.trackers import build_trackers
 from llmtrain.observe.wandb_tracker import WandbRun, WandbTracker
+from llmtrain.runs.attempts import StartedAttempt
+from llmtrain.runs.metrics_file import read_rows
 from tests.unit.observe.wandb_file import history, iter_records
 
 CANARY = "canary-hf-0123456789"

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from llmtrain.cli import main
-from llmtrain.config.load import load_config
-from llmtrain.config.rendering import to_yaml
-from llmtrain.data.shards import read_manifest
-from llmtrain.train.continuity import data_record
-from llmtrain.train.run_folder import RunFolder
+from llmtrain.config.reading.load import load_config
+from llmtrain.config.reading.rendering import to_yaml
+from llmtrain.data.storage.manifest import read_manifest
+from llmtrain.preflight.resume_rules import data_record
+from llmtrain.preflight.vocabulary import with_vocabulary
+from llmtrain.runs.folder import RunFolder
 from llmtrain.train.setup import Start, find_start
-from llmtrain.train.vocabulary import with_vocabulary
 from tests.unit.checkpoint.saved import save
 
 

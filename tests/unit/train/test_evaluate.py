@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from llmtrain.config.schema import RunConfig, SourceConfig
-from llmtrain.data.batch import IGNORED_LABEL, Batch
 from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.shards import read_manifest
+from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.usage import samples_once
 from llmtrain.engines.torch_engine import TorchEngine
+from llmtrain.preflight.windows import source_uses
 from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.setup import build_loader, build_recipe
-from llmtrain.train.windows import source_uses
+from llmtrain.values.batch import IGNORED_LABEL, Batch
 from tests.support.datasets import EOS_ID, write_dataset
 from tests.support.small_runs import rows_of, small_run, train_here, write_data
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from launch.drill import drill_config, undisturbed
-from launch.faults import Fault, inject, nothing
-from launch.stop import StopSignal
-from launch.worker import unchanged
+from launch.rank.stop import StopSignal
+from launch.rank.worker import unchanged
 from llmtrain.checkpoint.folders import checkpoint_steps
 from llmtrain.checkpoint.reader import open_checkpoint
+from llmtrain.checks.drill.faults import Fault, inject, nothing
+from llmtrain.checks.drill.single_faults import drill_config, undisturbed
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LlmtrainError, NoProgressError
-from llmtrain.observe.audit import iter_events
-from llmtrain.observe.efficiency import DONE
-from llmtrain.train.run_folder import read_status
+from llmtrain.report.efficiency import DONE
+from llmtrain.runs.audit import iter_events
+from llmtrain.runs.folder import read_status
 from llmtrain.train.saving import saved_state
 from llmtrain.train.stall_limit import StallLimit, skipped_text
 from llmtrain.train.state import TrainState
@@ -137,6 +137,6 @@ def test_a_drill_does_not_begin_with_such_a_run(tmp_path: Path, monkeypatch: pyt
     def launched(config: RunConfig, change_run: object) -> int:
         return train_here(config, inject(DESTROYED, config, 5))
 
-    monkeypatch.setattr("launch.drill.launch", launched)
+    monkeypatch.setattr("llmtrain.checks.drill.single_faults.launch", launched)
     with pytest.raises(LlmtrainError, match=r"undisturbed run ended with 93 \(.*no progress since step 5: the last 25"):
         undisturbed(drill_config(small_run(tmp_path)))

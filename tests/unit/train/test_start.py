@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.config.load import load_config
+from llmtrain.config.reading.load import load_config
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.train.run_folder import RunFolder
+from llmtrain.runs.folder import RunFolder
 from llmtrain.train.setup import Start, find_start, peak_of_run
 from tests.support.run_files import write_good_run
 from tests.unit.train.saved_run import save_of_run

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmtrain.cli.app import app
-from llmtrain.config.load import load_config
+from llmtrain.config.reading.load import load_config
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import DataError
 from llmtrain.files import sealed, unsealed

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.on_ray.ranking import legal_sizes, seat_ranks, sized
-from llmtrain.config.load import load_config
+from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import ParallelConfig, RunConfig
 from llmtrain.parallel.layout import plan_layout
 from tests.support.run_files import write_good_run

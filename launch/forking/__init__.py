@@ -1,0 +1,1 @@
+"""How a rank becomes a process: forked here, or by an agent on another machine."""

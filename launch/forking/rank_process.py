@@ -1,0 +1,145 @@
+"""Ranks as forked processes of this machine: starting them, hearing them, ending them."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+from launch.rank.failure import Failure
+from launch.rank.place import Rank
+from launch.rank.stop import StopSignal
+from launch.supervision.hangs import dump_on_signal, read_stacks, stopped_processes
+from launch.supervision.watch import POLL_SECONDS, RankNews
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class RankProcess:
+    """A forked rank, the pipe through which it says why it failed, and the one through which it says where it is."""
+
+    rank: int
+    process: BaseProcess
+    told: Connection
+    stacks: Connection
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def has_ended(self) -> bool:
+        """Whether it has; its exit code is known then."""
+        self.process.join(0)
+        return self.process.exitcode is not None
+
+    def hear_failure(self) -> Failure | None:
+        """What it says of its failure; None where it has said nothing, or has ended without a word."""
+        if self.told.closed or not self.told.poll():
+            return None
+        try:
+            return Failure.from_bytes(self.told.recv_bytes())
+        except EOFError:
+            self.told.close()
+            return None
+
+    def end(self) -> None:
+        """End what still runs. TERM would mean: save first."""
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.told.close()
+        self.stacks.close()
+
+
+@dataclass(frozen=True)
+class LocalCrew:
+    """The ranks of an attempt, all of them processes that this one has forked; by rank."""
+
+    ranks: Sequence[RankProcess]
+
+    def news(self, running: Collection[int]) -> list[RankNews]:
+        """See `Crew`."""
+        ranks = [self.ranks[rank] for rank in running]
+        pipes = [rank.told for rank in ranks if not rank.told.closed]
+        wait([*pipes, *(rank.process.sentinel for rank in ranks)], POLL_SECONDS)
+        found = []
+        for rank in ranks:
+            # In this order: what it said last may still be in the pipe once it has ended.
+            ended = rank.has_ended()
+            failure = rank.hear_failure()
+            if ended or failure:
+                found.append(RankNews(rank.rank, failure, rank.process.exitcode if ended else None))
+        return found
+
+    def helpless(self, running: Collection[int]) -> Mapping[int, str]:
+        """See `Crew`."""
+        return stopped_processes({rank: self.ranks[rank].pid for rank in running})
+
+    def stacks(self, running: Collection[int]) -> dict[int, str]:
+        """See `Crew`."""
+        return read_stacks({rank: (self.ranks[rank].pid, self.ranks[rank].stacks.fileno()) for rank in running})
+
+    def host(self, rank: int) -> str:
+        """See `Crew`."""
+        return socket.gethostname()
+
+
+def start_rank(place: Rank, stop: StopSignal, foreign: Sequence[socket.socket], work: Callable[[], int]) -> RankProcess:
+    """Fork one rank, whose exit code is what `work` returns. `foreign` are sockets that it must not hold."""
+    told, telling = _pipe()
+    stacks, dumping = _pipe()
+    launcher = os.getpid()
+
+    def life() -> None:
+        """Never returns: nothing of the launcher's own ending may run in a rank."""
+        for held in foreign:
+            held.close()
+        die_with(launcher)
+        dump_on_signal(dumping.fileno())
+        stop.announces = False  # the launcher says it
+        try:
+            code = work()
+        except BaseException as error:
+            failure = Failure.of_error(place.rank, error)
+            telling.send_bytes(failure.to_bytes())
+            code = failure.exit_code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=life, name=f"rank-{place.rank}")
+    process.start()
+    telling.close()
+    dumping.close()
+    return RankProcess(place.rank, process, told, stacks)
+
+
+def die_with(launcher: int) -> None:
+    """Let this process be killed as soon as its launcher is gone, however that ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_watch_parent, args=(launcher,), daemon=True).start()
+    if os.getppid() != launcher:  # it was gone before this process asked
+        os._exit(1)
+
+
+def _pipe() -> tuple[Connection, Connection]:
+    """A pipe's reading and writing end."""
+    read_end, write_end = os.pipe()
+    return Connection(read_end, writable=False), Connection(write_end, readable=False)
+
+
+def _watch_parent(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,5 +1,0 @@
-"""What a fork server imports first; see launch/forks.py."""
-
-from launch.forks import preload
-
-preload()

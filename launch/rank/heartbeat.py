@@ -1,0 +1,130 @@
+"""Where each rank is, for whoever watches over them: in memory that forked ranks share with their launcher."""
+
+import mmap
+import struct
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from llmtrain.observe.phases import SECTIONS, Section
+
+Pulse = Callable[[Section, int], None]
+"""Called by a rank that enters a section, with the number of steps that the run has finished."""
+
+Work = Literal["data", "step"]
+"""Sections in which a rank works while others may wait for it."""
+
+WORK: tuple[Work, ...] = get_args(Work)
+
+WINDOW_STEPS = 5
+"""Steps that a rank's work is added up over."""
+
+NUM_WINDOWS = 64
+"""Windows of a rank that can be read; older ones are overwritten."""
+
+PLACE_BYTES = 120
+"""The longest text that says where a rank is."""
+
+# One machine word each, aligned: no reader ever sees half of one.
+_RECORD = struct.Struct("=dqqq")
+_COUNT = struct.Struct("=q")
+_LOOKS = struct.Struct("=q")
+_WINDOW = struct.Struct(f"=qdd{PLACE_BYTES}s{PLACE_BYTES}s")
+# A reader is never at the window that is being written.
+_SLOTS = 2 * NUM_WINDOWS
+_COUNT_AT = _RECORD.size
+_LOOKS_AT = _COUNT_AT + _COUNT.size
+_WINDOWS_AT = _LOOKS_AT + _LOOKS.size
+_RANK_BYTES = _WINDOWS_AT + _SLOTS * _WINDOW.size
+
+
+@dataclass(frozen=True)
+class Position:
+    """A rank is in this section since `since` (seconds of the machine's monotonic clock), `step` steps being done.
+
+    Its attempt began after `first_step`.
+    """
+
+    section: Section
+    step: int
+    since: float
+    first_step: int = 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a rank did in WINDOW_STEPS steps in a row, of which `step` was the last.
+
+    `work` is the time, in seconds, in which it waited for no other rank; `places` where it was most of that, if that
+    was asked for. Both by section.
+    """
+
+    step: int
+    work: Mapping[Work, float]
+    places: Mapping[Work, str]
+
+
+class PulseBoard:
+    """The positions of all ranks of one attempt, and their work. Make it before the ranks are forked."""
+
+    def __init__(self, world_size: int, step: int) -> None:
+        self._memory = mmap.mmap(-1, _RANK_BYTES * world_size)
+        self.world_size = world_size
+        for rank in range(world_size):
+            self.pulse(rank)("setup", step)
+
+    def pulse(self, rank: int) -> Pulse:
+        """What a rank calls. The step of the first call is the one that its attempt continues from."""
+        first_step: int | None = None
+
+        def tell(section: Section, step: int) -> None:
+            nonlocal first_step
+            first_step = step if first_step is None else first_step
+            self.put(rank, Position(section, step, time.monotonic(), first_step))
+
+        return tell
+
+    def put(self, rank: int, position: Position) -> None:
+        """Set where a rank is."""
+        values = (position.since, SECTIONS.index(position.section), position.step, position.first_step)
+        _RECORD.pack_into(self._memory, rank * _RANK_BYTES, *values)
+
+    def positions(self) -> list[Position]:
+        """Where the ranks are now, by rank."""
+        records = (_RECORD.unpack_from(self._memory, rank * _RANK_BYTES) for rank in range(self.world_size))
+        return [Position(SECTIONS[section], step, since, first) for since, section, step, first in records]
+
+    def add_window(self, rank: int, window: Window) -> None:
+        """Add a rank's next window. Windows with the same number are about the same steps on all ranks."""
+        number = self._count(rank)
+        data, step = (window.places.get(section, "").encode()[:PLACE_BYTES] for section in WORK)
+        values = (window.step, window.work["data"], window.work["step"], data, step)
+        _WINDOW.pack_into(self._memory, self._slot(rank, number), *values)
+        _COUNT.pack_into(self._memory, rank * _RANK_BYTES + _COUNT_AT, number + 1)
+
+    def num_windows(self) -> int:
+        """How many windows every rank has added."""
+        return min(self._count(rank) for rank in range(self.world_size))
+
+    def windows(self, number: int) -> list[Window]:
+        """The window with this number, by rank: one of the last NUM_WINDOWS."""
+        return [self._window(rank, number) for rank in range(self.world_size)]
+
+    def want_places(self, rank: int, wanted: bool) -> None:
+        """Ask a rank to find out where it spends its time, from its next step on, or no more."""
+        _LOOKS.pack_into(self._memory, rank * _RANK_BYTES + _LOOKS_AT, wanted)
+
+    def places_wanted(self, rank: int) -> bool:
+        return bool(_LOOKS.unpack_from(self._memory, rank * _RANK_BYTES + _LOOKS_AT)[0])
+
+    def _window(self, rank: int, number: int) -> Window:
+        last_step, data, step, *places = _WINDOW.unpack_from(self._memory, self._slot(rank, number))
+        in_data, in_step = (place.rstrip(b"\0").decode("utf-8", "ignore") for place in places)
+        return Window(last_step, {"data": data, "step": step}, {"data": in_data, "step": in_step})
+
+    def _count(self, rank: int) -> int:
+        return _COUNT.unpack_from(self._memory, rank * _RANK_BYTES + _COUNT_AT)[0]
+
+    def _slot(self, rank: int, number: int) -> int:
+        return rank * _RANK_BYTES + _WINDOWS_AT + number % _SLOTS * _WINDOW.size

@@ -1,0 +1,1 @@
+"""Proofs about runs and machines: layouts compared, faults injected, an examination of the machine."""

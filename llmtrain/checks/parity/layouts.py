@@ -1,0 +1,174 @@
+"""Which layouts to compare, and on what model: the user's, shrunk until a layout takes seconds."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from llmtrain.config.rules.arithmetic import arithmetic_problems
+from llmtrain.config.rules.attention import KINDS_WITH
+from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
+from llmtrain.errors import ConfigError
+
+SHRUNK_SEQ_LEN = 32
+SMALL_PATTERN = {"window": 8, "stride": 4, "block_size": 4}
+SMOOTH = {"relu": "gelu", "reglu": "geglu"}
+"""What takes the place of activations whose slope jumps: where rounding puts a value on the other side of 0, gradients
+differ for good, though every layout is right."""
+AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context", "ep": "expert"}
+PART = re.compile(r"(tp|pp|vp|cp|ep|dp|zero)([0-9]{1,3})|split([0-9]{1,3}(?:\.[0-9]{1,3}){0,63})|sp|overlap|offload")
+MOST_RANKS = 64
+FORM = (
+    "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 cp2 ep2 dp2 sp zero1 split3.1 overlap offload, as in "
+    "megatron:tp2+sp+zero1."
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout under its short name, with the ranks that it takes."""
+
+    name: str
+    world_size: int
+    config: RunConfig
+
+
+def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
+    """The same architecture with few and small layers, 8 micro-batches of 2 short samples per step, and no compiling.
+
+    There are as many layers as the run's own pipeline needs, if it fits on `own_ranks`. Kept are the kinds of
+    everything (but for activations, see SMOOTH), the ratio of query to key heads, dropout, recompute and optimizer.
+    """
+    model = config.model
+    group = model.num_heads // model.kv_heads
+    attention = model.attention
+    small = {name: least for name, least in SMALL_PATTERN.items() if attention.kind in KINDS_WITH[name]}
+    moe = model.moe and model.moe.model_copy(update={"num_experts": 4, "ffn_hidden_size": 48})
+    both = model.family == "encoder_decoder"
+    own = config.parallel
+    layers = max(4, own.pipeline * own.virtual_pipeline if own.pipeline <= own_ranks else 0)
+    half = -(-layers // 2)
+    sizes: dict[str, Any] = {
+        "num_layers": half if both else layers, "num_encoder_layers": half if both else None,
+        "hidden_size": 32, "num_heads": 4,
+        "num_kv_heads": max(1, 4 // group), "head_dim": 8,
+        "ffn_hidden_size": 96 if model.gated else 128, "vocab_size": 307, "max_seq_len": 64, "moe": moe,
+        "activation": SMOOTH.get(model.activation, model.activation),
+        "attention": attention.model_copy(update=small),
+    }  # fmt: skip
+    train = {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False, "steps": 100}
+    optim = {"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0}
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=sizes),
+            "data": config.data.model_copy(update={"seq_len": SHRUNK_SEQ_LEN}),
+            "train": config.train.model_copy(update={**train, "tokens": None}),
+            "optim": config.optim.model_copy(update=optim),
+            "parallel": ParallelConfig(),
+            "engine": EngineConfig(),
+        }
+    )
+
+
+def parse_candidate(text: str, config: RunConfig) -> Candidate:
+    """The candidate that a text such as `megatron:tp2+sp+zero1` names. Raises ConfigError where it is illegal."""
+    engine, _, layout = text.rpartition(":")
+    engine = engine or "megatron"
+    parallel: dict[str, Any] = {}
+    settings: dict[str, Any] = {"name": engine}
+    data = 1
+    for part in layout.split("+"):
+        match = PART.fullmatch(part)
+        size = int(match[2] or 1) if match and match[1] != "zero" else 1
+        if match is None or not 1 <= size <= MOST_RANKS or engine not in ("torch", "megatron", "deepspeed"):
+            raise ConfigError(f"--layouts {text}: {FORM}")
+        if part == "sp":
+            parallel["sequence"] = True
+        elif part == "overlap":
+            parallel["overlap_grad_reduce"] = True
+        elif part.startswith("split"):
+            parallel["pipeline_split"] = tuple(map(int, match[3].split(".")))
+        elif part == "offload":
+            settings["offload"] = "cpu"
+        elif match[1] == "zero":
+            settings["zero_stage"] = int(match[2])
+        elif match[1] == "dp":
+            data = int(match[2])
+        else:
+            parallel[AXES[match[1]]] = int(match[2])
+    candidate = build_candidate(config, settings, parallel, data)
+    problems = arithmetic_problems(candidate.config, candidate.world_size)
+    if problems:
+        raise ConfigError(problems)
+    return candidate
+
+
+def own_candidate(whole: RunConfig, small: RunConfig, max_ranks: int) -> Candidate | None:
+    """The run's own layout on the shrunk model, with every key of it but fewer data ranks where that must be.
+
+    None where it takes more ranks, or where it is one process.
+    """
+    replicas = max(1, whole.launch.num_workers // whole.parallel.replica_size)
+    split = shrunk_split(whole.parallel.pipeline_split, small.model.total_layers)
+    parallel = {**whole.parallel.model_dump(), "pipeline_split": split}
+    engine = {**whole.engine.model_dump(), "offload": "none" if whole.engine.offload == "none" else "cpu"}
+    for data in range(min(replicas, max_ranks), 0, -1):
+        candidate = build_candidate(small, engine, parallel, data)
+        fits = candidate.world_size <= max_ranks
+        if fits and not arithmetic_problems(candidate.config, candidate.world_size):
+            return candidate if candidate.world_size > 1 else None
+    return None
+
+
+def shrunk_split(split: tuple[int, ...] | None, num_layers: int) -> tuple[int, ...] | None:
+    """So many layers over the same chunks: those without layers have none, the others shares as alike as can be."""
+    if split is None:
+        return None
+    shares = [min(1, layers) for layers in split]
+    while sum(shares) < num_layers:
+        # The next layer is that of the chunk which is furthest behind.
+        behind = [layers / (share + 1) for layers, share in zip(split, shares, strict=True)]
+        shares[behind.index(max(behind))] += 1
+    return tuple(shares)
+
+
+def iter_candidates(config: RunConfig, max_ranks: int) -> Iterator[Candidate]:
+    """Every legal layout on every engine with up to so many ranks, the smallest first."""
+    sizes = range(1, max_ranks + 1)
+    found = []
+    engines = ("torch", "megatron", "deepspeed")
+    for engine, tensor, context, pipeline, data in product(engines, sizes, sizes, sizes, sizes):
+        if tensor * context * pipeline * data > max_ranks:
+            continue
+        expert_sizes = sizes if config.model.moe else (1,)
+        for virtual, expert, sequence, zero_stage in product((1, 2), expert_sizes, (False, True), range(4)):
+            parallel = {
+                "tensor": tensor, "context": context, "pipeline": pipeline, "virtual_pipeline": virtual,
+                "expert": expert, "sequence": sequence,
+            }  # fmt: skip
+            candidate = build_candidate(config, {"name": engine, "zero_stage": zero_stage}, parallel, data)
+            if not arithmetic_problems(candidate.config, candidate.world_size):
+                found.append(candidate)
+    yield from sorted(found, key=lambda candidate: candidate.world_size)
+
+
+def build_candidate(config: RunConfig, engine: dict[str, Any], parallel: dict[str, Any], data: int) -> Candidate:
+    """The candidate with these sections and that data parallel size; it may break rules."""
+    section = ParallelConfig(**parallel)
+    world_size = section.tensor * section.pipeline * section.context * data
+    launch = config.launch.model_copy(update={"num_workers": world_size, "device": "cpu"})
+    update = {"parallel": section, "engine": EngineConfig(**engine), "launch": launch}
+    return Candidate(short_name(section, EngineConfig(**engine), data), world_size, config.model_copy(update=update))
+
+
+def short_name(parallel: ParallelConfig, engine: EngineConfig, data: int) -> str:
+    """The text that `parse_candidate` reads."""
+    sizes = {"dp": data, **{short: getattr(parallel, axis) for short, axis in AXES.items()}}
+    parts = [f"{short}{size}" for short, size in sizes.items() if size > 1]
+    parts += ["sp"] if parallel.sequence else []
+    parts += [f"split{'.'.join(map(str, parallel.pipeline_split))}"] if parallel.pipeline_split else []
+    parts += ["overlap"] if parallel.overlap_grad_reduce else []
+    parts += [f"zero{engine.zero_stage}"] if engine.zero_stage else []
+    parts += ["offload"] if engine.offload == "cpu" else []
+    return f"{engine.name}:{'+'.join(parts) or 'dp1'}"

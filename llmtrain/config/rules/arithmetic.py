@@ -1,0 +1,158 @@
+"""The arithmetic between keys: one small function per rule. Pure: imports no torch and touches no storage.
+
+A rule yields what is wrong, names every key that it rests on in `uses`, and suggests legal values. Where a key
+stands in a file is filled in by the loader.
+"""
+
+import re
+from collections.abc import Iterator
+from math import gcd
+
+from llmtrain.config.reading.key_names import all_keys, either, nearest, suggested_keys
+from llmtrain.config.reading.legal_values import nearest_divisors, nearest_multiples
+from llmtrain.config.rules.attention import ATTENTION_RULES
+from llmtrain.config.rules.engine import ENGINE_RULES
+from llmtrain.config.rules.launch import LAUNCH_RULES
+from llmtrain.config.rules.model import MODEL_RULES
+from llmtrain.config.rules.objective import OBJECTIVE_RULES
+from llmtrain.config.rules.observe import OBSERVE_RULES, OBSERVE_WORLD_RULES
+from llmtrain.config.rules.parallel import PARALLEL_RULES, WORLD_RULES
+from llmtrain.config.rules.schedule import SCHEDULE_RULES
+from llmtrain.config.schema import LONGEST_PERIOD, RunConfig
+from llmtrain.errors import Problem
+
+Found = Iterator[Problem]
+
+
+def arithmetic_problems(config: RunConfig, world_size: int) -> list[Problem]:
+    """Every rule between keys that a configuration breaks when it runs on `world_size` ranks."""
+    problems = [problem for rule in RULES for problem in rule(config)]
+    return problems + [problem for rule in (*WORLD_RULES, *OBSERVE_WORLD_RULES) for problem in rule(config, world_size)]
+
+
+def name_is_a_folder(config: RunConfig) -> Found:
+    if config.name.strip(".") == "":
+        message = "names the run's folder and cannot be dots alone. Try my-run."
+        yield Problem("name", message, config.name)
+
+
+def one_budget(config: RunConfig) -> Found:
+    steps, tokens = config.train.steps, config.train.tokens
+    if steps is None and tokens is None:
+        message = "needs train.steps or train.tokens. Try train.steps=1000."
+        yield Problem("train", message, uses=("train.steps", "train.tokens"))
+    if steps is not None and tokens is not None:
+        message = (
+            f"train.steps = {steps} already says how long to train. Remove one of the two: train.tokens=null, or "
+            "train.steps=null."
+        )
+        yield Problem("train.tokens", message, tokens, uses=("train.steps",))
+
+
+def heads_divide_hidden_size(config: RunConfig) -> Found:
+    model = config.model
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        tries = either(nearest_divisors(model.hidden_size, model.num_heads))
+        message = f"must divide model.hidden_size = {model.hidden_size}, or set model.head_dim. Try {tries}."
+        yield Problem("model.num_heads", message, model.num_heads, uses=("model.hidden_size", "model.head_dim"))
+
+
+def kv_heads_divide_heads(config: RunConfig) -> Found:
+    model = config.model
+    if model.num_heads % model.kv_heads:
+        tries = either(nearest_divisors(model.num_heads, model.kv_heads))
+        message = f"must divide model.num_heads = {model.num_heads}. Try {tries}."
+        yield Problem("model.num_kv_heads", message, model.num_kv_heads, uses=("model.num_heads",))
+
+
+def rope_needs_even_heads(config: RunConfig) -> Found:
+    model = config.model
+    if model.position != "rope" or model.head_size % 2 == 0:
+        return
+    if model.head_dim is not None:
+        message = f"must be even with model.position = rope. Try {either(nearest_multiples(2, model.head_dim))}."
+        yield Problem("model.head_dim", message, model.head_dim, uses=("model.position",))
+    elif model.hidden_size % model.num_heads == 0:
+        # A half of an even width that leaves whole pairs: heads whose size is even divide hidden_size / 2.
+        even = nearest_divisors(model.hidden_size // 2, model.num_heads) if model.hidden_size % 2 == 0 else []
+        tries = f"Try {either(even)}, or model.position=learned." if even else "Try model.position=learned."
+        message = (
+            f"gives heads of size {model.head_size} (model.hidden_size = {model.hidden_size}), which must be even "
+            f"with model.position = rope. {tries}"
+        )
+        uses = ("model.hidden_size", "model.head_dim", "model.position")
+        yield Problem("model.num_heads", message, model.num_heads, uses=uses)
+
+
+def rope_scaling_needs_rope(config: RunConfig) -> Found:
+    model = config.model
+    if model.rope_scaling is None:
+        return
+    if model.position != "rope":
+        message = f"has no effect with model.position = {model.position}. Try null, or model.position=rope."
+        yield Problem("model.rope_scaling", message, uses=("model.position",))
+
+
+def loss_scale_has_room(config: RunConfig) -> Found:
+    scale = config.optim.loss_scale
+    if scale.initial < scale.minimum:
+        message = f"must be at least optim.loss_scale.minimum = {scale.minimum:g}. Try 65536."
+        yield Problem("optim.loss_scale.initial", message, scale.initial, uses=("optim.loss_scale.minimum",))
+
+
+def weights_are_shares(config: RunConfig) -> Found:
+    for split in ("train", "valid"):
+        weights = [source.weight for source in getattr(config.data, split)]
+        period = sum(weights) // gcd(*weights) if weights else 0
+        if period > LONGEST_PERIOD:
+            message = (
+                f"the weights of its entries add up to {period:,} after division by their common divisor, and "
+                f"{LONGEST_PERIOD:,} at most are allowed. Give shares such as 70 and 30."
+            )
+            keys = tuple(f"data.{split}.{number}.weight" for number in range(len(weights)))
+            yield Problem(f"data.{split}", message, uses=keys)
+
+
+def evaluation_needs_data(config: RunConfig) -> Found:
+    every = config.evaluate.every_steps
+    if every > 0 and not config.data.valid:
+        message = "needs data.valid, which is empty. Try 0, or data.valid=[{path: data/shards/valid}]."
+        yield Problem("evaluate.every_steps", message, every, uses=("data.valid",))
+
+
+def best_needs_evaluation(config: RunConfig) -> Found:
+    if config.checkpoint.keep_best and config.evaluate.every_steps == 0:
+        message = "needs a validation loss, and evaluate.every_steps = 0. Try false, or evaluate.every_steps=50."
+        yield Problem("checkpoint.keep_best", message, "true", uses=("evaluate.every_steps",))
+
+
+def allowed_changes_are_keys(config: RunConfig) -> Found:
+    for number, name in enumerate(config.checkpoint.allow_change):
+        general = re.sub(r"\.\d+(?=\.|$)", ".0", name)
+        if not any(key == general or key.startswith(f"{general}.") for key in all_keys()):
+            guesses = suggested_keys(name.split(".")) or nearest(name, all_keys())
+            advice = f"Did you mean {either(guesses)}?" if guesses else "Write keys or sections, such as [seed]."
+            yield Problem(f"checkpoint.allow_change.{number}", f"is no key. {advice}", name)
+
+
+RULES = (
+    name_is_a_folder,
+    one_budget,
+    heads_divide_hidden_size,
+    kv_heads_divide_heads,
+    rope_needs_even_heads,
+    rope_scaling_needs_rope,
+    *OBJECTIVE_RULES,
+    *SCHEDULE_RULES,
+    loss_scale_has_room,
+    weights_are_shares,
+    evaluation_needs_data,
+    best_needs_evaluation,
+    allowed_changes_are_keys,
+    *MODEL_RULES,
+    *ATTENTION_RULES,
+    *ENGINE_RULES,
+    *PARALLEL_RULES,
+    *LAUNCH_RULES,
+    *OBSERVE_RULES,
+)

@@ -1,0 +1,1 @@
+"""What a model learns from a window of tokens, one module per objective."""

@@ -1,0 +1,92 @@
+"""From samples to the arrays of a micro-batch: positions, document numbers, and stacking.
+
+Shape suffixes: B micro-batch, S sequence, T the encoder's sequence in an encoder-decoder.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmtrain.config.schema import DataConfig
+from llmtrain.values.batch import IGNORED_LABEL, Batch
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """One row of a batch; see Batch for what the arrays mean."""
+
+    tokens_S: NDArray[np.int64]
+    labels_S: NDArray[np.int64]
+    positions_S: NDArray[np.int64]
+    segments_S: NDArray[np.int64] | None = None
+    prefix: int | None = None
+    encoder_tokens_T: NDArray[np.int64] | None = None
+    encoder_segments_T: NDArray[np.int64] | None = None
+
+
+def causal_row(tokens: NDArray[np.int64], document_starts: NDArray[np.int64], data: DataConfig) -> PackedSample:
+    """The row of seq_len + 1 tokens of which each position predicts the next.
+
+    With data.reset_attention no position may see the document before its own, so the first token of a document
+    cannot be predicted from anything and is no target.
+    """
+    seq_len = len(tokens) - 1
+    labels_S = tokens[1:]
+    segments_S = None
+    if data.reset_attention:
+        segments_S = document_numbers(document_starts, seq_len)
+        labels_S = labels_S.copy()
+        labels_S[document_starts[document_starts > 0] - 1] = IGNORED_LABEL
+    return PackedSample(tokens[:-1], labels_S, sample_positions(document_starts, data, seq_len), segments_S)
+
+
+def sample_positions(document_starts: NDArray[np.int64], data: DataConfig, seq_len: int) -> NDArray[np.int64]:
+    """Positions [seq_len] as data.reset_positions wants them."""
+    return document_positions(document_starts, seq_len) if data.reset_positions else np.arange(seq_len)
+
+
+def document_positions(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    """Positions [seq_len] that count from 0 at each document, and at the sample's own begin."""
+    bounds = _bounds(document_starts, seq_len)
+    return np.arange(seq_len) - np.repeat(bounds[:-1], bounds[1:] - bounds[:-1])
+
+
+def document_numbers(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    """The number [seq_len] of each position's document among those in the sample, from 0."""
+    bounds = _bounds(document_starts, seq_len)
+    return np.repeat(np.arange(len(bounds) - 1), bounds[1:] - bounds[:-1])
+
+
+def _bounds(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
+    """Where the parts of a sample begin, and its end; the first part may belong to a document begun before."""
+    inside = document_starts[(document_starts > 0) & (document_starts < seq_len)]
+    return np.concatenate(([0], inside, [seq_len]))
+
+
+def stack_samples(rows: Sequence[PackedSample], first_sample: int) -> Batch:
+    """A micro-batch of int64 tensors, in pinned memory where there is a GPU to copy it to."""
+    return Batch(
+        tokens_BS=_tensor([row.tokens_S for row in rows]),
+        labels_BS=_tensor([row.labels_S for row in rows]),
+        positions_BS=_tensor([row.positions_S for row in rows]),
+        segments_BS=_tensor_or_none([row.segments_S for row in rows]),
+        first_sample=first_sample,
+        prefix_B=_tensor_or_none([None if row.prefix is None else np.array(row.prefix) for row in rows]),
+        encoder_tokens_BT=_tensor_or_none([row.encoder_tokens_T for row in rows]),
+        encoder_segments_BT=_tensor_or_none([row.encoder_segments_T for row in rows]),
+    )
+
+
+def _tensor_or_none(rows: Sequence[NDArray[np.int64] | None]) -> torch.Tensor | None:
+    """None where no row has one: all have it, or none has, by the run's configuration."""
+    present = [row for row in rows if row is not None]
+    assert len(present) in (0, len(rows))
+    return _tensor(present) if present else None
+
+
+def _tensor(rows: Sequence[NDArray[np.int64]]) -> torch.Tensor:
+    tensor = torch.from_numpy(np.stack(rows))
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -1,0 +1,51 @@
+"""What a sample's tokens are to be predicted from: an objective turns a sample into one row of a batch.
+
+An objective is a pure function of the sample, its number and the run's recipe: the same on every rank, in every layout
+and after every resume.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from llmtrain.data.objectives.causal import PackedSample, causal_row
+from llmtrain.data.objectives.corruption import prefix_length, span_corruption, split_at_prefix, ul2
+from llmtrain.data.objectives.fim import fim
+from llmtrain.data.objectives.masking import masked
+from llmtrain.data.row_config import Recipe
+from llmtrain.data.stream import Sample
+from llmtrain.values.batch import IGNORED_LABEL
+
+Objective = Callable[[Sample, Recipe], PackedSample]
+
+
+def causal(sample: Sample, recipe: Recipe) -> PackedSample:
+    """Each position predicts the next token of the stream."""
+    return causal_row(sample.tokens, sample.document_starts, recipe.data)
+
+
+def prefix(sample: Sample, recipe: Recipe) -> PackedSample:
+    """A decoder sees the prefix from both sides, so only what follows it is predicted; an encoder reads it whole."""
+    if recipe.family == "encoder_decoder":
+        return split_at_prefix(sample, recipe)
+    row, length = causal(sample, recipe), prefix_length(sample, recipe)
+    labels_S = row.labels_S.copy()
+    labels_S[: length - 1] = IGNORED_LABEL  # the last position of the prefix predicts the first token behind it
+    return replace(row, labels_S=labels_S, prefix=length)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "causal": causal,
+    "masked": masked,
+    "span_corruption": span_corruption,
+    "ul2": ul2,
+    "prefix": prefix,
+    "fim": fim,
+}
+
+
+def pack_sample(sample: Sample, recipe: Recipe) -> PackedSample:
+    """A sample as the row of a batch that data.objective makes of it; a blank one has no targets."""
+    row = OBJECTIVES[recipe.data.objective](sample, recipe)
+    return replace(row, labels_S=np.full_like(row.labels_S, IGNORED_LABEL)) if sample.blank else row

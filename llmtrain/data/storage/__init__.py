@@ -1,0 +1,1 @@
+"""Data sets where they lie: shards, manifests, folders near and far, damage."""

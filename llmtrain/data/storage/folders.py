@@ -1,0 +1,190 @@
+"""Where a data set lies: a folder of a file system, or a URL. Imports no torch."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+from llmtrain.config.cache_folder import default_cache_dir
+from llmtrain.config.reading.credentials import without_credentials
+from llmtrain.config.schema import DataConfig
+from llmtrain.data.storage.damage import DamagedFileError
+from llmtrain.data.storage.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAMES,
+    Manifest,
+    check_file,
+    file_sha256,
+    parse_manifest,
+    read_manifest,
+)
+from llmtrain.data.storage.remote import SCHEMES, FetchConfig, RemoteFolder, scheme_of
+from llmtrain.data.storage.retry import retried
+from llmtrain.data.storage.shard_file import ShardFile, ShardPaths
+from llmtrain.data.token_roles import SETTINGS_NAME, settings_tokenizer
+from llmtrain.errors import ConfigError, DataError
+
+LOCAL_ATTEMPTS = 5
+"""How often a file of a file system is tried."""
+
+
+class LocalFolder:
+    """A data set in a folder that every rank sees."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def location(self, name: str) -> str:
+        return str(self.path / name)
+
+    def read_manifest(self) -> Manifest:
+        return read_manifest(self.path)
+
+    def open_shard(self, manifest: Manifest, number: int, hashed: bool) -> ShardFile:
+        """Raises DamagedFileError where the shard is not what the manifest says, DataError where it cannot be read."""
+        action = partial(ShardFile, self.path, manifest, number, hashed)
+        return retried(action, LOCAL_ATTEMPTS, self.location(manifest.shards[number].file))
+
+
+class CachedFolder:
+    """A data set behind a URL, whose shards come through this machine's cache."""
+
+    def __init__(self, remote: RemoteFolder) -> None:
+        self.remote = remote
+
+    def __str__(self) -> str:
+        return str(self.remote)
+
+    def location(self, name: str) -> str:
+        return self.remote.location(name)
+
+    def read_manifest(self) -> Manifest:
+        """Raises DamagedFileError where there is none, DataError where it cannot be had or is wrong."""
+        return parse_manifest(self.remote.read(MANIFEST_NAME), self.location(MANIFEST_NAME))
+
+    def open_shard(self, manifest: Manifest, number: int, hashed: bool) -> ShardFile:
+        """Raises as LocalFolder does. Files are hashed while they arrive, and with `hashed` also those in the cache."""
+        entry = manifest.shards[number]
+        index = self.remote.fetch(entry.index_file, entry.index_sha256, None, hashed)
+        tar = self.remote.fetch(entry.file, entry.sha256, entry.bytes, hashed)
+        try:
+            return ShardFile(tar.parent, manifest, number, hashed=False, paths=ShardPaths(tar, index))
+        except DamagedFileError as damage:
+            message = f"{self.location(entry.file)}, in the cache as {damage}"
+            raise DamagedFileError(message, damage.reason, damage.actual) from None
+
+
+DataFolder = LocalFolder | CachedFolder
+
+
+def open_folder(path: str | Path, fetch: FetchConfig | None = None) -> DataFolder:
+    """The place that a source's path names. Raises ConfigError for a scheme that nothing is fetched with."""
+    scheme = scheme_of(str(path))
+    if scheme is None:
+        return LocalFolder(Path(path))
+    fault = scheme_fault(str(path))
+    if fault is not None:
+        raise ConfigError(f"{without_credentials(str(path))}: {fault}")
+    return CachedFolder(RemoteFolder(str(path), fetch or FetchConfig(default_cache_dir(), 5, 60.0)))
+
+
+def scheme_fault(path: str) -> str | None:
+    """What is wrong with the scheme of a path; None where it is one of SCHEMES, or the path is none of a URL."""
+    scheme = scheme_of(path)
+    if scheme is None or (scheme in SCHEMES and "://" in path and "::" not in path):
+        return None
+    written = f"{scheme}: is no scheme" if scheme not in SCHEMES else "is no URL"
+    allowed = ", ".join(f"{name}://" for name in SCHEMES)
+    return f"{written} that data is fetched with. Allowed are {allowed} and paths of folders, written without a scheme."
+
+
+def fetch_config(data: DataConfig) -> FetchConfig:
+    """How a run fetches."""
+    cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    return FetchConfig(cache_dir, data.fetch_attempts, data.fetch_timeout_seconds)
+
+
+def find_tokenizer(folder: str | Path, sha256: str | None = None) -> Path:
+    """The tokenizer kept in a data set's folder or beside it; the one with the hash that the manifest says.
+
+    Raises ConfigError where there is none, DamagedFileError where none has that hash.
+    """
+    folder = Path(folder)
+    candidates = [place / name for place in (folder, folder.absolute().parent) for name in TOKENIZER_NAMES]
+    found = [path for path in candidates if os.path.lexists(path)]
+    if not found:
+        names = ", ".join(TOKENIZER_NAMES)
+        raise ConfigError(f"{folder}: neither it nor the folder above holds one of {names}. Name one.")
+    if sha256 is None:
+        return found[0]
+    faults = []
+    for path in found:
+        try:
+            check_file(path, None, sha256)
+            return path
+        except DamagedFileError as damage:
+            faults.append(damage)
+    raise faults[0]
+
+
+def run_tokenizer(data: DataConfig, manifest: Manifest) -> Path:
+    """The run's tokenizer: the one it names, or the one kept with its first training source, whose manifest is given.
+
+    Raises ConfigError where there is none, DamagedFileError where it is not the manifest's.
+    """
+    if data.tokenizer:
+        check_file(Path(data.tokenizer), None, manifest.tokenizer_sha256)
+        return Path(data.tokenizer)
+    folder = open_folder(data.train[0].path, fetch_config(data))
+    if isinstance(folder, LocalFolder):
+        return find_tokenizer(folder.path, manifest.tokenizer_sha256)
+    return fetch_tokenizer(data, manifest)
+
+
+def run_settings(data: DataConfig, manifest: Manifest) -> Path | None:
+    """The settings file of the run's tokenizer: the one that lies with its first training source, or beside the
+    tokenizer that it names. Raises DataError where the manifest tells of one that is not there or another one."""
+    folder = open_folder(data.train[0].path, fetch_config(data))
+    if isinstance(folder, CachedFolder):
+        return _fetched_settings(folder.remote, manifest.settings_sha256) if manifest.settings_sha256 else None
+    places = [folder.path, folder.path.absolute().parent, *([Path(data.tokenizer).parent] if data.tokenizer else [])]
+    found = [place / SETTINGS_NAME for place in places if (place / SETTINGS_NAME).is_file()]
+    if not manifest.settings_sha256:
+        return next((path for path in found if settings_tokenizer(path) == manifest.tokenizer_sha256), None)
+    right = next((path for path in found if file_sha256(path) == manifest.settings_sha256), None)
+    if right is None:
+        what = f"{found[0]} is another one" if found else "neither it nor the folder above holds one"
+        raise DataError(
+            f"{folder}: its manifest tells of a {SETTINGS_NAME} with the sha256 {manifest.settings_sha256}, and "
+            f"{what}. Copy the data set again, with the files beside its splits."
+        )
+    return right
+
+
+def _fetched_settings(remote: RemoteFolder, sha256: str) -> Path:
+    for place in (remote, remote.parent):
+        try:
+            return place.fetch(SETTINGS_NAME, sha256)
+        except DamagedFileError:
+            continue
+    raise DataError(
+        f"{remote}: neither it nor the folder above holds the {SETTINGS_NAME} of its manifest (sha256 {sha256}). Copy "
+        "the data set again, with the files beside its splits."
+    )
+
+
+def fetch_tokenizer(data: DataConfig, manifest: Manifest) -> Path:
+    """The tokenizer kept with the first training source, a URL. Raises ConfigError where there is not the right one."""
+    remote = RemoteFolder(data.train[0].path, fetch_config(data))
+    for place in (remote, remote.parent):
+        for name in TOKENIZER_NAMES:
+            try:
+                return place.fetch(name, manifest.tokenizer_sha256)
+            except DamagedFileError:
+                continue
+    raise ConfigError(
+        f"{remote}: neither it nor the folder above holds a {' or '.join(TOKENIZER_NAMES)} with the sha256 "
+        f"{manifest.tokenizer_sha256} of its manifest. Set data.tokenizer to that file."
+    )

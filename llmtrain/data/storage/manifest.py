@@ -1,0 +1,260 @@
+"""The storage format of a data set: tar shards of token ids, one index sidecar per shard, and a manifest.
+
+A shard is a WebDataset tar with one member `<key>.bin` per document: its token ids, little-endian, nothing else.
+A sidecar holds where each payload lies, so that any document is found without reading headers. What a sample is
+follows from the document lengths alone: the documents of a shard, each followed by one end-of-sequence id, form a
+stream, and samples are windows of the streams of all shards, or of each alone. Imports no torch.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrain.data.storage.damage import DamagedFileError
+from llmtrain.errors import DataError
+from llmtrain.files import SEAL, open_regular, parse_json, read_bytes, replace_file, sealed, unsealed
+
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
+"""What the tokenizer is called that is kept in a data set's folder, or beside it."""
+LONGEST_TOKENIZER = 256 << 20
+SCHEMA_VERSION = 2
+UNSEALED_VERSION = 1
+"""Manifests of data sets that were written before manifests had a hash of their own."""
+MANIFEST_BYTES = 256 << 20
+"""A manifest has 400 bytes for each shard."""
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+_INDEX_MAGIC = b"LLMTINDX"
+_INDEX_VERSION = 1
+NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EFBIG)
+"""What tells that something else stands in a file's place. Other errors of the system may pass."""
+LONGEST_INDEX = 256 << 20
+"""Of a sidecar: sixteen million documents in one shard. No tokenizer is longer either."""
+_INDEX_HEADER = struct.Struct("<8sQ")  # magic, version; then offset and size of each payload, uint64, little-endian
+
+Verify = Literal["off", "first", "always"]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says of one shard. `samples` counts documents; `tokens` leaves out the ends of sequence."""
+
+    file: str
+    bytes: int
+    sha256: str
+    index_file: str
+    index_sha256: str
+    samples: int
+    tokens: int
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens of the shard's stream, ends of sequence included."""
+        return self.tokens + self.samples
+
+    def num_windows(self, seq_len: int) -> int:
+        """Number of whole windows of seq_len + 1 tokens, each sharing one token with the next."""
+        return max(0, (self.stream_tokens - 1) // seq_len)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data set consists of, and the tokenizer that its ids belong to.
+
+    The keys with a default are left out of the file where they have it: data sets of before have none of them.
+    """
+
+    schema_version: int
+    """As it was read; the newest is what is written."""
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: str
+    eos_id: int
+    shards: tuple[ShardEntry, ...]
+    bos_ids: tuple[int, ...] = ()
+    """Stored before the tokens of every document, and counted among them."""
+    settings_sha256: str = ""
+    """Of the tokenizer_settings.json that lies beside the tokenizer."""
+    lossy: bool = False
+    """Whether the tokenizer does not give texts back as they were, such as without their line breaks."""
+
+    def num_windows(self, seq_len: int) -> int:
+        """Number of windows that lie in one shard."""
+        return sum(shard.num_windows(seq_len) for shard in self.shards)
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens of all shards, ends of sequence included."""
+        return sum(shard.stream_tokens for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+
+OPTIONAL = {field.name: field.default for field in fields(Manifest) if field.default is not MISSING}
+"""Keys of a manifest that may be absent, with what their absence means."""
+
+
+def dtype_name(vocab_size: int) -> str:
+    """The narrowest stored type that holds every id of a vocabulary."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a folder's manifest.json, sealed; the same manifest gives the same bytes."""
+    content = {**asdict(manifest), "schema_version": SCHEMA_VERSION}
+    content = sealed({key: value for key, value in content.items() if key not in OPTIONAL or value != OPTIONAL[key]})
+    replace_file(folder / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read and check a folder's manifest.json. Raises DataError where it is missing or not what it should be."""
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        content = read_bytes(path, MANIFEST_BYTES)
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DataError(
+            f"{path}: {reason}. A data set is a folder written by `llmtrain data shards`; "
+            f"for a folder of tar shards, `llmtrain data index {folder}` writes the manifest."
+        ) from None
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, location: str) -> Manifest:
+    """A manifest from its bytes, checked. Raises DataError that names `location` where it is not what it should be."""
+    try:
+        raw = parse_json(content)
+    except ValueError as error:
+        raise DataError(
+            f"{location}: not JSON ({error}). Copy the data set again, or write its shards again."
+        ) from None
+    try:
+        return _parsed(raw)
+    except ValueError as error:
+        raise DataError(f"{location}: {error}. Write the shards again, or copy the file again.") from None
+
+
+def _parsed(raw: Any) -> Manifest:
+    """Raises ValueError that says which key is wrong."""
+    if isinstance(raw, dict):
+        if (version := raw.get("schema_version")) not in (UNSEALED_VERSION, SCHEMA_VERSION):
+            raise ValueError(f"schema_version = {version!r}: this version of llmtrain reads up to {SCHEMA_VERSION}")
+        if (SEAL in raw) != (version == SCHEMA_VERSION):
+            raise ValueError(f"schema_version = {version}: {'has no' if version == SCHEMA_VERSION else 'has a'} {SEAL}")
+    plain = {key: value for key, value in raw.items() if key != SEAL} if isinstance(raw, dict) else raw
+    values = dict(_checked_fields(Manifest, plain, "the manifest"))
+    shards = tuple(
+        ShardEntry(**_checked_fields(ShardEntry, entry, f"shards[{number}]"))
+        for number, entry in enumerate(values.pop("shards"))
+    )
+    manifest = Manifest(**{**values, "bos_ids": tuple(values.get("bos_ids", ()))}, shards=shards)
+    if manifest.dtype not in DTYPES:
+        raise ValueError(f"dtype = {manifest.dtype!r}: must be one of {', '.join(DTYPES)}")
+    if not 0 <= manifest.eos_id < manifest.vocab_size <= np.iinfo(DTYPES[manifest.dtype]).max + 1:
+        raise ValueError(
+            f"eos_id = {manifest.eos_id}, vocab_size = {manifest.vocab_size}, dtype = {manifest.dtype}: "
+            "eos_id must be below vocab_size, and every id must fit the dtype"
+        )
+    if any(type(token) is not int or not 0 <= token < manifest.vocab_size for token in manifest.bos_ids):
+        raise ValueError(f"bos_ids = {list(manifest.bos_ids)}: must be ids below vocab_size = {manifest.vocab_size}")
+    names = [name for shard in shards for name in (shard.file, shard.index_file)]
+    for name in names:
+        # A manifest may come from elsewhere: it must not name files outside its folder.
+        if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+            raise ValueError(f"file name {name!r}: must be a plain name, without folders")
+    if len(set(names)) < len(names):
+        raise ValueError("the same file is named twice")
+    unsealed(raw)
+    return manifest
+
+
+def _checked_fields(cls: type, raw: Any, where: str) -> dict[str, Any]:
+    """The fields of a dataclass from JSON, each of the right plain type. Raises ValueError."""
+    types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+    required = types.keys() - OPTIONAL.keys()
+    if not isinstance(raw, dict) or not required <= raw.keys() <= types.keys():
+        found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(
+            f"{where} must have exactly the keys {', '.join(key for key in types if key in required)}; found {found}"
+        )
+    for key, value in raw.items():
+        kind = types[key] if types[key] in (int, str, bool) else list
+        if type(value) is not kind or (kind is int and value < 0):
+            raise ValueError(f"{where}: {key} = {value!r} must be {'a count' if kind is int else f'a {kind.__name__}'}")
+    return raw
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def index_bytes(payloads: NDArray[np.uint64]) -> bytes:
+    """A sidecar's content from an array [documents, 2] of payload offset and size."""
+    return _INDEX_HEADER.pack(_INDEX_MAGIC, _INDEX_VERSION) + payloads.astype("<u8").tobytes()
+
+
+def read_index(path: Path) -> NDArray[np.uint64]:
+    """Array [documents, 2] of payload offset and size. Raises DamagedFileError where the sidecar is missing or torn."""
+    try:
+        content = read_bytes(path, LONGEST_INDEX)
+    except FileNotFoundError:
+        message = f"{path}: missing. `llmtrain data index {path.parent}` rebuilds it from the shard."
+        raise DamagedFileError(message, "missing", f"no {path.name}") from None
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        message = f"{path}: {error.strerror}. Delete it; `llmtrain data index {path.parent}` rebuilds it."
+        raise DamagedFileError(message, "index", f"{path.name}: {error.strerror}") from None
+    body = content[_INDEX_HEADER.size :]
+    if len(content) < _INDEX_HEADER.size or len(body) % 16:
+        expected = f"{_INDEX_HEADER.size} bytes and 16 for each document"
+        message = f"{path}: expected {expected}, actual {len(content)} bytes: it is cut short. Delete it; "
+        message += f"`llmtrain data index {path.parent}` rebuilds it."
+        raise DamagedFileError(message, "index", f"{path.name} of {len(content)} bytes")
+    if (found := _INDEX_HEADER.unpack_from(content)) != (_INDEX_MAGIC, _INDEX_VERSION):
+        message = f"{path}: expected {(_INDEX_MAGIC, _INDEX_VERSION)} at its begin, actual {found}: not a shard index."
+        raise DamagedFileError(message, "index", f"{path.name} begins with {found}")
+    return np.frombuffer(body, "<u8").reshape(-1, 2)
+
+
+def check_file(path: Path, size_bytes: int | None = None, sha256: str | None = None) -> None:
+    """Compare a file with what the manifest says: a hash without a size is that of a sidecar or a tokenizer.
+
+    Raises DamagedFileError that names file, expected and actual.
+    """
+    try:
+        with open_regular(path) as file:
+            actual_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes is not None and actual_bytes != size_bytes:
+            message = f"{path}: expected {size_bytes} bytes, actual {actual_bytes} bytes. Copy the file again."
+            raise DamagedFileError(message, "size", f"{actual_bytes} bytes")
+        if sha256 is not None and size_bytes is None and actual_bytes > LONGEST_INDEX:
+            raise OSError(errno.EFBIG, f"it has {actual_bytes:,} bytes, more than such a file can have")
+        if sha256 is not None and (actual := file_sha256(path)) != sha256:
+            message = f"{path}: expected sha256 {sha256}, actual {actual}. Copy the file again."
+            raise DamagedFileError(message, "sha256", actual)
+    except FileNotFoundError:
+        message = f"{path}: missing, but the manifest names it. Copy the data set again."
+        raise DamagedFileError(message, "missing", f"no {path.name}") from None
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        message = f"{path}: {error.strerror}. Copy the data set again."
+        raise DamagedFileError(message, "size", f"{path.name}: {error.strerror}") from None

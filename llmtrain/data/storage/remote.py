@@ -1,0 +1,248 @@
+"""Data sets behind a URL: small files are read whole, shards are kept in a cache of this machine.
+
+A cached file's name is its hash, so that runs share it and a data set that was written again has other files. Only
+complete files of the right hash get that name.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from llmtrain.config.reading.credentials import without_credentials
+from llmtrain.data.storage.damage import DamagedFileError
+from llmtrain.data.storage.manifest import file_sha256
+from llmtrain.data.storage.retry import PassingFaultError, retried
+from llmtrain.errors import DataError
+
+SCHEMES = ("https", "http", "s3", "gs", "hf")
+"""What a data set may be fetched with. Nothing else is: some libraries run a command for `pipe:`."""
+
+EXTRAS = {"s3": "llmtrain[s3]", "gs": "llmtrain[gs]"}
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_CHUNK_BYTES = 1 << 20
+_LATER = (408, 425, 429)
+"""Answers from 400 on that mean: not now."""
+
+
+@dataclass(frozen=True)
+class FetchConfig:
+    """Where fetched files are kept, how often a fetch is tried, and the longest silence in seconds."""
+
+    cache_dir: Path
+    attempts: int
+    timeout_seconds: float
+
+
+def scheme_of(path: str) -> str | None:
+    """The scheme of a URL, in small letters; None for a path, also for one that exists and has a colon in it."""
+    match = _SCHEME.match(path)
+    if match is None or ("://" not in path and Path(path).exists()):
+        return None
+    return match[1].lower()
+
+
+def shown_path(path: str) -> str:
+    """A source's path as it may be printed."""
+    return without_credentials(path) if scheme_of(path) else path
+
+
+class RemoteFolder:
+    """The files below a URL of one of SCHEMES."""
+
+    def __init__(self, url: str, config: FetchConfig) -> None:
+        self._parts = urlsplit(url)
+        self._config = config
+        self._file_system: Any = None
+
+    def __str__(self) -> str:
+        return without_credentials(urlunsplit(self._parts))
+
+    def location(self, name: str) -> str:
+        """The URL of a file, to show."""
+        return without_credentials(self._url(name))
+
+    @property
+    def parent(self) -> "RemoteFolder":
+        parts = self._parts._replace(path=self._parts.path.rstrip("/").rpartition("/")[0])
+        return RemoteFolder(urlunsplit(parts), self._config)
+
+    def read(self, name: str) -> bytes:
+        """A whole file. Raises DamagedFileError where there is none, DataError where it cannot be had."""
+        return retried(lambda: b"".join(self._iter_chunks(name)), self._config.attempts, self.location(name))
+
+    def fetch(self, name: str, sha256: str, size_bytes: int | None = None, check_cached: bool = True) -> Path:
+        """A file of this machine with the content that its hash says.
+
+        It is fetched where the cache has none, or, with `check_cached`, another one under that name. Processes of one
+        machine wait for each other rather than fetch the same file twice. Raises DamagedFileError where the server has
+        none or another one, DataError where it cannot be had or kept.
+        """
+        cache_dir = self._config.cache_dir
+        final = cache_dir / f"{sha256}{Path(name).suffix}"
+        part = final.with_suffix(f"{final.suffix}.part")
+        download = _Download(self.location(name), sha256, size_bytes)
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            if download.is_in(final, check_cached):
+                return final
+            with _exclusive(part) as descriptor:
+                # Another process may have fetched it meanwhile.
+                if not download.is_in(final, check_cached):
+                    once = partial(self._fetch_once, name, download, descriptor)
+                    retried(once, self._config.attempts, download.location)
+                    os.fsync(descriptor)
+                    part.replace(final)
+        except OSError as error:
+            raise _not_written(error.filename or cache_dir, error) from None
+        return final
+
+    def _fetch_once(self, name: str, download: "_Download", descriptor: int) -> None:
+        try:
+            download.into(descriptor, self._iter_chunks(name))
+        except OSError as error:
+            raise _not_written(self._config.cache_dir, error) from None
+
+    def _url(self, name: str) -> str:
+        if self._parts.scheme.lower() in ("http", "https"):
+            name = quote(name)
+        return urlunsplit(self._parts._replace(path=f"{self._parts.path.rstrip('/')}/{name}"))
+
+    def _iter_chunks(self, name: str) -> Iterator[bytes]:
+        """The content of a file, as it arrives. Raises what `_fault` makes of the library's errors."""
+        try:
+            file_system = self._connected()
+            # A size and no block size make the HTTP library stream, without asking for the size before.
+            options = {"size": 1, "block_size": 0} if self._parts.scheme.lower() in ("http", "https") else {}
+            with file_system.open(self._url(name), "rb", **options) as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    yield chunk
+        # Each library has errors of its own, without a common base.
+        except Exception as error:
+            raise self._fault(name, error) from None
+
+    def _connected(self) -> Any:
+        if self._file_system is None:
+            import fsspec
+
+            scheme, seconds = self._parts.scheme.lower(), self._config.timeout_seconds
+            options: dict[str, Any] = {}
+            if scheme in ("http", "https"):
+                import aiohttp
+
+                timeout = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+                # The environment may name a proxy.
+                options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+            elif scheme == "s3":
+                options = {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds}}
+            self._file_system = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+        return self._file_system
+
+    def _fault(self, name: str, error: Exception) -> Exception:
+        """What an error of the library means: gone, refused, or worth another try."""
+        location = self.location(name)
+        if isinstance(error, FileNotFoundError):
+            message = f"{location}: there is no such file (404). Check the address, or copy the data set again."
+            return DamagedFileError(message, "missing", "404")
+        if isinstance(error, ImportError):
+            extra = EXTRAS.get(self._parts.scheme.lower(), "huggingface_hub")
+            return DataError(f"{location}: needs a library that is not installed. Try `pip install '{extra}'`.")
+        response = getattr(error, "response", None)
+        status = (
+            getattr(error, "status", None) or getattr(error, "code", None) or getattr(response, "status_code", None)
+        )
+        if isinstance(error, PermissionError) or (
+            isinstance(status, int) and 400 <= status < 500 and status not in _LATER
+        ):
+            answer = f"the server answers {status}" if status else "access is denied"
+            return DataError(f"{location}: {answer}. Check the address and the rights of this account.")
+        if isinstance(status, int):
+            return PassingFaultError(f"the server answers {status}")
+        if isinstance(error, TimeoutError):
+            return PassingFaultError(f"the server is silent for {self._config.timeout_seconds:g} seconds")
+        # The text of other errors may hold the whole URL.
+        return PassingFaultError(f"{type(error).__name__}{_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    system_error = getattr(error, "os_error", error)
+    return f", {system_error.strerror}" if isinstance(system_error, OSError) and system_error.strerror else ""
+
+
+@dataclass(frozen=True)
+class _Download:
+    """What a fetched file has to be."""
+
+    location: str
+    sha256: str
+    size_bytes: int | None
+
+    def is_in(self, path: Path, check: bool) -> bool:
+        """Whether a file is this one already: by its name and size, with `check` by its content too."""
+        if not path.is_file() or (self.size_bytes is not None and path.stat().st_size != self.size_bytes):
+            return False
+        return not check or file_sha256(path) == self.sha256
+
+    def into(self, descriptor: int, chunks: Iterator[bytes]) -> None:
+        """Write what arrives, hashed on the way. Raises PassingFaultError where it is not this file; OSError."""
+        os.ftruncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        digest, received = hashlib.sha256(), 0
+        for chunk in chunks:
+            digest.update(chunk)
+            received += len(chunk)
+            if self.size_bytes is not None and received > self.size_bytes:
+                break
+            view = memoryview(chunk)
+            while view:
+                view = view[os.write(descriptor, view) :]
+        if self.size_bytes is not None and received != self.size_bytes:
+            actual = f"{'more than ' if received > self.size_bytes else ''}{min(received, self.size_bytes)} bytes"
+            raise self._wrong("size", f"{self.size_bytes} bytes", actual)
+        if (actual := digest.hexdigest()) != self.sha256:
+            raise self._wrong("sha256", f"sha256 {self.sha256}", actual)
+
+    def _wrong(self, reason: str, expected: str, actual: str) -> PassingFaultError:
+        message = f"expected {expected}, actual {actual}"
+        final = f"{self.location}: {message}. Copy the file to the server again."
+        return PassingFaultError(message, DamagedFileError(final, reason, actual))
+
+
+def _not_written(path: object, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be written: {error.strerror}. Set data.cache_dir to a folder with enough space.")
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[int]:
+    """A file that this process alone writes to until it is renamed, or removed here; its descriptor.
+
+    Who waits may get hold of a file that was renamed or removed meanwhile: then there is a new one to lock.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_still(path, descriptor):
+                try:
+                    yield descriptor
+                finally:
+                    if _is_still(path, descriptor):
+                        path.unlink()
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,133 @@
+"""One shard opened for reading. Imports no torch."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrain.data.storage.damage import TAR_BLOCK_BYTES, DamagedFileError, place_of_cut, place_of_flip
+from llmtrain.data.storage.manifest import DTYPES, Manifest, ShardEntry, check_file, read_index
+from llmtrain.errors import DataError
+
+
+@dataclass(frozen=True)
+class ShardPaths:
+    """Where a shard and its sidecar lie."""
+
+    tar: Path
+    index: Path
+
+
+class ShardFile:
+    """One shard opened for reading: the tar mapped into memory, and the place of each document in its stream."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, number: int, hashed: bool = True, paths: ShardPaths | None = None
+    ) -> None:
+        """Open shard `number`, comparing sizes with the manifest, and hashes where `hashed`.
+
+        `paths` is given where the files are kept under other names than the manifest's. Raises DamagedFileError.
+        """
+        entry = manifest.shards[number]
+        paths = paths or ShardPaths(folder / entry.file, folder / entry.index_file)
+        dtype = DTYPES[manifest.dtype]
+        check_file(paths.tar)  # a shard that is gone is named before its sidecar
+        check_file(paths.index, None, entry.index_sha256 if hashed else None)
+        payloads = read_index(paths.index).astype(np.int64)
+        _check_index(paths.index, payloads, entry, dtype.itemsize)
+        _check_shard(paths.tar, payloads, entry, hashed)
+        self.path = paths.tar
+        self.lengths = payloads[:, 1] // dtype.itemsize
+        self._eos_id = manifest.eos_id
+        self._vocab_size = manifest.vocab_size
+        # Payloads lie at multiples of the tar's 512-byte blocks: the file is one array of tokens, headers included.
+        # A file of zero bytes cannot be mapped.
+        mapped = np.memmap(paths.tar, np.uint8, mode="r") if entry.bytes else np.empty(0, np.uint8)
+        self._tokens = np.asarray(mapped)[: entry.bytes // dtype.itemsize * dtype.itemsize].view(dtype)
+        self._first = payloads[:, 0] // dtype.itemsize
+        self._starts = np.concatenate(([0], np.cumsum(self.lengths + 1)))
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    def document(self, number: int) -> NDArray[Any]:
+        """The stored token ids of one document, without the end of sequence; a view of the mapped file."""
+        first = int(self._first[number])
+        return self._tokens[first : first + int(self.lengths[number])]
+
+    def span(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens [begin, end) of the stream, one at least, and the positions in them where documents begin.
+
+        A document without tokens begins at its own end of sequence. Raises IndexError past the stream's end, and
+        DataError for an id that the vocabulary does not have: the file was spoiled, and no hash has told.
+        """
+        if not 0 <= begin < end <= self._starts[-1]:
+            raise IndexError(f"tokens {begin} to {end}: the shard's stream has {self._starts[-1]} tokens")
+        length = end - begin
+        first, last = np.searchsorted(self._starts, (begin + 1, end)).tolist()
+        first -= 1  # the document, or its end of sequence, that the first token belongs to
+        bounds = self._starts[first : last + 1] - begin
+        starts = bounds[:-1]
+        sources = (self._first[first:last] - starts).tolist()  # where position 0 would lie in the file
+        tokens = np.full(length, self._eos_id, np.int64)
+        for source, (start, next_start) in zip(sources, pairwise(bounds.tolist()), strict=True):
+            low, high = max(start, 0), min(next_start - 1, length)
+            tokens[low:high] = self._tokens[source + low : source + high]
+        if tokens.max() >= self._vocab_size:
+            self._raise_unknown_id(tokens, first, begin)
+        return tokens, starts[starts >= 0]
+
+    def _raise_unknown_id(self, tokens: NDArray[np.int64], first: int, begin: int) -> None:
+        """Name the first id that is none, and its byte; `first` is the document that the tokens begin in."""
+        at = int(np.argmax(tokens >= self._vocab_size))
+        document = first + int(np.searchsorted(self._starts[first:], begin + at, side="right")) - 1
+        token = int(self._first[document]) + begin + at - int(self._starts[document])
+        raise DataError(
+            f"{self.path}: document {document}, byte {token * self._tokens.itemsize}: expected an id "
+            f"below {self._vocab_size}, actual {tokens[at]}. Copy the file again; data.verify=first finds this before "
+            "any sample is used."
+        )
+
+
+def _check_index(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, itemsize: int) -> None:
+    """Raises DamagedFileError where a sidecar contradicts the manifest, whatever its hash."""
+    offsets, sizes = payloads[:, 0], payloads[:, 1]
+    found = len(payloads), int((sizes // itemsize).sum())
+    if found != (entry.samples, entry.tokens):
+        raise DamagedFileError(
+            f"{path}: expected {entry.samples} documents with {entry.tokens} tokens, actual {found[0]} with "
+            f"{found[1]}. Delete it; `llmtrain data index {path.parent}` rebuilds it.",
+            "index",
+            f"{found[0]} documents with {found[1]} tokens in {path.name}",
+        )
+    # Each document has its header before it, and nothing else's: an archive is made of blocks.
+    ends = np.concatenate(([0], -(-(offsets + sizes) // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES))
+    apart = not (offsets % TAR_BLOCK_BYTES).any() and bool((offsets - ends[:-1] >= TAR_BLOCK_BYTES).all())
+    if not apart or (sizes % itemsize).any() or (payloads < 0).any() or (offsets + sizes > entry.bytes).any():
+        raise DamagedFileError(
+            f"{path}: places lie outside of the {entry.bytes} bytes of {entry.file} or where no document can be. "
+            f"Delete it; `llmtrain data index {path.parent}` rebuilds it.",
+            "index",
+            f"places outside of {entry.file} in {path.name}",
+        )
+
+
+def _check_shard(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, hashed: bool) -> None:
+    """Compare a shard with the manifest; the error of `check_file` also tells where the damage lies."""
+    try:
+        check_file(path, entry.bytes, entry.sha256 if hashed else None)
+    except DamagedFileError as damage:
+        if damage.reason == "missing":
+            raise
+        size_bytes = path.stat().st_size
+        if damage.reason == "sha256":
+            place = place_of_flip(path, payloads)
+        elif size_bytes < entry.bytes:
+            place = f"cut short: {place_of_cut(payloads, size_bytes)}"
+        else:
+            place = f"{size_bytes - entry.bytes} bytes too many, from byte {entry.bytes} on"
+        raise DamagedFileError(f"{damage} ({place})", damage.reason, damage.actual) from None

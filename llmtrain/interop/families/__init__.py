@@ -1,0 +1,1 @@
+"""Hugging Face families: a name table each."""

@@ -1,0 +1,90 @@
+"""The proof that an exported tokenizer gives the ids of training, for plain text and for a user's prompt."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from llmtrain.errors import ExportError
+from llmtrain.interop.text.special_tokens import Around, TextTokenizer
+
+NUM_GREEDY = 32
+_PROMPT = 16
+_LIKELY_CAUSE = (
+    "A unigram model with scores that are not multiples of a power of two rounds differently in the two libraries: "
+    "train the tokenizer again with `llmtrain data tokenizer`, or as bpe."
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A string as ids of training, and as what transformers' tokenizer gives a model for it."""
+
+    ids: tuple[int, ...]
+    inputs: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """An exported tokenizer beside the one of training."""
+
+    folder: Path
+    ours: TextTokenizer
+    frame: Around
+    """What the exported one is to put before and behind a text."""
+
+    @cached_property
+    def theirs(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+
+    def compare(self, texts: Sequence[str]) -> list[int]:
+        """All ids of the texts, once both sides agree on them and on the text of them. Raises ExportError."""
+        all_ids: list[int] = []
+        spelled = [str(token) for token in self.theirs.added_tokens_decoder.values()]
+        for text in texts:
+            expected = self.ours.encode(text)
+            plain = self.theirs.encode(text, add_special_tokens=False, verbose=False, split_special_tokens=True)
+            self._require_equal(expected, plain)
+            if not any(name in text for name in spelled):
+                self._require_equal(self._framed(expected), self.theirs(text, verbose=False)["input_ids"])
+            all_ids += expected
+            if self.theirs.unk_token_id is not None and self.theirs.unk_token_id in expected:
+                continue  # what is no token has no text either
+            expected_text, actual_text = self.ours.decode(expected), self.theirs.decode(plain, skip_special_tokens=True)
+            if actual_text != expected_text:
+                raise ExportError(
+                    f"The exported tokenizer decodes to {actual_text[:80]!r} what is {expected_text[:80]!r} for ours."
+                )
+        return all_ids
+
+    def prompt(self, text: str, max_seq_len: int) -> Prompt:
+        """The longest beginning of a text that leaves room for a continuation. Raises ExportError where a user's call
+        gives other ids than `llmtrain generate` has for it."""
+        longest = max(1, min(_PROMPT, max_seq_len - NUM_GREEDY))
+        ids = self._framed(self.ours.encode(text))
+        while len(ids) > longest and len(text) > 1:
+            text = text[: len(text) * 3 // 4]
+            ids = self._framed(self.ours.encode(text))
+        inputs = self.theirs(text, return_tensors="pt")
+        self._require_equal(ids, inputs["input_ids"][0].tolist())
+        return Prompt(tuple(ids), dict(inputs))
+
+    def _framed(self, ids: Sequence[int]) -> list[int]:
+        before, behind = self.frame
+        return [*before, *ids, *behind]
+
+    def _require_equal(self, expected: Sequence[int], actual: Sequence[int]) -> None:
+        if list(actual) == list(expected):
+            return
+        pairs = enumerate(zip(expected, actual, strict=False))
+        place = next((i for i, (one, other) in pairs if one != other), min(len(expected), len(actual)))
+        before = self.ours.decode(expected[max(0, place - 8) : place])
+        raise ExportError(
+            f"The exported tokenizer differs at token {place}, after {before[-60:]!r}: "
+            f"trained with {list(expected[place : place + 6])}, exported {list(actual[place : place + 6])}. "
+            f"{_LIKELY_CAUSE}"
+        )

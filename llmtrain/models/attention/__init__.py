@@ -1,0 +1,1 @@
+"""Attention: its kinds, kernels, caches, and who sees whom."""

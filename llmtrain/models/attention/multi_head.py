@@ -1,0 +1,158 @@
+"""Attention: projections, norms, positions, and the kernel that the kind of attention and the device call for.
+
+Shape suffixes: S queries, T keys, B micro-batch, H hidden, N heads, D size of one head.
+The number of heads is read off the weights, so that a rank that holds some of the heads runs the same code.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.models.attention.blockwise import blockwise_attention
+from llmtrain.models.attention.caches import KeyValueCache, LayerCache, MemoryCache, StateCache
+from llmtrain.models.attention.flex_kernel import can_flex, flex_kernel
+from llmtrain.models.attention.fused import fused_attention
+from llmtrain.models.attention.linear import decode, linear_attention
+from llmtrain.models.attention.patterns import PATTERNS, Full, Strided
+from llmtrain.models.attention.scores import ProbabilityDropout, Scoring, repeated_kv, scores_by_distance
+from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.norms import RMSNorm
+from llmtrain.models.positions import PositionBias, Rotary, at_least_fp32, rotate
+from llmtrain.parallel.stateless_random import Draws, Span, site_key
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """What all layers of one forward pass share.
+
+    `rotary` is None without rotary positions, `bias` without scores by position, `draws` outside of training.
+    """
+
+    rotary: Rotary | None = None
+    visible: Visibility = field(default_factory=Visibility)
+    bias: PositionBias | None = None
+    draws: Draws | None = None
+
+
+KernelName = Literal["fused", "blockwise", "flex"]
+
+KERNELS: dict[KernelName, Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]] = {
+    "fused": fused_attention,
+    "blockwise": blockwise_attention,
+    "flex": flex_kernel,
+}
+
+
+def kernel_for(q_SBND: Tensor, k_TBND: Tensor, scoring: Scoring, on_gpu: bool) -> KernelName:
+    """The fastest kernel that computes this: PyTorch's fused ones know no pattern and nothing between score and weight;
+    FlexAttention knows both, on GPUs; the blockwise one knows everything, everywhere."""
+    if isinstance(scoring.pattern, Full) and scoring.plain:
+        return "fused"
+    # A stride leaves something of every block of FlexAttention's, so that it would save nothing there.
+    if on_gpu and not isinstance(scoring.pattern, Strided) and can_flex(q_SBND, k_TBND, scoring):
+        return "flex"
+    return "blockwise"
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention (Vaswani et al. 2017; Ainslie et al. 2023).
+
+    Self-attention of the configured kind; `cross`: full attention to a memory, without positions and sinks.
+    """
+
+    def __init__(self, config: ModelConfig, site: str, recompute_kernel: bool = False, cross: bool = False) -> None:
+        super().__init__()
+        self.cross = cross
+        self.head_dim = config.head_size
+        self.num_heads = config.num_heads
+        self.first_head = 0
+        """First of the global heads that the kernel computes on this rank."""
+        self.tensor_first_head = 0
+        """First of the global heads whose weights this rank holds."""
+        self.kind = "full" if cross else config.attention.kind
+        self.pattern = PATTERNS[self.kind](config.attention)
+        self.scale = config.attention.scale or 1 / math.sqrt(self.head_dim)
+        self.softcap = config.attention.softcap
+        self.dropout = config.attention_dropout
+        self.dropout_site = site_key(site, "probabilities")
+        self.recompute_kernel = recompute_kernel
+        self.q = nn.Linear(config.hidden_size, config.num_heads * self.head_dim, bias=config.bias)
+        self.k = nn.Linear(config.hidden_size, config.kv_heads * self.head_dim, bias=config.bias)
+        self.v = nn.Linear(config.hidden_size, config.kv_heads * self.head_dim, bias=config.bias)
+        self.out = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        has_sinks = config.attention.sinks and not cross
+        self.sinks = nn.Parameter(torch.empty(config.num_heads)) if has_sinks else None
+
+    def forward(
+        self,
+        x_SBH: Tensor,
+        inputs: AttentionInputs,
+        cache: LayerCache | None = None,
+        memory_TBH: Tensor | None = None,
+    ) -> Tensor:
+        """[S, B, H]. Cross-attention needs the memory, but where its cache has seen it."""
+        q = self.heads_of(self.q, x_SBH, self.q_norm)
+        if self.cross:
+            k, v = self.keys_and_values_of_memory(memory_TBH, cache)
+        else:
+            k, v = self.keys_and_values(x_SBH)
+            if inputs.rotary is not None:
+                q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
+        if isinstance(cache, StateCache):
+            out, cache.state = decode(q, *self.repeated(q, k, v), inputs.visible, cache.state)
+            return self.out(out.flatten(-2))
+        if isinstance(cache, KeyValueCache):
+            k, v = cache.extend(k, v)
+        if self.recompute_kernel and self.training:
+            out = checkpoint(self.attend, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = self.attend(q, k, v, inputs)
+        return self.out(out.flatten(-2))
+
+    def heads_of(self, linear: nn.Linear, x_SBH: Tensor, norm: RMSNorm | None) -> Tensor:
+        """[S, B, N, D]."""
+        heads = linear(x_SBH).unflatten(-1, (-1, self.head_dim))
+        return heads if norm is None else norm(heads)
+
+    def keys_and_values(self, x_TBH: Tensor) -> tuple[Tensor, Tensor]:
+        return self.heads_of(self.k, x_TBH, self.k_norm), self.heads_of(self.v, x_TBH, None)
+
+    def keys_and_values_of_memory(self, memory_TBH: Tensor | None, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        def computed() -> tuple[Tensor, Tensor]:
+            assert memory_TBH is not None, "cross-attention needs a memory"
+            return self.keys_and_values(memory_TBH)
+
+        return cache.kept(computed) if isinstance(cache, MemoryCache) else computed()
+
+    def repeated(self, q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with as many heads as the queries."""
+        return repeated_kv(k_TBND, q_SBND.shape[2]), repeated_kv(v_TBND, q_SBND.shape[2])
+
+    def attend(self, q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, inputs: AttentionInputs) -> Tensor:
+        """From rotated queries and keys to weighted values: [S, B, N, D]."""
+        if self.kind == "linear":
+            return linear_attention(q_SBND, *self.repeated(q_SBND, k_TBND, v_TBND), inputs.visible)
+        scoring = self.scoring(q_SBND, k_TBND, inputs)
+        kernel = KERNELS[kernel_for(q_SBND, k_TBND, scoring, q_SBND.is_cuda)]
+        return kernel(q_SBND, k_TBND, v_TBND, scoring)
+
+    def scoring(self, q_SBND: Tensor, k_TBND: Tensor, inputs: AttentionInputs) -> Scoring:
+        """How this layer weighs, with the weights of the heads at hand."""
+        by_distance = sinks = dropout = None
+        if inputs.bias is not None and not self.cross:
+            by_distance = scores_by_distance(inputs.bias, q_SBND, k_TBND.shape[0], self.first_head)
+        if self.sinks is not None:
+            start = self.first_head - self.tensor_first_head
+            sinks = at_least_fp32(self.sinks[start : start + q_SBND.shape[2]])
+        if self.dropout > 0 and inputs.draws is not None:
+            heads = Span(self.first_head, self.num_heads)
+            dropout = ProbabilityDropout(self.dropout, self.dropout_site, inputs.draws, heads)
+        return Scoring(self.pattern, inputs.visible, self.scale, self.softcap, by_distance, sinks, dropout)

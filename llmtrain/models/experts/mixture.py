@@ -1,0 +1,182 @@
+"""A mixture of experts: in place of one MLP many, of which each token meets a few.
+
+Shape suffixes: B micro-batch, S sequence, N tokens of this rank, P pairs of a token and an expert that does it,
+E experts, H hidden, F inner width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameter_shapes import expert_ffn_size
+from llmtrain.models.experts.router import Router
+from llmtrain.models.mlp import MLP, build_pointwise
+from llmtrain.parallel.stateless_random import Draws
+
+
+class Pairs(NamedTuple):
+    """The pairs of a token and an expert, expert by expert. `slot_P` is the place of each among its token's pairs, of
+    which there are `slots` at most."""
+
+    token_P: Tensor
+    expert_P: Tensor
+    slot_P: Tensor
+    slots: int
+    num_tokens: int
+
+    @staticmethod
+    def of(chosen_NE: Tensor) -> "Pairs":
+        """All that are chosen. The host waits for their number."""
+        expert_P, token_P = chosen_NE.T.nonzero(as_tuple=True)
+        place_NE = chosen_NE.cumsum(1) - 1
+        slots = max(1, int(chosen_NE.sum(1).max()))
+        return Pairs(token_P, expert_P, place_NE[token_P, expert_P], slots, chosen_NE.shape[0])
+
+    def gathered(self, x_NH: Tensor) -> Tensor:
+        """[P, H]: the row of each pair's token."""
+        return x_NH[self.token_P]
+
+    def summed(self, x_PH: Tensor) -> Tensor:
+        """[N, H]: the sum of each token's pairs, in the order of the experts whatever the device."""
+        place_P = self.token_P * self.slots + self.slot_P
+        spread = x_PH.new_zeros(self.num_tokens * self.slots, x_PH.shape[1]).index_copy(0, place_P, x_PH)
+        return spread.view(self.num_tokens, self.slots, -1).sum(1)
+
+
+class Gather(torch.autograd.Function):
+    """Rows of tokens to rows of pairs, and back the sum of a token's pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NH: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return pairs.gathered(x_NH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.pairs.summed(grads[0]), None
+
+
+class Sum(torch.autograd.Function):
+    """Rows of pairs to their sums by token, and back a row of each."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PH: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        return pairs.summed(x_PH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.pairs.gathered(grads[0]), None
+
+
+class WithLoss(torch.autograd.Function):
+    """Passes a tensor on; backward, a loss beside it gets `scale` as its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grads[0], torch.full((), ctx.scale, dtype=torch.float32, device=grads[0].device), None
+
+
+class Exchange(Protocol):
+    """Brings rows to the ranks that hold their experts, and back."""
+
+    def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, list[int], Callable[[Tensor], Tensor]]:
+        """Rows for this rank's experts, expert by expert, how many each has, and the way back for as many rows."""
+        ...
+
+
+class LocalExperts:
+    """All experts are here."""
+
+    def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, list[int], Callable[[Tensor], Tensor]]:
+        return x_PH, counts_E.tolist(), lambda rows: rows
+
+
+class Experts(nn.Module):
+    """MLPs of equal shape, stacked: weights are [expert, out, in]."""
+
+    def __init__(self, config: ModelConfig, recompute_activation: bool = False) -> None:
+        super().__init__()
+        assert config.moe is not None
+        shape = (config.moe.num_experts, expert_ffn_size(config), config.hidden_size)
+        self.pointwise = build_pointwise(config)
+        self.recompute_activation = recompute_activation
+        self.gate = nn.Parameter(torch.empty(shape)) if config.gated else None
+        self.up = nn.Parameter(torch.empty(shape))
+        self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+
+    def forward(self, x_PH: Tensor, counts: Sequence[int]) -> Tensor:
+        """Rows lie expert by expert, `counts` of each."""
+        up = grouped_linear(x_PH, self.up, counts)
+        gate = None if self.gate is None else grouped_linear(x_PH, self.gate, counts)
+        if self.recompute_activation and self.training:
+            inner = checkpoint(self.activate, up, gate, use_reentrant=False, preserve_rng_state=False)
+        else:
+            inner = self.activate(up, gate)
+        return grouped_linear(inner, self.down, counts)
+
+    def activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
+        return self.pointwise(up) if gate is None else self.pointwise(gate) * up
+
+
+def grouped_linear(x_PH: Tensor, weight_EFH: Tensor, counts: Sequence[int]) -> Tensor:
+    """[P, F]: rows times the transposed weight of their expert. An expert without rows has a gradient of zeros."""
+    if x_PH.is_cuda and x_PH.dtype == torch.bfloat16:
+        ends = torch.tensor(counts, device=x_PH.device).cumsum(0).to(torch.int32)
+        return F.grouped_mm(x_PH, weight_EFH.transpose(1, 2), offs=ends)
+    parts = x_PH.split(list(counts))
+    return torch.cat([part @ weight.T for part, weight in zip(parts, weight_EFH, strict=True)])
+
+
+class MoE(nn.Module):
+    """The chosen experts' outputs, weighted and summed, and those of the shared ones, which every token meets."""
+
+    def __init__(self, config: ModelConfig, site: str, recompute_activation: bool = False) -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.router = Router(config, site)
+        self.experts = Experts(config, recompute_activation)
+        self.exchange: Exchange = LocalExperts()
+        self.enter: Callable[[Tensor], Tensor] = identity
+        """Into the region where tensor ranks split the experts: the whole sequence of this context rank."""
+        self.leave: Callable[[Tensor], Tensor] = identity
+        """Out of it: sums the parts of the ranks."""
+        shared = config.moe.num_shared_experts * expert_ffn_size(config)
+        self.shared = None
+        if shared:
+            plain = config.model_copy(update={"ffn_hidden_size": shared, "bias": False})
+            self.shared = MLP(plain, recompute_activation)
+
+    def forward(
+        self, x_SBH: Tensor, valid_BS: Tensor | None, draws: Draws | None, balance: float
+    ) -> tuple[Tensor, Tensor]:
+        """(output, the router's report). Backward, the balancing losses join in with the factor `balance`."""
+        routing = self.router(x_SBH, valid_BS, draws)
+        inner_SBH, weights_SBE = self.enter(x_SBH), self.enter(routing.weights_sBE)
+        inside = self.router.parts.block(routing.chosen_SBE.shape[0], inner_SBH.shape[0])
+        pairs = Pairs.of(routing.chosen_SBE[inside].flatten(0, 1))
+        counts_E = torch.bincount(pairs.expert_P, minlength=weights_SBE.shape[-1])
+        rows, counts, back = self.exchange.to_experts(Gather.apply(inner_SBH.flatten(0, 1), pairs), counts_E)
+        done_PH = back(self.experts(rows, counts))
+        weights_P = weights_SBE.flatten(0, 1)[pairs.token_P, pairs.expert_P]
+        weighted_PH = done_PH * weights_P[:, None].to(done_PH.dtype)
+        out_SBH = self.leave(Sum.apply(weighted_PH, pairs).view_as(inner_SBH))
+        if self.shared is not None:
+            out_SBH = out_SBH + self.shared(x_SBH)
+        if balance and torch.is_grad_enabled():
+            out_SBH = WithLoss.apply(out_SBH, routing.loss, balance)
+        return out_SBH, routing.report
+
+
+def identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,83 @@
+"""What a run will do, as plain numbers: the answer of `llmtrain train --dry-run`. Pure arithmetic, no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from llmtrain.checkpoint.disk_space import BYTES_PER_PARAMETER
+from llmtrain.config.parameter_shapes import num_active_parameters, num_parameters, parameter_shapes
+from llmtrain.config.schema import RunConfig
+from llmtrain.parallel.layout import plan_layout
+from llmtrain.plan.layout_text import LayoutOutline, plan_layout_outline
+from llmtrain.plan.memory import MemoryPlan, plan_memory
+from llmtrain.preflight.continuation import Continuation
+from llmtrain.preflight.windows import SourceUse
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Sizes and layout of a run. An interval of 0 means never; the last step is always saved."""
+
+    name: str
+    run_folder: str
+    parameters: int
+    active_parameters: int
+    """Those that one token meets: of the experts, some."""
+    vocab_size: int
+    world_size: int
+    data_parallel_size: int
+    global_batch_size: int
+    micro_batch_size: int
+    micro_batches_per_rank: int
+    seq_len: int
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    precision: str
+    engine: str
+    zero_stage: int
+    evaluate_every_steps: int
+    checkpoint_every_steps: int
+    windows: str | None
+    sources: tuple[SourceUse, ...]
+    checkpoint_bytes: int
+    memory: MemoryPlan
+    continues: Continuation | None
+    layout: LayoutOutline
+
+
+def plan_outline(
+    config: RunConfig, world_size: int, sources: Sequence[SourceUse] = (), continues: Continuation | None = None
+) -> Outline:
+    """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules, and what it makes of data."""
+    train, layout = config.train, plan_layout(config.parallel, world_size)
+    tokens_per_step = train.global_batch_size * config.data.seq_len
+    steps = continues.last_step if continues else config.total_steps
+    before, ahead = (continues.data_tokens, steps - continues.step) if continues else (0, steps)
+    return Outline(
+        name=config.name,
+        run_folder=f"{config.output_dir.rstrip('/') or '/'}/{config.name}",
+        parameters=num_parameters(config.model),
+        active_parameters=num_active_parameters(config.model),
+        vocab_size=config.model.vocabulary,
+        world_size=world_size,
+        data_parallel_size=layout.data,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.micro_batch_size,
+        micro_batches_per_rank=train.global_batch_size // (train.micro_batch_size * layout.data),
+        seq_len=config.data.seq_len,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        tokens=before + max(0, ahead) * tokens_per_step,
+        precision=train.precision,
+        engine=config.engine.name,
+        zero_stage=config.engine.zero_stage,
+        evaluate_every_steps=config.evaluate.every_steps,
+        checkpoint_every_steps=config.checkpoint.every_steps,
+        windows=config.data.windows,
+        sources=tuple(sources),
+        checkpoint_bytes=BYTES_PER_PARAMETER * sum(map(prod, parameter_shapes(config.model).values())),
+        memory=plan_memory(config, world_size),
+        continues=continues,
+        layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),
+    )

@@ -1,0 +1,266 @@
+"""The last look before a run takes any device: is what the configuration names really on storage?
+
+Reads manifests only, no shard and no token. Imports no torch, so that a mistake is told within a second.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmtrain.checkpoint.disk_space import BYTES_PER_PARAMETER, Room, plan_room
+from llmtrain.checkpoint.folders import CHECKPOINTS, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
+from llmtrain.checkpoint.origin import newest_origin
+from llmtrain.config.budget import Budget, Seen, seen_by
+from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.schema import RunConfig, SourceConfig
+from llmtrain.data.storage.folders import fetch_config, run_settings, run_tokenizer, scheme_fault
+from llmtrain.data.storage.manifest import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
+from llmtrain.data.storage.remote import RemoteFolder, scheme_of, shown_path
+from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
+from llmtrain.data.usage import data_use
+from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.preflight.resume_rules import TOKENIZER_NAMES, differences, refusals, resume_target
+from llmtrain.preflight.vocabulary import SPECIAL_KEY, fill_vocabulary
+from llmtrain.preflight.windows import with_windows
+from llmtrain.runs.audit import iter_events
+from llmtrain.runs.file_system import folder_fault
+from llmtrain.words import bytes_text
+
+FIRST = "data.train.0.path"
+"""The source whose tokenizer is that of the run."""
+
+SHARDS_HINT = "Write it with `llmtrain data shards INPUT... OUT --tokenizer MODEL`."
+
+
+def storage_problems(config: RunConfig, asks_room: bool = True) -> list[Problem]:
+    """What the run would miss on storage. Raises DataError where a manifest or a record of the run is damaged.
+
+    Room for checkpoints is not asked for where it is known that the run will not be here.
+    """
+    config = with_windows(config)
+    manifests: dict[str, Manifest] = {}
+    problems: list[Problem] = []
+    for key, source in _iter_sources(config):
+        found = _remote_manifest(key, source, config) if scheme_of(source.path) else _local_manifest(key, source)
+        if isinstance(found, Problem):
+            problems.append(found)
+            continue
+        manifests[key] = found
+        problems.extend(_too_short(config, key, source, manifests[key]))
+    problems.extend(_disagreements(config, manifests))
+    problems.extend(_tokenizer_problems(config, manifests))
+    filled = fill_vocabulary(config, manifests[FIRST]) if FIRST in manifests else []
+    if isinstance(filled, RunConfig):
+        config = filled
+    elif not any(problem.key == found.key for problem in problems for found in filled):
+        problems.extend(filled)
+    problems.extend(_resume_problems(config))
+    unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size")
+    problems.extend(found for found in _continuity_problems(config, manifests) if not found.key.startswith(unknown))
+    faults = _output_problems(config)
+    if not faults:
+        _require_records(config)
+    problems.extend(faults or (_room_problems(config) if asks_room else ()))
+    return problems
+
+
+def storage_warnings(config: RunConfig) -> list[str]:
+    """What may stop the run on its way. Needs model.vocab_size."""
+    room = _room(config)
+    if room.free_bytes is None or room.free_bytes >= room.planned_bytes:
+        return []
+    text = (
+        f"{room.folder}: not all checkpoints will fit that the run keeps at once (checkpoint.keep, keep_best, "
+        f"keep_every_steps): they need {bytes_text(room.planned_bytes)} more, {bytes_text(room.free_bytes)} are free."
+    )
+    return [text]
+
+
+def _iter_sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:
+    for split, sources in (("train", config.data.train), ("valid", config.data.valid)):
+        for number, source in enumerate(sources):
+            yield f"data.{split}.{number}.path", source
+
+
+def _remote_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manifest | Problem:
+    """The manifest behind a URL, or why there is none. Raises DataError where it is damaged."""
+    shown = shown_path(source.path)
+    fault = scheme_fault(source.path)
+    if fault is not None:
+        return Problem(key, fault, shown)
+    remote = RemoteFolder(source.path, fetch_config(config.data))
+    try:
+        content = remote.read(MANIFEST_NAME)
+    except DataError as error:
+        return Problem(key, f"no manifest can be fetched: {error}", shown)
+    return parse_manifest(content, remote.location(MANIFEST_NAME))
+
+
+def _local_manifest(key: str, source: SourceConfig) -> Manifest | Problem:
+    return _source_problem(key, source) or read_manifest(Path(source.path))
+
+
+def _source_problem(key: str, source: SourceConfig) -> Problem | None:
+    folder = Path(source.path)
+    if not folder.exists():
+        return Problem(key, f"no such folder. {_seen_from(folder)}{SHARDS_HINT}", source.path)
+    if not folder.is_dir():
+        return Problem(key, f"is a file; a data set is a folder of shards. {SHARDS_HINT}", source.path)
+    if not (folder / MANIFEST_NAME).is_file():
+        below = sorted(entry.parent.name for entry in folder.glob(f"*/{MANIFEST_NAME}"))
+        hint = f"Try {folder / below[0]}." if below else SHARDS_HINT
+        return Problem(key, f"the folder has no {MANIFEST_NAME}, so it is no data set. {hint}", source.path)
+    return None
+
+
+def _seen_from(path: Path) -> str:
+    return "" if path.is_absolute() else f"Looked from {Path.cwd()}. "
+
+
+def _too_short(config: RunConfig, key: str, source: SourceConfig, manifest: Manifest) -> Iterator[Problem]:
+    seq_len, windows = config.data.seq_len, config.data.windows
+    use = data_use(manifest, seq_len, windows or "continuous")
+    if use.samples:
+        return
+    most, holds = use.tokens - 1, f"{use.tokens} tokens with ends of sequence, less than"
+    if windows == "per_shard":
+        most = max((shard.stream_tokens - 1 for shard in manifest.shards), default=0)
+        holds = "no shard with"
+    advice = f"Try data.seq_len={most} or less, or more text." if most > 0 else "It needs more text."
+    message = f"holds {holds} the {seq_len + 1} tokens of one sample (data.seq_len = {seq_len}). {advice}"
+    yield Problem(key, message, shown_path(source.path), uses=("data.seq_len", "data.windows"))
+
+
+def _disagreements(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
+    """Sources whose ids do not mean the same tokens as those of the first readable source."""
+    if not manifests:
+        return
+    first_key, first = next(iter(manifests.items()))
+    paths = {key: shown_path(source.path) for key, source in _iter_sources(config)}
+    for key, manifest in manifests.items():
+        if manifest.tokenizer_sha256 != first.tokenizer_sha256 or manifest.vocab_size != first.vocab_size:
+            message = (
+                f"was written with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}, "
+                f"{manifest.vocab_size} tokens) than {first_key} = {paths[first_key]} "
+                f"({first.tokenizer_sha256[:12]}, {first.vocab_size}). Write both with one tokenizer."
+            )
+            yield Problem(key, message, paths[key])
+            continue
+        for name in ("eos_id", "bos_ids"):
+            is_, was = getattr(manifest, name), getattr(first, name)
+            if is_ != was:
+                message = (
+                    f"its manifest has {name} = {_plain(is_)}, and that of {first_key} = {paths[first_key]} has "
+                    f"{_plain(was)}: documents begin or end otherwise. Write one of them again "
+                    "(`llmtrain data shards --bos auto|none`)."
+                )
+                yield Problem(key, message, paths[key])
+
+
+def _plain(ids: int | tuple[int, ...]) -> str:
+    return str(list(ids) if isinstance(ids, tuple) else ids)
+
+
+def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
+    """The named tokenizer is there, and is the one that the first training source was written with.
+
+    Raises DataError where what the data set's manifest says of its tokenizer and the settings of it is not so.
+    """
+    named, first = config.data.tokenizer, manifests.get(FIRST)
+    if first is not None:
+        run_settings(config.data, first)
+    if named is None:
+        if first is not None:
+            yield from _kept_tokenizer_problems(config, first)
+        return
+    path = Path(named)
+    if path.is_file():
+        wanted = first.tokenizer_sha256 if first else None
+        if wanted is not None and file_sha256(path) != wanted:
+            message = (
+                f"is not the tokenizer that {shown_path(config.data.train[0].path)} was written with (sha256 "
+                f"{file_sha256(path)[:12]} instead of {wanted[:12]}). Name that one, or write the shards again."
+            )
+            yield Problem("data.tokenizer", message, named)
+        return
+    source = Path(config.data.train[0].path)
+    near = [folder / name for folder in (path, path.parent, source, source.parent) for name in TOKENIZER_NAMES]
+    found = [candidate for candidate in near if candidate.is_file()]
+    advice = f"Try {found[0]}." if found else "Train one with `llmtrain data tokenizer INPUT... OUT.model`."
+    kind = "is a folder" if path.is_dir() else "no such file"
+    yield Problem("data.tokenizer", f"{kind}. {_seen_from(path)}{advice}", named)
+
+
+def _kept_tokenizer_problems(config: RunConfig, first: Manifest) -> Iterator[Problem]:
+    """A run that names no tokenizer finds the right one beside the data. Raises DataError where that one is damaged."""
+    try:
+        run_tokenizer(config.data, first)
+    except (ConfigError, DataError) as error:
+        if isinstance(error, DataError) and scheme_of(config.data.train[0].path) is None:
+            raise
+        yield Problem("data.tokenizer", str(error))
+
+
+def _resume_problems(config: RunConfig) -> Iterator[Problem]:
+    resume = config.checkpoint.resume
+    path = Path(resume)
+    if resume in ("auto", "none") or is_checkpoint(path) or folder_of_checkpoints(path):
+        return
+    if (path / "config.json").is_file():
+        message = f"is a Hugging Face folder. Run `llmtrain import {path} OUT`, and resume from OUT."
+        yield Problem("checkpoint.resume", message, resume)
+        return
+    missing = f"no such checkpoint. {_seen_from(path)}".rstrip()
+    fault = "is neither a checkpoint nor a run with one." if path.exists() else missing
+    near = nearest_checkpoint(path)
+    advice = f"Try {near}." if near else "Write auto, none, or the path of a checkpoint or of a run."
+    yield Problem("checkpoint.resume", f"{fault} {advice}", resume)
+
+
+def _continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> list[Problem]:
+    """What differs from the checkpoint that the run would continue. Whether that one is whole is found out later."""
+    target = resume_target(config)
+    origin = newest_origin(target) if target else None
+    if origin is None:
+        return []
+    keys = [f"data.train.{number}.path" for number in range(len(config.data.train))]
+    training = [manifests[key] for key in keys if key in manifests]
+    return refusals(differences(origin, config, training if len(training) == len(keys) else None), config)
+
+
+def _require_records(config: RunConfig) -> None:
+    """Raise DataError where a file is damaged that says which data the run passes over."""
+    run_dir = Path(config.output_dir) / config.name
+    for _ in iter_events(run_dir):
+        pass
+    if config.data.on_corrupt == "skip":
+        SkippedShards(run_dir / LEDGER_NAME, config.data.max_skipped)
+
+
+def _output_problems(config: RunConfig) -> list[Problem]:
+    """The run folder must be a folder that can be written, or one that can be made, and have the run's lock."""
+    fault = folder_fault(Path(config.output_dir) / config.name)
+    if fault is None:
+        return []
+    return [Problem("output_dir", fault, config.output_dir, uses=("name",))]
+
+
+def _room_problems(config: RunConfig) -> Iterator[Problem]:
+    """A save needs room beside the checkpoint before it: an old one is removed once the new one is whole."""
+    if (config.train.steps is None and config.train.tokens is None) or config.model.vocab_size is None:
+        return  # a run without a length or a vocabulary is told of already
+    room = _room(config)
+    if room.free_bytes is not None and room.free_bytes < room.needed_bytes:
+        message = (
+            f"the checkpoints of this run do not fit. Needed: {bytes_text(room.needed_bytes)} in {room.folder}, where "
+            f"one takes {bytes_text(room.checkpoint_bytes)} ({BYTES_PER_PARAMETER} bytes per parameter) and a new one "
+            f"is written beside the one before. Free: {bytes_text(room.free_bytes)}. "
+            "Free space there, or choose an output_dir on a larger file system."
+        )
+        yield Problem("output_dir", message, config.output_dir, uses=("name",))
+
+
+def _room(config: RunConfig) -> Room:
+    folder = Path(config.output_dir) / config.name / CHECKPOINTS
+    saved = newest_origin(folder)
+    seen = seen_by(saved.state["train"], saved.config) if saved and saved.trained else Seen()
+    return plan_room(folder, num_parameters(config.model), config.checkpoint, Budget.of(config).last_step(seen))

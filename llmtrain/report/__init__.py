@@ -1,0 +1,1 @@
+"""A run read from outside: its state, its efficiency, the report page."""

@@ -1,0 +1,163 @@
+"""metrics.jsonl: one JSON object per recorded row, appended, durable after `flush`.
+
+JSON has no NaN and no infinity. They are written as the strings "NaN", "Infinity" and "-Infinity", which Python's
+`float`, JavaScript's `Number` and pandas all turn into the number; `read_rows` does so.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llmtrain.errors import DataError
+from llmtrain.files import iter_lines, open_regular, parse_json
+from llmtrain.values.row import RESUMED_FROM, Row
+
+METRICS_FILE = "metrics.jsonl"
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_TAIL_BYTES = 1 << 16
+MOST = 10**18
+"""No count of a run is larger, and no time is later."""
+
+
+class JsonlTracker:
+    """Appends rows to a file. Each row is one write, so that a reader of a live run sees whole rows.
+
+    `resume_step` is the step that the run continues after. A torn last line is cut; nothing else is removed. The first
+    row that is written to a file with a past carries `resumed_from`: it replaces all earlier rows after that step.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            open_regular(path).close()  # a pipe would wait for a reader
+        self._file = path.open("r+b" if path.exists() else "x+b", buffering=0)
+        self._size_bytes = _end_of_last_whole_line(self._file.fileno())
+        self._file.truncate(self._size_bytes)
+        self._file.seek(self._size_bytes)
+        self._resumed_from = resume_step if resume_step or self._size_bytes else None
+
+    def log(self, row: Row) -> None:
+        """Append one row. Raises OSError where it cannot be written; the file then still ends with a whole row."""
+        cells = {key: _to_json(value) for key, value in row.items()}
+        if self._resumed_from is not None:
+            # A run that resumes may go back further before its first row.
+            cells[RESUMED_FROM] = min(self._resumed_from, cells.get(RESUMED_FROM, self._resumed_from))
+        line = json.dumps(cells, allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(f"{self._file.name}: wrote {written} of {len(line)} bytes of a row")
+        except OSError:
+            self._file.truncate(self._size_bytes)
+            self._file.seek(self._size_bytes)
+            raise
+        self._size_bytes += len(line)
+        self._resumed_from = None
+
+    def flush(self) -> None:
+        """Wait until all rows are on the storage device."""
+        os.fsync(self._file.fileno())
+
+    def close(self, status: str) -> None:
+        """Make all rows durable and close the file."""
+        self.flush()
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that count, in order of their steps. Raises DataError for a damaged line."""
+    return rows_that_count(iter_rows(path))
+
+
+def rows_that_count(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all rows as written, those that no later one replaces, in order of their steps.
+
+    A row with `resumed_from: N` replaces all earlier rows after step N. Where a file lacks that key, a row whose step
+    lies before the previous row's, or that repeats a step, replaces all from its step on. So rows of an attempt that
+    got further than the one that followed it do not show.
+    """
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        restart = row.get(RESUMED_FROM)
+        if restart is None and _goes_back(kept, row):
+            restart = row["step"] - 1
+        if restart is not None:
+            while kept and kept[-1]["step"] > restart:
+                kept.pop()
+        kept.append(row)
+    return kept
+
+
+def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Every row as written, replaced ones included; a last line without its end is left out.
+
+    Raises DataError for a damaged line and for what is no file that can be read.
+    """
+    try:
+        for number, line in enumerate(iter_lines(path), start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield parse_row(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}:{number}: not a row of metrics ({error}): {line[:80]!r}. "
+                    "Remove that line; training does not need it."
+                ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """A row from its line. Raises ValueError where it is none, or holds what no run has recorded."""
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise ValueError("no object")
+    for key in ("step", RESUMED_FROM):
+        value = row.get(key, 0 if key == RESUMED_FROM else None)
+        if type(value) is not int or not 0 <= value <= MOST:
+            raise ValueError(f"no whole number `{key}`")
+    row = {key: _from_json(value) for key, value in row.items()}
+    for key, value in row.items():
+        if isinstance(value, str | dict | list) or value is None:
+            raise ValueError(f"`{key}` is no number")
+        if (key == "time" or key.endswith("_seconds")) and not abs(value) <= MOST:
+            raise ValueError(f"`{key}` is no time")
+        if isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"`{key}` has more digits than any number of a run")
+    return row
+
+
+def _goes_back(kept: list[dict[str, Any]], row: Row) -> bool:
+    if not kept or row["step"] > kept[-1]["step"]:
+        return False
+    if row["step"] < kept[-1]["step"]:
+        return True
+    same_step = [other for other in kept[-2:] if other["step"] == row["step"]]
+    return any(("valid_loss" in other) == ("valid_loss" in row) for other in same_step)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _end_of_last_whole_line(descriptor: int) -> int:
+    """Position after the last line end of a file; 0 where it has none."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - _TAIL_BYTES)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0

@@ -1,0 +1,1 @@
+"""Values that travel between rooms and belong to none."""

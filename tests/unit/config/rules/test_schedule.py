@@ -1,0 +1,41 @@
+"""A schedule that is longer than its run is told, not refused."""
+
+from typing import Any
+
+import pytest
+
+from llmtrain.config.rules.schedule import schedule_warnings
+from llmtrain.optim.schedule import learning_rate
+from tests.unit.config.small_run import broken, run
+
+WSD = {"schedule": "wsd", "warmup_steps": 10}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "inverse_sqrt", "constant"])
+@pytest.mark.parametrize("steps", [20, 49, 50])
+def test_a_run_within_its_warm_up_is_the_beginning_of_a_longer_one(schedule: str, steps: int) -> None:
+    optim = {"schedule": schedule, "warmup_steps": 50, "lr": 1e-3}
+    short, long = run(train={"steps": steps}, optim=optim), run(train={"steps": 1000}, optim=optim)
+    assert broken(short) == {}
+    rates = [
+        [learning_rate(step, made.optim, made.total_steps) for step in range(1, steps + 1)] for made in (short, long)
+    ]
+    assert rates[0] == rates[1]
+    (warning,) = schedule_warnings(short)
+    assert f"rises to {rates[0][-1]:g}, of optim.lr = 0.001" in warning
+    assert f"optim.warmup_steps={steps // 10}." in warning
+    assert schedule_warnings(long) == []
+
+
+def test_a_decay_takes_what_warm_up_leaves_and_ends_at_min_lr() -> None:
+    short = run(train={"steps": 20}, optim={**WSD, "lr": 1e-3, "min_lr": 1e-4, "decay_steps": 40})
+    assert broken(short) == {}
+    assert learning_rate(10, short.optim, 20) == pytest.approx(1e-3)
+    assert learning_rate(20, short.optim, 20) == pytest.approx(1e-4)
+    (warning,) = schedule_warnings(short)
+    assert "the decay takes 10. Set optim.decay_steps=10 or less" in warning
+
+
+@pytest.mark.parametrize("optim", [{}, {"warmup_steps": 99}, {**WSD, "decay_steps": 90}, {"decay_steps": 1000}])
+def test_a_schedule_that_the_run_has_room_for_is_not_spoken_of(optim: dict[str, Any]) -> None:
+    assert schedule_warnings(run(optim=optim)) == []

@@ -1,0 +1,141 @@
+"""What a dry run says of memory is what PyTorch keeps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.config.reading.load import load_config
+from llmtrain.config.schema import RunConfig
+from llmtrain.config.sequence_lengths import Lengths
+from llmtrain.models.build import build_model, materialize
+from llmtrain.models.transformer import ModelInputs, Pass
+from llmtrain.parallel.layout import Layout
+from llmtrain.parallel.stateless_random import Draws
+from llmtrain.plan.memory import activation_bytes, held_bytes, plan_memory
+from llmtrain.words import short_bytes
+from tests.unit.config.small_run import run
+from tests.unit.plan.test_memory_advice import large
+
+ROOT = Path(__file__).resolve().parents[3]
+BATCH, LENGTH = 2, 64
+
+MODELS = {
+    "gpt2": {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True},
+    "llama": {"num_kv_heads": 2},
+    "relu": {"activation": "relu"},
+    "bert": {"family": "encoder", "norm": "layernorm", "activation": "gelu", "position": "learned"},
+    "t5": {"family": "encoder_decoder", "num_encoder_layers": 2},
+    "moe": {"moe": {"num_experts": 4, "top_k": 2}},
+}
+
+
+def config_of(model: dict[str, object], **train: object) -> RunConfig:
+    sizes = {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "vocab_size": 256, "max_seq_len": LENGTH}
+    return run(
+        model={**sizes, **model},
+        train={"global_batch_size": BATCH, "micro_batch_size": BATCH, "steps": 1, **train},
+    )
+
+
+def kept_bytes(config: RunConfig, encoder_length: int = 0) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights left out, each piece of memory once."""
+    model = build_model(config.model, config.train.recompute)
+    materialize(model, config.seed, torch.device("cpu"))
+    model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[config.train.precision])
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens, positions = torch.randint(0, 256, (BATCH, LENGTH)), torch.arange(LENGTH).expand(BATCH, LENGTH)
+    encoder = torch.randint(0, 256, (BATCH, encoder_length)) if encoder_length else None
+    draws = Draws.of_micro_batch(config.seed, 1, 0, torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(ModelInputs(tokens, positions, None, None, encoder, None), Pass(draws, 1.0))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("model", MODELS)
+def test_activations_are_what_pytorch_keeps(model: str, recompute: str) -> None:
+    """On a CPU an RMSNorm keeps a third tensor; embeddings and the last norm add less than a layer's tenth."""
+    config = config_of(MODELS[model], recompute=recompute)
+    encoder = 2 * LENGTH if config.model.family == "encoder_decoder" else 0
+    per_norm = 3 if config.model.norm == "rmsnorm" else 2
+    estimate = activation_bytes(config, Layout(), Lengths(LENGTH, encoder), per_norm)
+    assert kept_bytes(config, encoder) == pytest.approx(estimate, rel=0.1)
+
+
+def test_lower_precision_halves_activations() -> None:
+    half = config_of(MODELS["gpt2"], precision="bf16")
+    estimate = activation_bytes(half, Layout(), Lengths(LENGTH))
+    assert estimate == activation_bytes(config_of(MODELS["gpt2"]), Layout(), Lengths(LENGTH)) / 2
+    assert kept_bytes(half) == pytest.approx(estimate, rel=0.1)
+
+
+def test_recomputed_layers_keep_their_inputs_and_one_layer() -> None:
+    config = config_of(MODELS["gpt2"], recompute="full")
+    one_layer = BATCH * LENGTH * 128 * 4 * 16  # of a plain layer, in fp32: 16 tensors as wide as the residual
+    estimate = activation_bytes(config, Layout(), Lengths(LENGTH))
+    assert kept_bytes(config) == pytest.approx(estimate - one_layer, rel=0.3)
+
+
+def test_axes_divide_activations() -> None:
+    config, lengths = config_of(MODELS["gpt2"]), Lengths(LENGTH)
+    alone = activation_bytes(config, Layout(), lengths)
+    assert activation_bytes(config, Layout(context=2), lengths) == alone / 2
+    assert activation_bytes(config, Layout(tensor=2, sequence=True), lengths) == alone / 2
+    # of 16 tensors as wide as the residual, the inputs and outputs of two norms stay whole
+    assert activation_bytes(config, Layout(tensor=2), lengths) == pytest.approx(alone * (4 + 12 / 2) / 16)
+    many = config_of(MODELS["gpt2"], global_batch_size=8 * BATCH)
+    assert activation_bytes(many, Layout(pipeline=2), lengths) == alone, "as many micro-batches as stages are under way"
+    assert activation_bytes(config, Layout(pipeline=2), lengths) == alone / 2
+
+
+def test_what_a_rank_holds() -> None:
+    alone = held_bytes(large(), 1)
+    assert alone == pytest.approx(16 * 6.17e9, rel=0.01), "one table for embedding and head"
+    bf16 = {"train": {"precision": "bf16"}}
+    assert held_bytes(large(**bf16), 1) == pytest.approx(alone / 16 * 18)
+    by_stage = [held_bytes(large(**bf16, engine={"name": "deepspeed", "zero_stage": s}), 8) for s in range(4)]
+    per_weight = [held / (alone / 16) for held in by_stage]
+    assert per_weight == pytest.approx([18, 6 + 12 / 8, 2 + 16 / 8, 18 / 8])
+    megatron = {"engine": {"name": "megatron"}, "parallel": {"tensor": 2, "pipeline": 2}}
+    assert held_bytes(large(**megatron), 4) == pytest.approx(alone / 4)
+
+
+def test_the_plan_of_a_known_model() -> None:
+    """In bf16: of each token, each of 32 layers keeps 8 tensors as wide as the residual and 4 as wide as the MLP."""
+    config = large(train={"precision": "bf16", "micro_batch_size": 1})
+    plan = plan_memory(config, 1)
+    assert plan.held == pytest.approx(18 * 6.17e9, rel=0.01)
+    assert plan.logits == 1024 * 128_256 * 8
+    assert plan.activations == 2 * 32 * 8192 * (8 * 4096 + 4 * config.model.ffn_size)
+
+
+def documented_layouts() -> list[list[str]]:
+    """Cells of the table of layouts in docs/layouts.md: settings, ranks, and three sizes."""
+    text = (ROOT / "docs" / "layouts.md").read_text("utf-8").partition("### Llama 8B")[2]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    return [[row[0].strip("`"), *row[1:]] for row in rows]
+
+
+def test_the_documented_sizes_are_those_of_a_dry_run(tmp_path: Path) -> None:
+    """And every layout of the page is legal."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"name: page\nmodel: {{base: {ROOT / 'configs' / 'models' / 'llama-8b.yaml'}}}\n"
+        "data: {train: [{path: a}], seq_len: 8192}\n"
+        "train: {steps: 1, global_batch_size: 64, micro_batch_size: 1, precision: bf16}\n"
+    )
+    rows = documented_layouts()
+    assert len(rows) > 6
+    for settings, ranks, *sizes in rows:
+        config = load_config(file, [*settings.split(), f"launch.num_workers={ranks}"]).config
+        plan = plan_memory(config, int(ranks))
+        assert [short_bytes(size) for size in (plan.held, plan.activations, plan.logits)] == sizes, settings

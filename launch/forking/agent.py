@@ -221,7 +221,7 @@ def _dated(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """`python -m launch.forking.agent DESCRIPTOR ENGINE`: a socket's descriptor, and the engine of the ranks to come."""
+    """`python -m launch.forking.agent DESCRIPTOR ENGINE`: a socket's descriptor, and the engine of its ranks."""
     control = Connection(int(sys.argv[1]))
     # What a keyboard sends goes to whoever started the run, and comes from there.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -62,7 +62,8 @@ def run_job(job: dict[str, Any]) -> None:
     for number, place in enumerate(job["places"]):
         name, at = f"killed-{number}", 1 + min(int(place * total), total - 1)
         killed = command([*arguments, f"name={name}"], job["phase"], job["rank"], die_at(at))
-        left = sorted(entry.name for entry in Path("runs", name, "checkpoints").iterdir())
+        checkpoints = Path("runs", name, "checkpoints")  # a run that died at its start has not made it
+        left = sorted(entry.name for entry in checkpoints.iterdir()) if checkpoints.exists() else []
         continued = command([*arguments, f"name={name}"], job["phase"], job["rank"])
         print(json.dumps({"name": name, "at": at, "killed": killed, "left": left, "continued": continued}), flush=True)
 

@@ -1,12 +1,17 @@
 """Configuration of attention and of positions. Pure: imports no torch."""
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import isqrt
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from llmtrain.config.section import Length, LengthOrZero, Positive, Section
+from llmtrain.errors import ConfigError
 
 AttentionKind = Literal["full", "sliding_window", "strided", "bigbird", "longformer", "linear"]
+ScalingKind = Literal["linear", "ntk", "yarn", "llama3"]
 
 
 class AttentionConfig(Section):
@@ -44,7 +49,7 @@ class AttentionConfig(Section):
 class RopeScaling(Section):
     """Stretching of rotary positions beyond the length that they were trained at."""
 
-    kind: Literal["linear", "ntk", "yarn", "llama3"] = Field(
+    kind: ScalingKind = Field(
         default="llama3",
         description="linear: all frequencies are divided by the factor (Chen et al. 2023). ntk: the base grows "
         "instead. yarn: a band of frequencies is blended (Peng et al. 2023). llama3: frequencies below a band are "
@@ -67,3 +72,74 @@ class RopeScaling(Section):
         default=None, description="yarn: what cosine and sine are multiplied by; absent: 0.1 ln(factor) + 1."
     )
     original_max_seq_len: Length = Field(default=8192, description="Length of the sequences before the stretching.")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one kind reads of its section."""
+
+    reads: tuple[str, ...] = ()
+    """Keys that have an effect with this kind, beside those that have one with every kind."""
+    required: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
+    """Keys of `reads` that must be given, each with a value to try for samples of a length."""
+    small: Mapping[str, int] = field(default_factory=dict)
+    """Sizes for `llmtrain parity`: so small that the pattern leaves something out of its short samples."""
+
+
+def quarter(seq_len: int) -> int:
+    return max(1, seq_len // 4)
+
+
+ATTENTION_KINDS: dict[str, Kind] = {
+    "full": Kind(),
+    "sliding_window": Kind(("window",), {"window": quarter}, {"window": 8}),
+    "strided": Kind(("stride",), {"stride": isqrt}, {"stride": 4}),
+    "bigbird": Kind(("block_size", "num_global", "num_random"), small={"block_size": 4}),
+    "longformer": Kind(("window", "num_global"), {"window": quarter}, {"window": 8}),
+    "linear": Kind(),
+}
+"""A row per `AttentionKind`. Rules, parity, exports and patterns read it."""
+
+SCALING_KINDS: dict[str, Kind] = {
+    "linear": Kind(),
+    "ntk": Kind(),
+    "llama3": Kind(("low_freq_factor", "high_freq_factor", "original_max_seq_len")),
+    "yarn": Kind(("beta_fast", "beta_slow", "attention_factor", "original_max_seq_len")),
+}
+"""A row per `ScalingKind`."""
+
+KindSection = AttentionConfig | RopeScaling
+
+
+def kinds_of(section: KindSection) -> tuple[str, dict[str, Kind]]:
+    """The dotted key of a section, and the table of its kinds."""
+    if isinstance(section, AttentionConfig):
+        return "model.attention", ATTENTION_KINDS
+    return "model.rope_scaling", SCALING_KINDS
+
+
+def kind_of(section: KindSection) -> Kind:
+    """The row of a section's kind."""
+    path, kinds = kinds_of(section)
+    if section.kind not in kinds:
+        known = ", ".join(kinds)
+        raise ConfigError(
+            f"{path}.kind = {section.kind}: which keys it reads is in no table, only those of {known} are. "
+            "Choose one of these, or add its row to llmtrain/config/attention.py."
+        )
+    return kinds[section.kind]
+
+
+def effective_keys(section: KindSection) -> list[str]:
+    """Keys that have an effect with the section's kind."""
+    own = kind_of(section).reads
+    of_some = {key for kind in kinds_of(section)[1].values() for key in kind.reads}
+    return [key for key in type(section).model_fields if key in own or key not in of_some]
+
+
+def required_size(attention: AttentionConfig, key: str) -> int:
+    """A size that the section's kind cannot do without."""
+    size = getattr(attention, key)
+    if size is None:
+        raise ConfigError(f"model.attention.kind = {attention.kind} needs model.attention.{key}, which is absent.")
+    return size

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from math import isclose
 from typing import Any
 
+from llmtrain.config.attention import effective_keys
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameter_shapes import expert_ffn_size
 from llmtrain.config.reading.key_names import shown
@@ -22,21 +23,6 @@ TRAINING_ONLY = (
     "moe.z_loss_coeff",
 )
 """Keys without an effect on what a trained model computes."""
-
-_ATTENTION_KEYS = {
-    "full": (),
-    "sliding_window": ("window",),
-    "strided": ("stride",),
-    "bigbird": ("block_size", "num_global", "num_random"),
-    "longformer": ("window", "num_global"),
-    "linear": (),
-}
-_SCALING_KEYS = {
-    "linear": ("factor",),
-    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "original_max_seq_len"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"),
-}
-_GENERAL_ATTENTION_KEYS = ("kind", "softcap", "sinks", "scale")
 
 
 def effective_values(model: ModelConfig) -> dict[str, Any]:
@@ -57,12 +43,9 @@ def effective_values(model: ModelConfig) -> dict[str, Any]:
 
 
 def _attention(model: ModelConfig) -> Iterator[tuple[str, Any]]:
-    values = model.attention.model_dump()
-    known = {key for keys in _ATTENTION_KEYS.values() for key in keys}
+    values = {key: getattr(model.attention, key) for key in effective_keys(model.attention)}
     values["scale"] = model.attention.scale or model.head_size**-0.5
-    for key, value in values.items():
-        if key not in known or key in _ATTENTION_KEYS[model.attention.kind]:
-            yield f"attention.{key}", value
+    yield from ((f"attention.{key}", value) for key, value in values.items())
 
 
 def _rope(model: ModelConfig) -> Iterator[tuple[str, Any]]:
@@ -70,12 +53,10 @@ def _rope(model: ModelConfig) -> Iterator[tuple[str, Any]]:
         return
     yield "rope_theta", stretched_theta(model)
     scaling = model.rope_scaling
-    if scaling is None or scaling.kind == "ntk":
+    if scaling is None or scaling.kind == "ntk":  # a larger theta, which says it all
         yield "rope_scaling.kind", None
         return
-    yield "rope_scaling.kind", scaling.kind
-    for key in _SCALING_KEYS[scaling.kind]:
-        yield f"rope_scaling.{key}", getattr(scaling, key)
+    yield from ((f"rope_scaling.{key}", getattr(scaling, key)) for key in effective_keys(scaling))
 
 
 def _moe(model: ModelConfig) -> Iterator[tuple[str, Any]]:

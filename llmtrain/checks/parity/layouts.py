@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from llmtrain.config.attention import kind_of
 from llmtrain.config.rules.arithmetic import arithmetic_problems
-from llmtrain.config.rules.attention import KINDS_WITH
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.errors import ConfigError
 
 SHRUNK_SEQ_LEN = 32
-SMALL_PATTERN = {"window": 8, "stride": 4, "block_size": 4}
 SMOOTH = {"relu": "gelu", "reglu": "geglu"}
 """What takes the place of activations whose slope jumps: where rounding puts a value on the other side of 0, gradients
 differ for good, though every layout is right."""
@@ -43,7 +42,6 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
     model = config.model
     group = model.num_heads // model.kv_heads
     attention = model.attention
-    small = {name: least for name, least in SMALL_PATTERN.items() if attention.kind in KINDS_WITH[name]}
     moe = model.moe and model.moe.model_copy(update={"num_experts": 4, "ffn_hidden_size": 48})
     both = model.family == "encoder_decoder"
     own = config.parallel
@@ -55,7 +53,7 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
         "num_kv_heads": max(1, 4 // group), "head_dim": 8,
         "ffn_hidden_size": 96 if model.gated else 128, "vocab_size": 307, "max_seq_len": 64, "moe": moe,
         "activation": SMOOTH.get(model.activation, model.activation),
-        "attention": attention.model_copy(update=small),
+        "attention": attention.model_copy(update=kind_of(attention).small),
     }  # fmt: skip
     train = {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False, "steps": 100}
     optim = {"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from llmtrain.config.attention import KindSection, effective_keys, kind_of, kinds_of
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.reading.key_names import either, shown
 from llmtrain.config.schema import RunConfig
@@ -9,25 +10,6 @@ from llmtrain.config.section import Section
 from llmtrain.errors import Problem
 
 Found = Iterator[Problem]
-
-KINDS_WITH: dict[str, tuple[str, ...]] = {
-    "window": ("sliding_window", "longformer"),
-    "stride": ("strided",),
-    "block_size": ("bigbird",),
-    "num_global": ("bigbird", "longformer"),
-    "num_random": ("bigbird",),
-}
-"""Keys of model.attention that only these kinds read. The others are every softmax's."""
-
-SCALINGS_WITH: dict[str, tuple[str, ...]] = {
-    "low_freq_factor": ("llama3",),
-    "high_freq_factor": ("llama3",),
-    "beta_fast": ("yarn",),
-    "beta_slow": ("yarn",),
-    "attention_factor": ("yarn",),
-    "original_max_seq_len": ("llama3", "yarn"),
-}
-"""Keys of model.rope_scaling that only these kinds read."""
 
 
 def text(value: object) -> str:
@@ -40,25 +22,27 @@ def is_set(section: Section, key: str) -> bool:
     return getattr(section, key) != type(section).model_fields[key].get_default()
 
 
-def without_effect(section: Section, path: str, kinds: dict[str, tuple[str, ...]], kind: str) -> Found:
+def without_effect(section: KindSection) -> Found:
     """Keys of a section that its kind does not read."""
-    for key, readers in kinds.items():
-        if kind not in readers and is_set(section, key):
+    path, kinds = kinds_of(section)
+    effective = effective_keys(section)
+    for key in type(section).model_fields:
+        if key not in effective and is_set(section, key):
             default = text(type(section).model_fields[key].get_default())
-            message = f"has no effect with {path}.kind = {kind}. Try {default}, or {path}.kind={either(readers)}."
+            readers = either(name for name, kind in kinds.items() if key in kind.reads)
+            message = f"has no effect with {path}.kind = {section.kind}. Try {default}, or {path}.kind={readers}."
             yield Problem(f"{path}.{key}", message, text(getattr(section, key)), uses=(f"{path}.kind",))
 
 
 def attention_keys_have_an_effect(config: RunConfig) -> Found:
-    attention = config.model.attention
-    yield from without_effect(attention, "model.attention", KINDS_WITH, attention.kind)
+    yield from without_effect(config.model.attention)
 
 
-def sparse_kinds_have_their_sizes(config: RunConfig) -> Found:
+def kinds_have_their_sizes(config: RunConfig) -> Found:
     attention = config.model.attention
-    for key, suggestion in (("window", config.data.seq_len // 4), ("stride", int(config.data.seq_len**0.5))):
-        if attention.kind in KINDS_WITH[key] and getattr(attention, key) is None:
-            message = f"needs model.attention.{key}. Try model.attention.{key}={max(1, suggestion)}."
+    for key, suggested in kind_of(attention).required.items():
+        if getattr(attention, key) is None:
+            message = f"needs model.attention.{key}. Try model.attention.{key}={suggested(config.data.seq_len)}."
             yield Problem("model.attention.kind", message, attention.kind, uses=(f"model.attention.{key}",))
 
 
@@ -137,7 +121,7 @@ def rope_scaling_keys_have_an_effect(config: RunConfig) -> Found:
     if scaling is None or config.model.position != "rope":
         return
     path = "model.rope_scaling"
-    yield from without_effect(scaling, path, SCALINGS_WITH, scaling.kind)
+    yield from without_effect(scaling)
     if scaling.kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
         high = scaling.high_freq_factor
         message = f"must be less than {path}.high_freq_factor = {high:g}. Try {high / 4:g}."
@@ -161,7 +145,7 @@ def ntk_needs_two_pairs(config: RunConfig) -> Found:
 
 ATTENTION_RULES = (
     attention_keys_have_an_effect,
-    sparse_kinds_have_their_sizes,
+    kinds_have_their_sizes,
     linear_has_no_softmax,
     relative_keys_need_relative_positions,
     reset_positions_need_positions,

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmtrain.config.attention import AttentionConfig, AttentionKind
+from llmtrain.config.attention import AttentionConfig, AttentionKind, required_size
 from llmtrain.parallel.stateless_random import derived_key
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -242,9 +242,9 @@ def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 PATTERNS: dict[AttentionKind, Callable[[AttentionConfig], Pattern]] = {
     "full": lambda config: Full(),
-    "sliding_window": lambda config: SlidingWindow(config.window or 1),
-    "strided": lambda config: Strided(config.stride or 1),
+    "sliding_window": lambda config: SlidingWindow(required_size(config, "window")),
+    "strided": lambda config: Strided(required_size(config, "stride")),
     "bigbird": lambda config: BigBird(config.block_size, config.num_global, config.num_random),
-    "longformer": lambda config: Longformer(config.window or 1, config.num_global),
+    "longformer": lambda config: Longformer(required_size(config, "window"), config.num_global),
     "linear": lambda config: Full(),
 }

@@ -15,7 +15,7 @@ from transformers import (
     T5Config,
 )
 
-from llmtrain.config.attention import AttentionConfig, RopeScaling
+from llmtrain.config.attention import ATTENTION_KINDS, AttentionConfig, RopeScaling
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.moe import MoeConfig
 from llmtrain.config.parameter_shapes import num_parameters
@@ -131,6 +131,22 @@ def test_what_no_family_expresses_is_refused_with_every_reason(model, words):
         family_for(model)
     for word in [*words, *(family.title for family in FAMILIES.values())]:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ATTENTION_KINDS if kind not in ("full", "sliding_window")])
+def test_a_kind_that_no_family_has_is_a_reason_against_each(kind: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        family_for(
+            changed(LLAMA, attention=AttentionConfig.model_validate({"kind": kind, **ATTENTION_KINDS[kind].small}))
+        )
+    for title in ("Llama", "Mistral", "Qwen3"):
+        assert f"model.attention.kind = {kind}, {title} has full" in str(raised.value)
+
+
+def test_a_kind_without_a_row_ends_an_export_with_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ATTENTION_KINDS, "bigbird")
+    with pytest.raises(ConfigError, match=r"model\.attention\.kind = bigbird: .*add its row"):
+        family_for(changed(LLAMA, attention=AttentionConfig(kind="bigbird")))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 from typing import Any
 
 import pytest
+import torch
 
 from llmtrain.checks.parity.layouts import iter_candidates, own_candidate, parse_candidate, shrink, shrunk_split
+from llmtrain.config.attention import ATTENTION_KINDS
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.errors import ConfigError
+from llmtrain.models.attention.patterns import PATTERNS
 from tests.support.samples import tiny_model, tiny_run
 from tests.unit.config.small_run import run
 
@@ -27,6 +30,16 @@ def test_only_a_pattern_that_is_in_use_is_shrunk(kind: str, block_size: int) -> 
     small = shrink(tiny_run(tiny_model(attention={"kind": kind})), "fp32")
     assert small.model.attention.block_size == block_size
     assert arithmetic_problems(small, 1) == []
+
+
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_a_shrunk_pattern_leaves_something_out_of_the_short_samples(kind: str) -> None:
+    """So that a comparison of layouts would notice another pattern."""
+    sizes = {key: suggested(4096) for key, suggested in ATTENTION_KINDS[kind].required.items()}
+    small = shrink(tiny_run(tiny_model(attention={"kind": kind, **sizes})), "fp32")
+    rule = PATTERNS[small.model.attention.kind](small.model.attention).rule(small.data.seq_len, torch.device("cpu"))
+    s, t = torch.arange(small.data.seq_len)[:, None], torch.arange(small.data.seq_len)
+    assert rule is None if kind in ("full", "linear") else rule is not None and not rule(s, t)[t <= s].all()
 
 
 def test_every_candidate_is_legal_and_its_name_reads_back() -> None:

@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config.attention import AttentionConfig, RopeScaling
-from llmtrain.config.rules.attention import KINDS_WITH, SCALINGS_WITH
 from tests.unit.config.small_run import broken, run
 
 WINDOW = {"kind": "sliding_window", "window": 16}
@@ -107,9 +105,3 @@ def test_what_goes_together(model: dict[str, Any], data: dict[str, Any]) -> None
 def test_a_scale_with_linear_attention_is_cross_attentions_in_two_stacks() -> None:
     found = broken(run(model={"attention": {**LINEAR, "scale": 1.0}, "family": "encoder_decoder"}))
     assert "model.attention.scale" not in found
-
-
-def test_every_key_of_a_kind_is_in_a_table() -> None:
-    """A key that is added must be said to be every kind's or some kinds'."""
-    assert set(AttentionConfig.model_fields) == {*KINDS_WITH, "kind", "softcap", "sinks", "scale"}
-    assert set(RopeScaling.model_fields) == {*SCALINGS_WITH, "kind", "factor"}

@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from llmtrain.config.attention import AttentionConfig
+from llmtrain.config.attention import AttentionConfig, AttentionKind
+from llmtrain.errors import ConfigError
 from llmtrain.models.attention.blockwise import Work
 from llmtrain.models.attention.patterns import PATTERNS, Extent, drawn_blocks, runs
 from llmtrain.models.attention.visibility import Visibility
@@ -27,6 +28,16 @@ VARIANTS: list[dict[str, Any]] = [
     {"kind": "longformer", "window": 1, "num_global": 0},
     {"kind": "longformer", "window": 3, "num_global": 17},
 ]
+
+
+def test_every_kind_has_a_pattern_and_a_definition() -> None:
+    assert set(get_args(AttentionKind)) == set(PATTERNS) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", ["sliding_window", "strided", "longformer"])
+def test_a_pattern_without_its_size_is_refused(kind: AttentionKind) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.attention\.kind = {kind} needs"):
+        PATTERNS[kind](AttentionConfig(kind=kind))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))

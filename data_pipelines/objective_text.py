@@ -4,7 +4,7 @@ from itertools import groupby
 from pathlib import Path
 
 from llmtrain.config.reading.load import load_config
-from llmtrain.config.schema import DataConfig, SourceConfig
+from llmtrain.config.schema import DataConfig
 from llmtrain.data.loader import build_stream
 from llmtrain.data.objectives.table import pack_sample
 from llmtrain.data.storage.folders import find_tokenizer
@@ -25,8 +25,7 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
     Raises ConfigError and DataError.
     """
     config = with_windows(load_config(run).config)
-    data = config.data.model_copy(update={"train": (SourceConfig(path=str(dataset)),), "tokenizer": None})
-    config = with_vocabulary(config.model_copy(update={"data": data}))
+    config = with_vocabulary(config.with_keys({"data.train": [{"path": str(dataset)}], "data.tokenizer": None}))
     stream = build_stream(config.data.train, config.data, config.seed)
     row = pack_sample(stream.sample(number), build_recipe(config, stream))
     tokenizer = load_tokenizer(find_tokenizer(dataset, read_manifest(dataset).tokenizer_sha256))

@@ -8,7 +8,6 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from launch.forking.rank_process import LocalCrew, RankProcess, start_rank
 from launch.rank.cores import num_threads, set_threads
@@ -58,7 +57,7 @@ def run_as_rank(config: RunConfig, place: Rank) -> int:
             return run_worker(config, stop, place)
     except BaseException as error:
         failure = Failure.of_error(place.rank, error)
-        log = log_path(Path(config.output_dir) / config.name, place.rank)
+        log = log_path(config.run_dir, place.rank)
         logs = str(log) if failure.is_defect and log.exists() else ""
         sys.stderr.write(failure_text([failure], logs=logs) + "\n")
         sys.stderr.flush()
@@ -82,7 +81,7 @@ class Attempts:
         # All ranks are on this machine: no other network interface, and no name of this machine, is needed.
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        board = PulseBoard(self.config.launch.num_workers, newest_step(Path(self.config.output_dir) / self.config.name))
+        board = PulseBoard(self.config.launch.num_workers, newest_step(self.config.run_dir))
         # The port is taken before anybody knows it, and stays with this process: nobody else can get it.
         listener = socket.create_server((LOOPBACK, 0))
         ranks: list[RankProcess] = []

@@ -20,18 +20,18 @@ def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     def absolute_or_none(path: str | None) -> str | None:
         return None if path is None else absolute(path)
 
-    data, engine, checkpoint = config.data, config.engine, config.checkpoint
+    data, resume = config.data, config.checkpoint.resume
     sources = {
-        key: tuple(source.model_copy(update={"path": absolute(source.path)}) for source in getattr(data, key))
+        f"data.{key}": tuple(source.with_keys({"path": absolute(source.path)}) for source in getattr(data, key))
         for key in ("train", "valid")
     }
-    files = {"tokenizer": absolute_or_none(data.tokenizer), "cache_dir": absolute_or_none(data.cache_dir)}
-    resume = checkpoint.resume if checkpoint.resume in NO_PATHS else absolute(checkpoint.resume)
-    return config.model_copy(
-        update={
+    return config.with_keys(
+        {
+            **sources,
             "output_dir": absolute(config.output_dir),
-            "data": data.model_copy(update={**sources, **files}),
-            "engine": engine.model_copy(update={"nvme_path": absolute_or_none(engine.nvme_path)}),
-            "checkpoint": checkpoint.model_copy(update={"resume": resume}),
+            "data.tokenizer": absolute_or_none(data.tokenizer),
+            "data.cache_dir": absolute_or_none(data.cache_dir),
+            "engine.nvme_path": absolute_or_none(config.engine.nvme_path),
+            "checkpoint.resume": resume if resume in NO_PATHS else absolute(resume),
         }
     )

@@ -63,8 +63,9 @@ class Job:
 
 def plan_job(config: RunConfig, folder: Path, environ: Mapping[str, str]) -> JobPlan:
     """What is submitted for a configuration whose relative paths are taken from `folder`."""
-    launch = config.launch.model_copy(update={"ray_address": None})  # that of the job's cluster, which Ray tells it
-    frozen = with_absolute_paths(config.model_copy(update={"launch": launch}), folder)
+    # ray_address: that of the job's cluster, which Ray tells it.
+    frozen = with_absolute_paths(config.with_keys({"launch.ray_address": None}), folder)
+    launch = frozen.launch
     # Ray kills what it has told to stop after so long: by default after 3 seconds, which is too short to save.
     patience = launch.watchdog.step_seconds + launch.watchdog.checkpoint_seconds
     stop_seconds = round((launch.grace_seconds or patience) + 30)
@@ -75,7 +76,7 @@ def plan_job(config: RunConfig, folder: Path, environ: Mapping[str, str]) -> Job
             **passed_environment(environ, launch.pass_environment),
             "RAY_JOB_STOP_WAIT_TIME_S": str(stop_seconds),
         },
-        run_folder=Path(frozen.output_dir) / frozen.name,
+        run_folder=frozen.run_dir,
         config_text=to_yaml(frozen),
         shown_text=record_of(frozen),
     )

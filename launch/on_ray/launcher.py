@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from launch.forking.agent_rank_set import NurseryCrew
 from launch.on_ray.cluster import Cluster, ray_cluster
-from launch.on_ray.ranking import seat_ranks, sized
+from launch.on_ray.ranking import seat_ranks
 from launch.rank.failure import Failure
 from launch.rank.heartbeat import PulseBoard
 from launch.rank.place import Rank
@@ -94,7 +94,7 @@ class Attempts:
 
     def __init__(self, config: RunConfig, cluster: Cluster, placement: "Placement", stop: StopSignal) -> None:
         self._config, self._cluster, self._placement, self._stop = config, cluster, placement, stop
-        self._run_dir = Path(config.output_dir) / config.name
+        self._run_dir = config.run_dir
         self._size = 0
         self.launch_id = uuid.uuid4().hex
 
@@ -205,4 +205,4 @@ def seated(config: RunConfig, replicas: "list[Replica]") -> "tuple[RunConfig, li
         worker = replicas[seat.replica].workers[seat.bundle]
         assert worker
         members.append(Member(replicas[seat.replica], seat, worker))
-    return sized(config, len(seats)), members
+    return config.with_keys({"launch.num_workers": len(seats)}), members

@@ -21,12 +21,6 @@ class Seat:
     local_world_size: int
 
 
-def sized(config: RunConfig, num_workers: int) -> RunConfig:
-    """The configuration with so many ranks."""
-    launch = config.launch.model_copy(update={"num_workers": num_workers})
-    return config.model_copy(update={"launch": launch})
-
-
 def legal_sizes(config: RunConfig) -> list[int]:
     """The numbers of ranks that the run may have, from launch.num_workers down to launch.min_workers.
 
@@ -35,7 +29,7 @@ def legal_sizes(config: RunConfig) -> list[int]:
     replica, most = config.parallel.replica_size, config.launch.num_workers
     least = config.launch.min_workers or most
     sizes = range(most - most % replica, max(least, replica) - 1, -replica)
-    return [size for size in sizes if not arithmetic_problems(sized(config, size), size)]
+    return [size for size in sizes if not arithmetic_problems(config.with_keys({"launch.num_workers": size}), size)]
 
 
 def seat_ranks(config: RunConfig, machines: Sequence[Sequence[str]]) -> list[Seat]:

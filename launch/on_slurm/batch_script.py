@@ -84,7 +84,7 @@ def submit(config: RunConfig, config_path: Path, overrides: Sequence[str]) -> st
     setup = config.launch.slurm.setup
     if setup and not Path(setup).is_file():
         raise ConfigError([Problem("launch.slurm.setup", "there is no such file. Correct the path.", setup)])
-    run_dir = (Path.cwd() / config.output_dir / config.name).absolute()
+    run_dir = Path.cwd() / config.run_dir
     try:
         (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
         path = run_dir / SCRIPT_NAME
@@ -136,7 +136,7 @@ def _options(config: RunConfig, folder: Path) -> Iterator[str]:
 
 def _log_pattern(config: RunConfig, folder: Path) -> str:
     """Where the job's log goes: into the run folder's logs. Raises ConfigError where Slurm cannot be told that."""
-    logs = str(folder / config.output_dir / config.name / LOGS)
+    logs = str(folder / config.run_dir / LOGS)
     if "\\" in logs or UNPRINTED.search(logs):
         message = (
             "holds a backslash, a control character or what is no UTF-8, with the working directory before it. Slurm "

@@ -8,7 +8,6 @@ the next attempt starts another one.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from launch.forking.agent_rank_set import NurseryCrew
 from launch.on_slurm.step import SlurmNurseries, Step, Task
@@ -29,8 +28,7 @@ def launch(config: RunConfig) -> int:
     cpus = cpus_per_task(config, os.environ)
     # Slurm may bind a task to its own CPUs: how many these are cannot be told from what a rank finds there.
     threads = config.launch.threads_per_worker or user_threads(os.environ) or cpus
-    settings = config.launch.model_copy(update={"threads_per_worker": threads})
-    config = config.model_copy(update={"launch": settings})
+    config = config.with_keys({"launch.threads_per_worker": threads})
     with StopSignal() as stop:
         attempts = Attempts(config, stop, cpus)
         try:
@@ -70,7 +68,7 @@ class Attempts:
     def run(self, number: int) -> AttemptEnd:
         """One attempt, from the newest valid checkpoint."""
         config = self._config
-        board = PulseBoard(config.launch.num_workers, newest_step(Path(config.output_dir) / config.name))
+        board = PulseBoard(config.launch.num_workers, newest_step(config.run_dir))
         try:
             ending = self._ending(number, board)
         except LaunchError as error:

@@ -5,7 +5,6 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -60,7 +59,7 @@ def run_worker(
     config = with_windows(with_vocabulary(config))
     torch.set_num_threads(num_threads(config.launch, place.local_world_size))
     device = choose_device(config.launch, place)
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     timeout_seconds = config.launch.timeout_seconds
     with ExitStack() as held:
         if place.world_size == 1:
@@ -153,7 +152,7 @@ class Attempt:
 
     def _require_own_run(self, error: BaseException) -> None:
         """On another rank than 0: where rank 0 has lost the run folder, that is why this one fails too."""
-        if self.folder is None and was_taken_over(Path(self.config.output_dir) / self.config.name, self.lock_token):
+        if self.folder is None and was_taken_over(self.config.run_dir, self.lock_token):
             raise OtherRankFailedError("rank 0 has lost the run folder", RunFolderInUseError.exit_code) from error
 
     def _last_step(self) -> int:
@@ -187,7 +186,7 @@ def agree_on_start(
 
     Raises on rank 0 what `find_start` and the lock raise, on the others OtherRankFailedError with the same exit code.
     """
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     if ranks.rank > 0:
         said = json.loads(ranks.hear("start"))
         if "exit_code" in said:

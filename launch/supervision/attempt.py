@@ -68,7 +68,7 @@ def rank_work(
 
 def sum_up(config: RunConfig, ending: Ending, board: PulseBoard, stop: StopSignal) -> AttemptEnd:
     """What an attempt has come to, none of its ranks being left: for `supervise`, and on storage."""
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     if ending.stacks is not None:
         save_stacks(ending.stacks, stacks_path(run_dir))
     if ending.out_of_time:
@@ -87,7 +87,7 @@ def sum_up(config: RunConfig, ending: Ending, board: PulseBoard, stop: StopSigna
 
 def note_stop(config: RunConfig, launch_id: str) -> None:
     """Say in status.json that a run was told to stop while none of its ranks was there to say it."""
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     with suppress(LlmtrainError, OSError):
         before = read_status(run_dir)
         if before is not None:

@@ -129,7 +129,7 @@ def supervise(config: RunConfig, run_attempt: Callable[[int], AttemptEnd], launc
     `run_attempt(number)` starts all ranks, from the newest valid checkpoint, and returns once none of them is left.
     `launch_id` is that of the ranks, see `Rank`.
     """
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     saved_before = newest_step(run_dir)
     stops_before = stops_without_save(run_dir, saved_before)
     attempts: list[AttemptEnd] = []
@@ -148,7 +148,7 @@ def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int, 
     cause = end.cause
     if cause.exit_code == EXIT_TOLD_TWICE:
         return
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     log = log_path(run_dir, cause.rank)
     has_log = bool(cause.place) and cause.is_defect and log.exists()
     alone = config.launch.num_workers == 1

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 from launch.rank.heartbeat import NUM_WINDOWS, WINDOW_STEPS, WORK, PulseBoard, Window, Work
@@ -117,7 +116,7 @@ class Stragglers:
         layout = plan_layout(config.parallel, self._num_ranks)
         # Ranks of one pipeline stage have the same layers.
         self._judge = Judge(list(layout.groups("tensor", "context", "data")), config.observe.straggler_score)
-        self._run_dir = Path(config.output_dir) / config.name
+        self._run_dir = config.run_dir
         self._board = board
         self._next = 0
 

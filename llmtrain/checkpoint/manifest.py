@@ -137,7 +137,9 @@ def merge_parts(parts: Iterable[ManifestPart], step: int, about: dict[str, Any])
                     raise ValueError(f"ranks disagree on {kind} of {name}: {known.dtype} {known.global_shape}, "
                                      f"{tensor.dtype} {tensor.global_shape}")  # fmt: skip
                 fragments = (known.fragments if known else ()) + tensor.fragments
-                tensors[name][kind] = tensor.model_copy(update={"fragments": fragments})
+                tensors[name][kind] = TensorEntry(
+                    dtype=tensor.dtype, global_shape=tensor.global_shape, fragments=fragments
+                )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION, step=step, created_by=_versions(), about=about, files=files, tensors=tensors
     )

@@ -3,6 +3,7 @@
 Whatever can be said about one key alone stands here; what relates keys to each other stands in rules.py.
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -306,6 +307,11 @@ class RunConfig(Section):
     health: HealthConfig = Field(default_factory=HealthConfig)
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder, relative to the working directory where output_dir is."""
+        return Path(self.output_dir) / self.name
 
     @property
     def total_steps(self) -> int:

@@ -1,15 +1,51 @@
 """The base class and the field types that all configuration sections share."""
 
 import unicodedata
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from llmtrain.errors import ConfigError, Problem
 
 
 class Section(BaseModel):
     """A part of the configuration: immutable, and closed to keys that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def with_keys(self, keys: Mapping[str, Any]) -> Self:
+        """The same section with other values under some keys, checked as those of a file are.
+
+        Keys are dotted: `{"train.steps": 5}` changes one key of a section within, and `{"train": {"steps": 5}}` gives
+        a whole new section. Rules between keys are not asked. Raises ConfigError for unknown keys and wrong values.
+        """
+        return self._with_keys(keys, "")
+
+    def _with_keys(self, keys: Mapping[str, Any], above: str) -> Self:
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.model_fields_set}
+        within: dict[str, dict[str, Any]] = {}
+        for key, value in keys.items():
+            name, _, rest = key.partition(".")
+            if rest:
+                within.setdefault(name, {})[rest] = value
+            else:
+                values[name] = value
+        for name, inner in within.items():
+            before = values.get(name, getattr(self, name, None))
+            if isinstance(before, Section):
+                values[name] = before._with_keys(inner, f"{above}{name}.")
+            else:
+                values[name] = {**before, **inner} if isinstance(before, Mapping) else inner
+        try:
+            return type(self).model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(
+                [
+                    Problem(above + ".".join(map(str, fault["loc"])), f"{fault['msg']}.", fault["input"])
+                    for fault in error.errors(include_url=False)
+                ]
+            ) from error
 
 
 def whole_number(value: Any) -> Any:

@@ -161,7 +161,7 @@ def _with_head_as_stored(
         del headers[head]
         return model
     notes.append(f"{head} differs from {embedding}, so it is not tied, although config.json says so")
-    return model.model_copy(update={"tie_embeddings": False})
+    return model.with_keys({"tie_embeddings": False})
 
 
 def _num_found(table: Table, model: ModelConfig, headers: Mapping[str, Header]) -> int:

@@ -62,5 +62,5 @@ def layer_parts(model: ModelConfig) -> list[Part]:
         changed = {"num_layers": sizes[main]}
         if model.family == "encoder_decoder":
             changed["num_encoder_layers"] = sizes["encoder"]
-        parts.append(Part(model.model_copy(update=changed), first))
+        parts.append(Part(model.with_keys(changed), first))
     return parts

@@ -60,7 +60,7 @@ def activation_bytes(config: RunConfig, layout: Layout, lengths: Lengths, per_no
     kept = encoded * model.encoder_layers * _layer_elements(config, layout, False, per_norm)
     kept += lengths.main * model.decoder_layers * _layer_elements(config, layout, True, per_norm)
     if train.recompute == "full":  # one layer at a time is there in whole
-        plain = config.model_copy(update={"train": train.model_copy(update={"recompute": "none"})})
+        plain = config.with_keys({"train.recompute": "none"})
         kept += max(lengths.main, lengths.encoder) * _layer_elements(plain, layout, True, per_norm) * layout.pipeline
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.data)
     under_way = min(layout.pipeline, micro_batches)

@@ -94,20 +94,12 @@ def memory_advice(config: RunConfig, device_type: str) -> list[Advice]:
     ]
 
 
-def changed(config: RunConfig, settings: Settings) -> RunConfig:
-    """The configuration with these settings."""
-    for key, value in settings.items():
-        section, name = key.split(".")
-        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
-    return config
-
-
 def _first_legal(config: RunConfig, options: Iterable[Settings]) -> Settings | None:
     """The first of the settings that break no rule; in it only what differs from the configuration."""
     for settings in options:
-        other = changed(config, settings)
+        other = config.with_keys(settings)
         if other != config and not arithmetic_problems(other, other.launch.num_workers):
-            return {key: value for key, value in settings.items() if changed(config, {key: value}) != config}
+            return {key: value for key, value in settings.items() if config.with_keys({key: value}) != config}
     return None
 
 

@@ -1,7 +1,6 @@
 """From where a run would continue, as the small files of checkpoints tell it. Opens no tensor and imports no torch."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, STATE
 from llmtrain.checkpoint.origin import newest_origin
@@ -50,6 +49,6 @@ def find_continuation(config: RunConfig) -> Continuation | None:
         seen = seen_by(state["train"], origin.config) if origin.trained else Seen()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{origin.path / STATE}: does not say how far training was: {error!r}") from error
-    own = Path(config.output_dir) / config.name / CHECKPOINTS
+    own = config.run_dir / CHECKPOINTS
     is_own, last_step = origin.path.resolve().parent == own.resolve(), Budget.of(config).last_step(seen)
     return Continuation(str(origin.path), seen.step, is_own, seen.data_tokens, last_step)

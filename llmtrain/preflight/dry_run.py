@@ -56,7 +56,7 @@ def plan_outline(
     before, ahead = (continues.data_tokens, steps - continues.step) if continues else (0, steps)
     return Outline(
         name=config.name,
-        run_folder=f"{config.output_dir.rstrip('/') or '/'}/{config.name}",
+        run_folder=str(config.run_dir),
         parameters=num_parameters(config.model),
         active_parameters=num_active_parameters(config.model),
         vocab_size=config.model.vocabulary,

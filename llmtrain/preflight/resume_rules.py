@@ -71,7 +71,7 @@ def resume_target(config: RunConfig) -> Path | None:
     resume = config.checkpoint.resume
     if resume == "none":
         return None
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     own = run_dir / CHECKPOINTS
     path = Path(resume)
     inside = resume != "auto" and path.resolve().is_relative_to(run_dir.resolve())
@@ -175,7 +175,7 @@ def _problem(item: Difference, config: RunConfig) -> Problem:
 def _elsewhere(config: RunConfig) -> bool:
     """Whether the run would continue what is not its own: then another name changes nothing."""
     target = resume_target(config)
-    return target is not None and not target.resolve().is_relative_to((Path(config.output_dir) / config.name).resolve())
+    return target is not None and not target.resolve().is_relative_to((config.run_dir).resolve())
 
 
 def _plain(origin: Origin, key: str, was: Any, now: Any, value: Any, fixed: bool = False) -> Difference:
@@ -210,7 +210,7 @@ def _model_differences(origin: Origin, config: RunConfig, manifests: Sequence[Ma
     now = config.model
     if now.vocab_size is None:
         vocab_size = manifests[0].vocab_size if manifests else was.vocab_size
-        now = now.model_copy(update={"vocab_size": vocab_size})
+        now = now.with_keys({"vocab_size": vocab_size})
     shaping = shape_keys(was, now)
     before, after = _effective(was, now), _effective(now, was)
     if "learned" not in (was.position, now.position):
@@ -227,7 +227,7 @@ def shape_keys(was: ModelConfig, now: ModelConfig) -> set[str]:
     found: set[str] = set(HEAD_KEYS)
     for name in changed:
         for base, other in ((was, now), (now, was)):
-            one = base.model_copy(update={name: getattr(other, name)})
+            one = base.with_keys({name: getattr(other, name)})
             if parameter_shapes(one) != parameter_shapes(base):
                 found.add(name)
     return found

@@ -229,7 +229,7 @@ def _continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> l
 
 def _require_records(config: RunConfig) -> None:
     """Raise DataError where a file is damaged that says which data the run passes over."""
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     for _ in iter_events(run_dir):
         pass
     if config.data.on_corrupt == "skip":
@@ -238,7 +238,7 @@ def _require_records(config: RunConfig) -> None:
 
 def _output_problems(config: RunConfig) -> list[Problem]:
     """The run folder must be a folder that can be written, or one that can be made, and have the run's lock."""
-    fault = folder_fault(Path(config.output_dir) / config.name)
+    fault = folder_fault(config.run_dir)
     if fault is None:
         return []
     return [Problem("output_dir", fault, config.output_dir, uses=("name",))]
@@ -260,7 +260,7 @@ def _room_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _room(config: RunConfig) -> Room:
-    folder = Path(config.output_dir) / config.name / CHECKPOINTS
+    folder = config.run_dir / CHECKPOINTS
     saved = newest_origin(folder)
     seen = seen_by(saved.state["train"], saved.config) if saved and saved.trained else Seen()
     return plan_room(folder, num_parameters(config.model), config.checkpoint, Budget.of(config).last_step(seen))

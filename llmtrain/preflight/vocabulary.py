@@ -59,9 +59,7 @@ def fill_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig | list[P
     size = max([manifest.vocab_size, *(token + 1 for token in ids)])
     if config.model.vocab_size is not None and config.model.vocab_size < size:
         return [_too_small(config, manifest, size)]
-    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or size})
-    data = config.data.model_copy(update={"special_tokens": special})
-    return config.model_copy(update={"model": model, "data": data})
+    return config.with_keys({"model.vocab_size": config.model.vocab_size or size, SPECIAL_KEY: special})
 
 
 def _find_tokenizer(config: RunConfig, manifest: Manifest) -> "Tokenizer | Problem":
@@ -95,7 +93,7 @@ def _filled(config: RunConfig, tokenizer: "Tokenizer") -> tuple[SpecialTokensCon
             )
             problems.append(Problem(f"{SPECIAL_KEY}.{name}", message, uses=("data.objective",)))
         found[name] = token
-    return special.model_copy(update=found), problems
+    return special.with_keys(found), problems
 
 
 def _find_sentinels(config: RunConfig, tokenizer: "Tokenizer") -> tuple[int, ...]:

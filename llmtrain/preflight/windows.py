@@ -38,7 +38,7 @@ def with_windows(config: RunConfig) -> RunConfig:
     target = resume_target(config)
     origin = newest_origin(target) if target else None
     windows: WindowKind = windows_of(origin.section("data")) if origin and origin.trained else "continuous"
-    return config.model_copy(update={"data": config.data.model_copy(update={"windows": windows})})
+    return config.with_keys({"data.windows": windows})
 
 
 def source_uses(config: RunConfig) -> list[SourceUse]:

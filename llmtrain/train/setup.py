@@ -232,7 +232,7 @@ def build_loader(
 ) -> BatchLoader:
     """The micro-batches of a rank: those of its place on the data axis. With `once`, data that ends is followed by
     samples without targets."""
-    stream = build_stream(sources, config.data, config.seed, Path(config.output_dir) / config.name, once)
+    stream = build_stream(sources, config.data, config.seed, config.run_dir, once)
     layout = plan_layout(config.parallel, config.launch.num_workers)
     sizes = (config.train.global_batch_size, config.train.micro_batch_size)
     return BatchLoader(stream, build_recipe(config, stream), *sizes, layout.coordinates(rank).data, layout.data)
@@ -298,7 +298,7 @@ def profiled(
         return on_section
     from llmtrain.observe.profile import PROFILES, Profiler  # imports torch.profiler
 
-    stem = Path(config.output_dir) / config.name / PROFILES / f"rank-{rank:05d}"
+    stem = config.run_dir / PROFILES / f"rank-{rank:05d}"
     return Profiler(on_section, wanted.steps, stem, say)
 
 

@@ -1,5 +1,6 @@
 """Imports go down only, each third-party engine lives in one room, and what must stay light stays light."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ ROOMS = {
     "transformers": ("llmtrain/interop/",),
 }
 """Where a guest may be imported: a file, or a folder with everything below it."""
+
+UNCHECKED_COPY = "model_copy"
+"""pydantic's own way to change a copy checks nothing: a misspelt key or a wrong type goes on. `with_keys` does."""
 
 PURE = (
     *("llmtrain/config/", "llmtrain/runs/", "llmtrain/plan/", "llmtrain/preflight/"),
@@ -35,6 +39,15 @@ def guests_out_of_their_room(sources: list[SourceFile]) -> list[str]:
         for source in sources
         for line, name in source.imported_modules()
         if (guest := name.split(".")[0]) in ROOMS and not within(source.path, ROOMS[guest])
+    ]
+
+
+def unchecked_copies(sources: list[SourceFile]) -> list[str]:
+    return [
+        f"{source.path}:{node.lineno} calls {UNCHECKED_COPY}: use with_keys"
+        for source in sources
+        for node in ast.walk(source.parsed())
+        if isinstance(node, ast.Attribute) and node.attr == UNCHECKED_COPY
     ]
 
 
@@ -103,6 +116,15 @@ def test_a_guest_out_of_its_room_is_caught() -> None:
         "launch/on_ray_too.py:1 imports ray.util",
         "launch/late.py:2 imports megatron.core",
     ]
+
+
+def test_configurations_are_changed_with_checks_only() -> None:
+    assert unchecked_copies(read_sources(packages=("llmtrain", "launch", "data_pipelines", "tests"))) == []
+
+
+def test_an_unchecked_copy_is_caught() -> None:
+    bad = SourceFile("launch/a.py", "def f(c):\n    return c.launch.model_copy(update={'num_worker': 1})\n")
+    assert unchecked_copies([bad]) == ["launch/a.py:2 calls model_copy: use with_keys"]
 
 
 def test_pure_modules_name_nothing_heavy() -> None:

@@ -83,7 +83,7 @@ def write_run(root: Path) -> Path:
         "train": {"steps": 1},
         "checkpoint": {"every_steps": 0},
     }
-    config = gpt2_run(SHAPE, changes).model_copy(update={"output_dir": str(root / "runs")})
+    config = gpt2_run(SHAPE, changes).with_keys({"output_dir": str(root / "runs")})
     file = root / "run.yaml"
     file.write_text(to_yaml(config), "utf-8")
     return file

@@ -67,7 +67,7 @@ def run_config(train_split: Path, output_dir: Path, steps: int, shape: Shape = S
         "train": {"steps": steps},
         "checkpoint": {"every_steps": 0},
     }
-    return gpt2_run(shape, changes).model_copy(update={"output_dir": str(output_dir)})
+    return gpt2_run(shape, changes).with_keys({"output_dir": str(output_dir)})
 
 
 def loaded_batches(config: RunConfig, number: int) -> list[Batch]:
@@ -95,14 +95,14 @@ def whole_loop(config: RunConfig, trackers: str) -> Measurement:
     observe: dict[str, Any] = {"observe": off} if trackers == "off" else {}
 
     def run() -> float:
-        fresh = config.model_copy(update={"name": f"{trackers}-{next(numbers)}", **observe})
+        fresh = config.with_keys({"name": f"{trackers}-{next(numbers)}", **observe})
         times: list[float] = []
 
         def note_the_time() -> bool:  # asked once per step, after everything but a checkpoint
             times.append(time.perf_counter())
             return False
 
-        path = Path(fresh.output_dir) / fresh.name
+        path = fresh.run_dir
         with RunFolder(path) as folder, redirect_stderr(io.StringIO()):  # progress lines, not a terminal's bar
             run = setup(fresh, folder, find_start(fresh, folder), CPU)
             train(run, note_the_time)

@@ -51,14 +51,14 @@ def run_of(config: RunConfig, mode: str) -> Measurement:
     numbers = count()
 
     def measured() -> float:
-        fresh = config.model_copy(update={"name": f"{mode}-{next(numbers)}", "observe": observe})
+        fresh = config.with_keys({"name": f"{mode}-{next(numbers)}", "observe": observe})
         times: list[float] = []
 
         def note_the_time() -> bool:  # asked once per step
             times.append(process_time())
             return False
 
-        with RunFolder(Path(fresh.output_dir) / fresh.name) as folder, redirect_stderr(io.StringIO()):
+        with RunFolder(fresh.run_dir) as folder, redirect_stderr(io.StringIO()):
             run = setup(fresh, folder, find_start(fresh, folder), CPU)
             train(run, note_the_time)
             run.monitor.close("done")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.batch import IGNORED_LABEL, Batch
@@ -54,7 +54,7 @@ def train(rank: int, world_size: int, config: RunConfig) -> tuple[list[Step], li
 
 def run(engine: dict[str, Any], parallel: dict[str, Any]) -> RunConfig:
     config = tiny_run(tiny_model(), {"global_batch_size": 4})
-    return config.model_copy(update={"engine": EngineConfig(**engine), "parallel": ParallelConfig(**parallel)})
+    return config.with_keys({"engine": engine, "parallel": parallel})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,7 +18,7 @@ from llmtrain.checks.parity.compare import (
     trace_layout,
     trace_rank,
 )
-from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.engines.torch_engine import TorchEngine
 from tests.support.ranks import run_ranks
 from tests.support.samples import tiny_model, tiny_run
@@ -67,7 +67,7 @@ def parity_run(model: str, precision: str = "fp32", recompute: str = "none") -> 
     """The run that the reference does: 4 micro-batches of 2 samples, so that 4 replicas have one each."""
     train = {"global_batch_size": 8, "micro_batch_size": 2, "precision": precision, "recompute": recompute}
     run = tiny_run(tiny_model(**MODELS[model]), train, {"lr": 1e-3})
-    return run.model_copy(update={"data": run.data.model_copy(update=DATA.get(model, {}))})
+    return run.with_keys({"data": run.data.with_keys(DATA.get(model, {}))})
 
 
 def short_and_whole(short: Iterable[tuple[Any, ...]], grid: Iterable[tuple[Any, ...]]) -> list[Any]:
@@ -81,10 +81,6 @@ def short_and_whole(short: Iterable[tuple[Any, ...]], grid: Iterable[tuple[Any, 
 
 def case_name(case: tuple[Any, ...]) -> str:
     return "-".join(map(str, case))
-
-
-def with_layout(config: RunConfig, engine: dict[str, Any], parallel: dict[str, Any]) -> RunConfig:
-    return config.model_copy(update={"engine": EngineConfig(**engine), "parallel": ParallelConfig(**parallel)})
 
 
 @lru_cache

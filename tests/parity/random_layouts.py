@@ -80,7 +80,7 @@ def draw_run(draw: random.Random) -> tuple[str, RunConfig]:
     optim = {"lr": 1e-3, "grad_clip": draw.choice((0.0, 0.1, 1.0)), "weight_decay": draw.choice((0.0, 0.1))}
     run = tiny_run(tiny_model(**model), train, {**optim, "loss_scale": LossScaleConfig(initial=1024.0)})
     data = {**DATA.get(name, {}), "reset_attention": name not in DATA and draw.random() < 0.3}
-    return name, run.model_copy(update={"data": run.data.model_copy(update=data)})
+    return name, run.with_keys({"data": run.data.with_keys(data)})
 
 
 def draw_changes(draw: random.Random, model: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def draw_layout(draw: random.Random, name: str, alone: RunConfig, engine: str) -
     offload = draw.choice(("none", "none", "none", "cpu"))
     settings = {"name": engine, "zero_stage": draw.randrange(4), "offload": offload}
     recompute = draw.choice(("none", "none", "selective", "full"))
-    run = alone.model_copy(update={"train": alone.train.model_copy(update={"recompute": recompute})})
+    run = alone.with_keys({"train.recompute": recompute})
     candidate = build_candidate(run, settings, parallel, data)
     shown = short_name(candidate.config.parallel, candidate.config.engine, data)
     title = f"{name}-{shown}-{alone.train.precision}-{recompute}"

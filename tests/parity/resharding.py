@@ -77,7 +77,7 @@ def layout_name(config: RunConfig) -> str:
 
 def resharding_run(model: str, precision: str) -> RunConfig:
     run = parity_run(model, precision)
-    return run.model_copy(update={"train": run.train.model_copy(update={"steps": SAVED_STEP + GRID_STEPS})})
+    return run.with_keys({"train.steps": SAVED_STEP + GRID_STEPS})
 
 
 @lru_cache
@@ -90,10 +90,10 @@ def legal_layouts(model: str, engine: str, precision: str) -> list[RunConfig]:
         if config.engine.name != engine:
             continue
         found.append(config)
-        offloaded = config.model_copy(update={"engine": config.engine.model_copy(update={"offload": "cpu"})})
+        offloaded = config.with_keys({"engine.offload": "cpu"})
         stages = config.parallel.pipeline * config.parallel.virtual_pipeline
         layers = (1, config.model.num_layers - 1) if stages == 2 else None
-        split = config.model_copy(update={"parallel": config.parallel.model_copy(update={"pipeline_split": layers})})
+        split = config.with_keys({"parallel.pipeline_split": layers})
         for other in (offloaded, *((split,) if layers else ())):
             if not arithmetic_problems(other, candidate.world_size):
                 found.append(other)
@@ -149,8 +149,7 @@ def draw_pairs(count: int, seed: int) -> list[Pair]:
 def with_data(config: RunConfig, dataset: Path) -> RunConfig:
     special = SpecialTokensConfig(pad=0, mask=MASK_ID, sentinels=tuple(range(VOCAB_SIZE, config.model.vocabulary)))
     source = {"train": (SourceConfig(path=str(dataset)),), "verify": "off", "special_tokens": special}
-    data = config.data.model_copy(update=source)
-    return config.model_copy(update={"data": data})
+    return config.with_keys({"data": config.data.with_keys(source)})
 
 
 def save_and_continue(rank: int, world_size: int, config: RunConfig, folder: Path, more_steps: int) -> Outcome:

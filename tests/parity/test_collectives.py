@@ -13,7 +13,7 @@ from llmtrain.checks.parity.batches import probe_batches
 from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.train.setup import engine_class
-from tests.parity.cases import parity_run, with_layout
+from tests.parity.cases import parity_run
 from tests.parity.communication import (
     COUNT_BYTES,
     FP32_BYTES,
@@ -99,7 +99,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
 
 @pytest.mark.parametrize(("engine", "parallel", "zero_stage"), CASES, ids=[f"{e}-{p}-{z}" for e, p, z in CASES])
 def test_every_call_and_byte_is_in_the_table(engine: str, parallel: dict[str, Any], zero_stage: int) -> None:
-    config = with_layout(parity_run("llama"), {"name": engine, "zero_stage": zero_stage}, parallel)
+    config = parity_run("llama").with_keys({"engine": {"name": engine, "zero_stage": zero_stage}, "parallel": parallel})
     world_size = max(2, parallel.get("tensor", 1) * parallel.get("context", 1) * parallel.get("pipeline", 1))
     layout = plan_layout(config.parallel, world_size)
     expected = {"torch": expected_torch, "megatron": expected_megatron}[engine]

@@ -13,7 +13,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.models.build import build_model
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.train.setup import engine_class
-from tests.parity.cases import parity_run, with_layout
+from tests.parity.cases import parity_run
 from tests.parity.communication import (
     BF16_BYTES,
     COUNT_BYTES,
@@ -141,8 +141,8 @@ REST: list[tuple[str, int, dict[str, Any], int, str, Keys]] = [
 def run_of(model: str, ranks: int, parallel: dict[str, Any], zero_stage: int, precision: str) -> RunConfig:
     config = parity_run(model, precision)
     if ranks == 3:
-        config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 12})})
-    return with_layout(config, {"name": "deepspeed", "zero_stage": zero_stage}, parallel)
+        config = config.with_keys({"train.global_batch_size": 12})
+    return config.with_keys({"engine": {"name": "deepspeed", "zero_stage": zero_stage}, "parallel": parallel})
 
 
 def case(values: tuple[str, int, dict[str, Any], int, str, Keys], *marks: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 
 from llmtrain.checks.parity.compare import LOW_PRECISION, Verdict
 from llmtrain.config.schema import RunConfig
-from tests.parity.cases import parity_run, short_and_whole, verdict, with_layout
+from tests.parity.cases import parity_run, short_and_whole, verdict
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
@@ -48,7 +48,7 @@ def small_pieces() -> None:
 def test_fp32_equals_one_process(layout: str, model: str, zero_stage: int, num_steps: int) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = parity_run(model)
-    other = with_layout(config, {"name": "deepspeed", "zero_stage": zero_stage}, parallel)
+    other = config.with_keys({"engine": {"name": "deepspeed", "zero_stage": zero_stage}, "parallel": parallel})
     assert verdict(config, other, ranks, num_steps).problems == []
 
 
@@ -60,7 +60,7 @@ def test_small_pieces_and_overlap_change_nothing(layout: str, zero_stage: int) -
     ranks, parallel = LAYOUTS[layout]
     config = parity_run("gpt" if layout == "tp2+sp" else "llama")
     overlapped = {**parallel, "overlap_grad_reduce": True}
-    other = with_layout(config, {"name": "deepspeed", "zero_stage": zero_stage}, overlapped)
+    other = config.with_keys({"engine": {"name": "deepspeed", "zero_stage": zero_stage}, "parallel": overlapped})
     assert verdict(config, other, ranks, num_steps=5, mutation=small_pieces).problems == []
 
 
@@ -68,8 +68,8 @@ def test_small_pieces_and_overlap_change_nothing(layout: str, zero_stage: int) -
 def test_padding_of_uneven_parts_changes_nothing(zero_stage: int) -> None:
     """Nothing in the model divides by three."""
     config = parity_run("gpt")
-    config = config.model_copy(update={"train": config.train.model_copy(update={"global_batch_size": 12})})
-    other = with_layout(config, {"name": "deepspeed", "zero_stage": zero_stage}, {})
+    config = config.with_keys({"train.global_batch_size": 12})
+    other = config.with_keys({"engine": {"name": "deepspeed", "zero_stage": zero_stage}, "parallel": {}})
     assert verdict(config, other, 3, num_steps=5, mutation=small_pieces).problems == []
 
 
@@ -84,7 +84,9 @@ def test_padding_of_uneven_parts_changes_nothing(zero_stage: int) -> None:
 def test_offload_to_the_cpu_changes_nothing(layout: str, zero_stage: int, precision: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = parity_run("dropout", precision)
-    other = with_layout(config, {"name": "deepspeed", "zero_stage": zero_stage, "offload": "cpu"}, parallel)
+    other = config.with_keys(
+        {"engine": {"name": "deepspeed", "zero_stage": zero_stage, "offload": "cpu"}, "parallel": parallel}
+    )
     result = verdict(config, other, ranks) if precision == "fp32" else low_precision_verdict(config, other, ranks)
     assert result.problems == []
 
@@ -96,7 +98,7 @@ def test_offload_to_the_cpu_changes_nothing(layout: str, zero_stage: int, precis
 def test_bf16_stays_within_its_bounds(layout: str, zero_stage: int) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = parity_run("llama", "bf16")
-    other = with_layout(config, {"name": "deepspeed", "zero_stage": zero_stage}, parallel)
+    other = config.with_keys({"engine": {"name": "deepspeed", "zero_stage": zero_stage}, "parallel": parallel})
     result = low_precision_verdict(config, other, ranks)
     assert result.problems == []
     if layout == "dp2":
@@ -113,7 +115,7 @@ def low_precision_verdict(config: RunConfig, other: RunConfig, ranks: int) -> Ve
 def test_recompute_under_stage_3_changes_nothing(recompute: str) -> None:
     ranks, parallel = LAYOUTS["tp2+sp"]
     config = parity_run("dropout", recompute=recompute)
-    other = with_layout(config, {"name": "deepspeed", "zero_stage": 3}, parallel)
+    other = config.with_keys({"engine": {"name": "deepspeed", "zero_stage": 3}, "parallel": parallel})
     assert verdict(parity_run("dropout"), other, ranks, num_steps=5, mutation=small_pieces).problems == []
 
 
@@ -172,6 +174,6 @@ def test_broken_code_is_caught(
     mutation: Callable[[], None], parallel: dict[str, Any], zero_stage: int, named: str
 ) -> None:
     config = parity_run("llama")
-    other = with_layout(config, {"name": "deepspeed", "zero_stage": zero_stage}, parallel)
+    other = config.with_keys({"engine": {"name": "deepspeed", "zero_stage": zero_stage}, "parallel": parallel})
     problems = verdict(config, other, 2, num_steps=5, mutation=mutation).problems
     assert any(named in problem for problem in problems), problems

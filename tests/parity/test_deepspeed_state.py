@@ -18,7 +18,7 @@ from llmtrain.errors import LaunchError
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box
-from tests.parity.cases import parity_run, with_layout
+from tests.parity.cases import parity_run
 from tests.parity.test_deepspeed import small_pieces
 from tests.parity.test_deepspeed import whole as whole_grid
 from tests.support.ranks import RankError, run_ranks
@@ -126,7 +126,7 @@ def assert_equal(a: dict[str, Tensors], b: dict[str, Tensors], tolerance: float 
 
 def deepspeed_run(precision: str, zero_stage: int, parallel: dict[str, Any], offload: str = "none") -> RunConfig:
     engine = {"name": "deepspeed", "zero_stage": zero_stage, "offload": offload}
-    return with_layout(parity_run("llama", precision), engine, parallel)
+    return parity_run("llama", precision).with_keys({"engine": engine, "parallel": parallel})
 
 
 ROUND_TRIPS = [
@@ -222,9 +222,7 @@ def nvme_rank(rank: int, world_size: int) -> bool:
 def nvme_run(folder: Path) -> RunConfig:
     """A run with groups that are large enough to be swapped: 1 MiB and more."""
     config = deepspeed_run("fp32", 3, {}, "nvme")
-    engine = config.engine.model_copy(update={"nvme_path": str(folder)})
-    model = config.model.model_copy(update={"hidden_size": 128})
-    return config.model_copy(update={"engine": engine, "model": model})
+    return config.with_keys({"engine.nvme_path": str(folder), "model.hidden_size": 128})
 
 
 def test_nvme_offload_works_or_says_what_is_missing(tmp_path: Path) -> None:
@@ -240,6 +238,6 @@ def test_nvme_offload_works_or_says_what_is_missing(tmp_path: Path) -> None:
     rest = run_ranks(run_rank, 2, Run(config, 3, 5, Saved(saved), half[0].state, spoiled=4))
     assert_equal(whole(rest, "loaded"), saved)
     assert [result.skipped for result in rest[0].results] == [False, True, False]
-    in_memory = config.model_copy(update={"engine": config.engine.model_copy(update={"offload": "none"})})
+    in_memory = config.with_keys({"engine.offload": "none"})
     same = run_ranks(run_rank, 2, Run(in_memory, 3, 5, Saved(saved), half[0].state, spoiled=4))
     assert_equal(whole(rest, "final"), whole(same, "final"))

@@ -104,7 +104,7 @@ def test_recompute_changes_nothing(recompute: str) -> None:
 @pytest.mark.whole_grid
 def test_compiled_layers_with_experts_change_nothing() -> None:
     config, layout = candidate("top_2", "megatron:dp2+ep2")
-    compiled = layout.config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
+    compiled = layout.config.with_keys({"train.compile": True})
     assert verdict(config, compiled, layout.world_size, num_steps=3).problems == []
 
 

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 
 from llmtrain.checks.parity.compare import LOW_PRECISION, assemble_trace, worst_tensor
-from llmtrain.config.schema import LossScaleConfig
-from tests.parity.cases import parity_run, reference, short_and_whole, traced_rank, verdict, with_layout
+from tests.parity.cases import parity_run, reference, short_and_whole, traced_rank, verdict
 from tests.support.ranks import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -41,7 +40,7 @@ PAIRWISE = {
 def test_fp32_equals_one_process(layout: str, model: str, zero_stage: int, num_steps: int) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = parity_run(model)
-    other = with_layout(config, {"name": "megatron", "zero_stage": zero_stage}, parallel)
+    other = config.with_keys({"engine": {"name": "megatron", "zero_stage": zero_stage}, "parallel": parallel})
     assert verdict(config, other, ranks, num_steps).problems == []
 
 
@@ -50,7 +49,7 @@ def test_fp32_equals_one_process(layout: str, model: str, zero_stage: int, num_s
 def test_low_precision_stays_within_its_bounds(precision: str, layout: str, zero_stage: int) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = parity_run("llama", precision)
-    other = with_layout(config, {"name": "megatron", "zero_stage": zero_stage}, parallel)
+    other = config.with_keys({"engine": {"name": "megatron", "zero_stage": zero_stage}, "parallel": parallel})
     assert verdict(config, other, ranks, num_steps=5, levels=LOW_PRECISION).problems == []
 
 
@@ -58,15 +57,15 @@ def test_low_precision_stays_within_its_bounds(precision: str, layout: str, zero
 def test_recompute_changes_nothing(recompute: str) -> None:
     ranks, parallel = LAYOUTS["tp2+sp"]
     config = parity_run("dropout", recompute=recompute)
-    other = with_layout(config, {"name": "megatron", "zero_stage": 1}, parallel)
+    other = config.with_keys({"engine": {"name": "megatron", "zero_stage": 1}, "parallel": parallel})
     assert verdict(parity_run("dropout"), other, ranks, num_steps=5).problems == []
 
 
 @pytest.mark.whole_grid
 def test_compiled_layers_change_nothing() -> None:
     config = parity_run("dropout")
-    compiled = config.model_copy(update={"train": config.train.model_copy(update={"compile": True})})
-    other = with_layout(compiled, {"name": "megatron", "zero_stage": 1}, {})
+    compiled = config.with_keys({"train.compile": True})
+    other = compiled.with_keys({"engine": {"name": "megatron", "zero_stage": 1}, "parallel": {}})
     assert verdict(config, other, 2, num_steps=3).problems == []
 
 
@@ -74,23 +73,27 @@ def test_compiled_layers_change_nothing() -> None:
 def test_packed_documents_are_kept_apart(layout: str) -> None:
     ranks, parallel = LAYOUTS[layout]
     config = parity_run("llama")
-    packed = config.model_copy(update={"data": config.data.model_copy(update={"reset_attention": True})})
-    other = with_layout(packed, {"name": "megatron", "zero_stage": 1}, parallel)
+    packed = config.with_keys({"data.reset_attention": True})
+    other = packed.with_keys({"engine": {"name": "megatron", "zero_stage": 1}, "parallel": parallel})
     assert verdict(packed, other, ranks, num_steps=3).problems == []
 
 
 def test_fewer_key_heads_than_context_ranks() -> None:
     config = parity_run("llama")
-    one = config.model_copy(update={"model": config.model.model_copy(update={"num_kv_heads": 1})})
-    other = with_layout(one, {"name": "megatron", "zero_stage": 1}, {"context": 4})
+    one = config.with_keys({"model.num_kv_heads": 1})
+    other = one.with_keys({"engine": {"name": "megatron", "zero_stage": 1}, "parallel": {"context": 4}})
     assert verdict(one, other, 4, num_steps=3).problems == []
 
 
 def test_uneven_stages_and_overlapped_reductions() -> None:
     config = parity_run("llama")
-    other = with_layout(config, {"name": "megatron", "zero_stage": 1}, {"pipeline": 2, "pipeline_split": [1, 3]})
+    other = config.with_keys(
+        {"engine": {"name": "megatron", "zero_stage": 1}, "parallel": {"pipeline": 2, "pipeline_split": [1, 3]}}
+    )
     assert verdict(config, other, 2, num_steps=3).problems == []
-    overlapped = with_layout(config, {"name": "megatron", "zero_stage": 1}, {"overlap_grad_reduce": True})
+    overlapped = config.with_keys(
+        {"engine": {"name": "megatron", "zero_stage": 1}, "parallel": {"overlap_grad_reduce": True}}
+    )
     assert verdict(config, overlapped, 2, num_steps=3).problems == []
 
 
@@ -103,9 +106,8 @@ def test_fp16_recovers_from_an_overflow(layout: str) -> None:
     """
     ranks, parallel = LAYOUTS[layout]
     config = parity_run("llama", "fp16")
-    scaled = config.optim.model_copy(update={"loss_scale": LossScaleConfig(initial=2.0**30)})
-    config = config.model_copy(update={"optim": scaled})
-    other = with_layout(config, {"name": "megatron", "zero_stage": 1}, parallel)
+    config = config.with_keys({"optim.loss_scale.initial": 2.0**30})
+    other = config.with_keys({"engine": {"name": "megatron", "zero_stage": 1}, "parallel": parallel})
     together = run_ranks(traced_rank, ranks, other, 20, None, timeout_seconds=120)
     skipped = [step.skipped for step in together[0].steps]
     assert skipped[0]

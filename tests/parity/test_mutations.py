@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.cases import parity_run, verdict, with_layout
+from tests.parity.cases import parity_run, verdict
 
 
 def drop_data_reduction() -> None:
@@ -83,6 +83,6 @@ MUTATIONS: list[tuple[Callable[[], None], dict[str, Any], str, str]] = [
 )
 def test_broken_code_is_caught(mutation: Callable[[], None], parallel: dict[str, Any], model: str, named: str) -> None:
     config = parity_run(model)
-    layout = with_layout(config, {"name": "megatron", "zero_stage": 0}, parallel)
+    layout = config.with_keys({"engine": {"name": "megatron", "zero_stage": 0}, "parallel": parallel})
     problems = verdict(config, layout, 2, num_steps=2, mutation=mutation).problems
     assert any(named in problem for problem in problems), problems

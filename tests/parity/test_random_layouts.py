@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import LAYOUT_SEED_VARIABLE
-from tests.parity.cases import parity_run, verdict, with_layout
+from tests.parity.cases import parity_run, verdict
 from tests.parity.random_layouts import Case, draw_case
 from tests.support.ranks import RankError
 
@@ -78,15 +78,16 @@ EMPTY: dict[str, Any] = {"pipeline": 2, "pipeline_split": (4, 0)}
 def test_a_stage_without_layers_has_only_the_head(model: str, parallel: dict[str, Any], zero_stage: int) -> None:
     """The norm before the head is applied once, and held once."""
     config = parity_run(model)
-    other = with_layout(config, {"name": "megatron", "zero_stage": zero_stage}, parallel)
+    other = config.with_keys({"engine": {"name": "megatron", "zero_stage": zero_stage}, "parallel": parallel})
     assert verdict(config, other, 2).problems == []
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("fp16", 0)])
 def test_a_stage_without_experts_is_clipped_like_the_others(precision: str, zero_stage: int) -> None:
     config = parity_run("shared", precision)
-    model = config.model.model_copy(update={"num_layers": 2})  # only the second has experts
-    config = config.model_copy(update={"model": model, "optim": config.optim.model_copy(update={"grad_clip": 0.01})})
-    other = with_layout(config, {"name": "megatron", "zero_stage": zero_stage}, {"pipeline": 2, "expert": 2})
+    config = config.with_keys({"model.num_layers": 2, "optim.grad_clip": 0.01})  # only the second has experts
+    other = config.with_keys(
+        {"engine": {"name": "megatron", "zero_stage": zero_stage}, "parallel": {"pipeline": 2, "expert": 2}}
+    )
     case = Case("experts on one stage", config, other, 4)
     assert problems(case) == []

@@ -154,7 +154,7 @@ def test_what_is_not_loaded_rightly_is_named(
     mutation: Mutation, precision: str, named: str, dataset: Path, tmp_path: Path
 ) -> None:
     target = layout("megatron", ranks=2, tensor=2, zero_stage=1)
-    target = target.model_copy(update={"train": target.train.model_copy(update={"precision": precision})})
+    target = target.with_keys({"train.precision": precision})
     source = layout("megatron", ranks=2, tensor=2) if mutation is swap_two_fragments else layout("torch")
     pair = Pair("llama", source, target)
     problems = differences(*run_pair(pair, dataset, tmp_path, mutation=mutation), pair)

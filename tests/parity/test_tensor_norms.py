@@ -13,7 +13,7 @@ from llmtrain.engines.base import StepResult
 from llmtrain.engines.tensor_norms import GRADIENTS, WEIGHTS, measuring
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
-from tests.parity.cases import parity_run, reference, with_layout
+from tests.parity.cases import parity_run, reference
 from tests.support.ranks import run_ranks
 
 STEPS = 2
@@ -70,7 +70,9 @@ def wrong_norms(name: str, mutation: Callable[[], None] | None = None) -> dict[s
     """Norms that are not those of one process within 1e-5, with what they should be."""
     ranks, engine, parallel = LAYOUTS[name]
     config = parity_run("llama")
-    first, *others = run_ranks(measured_rank, ranks, with_layout(config, engine, parallel), mutation)
+    first, *others = run_ranks(
+        measured_rank, ranks, config.with_keys({"engine": engine, "parallel": parallel}), mutation
+    )
     assert not [key for key in first[0].metrics if key.startswith((WEIGHTS, GRADIENTS))], "only every second step"
     found, expected = first[-1].metrics, expected_norms(config)
     assert set(found) == set(expected)

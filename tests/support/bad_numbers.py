@@ -87,8 +87,8 @@ def bad_run(folder: Path, layout: tuple[str, int, dict[str, Any]], steps: int, *
     name, _, stage = engine.partition("-")
     train = {"steps": steps, "global_batch_size": BATCH, "micro_batch_size": 1}
     config = tiny_run(tiny_model(dropout=0.1), train, {"lr": 1e-2, "schedule": "constant"})
-    return config.model_copy(
-        update={
+    return config.with_keys(
+        {
             "name": "bad",
             "output_dir": str(folder / "runs"),
             "data": DataConfig(train=(SourceConfig(path=str(folder / "data")),), seq_len=32),
@@ -104,7 +104,7 @@ def bad_run(folder: Path, layout: tuple[str, int, dict[str, Any]], steps: int, *
 
 def run_rank(rank: int, world_size: int, config: RunConfig, fault: Fault) -> Seen:
     """Begin or continue a run on one rank, as launch/rank/worker.py does, with a fault."""
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     store = dist.PrefixStore("said", dist.distributed_c10d._get_default_store())  # pyright: ignore
     ranks = StoreExchange(store, rank, world_size, 60.0)
     _break(fault.mutation)

@@ -43,4 +43,4 @@ def train_here(config: RunConfig, change_run: ChangeRun = unchanged, stop: StopS
 
 def rows_of(config: RunConfig) -> list[dict[str, Any]]:
     """The rows of a run that count."""
-    return read_rows(Path(config.output_dir) / config.name / "metrics.jsonl")
+    return read_rows(config.run_dir / "metrics.jsonl")

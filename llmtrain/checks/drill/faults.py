@@ -56,8 +56,8 @@ class Fault:
     when a checkpoint is about to become visible. `expected` is how the run must end: it recovers by itself; it stops
     with exit code 75, and the same command continues it; it is given up with 93. `lr_factor` is what it does to the
     learning rate of its step; from its step on, each takes `slowdown` median steps longer. `notice` is the audit log's
-    event that must follow; empty where the command ends and its exit code tells. `changes` are settings that its drill
-    needs, by section, `least_ranks` ranks.
+    event that must follow; empty where the command ends and its exit code tells. `keys` are settings that its drill
+    needs, `least_ranks` ranks.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Fault:
     slowdown: float = 0.0
     notice: str = "restarting"
     least_ranks: int = 1
-    changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    keys: Mapping[str, object] = field(default_factory=dict)
 
 
 def kill(victim: Victim) -> None:
@@ -155,7 +155,7 @@ FAULTS = (
         on_first_rank=True,
         expected="preempted",
         notice="",
-        changes={"launch": {"grace_seconds": 1.0}},
+        keys={"launch.grace_seconds": 1.0},
     ),
     Fault("disk full", fill_disk, on_first_rank=True, notice="save_failed"),
     Fault(
@@ -164,7 +164,7 @@ FAULTS = (
         same_weights=False,
         lr_factor=1e30,
         notice="rollback",
-        changes={"health": {"rollback": True, "max_strikes": 2}},
+        keys={"health.rollback": True, "health.max_strikes": 2},
     ),
     Fault("same step fails every time", fail, lasting=True, expected="given up", notice="stalled"),
 )
@@ -173,7 +173,7 @@ FAULTS = (
 
 def inject(fault: Fault, config: RunConfig, step: int) -> Callable[[Run, Rank], Run]:
     """What puts a fault into a run at a step; one that strikes a save strikes the first after a checkpoint is there."""
-    run_dir = Path(config.output_dir) / config.name
+    run_dir = config.run_dir
     victim = Victim(run_dir, os.getpid())
     struck = run_dir / STRUCK
     victim_rank = 0 if fault.on_first_rank else config.launch.num_workers - 1

@@ -19,13 +19,11 @@ from llmtrain.checks.drill.single_faults import (
     UNDISTURBED,
     drill_config,
     final_tensors,
-    folder_of,
+    in_fresh_folder,
     leftovers,
     losses,
-    named,
     run_quietly,
     undisturbed,
-    with_settings,
 )
 from llmtrain.config.schema import RunConfig
 from llmtrain.runs.audit import iter_events
@@ -52,14 +50,14 @@ class Punishment:
 def punish(config: RunConfig, kills: int, mean_seconds: float, seed: int = 0) -> Punishment:
     """Kill a random rank `kills` times, with pauses of half to one and a half times `mean_seconds` between kills."""
     paced = undisturbed(drill_config(config))
-    rows = read_rows(folder_of(paced.model_copy(update={"name": UNDISTURBED})) / METRICS_FILE)
+    rows = read_rows(paced.with_keys({"name": UNDISTURBED}).run_dir / METRICS_FILE)
     step_seconds = sorted(row["step_seconds"] for row in rows if "step_seconds" in row)[len(rows) // 2]
     steps = max(100, math.ceil(kills * mean_seconds / step_seconds))
     every = max(5, math.ceil(mean_seconds / 10 / step_seconds))
-    long = with_settings(paced, {"train": {"steps": steps}, "checkpoint": {"every_steps": every}})
-    reference = named(long, UNDISTURBED)
+    long = paced.with_keys({"train.steps": steps, "checkpoint.every_steps": every})
+    reference = in_fresh_folder(long, UNDISTURBED)
     run_quietly(reference)
-    run = named(long, "punished")
+    run = in_fresh_folder(long, "punished")
     before = _held()
     began = time.monotonic()
     with _punisher(kills, mean_seconds, seed) as killed:
@@ -78,7 +76,7 @@ class Measured:
 
 
 def _judge(run: RunConfig, reference: RunConfig, code: int, measured: Measured) -> Punishment:
-    folder, other = folder_of(run), folder_of(reference)
+    folder, other = run.run_dir, reference.run_dir
     problems = [] if code == 0 else [f"ended with {code}, not 0"]
     same = code == 0 and final_tensors(folder) == final_tensors(other) and losses(folder) == losses(other)
     if not same:

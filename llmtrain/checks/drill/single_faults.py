@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -66,32 +66,27 @@ class Outcome:
 
 def drill_config(config: RunConfig, steps: int = STEPS) -> RunConfig:
     """The configuration, shortened: few steps, a checkpoint every few of them, nothing that leaves the machine."""
-    short = with_settings(
-        config,
+    return config.with_keys(
         {
-            "train": {"steps": steps, "tokens": None},
-            "checkpoint": {"every_steps": SAVE_EVERY, "keep": 3, "keep_every_steps": 0, "resume": "auto"},
-            "observe": {"wandb": "off", "tensorboard": False, "log_every_steps": 1},
-        },
+            "output_dir": f"{config.run_dir}-drill",
+            "train.steps": steps,
+            "train.tokens": None,
+            "checkpoint.every_steps": SAVE_EVERY,
+            "checkpoint.keep": 3,
+            "checkpoint.keep_every_steps": 0,
+            "checkpoint.resume": "auto",
+            "observe.wandb": "off",
+            "observe.tensorboard": False,
+            "observe.log_every_steps": 1,
+        }
     )
-    return short.model_copy(update={"output_dir": str(folder_of(config)) + "-drill"})
 
 
-def with_settings(config: RunConfig, changes: Mapping[str, Mapping[str, object]]) -> RunConfig:
-    """The configuration with these settings, by section."""
-    sections = {name: getattr(config, name).model_copy(update=dict(keys)) for name, keys in changes.items()}
-    return config.model_copy(update=sections)
-
-
-def named(config: RunConfig, name: str) -> RunConfig:
+def in_fresh_folder(config: RunConfig, name: str) -> RunConfig:
     """The same run in a folder of its own, without what an earlier drill left there."""
-    folder_name = "".join(letter if letter.isalnum() else "-" for letter in name)
-    shutil.rmtree(Path(config.output_dir) / folder_name, ignore_errors=True)
-    return config.model_copy(update={"name": folder_name})
-
-
-def folder_of(config: RunConfig) -> Path:
-    return Path(config.output_dir) / config.name
+    run = config.with_keys({"name": "".join(letter if letter.isalnum() else "-" for letter in name)})
+    shutil.rmtree(run.run_dir, ignore_errors=True)
+    return run
 
 
 def run_quietly(config: RunConfig, fault: Fault | None = None) -> int:
@@ -120,7 +115,7 @@ def run_quietly(config: RunConfig, fault: Fault | None = None) -> int:
 
 
 def _launched(config: RunConfig, fault: Fault | None) -> int:
-    folder = folder_of(config)
+    folder = config.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     with printed_to(folder / "output.txt"):
         try:
@@ -168,27 +163,26 @@ def undisturbed(config: RunConfig) -> RunConfig:
 
     Raises LlmtrainError where even that does not succeed.
     """
-    reference = named(config, UNDISTURBED)
+    reference = in_fresh_folder(config, UNDISTURBED)
     code = run_quietly(reference)
     if code:
-        status = read_status(folder_of(reference))
+        status = read_status(reference.run_dir)
         cause = f" ({status.cause})" if status and status.cause else ""
-        output = folder_of(reference) / "output.txt"
+        output = reference.run_dir / "output.txt"
         raise LlmtrainError(f"the undisturbed run ended with {code}{cause}: {output} says more.")
-    rows = read_rows(folder_of(reference) / METRICS_FILE)
+    rows = read_rows(reference.run_dir / METRICS_FILE)
     longest = max(row["step_seconds"] for row in rows if "step_seconds" in row)
     seconds = max(LEAST_WATCHDOG_SECONDS, LONGEST_STEP_FACTOR * longest)
-    watchdog = config.launch.watchdog.model_copy(update={"step_seconds": seconds, "data_seconds": seconds})
-    return with_settings(config, {"launch": {"watchdog": watchdog}})
+    return config.with_keys(dict.fromkeys(("launch.watchdog.step_seconds", "launch.watchdog.data_seconds"), seconds))
 
 
 def try_fault(config: RunConfig, fault: Fault) -> Outcome:
     """Run with a fault, start it again where it asks for that, and say what followed. After `undisturbed`."""
-    run = named(with_settings(config, fault.changes), fault.name)
+    run = in_fresh_folder(config.with_keys(fault.keys), fault.name)
     ends = [(run_quietly(run, fault), time.time())]
     if ends[0][0] == EXIT_PREEMPTED:
         ends.append((run_quietly(run, fault), time.time()))
-    return judge(fault, folder_of(run), ends, folder_of(config.model_copy(update={"name": UNDISTURBED})))
+    return judge(fault, run.run_dir, ends, config.with_keys({"name": UNDISTURBED}).run_dir)
 
 
 def judge(fault: Fault, folder: Path, ends: list[tuple[int, float]], reference: Path) -> Outcome:

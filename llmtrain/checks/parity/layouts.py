@@ -42,7 +42,7 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
     model = config.model
     group = model.num_heads // model.kv_heads
     attention = model.attention
-    moe = model.moe and model.moe.model_copy(update={"num_experts": 4, "ffn_hidden_size": 48})
+    moe = model.moe and model.moe.with_keys({"num_experts": 4, "ffn_hidden_size": 48})
     both = model.family == "encoder_decoder"
     own = config.parallel
     layers = max(4, own.pipeline * own.virtual_pipeline if own.pipeline <= own_ranks else 0)
@@ -53,16 +53,19 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
         "num_kv_heads": max(1, 4 // group), "head_dim": 8,
         "ffn_hidden_size": 96 if model.gated else 128, "vocab_size": 307, "max_seq_len": 64, "moe": moe,
         "activation": SMOOTH.get(model.activation, model.activation),
-        "attention": attention.model_copy(update=kind_of(attention).small),
+        "attention": attention.with_keys(kind_of(attention).small),
     }  # fmt: skip
-    train = {"global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False, "steps": 100}
+    train = {
+        "global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False,
+        "steps": 100, "tokens": None,
+    }  # fmt: skip
     optim = {"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0}
-    return config.model_copy(
-        update={
-            "model": model.model_copy(update=sizes),
-            "data": config.data.model_copy(update={"seq_len": SHRUNK_SEQ_LEN}),
-            "train": config.train.model_copy(update={**train, "tokens": None}),
-            "optim": config.optim.model_copy(update=optim),
+    return config.with_keys(
+        {
+            "model": model.with_keys(sizes),
+            "data.seq_len": SHRUNK_SEQ_LEN,
+            "train": config.train.with_keys(train),
+            "optim": config.optim.with_keys(optim),
             "parallel": ParallelConfig(),
             "engine": EngineConfig(),
         }
@@ -155,9 +158,9 @@ def build_candidate(config: RunConfig, engine: dict[str, Any], parallel: dict[st
     """The candidate with these sections and that data parallel size; it may break rules."""
     section = ParallelConfig(**parallel)
     world_size = section.tensor * section.pipeline * section.context * data
-    launch = config.launch.model_copy(update={"num_workers": world_size, "device": "cpu"})
-    update = {"parallel": section, "engine": EngineConfig(**engine), "launch": launch}
-    return Candidate(short_name(section, EngineConfig(**engine), data), world_size, config.model_copy(update=update))
+    keys = {"parallel": section, "engine": engine, "launch.num_workers": world_size, "launch.device": "cpu"}
+    changed = config.with_keys(keys)
+    return Candidate(short_name(section, changed.engine, data), world_size, changed)
 
 
 def short_name(parallel: ParallelConfig, engine: EngineConfig, data: int) -> str:

@@ -202,7 +202,7 @@ def _longest(lengths: Lengths) -> int:
 
 
 def _with_seq_len(config: RunConfig, seq_len: int) -> Lengths:
-    return sample_lengths(config.model.family, config.data.model_copy(update={"seq_len": seq_len}))
+    return sample_lengths(config.model.family, config.data.with_keys({"seq_len": seq_len}))
 
 
 def _undivided(lengths: Lengths, parts: int) -> bool:

@@ -142,8 +142,7 @@ def _fitting_axis(config: RunConfig, world_size: int) -> str | None:
         size = getattr(config.parallel, axis)
         others = config.parallel.replica_size // size
         for fitting in nearest_divisors(world_size // others, size) if world_size % others == 0 else ():
-            parallel = config.parallel.model_copy(update={axis: fitting})
-            changed = config.model_copy(update={"parallel": parallel})
+            changed = config.with_keys({f"parallel.{axis}": fitting})
             if size > 1 and not any(True for rule in PARALLEL_RULES for _ in rule(changed)):
                 found.append((abs(fitting - size), f"parallel.{axis}={fitting}"))
     return min(found)[1] if found else None

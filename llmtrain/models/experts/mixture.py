@@ -154,7 +154,7 @@ class MoE(nn.Module):
         shared = config.moe.num_shared_experts * expert_ffn_size(config)
         self.shared = None
         if shared:
-            plain = config.model_copy(update={"ffn_hidden_size": shared, "bias": False})
+            plain = config.with_keys({"ffn_hidden_size": shared, "bias": False})
             self.shared = MLP(plain, recompute_activation)
 
     def forward(

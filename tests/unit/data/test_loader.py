@@ -89,7 +89,7 @@ def test_the_thread_ends_with_the_iterator(dataset: Path) -> None:
 def test_damage_is_raised_where_the_batch_is_due(tmp_path: Path, prefetch_steps: int) -> None:
     """The error keeps its type across the thread, and the thread ends with it."""
     write_dataset(tmp_path, [random_documents(30, seed) for seed in range(3)])
-    data = config(tmp_path, prefetch_steps).model_copy(update={"shuffle_shards": 1})
+    data = config(tmp_path, prefetch_steps).with_keys({"shuffle_shards": 1})
     first_shard = build_stream(data.train, data, seed=1).sample(0).shard
     damaged = tmp_path / f"shard-{(first_shard + 1) % 3:06d}.tar"
     content = bytearray(damaged.read_bytes())

@@ -25,7 +25,7 @@ GPT2 = ModelConfig(**SIZES, position="learned", norm="layernorm", activation="ge
 LLAMA = ModelConfig(**SIZES, num_kv_heads=2, tie_embeddings=False)
 SCALING = RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=16)
 WINDOW = AttentionConfig(kind="sliding_window", window=9)
-QWEN3 = LLAMA.model_copy(update={"qk_norm": True, "head_dim": 16})
+QWEN3 = LLAMA.with_keys({"qk_norm": True, "head_dim": 16})
 BERT = ModelConfig(
     **SIZES,
     family="encoder",
@@ -55,52 +55,52 @@ T5 = ModelConfig(
     attention=AttentionConfig(scale=1.0),
     init=InitConfig(scheme="t5", std=0.25, depth_scaled=False),
 )
-T5_V11 = T5.model_copy(update={"activation": "geglu", "scaled_head": False, "tie_embeddings": False, "head_dim": 16})
-SWITCH = T5.model_copy(
-    update={
+T5_V11 = T5.with_keys({"activation": "geglu", "scaled_head": False, "tie_embeddings": False, "head_dim": 16})
+SWITCH = T5.with_keys(
+    {
         "num_encoder_layers": 4,
         "moe": MoeConfig(router="switch", num_experts=5, top_k=1, every_n_layers=2, z_loss_coeff=0.002),
     }
 )
-MIXTRAL = LLAMA.model_copy(update={"moe": MoeConfig(num_experts=5, top_k=2)})
+MIXTRAL = LLAMA.with_keys({"moe": MoeConfig(num_experts=5, top_k=2)})
 
 
 def scaled(kind: str, **changes: Any) -> ModelConfig:
     """LLAMA with stretched positions."""
     scaling = RopeScaling(kind=kind, factor=4.0, original_max_seq_len=16, **changes)  # type: ignore[arg-type]
-    return LLAMA.model_copy(update={"rope_scaling": scaling, "rope_theta": 500.0})
+    return LLAMA.with_keys({"rope_scaling": scaling, "rope_theta": 500.0})
 
 
 MODELS = {
     "gpt2": GPT2,
-    "gpt2 untied": GPT2.model_copy(update={"tie_embeddings": False}),
-    "gpt2 exact gelu": GPT2.model_copy(update={"gelu_approximate": "none"}),
-    "gpt2 relu": GPT2.model_copy(update={"activation": "relu"}),
+    "gpt2 untied": GPT2.with_keys({"tie_embeddings": False}),
+    "gpt2 exact gelu": GPT2.with_keys({"gelu_approximate": "none"}),
+    "gpt2 relu": GPT2.with_keys({"activation": "relu"}),
     "llama": LLAMA,
-    "llama tied": LLAMA.model_copy(update={"tie_embeddings": True}),
+    "llama tied": LLAMA.with_keys({"tie_embeddings": True}),
     "llama scaled": scaled("llama3"),
     "llama linear": scaled("linear"),
     "llama yarn": scaled("yarn"),
     "llama yarn with factor": scaled("yarn", attention_factor=1.3, beta_fast=16.0),
-    "llama head_dim": LLAMA.model_copy(update={"head_dim": 20}),
-    "llama biases": LLAMA.model_copy(update={"bias": True}),
-    "llama one kv head": LLAMA.model_copy(update={"num_kv_heads": 1, "tie_embeddings": True}),
-    "mistral": LLAMA.model_copy(update={"attention": WINDOW}),
-    "mistral odd heads": LLAMA.model_copy(update={"num_heads": 5, "num_kv_heads": 5, "head_dim": 8}),
+    "llama head_dim": LLAMA.with_keys({"head_dim": 20}),
+    "llama biases": LLAMA.with_keys({"bias": True}),
+    "llama one kv head": LLAMA.with_keys({"num_kv_heads": 1, "tie_embeddings": True}),
+    "mistral": LLAMA.with_keys({"attention": WINDOW}),
+    "mistral odd heads": LLAMA.with_keys({"num_heads": 5, "num_kv_heads": 5, "head_dim": 8}),
     "qwen3": QWEN3,
-    "qwen3 tied window": QWEN3.model_copy(update={"tie_embeddings": True, "attention": WINDOW}),
+    "qwen3 tied window": QWEN3.with_keys({"tie_embeddings": True, "attention": WINDOW}),
     "mixtral": MIXTRAL,
-    "mixtral tied window": MIXTRAL.model_copy(update={"tie_embeddings": True, "attention": WINDOW}),
+    "mixtral tied window": MIXTRAL.with_keys({"tie_embeddings": True, "attention": WINDOW}),
     "bert": BERT,
-    "bert untied": BERT.model_copy(update={"tie_embeddings": False, "token_types": 1}),
-    "bert relu": BERT.model_copy(update={"activation": "relu"}),
+    "bert untied": BERT.with_keys({"tie_embeddings": False, "token_types": 1}),
+    "bert relu": BERT.with_keys({"activation": "relu"}),
     "t5": T5,
-    "t5 gelu": T5.model_copy(update={"activation": "gelu"}),
+    "t5 gelu": T5.with_keys({"activation": "gelu"}),
     "t5 v1.1": T5_V11,
-    "t5 tied without scale": T5_V11.model_copy(update={"tie_embeddings": True, "activation": "reglu"}),
+    "t5 tied without scale": T5_V11.with_keys({"tie_embeddings": True, "activation": "reglu"}),
     "switch_transformers": SWITCH,
-    "switch_transformers untied every layer": SWITCH.model_copy(
-        update={
+    "switch_transformers untied every layer": SWITCH.with_keys(
+        {
             "tie_embeddings": False,
             "scaled_head": False,
             "moe": MoeConfig(router="switch", num_experts=3, top_k=1, jitter=0.1),

@@ -54,7 +54,7 @@ def _fragments(model: torch.nn.Module) -> Iterator[Fragment]:
 def _run_folder(path: Path, config: ModelConfig, tokenizer: Path, data: dict[str, Any] | None = None) -> Path:
     """A run with one checkpoint of a random model, whose tensors lie in pieces."""
     run = tiny_run(config)
-    run = run.model_copy(update={"data": run.data.model_copy(update=data or {})})
+    run = run.with_keys({"data": run.data.with_keys(data or {})})
     state = {"train": {"step": 40, "samples": 160, "tokens": 5120}, "engine": {}}
     unfinished = start_checkpoint(path / "checkpoints", 40)
     part = write_rank_files(unfinished, 0, _fragments(random_model(config)))
@@ -75,7 +75,7 @@ def _json(*arguments: str | Path) -> dict:
 
 @pytest.mark.parametrize(
     "config",
-    [LLAMA.model_copy(update={"rope_scaling": SCALING}), MIXTRAL, BERT, SWITCH],
+    [LLAMA.with_keys({"rope_scaling": SCALING}), MIXTRAL, BERT, SWITCH],
     ids=["llama scaled", "mixtral", "bert", "switch"],
 )
 def test_export_import_and_export_again(config, small_tokenizer, tmp_path):
@@ -126,7 +126,7 @@ def _t5_folder(path: Path, tokenizer: Path) -> Path:
     names = [f"<extra_id_{number}>" for number in reversed(range(3))]
     converted.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     converted.save(str(path / "tokenizer.json"))
-    config = T5.model_copy(update={"vocab_size": first + 3})
+    config = T5.with_keys({"vocab_size": first + 3})
     _run_folder(path / "run", config, path / "tokenizer.json")
     _json("export", path / "run", path / "hf")
     return path / "hf"
@@ -179,7 +179,7 @@ def test_a_text_for_berts_tokenizer_is_put_between_its_special_tokens(small_toke
 
 
 def test_biases_of_routers_are_read_and_have_no_place_in_an_export(small_tokenizer, tmp_path):
-    config = MIXTRAL.model_copy(update={"moe": MoeConfig(num_experts=5, top_k=2, bias_update_rate=0.5)})
+    config = MIXTRAL.with_keys({"moe": MoeConfig(num_experts=5, top_k=2, bias_update_rate=0.5)})
     model, path = random_model(config), tmp_path / "run"
     steps_E = torch.tensor([3.0, -2.0, 0.0, 0.0, 1.0])
     biases = [Fragment.whole(f"decoder.layers.{n}.moe.router.bias", "buffer", steps_E * n) for n in range(2)]
@@ -214,7 +214,7 @@ def test_lines_for_people(small_tokenizer, tmp_path):
 
 def test_users_faults_end_with_a_message_and_their_exit_code(small_tokenizer, tmp_path):
     run = _run_folder(tmp_path / "run", LLAMA, small_tokenizer.path)
-    unfit = LLAMA.model_copy(update={"position": "sinusoidal", "activation": "reglu"})
+    unfit = LLAMA.with_keys({"position": "sinusoidal", "activation": "reglu"})
     foreign = _run_folder(tmp_path / "foreign", unfit, small_tokenizer.path)
     pickled = tmp_path / "pickled"
     pickled.mkdir()

@@ -40,7 +40,7 @@ TOKENS = NamedTokens(eos_id=3, bos_id=2, pad=("<pad>", 0))
 
 
 def changed(model: ModelConfig, **changes: Any) -> ModelConfig:
-    return model.model_copy(update=changes)
+    return model.with_keys(changes)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -98,7 +98,7 @@ def test_the_folder_is_complete_and_names_no_path(small_tokenizer, tmp_path):
 @pytest.mark.parametrize(("config", "start"), [(LLAMA, "def mai"), (BERT, ""), (T5, "<pad>")])
 def test_the_lines_of_the_model_card_run(config, start, small_tokenizer, tmp_path, monkeypatch, capsys):
     first = small_tokenizer.vocab_size
-    wider = config.model_copy(update={"vocab_size": first + 3})
+    wider = config.with_keys({"vocab_size": first + 3})
     settings = ExportSettings(
         tokens=named_tokens(small_tokenizer, {"special_tokens": {"sentinels": [first, first + 1]}})
     )
@@ -111,7 +111,7 @@ def test_the_lines_of_the_model_card_run(config, start, small_tokenizer, tmp_pat
 
 def test_special_tokens_above_the_tokenizers_have_names_in_the_export(small_tokenizer, tmp_path):
     first = small_tokenizer.vocab_size
-    config = T5.model_copy(update={"vocab_size": first + 100})
+    config = T5.with_keys({"vocab_size": first + 100})
     named = named_tokens(small_tokenizer, {"special_tokens": {"sentinels": list(range(first, first + 100))}})
     settings = ExportSettings(tokens=named)
     write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, settings)
@@ -132,7 +132,7 @@ def test_berts_own_kind_of_tokenizer_is_exported(tmp_path):
     trained.train_from_iterator(["some words and letters = ( ) abc", *"abcdefghijklmnopqrstuvwxyz"], vocab_size=200)
     trained.save(str(tmp_path / "tokenizer.json"))
     tokenizer = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
-    config = BERT.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    config = BERT.with_keys({"vocab_size": tokenizer.vocab_size})
     write_export(tmp_path / "out", config, weights_of(random_model(config)), tokenizer, ExportSettings())
     exported = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
     roles = (exported.pad_token, exported.unk_token, exported.cls_token, exported.sep_token, exported.mask_token)
@@ -264,7 +264,7 @@ def test_one_wrong_tensor_is_caught_and_nothing_is_left(
 
 @pytest.mark.parametrize("module", ["mlp.up", "mlp.down", "attention.out"])
 def test_a_missing_transpose_in_the_table_is_caught(module, small_tokenizer, tmp_path, monkeypatch):
-    square = GPT2.model_copy(update={"ffn_hidden_size": 48})
+    square = GPT2.with_keys({"ffn_hidden_size": 48})
     table = tuple(replace(row, shape=Shape.SAME) if str(row.ours).endswith(module) else row for row in gpt2.TABLE)
     monkeypatch.setitem(FAMILIES, "gpt2", replace(FAMILIES["gpt2"], tables=(table,)))
     with pytest.raises(ExportError, match="other logits"):
@@ -281,13 +281,13 @@ def test_a_missing_or_unknown_tensor_is_caught(small_tokenizer, tmp_path, monkey
 
 
 def test_a_tokenizer_of_another_model_is_caught(small_tokenizer, tmp_path):
-    small = LLAMA.model_copy(update={"vocab_size": 200})
+    small = LLAMA.with_keys({"vocab_size": 200})
     with pytest.raises(ExportError, match="another tokenizer"):
         write_export(tmp_path / "out", small, weights_of(random_model(small)), small_tokenizer, ExportSettings())
 
 
 def test_settings_of_training_alone_are_told(small_tokenizer, tmp_path):
-    config = LLAMA.model_copy(update={"dropout": 0.2})
+    config = LLAMA.with_keys({"dropout": 0.2})
     export = write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, ExportSettings())
     assert export.notes == ["model.dropout = 0.2, Llama has 0.0"]
     assert "- model.dropout = 0.2" in (tmp_path / "out" / "README.md").read_text("utf-8")

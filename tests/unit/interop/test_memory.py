@@ -15,7 +15,7 @@ from tests.support.samples import tiny_run
 from tests.unit.interop.models import MIXTRAL
 
 MIB = 1 << 20
-MODEL = MIXTRAL.model_copy(update={"num_layers": 10, "hidden_size": 256, "ffn_hidden_size": 1024})
+MODEL = MIXTRAL.with_keys({"num_layers": 10, "hidden_size": 256, "ffn_hidden_size": 1024})
 PART_BYTES = 10 * MIB
 WEIGHT_BYTES = 4 * sum(torch.Size(shape).numel() for shape in parameter_shapes(MODEL).values())
 SLACK_BYTES = 12 * MIB

@@ -39,12 +39,12 @@ JOB: dict[str, Any] = {
 }
 MODELS_READ = {
     **MODELS,
-    "llama theta": LLAMA.model_copy(update={"rope_theta": 500_000.0}),
+    "llama theta": LLAMA.with_keys({"rope_theta": 500_000.0}),
     "llama ntk": scaled("ntk"),
-    "mistral yarn": scaled("yarn").model_copy(update={"attention": MODELS["mistral"].attention}),
-    "mixtral linear": scaled("linear").model_copy(update={"moe": MODELS["mixtral"].moe}),
-    "qwen3 llama3": scaled("llama3").model_copy(update={"qk_norm": True, "head_dim": 16}),
-    "qwen3 theta": QWEN3.model_copy(update={"rope_theta": 1_000_000.0}),
+    "mistral yarn": scaled("yarn").with_keys({"attention": MODELS["mistral"].attention}),
+    "mixtral linear": scaled("linear").with_keys({"moe": MODELS["mixtral"].moe}),
+    "qwen3 llama3": scaled("llama3").with_keys({"qk_norm": True, "head_dim": 16}),
+    "qwen3 theta": QWEN3.with_keys({"rope_theta": 1_000_000.0}),
 }
 SHORT = ["gpt2", "llama theta", "mistral yarn", "mixtral linear", "qwen3 llama3", "bert", "t5 v1.1"]
 

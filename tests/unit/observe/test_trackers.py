@@ -10,7 +10,7 @@ import pytest
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llmtrain.config.schema import RunConfig, SourceConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import StepResult
 from llmtrain.observe import background
 from llmtrain.observe.background import BackgroundTracker
@@ -206,8 +206,7 @@ def test_the_last_checkpoint_is_an_artifact_only_where_it_is_asked_for_and_the_r
 def test_the_configuration_goes_out_without_credentials_and_with_what_the_run_is(tmp_path: Path):
     config = run_config(wandb="offline", tensorboard=False)
     url = f"https://user:{CANARY}@example.org/a?X-Signature={CANARY}"
-    data = config.data.model_copy(update={"train": (SourceConfig(path=url),)})
-    config = config.model_copy(update={"data": data})
+    config = config.with_keys({"data.train": [{"path": url}]})
     trackers = build_trackers(config, tmp_path, StartedAttempt(3, "cafe", 7), ConsoleTracker("tiny", 7, 9))
     for tracker in trackers:
         tracker.log({"step": 8, "loss": 1.0})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from launch.rank.failure import Failure, failure_text
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
-from llmtrain.plan.memory_advice import advice_text, advise, changed, is_out_of_memory, memory_advice
+from llmtrain.plan.memory_advice import advice_text, advise, is_out_of_memory, memory_advice
 from tests.unit.config.small_run import run
 
 LARGE: dict[str, Any] = {
@@ -108,11 +108,11 @@ def test_every_advice_is_legal_and_changes_something(
     if arithmetic_problems(config, workers):
         return
     for advice in memory_advice(config, device):
-        other = changed(config, advice.settings)
+        other = config.with_keys(advice.settings)
         assert other != config
         assert arithmetic_problems(other, other.launch.num_workers) == [], str(advice)
         for key in advice.settings:
-            assert changed(config, {key: advice.settings[key]}) != config, f"{key} is so already"
+            assert config.with_keys({key: advice.settings[key]}) != config, f"{key} is so already"
 
 
 def raised_by_torch() -> Exception:

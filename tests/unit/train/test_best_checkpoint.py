@@ -29,7 +29,7 @@ def data(tmp_path: Path) -> None:
 
 
 def folder_of(config: RunConfig, step: int) -> Path:
-    return Path(config.output_dir) / config.name / "checkpoints" / step_folder_name(step)
+    return config.run_dir / "checkpoints" / step_folder_name(step)
 
 
 def column(config: RunConfig, key: str) -> dict[int, float]:
@@ -61,7 +61,7 @@ def test_saves_and_evaluations_that_never_coincide_keep_the_best(tmp_path: Path)
 
 def test_the_evaluations_beside_saves_change_no_number_of_training(tmp_path: Path) -> None:
     plain = small_run(tmp_path, **NEVER_TOGETHER)
-    best = small_run(tmp_path, **NEVER_TOGETHER, checkpoint={"keep_best": True}).model_copy(update={"name": "best"})
+    best = small_run(tmp_path, **NEVER_TOGETHER, checkpoint={"keep_best": True}).with_keys({"name": "best"})
     assert train_here(plain) == train_here(best) == 0
     assert column(plain, "loss") == column(best, "loss")
     few, more = column(plain, "valid_loss"), column(best, "valid_loss")

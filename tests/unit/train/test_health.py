@@ -64,12 +64,12 @@ def test_a_flat_curve_leaves_room() -> None:
 def test_nothing_is_a_spike_while_few_losses_are_known() -> None:
     assert spikes([2.0] * (FEWEST_LOSSES - 1) + [9.0]) == []
     assert spikes([2.0] * FEWEST_LOSSES + [9.0]) == [FEWEST_LOSSES + 1]
-    short = ON.model_copy(update={"window_steps": 5})
+    short = ON.with_keys({"window_steps": 5})
     assert spikes([2.0] * 5 + [9.0], short) == [6]
 
 
 def test_spikes_can_be_off() -> None:
-    assert spikes([2.0] * 60 + [900.0], ON.model_copy(update={"spike_deviations": 0.0})) == []
+    assert spikes([2.0] * 60 + [900.0], ON.with_keys({"spike_deviations": 0.0})) == []
 
 
 def test_a_level_that_stays_is_the_new_one() -> None:

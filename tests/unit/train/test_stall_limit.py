@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> None:
 def given_up(config: RunConfig, destroyed_at: int = 0) -> str:
     """What is said of a run that ends with 93, and what its folder says then."""
     change_run = inject(DESTROYED, config, destroyed_at) if destroyed_at else unchanged
-    folder = Path(config.output_dir) / config.name
+    folder = config.run_dir
     before = list(iter_events(folder, DONE))
     with pytest.raises(NoProgressError) as error:
         train_here(config, change_run)
@@ -54,7 +54,7 @@ def given_up(config: RunConfig, destroyed_at: int = 0) -> str:
 
 
 def saved(config: RunConfig) -> list[int]:
-    return checkpoint_steps(Path(config.output_dir) / config.name / "checkpoints")
+    return checkpoint_steps(config.run_dir / "checkpoints")
 
 
 def test_a_run_of_skipped_steps_is_not_done_nor_is_it_when_started_again(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_long_run_does_not_go_on_to_its_end(tmp_path: Path) -> None:
 def test_a_skipped_step_at_the_end_is_said_and_no_failure(tmp_path: Path) -> None:
     config = small_run(tmp_path)
     assert train_here(config, inject(DESTROYED, config, 10)) == 0
-    status = read_status(Path(config.output_dir) / config.name)
+    status = read_status(config.run_dir)
     assert status is not None and status.status == "done"
     assert status.message == ("no progress since step 10: the last 2 steps were skipped, as no gradient was finite")
 

@@ -144,11 +144,11 @@ def test_resolved_yaml_loads_to_an_equal_config(
     tmp_path: Path, output_dir: str, lr: float, weight: int, tokens: int | None
 ) -> None:
     base = loaded(tmp_path).config
-    train = base.train.model_copy(update={"tokens": tokens, "steps": None if tokens else 10})
-    optim = base.optim.model_copy(update={"lr": lr, "min_lr": lr / 3})
-    source = base.data.train[0].model_copy(update={"path": output_dir, "weight": weight})
-    data = base.data.model_copy(update={"train": (source,)})
-    config = base.model_copy(update={"output_dir": output_dir, "train": train, "optim": optim, "data": data})
+    train = base.train.with_keys({"tokens": tokens, "steps": None if tokens else 10})
+    optim = base.optim.with_keys({"lr": lr, "min_lr": lr / 3})
+    source = base.data.train[0].with_keys({"path": output_dir, "weight": weight})
+    data = base.data.with_keys({"train": (source,)})
+    config = base.with_keys({"output_dir": output_dir, "train": train, "optim": optim, "data": data})
     assert load_config(write(tmp_path, "resolved.yaml", to_yaml(config))).config == config
 
 

@@ -158,7 +158,7 @@ def test_what_breaks_no_rule_can_be_laid_out() -> None:
     ):
         sizes = {"tensor": tensor, "pipeline": pipeline, "virtual_pipeline": virtual, "context": context}
         parallel = ParallelConfig(**sizes, sequence=tensor > 1)
-        config = base.model_copy(update={"parallel": parallel})
+        config = base.with_keys({"parallel": parallel})
         if broken(config, parallel.replica_size * data):
             continue
         num_legal += 1

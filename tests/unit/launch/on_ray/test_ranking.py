@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.on_ray.ranking import legal_sizes, seat_ranks, sized
+from launch.on_ray.ranking import legal_sizes, seat_ranks
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import ParallelConfig, RunConfig
 from llmtrain.parallel.layout import plan_layout
@@ -42,7 +42,7 @@ def test_a_run_that_may_not_shrink_has_one_size(folder: Path) -> None:
 
 def test_a_tensor_group_shares_a_machine(folder: Path) -> None:
     config = run(folder, *MEGATRON, "parallel.tensor=2", "parallel.pipeline=2", "launch.num_workers=4")
-    config = sized(config, 8)
+    config = config.with_keys({"launch.num_workers": 8})
     # Ray has mixed the machines of both replicas' workers.
     machines = [["b", "a", "b", "a"], ["c", "d", "d", "c"]]
     seats = seat_ranks(config, machines)

@@ -57,14 +57,11 @@ def test_the_job_says_how_many_cpus_a_task_has(config: RunConfig) -> None:
     job = {"SLURM_JOB_ID": "7"}
     assert cpus_per_task(config, {**job, "SLURM_CPUS_PER_TASK": "6"}) == 6
     assert cpus_per_task(config, job) == 1
-    threads = config.launch.model_copy(update={"threads_per_worker": 3})
-    assert cpus_per_task(config.model_copy(update={"launch": threads}), job) == 3
+    assert cpus_per_task(config.with_keys({"launch.threads_per_worker": 3}), job) == 3
 
 
 def test_srun_gets_one_task_per_rank_and_nothing_of_the_run(config: RunConfig) -> None:
-    slurm = config.launch.slurm.model_copy(update={"nodes": 2})
-    spread = config.launch.model_copy(update={"num_workers": 8, "slurm": slurm})
-    line = srun_line(config.model_copy(update={"launch": spread}), cpus_per_task=6)
+    line = srun_line(config.with_keys({"launch.num_workers": 8, "launch.slurm.nodes": 2}), cpus_per_task=6)
     assert {"--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=6", "--kill-on-bad-exit=1"} <= set(line)
     assert line[-3:] == [sys.executable, "-m", "launch.on_slurm.task"]
 
@@ -100,8 +97,7 @@ def test_tasks_come_by_rank_and_go_with_their_launcher(config: RunConfig) -> Non
 )
 def test_tasks_that_do_not_come_are_told(config: RunConfig, srun: str, said: str) -> None:
     put_srun(srun)
-    impatient = config.launch.model_copy(update={"timeout_seconds": 3.0})
-    step = Step(config.model_copy(update={"launch": impatient}), cpus_per_task=1)
+    step = Step(config.with_keys({"launch.timeout_seconds": 3.0}), cpus_per_task=1)
     try:
         with pytest.raises(LaunchError, match=said):
             step.gather(2, StopSignal())

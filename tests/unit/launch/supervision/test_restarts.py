@@ -105,7 +105,7 @@ def run_config(folder: Path) -> RunConfig:
 
 
 def folder_of(config: RunConfig, step: int) -> Path:
-    run = Path(config.output_dir) / config.name
+    run = config.run_dir
     (run / CHECKPOINTS / step_folder_name(step)).mkdir(parents=True)
     with RunFolder(run) as folder:
         folder.write_status("running", step + 1, 20, "training")

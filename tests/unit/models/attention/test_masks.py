@@ -67,7 +67,7 @@ def test_pieces_leave_out_what_the_pattern_leaves_out(kind: str) -> None:
     config = AttentionConfig(**KINDS[kind])
 
     def area(length: int) -> int:
-        pattern = PATTERNS[config.kind](config.model_copy(update={"stride": int(length**0.5)}))
+        pattern = PATTERNS[config.kind](config.with_keys({"stride": int(length**0.5)}))
         pieces = pattern.pieces(Extent(length, length, looks_ahead=True, block=int(length**0.5)))
         return sum(len(range(length)[piece.queries]) * len(range(length)[piece.keys]) for piece in pieces)
 
@@ -118,7 +118,7 @@ def test_a_mask_off_by_one_is_caught(name: str, monkeypatch: pytest.MonkeyPatch)
     right_order, right_belonging = Visibility.order, Visibility.belonging
     match what:
         case "pattern":
-            wrong = PATTERNS[config.kind](config.model_copy(update={field: value}))
+            wrong = PATTERNS[config.kind](config.with_keys({field: value}))
             monkeypatch.setitem(PATTERNS, config.kind, lambda _: wrong)
         case "order":
             monkeypatch.setattr(Visibility, "order", lambda self, s, t: right_order(self, s + value, t))

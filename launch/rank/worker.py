@@ -17,6 +17,7 @@ from launch.rank.place import ALONE, Rank
 from launch.rank.rendezvous import StoreExchange, anybody, connect, lone_store, open_exchange, open_group
 from launch.rank.stop import StopSignal
 from llmtrain.config.budget import Budget, Seen
+from llmtrain.config.engines import ENGINES
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, NoProgressError, RunFolderInUseError
@@ -29,9 +30,6 @@ from llmtrain.runs.folder import RunFolder, Status, read_status, was_taken_over
 from llmtrain.train.loop import Run, train
 from llmtrain.train.setup import Start, describe_start, find_start, join_start, setup
 from llmtrain.train.stall_limit import StallLimit, skipped_text
-
-SINGLE_PROCESS_ENGINES = ("torch",)
-"""Engines that need no process group where there is one rank."""
 
 
 def unwatched(section: Section, step: int) -> None:
@@ -67,7 +65,7 @@ def run_worker(
             attempt = Attempt(config, device, find_start(config, folder), folder, place, pulse, change_run)
             if not attempt.finished_before:
                 held.enter_context(rank_log(run_dir, place))
-            if config.engine.name not in SINGLE_PROCESS_ENGINES and not attempt.finished_before:
+            if ENGINES[config.engine.name].needs_group and not attempt.finished_before:
                 open_group(lone_store(), place, device, timeout_seconds)
             return attempt.run(lambda: stop.requested)
         store = connect(place, timeout_seconds)

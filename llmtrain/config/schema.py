@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from llmtrain.config.engines import DEFAULT_ENGINE, EngineName
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.objective import (
@@ -204,8 +205,8 @@ class ParallelConfig(Section):
 class EngineConfig(Section):
     """Which engine runs the step."""
 
-    name: Literal["torch", "megatron", "deepspeed"] = Field(
-        default="torch",
+    name: EngineName = Field(
+        default=DEFAULT_ENGINE,
         description="torch: plain PyTorch, the readable reference, data parallel. megatron: megatron-core, every axis, "
         "ZeRO 0 and 1. deepspeed: ZeRO 0 to 3 and offload, no pipeline.",
     )

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.config.engines import ENGINES, engines_that
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import plan_layout
@@ -169,13 +170,19 @@ def _offload(config: RunConfig, device_type: str) -> Iterator[Advice]:
     engine = config.engine
     if engine.offload == "none" and device_type == "cuda":
         effect = "masters and moments in the machine's memory; the update is slow"
-        cpu = {"engine.name": "deepspeed", "engine.offload": "cpu"}
-        stages = ({**cpu, "engine.zero_stage": max(1, engine.zero_stage, stage)} for stage in (1, 2, 3))
-        yield from _one(config, effect, stages)
+        # The stage in use where it will do, else the next.
+        ways = (way for way in _offloads("cpu") if way["engine.zero_stage"] >= engine.zero_stage)
+        yield from _one(config, effect, ways)
     if engine.offload != "nvme":
         effect = "masters and moments on the local disk (any folder there); the slowest update"
-        settings = {"engine.name": "deepspeed", "engine.zero_stage": 3, "engine.offload": "nvme"}
-        yield from _one(config, effect, [{**settings, "engine.nvme_path": "/tmp/llmtrain"}])
+        yield from _one(config, effect, ({**way, "engine.nvme_path": "/tmp/llmtrain"} for way in _offloads("nvme")))
+
+
+def _offloads(kind: str) -> Iterator[Settings]:
+    """Engines that move optimizer state to a place, with each ZeRO stage that it goes with."""
+    for name, row in ENGINES.items():
+        for stage in row.offloads.get(kind, ()):
+            yield {"engine.name": name, "engine.zero_stage": stage, "engine.offload": kind}
 
 
 def _shorter_samples(config: RunConfig) -> Iterator[Advice]:
@@ -185,5 +192,6 @@ def _shorter_samples(config: RunConfig) -> Iterator[Advice]:
 
 
 def _engines(config: RunConfig) -> list[Settings]:
-    """The engine in use first, then those that can do more."""
-    return [{"engine.name": name} for name in dict.fromkeys((config.engine.name, "megatron", "deepspeed"))]
+    """The engine in use first, then those that split more than the batch."""
+    others = engines_that(lambda row: bool(row.axes))
+    return [{"engine.name": name} for name in dict.fromkeys((config.engine.name, *others))]

@@ -19,6 +19,7 @@ from llmtrain.checkpoint.origin import origin_of, read_origin
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.checkpoint.stored_state import require_state
 from llmtrain.config.budget import Budget
+from llmtrain.config.engines import ENGINES
 from llmtrain.config.reading.rendering import record_of
 from llmtrain.config.schema import DataConfig, RunConfig, SourceConfig
 from llmtrain.config.sequence_lengths import sample_lengths
@@ -71,13 +72,6 @@ from llmtrain.train.stall_limit import StallLimit
 from llmtrain.train.state import TrainState
 from llmtrain.train.status_tracker import ProgressTracker
 
-ENGINES = {
-    "torch": ("llmtrain.engines.torch_engine", "TorchEngine"),
-    "megatron": ("llmtrain.engines.megatron_engine", "MegatronEngine"),
-    "deepspeed": ("llmtrain.engines.deepspeed_engine", "DeepSpeedEngine"),
-}
-"""Where each engine's class is, made from (config, device): engines are slow to import, so only the one in use is."""
-
 
 @dataclass(frozen=True)
 class Start:
@@ -102,8 +96,8 @@ class Start:
 
 def engine_class(name: str) -> Any:
     """Import an engine."""
-    module, attribute = ENGINES[name]
-    return getattr(import_module(module), attribute)
+    row = ENGINES[name]
+    return getattr(import_module(row.module), row.class_name)
 
 
 def find_start(config: RunConfig, folder: RunFolder, ranks: Exchange | None = None) -> Start:

@@ -20,6 +20,7 @@ from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checks.parity.compare import Pieces, Tensors, assemble, pieces
 from llmtrain.checks.parity.layouts import build_candidate, iter_candidates, short_name
 from llmtrain.config.budget import Budget
+from llmtrain.config.engines import ENGINES
 from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import CheckpointConfig, RunConfig, SourceConfig
@@ -39,7 +40,6 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "buffer")
 MASK_ID = 4
 SAVED_STEP = 3
 MAX_RANKS = 4
-ENGINES = ("torch", "megatron", "deepspeed")
 PRECISIONS = [("fp32", "fp32")] * 3 + [("fp32", "bf16"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32")]
 """What a pair is drawn from: most in fp32, where losses can be compared closely."""
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llmtrain.checks.parity.rank_pool import Forks, RankError
+from llmtrain.config.engines import ENGINES
 
 __all__ = ["RankError", "run_ranks"]
 
@@ -11,9 +12,7 @@ PRELOADED = (
     "torch",
     "torch.distributed",
     "launch.rank.worker",
-    "llmtrain.engines.torch_engine",
-    "llmtrain.engines.megatron_engine",
-    "llmtrain.engines.deepspeed_engine",
+    *(row.module for row in ENGINES.values()),
     "tests.support.samples",
     "tests.parity.resharding",
 )

@@ -21,6 +21,7 @@ from llmtrain.checks.doctor.machine import machine_findings, output_of
 from llmtrain.checks.doctor.packages import package_findings, requirements, wanted
 from llmtrain.checks.doctor.probe import PRECISIONS
 from llmtrain.checks.doctor.services import service_findings
+from llmtrain.config.engines import DEFAULT_ENGINE, ENGINES
 
 PROBE_SECONDS = 300.0
 """A probe that takes longer hangs; the slowest needs some seconds, and ten times that on a machine that is busy."""
@@ -35,8 +36,6 @@ IMPORTED = {
     "tensorboard": "torch.utils.tensorboard",
 }
 """Packages that are imported to see whether they work, by the module that says so. Engines show it of the others."""
-
-ENGINES = ("torch", "megatron", "deepspeed")
 
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables that would make a probe think that it is one of many."""
@@ -182,7 +181,7 @@ def meeting_finding(name: str, answer: Answer) -> Finding:
 
 def engine_finding(name: str, answer: Answer) -> Finding:
     """What an engine can do, what it cannot, and why."""
-    needed = name == "torch"
+    needed = name == DEFAULT_ENGINE
     see = f"{shlex.join(probe_command('engine', name))}   (shows all of it)"
     if "error" in answer:
         return Finding("engines", name, "broken", answer["error"], see, needed)

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from launch.forking.rank_process import die_with
+from llmtrain.config.engines import ENGINES
 from llmtrain.interop.installation import broken_package
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -123,7 +124,7 @@ def engine(name: str) -> Answer:
 def _trials(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for precision in PRECISIONS:
         # Without ZeRO, deepspeed's fp16 is not in use.
-        stage = 1 if name == "deepspeed" else 0
+        stage = min(ENGINES[name].gpu_fp16_stages, default=0)
         yield precision, {"train": {"precision": precision}, "engine": {"zero_stage": stage}}
     for stage in ZERO_STAGES:
         yield f"ZeRO {stage}", {"engine": {"zero_stage": stage}}
@@ -159,10 +160,9 @@ def _one_step(build: Callable[..., Any], config: Any, device: Any) -> Answer:
 
     from launch.rank.place import ALONE
     from launch.rank.rendezvous import lone_store, open_group
-    from launch.rank.worker import SINGLE_PROCESS_ENGINES
     from llmtrain.values.batch import Batch
 
-    if config.engine.name not in SINGLE_PROCESS_ENGINES:
+    if ENGINES[config.engine.name].needs_group:
         open_group(lone_store(), ALONE, device, MEETING_SECONDS)
     tokens = torch.arange(config.data.seq_len + 1).expand(1, -1)
     positions = torch.arange(config.data.seq_len).expand(1, -1)

@@ -17,18 +17,14 @@ import torch
 from llmtrain.checks.parity.batches import probe_batches
 from llmtrain.checks.parity.layouts import Candidate
 from llmtrain.checks.parity.rank_pool import Forks, RankError
+from llmtrain.config.engines import ENGINES
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import EvalResult, StepResult
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box, Fragment, tiling_problem
 
-PRELOADED = (
-    "llmtrain.checks.parity.compare",
-    "llmtrain.engines.torch_engine",
-    "llmtrain.engines.megatron_engine",
-    "llmtrain.engines.deepspeed_engine",
-)
+PRELOADED = ("llmtrain.checks.parity.compare", *(row.module for row in ENGINES.values()))
 """What takes long to import."""
 
 Pieces = list[tuple[str, tuple[int, ...], Box, np.ndarray]]

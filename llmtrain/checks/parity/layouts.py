@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 
 from llmtrain.config.attention import kind_of
+from llmtrain.config.engines import ENGINES
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.errors import ConfigError
@@ -82,7 +83,7 @@ def parse_candidate(text: str, config: RunConfig) -> Candidate:
     for part in layout.split("+"):
         match = PART.fullmatch(part)
         size = int(match[2] or 1) if match and match[1] != "zero" else 1
-        if match is None or not 1 <= size <= MOST_RANKS or engine not in ("torch", "megatron", "deepspeed"):
+        if match is None or not 1 <= size <= MOST_RANKS or engine not in ENGINES:
             raise ConfigError(f"--layouts {text}: {FORM}")
         if part == "sp":
             parallel["sequence"] = True
@@ -138,12 +139,12 @@ def iter_candidates(config: RunConfig, max_ranks: int) -> Iterator[Candidate]:
     """Every legal layout on every engine with up to so many ranks, the smallest first."""
     sizes = range(1, max_ranks + 1)
     found = []
-    engines = ("torch", "megatron", "deepspeed")
-    for engine, tensor, context, pipeline, data in product(engines, sizes, sizes, sizes, sizes):
+    for engine, tensor, context, pipeline, data in product(ENGINES, sizes, sizes, sizes, sizes):
         if tensor * context * pipeline * data > max_ranks:
             continue
         expert_sizes = sizes if config.model.moe else (1,)
-        for virtual, expert, sequence, zero_stage in product((1, 2), expert_sizes, (False, True), range(4)):
+        stages = ENGINES[engine].zero_stages
+        for virtual, expert, sequence, zero_stage in product((1, 2), expert_sizes, (False, True), stages):
             parallel = {
                 "tensor": tensor, "context": context, "pipeline": pipeline, "virtual_pipeline": virtual,
                 "expert": expert, "sequence": sequence,

@@ -1,112 +1,129 @@
-"""What each engine can do: rules between engine.* and the rest. Pure."""
+"""Rules between engine.* and the rest; what an engine can do stands in config/engines.py. Pure."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from llmtrain.config.engines import ENGINES, EngineRow, engines_that
+from llmtrain.config.reading.key_names import either
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 
 Found = Iterator[Problem]
 
+SHARDED = ("no optimizer state, gradients or weights", "optimizer state only", "no weights")
+"""What the highest ZeRO stage of an engine shards."""
+
+
+def row_of(config: RunConfig) -> EngineRow:
+    return ENGINES[config.engine.name]
+
+
+def or_engine(can: Callable[[EngineRow], bool]) -> str:
+    """`, or engine.name=a or b`: the engines that can do something; empty where none can."""
+    names = engines_that(can)
+    return f", or engine.name={either(names)}" if names else ""
+
 
 def engine_is_on_this_platform(config: RunConfig) -> Found:
-    name = config.engine.name
-    if name != "torch" and sys.platform != "linux":
-        message = f"its package is made for Linux only, this is {sys.platform}. Try torch."
-        yield Problem("engine.name", message, name)
+    platforms = row_of(config).platforms
+    if platforms and sys.platform not in platforms:
+        others = either(engines_that(lambda row: not row.platforms or sys.platform in row.platforms))
+        made_for = either(platform.capitalize() for platform in platforms)
+        message = f"its package is made for {made_for} only, this is {sys.platform}. Try {others}."
+        yield Problem("engine.name", message, config.engine.name)
 
 
-def torch_splits_the_batch_only(config: RunConfig) -> Found:
-    if config.engine.name != "torch":
-        return
-    both = "megatron or deepspeed"
-    others = {"tensor": both, "context": both, "expert": both, "pipeline": "megatron"}
-    for axis, engines in others.items():
+def engine_has_axes(config: RunConfig) -> Found:
+    row, stage = row_of(config), config.engine.zero_stage
+    for axis in ("tensor", "context", "expert", "pipeline"):
         size = getattr(config.parallel, axis)
-        if size > 1:
-            message = f"engine.name = torch splits the batch only. Try 1, or engine.name={engines}."
-            yield Problem(f"parallel.{axis}", message, size, uses=("engine.name",))
-    if config.parallel.overlap_grad_reduce:
-        message = "engine.name = torch reduces gradients after the backward pass. Try false, or engine.name=megatron."
+        if size == 1 or axis in row.axes:
+            continue
+        lacks = f"has no {axis}{' parallelism' if axis != 'pipeline' else ''}" if row.axes else "splits the batch only"
+        fix = or_engine(lambda other, axis=axis: axis in other.axes)
+        uses: tuple[str, ...] = ("engine.name",)
+        if axis == "pipeline" and stage > 1 and stage in row.zero_stages:
+            fix += " with engine.zero_stage=1: ZeRO 2 and 3 do not go with a pipeline"
+            uses = ("engine.name", "engine.zero_stage")
+        message = f"engine.name = {config.engine.name} {lacks}. Try 1{fix}."
+        yield Problem(f"parallel.{axis}", message, size, uses=uses)
+
+
+def engine_overlaps(config: RunConfig) -> Found:
+    why = row_of(config).no_overlap
+    if config.parallel.overlap_grad_reduce and why:
+        fix = or_engine(lambda other: not other.no_overlap)
+        message = f"engine.name = {config.engine.name} {why}. Try false{fix}."
         yield Problem("parallel.overlap_grad_reduce", message, "true", uses=("engine.name",))
 
 
 def engine_has_zero_stage(config: RunConfig) -> Found:
-    name, stage, pipeline = config.engine.name, config.engine.zero_stage, config.parallel.pipeline
+    row, stage, pipeline = row_of(config), config.engine.zero_stage, config.parallel.pipeline
+    if stage in row.zero_stages:
+        return
+    most = max(row.zero_stages)
+    fix = or_engine(lambda other: stage in other.zero_stages)
     uses: tuple[str, ...] = ("engine.name",)
-    if name == "torch" and stage > 0:
-        fitting = "megatron or deepspeed" if stage == 1 else "deepspeed"
-        message = (
-            f"engine.name = torch shards no optimizer state, gradients or weights. Try 0, or engine.name={fitting}."
-        )
-    elif name == "megatron" and stage > 1 and pipeline > 1:
+    if pipeline > 1 and "pipeline" in row.axes:
         message = (
             f"ZeRO 2 and 3 do not go with a pipeline (parallel.pipeline = {pipeline}): they would reduce gradients, or "
-            "gather weights, once per micro-batch. Try 1, or engine.name=deepspeed with parallel.pipeline=1."
+            f"gather weights, once per micro-batch. Try {most}{fix} with parallel.pipeline=1."
         )
         uses = ("engine.name", "parallel.pipeline")
-    elif name == "megatron" and stage > 1:
-        message = "engine.name = megatron shards optimizer state only. Try 1, or engine.name=deepspeed."
     else:
-        return
+        message = f"engine.name = {config.engine.name} shards {SHARDED[most]}. Try {most}{fix}."
     yield Problem("engine.zero_stage", message, stage, uses=uses)
 
 
-def deepspeed_has_no_pipeline(config: RunConfig) -> Found:
-    stage, pipeline = config.engine.zero_stage, config.parallel.pipeline
-    if config.engine.name != "deepspeed" or pipeline == 1:
-        return
-    with_stage = " with engine.zero_stage=1: ZeRO 2 and 3 do not go with a pipeline" if stage > 1 else ""
-    message = f"engine.name = deepspeed has no pipeline. Try 1, or engine.name=megatron{with_stage}."
-    uses = ("engine.name", "engine.zero_stage") if stage > 1 else ("engine.name",)
-    yield Problem("parallel.pipeline", message, pipeline, uses=uses)
-
-
-def experts_stay_whole_in_stage_3(config: RunConfig) -> Found:
-    stage, expert = config.engine.zero_stage, config.parallel.expert
-    if config.engine.name == "deepspeed" and stage == 3 and expert > 1:
+def experts_stay_whole(config: RunConfig) -> Found:
+    row, stage, expert = row_of(config), config.engine.zero_stage, config.parallel.expert
+    if stage in row.whole_expert_stages and expert > 1:
+        others = either(sorted({*row.zero_stages} - {0, *row.whole_expert_stages}, reverse=True))
         message = (
-            f"DeepSpeed does not partition weights of experts that are spread over ranks (parallel.expert = {expert}). "
-            "Try 2 or 1, or parallel.expert=1."
+            f"engine.name = {config.engine.name} does not partition weights of experts that are spread over ranks "
+            f"(parallel.expert = {expert}). Try {others}, or parallel.expert=1."
         )
         yield Problem("engine.zero_stage", message, stage, uses=("engine.name", "parallel.expert"))
 
 
 def offload_has_a_place(config: RunConfig) -> Found:
-    engine = config.engine
+    engine, offloads = config.engine, row_of(config).offloads
     if engine.nvme_path is not None and engine.offload != "nvme":
         message = f"has no effect with engine.offload = {engine.offload}. Try null, or engine.offload=nvme."
         yield Problem("engine.nvme_path", message, engine.nvme_path, uses=("engine.offload",))
     if engine.offload == "none":
         return
-    if engine.name != "deepspeed":
-        message = f"engine.name = {engine.name} does not offload. Try none, or engine.name=deepspeed."
+    if engine.offload not in offloads:
+        fix = or_engine(lambda other: engine.offload in other.offloads)
+        message = f"engine.name = {engine.name} does not offload{' so' if offloads else ''}. Try none{fix}."
         yield Problem("engine.offload", message, engine.offload, uses=("engine.name",))
         return
-    uses = ("engine.name", "engine.zero_stage")
-    if engine.offload == "cpu" and engine.zero_stage == 0:
-        message = "needs optimizer state that is sharded: engine.zero_stage 1, 2 or 3. Try engine.zero_stage=2."
-        yield Problem("engine.offload", message, engine.offload, uses=uses)
-    if engine.offload == "nvme" and engine.zero_stage != 3:
-        message = f"needs engine.zero_stage 3, not {engine.zero_stage}. Try engine.zero_stage=3, or cpu."
-        yield Problem("engine.offload", message, engine.offload, uses=uses)
+    stages = offloads[engine.offload]
+    if engine.zero_stage not in stages:
+        others = [other for other, fitting in offloads.items() if engine.zero_stage in fitting]
+        message = (
+            f"needs engine.zero_stage {either(stages)}, not {engine.zero_stage}. "
+            f"Try engine.zero_stage={stages[len(stages) // 2]}{f', or {either(others)}' if others else ''}."
+        )
+        yield Problem("engine.offload", message, engine.offload, uses=("engine.name", "engine.zero_stage"))
     if engine.offload == "nvme" and engine.nvme_path is None:
         message = "needs a folder on the local disk. Try engine.nvme_path=/tmp/llmtrain."
         yield Problem("engine.offload", message, engine.offload, uses=("engine.nvme_path",))
 
 
-def deepspeed_has_fp16_on_gpus_only(config: RunConfig) -> Found:
-    # Without ZeRO its fp16 mode is not in use.
-    if config.engine.name != "deepspeed" or config.engine.zero_stage == 0 or config.train.precision != "fp16":
+def fp16_has_a_gpu(config: RunConfig) -> Found:
+    stage = config.engine.zero_stage
+    if config.train.precision != "fp16" or stage not in row_of(config).gpu_fp16_stages:
         return
     if config.launch.device == "cpu":
-        message = "DeepSpeed has no fp16 on the CPU. Try train.precision=bf16, or engine.name=megatron."
+        fix = or_engine(lambda other: stage in other.zero_stages and stage not in other.gpu_fp16_stages)
+        message = f"engine.name = {config.engine.name} has no fp16 on the CPU. Try train.precision=bf16{fix}."
         uses = ("engine.name", "engine.zero_stage", "train.precision")
         yield Problem("launch.device", message, "cpu", uses=uses)
 
 
 def compile_needs_torch_linears(config: RunConfig) -> Found:
-    if config.train.compile and config.engine.name != "torch" and config.parallel.tensor > 1:
+    if config.train.compile and "tensor" in row_of(config).axes and config.parallel.tensor > 1:
         message = (
             f"needs linears of torch, in whose place parallel.tensor = {config.parallel.tensor} puts megatron-core's. "
             "Try false, or parallel.tensor=1."
@@ -114,20 +131,21 @@ def compile_needs_torch_linears(config: RunConfig) -> Found:
         yield Problem("train.compile", message, "true", uses=("parallel.tensor", "engine.name"))
 
 
-def deepspeed_does_not_compile(config: RunConfig) -> Found:
-    if config.train.compile and config.engine.name == "deepspeed" and config.parallel.tensor == 1:
-        message = "ZeRO's hooks inside of layers are not compiled. Try false, or engine.name=torch or megatron."
+def engine_compiles(config: RunConfig) -> Found:
+    why = row_of(config).no_compile
+    if config.train.compile and why and config.parallel.tensor == 1:
+        message = f"{why}. Try false{or_engine(lambda other: not other.no_compile)}."
         yield Problem("train.compile", message, "true", uses=("engine.name",))
 
 
 ENGINE_RULES = (
     engine_is_on_this_platform,
-    torch_splits_the_batch_only,
+    engine_has_axes,
+    engine_overlaps,
     engine_has_zero_stage,
-    deepspeed_has_no_pipeline,
-    experts_stay_whole_in_stage_3,
+    experts_stay_whole,
     offload_has_a_place,
-    deepspeed_has_fp16_on_gpus_only,
+    fp16_has_a_gpu,
     compile_needs_torch_linears,
-    deepspeed_does_not_compile,
+    engine_compiles,
 )

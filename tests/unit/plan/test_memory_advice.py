@@ -46,7 +46,7 @@ def test_everything_that_one_engine_cannot_do_names_the_engine_that_can() -> Non
         "engine.name=megatron parallel.tensor=2",
         "engine.name=megatron parallel.context=2",
         "engine.name=megatron parallel.pipeline=2",
-        "engine.name=deepspeed engine.offload=cpu engine.zero_stage=1",
+        "engine.name=deepspeed engine.zero_stage=1 engine.offload=cpu",
         "engine.name=deepspeed engine.zero_stage=3 engine.offload=nvme engine.nvme_path=/tmp/llmtrain",
         "data.seq_len=4096",
     ]

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.config.engines import ENGINES
 from llmtrain.config.schema import RunConfig
 from tests.unit.config.small_run import broken, run
 
@@ -49,7 +50,7 @@ NVME = {**DEEPSPEED, "zero_stage": 3, "offload": "nvme", "nvme_path": "/tmp/x"}
                 "launch": {"device": "cpu"},
             },
             "launch.device",
-            "DeepSpeed has no fp16 on the CPU. Try train.precision=bf16, or engine.name=megatron.",
+            "engine.name = deepspeed has no fp16 on the CPU. Try train.precision=bf16, or engine.name=megatron.",
         ),
         (
             {"engine": MEGATRON, "train": {"compile": True}, "parallel": {"tensor": 2}},
@@ -95,6 +96,6 @@ def test_packages_for_linux_only(monkeypatch: pytest.MonkeyPatch, name: str) -> 
 def test_every_engine_of_the_schema_has_its_rules() -> None:
     """Each engine refuses something of the most that can be asked for, so none was forgotten."""
     most = {"tensor": 2, "pipeline": 2, "context": 2}
-    for name in ("torch", "megatron", "deepspeed"):
+    for name in ENGINES:
         config: RunConfig = run(engine={"name": name, "zero_stage": 3}, parallel=most)
         assert broken(config, world_size=8), name

@@ -28,6 +28,8 @@ A key that is not on this page is an error.
 
 - `base: FILE`, or a list of files, may stand at the top of the file and of any section. The keys of that file come
   first, the keys beside `base` win over them. The path is relative to the file that it stands in.
+  `base: llmtrain:models/llama-8b.yaml` is a file of `configs/`, which llmtrain ships. The command takes such names too:
+  `llmtrain train llmtrain:runs/quickstart.yaml`.
 - `key=value` behind the file on the command line wins over the file: `optim.lr=1e-4`, or
   `data.train.0.path=shards/train`. The value is YAML too.
 - All other paths are relative to the folder that the command is started in.

@@ -19,6 +19,7 @@ from llmtrain.config.reading.document import (
     reason_of,
 )
 from llmtrain.config.reading.key_names import LONGEST_SHOWN, SECRET_WORD, shown
+from llmtrain.config.reading.shipped import is_shipped, shipped_file
 from llmtrain.config.reading.validation import validate
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
@@ -52,12 +53,17 @@ def load_config(
 ) -> LoadedConfig:
     """Read a run's configuration and check it: schema, arithmetic and, where given, storage.
 
+    `path` may name a file that the package ships: `llmtrain:runs/quickstart.yaml`.
     Later overrides win over earlier ones, and all of them over files. `world_size` is that of a launcher which has
     started the ranks already: it takes the place of launch.num_workers. Raises ConfigError with every problem of all
     stages; its note says how many there are.
     """
     reading = _Reading()
-    root = reading.file(path, "", ())
+    try:
+        file = shipped_file(str(path)) if is_shipped(str(path)) else path
+    except ConfigError as error:
+        raise _error(path, [Problem(str(path), str(error))]) from None
+    root = reading.file(file, "", ())
     if root is None:
         raise _error(path, reading.problems)
     for text in overrides:
@@ -156,21 +162,30 @@ class _Reading:
             self.problems.append(Problem(key, message, shown(key, plain(node)), node.where))
         return good
 
+    def _target(self, text: str, chain: tuple[Path, ...]) -> Path:
+        """The file that a base means, relative to the last of `chain`. Raises ConfigError, OSError and ValueError."""
+        if len(chain) >= DEEPEST_BASES or len(self.read) >= MOST_FILES:
+            raise ConfigError(f"rests on too many files: {DEEPEST_BASES} in a row and {MOST_FILES} in all are read.")
+        if is_shipped(text):
+            target = shipped_file(text)
+        else:
+            target = chain[-1].parent / text
+            shortest = Path(os.path.normpath(target))
+            target = shortest if shortest.exists() else target
+        if os.path.realpath(target) in map(os.path.realpath, chain):
+            circle = " -> ".join(str(file) for file in (*chain, target))
+            raise ConfigError(f"goes in a circle: {circle}. Remove one.")
+        return target
+
     def _base(self, entry: Node, key: str, chain: tuple[Path, ...]) -> Node | None:
         name = dotted(key, "base")
-        fault: str | None = None
-        target = chain[-1].parent / entry.value
-        if len(chain) >= DEEPEST_BASES or len(self.read) >= MOST_FILES:
-            fault = f"rests on too many files: {DEEPEST_BASES} in a row and {MOST_FILES} in all are read."
-        else:
-            try:
-                shortest = Path(os.path.normpath(target))
-                target = shortest if shortest.exists() else target
-                if os.path.realpath(target) in map(os.path.realpath, chain):
-                    fault = f"goes in a circle: {' -> '.join(str(file) for file in (*chain, target))}. Remove one."
-            except (OSError, ValueError) as error:
-                fault = f"is no file that can be read: {reason_of(error)}."
-        if fault is not None:
+        try:
+            target = self._target(entry.value, chain)
+        except ConfigError as error:
+            self.problems.append(Problem(name, str(error), shown(name, entry.value), entry.where))
+            return None
+        except (OSError, ValueError) as error:
+            fault = f"is no file that can be read: {reason_of(error)}."
             self.problems.append(Problem(name, fault, shown(name, entry.value), entry.where))
             return None
         before = len(self.problems)

@@ -52,7 +52,8 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of a run's file. `base` may stand in every section, and then nothing else has to."""
     schema = RunConfig.model_json_schema()
     base = {
-        "description": "File, or list of files, that this section rests on; relative to this file.",
+        "description": "File, or list of files, that this section rests on; relative to this file. "
+        "llmtrain:models/llama-8b.yaml is one of those that llmtrain ships.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
     for section in (schema, *schema["$defs"].values()):

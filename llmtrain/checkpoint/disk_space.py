@@ -16,9 +16,6 @@ from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import SaveError
 from llmtrain.words import bytes_text
 
-BYTES_PER_PARAMETER = 12
-"""Weights and the two moments of Adam, all of them fp32."""
-
 _FREE_SPACE = "Free space there, lower checkpoint.keep, or set output_dir to a larger file system."
 _MAKE_WRITABLE = "Make the folder writable, or set output_dir to one that is."
 _MOVE_AWAY = "Something else lies where the folder should be: move it away."
@@ -50,16 +47,16 @@ class Room:
     free_bytes: int | None
 
 
-def plan_room(folder: Path, num_parameters: int, settings: CheckpointConfig, total_steps: int) -> Room:
-    """The room for the checkpoints of a run, less what already lies in its `checkpoints` folder."""
-    size, present = BYTES_PER_PARAMETER * num_parameters, checkpoint_steps(folder)
+def plan_room(folder: Path, size_bytes: int, settings: CheckpointConfig, total_steps: int) -> Room:
+    """The room for checkpoints of a size, less what already lies in the run's `checkpoints` folder."""
+    present = checkpoint_steps(folder)
     most = most_at_once(settings, total_steps)
     if present and present[0] >= total_steps:  # it is done
         missing = least = 0
     else:
         missing = max(1, most - len(present))
         least = max(1, min(2, most) - len(present))
-    return Room(folder, size, size * least, size * missing, free_bytes(folder))
+    return Room(folder, size_bytes, size_bytes * least, size_bytes * missing, free_bytes(folder))
 
 
 def free_bytes(path: Path) -> int | None:

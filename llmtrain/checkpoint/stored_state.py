@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from llmtrain.errors import CheckpointError
 
@@ -38,7 +38,8 @@ class _LossScale(_Stored):
 
 
 class _Engine(_Stored):
-    adam_steps: Number
+    updates: Number = Field(validation_alias=AliasChoices("updates", "adam_steps"))
+    """Older checkpoints, of runs that could have no other optimizer, name Adam."""
     loss_scale: _LossScale | None
 
 
@@ -79,3 +80,8 @@ def _require(form: type[_Stored], path: Path, state: object) -> None:
             f"{path}: state.json does not say how far the run is: {key}: {first['msg']}. "
             "Resume from another checkpoint, or copy this one again."
         ) from None
+
+
+def updates_of(engine: Mapping[str, Any]) -> int:
+    """How often the optimizer has stepped, from the engine's part of a checkpoint's state."""
+    return engine["updates"] if "updates" in engine else engine["adam_steps"]

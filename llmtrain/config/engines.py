@@ -21,7 +21,7 @@ class EngineRow:
     zero_stages: tuple[int, ...] = (0,)
     offloads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Values of `engine.offload` beside none, each with the ZeRO stages that it goes with."""
-    optimizers: tuple[str, ...] = ("adamw",)
+    optimizers: tuple[str, ...] = ("adamw", "lion")
     """Values of `optim.name`."""
     needs_group: bool = True
     """Whether it needs a process group where there is one rank only."""

@@ -157,7 +157,11 @@ class LossScaleConfig(Section):
 class OptimConfig(Section):
     """The optimizer and the learning-rate schedule."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="adamw (Loshchilov and Hutter 2019).")
+    name: Literal["adamw", "lion"] = Field(
+        default="adamw",
+        description="adamw (Loshchilov and Hutter 2019), or lion (Chen et al. 2023), which keeps one moment less and "
+        "wants a learning rate of a third to a tenth and a weight decay of three to ten times adamw's.",
+    )
     lr: Positive = Field(default=3e-4, description="Peak learning rate.")
     min_lr: NotNegative = Field(default=3e-5, description="Learning rate at the end of the decay.")
     schedule: Literal["cosine", "linear", "wsd", "inverse_sqrt", "constant"] = Field(
@@ -170,9 +174,9 @@ class OptimConfig(Section):
         "decay (absent: the last step).",
     )
     betas: Annotated[tuple[Probability, Probability], AsTuple] = Field(
-        default=(0.9, 0.95), description="Adam's decay rates."
+        default=(0.9, 0.95), description="Decay rates of the moments. Lion's paper has [0.9, 0.99]."
     )
-    eps: Positive = Field(default=1e-8, description="Added to Adam's denominator.")
+    eps: Positive = Field(default=1e-8, description="Added to adamw's denominator.")
     weight_decay: NotNegative = Field(
         default=0.1, description="Decoupled decay of matrices; biases and norms have none."
     )

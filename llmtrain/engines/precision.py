@@ -1,7 +1,7 @@
-"""The types of weights and activations, and the scale of gradients, the same in all engines."""
+"""The types of weights and activations, fp32 copies of weights, and the scale of gradients, in all engines."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The types of weights and activations by the name of a precision."""
@@ -17,3 +17,22 @@ def scale_gradients(grads: list[Tensor], factor: float) -> None:
     if grads and factor != 1.0:
         # The only multiplication of many tensors at once that there is, and it refuses an empty list.
         torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def fp32_master(parameter: nn.Parameter) -> Tensor:
+    """What an optimizer steps: the weight itself in fp32, else an fp32 copy that gathers its gradients in fp32.
+
+    Each gradient is added to the copy's as soon as it is complete, and freed.
+    """
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = parameter.detach().float()
+
+    def accumulate(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            grad = parameter.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(accumulate)
+    return master

@@ -9,6 +9,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameter_shapes import expert_ffn_size, num_expert_parameters, num_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths, sample_lengths
+from llmtrain.optim.table import row_of
 from llmtrain.parallel.layout import Layout, plan_layout
 
 LOGITS_BYTES = 8
@@ -36,12 +37,14 @@ def plan_memory(config: RunConfig, world_size: int) -> MemoryPlan:
 
 
 def held_bytes(config: RunConfig, world_size: int) -> float:
-    """Weights, their gradients, fp32 masters and two moments of one rank."""
+    """Weights, their gradients, fp32 masters and the optimizer's moments of one rank."""
     layout = plan_layout(config.parallel, world_size)
     shards = layout.data * layout.context
     stage = config.engine.zero_stage
     low = config.train.precision != "fp32"
-    weights, gradients, optimizer = (2, 4, 12) if low else (4, 4, 8)
+    weights, gradients = (2, 4) if low else (4, 4)
+    row = row_of(config.optim)
+    optimizer = row.stored_bytes if low else row.state_bytes  # in fp32 the weights are their own masters
     optimizer = 0 if config.engine.offload != "none" else optimizer / (shards if stage >= 1 else 1)
     per_parameter = weights / (shards if stage >= 3 else 1) + gradients / (shards if stage >= 2 else 1) + optimizer
     experts = num_expert_parameters(config.model)

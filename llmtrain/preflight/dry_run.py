@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from llmtrain.checkpoint.disk_space import BYTES_PER_PARAMETER
 from llmtrain.config.parameter_shapes import num_active_parameters, num_parameters, parameter_shapes
 from llmtrain.config.schema import RunConfig
+from llmtrain.optim.table import row_of
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.plan.layout_text import LayoutOutline, plan_layout_outline
 from llmtrain.plan.memory import MemoryPlan, plan_memory
@@ -76,7 +76,7 @@ def plan_outline(
         checkpoint_every_steps=config.checkpoint.every_steps,
         windows=config.data.windows,
         sources=tuple(sources),
-        checkpoint_bytes=BYTES_PER_PARAMETER * sum(map(prod, parameter_shapes(config.model).values())),
+        checkpoint_bytes=row_of(config.optim).stored_bytes * sum(map(prod, parameter_shapes(config.model).values())),
         memory=plan_memory(config, world_size),
         continues=continues,
         layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),

@@ -60,6 +60,11 @@ class Difference:
     value: Any
     text: str
     fixed: bool = False
+    advice: str = (
+        "Set it back. The model's shape can never be allowed to change: that is a new run, under another name and "
+        "with checkpoint.resume=auto."
+    )
+    """What is told of one that cannot be allowed."""
 
 
 def resume_target(config: RunConfig) -> Path | None:
@@ -126,6 +131,7 @@ def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest]
         return [*(item for item in found if item.fixed), *_tokenizer_differences(origin, config, manifests)]
     if (was := origin.config.get("seed", config.seed)) != config.seed:
         found.append(_plain(origin, "seed", was, config.seed, config.seed))
+    found += _optimizer_differences(origin, config.optim)
     found += _data_differences(origin, config.data)
     found += _tokenizer_differences(origin, config, manifests)
     return found + _source_differences(origin, config, manifests)
@@ -160,12 +166,8 @@ def one_line(found: Sequence[Difference]) -> str:
 
 
 def _problem(item: Difference, config: RunConfig) -> Problem:
-    if item.fixed:
-        advice = (
-            "Set it back. The model's shape can never be allowed to change: that is a new run, under another name and "
-            "with checkpoint.resume=auto."
-        )
-    else:
+    advice = item.advice
+    if not item.fixed:
         other = "take another checkpoint" if _elsewhere(config) else "choose another name"
         allow = ", ".join([*config.checkpoint.allow_change, item.key])
         advice = f"Set it back, {other}, or allow it with checkpoint.allow_change=[{allow}]."
@@ -251,6 +253,17 @@ def _stream_keys(data: DataConfig) -> dict[str, Any]:
     elsewhere = ("train", "tokenizer", *FREE_DATA_KEYS)
     keys = {name: value for name, value in data.model_dump(mode="json").items() if name not in elsewhere}
     return {**keys, "windows": windows_of(keys)}
+
+
+def _optimizer_differences(origin: Origin, optim: OptimConfig) -> Iterator[Difference]:
+    was = origin.section("optim").get("name", OptimConfig().name)
+    if was != optim.name:
+        text = f"the checkpoint {origin.path} has the moments of another optimizer, {was}"
+        advice = (
+            f"Set it back. To train its weights on with {optim.name}, export it, import the export, and begin a new "
+            "run from there with checkpoint.resume."
+        )
+        yield Difference("optim.name", was, optim.name, optim.name, text, True, advice)
 
 
 def _data_differences(origin: Origin, data: DataConfig) -> Iterator[Difference]:

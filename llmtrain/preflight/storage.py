@@ -6,7 +6,7 @@ Reads manifests only, no shard and no token. Imports no torch, so that a mistake
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmtrain.checkpoint.disk_space import BYTES_PER_PARAMETER, Room, plan_room
+from llmtrain.checkpoint.disk_space import Room, plan_room
 from llmtrain.checkpoint.folders import CHECKPOINTS, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
@@ -18,6 +18,7 @@ from llmtrain.data.storage.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
 from llmtrain.data.usage import data_use
 from llmtrain.errors import ConfigError, DataError, Problem
+from llmtrain.optim.table import row_of
 from llmtrain.preflight.resume_rules import TOKENIZER_NAMES, differences, refusals, resume_target
 from llmtrain.preflight.vocabulary import SPECIAL_KEY, fill_vocabulary
 from llmtrain.preflight.windows import with_windows
@@ -248,11 +249,11 @@ def _room_problems(config: RunConfig) -> Iterator[Problem]:
     """A save needs room beside the checkpoint before it: an old one is removed once the new one is whole."""
     if (config.train.steps is None and config.train.tokens is None) or config.model.vocab_size is None:
         return  # a run without a length or a vocabulary is told of already
-    room = _room(config)
+    room, per_parameter = _room(config), row_of(config.optim).stored_bytes
     if room.free_bytes is not None and room.free_bytes < room.needed_bytes:
         message = (
             f"the checkpoints of this run do not fit. Needed: {bytes_text(room.needed_bytes)} in {room.folder}, where "
-            f"one takes {bytes_text(room.checkpoint_bytes)} ({BYTES_PER_PARAMETER} bytes per parameter) and a new one "
+            f"one takes {bytes_text(room.checkpoint_bytes)} ({per_parameter} bytes per parameter) and a new one "
             f"is written beside the one before. Free: {bytes_text(room.free_bytes)}. "
             "Free space there, or choose an output_dir on a larger file system."
         )
@@ -260,7 +261,8 @@ def _room_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _room(config: RunConfig) -> Room:
+    size_bytes = row_of(config.optim).stored_bytes * num_parameters(config.model)
     folder = config.run_dir / CHECKPOINTS
     saved = newest_origin(folder)
     seen = seen_by(saved.state["train"], saved.config) if saved and saved.trained else Seen()
-    return plan_room(folder, num_parameters(config.model), config.checkpoint, Budget.of(config).last_step(seen))
+    return plan_room(folder, size_bytes, config.checkpoint, Budget.of(config).last_step(seen))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
-from llmtrain.checkpoint.stored_state import require_state
+from llmtrain.checkpoint.stored_state import require_state, updates_of
 from llmtrain.engines.base import Engine
 from llmtrain.train.state import TrainState
 
@@ -44,7 +44,8 @@ def saved_state(checkpoint: CheckpointReader | None) -> TrainState:
     origin = origin_of(checkpoint.path, checkpoint.state, checkpoint.config_text, checkpoint.about)
     stored = checkpoint.state["train"]
     state = TrainState.from_json(stored, origin.config)
-    if "skipped_in_row" not in stored and checkpoint.state.get("engine", {}).get("adam_steps") == 0:
+    engine = checkpoint.state.get("engine")
+    if "skipped_in_row" not in stored and engine and updates_of(engine) == 0:
         return replace(state, skipped_in_row=state.step)  # an older checkpoint, that no step has ever changed
     return state
 

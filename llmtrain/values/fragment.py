@@ -7,12 +7,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-KINDS = ("master", "exp_avg", "exp_avg_sq", "buffer")
-"""fp32 master weights, Adam's two moments, and state that is not trained.
-
-Low-precision weights are not stored: they are the master, rounded.
-"""
-
 
 @dataclass(frozen=True)
 class Box:
@@ -79,7 +73,9 @@ def tiling_problem(global_shape: Sequence[int], boxes: Iterable[Box]) -> str | N
 class Fragment:
     """One box of one global tensor, with its data.
 
-    `name` is the parameter's global name, `kind` one of KINDS, `global_shape` the shape of the whole tensor.
+    `name` is the parameter's global name, `global_shape` the shape of the whole tensor. `kind` is master (the fp32
+    weight), the name of a moment of the optimizer, or buffer (what is not trained). Low-precision weights are not
+    stored: they are the master, rounded.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The torch engine on several ranks gives the numbers of one process, and what would break that is caught."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -46,9 +46,9 @@ def train(rank: int, world_size: int, precision: str, spoil: str = "") -> Histor
     optim: dict[str, Any] = {"lr": 1e-2}
     engine = TorchEngine(tiny_run(tiny_model(dropout=0.1), {"precision": precision}, optim), torch.device("cpu"))
     if spoil == "draws by local number":
-        engine.dp_rank, engine.dp_size = 0, 1
+        engine.place, engine.layout = replace(engine.place, data=0), replace(engine.layout, data=1)
     if spoil == "tokens counted locally":
-        engine._over_ranks = lambda number: number  # type: ignore[method-assign]
+        engine.sum_over_data = lambda count: count  # type: ignore[method-assign]
     first = weights(engine)
     results = [engine.train_step(step, micro_batches(rank, world_size), 1e-2) for step in range(1, STEPS + 1)]
     evaluation = engine.eval_step(micro_batches(rank, world_size))

@@ -244,8 +244,8 @@ def differences(saved: Sequence[Outcome], loaded: Sequence[Outcome], pair: Pair)
         problems += _weight_problems(masters, outcomes, config)
     before_state, after_state = saved[0].engine_state, [outcome.engine_state for outcome in loaded]
     for rank, state in enumerate(after_state):
-        if state["adam_steps"] != before_state["adam_steps"]:
-            problems.append(f"rank {rank}: adam_steps = {state['adam_steps']}, saved {before_state['adam_steps']}")
+        if state["updates"] != before_state["updates"]:
+            problems.append(f"rank {rank}: updates = {state['updates']}, saved {before_state['updates']}")
         if "fp16" == pair.source.train.precision == pair.target.train.precision and state != before_state:
             problems.append(f"rank {rank}: loss scale {state['loss_scale']}, saved {before_state['loss_scale']}")
     return problems

@@ -30,7 +30,7 @@ def forget_an_offset() -> None:
     Box.relative_to = lambda self, outer: Box((0,) * len(self.offsets), self.shape)
 
 
-def forget_adam_count() -> None:
+def forget_update_count() -> None:
     from llmtrain.engines.megatron_engine.engine import MegatronEngine
 
     MegatronEngine.load_state = lambda self, state: None

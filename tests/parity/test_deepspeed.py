@@ -120,7 +120,7 @@ def test_recompute_under_stage_3_changes_nothing(recompute: str) -> None:
 
 
 def drop_data_reduction_of_stage_0() -> None:
-    from llmtrain.engines.deepspeed_engine.masters import Replicated
+    from llmtrain.engines.deepspeed_engine.zero0 import Replicated
 
     Replicated.reduce = lambda self: None
 
@@ -133,7 +133,7 @@ def drop_data_reduction_of_stage_2() -> None:
 
 
 def forget_that_stage_3_averages() -> None:
-    from llmtrain.engines.deepspeed_engine.weights import PartitionedWeights
+    from llmtrain.engines.deepspeed_engine.zero3 import PartitionedWeights
 
     broken: Any = PartitionedWeights
     broken.averaged_over = property(lambda self: 1, lambda self, value: None)
@@ -154,7 +154,7 @@ def decay_everything() -> None:
 def mean_of_means() -> None:
     from llmtrain.engines.deepspeed_engine.engine import DeepSpeedEngine
 
-    DeepSpeedEngine._sum_over_data = lambda self, count: count
+    DeepSpeedEngine.sum_over_data = lambda self, count: count
 
 
 MUTATIONS: list[tuple[Callable[[], None], dict[str, Any], int, str]] = [

@@ -62,7 +62,7 @@ def mean_of_means() -> None:
     """Each micro-batch normalized by its own number of targets."""
     from llmtrain.engines.megatron_engine.engine import MegatronEngine
 
-    MegatronEngine._sum_over_data = lambda self, count: count
+    MegatronEngine.sum_over_data = lambda self, count: count
 
 
 MUTATIONS: list[tuple[Callable[[], None], dict[str, Any], str, str]] = [

@@ -26,8 +26,8 @@ from tests.parity.resharding import (
 )
 from tests.parity.spoiled_loading import (
     SPOILED,
-    forget_adam_count,
     forget_an_offset,
+    forget_update_count,
     skip_rounding,
     swap_two_fragments,
 )
@@ -146,7 +146,7 @@ def layout(engine: str, **wanted: int) -> RunConfig:
     [
         (swap_two_fragments, "fp32", f"exp_avg of {SPOILED} differs in "),
         (forget_an_offset, "fp32", f"master of {SPOILED} differs in "),
-        (forget_adam_count, "fp32", "adam_steps = 0, saved 3"),
+        (forget_update_count, "fp32", "updates = 0, saved 3"),
         (skip_rounding, "bf16", "are not the masters, rounded"),
     ],
 )

@@ -1,8 +1,8 @@
-"""Rules about the learning-rate schedule, and what is told of one that is longer than its run. Pure, like all rules."""
+"""Rules about optimizer and learning-rate schedule, and what is told of one that is longer than its run. Pure."""
 
 from collections.abc import Iterator
 
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import OptimConfig, RunConfig
 from llmtrain.errors import Problem
 
 Found = Iterator[Problem]
@@ -24,7 +24,14 @@ def lr_falls(config: RunConfig) -> Found:
         yield Problem("optim.min_lr", message, optim.min_lr, uses=("optim.lr", "optim.schedule"))
 
 
-SCHEDULE_RULES = (decay_follows_warmup, lr_falls)
+def eps_is_used(config: RunConfig) -> Found:
+    optim, usual = config.optim, OptimConfig.model_fields["eps"].default
+    if optim.name == "lion" and optim.eps != usual:
+        message = f"has no effect with optim.name = lion, which divides by nothing. Try {usual:g}, or optim.name=adamw."
+        yield Problem("optim.eps", message, optim.eps, uses=("optim.name",))
+
+
+SCHEDULE_RULES = (decay_follows_warmup, lr_falls, eps_is_used)
 
 
 def schedule_warnings(config: RunConfig) -> list[str]:

@@ -1,7 +1,6 @@
 """Whole optimizer steps on megatron-core's schedules, around our own modules."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -12,36 +11,35 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameter_shapes import parameter_shapes
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import sample_lengths
-from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
 from llmtrain.engines.inputs import Scales
-from llmtrain.engines.megatron_engine.chunk import PipelineChunk, transformer_config
-from llmtrain.engines.megatron_engine.masters import Master, iter_masters, round_weights
-from llmtrain.engines.placement import InitialWeights, Placement, iter_range_boxes, read_range
-from llmtrain.engines.precision import DTYPES, clip_factor, scale_gradients
+from llmtrain.engines.masters import Master, make_state, moments_of
+from llmtrain.engines.megatron_engine.masters import iter_pairs, round_weights
+from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, transformer_config
+from llmtrain.engines.placement import InitialWeights, Placement
+from llmtrain.engines.precision import DTYPES
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
+from llmtrain.engines.step import SteppingEngine
 from llmtrain.models.sharding import ON_SEVERAL_STAGES, PARTIAL, is_expert, split_dim
-from llmtrain.optim.scaler import build_loss_scale
 from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.cpu import call_cuda_tensors, stand_in_for_cuda
 from llmtrain.parallel.groups import build_groups
-from llmtrain.parallel.layout import plan_chunks, plan_layout
+from llmtrain.parallel.layout import plan_chunks
 from llmtrain.parallel.parameter_attributes import mark_parameter
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.values.batch import Batch
-from llmtrain.values.fragment import Fragment, FragmentSource
 
 MicroBatch = tuple[int, Batch]
 """A micro-batch with its number in the step, over all ranks."""
 
 
-class MegatronEngine:
+class MegatronEngine(SteppingEngine):
     """Tensor, sequence, pipeline, context and data parallelism, ZeRO stages 0 and 1.
 
     megatron-core reduces gradients and steps the optimizer. What it would decide about scales, norms and steps that are
@@ -50,9 +48,7 @@ class MegatronEngine:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         stand_in_for_cuda()
-        self.config = config
-        self.device = device
-        self.layout = plan_layout(config.parallel, dist.get_world_size())
+        super().__init__(config, device)
         self.groups = build_groups(self.layout)
         self.dtype = DTYPES[config.train.precision]
         self.megatron_config = transformer_config(config, self.layout, self.dtype)
@@ -67,10 +63,10 @@ class MegatronEngine:
                 )
             )
         ]
-        self.optimizers = self._build_optimizers()
-        self.masters = [master for optimizer in self.optimizers for master in iter_masters(optimizer)]
-        self.loss_scale = build_loss_scale(config.train.precision, config.optim)
-        self.inspect_gradients: GradientInspector | None = None
+        self.megatron_optimizers = self._build_optimizers()
+        self.pairs = [(each.optimizer, *pair) for each in self.megatron_optimizers for pair in iter_pairs(each)]
+        for optimizer, _, main, _ in self.pairs:
+            make_state(optimizer, self.row, [main])
         stages = [cast(PipelineChunk, chunk.module).stage for chunk in self.chunks]
         self.routers = Routers(config.model, iter_moe(chain(*(stage.stacks for stage in stages))), device)
         self.load_weights(InitialWeights(config.model, config.seed, stages[0].global_shapes.__getitem__))
@@ -127,48 +123,57 @@ class MegatronEngine:
         optimizers = [
             optimizer for optimizer in chained.chained_optimizers if not getattr(optimizer, "is_stub_optimizer", False)
         ]
-        for group in (group for optimizer in optimizers for group in optimizer.optimizer.param_groups):
-            group["weight_decay"] = optim.weight_decay * group["wd_mult"]  # left to its scheduler, which we do not use
-            group["fused"] = True
+        for optimizer in optimizers:
+            # megatron-core knows how to reduce for and gather after Adam only; what is stepped is ours to choose.
+            optimizer.optimizer = self._in_place_of(optimizer.optimizer)
         return optimizers
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        num_tokens = self._sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches))
-        loss_scale = self.loss_scale.scale if self.loss_scale else 1.0
-        num_micro_batches = len(micro_batches) * self.layout.data
-        self.routers.forget()
-        loss_sum = self._run(
-            micro_batches, step, Scales(loss_scale / max(1, num_tokens), loss_scale / num_micro_batches)
-        )
-        for optimizer in self.optimizers:
-            optimizer.prepare_grads()
-        if self.inspect_gradients:
-            self.inspect_gradients(self._gradient_fragments(1 / loss_scale))
-        grad_norm = self._grad_norm() / loss_scale  # the host waits here
-        loss = loss_sum / max(1, num_tokens)
-        finite = math.isfinite(grad_norm) and math.isfinite(loss)
-        metrics = self.routers.step_metrics(num_micro_batches, self._total)
-        if finite:
-            self._update(grad_norm, loss_scale, lr)
-            self.routers.rebalance()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        if self.loss_scale:
-            metrics["loss_scale"] = loss_scale
-            self.loss_scale.update(finite)
-        return StepResult(loss, grad_norm, num_tokens, skipped=not finite, metrics=metrics)
+    def _in_place_of(self, adam: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The run's optimizer over the groups of megatron-core's Adam, with what it reads of them."""
+        groups = [
+            {key: value for key, value in group.items() if key not in adam.defaults}
+            | {"weight_decay": self.config.optim.weight_decay * group["wd_mult"]}  # left to a scheduler of its own
+            for group in adam.param_groups
+        ]
+        # Masters under ZeRO are views of weights, which no optimizer of torch is made for: they come in afterwards.
+        optimizer = self.row.build([{**group, "params": [torch.zeros(0)]} for group in groups], self.config.optim)
+        for built, group in zip(optimizer.param_groups, groups, strict=True):
+            built["params"] = group["params"]
+        return optimizer
 
-    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
-        for chunk in self.chunks:
-            chunk.eval()
-        loss_sum = self._run(micro_batches, None, Scales(1.0))
-        return EvalResult(loss_sum, self._sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches)))
+    @property
+    def data_group(self) -> dist.ProcessGroup:
+        return self.groups.data
 
-    def _run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> float:
-        """Run the schedule; without a step, forward only. Returns the sum of the loss over all ranks' targets."""
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        return [optimizer.optimizer for optimizer in self.megatron_optimizers]
+
+    def resident(self, write: bool = False) -> Iterator[list[Master]]:
+        yield [
+            Master(
+                self.placements[parameter],
+                span,
+                main.detach(),
+                moments_of(optimizer, self.row, main),
+                main.grad,
+                self._owns(parameter),
+            )
+            for optimizer, parameter, main, span in self.pairs
+        ]
+
+    def _owns(self, parameter: nn.Parameter) -> bool:
+        """Whether no other rank saves the same elements: a copy for another stage, a tensor or a data replica."""
+        placement = self.placements[parameter]
+        sharded = self.config.engine.zero_stage == 1
+        return placement.owned and not getattr(parameter, "shared", False) and (sharded or placement.replica == 0)
+
+    def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
+        """Run the schedule; without a step, forward only."""
+        for chunk in self.chunks:
+            chunk.train(step is not None)
+            if step is not None:
+                chunk.zero_grad_buffer()
         first, stride = self.groups.place.data, self.layout.data
         numbered = [(first + stride * i, batch.to(self.device)) for i, batch in enumerate(micro_batches)]
         reports = get_forward_backward_func()(
@@ -180,9 +185,7 @@ class MegatronEngine:
             micro_batch_size=self.config.train.micro_batch_size,
             forward_only=step is None,
         )
-        total = sum(reports, torch.zeros((), device=self.device)).double()
-        dist.all_reduce(total)
-        return float(total) / self.layout.tensor  # every tensor rank has the whole loss
+        return sum(reports, torch.zeros((), device=self.device))
 
     def _forward(
         self, step: int | None, scales: Scales, data: Iterator[MicroBatch], chunk: DistributedDataParallel
@@ -198,11 +201,6 @@ class MegatronEngine:
             return objective, torch.ones((), dtype=torch.int, device=self.device), loss_sum.clone()
 
         return output, report
-
-    def _total(self, sums: Tensor) -> Tensor:
-        """Sums over all ranks; tensor ranks that hold the same tokens have counted each of them."""
-        dist.all_reduce(sums)
-        return sums if self.layout.sequence else sums / self.layout.tensor
 
     def _finalize(self, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
         """megatron-core's reductions of gradients, without its division by the number of tokens, and those of tensors
@@ -232,82 +230,26 @@ class MegatronEngine:
         for grad in copies:
             grad.copy_(total)
 
-    def _sum_over_data(self, count: int) -> int:
-        total = torch.tensor(count, device=self.device)
-        dist.all_reduce(total, group=self.groups.data)
-        return int(total)
+    def reduce(self) -> None:
+        """The schedule has reduced the gradients: they are handed to the masters."""
+        for optimizer in self.megatron_optimizers:
+            optimizer.prepare_grads()
 
-    def _grad_norm(self) -> float:
-        return math.sqrt(sum(optimizer.get_grad_norm() ** 2 for optimizer in self.optimizers))
-
-    @torch.no_grad()
-    def _update(self, grad_norm: float, loss_scale: float, lr: float) -> None:
-        factor = clip_factor(self.config.optim.grad_clip, grad_norm) / loss_scale
-        for optimizer in self.optimizers:
-            scale_gradients([p.grad for p in optimizer.get_parameters() if p.grad is not None], factor)
-            for group in optimizer.optimizer.param_groups:
-                group["lr"] = lr
+    def update(self) -> None:
+        for optimizer in self.megatron_optimizers:
             optimizer.step_with_ready_grads()  # under ZeRO it gathers the weights as well
+        self.drop()
 
-    def _gather_weights(self) -> None:
-        """Under ZeRO each rank has written a part of the weights: fetch the others."""
-        if self.config.engine.zero_stage == 1:
+    def drop(self) -> None:
+        for optimizer in self.megatron_optimizers:
+            optimizer.zero_grad()
+
+    def round_weights(self) -> None:
+        for optimizer in self.megatron_optimizers:
+            round_weights(optimizer)
+        if self.config.engine.zero_stage == 1:  # each rank has written a part of the weights: fetch the others
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
-
-    def _fragments_of(self, master: Master, kind: str, data: Tensor) -> Iterator[Fragment]:
-        placement = self.placements[master.parameter]
-        flat = data.detach().flatten()
-        for box, offset in iter_range_boxes(placement.box, *master.span):
-            part = flat[offset : offset + box.num_elements].view(box.shape)
-            yield Fragment(placement.name, kind, placement.global_shape, box, part)
-
-    def _gradient_fragments(self, factor: float) -> Iterator[Fragment]:
-        for master in self._owned_masters():
-            if master.tensor.grad is not None:
-                yield from self._fragments_of(master, "gradient", master.tensor.grad * factor)
-
-    def _owned_masters(self) -> Iterator[Master]:
-        """Masters that no other rank saves as well."""
-        sharded = self.config.engine.zero_stage == 1
-        for master in self.masters:
-            placement, shared = self.placements[master.parameter], getattr(master.parameter, "shared", False)
-            if placement.owned and not shared and (sharded or placement.replica == 0):
-                yield master
-
-    def fragments(self) -> Iterator[Fragment]:
-        for master in self._owned_masters():
-            yield from self._fragments_of(master, "master", master.tensor)
-            for kind in ("exp_avg", "exp_avg_sq"):
-                yield from self._fragments_of(master, kind, master.state[kind])
-        if dist.get_rank() == 0:
-            yield from self.routers.fragments()
-
-    def load(self, source: FragmentSource) -> None:
-        self.routers.load(source)
-        for master in self.masters:
-            for kind in ("exp_avg", "exp_avg_sq"):
-                read_range(source, self.placements[master.parameter], kind, master.span, master.state[kind].view(-1))
-        self.load_weights(source)
-
-    @torch.no_grad()
-    def load_weights(self, source: FragmentSource) -> None:
-        for master in self.masters:
-            target = master.tensor.detach().view(-1)
-            read_range(source, self.placements[master.parameter], "master", master.span, target)
-        for optimizer in self.optimizers:
-            round_weights(optimizer)
-        self._gather_weights()
-
-    def state(self) -> dict[str, Any]:
-        steps = self.masters[0].state["step"]
-        return {"adam_steps": int(steps), "loss_scale": self.loss_scale.state() if self.loss_scale else None}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        for master in self.masters:
-            master.state["step"].fill_(state["adam_steps"])
-        if self.loss_scale and state["loss_scale"]:
-            self.loss_scale.load_state(state["loss_scale"])
 
 
 def first_layer(name: str, model: ModelConfig) -> int:

@@ -1,36 +1,10 @@
-"""Where megatron-core's optimizers keep the fp32 masters and moments of each parameter, whatever their class."""
+"""Where megatron-core's optimizers keep the fp32 master of each parameter, whatever their class."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Master:
-    """The fp32 master of elements [start, stop) of a parameter's flattened self on this rank.
-
-    `tensor` is flat where the optimizer shards, else shaped as the parameter. `state` is the inner optimizer's, with
-    exp_avg, exp_avg_sq and step, made here where no step has made it yet.
-    """
-
-    parameter: nn.Parameter
-    tensor: Tensor
-    span: tuple[int, int]
-    state: dict[str, Tensor]
-
-
-def iter_masters(optimizer: MegatronOptimizer) -> Iterator[Master]:
-    """All masters that one of the chained optimizers holds on this rank."""
-    for parameter, main, span in iter_pairs(optimizer):
-        state = optimizer.optimizer.state[main]
-        if "exp_avg" not in state:
-            state["step"] = torch.zeros((), device=main.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(main), torch.zeros_like(main)
-        yield Master(parameter, main, span, state)
 
 
 def iter_pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, tuple[int, int]]]:

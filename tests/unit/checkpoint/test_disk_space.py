@@ -33,7 +33,7 @@ def test_most_at_once(settings: dict[str, object], total_steps: int, expected: i
 def test_what_lies_there_is_not_needed_again(tmp_path: Path, present: list[int], needed: int, planned: int) -> None:
     for step in present:
         (tmp_path / f"step-{step:08d}").mkdir()
-    room = plan_room(tmp_path, 100, CheckpointConfig(every_steps=10, keep=3), total_steps=1000)
+    room = plan_room(tmp_path, 1200, CheckpointConfig(every_steps=10, keep=3), total_steps=1000)
     assert (room.checkpoint_bytes, room.needed_bytes, room.planned_bytes) == (1200, 1200 * needed, 1200 * planned)
 
 

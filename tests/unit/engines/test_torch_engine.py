@@ -132,7 +132,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_scale() -> None:
     poisoned = Batch(tokens, random_batch().labels_BS, random_batch().positions_BS)
     result = e.train_step(2, [poisoned], 1e-2)
     assert result.skipped
-    assert e.state()["adam_steps"] == state["adam_steps"] == 1
+    assert e.state()["updates"] == state["updates"] == 1
     assert e.state()["loss_scale"] == {"scale": 32768.0, "good_steps": 0}
     for fragment in e.fragments():
         assert torch.equal(fragment.tensor, before[fragment.name, fragment.kind]), fragment.name
@@ -143,7 +143,7 @@ def test_fp16_recovers_from_an_overflow_by_lowering_the_scale() -> None:
     results = [e.train_step(step, [random_batch()], 1e-2) for step in range(1, 41)]
     assert results[0].skipped
     assert not results[-1].skipped
-    assert e.state()["adam_steps"] == sum(not result.skipped for result in results)
+    assert e.state()["updates"] == sum(not result.skipped for result in results)
     assert results[-1].loss < results[0].loss or math.isnan(results[0].loss)
 
 

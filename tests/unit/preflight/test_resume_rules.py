@@ -237,6 +237,14 @@ def test_what_may_change_at_any_time(change: tuple[str, ...], capsys: pytest.Cap
     assert list(iter_events(Path("runs/small"))) == []
 
 
+def test_moments_of_another_optimizer_are_refused_whatever_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, err = check(capsys, "optim.name=lion", "checkpoint.allow_change=[optim]")
+    assert code == 2
+    assert f"the checkpoint {NEWEST} has the moments of another optimizer, adamw. Set it back." in err
+    with pytest.raises(ConfigError, match=r"optim\.name = lion: the checkpoint"):
+        start("optim.name=lion", "checkpoint.allow_change=[optim]")
+
+
 def test_batch_size_and_optimizer_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     start("train.global_batch_size=16", "optim.betas=[0.9, 0.99]", "optim.loss_scale.minimum=2.0")
     assert capsys.readouterr().err == (

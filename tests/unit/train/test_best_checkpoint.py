@@ -45,7 +45,7 @@ def worsening(run: Run, place: Rank) -> Run:
 
     class Worse(Evaluation):
         def run(self, engine: Any) -> tuple[float, int]:
-            return float(engine.state()["adam_steps"]), 1
+            return float(engine.state()["updates"]), 1
 
     evaluation = {each.name: getattr(run.evaluation, each.name) for each in fields(run.evaluation)}
     return replace(run, evaluation=Worse(**evaluation))

@@ -71,7 +71,7 @@ def test_a_run_of_skipped_steps_is_not_done_nor_is_it_when_started_again(tmp_pat
 @pytest.mark.parametrize(("updates", "skipped"), [(0, 7), (3, 0)])
 def test_an_older_checkpoint_says_whether_any_step_has_changed_it(tmp_path: Path, updates: int, skipped: int) -> None:
     train = {"step": 7, "samples": 112, "tokens": 1792}
-    state = {"train": train, "engine": {"adam_steps": updates, "loss_scale": None}}
+    state = {"train": train, "engine": {"updates": updates, "loss_scale": None}}
     assert saved_state(open_checkpoint(save(tmp_path, 7, state=state))).skipped_in_row == skipped
 
 

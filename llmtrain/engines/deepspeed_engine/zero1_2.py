@@ -7,7 +7,9 @@ from typing import Any
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from llmtrain.engines.deepspeed_engine.masters import Master, cut_moments, make_state
+from llmtrain.engines.deepspeed_engine.zero0 import Places
+from llmtrain.engines.masters import Master, cut, make_state, moments_of
+from llmtrain.optim.table import OptimizerRow
 
 
 class Partitions:
@@ -19,8 +21,10 @@ class Partitions:
     sharded = True
     averaged_over = 1
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, row: OptimizerRow, places: Places) -> None:
         self._engine = engine
+        self._row = row
+        self._placements = places
         self._zero = engine.optimizer
         self._optimizer = engine.basic_optimizer
         self._whole_gradients = isinstance(self._zero, BF16_Optimizer)
@@ -31,7 +35,7 @@ class Partitions:
             self._flats = self._zero.single_partition_of_fp32_groups
             groups = self._zero.bit16_groups
         self._places: dict[nn.Parameter, Any] = {p: p._hp_mapping for p in chain(*groups) if p._hp_mapping is not None}
-        make_state(self._optimizer, self._flats)
+        make_state(self._optimizer, row, self._flats)
 
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
         grads = self._gradients()
@@ -40,10 +44,11 @@ class Partitions:
     def _master(self, parameter: nn.Parameter, place: Any, grad: Tensor | None) -> Master:
         start, length = place.lp_fragment_address.start, place.lp_fragment_address.numel
         # The moments that this record links to are there for the first group only: these are cut from the whole.
-        state = self._optimizer.state[self._flats[place.param_group_index]]
-        moments = cut_moments(state, place.hp_fragment_address.start, length)
+        whole = moments_of(self._optimizer, self._row, self._flats[place.param_group_index])
+        moments = cut(whole, place.hp_fragment_address.start, length)
         assert grad is None or grad.numel() == length, (grad, place)
-        return Master(parameter, (start, start + length), place.hp_fragment.detach(), moments, grad)
+        placement = self._placements[parameter]
+        return Master(placement, (start, start + length), place.hp_fragment, moments, grad, placement.owned)
 
     def _gradients(self) -> dict[nn.Parameter, Tensor]:
         """The gradient of each parameter's part on this rank, where there is one."""
@@ -66,10 +71,6 @@ class Partitions:
             if flat is not None:
                 found[parameter] = flat.view(-1).narrow(0, address.start, address.numel)
         return found
-
-    def counts(self) -> Iterator[Tensor]:
-        for flat in self._flats:
-            yield self._optimizer.state[flat]["step"]
 
     def reduce(self) -> None:
         """The last backward pass has done it."""

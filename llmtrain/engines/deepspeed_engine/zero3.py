@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from llmtrain.engines.deepspeed_engine.masters import Master, cut_moments, make_state
+from llmtrain.engines.deepspeed_engine.zero0 import Places
+from llmtrain.engines.masters import Master, cut, make_state, moments_of
+from llmtrain.optim.table import OptimizerRow
 
 
 class PartitionedWeights:
@@ -13,8 +15,10 @@ class PartitionedWeights:
 
     sharded = True
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, row: OptimizerRow, places: Places) -> None:
         self._engine = engine
+        self._row = row
+        self._placements = places
         self._zero = engine.optimizer
         self._optimizer = engine.basic_optimizer
         self.averaged_over: int = self._zero.partition_count
@@ -23,7 +27,7 @@ class PartitionedWeights:
             with_state = self._swaps(number)
             if with_state:
                 self._zero._optimizer_states_and_gradient_swap_in(number)
-            make_state(self._optimizer, [tensor])
+            make_state(self._optimizer, row, [tensor])
             if with_state:
                 self._zero._optimizer_states_and_gradient_swap_out(number)
 
@@ -43,7 +47,7 @@ class PartitionedWeights:
 
     def _masters(self, number: int) -> Iterator[Master]:
         flat = self._flats[number]
-        state = self._optimizer.state[flat]
+        moments = moments_of(self._optimizer, self._row, flat)
         offset = 0
         for index, parameter in enumerate(self._zero.fp16_groups[number]):
             held = parameter.partition_numel()
@@ -51,10 +55,10 @@ class PartitionedWeights:
             length = min(held, parameter.ds_numel - start)  # the last ranks' parts are padded
             if length > 0:
                 grad = self._gradient(number, index, offset)
-                moments = cut_moments(state, offset, length)
-                span = (start, start + length)
                 part = None if grad is None else grad.narrow(0, 0, length)
-                yield Master(parameter, span, flat.detach().narrow(0, offset, length), moments, part)
+                placement, weight = self._placements[parameter], flat.detach().narrow(0, offset, length)
+                held_moments = cut(moments, offset, length)
+                yield Master(placement, (start, start + length), weight, held_moments, part, placement.owned)
             offset += held
 
     def _gradient(self, number: int, index: int, offset: int) -> Tensor | None:
@@ -64,10 +68,6 @@ class PartitionedWeights:
             return None if grad is None else grad.narrow(0, offset, grad.numel() - offset)
         grads = self._zero.averaged_gradients.get(number)
         return None if grads is None else grads[index]
-
-    def counts(self) -> Iterator[Tensor]:
-        for flat in self._flats:
-            yield self._optimizer.state[flat]["step"]
 
     def reduce(self) -> None:
         """The backward passes have done it."""

@@ -1,0 +1,198 @@
+"""One optimizer step, evaluation, saving and loading: written once, in terms of masters.
+
+An engine says how to run, reduce, step and gather. What follows from that is the same in all of them, so that they
+compute the same numbers: the count of tokens, scales, norm, clipping, and whether a step changes anything.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmtrain.checkpoint.stored_state import updates_of
+from llmtrain.config.schema import RunConfig
+from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
+from llmtrain.engines.inputs import Scales
+from llmtrain.engines.masters import Master, gradients_of, read_masters, require_moments, set_updates
+from llmtrain.engines.precision import clip_factor, scale_gradients
+from llmtrain.engines.routers import Routers
+from llmtrain.optim.scaler import build_loss_scale
+from llmtrain.optim.table import row_of
+from llmtrain.parallel.layout import plan_layout
+from llmtrain.values.batch import Batch
+from llmtrain.values.fragment import Fragment, FragmentSource
+
+
+class SteppingEngine(ABC):
+    """What the engines have in common. A subclass builds its model and optimizer, sets `routers`, and loads weights."""
+
+    routers: Routers
+
+    averaged_over = 1
+    """What gradients, once reduced, have been divided by."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.row = row_of(config.optim)
+        self.layout = plan_layout(config.parallel, dist.get_world_size() if dist.is_initialized() else 1)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.place = self.layout.coordinates(self.rank)
+        self.loss_scale = build_loss_scale(config.train.precision, config.optim)
+        self.num_updates = 0
+        self.inspect_gradients: GradientInspector | None = None
+
+    @property
+    @abstractmethod
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the batch; None where one rank has all of it."""
+
+    @property
+    @abstractmethod
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """What steps the masters of this rank."""
+
+    @abstractmethod
+    def resident(self, write: bool = False) -> Iterator[list[Master]]:
+        """All masters of this rank, in lists of those that are in memory together, until the next list is asked for.
+
+        The order is the same every time, and on every tensor rank. What is changed is kept only where `write` says so.
+        """
+
+    @abstractmethod
+    def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
+        """Forward, and backward where there is a step. Returns the sum of the loss over the targets of this rank.
+
+        Every tensor rank has the whole loss of its part of the batch; of a pipeline, the last stage has it.
+        """
+
+    @abstractmethod
+    def reduce(self) -> None:
+        """Complete the gradients: summed over all ranks that hold the same elements, where `run` has not done it."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """Step the optimizers with the gradients as they are, forget those, round the weights and gather them."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Forget the gradients of a step that is skipped."""
+
+    @abstractmethod
+    def round_weights(self) -> None:
+        """Copy the masters to the weights that the model computes with, on all ranks."""
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> StepResult:
+        # The count of the whole step is known before the first backward: gradients are sums, divided once.
+        num_tokens = self.sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches))
+        loss_scale = self.loss_scale.scale if self.loss_scale else 1.0
+        num_micro_batches = len(micro_batches) * self.layout.data
+        self.routers.forget()
+        scales = Scales(loss_scale / max(1, num_tokens), loss_scale / num_micro_batches)
+        loss_sum = self.run(micro_batches, step, scales)
+        self.reduce()
+        unscale = self.averaged_over / loss_scale
+        loss, grad_norm = self._loss_and_norm(loss_sum / max(1, num_tokens), unscale)
+        if self.inspect_gradients:
+            self.inspect_gradients(self._gradient_fragments(unscale))
+        finite = math.isfinite(grad_norm) and math.isfinite(loss)
+        metrics = self.routers.step_metrics(num_micro_batches, self._total)
+        if finite:
+            self._update(clip_factor(self.config.optim.grad_clip, grad_norm) * unscale, lr)
+            self.routers.rebalance()
+        else:
+            self.drop()
+        if self.loss_scale:
+            metrics["loss_scale"] = loss_scale
+            self.loss_scale.update(finite)
+        return StepResult(loss, grad_norm, num_tokens, skipped=not finite, metrics=metrics)
+
+    @torch.no_grad()
+    def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+        loss_sum = self.run(micro_batches, None, Scales(1.0)).double() / self.layout.tensor
+        if dist.is_initialized():
+            dist.all_reduce(loss_sum)
+        num_tokens = self.sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches))
+        return EvalResult(float(loss_sum), num_tokens)
+
+    def sum_over_data(self, count: int) -> int:
+        """A count of the host over the ranks that share the batch; on the host, so that no device is waited for."""
+        if self.data_group is None:
+            return count
+        total = torch.tensor(count)
+        dist.all_reduce(total, group=self.data_group)
+        return int(total)
+
+    def _total(self, sums: Tensor) -> Tensor:
+        """Sums over all ranks; tensor ranks that hold the same tokens have counted each of them."""
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums if self.layout.sequence else sums / self.layout.tensor
+
+    @torch.no_grad()
+    def _loss_and_norm(self, loss: Tensor, unscale: float) -> tuple[float, float]:
+        """The loss of the whole step and the norm of its gradient, from the parts of all ranks."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for masters in self.resident():
+            grads = gradients_of(master for master in masters if master.owned)
+            squares += torch.nn.utils.get_total_norm(grads).double().square().to(self.device)
+        totals = torch.stack((loss.double() / self.layout.tensor, squares))
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        loss_total, squares_total = totals.tolist()  # the host waits here, for all that the device has to do
+        return loss_total, math.sqrt(squares_total) * unscale
+
+    @torch.no_grad()
+    def _update(self, factor: float, lr: float) -> None:
+        if factor != 1.0:
+            for masters in self.resident(write=True):
+                scale_gradients(gradients_of(masters), factor)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        self.update()
+        self.num_updates += 1
+
+    def _gradient_fragments(self, factor: float) -> Iterator[Fragment]:
+        for masters in self.resident():
+            for master in masters:
+                if master.owned and master.grad is not None:
+                    yield from master.fragments("gradient", master.grad * factor)
+
+    def fragments(self) -> Iterator[Fragment]:
+        swapped = self.config.engine.offload == "nvme"  # what is read from there stays in memory as long as its list
+        for masters in self.resident():
+            for master in masters:
+                for kind, data in master.tensors().items() if master.owned else ():
+                    yield from master.fragments(kind, data.clone() if swapped else data)
+        if self.rank == 0:
+            yield from self.routers.fragments()
+
+    def load(self, source: FragmentSource) -> None:
+        self.routers.load(source)
+        self._read(source, ("master", *self.row.moments))
+
+    def load_weights(self, source: FragmentSource) -> None:
+        self._read(source, ("master",))
+
+    @torch.no_grad()
+    def _read(self, source: FragmentSource, kinds: Sequence[str]) -> None:
+        for masters in self.resident(write=True):
+            if len(kinds) > 1:
+                require_moments(source, masters, self.config.optim.name)
+            read_masters(source, masters, kinds)
+        self.round_weights()
+
+    def state(self) -> dict[str, Any]:
+        return {"updates": self.num_updates, "loss_scale": self.loss_scale.state() if self.loss_scale else None}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.num_updates = updates_of(state)
+        for optimizer in self.optimizers:
+            set_updates(optimizer, self.num_updates)
+        if self.loss_scale and state["loss_scale"]:
+            self.loss_scale.load_state(state["loss_scale"])

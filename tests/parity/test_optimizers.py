@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config.schema import OptimConfig, RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.optim.table import OPTIMIZERS
 from tests.parity import test_deepspeed, test_megatron
-from tests.parity.cases import parity_run, short_and_whole, verdict, with_layout
+from tests.parity.cases import parity_run, short_and_whole, verdict
 
 OTHERS = [name for name in OPTIMIZERS if name != "adamw"]
 """AdamW is what all the other tests of this folder train with."""
@@ -39,16 +39,14 @@ PAIRWISE = [
 
 def optimized(name: str, model: str = "llama", **settings: Any) -> RunConfig:
     """A run of an optimizer at a rate that suits it."""
-    config = parity_run(model)
-    optim = OptimConfig.model_validate({**config.optim.model_dump(), "name": name, "lr": 3e-4, **settings})
-    return config.model_copy(update={"optim": optim})
+    return parity_run(model).with_keys({"optim.name": name, "optim.lr": 3e-4, **settings})
 
 
 @pytest.mark.parametrize(("engine", "layout", "zero_stage", "optimizer", "num_steps"), short_and_whole(PAIRWISE, GRID))
 def test_fp32_equals_one_process(engine: str, layout: str, zero_stage: int, optimizer: str, num_steps: int) -> None:
     ranks, parallel = ENGINES[engine][0][layout]
     config = optimized(optimizer)
-    other = with_layout(config, {"name": engine, "zero_stage": zero_stage}, parallel)
+    other = config.with_keys({"engine": {"name": engine, "zero_stage": zero_stage}, "parallel": parallel})
     assert verdict(config, other, ranks, num_steps).problems == []
 
 
@@ -56,7 +54,9 @@ def test_fp32_equals_one_process(engine: str, layout: str, zero_stage: int, opti
 @pytest.mark.parametrize("zero_stage", [2, pytest.param(3, marks=pytest.mark.whole_grid)])
 def test_offload_to_the_cpu_changes_nothing(optimizer: str, zero_stage: int) -> None:
     config = optimized(optimizer)
-    other = with_layout(config, {"name": "deepspeed", "zero_stage": zero_stage, "offload": "cpu"}, {})
+    other = config.with_keys(
+        {"engine": {"name": "deepspeed", "zero_stage": zero_stage, "offload": "cpu"}, "parallel": {}}
+    )
     assert verdict(config, other, 2).problems == []
 
 
@@ -82,5 +82,5 @@ def another_decay() -> None:
 @pytest.mark.parametrize(("mutation", "engine"), [(momentum_is_forgotten, "deepspeed"), (another_decay, "megatron")])
 def test_another_update_is_caught(mutation: Callable[[], None], engine: str) -> None:
     config = optimized("lion")
-    other = with_layout(config, {"name": engine, "zero_stage": 1}, {})
+    other = config.with_keys({"engine": {"name": engine, "zero_stage": 1}, "parallel": {}})
     assert any("after the last step" in problem for problem in verdict(config, other, 2, mutation=mutation).problems)

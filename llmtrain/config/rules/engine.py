@@ -138,7 +138,16 @@ def engine_compiles(config: RunConfig) -> Found:
         yield Problem("train.compile", message, "true", uses=("engine.name",))
 
 
+def engine_takes_optimizer(config: RunConfig) -> Found:
+    name = config.optim.name
+    if name not in row_of(config).optimizers:
+        others = or_engine(lambda row: name in row.optimizers)
+        message = f"engine.name = {config.engine.name} does not step it. Try {row_of(config).optimizers[0]}{others}."
+        yield Problem("optim.name", message, name, uses=("engine.name",))
+
+
 ENGINE_RULES = (
+    engine_takes_optimizer,
     engine_is_on_this_platform,
     engine_has_axes,
     engine_overlaps,

@@ -1,11 +1,12 @@
 """What each engine can do: what is refused names the fix, and the fix is accepted."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 
 from llmtrain.config.engines import ENGINES
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import OptimConfig, RunConfig
 from tests.unit.config.small_run import broken, run
 
 MEGATRON, DEEPSPEED = {"name": "megatron"}, {"name": "deepspeed"}
@@ -99,3 +100,17 @@ def test_every_engine_of_the_schema_has_its_rules() -> None:
     for name in ENGINES:
         config: RunConfig = run(engine={"name": name, "zero_stage": 3}, parallel=most)
         assert broken(config, world_size=8), name
+
+
+def test_an_optimizer_needs_an_engine_that_steps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = get_args(OptimConfig.model_fields["name"].annotation)
+    assert all(set(row.optimizers) <= set(known) for row in ENGINES.values())
+    monkeypatch.setitem(ENGINES, "megatron", replace(ENGINES["megatron"], optimizers=("adamw",)))
+    refused = broken(run(engine=MEGATRON, optim={"name": "lion"}))["optim.name"]
+    assert "engine.name = megatron does not step it. Try adamw, or engine.name=torch or deepspeed." in refused
+    assert broken(run(engine=MEGATRON)) == broken(run(optim={"name": "lion"})) == {}
+
+
+def test_lion_divides_by_nothing() -> None:
+    assert "Try 1e-08, or optim.name=adamw." in broken(run(optim={"name": "lion", "eps": 1e-6}))["optim.eps"]
+    assert broken(run(optim={"name": "adamw", "eps": 1e-6})) == {}

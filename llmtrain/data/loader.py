@@ -11,6 +11,7 @@ from llmtrain.data.objectives.causal import stack_samples
 from llmtrain.data.objectives.table import pack_sample
 from llmtrain.data.row_config import Recipe
 from llmtrain.data.storage.folders import fetch_config
+from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
 from llmtrain.data.stream import SampleOrigin, SampleStream, StreamConfig, load_sources
 from llmtrain.values.batch import Batch
@@ -20,11 +21,17 @@ Window = tuple[int, int]
 
 
 def build_stream(
-    sources: Sequence[SourceConfig], data: DataConfig, seed: int, run_dir: Path | None = None, once: bool = False
+    sources: Sequence[SourceConfig],
+    data: DataConfig,
+    seed: int,
+    run_dir: Path | None = None,
+    once: bool = False,
+    manifests: Sequence[Manifest] | None = None,
 ) -> SampleStream:
     """The stream of a mixture of data sets; with `once`, what lies behind a source's end is blank.
 
-    Raises DataError where one is damaged or written with another tokenizer.
+    `manifests` are those of the sources, which are read where they are not given. Raises DataError where one is damaged
+    or written with another tokenizer.
 
     With data.on_corrupt = skip, the shards that the run goes without are listed in its folder; without `run_dir` damage
     is an error.
@@ -35,7 +42,7 @@ def build_stream(
     skipped = None
     if run_dir is not None and data.on_corrupt == "skip":
         skipped = SkippedShards(run_dir / LEDGER_NAME, data.max_skipped)
-    return SampleStream(load_sources(paths, weights, fetch_config(data)), config, skipped)
+    return SampleStream(load_sources(paths, weights, fetch_config(data), manifests), config, skipped)
 
 
 class BatchLoader:

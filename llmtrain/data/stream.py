@@ -13,6 +13,7 @@ from llmtrain.config.schema import LONGEST_PERIOD
 from llmtrain.data.read_ahead import ReadAhead
 from llmtrain.data.source_reader import Source, SourceReader, StreamConfig
 from llmtrain.data.storage.folders import open_folder
+from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import FetchConfig
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.storage.skipped import SkippedShards
@@ -138,10 +139,20 @@ class SampleStream:
         return self._readers[sample.source].location(sample.shard)
 
 
-def load_sources(paths: Sequence[str | Path], weights: Sequence[int], fetch: FetchConfig | None = None) -> list[Source]:
-    """Read the manifests of a mixture. Raises DataError where they do not belong to one tokenizer."""
+def load_sources(
+    paths: Sequence[str | Path],
+    weights: Sequence[int],
+    fetch: FetchConfig | None = None,
+    manifests: Sequence[Manifest] | None = None,
+) -> list[Source]:
+    """The data sets of a mixture; their manifests are read where they are not given.
+
+    Raises DataError where they do not belong to one tokenizer.
+    """
     folders = [open_folder(path, fetch) for path in paths]
-    sources = [Source(folder, folder.read_manifest(), weight) for folder, weight in zip(folders, weights, strict=True)]
+    if manifests is None:
+        manifests = [folder.read_manifest() for folder in folders]
+    sources = [Source(*source) for source in zip(folders, manifests, weights, strict=True)]
     first = sources[0]
     for other in sources[1:]:
         for key in ("tokenizer_sha256", "vocab_size", "eos_id", "bos_ids"):

@@ -12,7 +12,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.observe.background import BackgroundTracker
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.tracker import Tracker
-from llmtrain.parallel.layout import plan_layout
+from llmtrain.parallel.layout import Layout
 from llmtrain.runs.attempts import StartedAttempt
 from llmtrain.runs.metrics_file import METRICS_FILE, JsonlTracker
 from llmtrain.runs.newest_rows import NewestRows, newest_rows
@@ -23,6 +23,7 @@ ARTIFACT_SECONDS = 300.0
 
 def build_trackers(
     config: RunConfig,
+    layout: Layout,
     run_dir: Path,
     attempt: StartedAttempt,
     console: ConsoleTracker,
@@ -52,7 +53,7 @@ def build_trackers(
             run = WandbRun(
                 config.name, config.observe.wandb_project, mode, attempt.number, attempt.step, attempt.run_id
             )
-            shown = {**redacted(config.model_dump(mode="json")), "run": describe_run(config, attempt)}
+            shown = {**redacted(config.model_dump(mode="json")), "run": describe_run(config, layout, attempt)}
             tracker = WandbTracker(run, run_dir, shown, console.say, final_checkpoint if wants_checkpoint else None)
             before = newest_rows(run_dir / METRICS_FILE, 1, attempt.step) if attempt.step else NewestRows()
             for row in (*before.training, before.evaluation):
@@ -64,14 +65,14 @@ def build_trackers(
     return trackers
 
 
-def describe_run(config: RunConfig, attempt: StartedAttempt) -> dict[str, Any]:
+def describe_run(config: RunConfig, layout: Layout, attempt: StartedAttempt) -> dict[str, Any]:
     """What the configuration does not say of an attempt."""
     return {
         "llmtrain_version": metadata.version("llmtrain"),
         "torch_version": metadata.version("torch"),
         "parameters": num_parameters(config.model),
         "world_size": config.launch.num_workers,
-        "layout": asdict(plan_layout(config.parallel, config.launch.num_workers)),
+        "layout": asdict(layout),
         "attempt": attempt.number,
         "resumed_from_step": attempt.step,
     }

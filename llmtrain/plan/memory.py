@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameter_shapes import expert_ffn_size, num_expert_parameters, num_parameters
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sequence_lengths import Lengths, sample_lengths
+from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.optim.table import row_of
-from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.parallel.layout import Layout
 
 LOGITS_BYTES = 8
 """Of each logit in a chunk of the output layer: its value and its gradient in fp32."""
@@ -26,19 +26,17 @@ class MemoryPlan:
     logits: int
 
 
-def plan_memory(config: RunConfig, world_size: int) -> MemoryPlan:
+def plan_memory(config: RunConfig, layout: Layout, lengths: Lengths) -> MemoryPlan:
     """The estimate for a rank of the first pipeline stage, which holds the most. Needs model.vocab_size."""
-    layout, lengths = plan_layout(config.parallel, world_size), sample_lengths(config.model.family, config.data)
     return MemoryPlan(
-        round(held_bytes(config, world_size)),
+        round(held_bytes(config, layout)),
         round(activation_bytes(config, layout, lengths)),
         _logits_bytes(config, layout, lengths),
     )
 
 
-def held_bytes(config: RunConfig, world_size: int) -> float:
+def held_bytes(config: RunConfig, layout: Layout) -> float:
     """Weights, their gradients, fp32 masters and the optimizer's moments of one rank."""
-    layout = plan_layout(config.parallel, world_size)
     shards = layout.data * layout.context
     stage = config.engine.zero_stage
     low = config.train.precision != "fp32"

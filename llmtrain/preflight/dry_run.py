@@ -1,17 +1,15 @@
 """What a run will do, as plain numbers: the answer of `llmtrain train --dry-run`. Pure arithmetic, no torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from llmtrain.config.parameter_shapes import num_active_parameters, num_parameters, parameter_shapes
-from llmtrain.config.schema import RunConfig
 from llmtrain.optim.table import row_of
-from llmtrain.parallel.layout import plan_layout
 from llmtrain.plan.layout_text import LayoutOutline, plan_layout_outline
 from llmtrain.plan.memory import MemoryPlan, plan_memory
 from llmtrain.preflight.continuation import Continuation
-from llmtrain.preflight.windows import SourceUse
+from llmtrain.preflight.resolve import ResolvedRun
+from llmtrain.preflight.source_use import SourceUse, source_uses
 
 
 @dataclass(frozen=True)
@@ -46,21 +44,19 @@ class Outline:
     layout: LayoutOutline
 
 
-def plan_outline(
-    config: RunConfig, world_size: int, sources: Sequence[SourceUse] = (), continues: Continuation | None = None
-) -> Outline:
-    """The sizes of a run whose vocabulary is known and that keeps the arithmetic rules, and what it makes of data."""
-    train, layout = config.train, plan_layout(config.parallel, world_size)
+def plan_outline(resolved: ResolvedRun, continues: Continuation | None = None) -> Outline:
+    """The sizes of a run that keeps the arithmetic rules, and what it makes of its data."""
+    config, train, layout = resolved.config, resolved.config.train, resolved.layout
     tokens_per_step = train.global_batch_size * config.data.seq_len
     steps = continues.last_step if continues else config.total_steps
     before, ahead = (continues.data_tokens, steps - continues.step) if continues else (0, steps)
     return Outline(
         name=config.name,
-        run_folder=str(config.run_dir),
+        run_folder=str(resolved.run_dir),
         parameters=num_parameters(config.model),
         active_parameters=num_active_parameters(config.model),
         vocab_size=config.model.vocabulary,
-        world_size=world_size,
+        world_size=layout.world_size,
         data_parallel_size=layout.data,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
@@ -75,9 +71,9 @@ def plan_outline(
         evaluate_every_steps=config.evaluate.every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
         windows=config.data.windows,
-        sources=tuple(sources),
+        sources=tuple(source_uses(resolved)),
         checkpoint_bytes=row_of(config.optim).stored_bytes * sum(map(prod, parameter_shapes(config.model).values())),
-        memory=plan_memory(config, world_size),
+        memory=plan_memory(config, layout, resolved.lengths),
         continues=continues,
         layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),
     )

@@ -3,7 +3,8 @@
 Reads manifests only, no shard and no token. Imports no torch, so that a mistake is told within a second.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.checkpoint.disk_space import Room, plan_room
@@ -11,6 +12,7 @@ from llmtrain.checkpoint.folders import CHECKPOINTS, folder_of_checkpoints, is_c
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
 from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.storage.folders import fetch_config, run_settings, run_tokenizer, scheme_fault
 from llmtrain.data.storage.manifest import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
@@ -19,6 +21,7 @@ from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
 from llmtrain.data.usage import data_use
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.optim.table import row_of
+from llmtrain.preflight.resolve import Manifests, ResolvedRun, read_manifests
 from llmtrain.preflight.resume_rules import TOKENIZER_NAMES, differences, refusals, resume_target
 from llmtrain.preflight.vocabulary import SPECIAL_KEY, fill_vocabulary
 from llmtrain.preflight.windows import with_windows
@@ -32,20 +35,54 @@ FIRST = "data.train.0.path"
 SHARDS_HINT = "Write it with `llmtrain data shards INPUT... OUT --tokenizer MODEL`."
 
 
-def storage_problems(config: RunConfig, asks_room: bool = True) -> list[Problem]:
-    """What the run would miss on storage. Raises DataError where a manifest or a record of the run is damaged.
+@dataclass(frozen=True)
+class StorageCheck:
+    """What was found on storage: problems, or where there are none the run with what it leaves to its data."""
 
-    Room for checkpoints is not asked for where it is known that the run will not be here.
+    problems: list[Problem]
+    run: ResolvedRun | None = None
+
+
+def load_run(
+    path: Path, overrides: Sequence[str] = (), world_size: int | None = None, asks_room: bool = True
+) -> ResolvedRun:
+    """Read a run's configuration and check it in every way that needs no device, storage included.
+
+    The parameters are those of `load_config` and of `check_storage`. Raises ConfigError with every problem, DataError.
     """
-    config = with_windows(config)
+    checks: list[StorageCheck] = []
+
+    def problems_of(config: RunConfig) -> list[Problem]:
+        checks.append(check_storage(config, asks_room))
+        return checks[-1].problems
+
+    load_config(path, overrides, problems_of, world_size)
+    resolved = checks[-1].run
+    assert resolved is not None, "a configuration with problems is not loaded"
+    return resolved
+
+
+def storage_problems(config: RunConfig) -> list[Problem]:
+    """What the run would miss on storage. Raises as `check_storage` does."""
+    return check_storage(config).problems
+
+
+def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
+    """Look whether all that the run needs is on storage. Reads each manifest once.
+
+    Room for checkpoints is not asked for where it is known that the run will not be here. Raises DataError where a
+    manifest or a record of the run is damaged.
+    """
+    asked, config = config, with_windows(config)
     manifests: dict[str, Manifest] = {}
+    read: Manifests = {}
     problems: list[Problem] = []
     for key, source in _iter_sources(config):
-        found = _remote_manifest(key, source, config) if scheme_of(source.path) else _local_manifest(key, source)
+        found = read.get(source.path) or _find_manifest(key, source, config)
         if isinstance(found, Problem):
             problems.append(found)
             continue
-        manifests[key] = found
+        manifests[key] = read[source.path] = found
         problems.extend(_too_short(config, key, source, manifests[key]))
     problems.extend(_disagreements(config, manifests))
     problems.extend(_tokenizer_problems(config, manifests))
@@ -61,7 +98,10 @@ def storage_problems(config: RunConfig, asks_room: bool = True) -> list[Problem]
     if not faults:
         _require_records(config)
     problems.extend(faults or (_room_problems(config) if asks_room else ()))
-    return problems
+    if problems:
+        return StorageCheck(problems)
+    train, valid = (read_manifests(sources, config.data, read) for sources in (config.data.train, config.data.valid))
+    return StorageCheck([], ResolvedRun(config, asked, train, valid))
 
 
 def storage_warnings(config: RunConfig) -> list[str]:
@@ -82,6 +122,12 @@ def _iter_sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:
             yield f"data.{split}.{number}.path", source
 
 
+def _find_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manifest | Problem:
+    if scheme_of(source.path):
+        return _remote_manifest(key, source, config)
+    return _source_problem(key, source) or read_manifest(Path(source.path))
+
+
 def _remote_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manifest | Problem:
     """The manifest behind a URL, or why there is none. Raises DataError where it is damaged."""
     shown = shown_path(source.path)
@@ -94,10 +140,6 @@ def _remote_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manif
     except DataError as error:
         return Problem(key, f"no manifest can be fetched: {error}", shown)
     return parse_manifest(content, remote.location(MANIFEST_NAME))
-
-
-def _local_manifest(key: str, source: SourceConfig) -> Manifest | Problem:
-    return _source_problem(key, source) or read_manifest(Path(source.path))
 
 
 def _source_problem(key: str, source: SourceConfig) -> Problem | None:

@@ -11,7 +11,7 @@ from llmtrain.config.objective import SpecialTokensConfig, needed_tokens
 from llmtrain.config.reading.key_names import shown
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import NUM_SENTINELS, num_sentinels
-from llmtrain.data.storage.folders import fetch_config, open_folder, run_settings, run_tokenizer
+from llmtrain.data.storage.folders import run_settings, run_tokenizer
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.errors import ConfigError, DataError, Problem
@@ -28,24 +28,19 @@ FIM_NAMES = (
 SPECIAL_KEY = "data.special_tokens"
 
 
-def with_vocabulary(config: RunConfig) -> RunConfig:
-    """The configuration with model.vocab_size and the data.special_tokens that its objective needs filled in.
-
-    Raises ConfigError where that is impossible or an id is wrong, DataError where a manifest or tokenizer is damaged.
-    """
+def is_filled(config: RunConfig) -> bool:
+    """Whether the configuration leaves nothing of this open."""
     names = needed_tokens(config.model.family, config.data.objective)
     given = all(getattr(config.data.special_tokens, name) is not None for name in names)
-    if config.model.vocab_size is not None and given:
-        return config
-    folder = open_folder(config.data.train[0].path, fetch_config(config.data))
-    filled = fill_vocabulary(config, folder.read_manifest())
-    if isinstance(filled, list):
-        raise ConfigError(filled)
-    return filled
+    return config.model.vocab_size is not None and given
 
 
 def fill_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig | list[Problem]:
-    """The same with the manifest of the first training source at hand; problems where something does not fit."""
+    """The configuration with model.vocab_size and the data.special_tokens that its objective needs filled in.
+
+    `manifest` is that of the first training source. Returns problems where something is impossible or an id is wrong;
+    raises DataError where the data set's tokenizer is damaged.
+    """
     special, needed = config.data.special_tokens, needed_tokens(config.model.family, config.data.objective)
     if needed:
         tokenizer = _find_tokenizer(config, manifest)

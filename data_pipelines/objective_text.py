@@ -7,12 +7,9 @@ from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.loader import build_stream
 from llmtrain.data.objectives.table import pack_sample
-from llmtrain.data.storage.folders import find_tokenizer
-from llmtrain.data.storage.manifest import read_manifest
+from llmtrain.data.row_config import build_recipe
 from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
-from llmtrain.preflight.vocabulary import with_vocabulary
-from llmtrain.preflight.windows import with_windows
-from llmtrain.train.setup import build_recipe
+from llmtrain.preflight.resolve import resolve
 from llmtrain.values.batch import IGNORED_LABEL
 
 SKIPPED = "..."
@@ -24,11 +21,12 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
 
     Raises ConfigError and DataError.
     """
-    config = with_windows(load_config(run).config)
-    config = with_vocabulary(config.with_keys({"data.train": [{"path": str(dataset)}], "data.tokenizer": None}))
-    stream = build_stream(config.data.train, config.data, config.seed)
-    row = pack_sample(stream.sample(number), build_recipe(config, stream))
-    tokenizer = load_tokenizer(find_tokenizer(dataset, read_manifest(dataset).tokenizer_sha256))
+    alone = {"data.train": [{"path": str(dataset)}], "data.valid": [], "data.tokenizer": None}
+    resolved = resolve(load_config(run).config.with_keys(alone))
+    config = resolved.config
+    stream = build_stream(config.data.train, config.data, config.seed, manifests=resolved.train)
+    row = pack_sample(stream.sample(number), build_recipe(config, stream, lambda: resolved.tokenizer))
+    tokenizer = load_tokenizer(resolved.tokenizer)
     texts = {"input": row.tokens_S, "targets": row.labels_S}
     if row.encoder_tokens_T is not None:
         texts = {"encoder": row.encoder_tokens_T, "decoder": row.tokens_S, "targets": row.labels_S}

@@ -21,12 +21,14 @@ from launch.supervision.restarts import AttemptEnd, newest_step, supervise
 from launch.supervision.stragglers import Stragglers
 from launch.supervision.watch import watch
 from llmtrain.config.schema import RunConfig
+from llmtrain.preflight.resolve import ResolvedRun
 
 LOOPBACK = "127.0.0.1"
 
 
-def launch(config: RunConfig, change_run: ChangeRun | None = None) -> int:
-    """Run the configuration and return the exit code; `change_run` may replace parts of the run on each rank."""
+def launch(resolved: ResolvedRun, change_run: ChangeRun | None = None) -> int:
+    """Run it and return the exit code; `change_run` may replace parts of the run on each rank."""
+    config = resolved.config
     set_threads(num_threads(config.launch, config.launch.num_workers))
     with StopSignal() as stop:
         if config.launch.num_workers > 1 or is_supervised(config):
@@ -35,7 +37,7 @@ def launch(config: RunConfig, change_run: ChangeRun | None = None) -> int:
         from launch.rank.worker import run_worker, unchanged
 
         exit_after_grace(stop, config.launch.grace_seconds)
-        return run_worker(config, stop, change_run=change_run or unchanged)
+        return run_worker(resolved, stop, change_run=change_run or unchanged)
 
 
 def is_supervised(config: RunConfig) -> bool:
@@ -46,15 +48,16 @@ def is_supervised(config: RunConfig) -> bool:
     return config.launch.max_stalled_attempts > 0 and sys.platform == "linux"
 
 
-def run_as_rank(config: RunConfig, place: Rank) -> int:
+def run_as_rank(resolved: ResolvedRun, place: Rank) -> int:
     """Be one rank that another launcher started. What goes wrong is told at once, with the rank."""
+    config = resolved.config
     set_threads(num_threads(config.launch, place.local_world_size))
     from launch.rank.worker import run_worker
 
     try:
         with StopSignal() as stop:
             exit_after_grace(stop, config.launch.grace_seconds)
-            return run_worker(config, stop, place)
+            return run_worker(resolved, stop, place)
     except BaseException as error:
         failure = Failure.of_error(place.rank, error)
         log = log_path(config.run_dir, place.rank)

@@ -29,6 +29,7 @@ from launch.supervision.stragglers import Stragglers
 from launch.supervision.watch import Ending, watch
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LaunchError
+from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.runs.audit import record
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ SILENT_SECONDS = 30.0
 """A cluster that has kept such a question waiting for so long is lost."""
 
 
-def launch(config: RunConfig) -> int:
-    """Run the configuration on its cluster and return the exit code. Raises LaunchError."""
+def launch(resolved: ResolvedRun) -> int:
+    """Run it on its cluster and return the exit code. Raises LaunchError."""
+    config = resolved.config
     with StopSignal() as stop, ray_cluster(config) as cluster:
         # Ray reads its environment when it is imported, which is right now only.
         from launch.on_ray.placement import Placement

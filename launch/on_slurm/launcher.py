@@ -21,10 +21,12 @@ from launch.supervision.stragglers import Stragglers
 from launch.supervision.watch import Ending, watch
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LaunchError
+from llmtrain.preflight.resolve import ResolvedRun
 
 
-def launch(config: RunConfig) -> int:
-    """Run the configuration on the nodes of this job and return the exit code. Raises LaunchError outside of a job."""
+def launch(resolved: ResolvedRun) -> int:
+    """Run it on the nodes of this job and return the exit code. Raises LaunchError outside of a job."""
+    config = resolved.config
     cpus = cpus_per_task(config, os.environ)
     # Slurm may bind a task to its own CPUs: how many these are cannot be told from what a rank finds there.
     threads = config.launch.threads_per_worker or user_threads(os.environ) or cpus

@@ -23,13 +23,13 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, NoProgressError, RunFolderInUseError
 from llmtrain.observe.phases import Section
 from llmtrain.plan.memory_advice import advise
-from llmtrain.preflight.vocabulary import with_vocabulary
-from llmtrain.preflight.windows import with_windows
+from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.report.efficiency import DONE, run_efficiency
 from llmtrain.runs.folder import RunFolder, Status, read_status, was_taken_over
 from llmtrain.train.loop import Run, train
-from llmtrain.train.setup import Start, describe_start, find_start, join_start, setup
+from llmtrain.train.setup import setup
 from llmtrain.train.stall_limit import StallLimit, skipped_text
+from llmtrain.train.start import Start, describe_start, find_start, join_start
 
 
 def unwatched(section: Section, step: int) -> None:
@@ -42,7 +42,7 @@ def unchanged(run: Run, place: Rank) -> Run:
 
 
 def run_worker(
-    config: RunConfig,
+    resolved: ResolvedRun,
     stop: StopSignal,
     place: Rank = ALONE,
     pulse: Pulse = unwatched,
@@ -53,16 +53,15 @@ def run_worker(
     launch.num_workers is the world size. Rank 0 holds the run folder, decides what the run continues from and records
     it; the others wait for that decision. `pulse` hears where this rank is; `change_run` may replace parts of the run.
     """
+    config = resolved.config
     assert config.launch.num_workers == place.world_size
-    config = with_windows(with_vocabulary(config))
     torch.set_num_threads(num_threads(config.launch, place.local_world_size))
     device = choose_device(config.launch, place)
-    run_dir = config.run_dir
-    timeout_seconds = config.launch.timeout_seconds
+    run_dir, timeout_seconds = resolved.run_dir, config.launch.timeout_seconds
     with ExitStack() as held:
         if place.world_size == 1:
             folder = held.enter_context(RunFolder(run_dir, place.attempt, place.launch_id))
-            attempt = Attempt(config, device, find_start(config, folder), folder, place, pulse, change_run)
+            attempt = Attempt(resolved, device, find_start(resolved, folder), folder, place, pulse, change_run)
             if not attempt.finished_before:
                 held.enter_context(rank_log(run_dir, place))
             if ENGINES[config.engine.name].needs_group and not attempt.finished_before:
@@ -70,8 +69,8 @@ def run_worker(
             return attempt.run(lambda: stop.requested)
         store = connect(place, timeout_seconds)
         ranks = open_exchange(place, timeout_seconds)
-        folder, start, lock_token = agree_on_start(config, place, ranks, held)
-        attempt = Attempt(config, device, start, folder, place, pulse, change_run, lock_token)
+        folder, start, lock_token = agree_on_start(resolved, place, ranks, held)
+        attempt = Attempt(resolved, device, start, folder, place, pulse, change_run, lock_token)
         if attempt.finished_before:
             return attempt.run(lambda: stop.requested)
         held.enter_context(rank_log(run_dir, place))
@@ -88,7 +87,7 @@ class Attempt:
     Only rank 0 has the folder; the others know its `lock_token`.
     """
 
-    config: RunConfig
+    resolved: ResolvedRun
     device: torch.device
     start: Start
     folder: RunFolder | None
@@ -96,6 +95,10 @@ class Attempt:
     pulse: Pulse
     change_run: Callable[[Run, Rank], Run]
     lock_token: str = ""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.resolved.config
 
     @property
     def finished_before(self) -> bool:
@@ -116,7 +119,7 @@ class Attempt:
         self._write_status("running", self.start.step, "starting")
         run = None
         try:
-            run = setup(self.config, self.folder, self.start, self.device, self.place.rank, self.pulse)
+            run = setup(self.resolved, self.folder, self.start, self.device, self.place.rank, self.pulse)
             status, state = train(self.change_run(run, self.place), stop_requested, on_any_rank)
         except BaseException as error:
             advise(error, self.config, self.device.type)
@@ -176,7 +179,7 @@ def nothing_left(config: RunConfig, seen: Seen) -> str:
 
 
 def agree_on_start(
-    config: RunConfig, place: Rank, ranks: StoreExchange, held: ExitStack
+    resolved: ResolvedRun, place: Rank, ranks: StoreExchange, held: ExitStack
 ) -> tuple[RunFolder | None, Start, str]:
     """Rank 0 locks the run folder, until `held` closes, and decides where the run begins; the others hear of it.
 
@@ -184,15 +187,14 @@ def agree_on_start(
 
     Raises on rank 0 what `find_start` and the lock raise, on the others OtherRankFailedError with the same exit code.
     """
-    run_dir = config.run_dir
     if ranks.rank > 0:
         said = json.loads(ranks.hear("start"))
         if "exit_code" in said:
             raise OtherRankFailedError("rank 0 could not start", said["exit_code"])
-        return None, join_start(config, run_dir, said, ranks), said["lock_token"]
+        return None, join_start(resolved, said, ranks), said["lock_token"]
     try:
-        folder = held.enter_context(RunFolder(run_dir, place.attempt, place.launch_id))
-        start = find_start(config, folder, ranks)
+        folder = held.enter_context(RunFolder(resolved.run_dir, place.attempt, place.launch_id))
+        start = find_start(resolved, folder, ranks)
     except BaseException as error:
         exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
         ranks.say("start", json.dumps({"exit_code": exit_code}))

@@ -52,8 +52,12 @@ def import_for_ranks(engine: str) -> None:
 def rank_work(
     config: RunConfig, stop: StopSignal, place: Rank, board: PulseBoard, slot: int, change_run: ChangeRun | None = None
 ) -> Callable[[], int]:
-    """What a forked rank does; it returns the exit code. The rank tells where it is in this slot of the board."""
+    """What a forked rank does; it returns the exit code. The rank tells where it is in this slot of the board.
+
+    It reads the data's manifests itself: they may have changed since the launcher did, or since the last attempt.
+    """
     from launch.rank.worker import run_worker, unchanged
+    from llmtrain.preflight.resolve import resolve
 
     def work() -> int:
         pulse = board.pulse(slot)
@@ -61,7 +65,7 @@ def rank_work(
             from launch.supervision.work_meter import WorkMeter
 
             pulse = WorkMeter(pulse, partial(board.add_window, slot), partial(board.places_wanted, slot))
-        return run_worker(config, stop, place, pulse, change_run or unchanged)
+        return run_worker(resolve(config), stop, place, pulse, change_run or unchanged)
 
     return work
 

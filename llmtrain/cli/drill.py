@@ -35,15 +35,13 @@ def drill(
 
     from llmtrain.checks.drill.faults import FAULTS
     from llmtrain.checks.drill.single_faults import UNDISTURBED, drill_config, try_fault, undisturbed
-    from llmtrain.config.reading.load import load_config
     from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError
-    from llmtrain.preflight.storage import storage_problems
-    from llmtrain.preflight.vocabulary import with_vocabulary
+    from llmtrain.preflight.storage import load_run
 
     faults = [fault for fault in FAULTS if only in fault.name]
     if not faults:
         raise ConfigError(f"--only {only}: no fault has that in its name: {'; '.join(f.name for f in FAULTS)}.")
-    asked = with_vocabulary(load_config(config, overrides or [], storage_problems).config)
+    asked = load_run(config, overrides or []).config
     if kills:
         _punish(asked, kills, mean_seconds, json)
     run = drill_config(asked)

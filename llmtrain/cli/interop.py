@@ -71,8 +71,9 @@ def export(
     from llmtrain.interop.installation import require_transformers
 
     require_transformers()
+    from llmtrain.checkpoint.find import find_checkpoint
     from llmtrain.data.token_roles import TrainedTokens
-    from llmtrain.infer.model import find_checkpoint, find_tokenizer_of, saved_data
+    from llmtrain.infer.model import find_tokenizer_of, saved_data
     from llmtrain.infer.tokenizer import model_tokenizer
     from llmtrain.interop.hf_export import ExportSettings, require_free, write_export
     from llmtrain.interop.text.special_tokens import named_tokens

@@ -95,16 +95,14 @@ def _to_ray(path: Path, overrides: list[str], address: str | None, action: str) 
 
 
 def _checked(path: Path, overrides: list[str]) -> "RunConfig":
-    """The configuration, once everything is known to be right. Warns of what may stop the run on its way."""
-    from llmtrain.config.reading.load import load_config
+    """What was asked for, once everything is known to be right. Warns of what may stop the run on its way."""
     from llmtrain.config.rules.schedule import schedule_warnings
-    from llmtrain.preflight.storage import storage_problems, storage_warnings
-    from llmtrain.preflight.vocabulary import with_vocabulary
+    from llmtrain.preflight.storage import load_run, storage_warnings
 
-    run = load_config(path, overrides, storage_problems).config
-    for warning in schedule_warnings(run) + storage_warnings(with_vocabulary(run)):
+    resolved = load_run(path, overrides)
+    for warning in schedule_warnings(resolved.config) + storage_warnings(resolved.config):
         typer.echo(f"warning: {warning}", err=True)
-    return run
+    return resolved.asked
 
 
 def _print_plan(plan: "JobPlan") -> None:

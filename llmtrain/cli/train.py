@@ -1,7 +1,6 @@
 """`llmtrain train`: check a configuration in every way that needs no device, then run it."""
 
 import os
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from llmtrain.preflight.dry_run import Outline
-    from llmtrain.preflight.windows import SourceUse
+    from llmtrain.preflight.source_use import SourceUse
 
 ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG", show_default=False)]
 OverridesArgument = Annotated[
@@ -39,14 +38,13 @@ def train(
 
     All problems of the configuration are reported together, before anything is started.
     """
-    from llmtrain.config.reading.load import load_config
-
     if as_json and not dry_run:
         raise typer.BadParameter("goes with --dry-run", param_hint="--json")
     if ranks is not None and not dry_run:
         message = f"goes with --dry-run. To train on so many, write launch.num_workers={ranks}"
         raise typer.BadParameter(message, param_hint="--ranks")
     if print_config:
+        from llmtrain.config.reading.load import load_config
         from llmtrain.config.reading.rendering import record_of
 
         typer.echo(record_of(load_config(config, overrides or []).config), nl=False)
@@ -54,16 +52,13 @@ def train(
 
     from launch.rank.place import rank_from_environment
     from llmtrain.config.rules.schedule import schedule_warnings
-    from llmtrain.preflight.storage import storage_problems, storage_warnings
-    from llmtrain.preflight.vocabulary import with_vocabulary
-    from llmtrain.preflight.windows import source_uses, with_windows
+    from llmtrain.preflight.storage import load_run, storage_warnings
 
     place = rank_from_environment(os.environ)
     world_size = place.world_size if place and ranks is None else None
     hypothetical = [] if ranks is None else [f"launch.num_workers={ranks}"]
-    on_storage = partial(storage_problems, asks_room=ranks is None)
-    run = load_config(config, [*(overrides or []), *hypothetical], on_storage, world_size).config
-    run = with_windows(with_vocabulary(run))
+    resolved = load_run(config, [*(overrides or []), *hypothetical], world_size, asks_room=ranks is None)
+    run = resolved.config
     for warning in schedule_warnings(run) + (storage_warnings(run) if ranks is None else []):
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
@@ -72,15 +67,15 @@ def train(
 
         for fault in damaged_checkpoints(run):
             typer.echo(f"warning: {fault}. It is passed over for an older one, if there is one.", err=True)
-        outline = plan_outline(run, run.launch.num_workers, source_uses(run), find_continuation(run))
+        outline = plan_outline(resolved, find_continuation(run))
         _print_outline(outline, as_json)
         return
 
     if place:
         from launch.local import run_as_rank
 
-        raise typer.Exit(run_as_rank(run, place))
-    raise typer.Exit(import_module(LAUNCHERS[run.launch.backend]).launch(run))
+        raise typer.Exit(run_as_rank(resolved, place))
+    raise typer.Exit(import_module(LAUNCHERS[run.launch.backend]).launch(resolved))
 
 
 def _print_outline(outline: "Outline", as_json: bool) -> None:

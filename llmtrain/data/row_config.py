@@ -1,14 +1,17 @@
 """What the rows of a run are made with: its objective's parameters, special tokens, and random numbers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from llmtrain.config.schema import DataConfig
+from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.config.sequence_lengths import Lengths, sample_lengths, shortest_lengths
-from llmtrain.data.objectives.word_starts import PieceTable
+from llmtrain.data.objectives.word_starts import PieceTable, load_pieces
 from llmtrain.data.order import derived_key
+from llmtrain.data.stream import SampleStream
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,16 @@ class Recipe:
         sentinels = self.data.special_tokens.sentinels
         assert sentinels is not None, "data.special_tokens.sentinels are filled in before the run"
         return np.array(sentinels, np.int64)
+
+
+def build_recipe(config: RunConfig, stream: SampleStream, tokenizer: Callable[[], Path]) -> Recipe:
+    """That of a run in whose configuration special tokens are filled in already.
+
+    `tokenizer` finds the run's tokenizer; it is asked where the objective needs its pieces. Raises as `load_pieces`
+    does.
+    """
+    pieces = load_pieces(tokenizer()) if config.data.objective == "masked" else None
+    return Recipe(config.data, config.seed, stream.eos_id, config.model.family, pieces, stream.bos_ids)
 
 
 @dataclass(frozen=True)

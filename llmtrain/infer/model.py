@@ -4,7 +4,6 @@ Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,16 +13,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from llmtrain.checkpoint.folders import CHECKPOINTS, MANIFEST, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
-from llmtrain.checkpoint.manager import find_newest_valid
+from llmtrain.checkpoint.find import find_checkpoint, warn
 from llmtrain.checkpoint.origin import origin_of
-from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.parameter_shapes import parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer
-from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.errors import CheckpointError
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
@@ -67,37 +65,6 @@ def logits_of(model: Transformer, example: Example) -> Tensor:
 def segments_of(valid: Tensor | None) -> Tensor | None:
     """One document, and padding where `valid` is False."""
     return None if valid is None else torch.where(valid, 0, PADDING)
-
-
-def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
-    """The checkpoint at a path, or the newest valid one of the run at a path; every file is hashed.
-
-    `also` are other kinds of folders that could have been given, for the error. Raises ConfigError where there is
-    neither, CheckpointError where it is damaged.
-    """
-    if is_checkpoint(path):
-        return open_checkpoint(path)
-    folder = folder_of_checkpoints(path)
-    newest = find_newest_valid(folder, warn=_warn)[0] if folder else None
-    if newest is not None:
-        return newest
-    kinds = [
-        f"a checkpoint (a folder with {MANIFEST})",
-        f"a run with one (a folder with {CHECKPOINTS}/)",
-        *also,
-    ]
-    near = nearest_checkpoint(path) or "a run folder such as runs/NAME, or runs/NAME/checkpoints/step-00000050"
-    if not path.exists():
-        what = f"no such folder. Looked from {Path.cwd()}. What is taken is {' or '.join(kinds)}"
-    elif not path.is_dir():
-        what = f"is a file. What is taken is {' or '.join(kinds)}"
-    else:
-        what = f"is neither {' nor '.join(kinds)}"
-    raise ConfigError(f"{path}: {what}. Try {near}.")
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def find_tokenizer_of(checkpoint: Path) -> Path | None:
@@ -198,6 +165,6 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
 
         folder = open_hf_folder(path)
         for text in folder.changed:
-            _warn(text)
+            warn(text)
         return TrainedModel(build_trained(folder.model, folder, device), folder.tokenizer_path)
     return load_checkpoint(path, device, ["a Hugging Face folder (with config.json and safetensors)"])

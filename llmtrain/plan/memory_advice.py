@@ -60,7 +60,7 @@ def advise(error: BaseException, config: RunConfig, device_type: str) -> None:
 
 def advice_text(config: RunConfig, device_type: str) -> str:
     """What would help, for a person."""
-    size = held_bytes(config, config.launch.num_workers)
+    size = held_bytes(config, plan_layout(config.parallel, config.launch.num_workers))
     held = f"{size / 1e9:.1f} GB of each rank" if size >= 1e9 else f"{size / 1e6:.1f} MB of each rank"
     found = memory_advice(config, device_type)
     if not found:
@@ -141,8 +141,8 @@ def _recompute(config: RunConfig, kind: str, effect: str) -> Iterator[Advice]:
 
 
 def _zero(config: RunConfig, stage: int, effect: str) -> Iterator[Advice]:
-    layout = plan_layout(config.parallel, config.launch.num_workers)
-    if stage > config.engine.zero_stage and layout.data * layout.context > 1:
+    sharding_ranks = config.launch.num_workers // (config.parallel.tensor * config.parallel.pipeline)
+    if stage > config.engine.zero_stage and sharding_ranks > 1:
         yield from _one(config, effect, ({**engine, "engine.zero_stage": stage} for engine in _engines(config)))
 
 

@@ -64,9 +64,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
     return ResolvedRun(with_windows(filled), config, train, valid)
 
 
-def read_manifests(
-    sources: tuple[SourceConfig, ...], data: DataConfig, manifests: Manifests
-) -> tuple[Manifest, ...]:
+def read_manifests(sources: tuple[SourceConfig, ...], data: DataConfig, manifests: Manifests) -> tuple[Manifest, ...]:
     """Those of the sources, in order. What `manifests` lacks is read, and then there. Raises DataError."""
     for source in sources:
         if source.path not in manifests:

@@ -62,11 +62,6 @@ def load_run(
     return resolved
 
 
-def storage_problems(config: RunConfig) -> list[Problem]:
-    """What the run would miss on storage. Raises as `check_storage` does."""
-    return check_storage(config).problems
-
-
 def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     """Look whether all that the run needs is on storage. Reads each manifest once.
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Literal
 
 from llmtrain.config.budget import Budget
-from llmtrain.config.schema import OptimConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.loader import BatchLoader
 from llmtrain.engines.base import Engine
 from llmtrain.observe.monitor import Monitor
@@ -30,10 +30,8 @@ class Run:
     saving: Saving
     health: Health
     rollbacks: Rollbacks
-    stall_limit: StallLimit
     state: TrainState
-    budget: Budget
-    optim: OptimConfig
+    config: RunConfig
 
 
 def train(
@@ -44,22 +42,23 @@ def train(
     `anybody` tells whether a flag is set on any rank. Raises NoProgressError where all that was done changed nothing.
     """
     state, loader, monitor, stopping = run.state, run.loader, run.monitor, False
+    budget, stall_limit = Budget.of(run.config), StallLimit.of(run.config)
     steps = loader.steps(first_sample=state.samples)
     try:
-        while state.step < run.budget.last_step(state.seen) and not stopping:
+        while state.step < budget.last_step(state.seen) and not stopping:
             with monitor.section("data"):
                 micro_batches = next(steps)
 
             step = state.step + 1
-            place, length = run.budget.schedule(state.seen)
-            lr = learning_rate(place, run.optim, length)
+            place, length = budget.schedule(state.seen)
+            lr = learning_rate(place, run.config.optim, length)
             attempt = partial(run.engine.train_step, step, micro_batches, lr)
             result = attempt()
             if result.skipped:
                 result = run.health.skipped(step, result, attempt, loader.step_origins(state.samples))
             history, trouble = run.health.judge(state.history, step, result)
             moved = loader.step_length(state.samples)
-            state = state.advanced(moved, result.num_tokens, run.budget.tokens_per_step, history, result.skipped)
+            state = state.advanced(moved, result.num_tokens, budget.tokens_per_step, history, result.skipped)
             monitor.step(step, lr, result)
 
             if run.rollbacks.wanted(trouble, anybody):
@@ -67,13 +66,13 @@ def train(
                     back = run.rollbacks.go_back(trouble, state, run.engine)
                 if back:
                     steps.close()
-                    state, loader = back[0], loader.skipping([back[1]])
+                    state, loader = back.state, loader.skipping([back.skipped])
                     steps = loader.steps(first_sample=state.samples)
                     monitor.went_back(state.step, state.tokens)
                     continue
-            run.stall_limit.require_progress(state)
+            stall_limit.require_progress(state)
 
-            saved = run.saving.due(step) or step == run.budget.last_step(state.seen)
+            saved = run.saving.due(step) or step == budget.last_step(state.seen)
             valid_loss = None
             if run.evaluation.due(step, saved):
                 with monitor.section("evaluate"):
@@ -87,7 +86,7 @@ def train(
     finally:
         steps.close()
     run.saving.finish()
-    if state.step < run.budget.last_step(state.seen):
+    if state.step < budget.last_step(state.seen):
         return "preempted", state
-    run.stall_limit.require_result(state)
+    stall_limit.require_result(state)
     return "done", state

@@ -51,6 +51,14 @@ def _has_seen(checkpoint: CheckpointReader, skipped: Sequence[Window]) -> bool:
     return any(first < position <= end for first, end in skipped)
 
 
+@dataclass(frozen=True)
+class GoneBack:
+    """The state of the checkpoint that was restored, and the window of data to pass over from there on."""
+
+    state: TrainState
+    skipped: Window
+
+
 @dataclass
 class Rollbacks:
     """Leads a run back. Rank 0 has `run_dir`, judges and decides; the others hear from it what is done."""
@@ -71,8 +79,8 @@ class Rollbacks:
     def _decides(self) -> bool:
         return self.ranks is None or self.ranks.rank == 0
 
-    def go_back(self, trouble: Trouble | None, state: TrainState, engine: Engine) -> tuple[TrainState, Window] | None:
-        """Restore the last good checkpoint; returns its state and the window of data to pass over.
+    def go_back(self, trouble: Trouble | None, state: TrainState, engine: Engine) -> GoneBack | None:
+        """Restore the last good checkpoint.
 
         None where there is no checkpoint to go back to. Raises NoProgressError where the run has gone back
         health.max_rollbacks times already.
@@ -94,7 +102,7 @@ class Rollbacks:
             return None
         # Rank 0 has hashed the files.
         restored = restore(open_checkpoint(Path(said["checkpoint"]), verify=False), engine)
-        return restored, (restored.samples, state.samples)
+        return GoneBack(restored, (restored.samples, state.samples))
 
     def _decide(self, trouble: Trouble, state: TrainState) -> dict[str, Any]:
         """What all ranks are to do, recorded and said."""

@@ -3,13 +3,15 @@
 import ast
 from pathlib import PurePosixPath
 
-from tests.architecture.source_tree import SourceFile, read_sources
+from tests.architecture.source_tree import PACKAGES, SourceFile, read_sources
 
 FILE_LINES = 300
 FILE_LINES_CAP = 400
 FILES_PER_LONG_ONE = 10
 FUNCTION_LINES = 60
 PARAMETERS = 6
+MOST_IMPORTS = {"llmtrain/train/setup.py": 15}
+"""How many modules of its own a file may import: what puts parts together knows them, and not what they are made of."""
 SPECIAL_FILE_LINES = {"llmtrain/train/loop.py": 200}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc"}
 
@@ -23,6 +25,15 @@ def files_over_budget(sources: list[SourceFile]) -> list[str]:
     long = [source.path for source in sources if source.num_lines > FILE_LINES]
     if len(long) * FILES_PER_LONG_ONE > len(sources):
         faults.append(f"more than a tenth of {len(sources)} files exceed {FILE_LINES} lines: {', '.join(long)}")
+    return faults
+
+
+def imports_over_budget(sources: list[SourceFile]) -> list[str]:
+    faults = []
+    for source in sources:
+        found = {name for _, name in source.imported_modules() if name.split(".")[0] in PACKAGES}
+        if len(found) > (most := MOST_IMPORTS.get(source.path, len(found))):
+            faults.append(f"{source.path} imports {len(found)} modules of ours, the cap is {most}")
     return faults
 
 
@@ -54,6 +65,18 @@ def names_that_say_nothing(sources: list[SourceFile]) -> list[str]:
 
 def test_file_budget() -> None:
     assert files_over_budget(read_sources()) == []
+
+
+def test_import_budget() -> None:
+    sources = read_sources()
+    assert imports_over_budget(sources) == []
+    assert MOST_IMPORTS.keys() <= {source.path for source in sources}
+
+
+def test_too_many_imports_are_caught() -> None:
+    text = "".join(f"import llmtrain.a{n}\nfrom launch.b{n} import x\nimport torch.c{n}\n" for n in range(8))
+    bad = [SourceFile("llmtrain/train/setup.py", text), SourceFile("llmtrain/train/other.py", text)]
+    assert imports_over_budget(bad) == ["llmtrain/train/setup.py imports 16 modules of ours, the cap is 15"]
 
 
 def test_long_files_are_caught() -> None:

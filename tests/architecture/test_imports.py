@@ -17,6 +17,13 @@ ROOMS = {
 }
 """Where a guest may be imported: a file, or a folder with everything below it."""
 
+APART = (
+    ("llmtrain/train/", "llmtrain.infer"),
+    ("llmtrain/preflight/", "llmtrain.infer"),
+    ("data_pipelines/", "llmtrain.train"),
+)
+"""Files, and a room that they could import as the layers lie, and do not: a change of it must not touch them."""
+
 UNCHECKED_COPY = "model_copy"
 """pydantic's own way to change a copy checks nothing: a misspelt key or a wrong type goes on. `with_keys` does."""
 
@@ -39,6 +46,17 @@ def guests_out_of_their_room(sources: list[SourceFile]) -> list[str]:
         for source in sources
         for line, name in source.imported_modules()
         if (guest := name.split(".")[0]) in ROOMS and not within(source.path, ROOMS[guest])
+    ]
+
+
+def imports_across(sources: list[SourceFile]) -> list[str]:
+    return [
+        f"{source.path}:{line} imports {name}"
+        for source in sources
+        for place, room in APART
+        if source.path.startswith(place)
+        for line, name in source.imported_modules()
+        if name == room or name.startswith(f"{room}.")
     ]
 
 
@@ -115,6 +133,22 @@ def test_a_guest_out_of_its_room_is_caught() -> None:
         "llmtrain/data/a.py:2 imports wandb.sdk",
         "launch/on_ray_too.py:1 imports ray.util",
         "launch/late.py:2 imports megatron.core",
+    ]
+
+
+def test_rooms_that_stay_apart() -> None:
+    assert imports_across(read_sources()) == []
+
+
+def test_an_import_across_is_caught() -> None:
+    bad = [
+        SourceFile("llmtrain/train/a.py", "def f():\n    from llmtrain.infer.model import x\n"),
+        SourceFile("data_pipelines/a.py", "import llmtrain.train\n"),
+        SourceFile("llmtrain/cli/a.py", "import llmtrain.infer.model\nimport llmtrain.train.setup\n"),
+    ]
+    assert imports_across(bad) == [
+        "llmtrain/train/a.py:2 imports llmtrain.infer.model",
+        "data_pipelines/a.py:1 imports llmtrain.train",
     ]
 
 

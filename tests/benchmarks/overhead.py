@@ -17,9 +17,12 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.engines.inputs import model_inputs
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.models.build import build_model, materialize
+from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.folder import RunFolder
+from llmtrain.train.loaders import build_loader
 from llmtrain.train.loop import train
-from llmtrain.train.setup import build_loader, find_start, setup
+from llmtrain.train.setup import setup
+from llmtrain.train.start import find_start
 from llmtrain.values.batch import Batch
 from tests.benchmarks.data_sets import write_text_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_torch_thread
@@ -72,7 +75,7 @@ def run_config(train_split: Path, output_dir: Path, steps: int, shape: Shape = S
 
 def loaded_batches(config: RunConfig, number: int) -> list[Batch]:
     """The first steps' batches, for contenders that have no loader."""
-    steps = build_loader(config, config.data.train).steps(first_sample=0)
+    steps = build_loader(resolve(config), "train").steps(first_sample=0)
     batches = [next(steps)[0] for _ in range(number)]
     steps.close()
     return batches
@@ -104,7 +107,7 @@ def whole_loop(config: RunConfig, trackers: str) -> Measurement:
 
         path = fresh.run_dir
         with RunFolder(path) as folder, redirect_stderr(io.StringIO()):  # progress lines, not a terminal's bar
-            run = setup(fresh, folder, find_start(fresh, folder), CPU)
+            run = setup(resolve(fresh), folder, find_start(resolve(fresh), folder), CPU)
             train(run, note_the_time)
             run.monitor.close("done")
         return median_step(times)

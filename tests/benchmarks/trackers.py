@@ -11,9 +11,11 @@ from time import process_time
 
 from llmtrain.config.observe import ObserveConfig
 from llmtrain.config.schema import RunConfig
+from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train.loop import train
-from llmtrain.train.setup import find_start, setup
+from llmtrain.train.setup import setup
+from llmtrain.train.start import find_start
 from tests.benchmarks.data_sets import write_text_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_torch_thread
 from tests.benchmarks.overhead import CPU, median_step, run_config
@@ -59,7 +61,7 @@ def run_of(config: RunConfig, mode: str) -> Measurement:
             return False
 
         with RunFolder(fresh.run_dir) as folder, redirect_stderr(io.StringIO()):
-            run = setup(fresh, folder, find_start(fresh, folder), CPU)
+            run = setup(resolve(fresh), folder, find_start(resolve(fresh), folder), CPU)
             train(run, note_the_time)
             run.monitor.close("done")
         return median_step(times) / 1e3

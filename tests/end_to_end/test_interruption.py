@@ -32,7 +32,7 @@ BLOCKED_COMMANDS = {
     "llmtrain.data.tokenizer:HuggingFaceTokenizer.encode_batch": (
         *("data", "shards", "text", "out", "--tokenizer", "hf/tokenizer.json"),
     ),
-    "llmtrain.preflight.storage:storage_problems": ("train", "run.yaml"),
+    "llmtrain.preflight.storage:check_storage": ("train", "run.yaml"),
     "llmtrain.interop.hf_export:_prove": ("export", "hf-weights", "exported", "--to", "hf"),
     "llmtrain.checkpoint.writer:publish": ("import", "hf", "imported"),
     "llmtrain.infer.generate:iter_tokens": ("generate", "hf-weights", "--prompt", "x"),

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch.on_slurm import batch_script
-from llmtrain.config.reading.load import load_config
-from llmtrain.preflight.storage import storage_problems
+from llmtrain.preflight.storage import load_run
 from tests.architecture.test_docs import README, ROOT, blocks, parse_llmtrain
 from tests.support.command import COMMAND, ENVIRONMENT
 from tests.support.ray_cluster import ray_head
@@ -159,7 +158,7 @@ def planned(line: str) -> str:
     parameters = parse_llmtrain(shlex.split(line)[1:])
     path, overrides = parameters["config"], list(parameters["overrides"] or ())
     to_ray = ["launch.backend=ray"] if parameters.get("to") == "ray" else []
-    config = load_config(path, [*overrides, *to_ray], storage_problems).config
+    config = load_run(path, [*overrides, *to_ray]).config
     return batch_script.render(config, path, overrides) if parameters.get("to") == "slurm" else config.name
 
 

@@ -28,8 +28,10 @@ from llmtrain.engines.base import StepResult
 from llmtrain.engines.precision import DTYPES
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.parallel.layout import plan_layout
+from llmtrain.preflight.resolve import resolve
+from llmtrain.train.loaders import build_loader
 from llmtrain.train.saving import Saving, restore
-from llmtrain.train.setup import build_loader, engine_class
+from llmtrain.train.setup import engine_class
 from llmtrain.train.state import TrainState
 from llmtrain.values.fragment import Box, Fragment
 from tests.parity.cases import GRID_STEPS, parity_run
@@ -190,7 +192,7 @@ def train(
     engine: Any, config: RunConfig, state: TrainState, num_steps: int, rank: int
 ) -> tuple[TrainState, list[StepResult], list[list[int | None]]]:
     """Further steps as the loop does them: the state after them, their results, and the samples of this rank."""
-    loader = build_loader(config, config.data.train, rank)
+    loader = build_loader(resolve(config), "train", rank)
     steps = loader.steps(first_sample=state.samples)
     results, samples = [], []
     for micro_batches in islice(steps, num_steps):

@@ -32,8 +32,10 @@ from llmtrain.data.stream import Sample
 from llmtrain.engines.base import StepResult
 from llmtrain.errors import LlmtrainError
 from llmtrain.models import cross_entropy
+from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train import rollback, setup
+from llmtrain.train import start as beginning
 from llmtrain.train.loop import Run, train
 from llmtrain.values.batch import Batch
 from tests.support.samples import tiny_model, tiny_run
@@ -104,7 +106,7 @@ def bad_run(folder: Path, layout: tuple[str, int, dict[str, Any]], steps: int, *
 
 def run_rank(rank: int, world_size: int, config: RunConfig, fault: Fault) -> Seen:
     """Begin or continue a run on one rank, as launch/rank/worker.py does, with a fault."""
-    run_dir = config.run_dir
+    resolved, run_dir = resolve(config), config.run_dir
     store = dist.PrefixStore("said", dist.distributed_c10d._get_default_store())  # pyright: ignore
     ranks = StoreExchange(store, rank, world_size, 60.0)
     _break(fault.mutation)
@@ -113,11 +115,11 @@ def run_rank(rank: int, world_size: int, config: RunConfig, fault: Fault) -> See
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     try:
         if folder:
-            start = setup.find_start(config, folder, ranks)
-            ranks.say("start", json.dumps(setup.describe_start(start)))
+            start = beginning.find_start(resolved, folder, ranks)
+            ranks.say("start", json.dumps(beginning.describe_start(start)))
         else:
-            start = setup.join_start(config, run_dir, json.loads(ranks.hear("start")), ranks)
-        run = setup.setup(config, folder, start, torch.device("cpu"), rank)
+            start = beginning.join_start(resolved, json.loads(ranks.hear("start")), ranks)
+        run = setup.setup(resolved, folder, start, torch.device("cpu"), rank)
         _spoil(fault, run, seen, run_dir)
         try:
             train(run, lambda: False, anybody)
@@ -195,7 +197,7 @@ def _poison(numbers: set[int]) -> None:
 def _break(mutation: str) -> None:
     """Break what a test is about."""
     if mutation == "windows are forgotten":
-        setup.skipped_windows = lambda run_dir: ()
+        beginning.skipped_windows = lambda run_dir: ()
     elif mutation == "checkpoints with skipped data count":
         rollback._has_seen = lambda checkpoint, skipped: False
     elif mutation == "the second attempt draws anew":

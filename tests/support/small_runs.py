@@ -8,6 +8,7 @@ from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
 from launch.rank.worker import run_worker, unchanged
 from llmtrain.config.schema import RunConfig
+from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.metrics_file import read_rows
 from llmtrain.train.loop import Run
 from tests.support.datasets import UNREAD_TOKENIZER, VOCAB_SIZE, random_documents, write_dataset
@@ -38,7 +39,7 @@ def small_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 
 def train_here(config: RunConfig, change_run: ChangeRun = unchanged, stop: StopSignal | None = None) -> int:
     """Train or continue a run; returns its exit code, or raises what ends it."""
-    return run_worker(config, stop or StopSignal(), change_run=change_run)
+    return run_worker(resolve(config), stop or StopSignal(), change_run=change_run)
 
 
 def rows_of(config: RunConfig) -> list[dict[str, Any]]:

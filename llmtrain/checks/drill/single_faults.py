@@ -26,6 +26,7 @@ from llmtrain.checkpoint.manifest import load_manifest
 from llmtrain.checks.drill.faults import STRUCK, Fault, inject
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError, NoProgressError
+from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.audit import AUDIT_FILE, iter_events
 from llmtrain.runs.folder import read_status
 from llmtrain.runs.metrics_file import METRICS_FILE, iter_rows, read_rows
@@ -119,7 +120,7 @@ def _launched(config: RunConfig, fault: Fault | None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with printed_to(folder / "output.txt"):
         try:
-            return launch(config, inject(fault, config, FAULT_STEP) if fault else None)
+            return launch(resolve(config), inject(fault, config, FAULT_STEP) if fault else None)
         except LlmtrainError as error:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code

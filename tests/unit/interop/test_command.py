@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from tokenizers import AddedToken, Tokenizer, processors
 from typer.testing import CliRunner
 
+from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.cli.app import app
@@ -20,7 +21,7 @@ from llmtrain.config.moe import MoeConfig
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.infer.model import find_checkpoint, load_checkpoint, logits_of
+from llmtrain.infer.model import load_checkpoint, logits_of
 from llmtrain.interop.proof import load_theirs, their_inputs
 from llmtrain.interop.text.tokenizer_json import convert
 from llmtrain.values.fragment import Box, Fragment

@@ -28,8 +28,9 @@ def _export_rank(rank: int, world_size: int, run: Path, out: Path) -> tuple[int,
     """Growth while weights are read and written, and while a whole export is made and proved layer by layer."""
     from functools import partial
 
+    from llmtrain.checkpoint.find import find_checkpoint
     from llmtrain.data.tokenizer import load_tokenizer
-    from llmtrain.infer.model import build_from, checkpoint_tensors, find_checkpoint, logits_of
+    from llmtrain.infer.model import build_from, checkpoint_tensors, logits_of
     from llmtrain.interop import hf_export
     from llmtrain.interop.hf import family_for
     from llmtrain.interop.name_table import iter_theirs

@@ -20,6 +20,7 @@ from llmtrain.observe.scalars import CHART_NAMES, NO_METRICS, chart_name, scalar
 from llmtrain.observe.tensorboard_tracker import TensorBoardTracker
 from llmtrain.observe.trackers import build_trackers
 from llmtrain.observe.wandb_tracker import WandbRun, WandbTracker
+from llmtrain.parallel.layout import Layout
 from llmtrain.runs.attempts import StartedAttempt
 from llmtrain.runs.metrics_file import read_rows
 from tests.unit.observe.wandb_file import history, iter_records
@@ -207,7 +208,7 @@ def test_the_configuration_goes_out_without_credentials_and_with_what_the_run_is
     config = run_config(wandb="offline", tensorboard=False)
     url = f"https://user:{CANARY}@example.org/a?X-Signature={CANARY}"
     config = config.with_keys({"data.train": [{"path": url}]})
-    trackers = build_trackers(config, tmp_path, StartedAttempt(3, "cafe", 7), ConsoleTracker("tiny", 7, 9))
+    trackers = build_trackers(config, Layout(), tmp_path, StartedAttempt(3, "cafe", 7), ConsoleTracker("tiny", 7, 9))
     for tracker in trackers:
         tracker.log({"step": 8, "loss": 1.0})
         tracker.close("done")
@@ -267,7 +268,9 @@ def test_a_tracker_that_never_ends_is_left_behind_with_a_word(monkeypatch: pytes
 
 def test_the_configuration_chooses_and_all_trackers_hold_the_same(tmp_path: Path):
     console = ConsoleTracker("tiny", 0, 3)
-    trackers = build_trackers(run_config(wandb="offline", tensorboard=True), tmp_path, StartedAttempt(), console)
+    trackers = build_trackers(
+        run_config(wandb="offline", tensorboard=True), Layout(), tmp_path, StartedAttempt(), console
+    )
     for step in (1, 2, 3):
         for tracker in trackers:
             tracker.log({"step": step, "loss": 1 / step})
@@ -290,7 +293,7 @@ def test_the_summary_of_an_attempt_begins_with_what_the_run_had_before(tmp_path:
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     console = ConsoleTracker("tiny", 2, 4)
     config, attempt = run_config(wandb="offline", tensorboard=False), StartedAttempt(number=2, step=2)
-    trackers = build_trackers(config, tmp_path, attempt, console)
+    trackers = build_trackers(config, Layout(), tmp_path, attempt, console)
     for tracker in trackers:
         tracker.log({"step": 3, "loss": 2.0})
         tracker.close("done")
@@ -304,7 +307,7 @@ def test_the_summary_of_an_attempt_begins_with_what_the_run_had_before(tmp_path:
 
 def test_only_the_file_is_written_where_the_rest_is_off(tmp_path: Path):
     trackers = build_trackers(
-        run_config(wandb="off", tensorboard=False), tmp_path, StartedAttempt(), ConsoleTracker("tiny", 0, 3)
+        run_config(wandb="off", tensorboard=False), Layout(), tmp_path, StartedAttempt(), ConsoleTracker("tiny", 0, 3)
     )
     assert len(trackers) == 1
     trackers[0].close("done")

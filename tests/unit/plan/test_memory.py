@@ -7,10 +7,10 @@ import torch
 
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sequence_lengths import Lengths
+from llmtrain.config.sequence_lengths import Lengths, sample_lengths
 from llmtrain.models.build import build_model, materialize
 from llmtrain.models.transformer import ModelInputs, Pass
-from llmtrain.parallel.layout import Layout
+from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.plan.memory import activation_bytes, held_bytes, plan_memory
 from llmtrain.words import short_bytes
@@ -98,21 +98,23 @@ def test_axes_divide_activations() -> None:
 
 
 def test_what_a_rank_holds() -> None:
-    alone = held_bytes(large(), 1)
+    alone = held_bytes(large(), Layout())
     assert alone == pytest.approx(16 * 6.17e9, rel=0.01), "one table for embedding and head"
     bf16 = {"train": {"precision": "bf16"}}
-    assert held_bytes(large(**bf16), 1) == pytest.approx(alone / 16 * 18)
-    by_stage = [held_bytes(large(**bf16, engine={"name": "deepspeed", "zero_stage": s}), 8) for s in range(4)]
+    assert held_bytes(large(**bf16), Layout()) == pytest.approx(alone / 16 * 18)
+    by_stage = [
+        held_bytes(large(**bf16, engine={"name": "deepspeed", "zero_stage": s}), Layout(data=8)) for s in range(4)
+    ]
     per_weight = [held / (alone / 16) for held in by_stage]
     assert per_weight == pytest.approx([18, 6 + 12 / 8, 2 + 16 / 8, 18 / 8])
     megatron = {"engine": {"name": "megatron"}, "parallel": {"tensor": 2, "pipeline": 2}}
-    assert held_bytes(large(**megatron), 4) == pytest.approx(alone / 4)
+    assert held_bytes(large(**megatron), Layout(tensor=2, pipeline=2)) == pytest.approx(alone / 4)
 
 
 def test_the_plan_of_a_known_model() -> None:
     """In bf16: of each token, each of 32 layers keeps 8 tensors as wide as the residual and 4 as wide as the MLP."""
     config = large(train={"precision": "bf16", "micro_batch_size": 1})
-    plan = plan_memory(config, 1)
+    plan = plan_memory(config, Layout(), sample_lengths(config.model.family, config.data))
     assert plan.held == pytest.approx(18 * 6.17e9, rel=0.01)
     assert plan.logits == 1024 * 128_256 * 8
     assert plan.activations == 2 * 32 * 8192 * (8 * 4096 + 4 * config.model.ffn_size)
@@ -137,5 +139,7 @@ def test_the_documented_sizes_are_those_of_a_dry_run(tmp_path: Path) -> None:
     assert len(rows) > 6
     for settings, ranks, *sizes in rows:
         config = load_config(file, [*settings.split(), f"launch.num_workers={ranks}"]).config
-        plan = plan_memory(config, int(ranks))
+        plan = plan_memory(
+            config, plan_layout(config.parallel, int(ranks)), sample_lengths(config.model.family, config.data)
+        )
         assert [short_bytes(size) for size in (plan.held, plan.activations, plan.logits)] == sizes, settings

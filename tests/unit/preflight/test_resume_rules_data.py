@@ -12,12 +12,11 @@ from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.data.storage.manifest import ShardEntry, file_sha256, read_manifest, write_manifest
 from llmtrain.errors import ConfigError
 from llmtrain.preflight import resume_rules
+from llmtrain.preflight.resolve import ResolvedRun, resolve
 from llmtrain.preflight.resume_rules import data_record
-from llmtrain.preflight.vocabulary import with_vocabulary
-from llmtrain.preflight.windows import with_windows
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.folder import RunFolder
-from llmtrain.train.setup import find_start
+from llmtrain.train.start import find_start
 from tests.support.datasets import UNREAD_TOKENIZER
 from tests.support.run_files import write_data_set, write_good_run
 from tests.unit.checkpoint.saved import save
@@ -117,7 +116,7 @@ def test_imported_weights_need_their_shape_and_tokenizer_only(folder: Path, caps
     resume = ("name=tuned", "checkpoint.resume=weights")
     assert check(capsys, *resume, "seed=7", "data.seq_len=32", "model.dropout=0.1") == (0, "")
     with RunFolder(Path("runs/tuned")) as held:
-        find_start(load_config(Path("run.yaml"), [*resume, "seed=7", "model.dropout=0.1"]).config, held)
+        find_start(resolved(*resume, "seed=7", "model.dropout=0.1"), held)
     assert "model.dropout 0.0 -> 0.1\n" in capsys.readouterr().err
     assert list(iter_events(Path("runs/tuned"))) == []
 
@@ -149,11 +148,15 @@ def test_what_an_address_hides_is_not_written_down() -> None:
     assert "secret" not in str(record)
 
 
+def resolved(*overrides: str) -> ResolvedRun:
+    return resolve(load_config(Path("run.yaml"), overrides).config)
+
+
 def save_before_windows(folder: Path) -> None:
     """A checkpoint of step 20 as it was written when data.windows was no key."""
-    text = to_yaml(with_vocabulary(load_config(Path("run.yaml")).config))
-    assert "  windows: null\n" in text
-    config_text = text.replace("  windows: null\n", "")
+    text = to_yaml(resolved().config)
+    assert "  windows: continuous\n" in text
+    config_text = text.replace("  windows: continuous\n", "")
     save(Path("runs/small/checkpoints"), 20, config_text=config_text, about=start_about(folder))
 
 
@@ -161,16 +164,16 @@ def test_a_run_from_before_windows_crossed_shards_goes_on_with_its_samples(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same command, and it is not told to set a key; new runs of the same file cross the ends of shards."""
-    assert with_windows(load_config(Path("run.yaml")).config).data.windows == "continuous"
+    assert resolved().config.data.windows == "continuous"
     save_before_windows(folder)
     assert check(capsys) == (0, "")
-    resolved = with_windows(with_vocabulary(load_config(Path("run.yaml")).config))
-    assert resolved.data.windows == "per_shard"
-    assert with_windows(load_config(Path("run.yaml"), ["name=new"]).config).data.windows == "continuous"
+    again = resolved()
+    assert again.config.data.windows == "per_shard"
+    assert resolved("name=new").config.data.windows == "continuous"
     with RunFolder(Path("runs/small")) as held:
-        assert find_start(resolved, held).step == 20
-    save(Path("runs/small/checkpoints"), 30, config_text=to_yaml(resolved), about=start_about(folder))
-    assert with_windows(load_config(Path("run.yaml")).config).data.windows == "per_shard"  # and says so from then on
+        assert find_start(again, held).step == 20
+    save(Path("runs/small/checkpoints"), 30, config_text=to_yaml(again.config), about=start_about(folder))
+    assert resolved().config.data.windows == "per_shard"  # and says so from then on
 
 
 def test_other_windows_than_before_are_refused_until_allowed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,8 +182,8 @@ def test_other_windows_than_before_are_refused_until_allowed(folder: Path, capsy
     assert code == 2
     assert "data.windows = continuous (command line): the checkpoint " in err and "has per_shard" in err
     assert check(capsys, "data.windows=continuous", "checkpoint.allow_change=[data.windows]") == (0, "")
-    with pytest.raises(ConfigError, match="has per_shard"):  # a rank that was handed an unresolved file is safe
-        start()
+    with pytest.raises(ConfigError, match="has per_shard"):  # a rank looks for itself
+        start("data.windows=continuous")
 
 
 def start_about(folder: Path) -> dict[str, object]:

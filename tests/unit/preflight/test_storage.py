@@ -15,9 +15,9 @@ from llmtrain.data.storage.manifest import ShardEntry, file_sha256, read_manifes
 from llmtrain.data.usage import DataUse
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.preflight.dry_run import plan_outline
-from llmtrain.preflight.storage import storage_problems, storage_warnings
-from llmtrain.preflight.vocabulary import with_vocabulary
-from llmtrain.preflight.windows import source_uses
+from llmtrain.preflight.resolve import resolve
+from llmtrain.preflight.source_use import source_uses
+from llmtrain.preflight.storage import check_storage, load_run, storage_warnings
 from tests.support.http_folder import serve
 from tests.support.run_files import write_data_set, write_good_run
 from tests.unit.train.saved_run import save_import, save_of_run
@@ -35,7 +35,7 @@ def run(*overrides: str) -> RunConfig:
 
 
 def problems(*overrides: str) -> dict[str, str]:
-    return {problem.key: problem.message for problem in storage_problems(run(*overrides))}
+    return {problem.key: problem.message for problem in check_storage(run(*overrides)).problems}
 
 
 def test_a_good_run_misses_nothing(folder: Path) -> None:
@@ -138,12 +138,12 @@ def test_resume_from_a_hugging_face_folder_names_the_import(folder: Path) -> Non
 def test_vocab_size_comes_from_the_manifest(folder: Path) -> None:
     config = run()
     assert config.model.vocab_size is None
-    assert with_vocabulary(config).model.vocab_size == 300
-    assert with_vocabulary(run("model.vocab_size=7")).model.vocab_size == 7
+    assert resolve(config).config.model.vocab_size == 300
+    assert resolve(run("model.vocab_size=7")).config.model.vocab_size == 7
 
 
 def test_outline(folder: Path) -> None:
-    outline = plan_outline(with_vocabulary(run("train.global_batch_size=16")), world_size=2)
+    outline = plan_outline(resolve(run("train.global_batch_size=16", "launch.num_workers=2")))
     assert (outline.data_parallel_size, outline.micro_batches_per_rank) == (2, 2)
     assert outline.tokens == 10 * 16 * 64
     assert outline.run_folder == "runs/small"
@@ -154,18 +154,18 @@ def test_what_a_run_makes_of_its_data(folder: Path) -> None:
     write_data_set(folder / "more", tokens=3000)
     two = "data.train=[{path: shards/train}, {path: more, weight: 3}]"
     config = run(two, "data.valid=[{path: shards/train}]", "evaluate.steps=1")
-    first, second, valid = source_uses(config)
+    first, second, valid = source_uses(resolve(config))
     assert (first.use.tokens, first.use.samples, first.use.unused_tokens) == (1010, 1010 / 64, 0)
     assert (first.epochs, second.epochs) == (pytest.approx(20 * 64 / 1010), pytest.approx(60 * 64 / 3010))
     assert (valid.split, valid.epochs) == ("valid", pytest.approx(8 * 64 / 1010))
-    first, second = source_uses(run(two, "data.windows=per_shard"))
+    first, second = source_uses(resolve(run(two, "data.windows=per_shard")))
     assert first.use == DataUse(tokens=1010, samples=15, unused_tokens=1010 - 15 * 64 - 1)
     assert second.use == DataUse(tokens=3010, samples=47, unused_tokens=3010 - 47 * 64 - 1)
 
 
 def test_the_outline_tells_sizes_that_are_those_of_the_files(folder: Path) -> None:
     """Weights and moments, with the rows that pad the vocabulary, as they lie in a checkpoint."""
-    outline = plan_outline(with_vocabulary(run()), world_size=1)
+    outline = plan_outline(resolve(run()))
     padding = (384 - 300) * 64
     assert outline.checkpoint_bytes == 12 * (outline.parameters + padding)
     assert outline.memory.held == 16 * outline.parameters
@@ -197,13 +197,13 @@ def state_after(step: int) -> dict[str, Any]:
 
 
 def test_checkpoints_that_do_not_fit_are_told_with_their_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = with_vocabulary(run("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep=3"))
+    config = resolve(run("train.steps=100", "checkpoint.every_steps=10", "checkpoint.keep=3")).config
     size = 12 * num_parameters(config.model)
 
     def free(count: float) -> tuple[dict[str, str], list[str]]:
         usage = SimpleNamespace(free=int(count * size))
         monkeypatch.setattr("llmtrain.checkpoint.disk_space.shutil.disk_usage", lambda _: usage)
-        return {problem.key: problem.message for problem in storage_problems(config)}, storage_warnings(config)
+        return {problem.key: problem.message for problem in check_storage(config).problems}, storage_warnings(config)
 
     found, _ = free(1.9)
     assert list(found) == ["output_dir"]
@@ -233,11 +233,11 @@ def test_a_remote_manifest_is_read_and_a_missing_one_is_told_as_a_local_one(
     with serve(served) as server:
         cache = f"data.cache_dir={folder / 'cache'}"
         assert problems(f"data.train.0.path={server.url}/train", cache) == {}
-        assert with_vocabulary(run(f"data.train.0.path={server.url}/train", cache)).model.vocab_size == 300
+        assert resolve(run(f"data.train.0.path={server.url}/train", cache)).config.model.vocab_size == 300
 
         secret = server.url.replace("//", "//user:canary@") + "/gone?key=canary"
         with pytest.raises(ConfigError) as raised:
-            load_config(Path("run.yaml"), [f"data.train.0.path={secret}", cache], storage_problems)
+            load_run(Path("run.yaml"), [f"data.train.0.path={secret}", cache])
         (problem,) = raised.value.problems
         assert problem.key == "data.train.0.path" and problem.where == "command line"
         assert problem.value == f"{server.url}/gone" and "404" in problem.message and "canary" not in str(raised.value)

@@ -11,8 +11,8 @@ from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.manifest import file_sha256
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.preflight.storage import storage_problems
-from llmtrain.preflight.vocabulary import with_vocabulary
+from llmtrain.preflight.resolve import resolve
+from llmtrain.preflight.storage import check_storage, load_run
 from tests.support.run_files import write_data_set, write_good_run
 from tests.support.tokenizers import train_sentencepiece
 from tests.unit.train.saved_run import save_of_run
@@ -60,7 +60,7 @@ def use_json(path: Path, names: list[str]) -> int:
 
 def filled(*overrides: str) -> RunConfig:
     """As `train` makes it."""
-    return with_vocabulary(load_config(Path("run.yaml"), overrides, storage_problems).config)
+    return load_run(Path("run.yaml"), overrides).config
 
 
 def problems(*overrides: str) -> dict[str, str]:
@@ -91,8 +91,8 @@ def test_sentinels_lie_above_the_pieces(folder: Path) -> None:
 def test_what_is_saved_says_them_and_means_the_same(folder: Path) -> None:
     config = filled(*T5)
     Path("saved.yaml").write_text(to_yaml(config), "utf-8")
-    saved = load_config(Path("saved.yaml"), (), storage_problems).config
-    assert saved == config == with_vocabulary(saved)
+    saved = load_run(Path("saved.yaml"), ()).config
+    assert saved == config == resolve(saved).config
 
 
 def test_more_sentinels_than_a_hundred_where_they_are_needed(folder: Path) -> None:
@@ -161,13 +161,15 @@ def test_the_tokenizer_must_be_there_and_the_right_one(folder: Path) -> None:
 def test_a_run_goes_on_with_the_special_tokens_of_its_checkpoint(folder: Path) -> None:
     """What is filled in is compared, and what cannot be filled in is no difference."""
     save_of_run(10, *T5)
-    assert storage_problems(load_config(Path("run.yaml"), T5).config) == []
+    assert check_storage(load_config(Path("run.yaml"), T5).config).problems == []
     changed = load_config(Path("run.yaml"), (*T5, "data.special_tokens.pad=5")).config
-    (problem,) = storage_problems(changed)
+    (problem,) = check_storage(changed).problems
     assert problem.key == "data.special_tokens.pad" and "has 0. Set it back" in problem.message
     Path("shards/tokenizer.model").unlink()
-    assert [problem.key for problem in storage_problems(load_config(Path("run.yaml"), T5).config)] == ["data.tokenizer"]
+    assert [problem.key for problem in check_storage(load_config(Path("run.yaml"), T5).config).problems] == [
+        "data.tokenizer"
+    ]
     shutil.rmtree("shards")
-    assert [problem.key for problem in storage_problems(load_config(Path("run.yaml"), T5).config)] == [
+    assert [problem.key for problem in check_storage(load_config(Path("run.yaml"), T5).config).problems] == [
         "data.train.0.path"
     ]

@@ -8,19 +8,18 @@ import pytest
 from llmtrain.cli import main
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.reading.rendering import to_yaml
-from llmtrain.data.storage.manifest import read_manifest
+from llmtrain.preflight.resolve import resolve
 from llmtrain.preflight.resume_rules import data_record
-from llmtrain.preflight.vocabulary import with_vocabulary
 from llmtrain.runs.folder import RunFolder
-from llmtrain.train.setup import Start, find_start
+from llmtrain.train.start import Start, find_start
 from tests.unit.checkpoint.saved import save
 
 
 def save_of_run(step: int, *overrides: str, name: str = "small", **contents: Any) -> Path:
     """A checkpoint of `run.yaml` with overrides, in its run folder; tensors aside it is as training leaves it."""
-    config = with_vocabulary(load_config(Path("run.yaml"), [f"name={name}", *overrides]).config)
-    about = {"data": data_record(config, [read_manifest(source.path) for source in config.data.train])}
-    return save(Path("runs") / name / "checkpoints", step, config_text=to_yaml(config), about=about, **contents)
+    resolved = resolve(load_config(Path("run.yaml"), [f"name={name}", *overrides]).config)
+    about, text = {"data": data_record(resolved.config, resolved.train)}, to_yaml(resolved.config)
+    return save(resolved.run_dir / "checkpoints", step, config_text=text, about=about, **contents)
 
 
 def save_import(out: Path, config_text: str) -> Path:
@@ -37,6 +36,6 @@ def check(capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str
 
 def start(*overrides: str) -> Start:
     """What a rank decides, with the run folder locked."""
-    config = load_config(Path("run.yaml"), overrides).config
+    resolved = resolve(load_config(Path("run.yaml"), overrides).config)
     with RunFolder(Path("runs/small")) as held:
-        return find_start(config, held)
+        return find_start(resolved, held)

@@ -11,12 +11,14 @@ import torch
 
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.loader import BatchLoader, build_stream
+from llmtrain.data.row_config import build_recipe
 from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.usage import samples_once
 from llmtrain.engines.torch_engine import TorchEngine
-from llmtrain.preflight.windows import source_uses
+from llmtrain.preflight.resolve import resolve
+from llmtrain.preflight.source_use import source_uses
 from llmtrain.train.evaluate import Evaluation
-from llmtrain.train.setup import build_loader, build_recipe
+from llmtrain.train.loaders import build_loader
 from llmtrain.values.batch import IGNORED_LABEL, Batch
 from tests.support.datasets import EOS_ID, write_dataset
 from tests.support.small_runs import rows_of, small_run, train_here, write_data
@@ -73,7 +75,7 @@ class Reader:
 @pytest.mark.parametrize("windows", ["continuous", "per_shard"])
 def test_no_token_counts_twice(tmp_path: Path, sources: list[dict[str, Any]], windows: str) -> None:
     config, reader = config_of(tmp_path, sources, windows), Reader()
-    evaluation = Evaluation(build_loader(config, config.data.valid, once=True), 1, config.evaluate.steps)
+    evaluation = Evaluation(build_loader(resolve(config), "valid", once=True), 1, config.evaluate.steps)
     loss, num_tokens = evaluation.run(reader)  # type: ignore[arg-type]
     whole = sum(samples_once(read_manifest(source["path"]), SEQ_LEN, windows) for source in sources)  # type: ignore[arg-type]
     targets = targets_of([batch for step in reader.batches for batch in step])
@@ -88,8 +90,8 @@ def test_no_token_counts_twice(tmp_path: Path, sources: list[dict[str, Any]], wi
 @pytest.mark.parametrize("steps", [1, 2])
 def test_large_data_is_read_as_before(tmp_path: Path, sources: list[dict[str, Any]], steps: int) -> None:
     config, reader = config_of(tmp_path, sources, "continuous"), Reader()
-    Evaluation(build_loader(config, config.data.valid, once=True), 1, steps).run(reader)  # type: ignore[arg-type]
-    endless = build_loader(config, config.data.valid).steps(0)
+    Evaluation(build_loader(resolve(config), "valid", once=True), 1, steps).run(reader)  # type: ignore[arg-type]
+    endless = build_loader(resolve(config), "valid").steps(0)
     expected = [targets_of(step) for step in islice(endless, steps)]
     assert [targets_of(step) for step in reader.batches] == expected
 
@@ -103,7 +105,7 @@ def test_every_layout_and_batch_size_measures_the_same(tmp_path: Path, sources: 
     def measured(batch: int, micro: int, dp_size: int) -> tuple[float, int]:
         loss_sum, tokens = 0.0, 0
         for rank in range(dp_size):
-            loader = BatchLoader(stream, build_recipe(config, stream), batch, micro, rank, dp_size)
+            loader = BatchLoader(stream, build_recipe(config, stream, Path), batch, micro, rank, dp_size)
             loss, num_tokens = Evaluation(loader, 1, 1000).run(engine)
             loss_sum, tokens = loss_sum + loss * num_tokens, tokens + num_tokens
         return loss_sum / tokens, tokens
@@ -122,7 +124,7 @@ def test_a_run_counts_the_tokens_of_a_small_validation_set_once(tmp_path: Path) 
     whole = (tokens - 1) // SEQ_LEN
     assert [row["valid_tokens"] for row in rows_of(config) if "valid_loss" in row] == [whole * SEQ_LEN] * 2
     assert whole < 4 * 50
-    (use,) = (use for use in source_uses(config) if use.split == "valid")
+    (use,) = (use for use in source_uses(resolve(config)) if use.split == "valid")
     assert use.epochs == pytest.approx(whole * SEQ_LEN / tokens)
 
 

@@ -8,8 +8,10 @@ import torch
 
 from llmtrain.config.reading.load import load_config
 from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.folder import RunFolder
-from llmtrain.train.setup import Start, find_start, peak_of_run
+from llmtrain.train.recording import peak_of_run
+from llmtrain.train.start import Start, find_start
 from tests.support.run_files import write_good_run
 from tests.unit.train.saved_run import save_of_run
 
@@ -27,7 +29,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 def start(resume: str, name: str = "small") -> Start:
     config = load_config(Path("run.yaml"), [f"checkpoint.resume={resume}", f"name={name}"]).config
     with RunFolder(Path("runs") / name) as folder:
-        return find_start(config, folder)
+        return find_start(resolve(config), folder)
 
 
 @pytest.mark.parametrize("resume", ["auto", "runs/small", "runs/small/checkpoints", "runs/other", "runs/../runs/small"])

@@ -12,7 +12,8 @@ from llmtrain.config.reading.load import load_config
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import DataError
 from llmtrain.files import sealed, unsealed
-from llmtrain.train.setup import save_run_files
+from llmtrain.preflight.resolve import resolve
+from llmtrain.train.run_files import save_run_files
 from tests.support.hf_folders import write_llama
 from tests.support.run_files import replace_tokenizer
 from tests.support.tokenizers import train_sentencepiece
@@ -52,7 +53,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_keeps_what_data_and_import_say(options: tuple[str, ...], bos_ids: tuple[int, ...], place: Path) -> None:
     _shards("shards", Path("imported/tokenizer.json"), *options)
     (place / "run").mkdir()
-    save_run_files(_config(), place / "run", next((place / "imported" / "checkpoints").glob("step-*")))
+    save_run_files(resolve(_config()), place / "run", next((place / "imported" / "checkpoints").glob("step-*")))
     kept = read_settings(place / "run" / SETTINGS_NAME)
     assert (kept.eos_id, kept.end_ids, kept.bos_ids) == (1, (1, 2), bos_ids)
     assert kept.files["generation_config.json"]["top_k"] == 20, "from the import"
@@ -62,7 +63,7 @@ def test_a_run_keeps_what_data_and_import_say(options: tuple[str, ...], bos_ids:
 def test_a_run_from_nothing_keeps_what_the_tokenizer_says_and_nothing_of_a_model(place: Path) -> None:
     _shards("shards", Path("hf/tokenizer.json"))
     (place / "run").mkdir()
-    save_run_files(_config(), place / "run", None)
+    save_run_files(resolve(_config()), place / "run", None)
     kept = read_settings(place / "run" / SETTINGS_NAME)
     assert kept.bos_ids == (0,) and set(kept.files) == {"tokenizer_config.json", "chat_template.jinja"}
 
@@ -72,7 +73,7 @@ def test_data_without_its_settings_is_refused_before_a_run(place: Path) -> None:
     (place / "shards" / SETTINGS_NAME).unlink()
     (place / "run").mkdir()
     with pytest.raises(DataError, match=SETTINGS_NAME):
-        save_run_files(_config(), place / "run", None)
+        save_run_files(resolve(_config()), place / "run", None)
     result = CliRunner().invoke(app, ["train", "run.yaml", "--dry-run"])
     assert result.exit_code == 3 and SETTINGS_NAME in result.stderr
 
@@ -88,7 +89,7 @@ def test_data_of_before_means_what_it_meant(place: Path) -> None:
         manifest.write_text(json.dumps(content))
     (place / "shards" / SETTINGS_NAME).unlink()
     (place / "run").mkdir()
-    save_run_files(_config(), place / "run", None)
+    save_run_files(resolve(_config()), place / "run", None)
     kept = read_settings(place / "run" / SETTINGS_NAME)
     assert (kept.eos_id, kept.bos_ids, dict(kept.files)) == (1, (), {})
 
@@ -103,14 +104,14 @@ def test_a_damaged_tokenizer_of_the_data_does_not_replace_the_run_s_good_one(pla
     )
     config = load_config(Path("run.yaml")).config
     (place / "run").mkdir()
-    save_run_files(config, place / "run")
+    save_run_files(resolve(config), place / "run")
     before = {path.name: path.read_bytes() for path in (place / "run").iterdir()}
     source = place / "shards" / "tokenizer.model"
     good = source.read_bytes()
     source.write_bytes(good.replace(b"dog", b"dig"))
     assert source.read_bytes() != good
     with pytest.raises(DataError, match=r"shards/tokenizer.model: expected sha256"):
-        save_run_files(config, place / "run")
+        save_run_files(resolve(config), place / "run")
     assert {path.name: path.read_bytes() for path in (place / "run").iterdir()} == before
     result = CliRunner().invoke(app, ["train", "run.yaml", "--dry-run"])
     assert result.exit_code == 3 and "shards/tokenizer.model" in result.stderr, result.stderr
@@ -118,7 +119,7 @@ def test_a_damaged_tokenizer_of_the_data_does_not_replace_the_run_s_good_one(pla
     assert shown.exit_code == 3 and "shards/tokenizer.model" in shown.stderr
     source.write_bytes(good)
     (place / "run" / "tokenizer.model").write_bytes(b"spoiled")
-    save_run_files(config, place / "run")
+    save_run_files(resolve(config), place / "run")
     assert (place / "run" / "tokenizer.model").read_bytes() == good, "a resume mends the run's own copy"
 
 

@@ -1,0 +1,41 @@
+"""From a path that a user gives to the checkpoint that it means."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmtrain.checkpoint.folders import CHECKPOINTS, MANIFEST, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
+from llmtrain.checkpoint.manager import find_newest_valid
+from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.errors import ConfigError
+
+
+def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
+    """The checkpoint at a path, or the newest valid one of the run at a path; every file is hashed.
+
+    `also` are other kinds of folders that could have been given, for the error. Raises ConfigError where there is
+    neither, CheckpointError where it is damaged.
+    """
+    if is_checkpoint(path):
+        return open_checkpoint(path)
+    folder = folder_of_checkpoints(path)
+    newest = find_newest_valid(folder, warn=warn)[0] if folder else None
+    if newest is not None:
+        return newest
+    kinds = [
+        f"a checkpoint (a folder with {MANIFEST})",
+        f"a run with one (a folder with {CHECKPOINTS}/)",
+        *also,
+    ]
+    near = nearest_checkpoint(path) or "a run folder such as runs/NAME, or runs/NAME/checkpoints/step-00000050"
+    if not path.exists():
+        what = f"no such folder. Looked from {Path.cwd()}. What is taken is {' or '.join(kinds)}"
+    elif not path.is_dir():
+        what = f"is a file. What is taken is {' or '.join(kinds)}"
+    else:
+        what = f"is neither {' nor '.join(kinds)}"
+    raise ConfigError(f"{path}: {what}. Try {near}.")
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)

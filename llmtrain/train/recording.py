@@ -1,0 +1,90 @@
+"""Who records a run: its monitor with its trackers, and a profiler where one is wanted."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
+from llmtrain.config.budget import Budget
+from llmtrain.config.schema import RunConfig
+from llmtrain.files import open_log
+from llmtrain.observe.console import ConsoleTracker
+from llmtrain.observe.monitor import Monitor, RunPlan
+from llmtrain.observe.phases import Section
+from llmtrain.observe.system import SystemMeter
+from llmtrain.observe.throughput import flops_per_sample, peak_flops
+from llmtrain.observe.trackers import build_trackers
+from llmtrain.preflight.resolve import ResolvedRun
+from llmtrain.runs.attempts import StartedAttempt
+from llmtrain.runs.folder import RunFolder
+from llmtrain.runs.rank_logs import log_path
+from llmtrain.train.state import TrainState
+from llmtrain.train.status_tracker import ProgressTracker
+
+
+def build_monitor(
+    resolved: ResolvedRun,
+    folder: RunFolder | None,
+    state: TrainState,
+    device: torch.device,
+    attempt: StartedAttempt,
+    on_section: Callable[[Section, int], None],
+) -> Monitor:
+    """What records the run from `state` on, into `folder`; without a folder it times and records nothing."""
+    config = resolved.config
+    last_step = Budget.of(config).last_step(state.seen)
+    plan = RunPlan(
+        last_step=last_step,
+        start_step=state.step,
+        start_tokens=state.tokens,
+        log_every_steps=config.observe.log_every_steps,
+        tokens_per_step=config.train.global_batch_size * config.data.seq_len,
+        flops_per_token=flops_per_sample(config.model, resolved.lengths) / config.data.seq_len,
+        peak_flops=peak_of_run(config, device),
+        attempt=attempt.number,
+    )
+    if folder is None:
+        return Monitor(plan, on_section=on_section)
+    path = log_path(folder.path, 0)
+    path.parent.mkdir(exist_ok=True)
+    log = open_log(path)  # launch/rank/log.py has begun it
+    console = ConsoleTracker(config.name, state.step, last_step, log=log)
+    newest = partial(newest_checkpoint, folder.path)
+    trackers = build_trackers(config, resolved.layout, folder.path, attempt, console, newest)
+    progress = ProgressTracker(folder, last_step)
+    return Monitor(plan, [progress, *trackers], console, on_section=on_section, sample=SystemMeter(device).sample)
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The folder of the newest checkpoint of a run, by its name."""
+    checkpoints = run_dir / CHECKPOINTS
+    return next((checkpoints / step_folder_name(step) for step in checkpoint_steps(checkpoints)), None)
+
+
+def profiled(
+    config: RunConfig, rank: int, on_section: Callable[[Section, int], None], say: Callable[[str], None]
+) -> Callable[[Section, int], None]:
+    """Who hears of a rank's sections: behind a profiler, where the configuration wants one on this rank."""
+    wanted = config.observe.profile
+    if wanted is None or rank not in wanted.ranks:
+        return on_section
+    from llmtrain.observe.profile import PROFILES, Profiler  # imports torch.profiler
+
+    stem = config.run_dir / PROFILES / f"rank-{rank:05d}"
+    return Profiler(on_section, wanted.steps, stem, say)
+
+
+def tell_the_log(text: str) -> None:
+    """What a rank that records nothing prints is in its log."""
+    print(text, file=sys.stderr)
+
+
+def peak_of_run(config: RunConfig, device: torch.device) -> float | None:
+    """Operations per second of all devices at best. None where no peak is known: on a CPU, and for fp32."""
+    if device.type != "cuda" or config.train.precision == "fp32":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device))
+    return peak * config.launch.num_workers if peak else None

@@ -14,6 +14,7 @@ from llmtrain.checks.drill.faults import Fault, inject, nothing
 from llmtrain.checks.drill.single_faults import drill_config, undisturbed
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LlmtrainError, NoProgressError
+from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.report.efficiency import DONE
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.folder import read_status
@@ -134,8 +135,8 @@ def test_counts() -> None:
 def test_a_drill_does_not_begin_with_such_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fault would be found to leave the weights of the undisturbed run."""
 
-    def launched(config: RunConfig, change_run: object) -> int:
-        return train_here(config, inject(DESTROYED, config, 5))
+    def launched(resolved: ResolvedRun, change_run: object) -> int:
+        return train_here(resolved.config, inject(DESTROYED, resolved.config, 5))
 
     monkeypatch.setattr("llmtrain.checks.drill.single_faults.launch", launched)
     with pytest.raises(LlmtrainError, match=r"undisturbed run ended with 93 \(.*no progress since step 5: the last 25"):

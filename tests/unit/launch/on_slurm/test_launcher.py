@@ -13,6 +13,7 @@ from launch.rank.stop import StopSignal
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
+from llmtrain.preflight.resolve import resolve
 from tests.support.run_files import write_good_run
 
 SRUN = """#!{python} -S
@@ -50,7 +51,7 @@ def put_srun(text: str) -> None:
 def test_outside_of_a_job_it_says_what_to_do(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(LaunchError, match="llmtrain submit CONFIG --to slurm"):
-        launch(config)
+        launch(resolve(config))
 
 
 def test_the_job_says_how_many_cpus_a_task_has(config: RunConfig) -> None:

@@ -4,7 +4,6 @@ A signal that asks to stop ends the writing like an error. What a process could 
 machine went down, the next one that writes there does: a lock tells whether anybody still writes.
 """
 
-import fcntl
 import glob
 import os
 import shutil
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+
+from filelock import lock_descriptor
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -33,7 +34,7 @@ def work_folder(out: Path) -> Iterator[Path]:
             try:
                 # A file system without locks, such as some of the network, keeps what is abandoned.
                 with suppress(OSError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock_descriptor(lock, blocking=False)
                 yield folder
             finally:
                 os.close(lock)
@@ -46,9 +47,9 @@ def _clear_abandoned(out: Path) -> None:
         with suppress(OSError):
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
-                print(f"removed {folder}: what an interrupted command had begun to write", file=sys.stderr)
+                if lock_descriptor(lock, blocking=False):
+                    shutil.rmtree(folder)
+                    print(f"removed {folder}: what an interrupted command had begun to write", file=sys.stderr)
             finally:
                 os.close(lock)
 

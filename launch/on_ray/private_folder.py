@@ -1,12 +1,13 @@
 """A folder of this process alone, which a later start removes where this process was killed."""
 
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 PREFIX = "llmtrain-ray-"
 LONGEST_PATH = 38
@@ -27,7 +28,7 @@ def private_folder() -> Iterator[Path]:
     # It gets its name once it is locked: under that name it is never found without an owner that lives.
     unnamed = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
     lock = os.open(unnamed, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock_descriptor(lock)
     folder = unnamed.rename(parent / unnamed.name.removeprefix("."))
     try:
         yield folder
@@ -44,7 +45,7 @@ def _remove_abandoned(parent: Path) -> None:
                 continue
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                if lock_descriptor(lock, blocking=False):
+                    shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)

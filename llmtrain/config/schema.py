@@ -108,7 +108,9 @@ class DataConfig(Section):
         default=0.001, description="Share of a source's samples that on_corrupt=skip may lose before the run ends."
     )
     cache_dir: Text | None = Field(
-        default=None, description="Folder for shards of remote sources; absent: llmtrain in XDG_CACHE_HOME or ~/.cache."
+        default=None,
+        description="Folder for shards of remote sources; absent: llmtrain among the user's caches, on Linux in "
+        "XDG_CACHE_HOME or ~/.cache.",
     )
     fetch_attempts: Count = Field(default=5, description="Tries to fetch a remote file, with growing pauses.")
     fetch_timeout_seconds: Seconds = Field(default=60.0, description="Longest silence of a remote server.")

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from llmtrain.config.cache_folder import default_cache_dir
+from platformdirs import user_cache_path
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -38,7 +37,7 @@ def guard_compiled_graphs() -> None:
 
 def private_folder() -> Path:
     """Where this user's compiled kernels lie, which nobody else may write to."""
-    folder = default_cache_dir() / "compiled"
+    folder = user_cache_path("llmtrain") / "compiled"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     return folder

@@ -4,7 +4,8 @@ import os
 from functools import partial
 from pathlib import Path
 
-from llmtrain.config.cache_folder import default_cache_dir
+from platformdirs import user_cache_path
+
 from llmtrain.config.reading.credentials import without_credentials
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.storage.damage import DamagedFileError
@@ -87,7 +88,7 @@ def open_folder(path: str | Path, fetch: FetchConfig | None = None) -> DataFolde
     fault = scheme_fault(str(path))
     if fault is not None:
         raise ConfigError(f"{without_credentials(str(path))}: {fault}")
-    return CachedFolder(RemoteFolder(str(path), fetch or FetchConfig(default_cache_dir(), 5, 60.0)))
+    return CachedFolder(RemoteFolder(str(path), fetch or FetchConfig(user_cache_path("llmtrain"), 5, 60.0)))
 
 
 def scheme_fault(path: str) -> str | None:
@@ -102,7 +103,7 @@ def scheme_fault(path: str) -> str | None:
 
 def fetch_config(data: DataConfig) -> FetchConfig:
     """How a run fetches."""
-    cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    cache_dir = Path(data.cache_dir) if data.cache_dir else user_cache_path("llmtrain")
     return FetchConfig(cache_dir, data.fetch_attempts, data.fetch_timeout_seconds)
 
 

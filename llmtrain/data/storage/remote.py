@@ -4,17 +4,17 @@ A cached file's name is its hash, so that runs share it and a data set that was 
 complete files of the right hash get that name.
 """
 
-import fcntl
 import hashlib
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote, urlsplit, urlunsplit
+
+from filelock import FileLock
 
 from llmtrain.config.reading.credentials import without_credentials
 from llmtrain.data.storage.damage import DamagedFileError
@@ -26,6 +26,9 @@ SCHEMES = ("https", "http", "s3", "gs", "hf")
 """What a data set may be fetched with. Nothing else is: some libraries run a command for `pipe:`."""
 
 EXTRAS = {"s3": "llmtrain[s3]", "gs": "llmtrain[gs]"}
+
+PARTIAL = ("fetching", "lock")
+"""Endings of what is beside a file while it is fetched. Not .part: earlier versions lock a file of this name itself."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _CHUNK_BYTES = 1 << 20
@@ -88,26 +91,35 @@ class RemoteFolder:
         """
         cache_dir = self._config.cache_dir
         final = cache_dir / f"{sha256}{Path(name).suffix}"
-        part = final.with_suffix(f"{final.suffix}.part")
+        part, lock = (final.with_suffix(f"{final.suffix}.{kind}") for kind in PARTIAL)
         download = _Download(self.location(name), sha256, size_bytes)
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             if download.is_in(final, check_cached):
                 return final
-            with _exclusive(part) as descriptor:
-                # Another process may have fetched it meanwhile.
-                if not download.is_in(final, check_cached):
-                    once = partial(self._fetch_once, name, download, descriptor)
-                    retried(once, self._config.attempts, download.location)
-                    os.fsync(descriptor)
-                    part.replace(final)
+            # A file system without locks is an error: the library's other locks outlive a killed process.
+            with FileLock(lock, fallback_to_soft=False):
+                try:
+                    # Another process may have fetched it meanwhile.
+                    if not download.is_in(final, check_cached):
+                        self._fetch_to(part, name, download)
+                        part.replace(final)
+                finally:
+                    part.unlink(missing_ok=True)
+                    lock.unlink(missing_ok=True)  # who waits for it notices, and makes a new one
         except OSError as error:
             raise _not_written(error.filename or cache_dir, error) from None
         return final
 
-    def _fetch_once(self, name: str, download: "_Download", descriptor: int) -> None:
+    def _fetch_to(self, part: Path, name: str, download: "_Download") -> None:
+        with part.open("wb") as file:
+            retried(partial(self._fetch_once, name, download, file), self._config.attempts, download.location)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _fetch_once(self, name: str, download: "_Download", file: IO[bytes]) -> None:
         try:
-            download.into(descriptor, self._iter_chunks(name))
+            download.into(file, self._iter_chunks(name))
         except OSError as error:
             raise _not_written(self._config.cache_dir, error) from None
 
@@ -191,19 +203,17 @@ class _Download:
             return False
         return not check or file_sha256(path) == self.sha256
 
-    def into(self, descriptor: int, chunks: Iterator[bytes]) -> None:
+    def into(self, file: IO[bytes], chunks: Iterator[bytes]) -> None:
         """Write what arrives, hashed on the way. Raises PassingFaultError where it is not this file; OSError."""
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
+        file.seek(0)
+        file.truncate()
         digest, received = hashlib.sha256(), 0
         for chunk in chunks:
             digest.update(chunk)
             received += len(chunk)
             if self.size_bytes is not None and received > self.size_bytes:
                 break
-            view = memoryview(chunk)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            file.write(chunk)
         if self.size_bytes is not None and received != self.size_bytes:
             actual = f"{'more than ' if received > self.size_bytes else ''}{min(received, self.size_bytes)} bytes"
             raise self._wrong("size", f"{self.size_bytes} bytes", actual)
@@ -218,31 +228,3 @@ class _Download:
 
 def _not_written(path: object, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be written: {error.strerror}. Set data.cache_dir to a folder with enough space.")
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[int]:
-    """A file that this process alone writes to until it is renamed, or removed here; its descriptor.
-
-    Who waits may get hold of a file that was renamed or removed meanwhile: then there is a new one to lock.
-    """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_still(path, descriptor):
-                try:
-                    yield descriptor
-                finally:
-                    if _is_still(path, descriptor):
-                        path.unlink()
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False

@@ -1,11 +1,12 @@
 """skipped_shards.jsonl: which damaged shards a run goes without, the same for every rank and after every resume."""
 
-import fcntl
 import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from llmtrain.errors import DataError
 from llmtrain.files import open_regular, parse_line, read_bytes, sealed_line
@@ -91,7 +92,7 @@ class SkippedShards:
         """
         try:
             with open_regular(self.path, "ab+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock_descriptor(file.fileno())
                 self.refresh()
                 if shard.key in self._shards:
                     return

@@ -1,16 +1,20 @@
 """Files behind a real HTTP server: fetched once, retried where that may help, never wrong."""
 
+import errno
+import fcntl
 import multiprocessing
+import sys
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from llmtrain.config.cache_folder import default_cache_dir
+from llmtrain.config.schema import DataConfig, SourceConfig
 from llmtrain.data.storage import retry
 from llmtrain.data.storage.damage import DamagedFileError
-from llmtrain.data.storage.folders import open_folder, scheme_fault
+from llmtrain.data.storage.folders import fetch_config, open_folder, scheme_fault
 from llmtrain.data.storage.remote import FetchConfig, RemoteFolder, scheme_of
 from llmtrain.errors import ConfigError, DataError
 from tests.support.http_folder import Fault, HttpFolder, serve
@@ -116,7 +120,8 @@ def test_a_spoiled_cache_heals(server: HttpFolder, tmp_path: Path, spoiled: byte
 
 def test_what_a_killed_process_left_is_written_over(server: HttpFolder, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / f"{HASH}.tar.part").write_bytes(b"half" * len(CONTENT))
+    (tmp_path / "cache" / f"{HASH}.tar.fetching").write_bytes(b"half" * len(CONTENT))
+    (tmp_path / "cache" / f"{HASH}.tar.lock").touch()
     assert remote(server, tmp_path).fetch(NAME, HASH, len(CONTENT)).read_bytes() == CONTENT
     assert cached(tmp_path) == [f"{HASH}.tar"]
 
@@ -137,6 +142,36 @@ def test_processes_do_not_fetch_the_same_file_twice(server: HttpFolder, tmp_path
     assert [process.exitcode for process in processes] == [0] * 4
     assert server.requests[NAME] == 1
     assert cached(tmp_path) == [f"{HASH}.tar"]
+
+
+def test_the_lock_of_a_killed_process_is_free(server: HttpFolder, tmp_path: Path) -> None:
+    server.faults[NAME] = ["slow"] * 100
+    process = multiprocessing.get_context("fork").Process(target=_fetch, args=(server.url, tmp_path / "cache"))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "cache" / f"{HASH}.tar.fetching").exists():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    server.faults[NAME] = []
+    assert (tmp_path / "cache" / f"{HASH}.tar.lock").exists(), "it was killed in the middle"
+    assert remote(server, tmp_path).fetch(NAME, HASH, len(CONTENT)).read_bytes() == CONTENT
+    assert cached(tmp_path) == [f"{HASH}.tar"]
+
+
+def test_a_file_system_without_locks_is_said(
+    server: HttpFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no other lock is taken instead: it would outlive a killed process."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DataError, match=r"cannot be written: Function not implemented\. Set data\.cache_dir"):
+        remote(server, tmp_path).fetch(NAME, HASH, len(CONTENT))
+    assert server.requests[NAME] == 0
 
 
 def test_a_cache_that_cannot_be_written_is_named(server: HttpFolder, tmp_path: Path) -> None:
@@ -195,10 +230,14 @@ def test_a_folder_with_a_colon_is_a_folder(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_cache_is_where_the_user_s_caches_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DataConfig(train=(SourceConfig(path="none"),), seq_len=8)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "llmtrain"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification: to be ignored
-    assert default_cache_dir() == Path.home() / ".cache" / "llmtrain"
+    assert fetch_config(data).cache_dir == tmp_path / "llmtrain"
+    if sys.platform == "linux":
+        for unset in ("relative", ""):  # the XDG specification: to be ignored
+            monkeypatch.setenv("XDG_CACHE_HOME", unset)
+            assert fetch_config(data).cache_dir == Path.home() / ".cache" / "llmtrain"
+    assert fetch_config(data.with_keys({"cache_dir": "here"})).cache_dir == Path("here")
 
 
 def test_pauses_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,12 @@
-"""Numbers as people read them: durations, counts, sizes."""
+"""Numbers and faults as people read them: durations, counts, sizes, what is wrong with a file's values."""
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+LONGEST_VALUE = 100
 
 
 def duration(seconds: float) -> str:
@@ -28,3 +34,14 @@ def short_bytes(size: float) -> str:
         if size >= 0.9995 * limit:  # from here on three digits round up to the unit
             return f"{size / limit:.3g} {unit}"
     return f"{size:.0f} bytes"
+
+
+def fault_text(error: "ValidationError") -> str:
+    """The first thing that is wrong with the values of a file: `shards[0].tokens = -1: what it should be`."""
+    first = error.errors(include_url=False)[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).removeprefix(".")
+    what = first["msg"].removeprefix("Value error, ")
+    if not path:
+        return what
+    value = "" if first["type"] == "missing" else f" = {first['input']!r}"[:LONGEST_VALUE]
+    return f"{path}{value}: {what}"

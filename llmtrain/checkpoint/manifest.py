@@ -22,6 +22,7 @@ from llmtrain.checkpoint.tensor_file import DTYPES
 from llmtrain.errors import CheckpointError
 from llmtrain.files import parse_json, read_bytes
 from llmtrain.values.fragment import Box, tiling_problem
+from llmtrain.words import fault_text
 
 SCHEMA_VERSION = 1
 TENSOR_FILE_SUFFIX = ".safetensors"
@@ -178,7 +179,7 @@ def load_manifest(folder: Path) -> Manifest:
             )
         return Manifest.model_validate_json(content)
     except (ValueError, AttributeError, RecursionError) as error:
-        reason = _first_problem(error) if isinstance(error, ValidationError) else str(error)
+        reason = fault_text(error) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(f"{path}: is no manifest of a checkpoint: {reason}") from error
 
 
@@ -199,8 +200,3 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
         else CheckpointUnusableError
     )
     return kind(f"{path}: cannot be read: {error.strerror}. Check its permissions and its file system.")
-
-
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (found {str(first['input'])[:100]!r})"

@@ -11,16 +11,29 @@ import hashlib
 import json
 import os
 import struct
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections import Counter
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from llmtrain.data.storage.damage import DamagedFileError
 from llmtrain.errors import DataError
 from llmtrain.files import SEAL, open_regular, parse_json, read_bytes, replace_file, sealed, unsealed
+from llmtrain.words import fault_text
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
@@ -44,17 +57,35 @@ _INDEX_HEADER = struct.Struct("<8sQ")  # magic, version; then offset and size of
 Verify = Literal["off", "first", "always"]
 
 
-@dataclass(frozen=True)
+def _plain_name(name: str) -> str:
+    """A manifest may come from elsewhere: it must not name files outside its folder."""
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise ValueError("must be a plain name, without folders")
+    return name
+
+
+def _known_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"must be one of {', '.join(DTYPES)}")
+    return name
+
+
+FileName = Annotated[StrictStr, AfterValidator(_plain_name)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+KNOWN_KEYS = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class ShardEntry:
     """What the manifest says of one shard. `samples` counts documents; `tokens` leaves out the ends of sequence."""
 
-    file: str
-    bytes: int
-    sha256: str
-    index_file: str
-    index_sha256: str
-    samples: int
-    tokens: int
+    file: FileName
+    bytes: Count
+    sha256: StrictStr
+    index_file: FileName
+    index_sha256: StrictStr
+    samples: Count
+    tokens: Count
 
     @property
     def stream_tokens(self) -> int:
@@ -66,26 +97,42 @@ class ShardEntry:
         return max(0, (self.stream_tokens - 1) // seq_len)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=KNOWN_KEYS)
 class Manifest:
     """What a data set consists of, and the tokenizer that its ids belong to.
 
     The keys with a default are left out of the file where they have it: data sets of before have none of them.
     """
 
-    schema_version: int
+    schema_version: Count
     """As it was read; the newest is what is written."""
-    tokenizer_sha256: str
-    vocab_size: int
-    dtype: str
-    eos_id: int
+    tokenizer_sha256: StrictStr
+    vocab_size: Count
+    dtype: Annotated[StrictStr, AfterValidator(_known_dtype)]
+    eos_id: Count
     shards: tuple[ShardEntry, ...]
-    bos_ids: tuple[int, ...] = ()
+    bos_ids: tuple[Count, ...] = ()
     """Stored before the tokens of every document, and counted among them."""
-    settings_sha256: str = ""
+    settings_sha256: StrictStr = ""
     """Of the tokenizer_settings.json that lies beside the tokenizer."""
-    lossy: bool = False
+    lossy: StrictBool = False
     """Whether the tokenizer does not give texts back as they were, such as without their line breaks."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        """Ids fit the vocabulary and the dtype, and no file is named twice."""
+        if not self.eos_id < self.vocab_size <= np.iinfo(DTYPES[self.dtype]).max + 1:
+            raise ValueError(
+                f"eos_id = {self.eos_id}, vocab_size = {self.vocab_size}, dtype = {self.dtype}: "
+                "eos_id must be below vocab_size, and every id must fit the dtype"
+            )
+        if any(token >= self.vocab_size for token in self.bos_ids):
+            raise ValueError(f"bos_ids = {list(self.bos_ids)}: must be ids below vocab_size = {self.vocab_size}")
+        names = [name for shard in self.shards for name in (shard.file, shard.index_file)]
+        name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+        if count > 1:
+            raise ValueError(f"the same file is named twice: {name!r}")
+        return self
 
     def num_windows(self, seq_len: int) -> int:
         """Number of windows that lie in one shard."""
@@ -107,6 +154,9 @@ class Manifest:
 
 OPTIONAL = {field.name: field.default for field in fields(Manifest) if field.default is not MISSING}
 """Keys of a manifest that may be absent, with what their absence means."""
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def dtype_name(vocab_size: int) -> str:
@@ -144,59 +194,17 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
             f"{location}: not JSON ({error}). Copy the data set again, or write its shards again."
         ) from None
     try:
-        return _parsed(raw)
-    except ValueError as error:
-        raise DataError(f"{location}: {error}. Write the shards again, or copy the file again.") from None
-
-
-def _parsed(raw: Any) -> Manifest:
-    """Raises ValueError that says which key is wrong."""
-    if isinstance(raw, dict):
-        if (version := raw.get("schema_version")) not in (UNSEALED_VERSION, SCHEMA_VERSION):
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version not in (UNSEALED_VERSION, SCHEMA_VERSION):
             raise ValueError(f"schema_version = {version!r}: this version of llmtrain reads up to {SCHEMA_VERSION}")
         if (SEAL in raw) != (version == SCHEMA_VERSION):
             raise ValueError(f"schema_version = {version}: {'has no' if version == SCHEMA_VERSION else 'has a'} {SEAL}")
-    plain = {key: value for key, value in raw.items() if key != SEAL} if isinstance(raw, dict) else raw
-    values = dict(_checked_fields(Manifest, plain, "the manifest"))
-    shards = tuple(
-        ShardEntry(**_checked_fields(ShardEntry, entry, f"shards[{number}]"))
-        for number, entry in enumerate(values.pop("shards"))
-    )
-    manifest = Manifest(**{**values, "bos_ids": tuple(values.get("bos_ids", ()))}, shards=shards)
-    if manifest.dtype not in DTYPES:
-        raise ValueError(f"dtype = {manifest.dtype!r}: must be one of {', '.join(DTYPES)}")
-    if not 0 <= manifest.eos_id < manifest.vocab_size <= np.iinfo(DTYPES[manifest.dtype]).max + 1:
-        raise ValueError(
-            f"eos_id = {manifest.eos_id}, vocab_size = {manifest.vocab_size}, dtype = {manifest.dtype}: "
-            "eos_id must be below vocab_size, and every id must fit the dtype"
-        )
-    if any(type(token) is not int or not 0 <= token < manifest.vocab_size for token in manifest.bos_ids):
-        raise ValueError(f"bos_ids = {list(manifest.bos_ids)}: must be ids below vocab_size = {manifest.vocab_size}")
-    names = [name for shard in shards for name in (shard.file, shard.index_file)]
-    for name in names:
-        # A manifest may come from elsewhere: it must not name files outside its folder.
-        if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
-            raise ValueError(f"file name {name!r}: must be a plain name, without folders")
-    if len(set(names)) < len(names):
-        raise ValueError("the same file is named twice")
-    unsealed(raw)
+        manifest = _MANIFEST.validate_python({key: value for key, value in raw.items() if key != SEAL})
+        unsealed(raw)
+    except ValueError as error:
+        fault = fault_text(error) if isinstance(error, ValidationError) else str(error)
+        raise DataError(f"{location}: {fault}. Write the shards again, or copy the file again.") from None
     return manifest
-
-
-def _checked_fields(cls: type, raw: Any, where: str) -> dict[str, Any]:
-    """The fields of a dataclass from JSON, each of the right plain type. Raises ValueError."""
-    types: dict[str, Any] = {field.name: field.type for field in fields(cls)}
-    required = types.keys() - OPTIONAL.keys()
-    if not isinstance(raw, dict) or not required <= raw.keys() <= types.keys():
-        found = ", ".join(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(
-            f"{where} must have exactly the keys {', '.join(key for key in types if key in required)}; found {found}"
-        )
-    for key, value in raw.items():
-        kind = types[key] if types[key] in (int, str, bool) else list
-        if type(value) is not kind or (kind is int and value < 0):
-            raise ValueError(f"{where}: {key} = {value!r} must be {'a count' if kind is int else f'a {kind.__name__}'}")
-    return raw
 
 
 def file_sha256(path: Path) -> str:

@@ -106,7 +106,7 @@ def _manifest_with(folder: Path, change: dict[str, Any] | None = None, shard: di
         ({"tokenizer_sha256": "1" * 64}, None, "do not give the seal"),
         (None, {"samples": 2}, "do not give the seal"),
         ({"schema_version": None}, None, "schema_version = None"),
-        ({"extra": 1}, None, "exactly the keys"),
+        ({"extra": 1}, None, "extra = 1: "),
         ({"vocab_size": "300"}, None, "vocab_size = '300'"),
         ({"vocab_size": True}, None, "vocab_size = True"),
         ({"vocab_size": -1}, None, "vocab_size = -1"),
@@ -118,7 +118,13 @@ def _manifest_with(folder: Path, change: dict[str, Any] | None = None, shard: di
         (None, {"index_file": "a\\b"}, "plain name"),
         (None, {"index_file": ".."}, "plain name"),
         (None, {"index_file": "shard-000000.tar"}, "named twice"),
-        (None, {"samples": 1.5}, "samples = 1.5"),
+        (None, {"samples": 1.5}, "shards[0].samples = 1.5: "),
+        (None, {"tokens": -1}, "shards[0].tokens = -1: "),
+        (None, {"more": 1}, "shards[0].more = 1: "),
+        ({"bos_ids": [300]}, None, "bos_ids = [300]: must be ids below vocab_size = 300"),
+        ({"bos_ids": [True]}, None, "bos_ids[0] = True: "),
+        ({"lossy": 1}, None, "lossy = 1: "),
+        ({"shards": [{}, 1]}, None, "shards[0].file"),
     ],
 )
 def test_wrong_manifest_is_refused(

@@ -7,6 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from llmtrain.checks.drill.single_faults import Outcome
+    from llmtrain.cli.tables import GrowingTable
     from llmtrain.config.schema import RunConfig
 
 
@@ -30,11 +31,11 @@ def drill(
 
     Told to stop (Ctrl-C, SIGTERM) it ends the fault in progress, says what was tried, and ends with 143.
     """
-    from dataclasses import asdict
-    from json import dumps
+    from contextlib import nullcontext
 
     from llmtrain.checks.drill.faults import FAULTS
     from llmtrain.checks.drill.single_faults import UNDISTURBED, drill_config, try_fault, undisturbed
+    from llmtrain.cli.tables import GrowingTable
     from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError
     from llmtrain.preflight.storage import load_run
 
@@ -47,19 +48,16 @@ def drill(
     run = drill_config(asked)
     faults = [fault for fault in faults if fault.least_ranks <= run.launch.num_workers]
     typer.echo(f"{len(faults)} faults, after one run without: {run.output_dir}", err=True)
-    if not json:
-        typer.echo(_HEADER)
     trying, failed, done = UNDISTURBED, 0, 0
     try:
-        run = undisturbed(run)
-        for fault in faults:
-            trying = fault.name
-            outcome = try_fault(run, fault)
-            done += 1
-            failed += bool(outcome.problems)
-            typer.echo(dumps(asdict(outcome)) if json else _line(outcome))
-            for problem in outcome.problems:
-                typer.echo(f"  {problem}", err=True)
+        with nullcontext() if json else GrowingTable(_COLUMNS) as table:
+            run = undisturbed(run)
+            for fault in faults:
+                trying = fault.name
+                outcome = try_fault(run, fault)
+                done += 1
+                failed += bool(outcome.problems)
+                _tell(outcome, table)
     except KeyboardInterrupt:
         counts = f"Tried: {done} of {len(faults)} faults, {done - failed} as they must, {failed} not"
         typer.echo(f"told to stop in {trying!r}, which does not count. {counts}", err=True)
@@ -93,14 +91,27 @@ def _punish(config: "RunConfig", kills: int, mean_seconds: float, as_json: bool)
     raise typer.Exit(1 if done.problems else 0)
 
 
-_HEADER = f"{'fault':<42} {'noticed':>9} {'back':>9} {'steps lost':>10}  {'weights':<9} exit"
+def _tell(outcome: "Outcome", table: "GrowingTable | None") -> None:
+    """A row of the table; without one, a line of JSON."""
+    from dataclasses import asdict
+    from json import dumps
+
+    if table is None:
+        typer.echo(dumps(asdict(outcome)))
+    else:
+        table.add(_row(outcome))
+    for problem in outcome.problems:
+        typer.echo(f"  {problem}", err=True)
 
 
-def _line(outcome: "Outcome") -> str:
+_COLUMNS = ("fault", "noticed", "back", "steps lost", "weights", "exit")
+
+
+def _row(outcome: "Outcome") -> list[str]:
     same = {True: "identical", False: "other", None: "-"}[outcome.same_weights]
     codes = ", ".join(map(str, outcome.exit_codes))
     noticed, back = _seconds(outcome.detected_seconds), _seconds(outcome.back_seconds)
-    return f"{outcome.fault:<42} {noticed:>9} {back:>9} {outcome.steps_lost:>10}  {same:<9} {codes}"
+    return [outcome.fault, noticed, back, str(outcome.steps_lost), same, codes]
 
 
 def _seconds(seconds: float | None) -> str:

@@ -22,10 +22,12 @@ def parity(
     Step-0 weights must be equal bit for bit; losses, norms, every gradient and the weights after the last step within
     the parity levels. Ends with 1 where a layout differs, and names the first tensor that does.
     """
+    from contextlib import nullcontext
     from json import dumps
 
-    from llmtrain.checks.parity.compare import Comparison, compare_layouts
+    from llmtrain.checks.parity.compare import COLUMNS, compare_layouts
     from llmtrain.checks.parity.layouts import iter_candidates, own_candidate, parse_candidate, shrink
+    from llmtrain.cli.tables import GrowingTable
     from llmtrain.config.reading.load import load_config
     from llmtrain.errors import ConfigError
 
@@ -45,11 +47,13 @@ def parity(
         typer.echo(
             f"{instead} for {kind}, whose slope jumps at 0: rounding there changes gradients in any layout", err=True
         )
-    if not json:
-        typer.echo(Comparison.header())
     failed = 0
-    for comparison in compare_layouts(small, candidates, steps):
-        failed += bool(comparison.verdict.problems)
-        typer.echo(dumps(comparison.to_json()) if json else comparison.line())
+    with nullcontext() if json else GrowingTable(COLUMNS) as table:
+        for comparison in compare_layouts(small, candidates, steps):
+            failed += bool(comparison.verdict.problems)
+            if table is None:
+                typer.echo(dumps(comparison.to_json()))
+            else:
+                table.add(comparison.row())
     typer.echo(f"{len(candidates) - failed} equal, {failed} different", err=True)
     raise typer.Exit(1 if failed else 0)

@@ -82,7 +82,8 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
-    from llmtrain.plan.layout_text import draw_layout
+    from llmtrain.cli.tables import aligned
+    from llmtrain.plan.layout_text import layout_tables
     from llmtrain.words import short_bytes
 
     if as_json:
@@ -108,7 +109,8 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
     for name, text in [*lines.items(), *map(_source, outline.sources)]:
         typer.echo(f"{name:<12} {text}")
     if outline.world_size > 1:
-        typer.echo(f"\n{draw_layout(outline.layout)}")
+        for table in layout_tables(outline.layout):
+            typer.echo(f"\n{aligned(*table)}")
 
 
 def _model(outline: "Outline") -> str:

@@ -90,15 +90,13 @@ def _stage_ranks(layout: Layout, stage: int, chunks: list[Chunk]) -> StageRanks:
     )
 
 
-def draw_layout(outline: LayoutOutline) -> str:
-    """The grid of ranks as text; of a large one the groups of each axis, and the ranks of each stage."""
+def layout_tables(outline: LayoutOutline) -> list[tuple[list[str], list[list[str]]]]:
+    """The grid of ranks, a header and rows; of a large one the groups of each axis, and the ranks of each stage."""
     tensor, context, data, pipeline = outline.sizes.values()
     layout = Layout(tensor, context, data, pipeline)
     if pipeline * data <= MOST_LINES and context * tensor <= MOST_COLUMNS:
-        return _table(
-            ["stage", "layers", "data", "ranks, | between context ranks" if context > 1 else "ranks"],
-            _grid_rows(layout, outline.stages),
-        )
+        ranks = "ranks, | between context ranks" if context > 1 else "ranks"
+        return [(["stage", "layers", "data", ranks], list(_grid_rows(layout, outline.stages)))]
     groups = [
         [
             axis.axis,
@@ -109,8 +107,10 @@ def draw_layout(outline: LayoutOutline) -> str:
         ]
         for axis in outline.axes
     ]
-    axes = _table(["axis", "size", "stride", "groups", "first group"], groups)
-    return f"{axes}\n\n{_table(['stage', 'layers', 'ranks'], _stage_rows(outline.stages))}"
+    return [
+        (["axis", "size", "stride", "groups", "first group"], groups),
+        (["stage", "layers", "ranks"], _stage_rows(outline.stages)),
+    ]
 
 
 def _grid_rows(layout: Layout, stages: list[StageRanks]) -> Iterable[list[str]]:
@@ -157,11 +157,3 @@ def _elided(ranks: Sequence[int], size: int, stride: int) -> str:
     if size <= 4:
         return " ".join(map(str, ranks))
     return f"{' '.join(map(str, ranks[:3]))} ... {(size - 1) * stride}"
-
-
-def _table(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )

@@ -238,6 +238,9 @@ def _errors(reference: Tensors, other: Tensors, least: float) -> Iterator[tuple[
         yield name, difference / norm if norm >= least else 0.0 if difference <= least else difference / least
 
 
+COLUMNS = ("layout", "ranks", "loss 1", "loss", "norm", "gradient", "weights", "seconds", "numbers")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One layout beside the reference."""
@@ -247,18 +250,11 @@ class Comparison:
     seconds: float
     verdict: Verdict
 
-    @staticmethod
-    def header() -> str:
-        columns = ("loss 1", "loss", "norm", "gradient", "weights")
-        return f"{'layout':34} {'ranks':>5} {' '.join(f'{column:>8}' for column in columns)} {'seconds':>7}"
-
-    def line(self) -> str:
-        """One line of the table; where something is too far, what, below it."""
+    def row(self) -> list[str]:
+        """The figures under COLUMNS; where something is too far, what."""
         errors = (getattr(self.verdict, name) for name in ("first_loss", "loss", "grad_norm", "gradient", "weight"))
-        figures = " ".join(f"{error:8.0e}" for error in errors)
-        mark = "equal" if not self.verdict.problems else "DIFFERENT"
-        problems = "".join(f"\n    {problem}" for problem in self.verdict.problems)
-        return f"{self.name:34} {self.world_size:5} {figures} {self.seconds:7.1f} {mark}{problems}"
+        mark = f"DIFFERENT: {'; '.join(self.verdict.problems)}" if self.verdict.problems else "equal"
+        return [self.name, str(self.world_size), *(f"{error:.0e}" for error in errors), f"{self.seconds:.1f}", mark]
 
     def to_json(self) -> dict[str, Any]:
         return {"layout": self.name, "ranks": self.world_size, "seconds": self.seconds, **asdict(self.verdict)}

@@ -7,8 +7,9 @@ from itertools import islice
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmtrain.cli.tables import aligned
 from llmtrain.parallel.layout import Layout
-from llmtrain.plan.layout_text import MOST_EXAMPLES, draw_layout, plan_layout_outline
+from llmtrain.plan.layout_text import MOST_EXAMPLES, layout_tables, plan_layout_outline
 
 SMALL = """\
 stage  layers                 data  ranks, | between context ranks
@@ -39,7 +40,7 @@ SIZE = st.sampled_from([1, 2, 3, 5, 8, 24])
 
 
 def drawn(layout: Layout, num_layers: int, split: list[int] | None = None) -> str:
-    return draw_layout(plan_layout_outline(layout, num_layers, split))
+    return "\n\n".join(aligned(*table) for table in layout_tables(plan_layout_outline(layout, num_layers, split)))
 
 
 def test_a_small_grid_shows_every_rank() -> None:

@@ -4,10 +4,35 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmtrain.checkpoint.folders import CHECKPOINTS, MANIFEST, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
+from llmtrain.checkpoint.folders import (
+    CHECKPOINTS,
+    MANIFEST,
+    checkpoint_steps,
+    folder_of_checkpoints,
+    is_checkpoint,
+    nearest_checkpoint,
+    step_folder_name,
+)
 from llmtrain.checkpoint.manager import find_newest_valid
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.errors import ConfigError
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The checkpoints that a path means, oldest first: itself, or those of a run. Raises ConfigError for none."""
+    if not path.is_dir():
+        raise ConfigError(f"{path}: is no folder. Give a run folder or a checkpoint folder.")
+    if is_checkpoint(path):
+        return [path]
+    parent = folder_of_checkpoints(path)
+    if parent is None:
+        raise ConfigError(f"{path}: holds no checkpoint. Give a run folder with checkpoints/step-... in it.")
+    return [parent / step_folder_name(step) for step in reversed(checkpoint_steps(parent))]
+
+
+def open_newest(path: Path) -> CheckpointReader:
+    """The checkpoint at a path, or the newest one of the run at a path; every file is hashed, none is passed over."""
+    return open_checkpoint(checkpoint_folders(path)[-1])
 
 
 def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:

@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmtrain.cli.tables import print_table
-from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from llmtrain.checkpoint.manifest import Manifest
     from llmtrain.checkpoint.reader import CheckpointReader, TensorInfo
 
 app = typer.Typer(help="List, inspect, verify and compare checkpoints.", no_args_is_help=True)
@@ -26,7 +26,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command("list")
 def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
     """The checkpoints of a run, oldest first. Reads manifests only; `verify` reads everything."""
-    rows = [_summary(path) for path in _checkpoint_folders(run)]
+    from llmtrain.checkpoint.find import checkpoint_folders
+    from llmtrain.checkpoint.survey import summary_of
+
+    rows = [asdict(summary_of(path)) for path in checkpoint_folders(run)]
     if as_json:
         _print_json(rows)
         return
@@ -48,9 +51,12 @@ def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     """What a checkpoint holds: step, size, parameters, tensors, and the layout and engine that it came from."""
-    reader = _open(checkpoint)
+    from llmtrain.checkpoint.find import open_newest
+    from llmtrain.checkpoint.survey import num_padding_elements
+
+    reader = open_newest(checkpoint)
     tensors = list(reader.tensors())
-    padding = _padding(reader, tensors)
+    padding = num_padding_elements(reader, tensors)
     num_parameters = sum(tensor.num_elements for tensor in tensors if tensor.kind == "master") - padding
     if as_json:
         _print_json(
@@ -85,9 +91,12 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Hash every file and check every header. Lists every problem; exit code 3 when there is one."""
+    from llmtrain.checkpoint.find import checkpoint_folders
+    from llmtrain.checkpoint.survey import verified
+
     results = []
-    for path in _checkpoint_folders(folder):
-        manifest, problems = _problems(path)
+    for path in checkpoint_folders(folder):
+        manifest, problems = verified(path)
         files = manifest.files.values() if manifest else ()
         size_bytes = sum(entry.size_bytes for entry in files)
         results.append({"path": str(path), "num_files": len(files), "size_bytes": size_bytes, "problems": problems})
@@ -111,7 +120,10 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor, bit by bit, whatever their layouts. Exit code 1 when they differ."""
-    rows = list(_differences(_open(first), _open(second)))
+    from llmtrain.checkpoint.comparison import tensor_differences
+    from llmtrain.checkpoint.find import open_newest
+
+    rows = [asdict(found) for found in tensor_differences(open_newest(first), open_newest(second))]
     different = [row for row in rows if row["result"] != "equal"]
     if as_json:
         _print_json(rows)
@@ -128,72 +140,6 @@ def diff(
         typer.echo(f"{len(rows) - len(different)} of {len(rows)} tensors are equal bit by bit")
     if different:
         raise typer.Exit(1)
-
-
-def _checkpoint_folders(path: Path) -> list[Path]:
-    """The checkpoints that a path means, oldest first: itself, or those of a run. Raises ConfigError for none."""
-    from llmtrain.checkpoint.folders import checkpoint_steps, folder_of_checkpoints, is_checkpoint, step_folder_name
-
-    if not path.is_dir():
-        raise ConfigError(f"{path}: is no folder. Give a run folder or a checkpoint folder.")
-    if is_checkpoint(path):
-        return [path]
-    parent = folder_of_checkpoints(path)
-    if parent is None:
-        raise ConfigError(f"{path}: holds no checkpoint. Give a run folder with checkpoints/step-... in it.")
-    return [parent / step_folder_name(step) for step in reversed(checkpoint_steps(parent))]
-
-
-def _open(path: Path) -> "CheckpointReader":
-    from llmtrain.checkpoint.reader import open_checkpoint
-
-    return open_checkpoint(_checkpoint_folders(path)[-1])
-
-
-def _problems(path: Path) -> tuple["Manifest | None", list[str]]:
-    from llmtrain.checkpoint.manifest import load_manifest
-    from llmtrain.checkpoint.reader import checkpoint_problems
-
-    try:
-        manifest = load_manifest(path)
-        return manifest, checkpoint_problems(path, manifest, verify=True)
-    except CheckpointError as error:
-        return None, [str(error)]
-
-
-def _summary(path: Path) -> dict[str, Any]:
-    from llmtrain.checkpoint.folders import step_of_folder
-    from llmtrain.checkpoint.reader import open_checkpoint
-
-    row: dict[str, Any] = {"path": str(path), "step": step_of_folder(path.resolve().name)}
-    try:
-        reader = open_checkpoint(path, verify=False)
-        num_tensors = len(list(reader.tensors()))
-        metric = reader.about.get("metric")
-        return {
-            **row,
-            "step": reader.step,
-            "size_bytes": reader.size_bytes,
-            "num_tensors": num_tensors,
-            "metric": metric,
-            "problem": None,
-        }
-    except CheckpointError as error:
-        size_bytes = sum(entry.lstat().st_size for entry in path.iterdir())
-        return {**row, "size_bytes": size_bytes, "num_tensors": 0, "metric": None, "problem": str(error)}
-
-
-def _padding(reader: "CheckpointReader", tensors: "list[TensorInfo]") -> int:
-    """Elements of the rows that pad the vocabulary: they lie in the tensors, and are no parameters of the model."""
-    from llmtrain.checkpoint.origin import origin_of
-    from llmtrain.config.parameter_shapes import VOCABULARY_TENSORS
-
-    model = origin_of(reader.path, reader.state, reader.config_text, reader.about).section("model")
-    vocab_size = model.get("vocab_size")
-    if not isinstance(vocab_size, int):
-        return 0
-    padded = [tensor for tensor in tensors if tensor.kind == "master" and tensor.name in VOCABULARY_TENSORS]
-    return sum(max(0, tensor.shape[0] - vocab_size) * tensor.num_elements // tensor.shape[0] for tensor in padded)
 
 
 def _facts(reader: "CheckpointReader", num_parameters: int, padding: int) -> dict[str, Any]:
@@ -216,29 +162,6 @@ def _tensor_rows(tensors: "list[TensorInfo]") -> Iterator[list[str]]:
         grouped.setdefault((tensor.name, tensor.dtype, str(list(tensor.shape))), []).append(tensor.kind)
     for key, kinds in grouped.items():
         yield [*key, ", ".join(kinds)]
-
-
-def _differences(first: "CheckpointReader", second: "CheckpointReader") -> Iterator[dict[str, Any]]:
-    import torch
-
-    from llmtrain.values.fragment import Box
-
-    left = {(tensor.name, tensor.kind): tensor for tensor in first.tensors()}
-    right = {(tensor.name, tensor.kind): tensor for tensor in second.tensors()}
-    for name, kind in sorted(left.keys() | right.keys()):
-        one, other = left.get((name, kind)), right.get((name, kind))
-        row: dict[str, Any] = {"name": name, "kind": kind, "max_abs": None}
-        if one is None or other is None:
-            row["result"] = "only in A" if other is None else "only in B"
-        elif (one.dtype, one.shape) != (other.dtype, other.shape):
-            row["result"] = f"{one.dtype} {list(one.shape)} and {other.dtype} {list(other.shape)}"
-        else:
-            a, b = (reader.read(name, kind, Box.whole(one.shape)).reshape(-1) for reader in (first, second))
-            if torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-                row["result"] = "equal"
-            else:
-                row |= {"result": "different", "max_abs": (a.double() - b.double()).abs().max().item()}
-        yield row
 
 
 def _size(size_bytes: int) -> str:

@@ -14,7 +14,6 @@ from llmtrain.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from data_pipelines.inputs import ReadReport
     from data_pipelines.read import ReadOptions
-    from llmtrain.data.tokenizer import Tokenizer
 
 app = typer.Typer(help="Make, look at and check data sets.", no_args_is_help=True)
 
@@ -104,6 +103,7 @@ def shards(
     """Turn text into tokenized WebDataset shards with manifest, index and a train/valid split."""
     from data_pipelines.inputs import ReadReport
     from data_pipelines.read import iter_documents
+    from data_pipelines.round_trip import tokenizer_notes
     from data_pipelines.sharding import ShardingConfig, write_shards
     from llmtrain.data.tokenizer import load_tokenizer
 
@@ -111,7 +111,8 @@ def shards(
     documents = _with_progress(iter_documents(inputs, report, _read_options(field, separator)), report)
     config = ShardingConfig(valid_fraction, shard_tokens, num_workers, overwrite, bos.value)
     loaded = load_tokenizer(tokenizer)
-    _tell_about(loaded)
+    for note in tokenizer_notes(loaded):
+        _say(f"note: {note}")
     manifests = write_shards(documents, out, loaded, config)
     _say(report.summary())
     for name, manifest in manifests.items():
@@ -248,23 +249,6 @@ def _read_options(field: str, separator: str | None) -> "ReadOptions":
     if separator == "":
         raise typer.BadParameter("must not be empty", param_hint="--separator")
     return ReadOptions(field, separator.replace("\\n", "\n") if separator else None)
-
-
-def _tell_about(tokenizer: "Tokenizer") -> None:
-    """What a user would wonder about later: text that does not come back, exports that will be refused."""
-    from data_pipelines.round_trip import lost_in_texts
-    from llmtrain.interop.text.tokenizer_json import export_obstacles
-
-    for note in tokenizer.roles.notes:
-        _say(f"note: {note}")
-    if lost := lost_in_texts(tokenizer):
-        _say(
-            f"note: {tokenizer.path} does not give every text back as it was. Changed or lost are: {', '.join(lost)}. "
-            "A model that is trained on these shards never sees them. Tokenizers that `llmtrain data tokenizer` trains "
-            "give back everything."
-        )
-    if obstacles := export_obstacles(tokenizer):
-        _say(f"note: a model that is trained on these shards cannot be exported: {'; '.join(obstacles)}.")
 
 
 def _count(number: int, noun: str) -> str:

@@ -2,8 +2,6 @@
 
 import json
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,8 +15,6 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from llmtrain.report.run_view import RunView
-
-WATCH_SECONDS = 2.0
 
 ATTENTION = ("failed", "stalled", "dead", "unknown", "damaged", "preempted", "restarting")
 """States of which a list of runs says more."""
@@ -34,12 +30,13 @@ def status(
     Ends with 0 where that could be told of every run, whatever has become of it, and with 3 where a file is damaged.
     """
     from llmtrain.report.run_view import OVER, find_runs
+    from llmtrain.report.watching import iter_views
 
     folders = list(dict.fromkeys(folder for path in runs for folder in find_runs(path)))
     shown: list[RunView] = []
     live = _screen() if watch and not as_json and sys.stdout.isatty() else None
     try:
-        for views in _looks(folders, watch):
+        for views in iter_views(folders, watch):
             if live:
                 live.update(_drawing(views), refresh=True)
             elif [_news(view) for view in views] != [_news(view) for view in shown]:
@@ -52,32 +49,6 @@ def status(
             live.stop()
     states = {view.state for view in shown}
     raise typer.Exit(DataError.exit_code if "damaged" in states else 1 if "unknown" in states else 0)
-
-
-def _looks(folders: list[Path], again: bool) -> Iterator[list["RunView"]]:
-    """What is seen of the runs, over and over. A process that is gone once may be one that is being replaced."""
-    before: set[str] = set()
-    while True:
-        views = [_look(folder) for folder in folders]
-        dead = {view.path for view in views if view.state == "dead"}
-        if again and dead - before:
-            before = dead
-            time.sleep(WATCH_SECONDS)
-            continue
-        yield views
-        if not again:
-            return
-        before = dead
-        time.sleep(WATCH_SECONDS)
-
-
-def _look(folder: Path) -> "RunView":
-    from llmtrain.report.run_view import RunView, look
-
-    try:
-        return look(folder)
-    except DataError as error:
-        return RunView(folder.resolve().name, str(folder), "damaged", cause=str(error))
 
 
 def _news(view: "RunView") -> dict[str, object]:

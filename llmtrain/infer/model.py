@@ -21,7 +21,7 @@ from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.parameter_shapes import parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
@@ -47,6 +47,18 @@ class TrainedModel:
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where none was found."""
         return model_tokenizer(None, self.tokenizer_path, self.model.config, self.tokens)
+
+
+def named_device(name: str) -> torch.device:
+    """auto: a GPU where there is one. Raises ConfigError for a name that is none, and for a GPU that there is not."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {name}: must be auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device cuda: torch {torch.__version__} finds no GPU that it can use. Give --device cpu or auto; "
+            "`llmtrain doctor` says what is missing."
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from llmtrain.errors import ConfigError
+
 CONFIG = "config.yaml"
 """A run writes it first: a folder that has it has been written to before."""
 
@@ -73,6 +75,15 @@ def link_fault(folder: Path) -> str | None:
         for path in (name, link):
             Path(path).unlink(missing_ok=True)
     return None
+
+
+def require_place(out: Path) -> None:
+    """Raise ConfigError where no folder of that name can be made, before anything is read."""
+    above = next(path for path in out.absolute().parents if path.exists() or path.is_symlink())
+    if not above.is_dir():
+        raise ConfigError(f"{out}: cannot be made, for {above} is no folder. Choose another place.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{out}: cannot be made, for nothing can be written to {above}. Choose another place.")
 
 
 def no_links_text(folder: Path, error: OSError) -> str:

@@ -24,6 +24,9 @@ APART = (
 )
 """Files, and a room that they could import as the layers lie, and do not: a change of it must not touch them."""
 
+NOT_IN_COMMANDS = ("torch", "numpy", "safetensors", "ruamel", "hashlib", "shutil", "tempfile", "socket", "subprocess")
+"""What works on weights, files or machines does not lie in the command, which reads options and prints."""
+
 UNCHECKED_COPY = "model_copy"
 """pydantic's own way to change a copy checks nothing: a misspelt key or a wrong type goes on. `with_keys` does."""
 
@@ -57,6 +60,16 @@ def imports_across(sources: list[SourceFile]) -> list[str]:
         if source.path.startswith(place)
         for line, name in source.imported_modules()
         if name == room or name.startswith(f"{room}.")
+    ]
+
+
+def business_in_commands(sources: list[SourceFile]) -> list[str]:
+    return [
+        f"{source.path}:{line} imports {name}"
+        for source in sources
+        if source.path.startswith("llmtrain/cli/")
+        for line, name in source.imported_modules()
+        if name.split(".")[0] in NOT_IN_COMMANDS
     ]
 
 
@@ -149,6 +162,19 @@ def test_an_import_across_is_caught() -> None:
     assert imports_across(bad) == [
         "llmtrain/train/a.py:2 imports llmtrain.infer.model",
         "data_pipelines/a.py:1 imports llmtrain.train",
+    ]
+
+
+def test_no_business_in_commands() -> None:
+    assert business_in_commands(read_sources()) == []
+
+
+def test_business_in_a_command_is_caught() -> None:
+    bad = SourceFile("llmtrain/cli/a.py", "def f():\n    import torch.cuda\n    from shutil import rmtree\n")
+    good = SourceFile("llmtrain/infer/a.py", "import torch\n")
+    assert business_in_commands([bad, good]) == [
+        "llmtrain/cli/a.py:2 imports torch.cuda",
+        "llmtrain/cli/a.py:3 imports shutil",
     ]
 
 

@@ -47,14 +47,14 @@ def _export_rank(rank: int, world_size: int, run: Path, out: Path) -> tuple[int,
 
 
 def _import_rank(rank: int, world_size: int, source: Path, out: Path) -> int:
-    from llmtrain.cli.interop import _write_imported
+    from llmtrain.infer.imported import write_imported
     from llmtrain.infer.tokenizer import folder_tokenizer
     from llmtrain.interop.hf_import import open_hf_folder
 
     folder = open_hf_folder(source)
     found = folder_tokenizer(source, folder.model)
     outs = iter((out / "first", out / "second"))
-    return peak_growth_again(lambda: _write_imported(folder, found, next(outs), PART_BYTES))
+    return peak_growth_again(lambda: write_imported(folder, found, next(outs), PART_BYTES))
 
 
 @pytest.fixture(scope="module")

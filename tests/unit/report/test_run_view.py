@@ -356,7 +356,7 @@ def test_watching_ends_once_all_runs_are_over(
     run = make_run(tmp_path / "run")
     rewrite_status(run, pid=dead_process())
     endings = iter([lambda: rewrite_status(run, status="restarting", pid=os.getpid()), lambda: make_run(run, "done")])
-    monkeypatch.setattr("llmtrain.cli.status.time.sleep", lambda seconds: next(endings)())
+    monkeypatch.setattr("llmtrain.report.watching.time.sleep", lambda seconds: next(endings)())
     code, out = status(capsys, run, "--watch")
     assert code == 0
     assert [line.split(",")[0] for line in out.splitlines() if not line.startswith(" ")] == [
@@ -370,7 +370,7 @@ def test_watching_gives_up_on_a_dead_run(
 ) -> None:
     run = make_run(tmp_path / "run")
     rewrite_status(run, pid=dead_process())
-    monkeypatch.setattr("llmtrain.cli.status.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("llmtrain.report.watching.time.sleep", lambda seconds: None)
     code, out = status(capsys, run, "--watch", "--json")
     assert code == 0
     assert [json.loads(line)["state"] for line in out.splitlines()] == ["dead"]

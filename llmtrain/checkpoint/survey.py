@@ -1,0 +1,54 @@
+"""What is told of a checkpoint without loading it: how large, how many tensors, whether it is whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.checkpoint.folders import step_of_folder
+from llmtrain.checkpoint.manifest import Manifest, load_manifest
+from llmtrain.checkpoint.origin import origin_of
+from llmtrain.checkpoint.reader import CheckpointReader, TensorInfo, checkpoint_problems, open_checkpoint
+from llmtrain.config.parameter_shapes import VOCABULARY_TENSORS
+from llmtrain.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint as its manifest tells it; of a damaged one, what its folder tells, and the `problem`."""
+
+    path: str
+    step: int | None
+    size_bytes: int
+    num_tensors: int
+    metric: float | None
+    problem: str | None
+
+
+def summary_of(path: Path) -> Summary:
+    """Reads the manifest only, and hashes nothing."""
+    try:
+        reader = open_checkpoint(path, verify=False)
+        num_tensors, metric = len(list(reader.tensors())), reader.about.get("metric")
+        return Summary(str(path), reader.step, reader.size_bytes, num_tensors, metric, None)
+    except CheckpointError as error:
+        size_bytes = sum(entry.lstat().st_size for entry in path.iterdir())
+        return Summary(str(path), step_of_folder(path.resolve().name), size_bytes, 0, None, str(error))
+
+
+def verified(path: Path) -> tuple[Manifest | None, list[str]]:
+    """The manifest of a checkpoint, where there is a good one, and all that is wrong; every file is hashed."""
+    try:
+        manifest = load_manifest(path)
+        return manifest, checkpoint_problems(path, manifest, verify=True)
+    except CheckpointError as error:
+        return None, [str(error)]
+
+
+def num_padding_elements(reader: CheckpointReader, tensors: Sequence[TensorInfo]) -> int:
+    """Elements of the rows that pad the vocabulary: they lie in the tensors, and are no parameters of the model."""
+    model = origin_of(reader.path, reader.state, reader.config_text, reader.about).section("model")
+    vocab_size = model.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        return 0
+    padded = [tensor for tensor in tensors if tensor.kind == "master" and tensor.name in VOCABULARY_TENSORS]
+    return sum(max(0, tensor.shape[0] - vocab_size) * tensor.num_elements // tensor.shape[0] for tensor in padded)

@@ -1,0 +1,110 @@
+"""A Hugging Face folder as a run folder: a checkpoint of step 0, with its configuration and tokenizer beside it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.checkpoint.folders import CHECKPOINTS
+from llmtrain.checkpoint.writer import Contents, publish, size_bytes, start_checkpoint, write_rank_files
+from llmtrain.config.objective import ObjectiveName, needed_tokens
+from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.reading.rendering import plain_yaml
+from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.infer.tokenizer import FolderTokenizer, decoder_start, folder_tokenizer
+from llmtrain.interop.hf_import import HuggingFaceFolder, open_hf_folder
+from llmtrain.interop.text.special_tokens import named_tokens
+from llmtrain.values.fragment import Box, Fragment
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was read, the tokenizer that was found with it, and the checkpoint that it has become."""
+
+    folder: HuggingFaceFolder
+    tokenizer: FolderTokenizer
+    checkpoint: Path
+
+
+def import_folder(source: Path, out: Path) -> Imported:
+    """Read a Hugging Face folder and write OUT. Weights are read and written some at a time."""
+    folder = open_hf_folder(source)
+    found = folder_tokenizer(source, folder.model)
+    return Imported(folder, found, write_imported(folder, found, out))
+
+
+IMPORT_PART_BYTES = 1_000_000_000
+"""Weights that are in memory at a time; a larger tensor is alone."""
+
+
+def write_imported(
+    folder: HuggingFaceFolder, found: FolderTokenizer, out: Path, part_bytes: int = IMPORT_PART_BYTES
+) -> Path:
+    """Write OUT as a run folder with one checkpoint; returns the checkpoint. Nothing is left where it fails."""
+    config_text = _config_yaml(folder, found.tokenizer)
+    target = out.resolve()
+    writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
+    try:
+        unfinished = start_checkpoint(writing / CHECKPOINTS, step=0)
+        # Part after part takes the place of rank after rank: nobody has to hold it all.
+        groups = enumerate(_iter_groups(folder, part_bytes))
+        parts = [write_rank_files(unfinished, number, group) for number, group in groups]
+        contents = Contents(0, {}, config_text, {"imported": folder.family.title, **found.about()})
+        checkpoint = publish(unfinished, parts, contents, before_publish=lambda: None)
+        (writing / "config.yaml").write_text(config_text, "utf-8")
+        found.write(writing)
+        if target.exists():
+            target.rmdir()
+        writing.rename(target)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return out / checkpoint.relative_to(writing)
+
+
+def _iter_groups(folder: HuggingFaceFolder, part_bytes: int) -> Iterator[list[Fragment]]:
+    """Fragments that together take at most so much, or a single one."""
+    group: list[Fragment] = []
+    for fragment in _iter_fragments(folder):
+        if group and size_bytes(group) + fragment.tensor.nbytes > part_bytes:
+            yield group
+            group = []
+        group.append(fragment)
+    yield group
+
+
+def _iter_fragments(folder: HuggingFaceFolder) -> Iterator[Fragment]:
+    """Every tensor of a folder as a fragment; each expert of stacked ones is one."""
+    shapes = parameter_shapes(folder.model)
+    for name, expert, tensor in folder.iter_tensors():
+        if expert is None:
+            yield Fragment.whole(name, "master", tensor)
+        else:
+            box = Box((expert, *[0] * tensor.dim()), (1, *tensor.shape))
+            yield Fragment(name, "master", shapes[name], box, tensor[None])
+
+
+def _config_yaml(folder: HuggingFaceFolder, tokenizer: Tokenizer | None) -> str:
+    """What a run's configuration can rest on: the model, and what to train such a model on next."""
+    config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
+    objectives: dict[str, ObjectiveName] = {"encoder": "masked", "encoder_decoder": "span_corruption"}
+    if objective := objectives.get(folder.model.family):
+        config["data"] = {"objective": objective, "special_tokens": _special_tokens(folder, tokenizer, objective)}
+    return plain_yaml(config)
+
+
+def _special_tokens(folder: HuggingFaceFolder, tokenizer: Tokenizer | None, objective: ObjectiveName) -> dict[str, Any]:
+    """Ids of the folder's tokenizer for data.special_tokens, those that the objective needs."""
+    if tokenizer is None:
+        return {}
+    named = named_tokens(tokenizer)
+    # Of an encoder-decoder, padding begins what the decoder reads.
+    start = decoder_start(tokenizer) if folder.model.family == "encoder_decoder" else None
+    found = {
+        "mask": named.mask and named.mask[1],
+        "pad": named.pad and named.pad[1] if start is None else start,
+        "sentinels": list(named.sentinels.values()) or None,
+    }
+    needed = needed_tokens(folder.model.family, objective)
+    return {key: found[key] for key in needed if found[key] is not None}

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from llmtrain.preflight.dry_run import Outline
     from llmtrain.preflight.source_use import SourceUse
 
-ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG", show_default=False)]
+ConfigArgument = Annotated[
+    Path, typer.Argument(help="The run's YAML file, or llmtrain:runs/NAME.yaml.", metavar="CONFIG", show_default=False)
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(help="Keys set over the file's, such as optim.lr=1e-4.", metavar="KEY=VALUE"),

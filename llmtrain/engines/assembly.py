@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.multi_head import Attention
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.positions import RelativeBias
 from llmtrain.models.sharding import split_dim
-from llmtrain.models.transformer import Stack, Transformer
+from llmtrain.models.stack import Stack
+from llmtrain.models.transformer import Transformer
 from llmtrain.parallel.context import spread_over_context
 from llmtrain.parallel.expert import ExpertExchange
 from llmtrain.parallel.groups import Groups
@@ -61,31 +61,25 @@ def shrunk(parameter: nn.Parameter, dim: int, parts: int) -> torch.Tensor:
     return torch.empty(shape, device=parameter.device)
 
 
-def cut(whole: Transformer, chunk: Chunk, config: ModelConfig) -> nn.ModuleDict:
-    """What a chunk needs of a model: its layers, and at either end the embeddings and the head.
+def cut(model: Transformer, chunk: Chunk) -> None:
+    """Leave of a whole model what a chunk needs: its layers, and at either end the embeddings and the head.
 
     Layers are numbered in the order in which data flows: an encoder-decoder's decoder goes on behind its encoder.
     """
-    parts = nn.ModuleDict()
-    if chunk.first:
-        parts["embeddings"] = whole.embeddings
-    first = 0
-    for stack in whole.stacks:
+    model.starts, model.ends = chunk.first, chunk.last
+    first, total = 0, model.config.total_layers
+    for stack in model.stacks:
         numbers = range(first, first + len(stack.layers))
         # The norm at the end of the stack that the head stands on goes with the head, wherever the last layer is.
-        ends_here = chunk.last if numbers.stop == config.total_layers else numbers[-1] in chunk.layers
-        if part := cut_stack(stack, chunk, numbers.start, ends_here):
-            parts[stack.side] = part
+        ends_here = chunk.last if numbers.stop == total else numbers[-1] in chunk.layers
+        setattr(model, stack.side, cut_stack(stack, chunk, numbers.start, ends_here))
         first = numbers.stop
+    if not chunk.first and not (chunk.last and model.config.tie_embeddings):
+        model.embeddings = None
+    elif not chunk.first and model.embeddings is not None:  # the head is its word embedding
+        model.embeddings.position = model.embeddings.token_type = model.embeddings.norm = None
     if not chunk.last:
-        return parts
-    if whole.mlm is not None:
-        parts["mlm"] = whole.mlm
-    if whole.head is not None:
-        parts["head"] = whole.head
-    elif not chunk.first:
-        parts["embeddings"] = nn.ModuleDict({"word": whole.embeddings.word})
-    return parts
+        model.mlm = model.head = None
 
 
 def cut_stack(stack: Stack, chunk: Chunk, first: int, ends_here: bool) -> Stack | None:

@@ -32,6 +32,14 @@ class EvalResult:
     num_tokens: int
 
 
+@dataclass(frozen=True)
+class Scales:
+    """What the gradients of a micro-batch are multiplied by: of the loss of each target, and of balancing losses."""
+
+    loss: float
+    balance: float = 0.0
+
+
 GradientInspector = Callable[[Iterable[Fragment]], None]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.experts.router import NUM_SCALARS, RouterReport, bias_name
-from llmtrain.models.transformer import Stack
+from llmtrain.models.stack import Stack
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint.stored_state import updates_of
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.base import EvalResult, GradientInspector, StepResult
-from llmtrain.engines.inputs import Scales
+from llmtrain.engines.base import EvalResult, GradientInspector, Scales, StepResult
 from llmtrain.engines.masters import Master, gradients_of, read_masters, require_moments, set_updates
 from llmtrain.engines.precision import clip_factor, scale_gradients
 from llmtrain.engines.routers import Routers

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llmtrain.config.parameter_shapes import parameter_shapes
 from llmtrain.config.schema import RunConfig
+from llmtrain.engines.base import Scales
 from llmtrain.engines.compilation import compile_layers
-from llmtrain.engines.inputs import Scales, model_inputs
 from llmtrain.engines.masters import Master, gradients_of, make_state, moments_of
 from llmtrain.engines.placement import InitialWeights, Placement
 from llmtrain.engines.precision import DTYPES, fp32_master
@@ -20,7 +20,7 @@ from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
 from llmtrain.models.build import build_model
 from llmtrain.models.cross_entropy import Objective
-from llmtrain.models.transformer import Pass, Reports
+from llmtrain.models.stack import Pass, Reports
 from llmtrain.optim.groups import parameter_groups
 from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.stateless_random import Draws
@@ -90,7 +90,7 @@ class TorchEngine(SteppingEngine):
 
     def _loss(self, batch: Batch, draws: Draws | None, scales: Scales) -> tuple[Tensor, Tensor, Reports]:
         batch = batch.to(self.device)
-        hidden_SBH, reports = self.model(model_inputs(batch), Pass(draws, scales.balance))
+        hidden_SBH, reports = self.model(batch, Pass(draws, scales.balance))
         whole = VocabularyPart(0, self.config.model.vocabulary)
         objective = Objective(scales.loss, self.config.train.loss_chunk_tokens, whole)
         return *self.model.loss(hidden_SBH, batch.labels_BS, objective), reports

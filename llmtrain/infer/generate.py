@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from llmtrain.errors import ConfigError
-from llmtrain.models.transformer import ModelInputs, Pass, Transformer, build_caches, counted_positions
+from llmtrain.models.stack import Pass, build_caches
+from llmtrain.models.transformer import Transformer, counted_positions
+from llmtrain.values.batch import ModelInputs
 
 LEAST_TEMPERATURE = 1e-6
 """Logits that are divided by less leave the range of their type."""
@@ -63,7 +65,7 @@ def iter_tokens(
     Of an encoder-decoder the prompt is the encoder's input, and the decoder begins with `start_id`. The caller stops at
     an end-of-text token by no longer asking. Raises ConfigError for a prompt that is empty or leaves no room.
     """
-    device = model.embeddings.word.weight.device
+    device = next(model.parameters()).device
     if model.config.family == "encoder":
         raise ConfigError("An encoder cannot continue a text: it fills masks. Put the mask's name into the prompt.")
     if model.config.family == "encoder_decoder":
@@ -107,7 +109,7 @@ def fill_masks(model: Transformer, tokens: Sequence[int], mask_id: int, count: i
     _require_length(tokens, model.config.max_seq_len + 1, "at most", model.config.max_seq_len)
     if mask_id not in tokens:
         raise ConfigError("The prompt has no mask to fill.")
-    tokens_BS = torch.tensor([list(tokens)], device=model.embeddings.word.weight.device)
+    tokens_BS = torch.tensor([list(tokens)], device=next(model.parameters()).device)
     hidden_SBH, _ = model(ModelInputs(tokens_BS, counted_positions(tokens_BS)))
     best_SK = model.logits(hidden_SBH)[0].softmax(-1).topk(min(count, model.config.vocabulary))
     return [

@@ -28,8 +28,8 @@ from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.build import build_model
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.experts.router import bias_name
-from llmtrain.models.transformer import ModelInputs, Transformer, counted_positions
-from llmtrain.values.batch import PADDING
+from llmtrain.models.transformer import Transformer, counted_positions
+from llmtrain.values.batch import PADDING, ModelInputs
 from llmtrain.values.fragment import Box, FragmentSource
 
 

@@ -1,176 +1,43 @@
-"""The model: embeddings, one or two stacks of layers, a head. Plain single-device PyTorch.
+"""The model, or a run of its layers: embeddings, one or two stacks, a head. Plain single-device PyTorch.
 
-Shape suffixes: B micro-batch, S sequence, T the encoder's sequence, H hidden, V vocabulary.
+Shape suffixes: B micro-batch, S sequence, T the encoder's sequence (s, t: this rank's part), H hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.attention.caches import KeyValueCache, MemoryCache, StateCache, build_cache
-from llmtrain.models.attention.multi_head import Attention, AttentionInputs
 from llmtrain.models.attention.visibility import Visibility
 from llmtrain.models.cross_entropy import Objective, head_cross_entropy
 from llmtrain.models.embeddings import Embeddings
-from llmtrain.models.experts.mixture import MoE
+from llmtrain.models.experts.mixture import identity
 from llmtrain.models.head import MlmHead
-from llmtrain.models.mlp import MLP
-from llmtrain.models.norms import build_norm
-from llmtrain.models.positions import build_position_bias, rotary_angles
-from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
-
-Side = Literal["encoder", "decoder"]
-
-
-@dataclass(frozen=True)
-class ModelInputs:
-    """Tokens and who sees whom, for the fields of the same names of a batch; see llmtrain/values/batch.py."""
-
-    tokens_BS: Tensor
-    positions_BS: Tensor
-    segments_BS: Tensor | None = None
-    prefix_B: Tensor | None = None
-    encoder_tokens_BT: Tensor | None = None
-    encoder_segments_BT: Tensor | None = None
-
-
-Reports = dict[str, Tensor]
-"""What the routers of layers with experts have counted, by the layer's global name; see `RouterReport`."""
-
-
-class Layer(nn.Module):
-    """Attention, in a decoder behind an encoder also cross-attention, and an MLP or experts, each added to the
-    residual; the norm stands before the block or after the sum."""
-
-    def __init__(self, config: ModelConfig, side: Side, number: int, recompute: str = "none") -> None:
-        super().__init__()
-        site, selective = f"{side}.{number}", recompute == "selective"
-        self.pre_norm = config.norm_position == "pre"
-        self.dropout = config.dropout
-        self.attention_site, self.mlp_site = site_key(site, "attention"), site_key(site, "mlp")
-        self.cross_attention_site = site_key(site, "cross_attention")
-        self.attention_norm = build_norm(config)
-        self.attention = Attention(config, f"{site}.attention", recompute_kernel=selective)
-        self.cross_attention_norm, self.cross_attention = None, None
-        if config.family == "encoder_decoder" and side == "decoder":
-            self.cross_attention_norm = build_norm(config)
-            self.cross_attention = Attention(config, f"{site}.cross_attention", selective, cross=True)
-        self.mlp_norm = build_norm(config)
-        self.mlp, self.moe = None, None
-        if config.has_experts(number):
-            self.moe = MoE(config, f"{site}.moe", recompute_activation=selective)
-        else:
-            self.mlp = MLP(config, recompute_activation=selective)
-
-    def forward(
-        self, x_SBH: Tensor, inputs: "LayerInputs", cache: "LayerCaches | None" = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """(output, its router's report: None without experts)."""
-        own, cross = (None, None) if cache is None else (cache.own, cache.cross)
-        draws, report = inputs.attention.draws, None
-        y_SBH = self.attention(self._before(self.attention_norm, x_SBH), inputs.attention, own)
-        x_SBH = self._added(self.attention_norm, x_SBH, y_SBH, self.attention_site, draws)
-        if self.cross_attention is not None and self.cross_attention_norm is not None and inputs.cross is not None:
-            y_SBH = self._before(self.cross_attention_norm, x_SBH)
-            y_SBH = self.cross_attention(y_SBH, inputs.cross, cross, inputs.memory_TBH)
-            x_SBH = self._added(self.cross_attention_norm, x_SBH, y_SBH, self.cross_attention_site, draws)
-        y_SBH = self._before(self.mlp_norm, x_SBH)
-        if self.moe is not None:
-            y_SBH, report = self.moe(y_SBH, inputs.valid_BS, draws, inputs.balance)
-        elif self.mlp is not None:
-            y_SBH = self.mlp(y_SBH)
-        return self._added(self.mlp_norm, x_SBH, y_SBH, self.mlp_site, draws), report
-
-    def _before(self, norm: nn.Module, x_SBH: Tensor) -> Tensor:
-        return norm(x_SBH) if self.pre_norm else x_SBH
-
-    def _added(self, norm: nn.Module, x_SBH: Tensor, y_SBH: Tensor, site: Tensor, draws: Draws | None) -> Tensor:
-        x_SBH = x_SBH + dropout_hidden(y_SBH, self.dropout, site, draws)
-        return x_SBH if self.pre_norm else norm(x_SBH)
-
-
-@dataclass(frozen=True)
-class LayerCaches:
-    """What one layer remembers in decoding: of self-attention, and behind an encoder of cross-attention."""
-
-    own: KeyValueCache | StateCache
-    cross: MemoryCache
-
-
-def build_caches(config: ModelConfig, max_seq_len: int) -> list[LayerCaches]:
-    """Caches for all layers of the decoder, with room for `max_seq_len` positions."""
-    return [LayerCaches(build_cache(config, max_seq_len), MemoryCache()) for _ in range(config.decoder_layers)]
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What all layers of one stack share in one forward pass. `cross` and `memory_TBH`, the encoder's output, are those
-    of cross-attention. `valid_BS` is False on padding, which no expert does; None: there is none. `balance` is what
-    the gradients of the balancing losses are multiplied by."""
-
-    attention: AttentionInputs
-    cross: AttentionInputs | None = None
-    memory_TBH: Tensor | None = None
-    valid_BS: Tensor | None = None
-    balance: float = 0.0
-
-
-class Stack(nn.Module):
-    """Layers by their global number, the norm that follows the last one where norms stand before blocks, and the
-    position bias that the layers share."""
-
-    def __init__(self, config: ModelConfig, side: Side, recompute: str = "none") -> None:
-        super().__init__()
-        self.config, self.side = config, side
-        self.recompute_layers = recompute == "full"
-        num_layers = config.encoder_layers if side == "encoder" else config.decoder_layers
-        self.layers = nn.ModuleDict({str(n): Layer(config, side, n, recompute) for n in range(num_layers)})
-        self.final_norm = build_norm(config) if config.norm_position == "pre" else None
-        self.position_bias = build_position_bias(config, causal=side == "decoder")
-
-    def inputs(self, visible: Visibility, positions_BS: Tensor, x_SBH: Tensor, run: "Pass") -> LayerInputs:
-        """What the layers share, but for what comes from an encoder. Positions are those inside of attention."""
-        rotary = rotary_angles(self.config, positions_BS, x_SBH.dtype) if self.config.position == "rope" else None
-        valid_BS = None if visible.queries_BS is None else visible.queries_BS >= 0
-        attention = AttentionInputs(rotary, visible, self.position_bias, run.draws)
-        return LayerInputs(attention, valid_BS=valid_BS, balance=run.balance)
-
-    def forward(
-        self, x_SBH: Tensor, inputs: LayerInputs, caches: Iterable[LayerCaches] | None = None
-    ) -> tuple[Tensor, Reports]:
-        layer_caches = iter(caches) if caches is not None else None
-        reports = {}
-        for number, layer in self.layers.items():
-            if self.recompute_layers and self.training:
-                x_SBH, report = checkpoint(layer, x_SBH, inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_SBH, report = layer(x_SBH, inputs, None if layer_caches is None else next(layer_caches))
-            if report is not None:
-                reports[f"{self.side}.layers.{number}"] = report
-        return x_SBH if self.final_norm is None else self.final_norm(x_SBH), reports
-
-
-@dataclass(frozen=True)
-class Pass:
-    """How a model is run: with which draws (None: without dropout and noise), and what the gradients of balancing
-    losses are multiplied by."""
-
-    draws: Draws | None = None
-    balance: float = 0.0
+from llmtrain.models.stack import LayerCaches, Pass, Reports, Side, Stack, with_memory
+from llmtrain.parallel.sequence import WHOLE, SequenceParts
+from llmtrain.parallel.stateless_random import Span
+from llmtrain.values.batch import ModelInputs
 
 
 class Transformer(nn.Module):
-    """A decoder, an encoder, or both. A tied head has no weight of its own."""
+    """A decoder, an encoder, or both. A tied head has no weight of its own.
+
+    A pipeline stage is the same class with absent ends: without `starts` it goes on from what the stage before has
+    returned, without `ends` it returns what the next one goes on from, and layers, stacks and modules of the other
+    stages are not there. Inputs are whole on every rank: where ranks hold parts of the sequence, `parts` says which,
+    `attention_parts` into how many attention sees it split, and `enter` brings a part to where all of it is needed.
+    """
 
     def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
         super().__init__()
         self.config = config
-        self.embeddings = Embeddings(config)
+        self.starts = self.ends = True
+        self.parts: SequenceParts = WHOLE
+        self.attention_parts = 1
+        self.enter: Callable[[Tensor], Tensor] = identity
+        self.embeddings: Embeddings | None = Embeddings(config)
         self.encoder = Stack(config, "encoder", recompute) if config.encoder_layers else None
         self.decoder = Stack(config, "decoder", recompute) if config.decoder_layers else None
         self.mlm = MlmHead(config) if config.head == "mlm" else None
@@ -183,11 +50,14 @@ class Transformer(nn.Module):
         return [stack for stack in (self.encoder, self.decoder) if stack is not None]
 
     @property
-    def head_weight(self) -> Tensor:
-        """[V, H], without the rows that pad the vocabulary."""
-        weight = self.embeddings.word.weight if self.head is None else self.head.weight
-        # A slice of everything would still cost its backward pass a copy of the gradient.
-        return weight if self.config.vocabulary == weight.shape[0] else weight[: self.config.vocabulary]
+    def has_memory(self) -> bool:
+        """Whether an encoder's output goes along with the decoder's hidden states."""
+        return self.config.family == "encoder_decoder"
+
+    @property
+    def main_side(self) -> Side:
+        """The stack that the head stands on."""
+        return "encoder" if self.config.family == "encoder" else "decoder"
 
     def forward(
         self,
@@ -195,45 +65,108 @@ class Transformer(nn.Module):
         run: Pass | None = None,
         caches: Iterable[LayerCaches] | None = None,
         memory_TBH: Tensor | None = None,
+        received: Tensor | None = None,
     ) -> tuple[Tensor, Reports]:
-        """Hidden states for the head, [S, B, H], and what routers have counted.
+        """Hidden states for the head, [s, B, H], and what routers have counted.
 
-        `memory_TBH` is what `encode` has returned, where the encoder need not run again.
+        `memory_TBH` is what `encode` has returned, where the encoder need not run again. `received` is what the stage
+        before has returned: of an encoder-decoder, the encoder's positions and behind them the decoder's.
         """
         run, reports = run or Pass(), {}
-        if self.encoder is not None and self.decoder is not None and memory_TBH is None:
-            memory_TBH, reports = self.encode(inputs, run)
-        stack = self.stacks[-1]
-        x_SBH = self.embeddings(inputs.tokens_BS, inputs.positions_BS, run.draws, stack.side)
-        shared = stack.inputs(main_visibility(self.config, inputs), inputs.positions_BS, x_SBH, run)
-        if memory_TBH is not None:
-            shared = with_memory(shared, memory_TBH, inputs.encoder_segments_BT)
-        x_SBH, more = stack(x_SBH, shared, caches)
-        return self.before_head(x_SBH), {**reports, **more}
+        encoded_tBH, x_sBH = self._begin(inputs, run, received, memory_TBH)
+        if self.has_memory and self.encoder is not None and memory_TBH is None:
+            encoded_tBH, reports = self._encode(inputs, run, encoded_tBH)
+        stack = self.encoder if self.main_side == "encoder" else self.decoder
+        if stack is not None:
+            inside = self._inside(inputs.tokens_BS)
+            visible, own_run = main_visibility(self.config, inputs), self._own(run, inputs.tokens_BS)
+            shared = stack.inputs(visible, inputs.positions_BS[:, inside], x_sBH, own_run)
+            if encoded_tBH is not None and stack.layers:
+                shared = with_memory(shared, self.enter(encoded_tBH), inputs.encoder_segments_BT)
+            x_sBH, more = stack(x_sBH, shared, caches)
+            reports = {**reports, **more}
+        if not self.ends:
+            return (x_sBH if encoded_tBH is None else torch.cat((encoded_tBH, x_sBH))), reports
+        return self.before_head(x_sBH), reports
+
+    def _begin(
+        self, inputs: ModelInputs, run: Pass, received: Tensor | None, memory_TBH: Tensor | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """What comes into the layers: the encoder's part in an encoder-decoder, and the main sequence's."""
+        if self.starts:
+            x_sBH = self._embed(inputs.tokens_BS, inputs.positions_BS, run, self.main_side)
+            if not self.has_memory or memory_TBH is not None:
+                return memory_TBH, x_sBH
+            return self._embed_source(inputs, run), x_sBH
+        assert received is not None, "the schedule hands over what the stage before has returned"
+        if not self.has_memory:
+            return None, received
+        assert inputs.encoder_tokens_BT is not None, "batches of an encoder-decoder have the encoder's tokens"
+        own = self.parts.own(inputs.encoder_tokens_BT.shape[1])
+        return received[: own.stop - own.start], received[own.stop - own.start :]
+
+    def _embed_source(self, inputs: ModelInputs, run: Pass) -> Tensor:
+        assert inputs.encoder_tokens_BT is not None, "batches of an encoder-decoder have the encoder's tokens"
+        tokens_BT = inputs.encoder_tokens_BT
+        return self._embed(tokens_BT, counted_positions(tokens_BT), run, "encoder")
+
+    def _embed(self, tokens_BS: Tensor, positions_BS: Tensor, run: Pass, side: Side) -> Tensor:
+        assert self.embeddings is not None, "a model that starts has them"
+        # The word embedding of tensor ranks scatters its own output; what is added to it has to be the same part.
+        own = self.parts.own(tokens_BS.shape[1])
+        draws = self._own(run, tokens_BS).draws
+        return self.embeddings(tokens_BS[:, self._inside(tokens_BS)], positions_BS[:, own], draws, side)
+
+    def _own(self, run: Pass, tokens_BS: Tensor) -> Pass:
+        """The pass as this rank's part of a sequence sees it: its draws are those of that part."""
+        if run.draws is None or self.parts.count == 1:
+            return run
+        length = tokens_BS.shape[1]
+        return replace(run, draws=run.draws.with_sequence(Span(self.parts.own(length).start, length)))
+
+    def _inside(self, tokens_BS: Tensor) -> slice:
+        """This rank's part of a sequence inside of blocks: all of it, but for context parallel."""
+        length = tokens_BS.shape[1]
+        return self.parts.block(length, length // self.attention_parts)
 
     def encode(self, inputs: ModelInputs, run: Pass) -> tuple[Tensor, Reports]:
         """The output of an encoder-decoder's encoder, [T, B, H], and what its routers have counted."""
-        assert self.encoder is not None and inputs.encoder_tokens_BT is not None
-        positions_BT = counted_positions(inputs.encoder_tokens_BT)
-        x_TBH = self.embeddings(inputs.encoder_tokens_BT, positions_BT, run.draws, "encoder")
-        visible = encoder_visibility(inputs.encoder_segments_BT)
-        return self.encoder(x_TBH, self.encoder.inputs(visible, positions_BT, x_TBH, run))
+        return self._encode(inputs, run, self._embed_source(inputs, run))
+
+    def _encode(self, inputs: ModelInputs, run: Pass, x_tBH: Tensor | None) -> tuple[Tensor, Reports]:
+        assert self.encoder is not None and inputs.encoder_tokens_BT is not None and x_tBH is not None
+        tokens_BT, visible = inputs.encoder_tokens_BT, encoder_visibility(inputs.encoder_segments_BT)
+        positions_BT = counted_positions(tokens_BT)[:, self._inside(tokens_BT)]
+        return self.encoder(x_tBH, self.encoder.inputs(visible, positions_BT, x_tBH, self._own(run, tokens_BT)))
 
     def before_head(self, x_SBH: Tensor) -> Tensor:
         """What stands between the last layer and the matrix of the head."""
         x_SBH = x_SBH if self.mlm is None else self.mlm(x_SBH)
-        return x_SBH * self.config.hidden_size**-0.5 if self.config.scaled_head else x_SBH
+        x_SBH = x_SBH * self.config.hidden_size**-0.5 if self.config.scaled_head else x_SBH
+        return self.enter(x_SBH)
+
+    def head_weight(self, rows: int) -> Tensor:
+        """[rows, H]: this rank's rows of the head, without those that pad the vocabulary."""
+        if self.head is not None:
+            weight = self.head.weight
+        else:
+            assert self.embeddings is not None, "a model that ends with a tied head has the word embedding"
+            weight = self.embeddings.word.weight
+        # A slice of everything would still cost its backward pass a copy of the gradient.
+        return weight if rows == weight.shape[0] else weight[:rows]
 
     def logits(self, hidden_SBH: Tensor) -> Tensor:
-        """[B, S, V] in fp32."""
-        logits_BSV = (hidden_SBH.transpose(0, 1) @ self.head_weight.T).float()
-        return logits_BSV if self.mlm is None else logits_BSV + self.mlm.bias[: self.config.vocabulary].float()
+        """[B, S, V] in fp32, of a model that has the whole vocabulary."""
+        rows = self.config.vocabulary
+        logits_BSV = (hidden_SBH.transpose(0, 1) @ self.head_weight(rows).T).float()
+        return logits_BSV if self.mlm is None else logits_BSV + self.mlm.bias[:rows].float()
 
     def loss(self, hidden_SBH: Tensor, labels_BS: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-        """(scaled loss to call backward on, detached sum of the loss over the targets)."""
-        bias_V = None if self.mlm is None else self.mlm.bias[: self.config.vocabulary]
-        labels_T = labels_BS.T.flatten()
-        return head_cross_entropy(hidden_SBH.flatten(0, 1), self.head_weight, labels_T, objective, bias_V)
+        """(scaled loss to call backward on, detached sum of the loss over this rank's part of the targets)."""
+        rows = objective.part.rows
+        bias_V = None if self.mlm is None else self.mlm.bias[:rows]
+        labels_T = labels_BS[:, self._inside(labels_BS)].T.flatten()
+        return head_cross_entropy(hidden_SBH.flatten(0, 1), self.head_weight(rows), labels_T, objective, bias_V)
 
 
 def main_visibility(config: ModelConfig, inputs: ModelInputs) -> Visibility:
@@ -244,12 +177,6 @@ def main_visibility(config: ModelConfig, inputs: ModelInputs) -> Visibility:
 def encoder_visibility(segments_BT: Tensor | None) -> Visibility:
     """Who sees whom in an encoder-decoder's encoder."""
     return Visibility(False, segments_BT, segments_BT)
-
-
-def with_memory(inputs: LayerInputs, memory_TBH: Tensor, segments_BT: Tensor | None) -> LayerInputs:
-    """The decoder's inputs with an encoder's output, all of which but padding is seen by every position."""
-    cross = AttentionInputs(visible=Visibility(False, keys_BT=segments_BT), draws=inputs.attention.draws)
-    return replace(inputs, cross=cross, memory_TBH=memory_TBH)
 
 
 def counted_positions(tokens_BT: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Shape suffixes: B micro-batch, S sequence, T the encoder's sequence in an encoder-decoder.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,25 +27,34 @@ TENSORS = (
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Token ids, the token that each position should predict, and where documents begin.
+class ModelInputs:
+    """What a model reads: token ids, and who sees whom.
 
-    `labels_BS` is already shifted: position s predicts labels[:, s]. `positions_BS` counts from 0 in every sample, or
-    in every document where the configuration says so. `segments_BS` numbers the documents of a sample, PADDING for what
-    is none; it is None where attention runs across documents and nothing is padding. `prefix_B` is the length of each
-    sample's prefix, which is seen from both sides. Of an encoder-decoder, these are the decoder's; the encoder has
-    `encoder_tokens_BT`, and where some are padding, `encoder_segments_BT`.
+    `positions_BS` counts from 0 in every sample, or in every document where the configuration says so. `segments_BS`
+    numbers the documents of a sample, PADDING for what is none; it is None where attention runs across documents and
+    nothing is padding. `prefix_B` is the length of each sample's prefix, which is seen from both sides. Of an
+    encoder-decoder, these are the decoder's; the encoder has `encoder_tokens_BT`, and where some are padding,
+    `encoder_segments_BT`.
     """
 
     tokens_BS: Tensor
-    labels_BS: Tensor
     positions_BS: Tensor
     segments_BS: Tensor | None = None
-    first_sample: int = 0
-    """Global number of the first sample; the others follow it, but for those that the run skips."""
     prefix_B: Tensor | None = None
     encoder_tokens_BT: Tensor | None = None
     encoder_segments_BT: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch(ModelInputs):
+    """A micro-batch: inputs, and the token that each position should predict.
+
+    `labels_BS` is already shifted: position s predicts labels[:, s].
+    """
+
+    labels_BS: Tensor = field(kw_only=True)
+    first_sample: int = field(default=0, kw_only=True)
+    """Global number of the first sample; the others follow it, but for those that the run skips."""
 
     @property
     def num_valid_tokens(self) -> int:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from llmtrain.checks.parity.rank_pool import Forks
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Engine
-from llmtrain.engines.inputs import model_inputs
 from llmtrain.models.build import build_model, materialize
 from llmtrain.train.setup import engine_class
 from tests.benchmarks import overhead, step
@@ -125,7 +124,7 @@ def same_model_step(config: RunConfig, shape: Shape) -> Step:
 
     def loss() -> torch.Tensor:
         batch = next(supply)
-        hidden, _ = model(model_inputs(batch))
+        hidden, _ = model(batch)
         return F.cross_entropy(model.logits(hidden).flatten(0, 1), batch.labels_BS.flatten())
 
     return bare_step(model, loss)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from llmtrain.config.observe import ObserveConfig
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.inputs import model_inputs
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.models.build import build_model, materialize
 from llmtrain.preflight.resolve import resolve
@@ -127,7 +126,7 @@ def bare_loop(config: RunConfig, batches: list[Batch], steps: int) -> Measuremen
         times = [time.perf_counter()]
         for _ in range(steps):
             batch = next(supply)
-            hidden, _ = model(model_inputs(batch))
+            hidden, _ = model(batch)
             loss = F.cross_entropy(model.logits(hidden).flatten(0, 1), batch.labels_BS.flatten())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)

@@ -88,7 +88,7 @@ def gpt2_run(shape: Shape, changes: Mapping[str, Mapping[str, Any]] | None = Non
 def as_batch(tokens: Tensor) -> Batch:
     """Each token predicts the next one."""
     positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
-    return Batch(tokens[:, :-1], tokens[:, 1:], positions)
+    return Batch(tokens[:, :-1], positions, labels_BS=tokens[:, 1:])
 
 
 def engine_loop(shape: Shape, device: torch.device, steps: int, precision: str) -> Measurement:

@@ -95,7 +95,7 @@ def run_steps(engine: Any, run: Run, data: tuple[int, int]) -> Outcome:
 
 def spoil(engine: Any) -> Any:
     """Make the gradient of the last block infinite, in the first micro-batch only."""
-    module = engine.engine.module.parts["decoder"].layers["3"]
+    module = engine.engine.module.model.decoder.layers["3"]
     left = [1]
 
     def infinite(_module: Any, _args: Any, output: tuple[torch.Tensor, Any]) -> None:

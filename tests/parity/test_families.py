@@ -159,10 +159,10 @@ def drop_sum_over_stages() -> None:
 
 def forget_padding() -> None:
     """An encoder's padding is seen by the decoder."""
-    from llmtrain.engines import stage
+    from llmtrain.models import transformer
 
-    original = stage.with_memory
-    stage.with_memory = lambda inputs, memory, segments: original(inputs, memory, None)
+    original = transformer.with_memory
+    transformer.with_memory = lambda inputs, memory, segments: original(inputs, memory, None)
 
 
 def enter_weights_without_sum() -> None:

@@ -6,8 +6,8 @@ import torch
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, SourceConfig, TrainConfig
-from llmtrain.engines.inputs import model_inputs
-from llmtrain.models.transformer import Pass, Transformer
+from llmtrain.models.stack import Pass
+from llmtrain.models.transformer import Transformer
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.values.batch import Batch
 
@@ -38,9 +38,9 @@ def random_batch(num_samples: int = 2, seq_len: int = 32, vocab_size: int = 307,
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (num_samples, seq_len + 1), generator=generator)
     positions = torch.arange(seq_len).expand(num_samples, seq_len)
-    return Batch(tokens[:, :-1], tokens[:, 1:].clone(), positions)
+    return Batch(tokens[:, :-1], positions, labels_BS=tokens[:, 1:].clone())
 
 
 def hidden_states(model: Transformer, batch: Batch, draws: Draws | None = None) -> torch.Tensor:
     """What a model leaves before its head."""
-    return model(model_inputs(batch), Pass(draws))[0]
+    return model(batch, Pass(draws))[0]

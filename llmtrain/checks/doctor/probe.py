@@ -166,7 +166,9 @@ def _one_step(build: Callable[..., Any], config: Any, device: Any) -> Answer:
         open_group(lone_store(), ALONE, device, MEETING_SECONDS)
     tokens = torch.arange(config.data.seq_len + 1).expand(1, -1)
     positions = torch.arange(config.data.seq_len).expand(1, -1)
-    batches = [Batch(tokens[:, :-1], tokens[:, 1:].clone(), positions, first_sample=number) for number in range(2)]
+    batches = [
+        Batch(tokens[:, :-1], positions, labels_BS=tokens[:, 1:].clone(), first_sample=number) for number in range(2)
+    ]
     loss = build(config, device).train_step(1, batches, config.optim.lr).loss
     if not 0.0 < loss < 100.0:
         raise ArithmeticError(f"the loss of a step is {loss}")

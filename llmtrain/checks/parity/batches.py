@@ -39,9 +39,9 @@ def probe_batch(config: RunConfig, step: int, number: int) -> Batch:
         prefix = torch.full((size,), 1 + number % (seq_len // 2))
     return Batch(
         whole[:, :-1],
-        labels,
         positions,
         segments,
+        labels_BS=labels,
         prefix_B=prefix,
         encoder_tokens_BT=encoder_tokens,
         encoder_segments_BT=encoder_segments,

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmtrain.config.schema import RunConfig
+from llmtrain.engines.base import Scales
 from llmtrain.engines.deepspeed_engine.experts import expert_group, register_experts
 from llmtrain.engines.deepspeed_engine.setup import build_deepspeed, materialize_partitioned, prepare_deepspeed
 from llmtrain.engines.deepspeed_engine.zero0 import Replicated, Sharding
 from llmtrain.engines.deepspeed_engine.zero1_2 import Partitions
 from llmtrain.engines.deepspeed_engine.zero3 import PartitionedWeights
-from llmtrain.engines.inputs import Scales
 from llmtrain.engines.masters import Master, gradients_of
 from llmtrain.engines.placement import InitialWeights, Placement
 from llmtrain.engines.precision import DTYPES, fp32_master
@@ -47,7 +47,7 @@ class DeepSpeedEngine(SteppingEngine):
         self.placements: dict[nn.Parameter, Placement] = {}
         stage = self._build_stage()
         self.optimizer, self.engine, self.sharding = self._build_sharding(stage)
-        self.routers = Routers(config.model, iter_moe(stage.stacks), device)
+        self.routers = Routers(config.model, iter_moe(stage.model.stacks), device)
         self.averaged_over = self.sharding.averaged_over
         self.load_weights(InitialWeights(config.model, config.seed, stage.global_shapes.__getitem__))
 

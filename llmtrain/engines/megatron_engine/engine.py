@@ -17,7 +17,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameter_shapes import parameter_shapes
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import sample_lengths
-from llmtrain.engines.inputs import Scales
+from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import Master, make_state, moments_of
 from llmtrain.engines.megatron_engine.masters import iter_pairs, round_weights
 from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, transformer_config
@@ -68,7 +68,7 @@ class MegatronEngine(SteppingEngine):
         for optimizer, _, main, _ in self.pairs:
             make_state(optimizer, self.row, [main])
         stages = [cast(PipelineChunk, chunk.module).stage for chunk in self.chunks]
-        self.routers = Routers(config.model, iter_moe(chain(*(stage.stacks for stage in stages))), device)
+        self.routers = Routers(config.model, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
         self.load_weights(InitialWeights(config.model, config.seed, stages[0].global_shapes.__getitem__))
 
     def _build_chunk(self, number: int, chunk: Any) -> DistributedDataParallel:

@@ -32,8 +32,8 @@ class PipelineChunk(nn.Module):
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The word embedding, on the chunks that hold it; its gradients are summed over them where it is tied."""
-        parts = self.stage.parts
-        return parts["embeddings"].get_submodule("word").get_parameter("weight") if "embeddings" in parts else None
+        embeddings = self.stage.model.embeddings
+        return None if embeddings is None else embeddings.word.weight
 
     def forward(self, *arguments: Any) -> StageOutput:
         return self.stage(*arguments)

@@ -13,10 +13,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from llmtrain.engines.compilation import compile_layers
-from llmtrain.engines.inputs import model_inputs
 from llmtrain.models.build import build_model
 from llmtrain.models.compiled_graphs import CACHE_VARIABLE
-from llmtrain.models.transformer import Pass
+from llmtrain.models.stack import Pass
 from llmtrain.parallel.stateless_random import Draws
 from tests.support.samples import random_batch, tiny_model
 
@@ -72,7 +71,7 @@ def graphs(num_layers: int, recompute: str = "none", **changes: Any) -> dict[str
         layer.compile(backend="eager")
     for step in (1, 2):
         draws = Draws.of_micro_batch(1, step, 0, torch.device("cpu"))
-        model(model_inputs(random_batch()), Pass(draws))[0].sum().backward()
+        model(random_batch(), Pass(draws))[0].sum().backward()
     given_up = counters["frames"]["total"] - counters["frames"]["ok"]
     return {"graphs": counters["stats"]["unique_graphs"], "given up": given_up}
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,8 +81,9 @@ def test_the_mean_of_micro_batch_means_would_be_wrong() -> None:
 
 def test_splitting_into_micro_batches_changes_nothing() -> None:
     whole = random_batch(num_samples=4, seed=3)
-    tensors = (whole.tokens_BS, whole.labels_BS, whole.positions_BS)
-    parts = [Batch(*(tensor[i : i + 1] for tensor in tensors)) for i in range(4)]
+    tensors = (whole.tokens_BS, whole.positions_BS, whole.labels_BS)
+    cut = [[tensor[i : i + 1] for tensor in tensors] for i in range(4)]
+    parts = [Batch(tokens, positions, labels_BS=labels) for tokens, positions, labels in cut]
     one, four = engine().train_step(1, [whole], 1e-3), engine().train_step(1, parts, 1e-3)
     assert one.loss == pytest.approx(four.loss, rel=1e-6)
     assert one.grad_norm == pytest.approx(four.grad_norm, rel=1e-5)
@@ -129,7 +131,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_scale() -> None:
         e.model.embeddings.word.weight[5] = float("inf")
     tokens = random_batch().tokens_BS.clone()
     tokens[0, 0] = 5
-    poisoned = Batch(tokens, random_batch().labels_BS, random_batch().positions_BS)
+    poisoned = replace(random_batch(), tokens_BS=tokens)
     result = e.train_step(2, [poisoned], 1e-2)
     assert result.skipped
     assert e.state()["updates"] == state["updates"] == 1
@@ -190,7 +192,7 @@ def test_a_checkpoint_of_another_shape_is_refused() -> None:
 def test_a_tiny_model_memorizes_a_text() -> None:
     text = b"Every weight, gradient, moment and draw has a layout-free global coordinate."
     ids = torch.tensor([list(text)])
-    batch = Batch(ids[:, :-1], ids[:, 1:], torch.arange(len(text) - 1)[None])
+    batch = Batch(ids[:, :-1], torch.arange(len(text) - 1)[None], labels_BS=ids[:, 1:])
     e = engine({"max_seq_len": 128})
     losses = [e.train_step(step, [batch], 1e-2).loss for step in range(1, 101)]
     assert losses[0] > 5

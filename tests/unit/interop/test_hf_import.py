@@ -28,9 +28,9 @@ from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.proof import AUTO_CLASSES, their_inputs
 from llmtrain.interop.weight_files import INDEX, WEIGHTS
 from llmtrain.models.cross_entropy import Objective
-from llmtrain.models.transformer import ModelInputs, Transformer, counted_positions
+from llmtrain.models.transformer import Transformer, counted_positions
 from llmtrain.parallel.vocabulary import VocabularyPart
-from llmtrain.values.batch import IGNORED_LABEL
+from llmtrain.values.batch import IGNORED_LABEL, ModelInputs
 from tests.unit.interop.models import random_example
 
 _GPT2 = {"vocab_size": 307, "n_positions": 48, "n_embd": 40, "n_layer": 2, "n_head": 4}

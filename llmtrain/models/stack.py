@@ -1,0 +1,153 @@
+"""A stack of layers: what each computes, and what all of them share in one forward pass.
+
+Shape suffixes: B micro-batch, S sequence, T the encoder's sequence, H hidden.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.models.attention.caches import KeyValueCache, MemoryCache, StateCache, build_cache
+from llmtrain.models.attention.multi_head import Attention, AttentionInputs
+from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.experts.mixture import MoE
+from llmtrain.models.mlp import MLP
+from llmtrain.models.norms import build_norm
+from llmtrain.models.positions import build_position_bias, rotary_angles
+from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
+
+Side = Literal["encoder", "decoder"]
+
+Reports = dict[str, Tensor]
+"""What the routers of layers with experts have counted, by the layer's global name; see `RouterReport`."""
+
+
+class Layer(nn.Module):
+    """Attention, in a decoder behind an encoder also cross-attention, and an MLP or experts, each added to the
+    residual; the norm stands before the block or after the sum."""
+
+    def __init__(self, config: ModelConfig, side: Side, number: int, recompute: str = "none") -> None:
+        super().__init__()
+        site, selective = f"{side}.{number}", recompute == "selective"
+        self.pre_norm = config.norm_position == "pre"
+        self.dropout = config.dropout
+        self.attention_site, self.mlp_site = site_key(site, "attention"), site_key(site, "mlp")
+        self.cross_attention_site = site_key(site, "cross_attention")
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config, f"{site}.attention", recompute_kernel=selective)
+        self.cross_attention_norm, self.cross_attention = None, None
+        if config.family == "encoder_decoder" and side == "decoder":
+            self.cross_attention_norm = build_norm(config)
+            self.cross_attention = Attention(config, f"{site}.cross_attention", selective, cross=True)
+        self.mlp_norm = build_norm(config)
+        self.mlp, self.moe = None, None
+        if config.has_experts(number):
+            self.moe = MoE(config, f"{site}.moe", recompute_activation=selective)
+        else:
+            self.mlp = MLP(config, recompute_activation=selective)
+
+    def forward(
+        self, x_SBH: Tensor, inputs: "LayerInputs", cache: "LayerCaches | None" = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(output, its router's report: None without experts)."""
+        own, cross = (None, None) if cache is None else (cache.own, cache.cross)
+        draws, report = inputs.attention.draws, None
+        y_SBH = self.attention(self._before(self.attention_norm, x_SBH), inputs.attention, own)
+        x_SBH = self._added(self.attention_norm, x_SBH, y_SBH, self.attention_site, draws)
+        if self.cross_attention is not None and self.cross_attention_norm is not None and inputs.cross is not None:
+            y_SBH = self._before(self.cross_attention_norm, x_SBH)
+            y_SBH = self.cross_attention(y_SBH, inputs.cross, cross, inputs.memory_TBH)
+            x_SBH = self._added(self.cross_attention_norm, x_SBH, y_SBH, self.cross_attention_site, draws)
+        y_SBH = self._before(self.mlp_norm, x_SBH)
+        if self.moe is not None:
+            y_SBH, report = self.moe(y_SBH, inputs.valid_BS, draws, inputs.balance)
+        elif self.mlp is not None:
+            y_SBH = self.mlp(y_SBH)
+        return self._added(self.mlp_norm, x_SBH, y_SBH, self.mlp_site, draws), report
+
+    def _before(self, norm: nn.Module, x_SBH: Tensor) -> Tensor:
+        return norm(x_SBH) if self.pre_norm else x_SBH
+
+    def _added(self, norm: nn.Module, x_SBH: Tensor, y_SBH: Tensor, site: Tensor, draws: Draws | None) -> Tensor:
+        x_SBH = x_SBH + dropout_hidden(y_SBH, self.dropout, site, draws)
+        return x_SBH if self.pre_norm else norm(x_SBH)
+
+
+@dataclass(frozen=True)
+class LayerCaches:
+    """What one layer remembers in decoding: of self-attention, and behind an encoder of cross-attention."""
+
+    own: KeyValueCache | StateCache
+    cross: MemoryCache
+
+
+def build_caches(config: ModelConfig, max_seq_len: int) -> list[LayerCaches]:
+    """Caches for all layers of the decoder, with room for `max_seq_len` positions."""
+    return [LayerCaches(build_cache(config, max_seq_len), MemoryCache()) for _ in range(config.decoder_layers)]
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What all layers of one stack share in one forward pass. `cross` and `memory_TBH`, the encoder's output, are those
+    of cross-attention. `valid_BS` is False on padding, which no expert does; None: there is none. `balance` is what
+    the gradients of the balancing losses are multiplied by."""
+
+    attention: AttentionInputs
+    cross: AttentionInputs | None = None
+    memory_TBH: Tensor | None = None
+    valid_BS: Tensor | None = None
+    balance: float = 0.0
+
+
+class Stack(nn.Module):
+    """Layers by their global number, the norm that follows the last one where norms stand before blocks, and the
+    position bias that the layers share."""
+
+    def __init__(self, config: ModelConfig, side: Side, recompute: str = "none") -> None:
+        super().__init__()
+        self.config, self.side = config, side
+        self.recompute_layers = recompute == "full"
+        num_layers = config.encoder_layers if side == "encoder" else config.decoder_layers
+        self.layers = nn.ModuleDict({str(n): Layer(config, side, n, recompute) for n in range(num_layers)})
+        self.final_norm = build_norm(config) if config.norm_position == "pre" else None
+        self.position_bias = build_position_bias(config, causal=side == "decoder")
+
+    def inputs(self, visible: Visibility, positions_BS: Tensor, x_SBH: Tensor, run: "Pass") -> LayerInputs:
+        """What the layers share, but for what comes from an encoder. Positions are those inside of attention."""
+        rotary = rotary_angles(self.config, positions_BS, x_SBH.dtype) if self.config.position == "rope" else None
+        valid_BS = None if visible.queries_BS is None else visible.queries_BS >= 0
+        attention = AttentionInputs(rotary, visible, self.position_bias, run.draws)
+        return LayerInputs(attention, valid_BS=valid_BS, balance=run.balance)
+
+    def forward(
+        self, x_SBH: Tensor, inputs: LayerInputs, caches: Iterable[LayerCaches] | None = None
+    ) -> tuple[Tensor, Reports]:
+        layer_caches = iter(caches) if caches is not None else None
+        reports = {}
+        for number, layer in self.layers.items():
+            if self.recompute_layers and self.training:
+                x_SBH, report = checkpoint(layer, x_SBH, inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_SBH, report = layer(x_SBH, inputs, None if layer_caches is None else next(layer_caches))
+            if report is not None:
+                reports[f"{self.side}.layers.{number}"] = report
+        return x_SBH if self.final_norm is None else self.final_norm(x_SBH), reports
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a model is run: with which draws (None: without dropout and noise), and what the gradients of balancing
+    losses are multiplied by."""
+
+    draws: Draws | None = None
+    balance: float = 0.0
+
+
+def with_memory(inputs: LayerInputs, memory_TBH: Tensor, segments_BT: Tensor | None) -> LayerInputs:
+    """The decoder's inputs with an encoder's output, all of which but padding is seen by every position."""
+    cross = AttentionInputs(visible=Visibility(False, keys_BT=segments_BT), draws=inputs.attention.draws)
+    return replace(inputs, cross=cross, memory_TBH=memory_TBH)

@@ -51,9 +51,9 @@ def expected_megatron(config: RunConfig, layout: Layout, stage: int) -> Calls:
     first, last = stage == 0, stage == layout.pipeline - 1
     held = held_parameters(config, layout, stage)
 
-    # The step: the number of targets before, the loss and the gradient norm after.
-    calls["all_reduce", COUNT_BYTES] += 2
-    calls["all_reduce", FP32_BYTES] += 1
+    # The step: the number of targets before; the loss and the square of the gradient norm after, in one.
+    calls["all_reduce", COUNT_BYTES] += 1
+    calls["all_reduce", 2 * COUNT_BYTES] += 1
 
     # Pipeline: one message per micro-batch and direction at each boundary; under sequence parallel a part of it.
     boundaries = (not first) + (not last)
@@ -80,8 +80,9 @@ def expected_megatron(config: RunConfig, layout: Layout, stage: int) -> Calls:
 
 def expected_torch(config: RunConfig, layout: Layout, stage: int) -> Calls:
     elements = sum(size for _, size in held_parameters(config, layout, stage))
-    # The number of targets before; all gradients and the loss in one.
-    return Calls({("all_reduce", COUNT_BYTES): 1, ("all_reduce", (elements + 1) * FP32_BYTES): 1})
+    # The number of targets before; all gradients; the loss and the square of the gradient norm after, in one.
+    sizes = (COUNT_BYTES, elements * FP32_BYTES, 2 * COUNT_BYTES)
+    return Calls({("all_reduce", size): 1 for size in sizes})
 
 
 CASES: list[tuple[str, dict[str, Any], int]] = [

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from llmtrain.checkpoint.folders import step_of_folder
 from llmtrain.checkpoint.manifest import Manifest, load_manifest
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, TensorInfo, checkpoint_problems, open_checkpoint
-from llmtrain.config.parameter_shapes import VOCABULARY_TENSORS
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.errors import CheckpointError
 
 
@@ -46,9 +49,13 @@ def verified(path: Path) -> tuple[Manifest | None, list[str]]:
 
 def num_padding_elements(reader: CheckpointReader, tensors: Sequence[TensorInfo]) -> int:
     """Elements of the rows that pad the vocabulary: they lie in the tensors, and are no parameters of the model."""
-    model = origin_of(reader.path, reader.state, reader.config_text, reader.about).section("model")
-    vocab_size = model.get("vocab_size")
-    if not isinstance(vocab_size, int):
+    section = origin_of(reader.path, reader.state, reader.config_text, reader.about).section("model")
+    try:
+        model = ModelConfig.model_validate(section)
+    except ValidationError:
         return 0
-    padded = [tensor for tensor in tensors if tensor.kind == "master" and tensor.name in VOCABULARY_TENSORS]
-    return sum(max(0, tensor.shape[0] - vocab_size) * tensor.num_elements // tensor.shape[0] for tensor in padded)
+    if model.vocab_size is None:
+        return 0
+    declared = declare_parameters(model)
+    padded = [t for t in tensors if t.kind == "master" and t.name in declared and declared[t.name].vocabulary]
+    return sum(max(0, t.shape[0] - model.vocab_size) * t.num_elements // t.shape[0] for t in padded)

@@ -112,7 +112,7 @@ def import_(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists already. Choose another name, or remove it.")
-    from llmtrain.config.parameter_shapes import num_parameters
+    from llmtrain.config.parameters import num_parameters
     from llmtrain.interop.installation import require_transformers
     from llmtrain.runs.file_system import require_place
 

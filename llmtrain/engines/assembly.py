@@ -1,12 +1,14 @@
 """A whole model on the meta device to what one rank holds of it."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
+from llmtrain.config.parameters import Parameter
 from llmtrain.models.attention.multi_head import Attention
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.positions import RelativeBias
-from llmtrain.models.sharding import split_dim
 from llmtrain.models.stack import Stack
 from llmtrain.models.transformer import Transformer
 from llmtrain.parallel.context import spread_over_context
@@ -16,7 +18,9 @@ from llmtrain.parallel.layout import Chunk
 from llmtrain.parallel.tensor import TensorRegion
 
 
-def split_stacks(whole: Transformer, groups: Groups, region: TensorRegion | None) -> None:
+def split_stacks(
+    whole: Transformer, declared: Mapping[str, Parameter], groups: Groups, region: TensorRegion | None
+) -> None:
     """Split over the ranks what is neither a linear nor an embedding. Call with the meta device as the default."""
     for module in whole.modules():
         if isinstance(module, Attention):
@@ -26,7 +30,7 @@ def split_stacks(whole: Transformer, groups: Groups, region: TensorRegion | None
         elif isinstance(module, MoE):
             place_experts(module, groups, region)
     for name, parameter in list(whole.named_parameters()):
-        dim = split_dim(name) if groups.layout.tensor > 1 else None
+        dim = declared[name].split if groups.layout.tensor > 1 else None
         owner, _, leaf = name.rpartition(".")
         module = whole.get_submodule(owner)
         if dim is not None and not isinstance(module, (nn.Linear, nn.Embedding)):

@@ -1,12 +1,13 @@
 """Where the parameters of a rank lie in the global tensors, and pieces of them as boxes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.errors import CheckpointError
 from llmtrain.models.init import initial_tensor
 from llmtrain.values.fragment import Box, FragmentSource
@@ -86,16 +87,17 @@ def check_shape(source: FragmentSource, placement: Placement, kind: str) -> None
 class InitialWeights:
     """The weights before the first step, as a source: each element a function of seed, name and global index."""
 
-    def __init__(self, config: ModelConfig, seed: int, shape_of: Callable[[str], tuple[int, ...]]) -> None:
+    def __init__(self, config: ModelConfig, seed: int) -> None:
         self._config = config
         self._seed = seed
-        self._shape_of = shape_of
+        self._declared = declare_parameters(config)
         self._last: tuple[str, Tensor] | None = None
 
     def read(self, name: str, kind: str, box: Box) -> Tensor:
+        declared = self._declared[name]
         if self._last is None or self._last[0] != name:  # boxes of one tensor are asked for one after the other
-            self._last = name, initial_tensor(name, self._shape_of(name), self._config, self._seed)
-        return self._last[1][box.slices_in(Box.whole(self._shape_of(name)))]
+            self._last = name, initial_tensor(declared, self._config, self._seed)
+        return self._last[1][box.slices_in(Box.whole(declared.shape))]
 
     def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
-        return self._shape_of(name)
+        return self._declared[name].shape

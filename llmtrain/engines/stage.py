@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.assembly import cut, split_stacks
 from llmtrain.engines.base import Scales
@@ -11,7 +11,6 @@ from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.placement import Placement, split_box
 from llmtrain.models.build import build_model
 from llmtrain.models.cross_entropy import Objective
-from llmtrain.models.sharding import is_expert, kind_of, split_dim
 from llmtrain.models.stack import Pass, Reports
 from llmtrain.parallel.groups import Groups
 from llmtrain.parallel.layout import Chunk
@@ -39,11 +38,11 @@ class Stage(nn.Module):
         self.received: Tensor | None = None
         region = TensorRegion(groups.tensor, groups.layout.sequence) if groups.layout.tensor > 1 else None
         self.model = build_model(config.model, config.train.recompute)
-        self.global_shapes = parameter_shapes(config.model)
+        self.declared = declare_parameters(config.model)
         with torch.device("meta"):
-            split_stacks(self.model, groups, region)
+            split_stacks(self.model, self.declared, groups, region)
             if region is not None:
-                split_modules(self.model, kind_of, region)
+                split_modules(self.model, self.declared, region)
                 self.model.enter = region.enter
         self.model.parts, self.model.attention_parts = groups.sequence_parts(), groups.layout.context
         cut(self.model, chunk)
@@ -60,16 +59,16 @@ class Stage(nn.Module):
         expert, expert_replica = layout.expert_place(place)
         found = []
         for name, parameter in self.model.named_parameters():
-            cuts = {}
-            dim = split_dim(name) if layout.tensor > 1 else None
-            if dim is not None:
-                cuts[dim] = (place.tensor, layout.tensor)
-            if is_expert(name):
+            declared, cuts = self.declared[name], {}
+            is_split = declared.split is not None and layout.tensor > 1
+            if is_split:
+                cuts[declared.split] = (place.tensor, layout.tensor)
+            if declared.expert:
                 cuts[0] = (expert, layout.expert)
-            shape = self.global_shapes[name]
-            owned = dim is not None or place.tensor == 0
-            replica = expert_replica if is_expert(name) else self.groups.data_context.rank()
-            found.append((parameter, Placement(name, shape, split_box(shape, cuts), owned, replica)))
+            owned = is_split or place.tensor == 0
+            replica = expert_replica if declared.expert else self.groups.data_context.rank()
+            box = split_box(declared.shape, cuts)
+            found.append((parameter, Placement(name, declared.shape, box, owned, replica)))
         return found
 
     def forward(self, batch: Batch, draws: Draws | None, scales: Scales) -> StageOutput:

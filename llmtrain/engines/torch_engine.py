@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmtrain.config.parameter_shapes import parameter_shapes
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.compilation import compile_layers
@@ -49,7 +48,7 @@ class TorchEngine(SteppingEngine):
         self.optimizer = self.row.build(groups, config.optim)
         make_state(self.optimizer, self.row, self.masters.values())
         self.routers = Routers(config.model, iter_moe(self.model.stacks), device)
-        self.load_weights(InitialWeights(config.model, config.seed, parameter_shapes(config.model).__getitem__))
+        self.load_weights(InitialWeights(config.model, config.seed))
         if config.train.compile:
             compile_layers(layer for stack in self.model.stacks for layer in stack.layers.values())
 

@@ -10,7 +10,7 @@ from typing import Any
 from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.writer import Contents, publish, size_bytes, start_checkpoint, write_rank_files
 from llmtrain.config.objective import ObjectiveName, needed_tokens
-from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.reading.rendering import plain_yaml
 from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.infer.tokenizer import FolderTokenizer, decoder_start, folder_tokenizer

@@ -18,7 +18,7 @@ from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.objective import SpecialTokensConfig
-from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.parameters import parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer
 from llmtrain.errors import CheckpointError, ConfigError

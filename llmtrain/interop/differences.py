@@ -10,7 +10,7 @@ from typing import Any
 
 from llmtrain.config.attention import effective_keys
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import expert_ffn_size
+from llmtrain.config.parameters import expert_ffn_size
 from llmtrain.config.reading.key_names import shown
 from llmtrain.interop.families.rotary import stretched_theta
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.parameters import num_parameters
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.interop.config_json import write_config_json
 from llmtrain.interop.examples import ExampleTokens, Logits

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.parameters import parameter_shapes
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.interop.exported import require_as_exported
 from llmtrain.interop.hf import FAMILIES, Family, model_config, not_taken_over, parse_config

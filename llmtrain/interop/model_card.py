@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import num_active_parameters, num_parameters
+from llmtrain.config.parameters import num_active_parameters, num_parameters
 from llmtrain.interop.proof import Proof
 from llmtrain.interop.reader_notes import reader_notes
 

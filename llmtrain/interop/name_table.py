@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.parameters import parameter_shapes
 
 LAYER, EXPERT = "{n}", "{e}"
 """Stand for the number of a layer and of an expert in a row."""

@@ -3,6 +3,7 @@
 import torch
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.models.init import initial_tensor
 from llmtrain.models.transformer import Transformer
 
@@ -17,5 +18,6 @@ def build_model(config: ModelConfig, recompute: str = "none") -> Transformer:
 def materialize(model: Transformer, seed: int, device: torch.device) -> None:
     """Give a meta model memory on a device and its initial weights in fp32."""
     model.to_empty(device=device)
+    declared = declare_parameters(model.config)
     for name, parameter in model.named_parameters():
-        parameter.copy_(initial_tensor(name, tuple(parameter.shape), model.config, seed))
+        parameter.copy_(initial_tensor(declared[name], model.config, seed))

@@ -13,16 +13,10 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import VOCABULARY_TENSORS
+from llmtrain.config.parameters import Parameter
 from llmtrain.parallel.stateless_random import derived_key
 
 BLOCK_ELEMENTS = 65536
-
-RESIDUAL_PROJECTIONS = ("attention.out.weight", "mlp.down.weight", "experts.down", "shared.down.weight")
-"""Weights whose output is added to the residual stream: their deviation shrinks with depth (Radford et al. 2019)."""
-
-ZEROS = (".bias", ".sinks")
-EMBEDDINGS = ("embeddings.", "head.")
 
 
 @dataclass(frozen=True)
@@ -36,20 +30,18 @@ class Distribution:
     """Rows from this one on are zero: they pad the vocabulary."""
 
 
-def distribution(name: str, shape: tuple[int, ...], config: ModelConfig) -> Distribution:
-    """The rule for a parameter, from its name and its global shape."""
-    if name.endswith(ZEROS):
-        return Distribution("constant", value=0.0)
-    if "norm" in name.split(".")[-2]:
-        return Distribution("constant", value=1.0)
-    rows = config.vocabulary if name in VOCABULARY_TENSORS else None
+def distribution(parameter: Parameter, config: ModelConfig) -> Distribution:
+    """The rule for a parameter: by how it is declared to be drawn, and the scheme of the configuration."""
+    if parameter.draw in ("zeros", "ones"):
+        return Distribution("constant", value=float(parameter.draw == "ones"))
+    rows = config.vocabulary if parameter.vocabulary else None
     if config.init.scheme == "t5":
-        return Distribution("normal", t5_std(name, shape, config), rows=rows)
-    if name.startswith(EMBEDDINGS) or name.endswith("position_bias.weight"):
+        return Distribution("normal", t5_std(parameter, config), rows=rows)
+    if parameter.draw in ("embedding", "head", "position_bias"):
         std = small_std(config) if config.init.scheme == "small_normal" else config.init.std
         return Distribution("normal", std, rows=rows)
-    kind, std = linear_distribution(shape[-2:], config)
-    if config.init.depth_scaled and name.endswith(RESIDUAL_PROJECTIONS):
+    kind, std = linear_distribution(parameter.shape[-2:], config)
+    if config.init.depth_scaled and parameter.draw == "residual":  # deviations shrink with depth (Radford et al. 2019)
         std /= math.sqrt(2 * config.num_layers)
     return Distribution(kind, std)
 
@@ -58,15 +50,15 @@ def small_std(config: ModelConfig) -> float:
     return math.sqrt(2 / (5 * config.hidden_size))
 
 
-def t5_std(name: str, shape: tuple[int, ...], config: ModelConfig) -> float:
+def t5_std(parameter: Parameter, config: ModelConfig) -> float:
     """T5's deviations: its scores are not scaled, so its queries start small (Raffel et al. 2020; mesh-tensorflow)."""
-    if name.startswith("embeddings."):
+    if parameter.draw == "embedding":
         return config.init.std
-    if name.endswith("position_bias.weight"):
+    if parameter.draw == "position_bias":
         return config.hidden_size**-0.5
-    if name.endswith("attention.q.weight"):
+    if parameter.draw == "query":
         return (config.hidden_size * config.head_size) ** -0.5
-    return shape[-1] ** -0.5
+    return parameter.shape[-1] ** -0.5
 
 
 def linear_distribution(shape: tuple[int, ...], config: ModelConfig) -> tuple[str, float]:
@@ -92,15 +84,15 @@ def drawn_block(name: str, block: int, seed: int, rule: Distribution) -> np.ndar
     return (generator.random(BLOCK_ELEMENTS, dtype=np.float32) * 2 - 1) * np.float32(rule.std * math.sqrt(3))
 
 
-def initial_tensor(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """The whole initial tensor in fp32 on the CPU; `shape` is global."""
-    rule = distribution(name, shape, config)
+def initial_tensor(parameter: Parameter, config: ModelConfig, seed: int) -> Tensor:
+    """The whole initial tensor in fp32 on the CPU."""
+    rule, shape = distribution(parameter, config), parameter.shape
     if rule.kind == "constant":
         return torch.full(shape, rule.value)
     size = math.prod(shape)
     values = np.empty(size, dtype=np.float32)
     for start in range(0, size, BLOCK_ELEMENTS):
-        block = drawn_block(name, start // BLOCK_ELEMENTS, seed, rule)
+        block = drawn_block(parameter.name, start // BLOCK_ELEMENTS, seed, rule)
         values[start : start + BLOCK_ELEMENTS] = block[: size - start]
     tensor = torch.from_numpy(values).view(shape)
     if rule.rows is not None:

@@ -94,10 +94,9 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         """What comes into the layers: the encoder's part in an encoder-decoder, and the main sequence's."""
         if self.starts:
-            x_sBH = self._embed(inputs.tokens_BS, inputs.positions_BS, run, self.main_side)
-            if not self.has_memory or memory_TBH is not None:
-                return memory_TBH, x_sBH
-            return self._embed_source(inputs, run), x_sBH
+            # In this order: gradients of the shared embedding are added up in the reverse one.
+            source = self._embed_source(inputs, run) if self.has_memory and memory_TBH is None else memory_TBH
+            return source, self._embed(inputs.tokens_BS, inputs.positions_BS, run, self.main_side)
         assert received is not None, "the schedule hands over what the stage before has returned"
         if not self.has_memory:
             return None, received

@@ -3,7 +3,7 @@
 from math import prod
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.sequence_lengths import Lengths
 
 _TERA = 1e12

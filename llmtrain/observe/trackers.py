@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.key_names import redacted
 from llmtrain.config.schema import RunConfig
 from llmtrain.observe.background import BackgroundTracker

@@ -4,9 +4,8 @@ A block (attention, MLP) enters the region once, whatever the number of its colu
 forward, one reduction backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -23,6 +22,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+
+from llmtrain.config.parameters import Parameter
 
 
 def no_init(weight: Tensor) -> None:
@@ -106,27 +107,27 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         return out.transpose(0, 1) if self.sequence else out
 
 
-REPLACEMENTS: dict[str, Callable[[Any, TensorRegion], nn.Module]] = {
-    "column": ColumnLinear,
-    "row": RowLinear,
-    "vocabulary": VocabularyEmbedding,
-}
-
-
-def split_modules(model: nn.Module, kind_of: Callable[[str], str | None], region: TensorRegion) -> None:
-    """Replace the modules of a meta model as `kind_of` says by their names, and let blocks enter the region.
+def split_modules(model: nn.Module, declared: Mapping[str, Parameter], region: TensorRegion) -> None:
+    """Replace the linears and embeddings of a meta model whose weights are declared as split; let blocks enter the
+    region. A block (attention, MLP) is what holds a linear whose columns are split, and its outputs leave the region.
 
     The head's linear stays: the cross-entropy uses its weight, whose rows are split here.
     """
     for name, module in list(model.named_modules()):
-        kind = kind_of(name)
-        if kind is None:
+        weight = declared.get(f"{name}.weight")
+        if weight is None or weight.split is None or not isinstance(module, nn.Linear | nn.Embedding):
             continue
-        if kind == "block":
-            module.register_forward_pre_hook(lambda _, args: (region.enter(args[0]), *args[1:]))
-        elif kind == "vocabulary" and isinstance(module, nn.Linear):
+        parent, _, leaf = name.rpartition(".")
+        if isinstance(module, nn.Embedding):
+            replacement: nn.Module = VocabularyEmbedding(module, region)
+        elif weight.vocabulary:
             rows = module.out_features // region.size
             module.weight = nn.Parameter(torch.empty(rows, module.in_features, device=module.weight.device))
+            continue
+        elif weight.split == 0:
+            replacement = ColumnLinear(module, region)
         else:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, REPLACEMENTS[kind](module, region))
+            replacement = RowLinear(module, region)
+            block = model.get_submodule(parent)
+            block.register_forward_pre_hook(lambda _, args: (region.enter(args[0]), *args[1:]))
+        setattr(model.get_submodule(parent), leaf, replacement)

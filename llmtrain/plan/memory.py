@@ -6,7 +6,7 @@ Both are estimates: layers are taken as split evenly, and Python, PyTorch and co
 from dataclasses import dataclass
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import expert_ffn_size, num_expert_parameters, num_parameters
+from llmtrain.config.parameters import expert_ffn_size, num_expert_parameters, num_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.optim.table import row_of

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 
-from llmtrain.config.parameter_shapes import num_active_parameters, num_parameters, parameter_shapes
+from llmtrain.config.parameters import num_active_parameters, num_parameters, parameter_shapes
 from llmtrain.optim.table import row_of
 from llmtrain.plan.layout_text import LayoutOutline, plan_layout_outline
 from llmtrain.plan.memory import MemoryPlan, plan_memory

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from llmtrain.checkpoint.folders import CHECKPOINTS, CONFIG, checkpoint_steps, folder_of_checkpoints, is_checkpoint
 from llmtrain.checkpoint.origin import Origin
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.reading.key_names import shown
 from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConfig, WindowKind
 from llmtrain.data.storage.manifest import TOKENIZER_NAMES, Manifest, file_sha256

@@ -11,7 +11,7 @@ from llmtrain.checkpoint.disk_space import Room, plan_room
 from llmtrain.checkpoint.folders import CHECKPOINTS, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
-from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.storage.folders import fetch_config, run_settings, run_tokenizer, scheme_fault

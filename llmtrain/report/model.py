@@ -4,7 +4,7 @@ from html import escape
 
 from pydantic import ValidationError
 
-from llmtrain.config.parameter_shapes import expert_ffn_size, num_active_parameters, num_parameters
+from llmtrain.config.parameters import expert_ffn_size, num_active_parameters, num_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.report.run_record import RunRecord

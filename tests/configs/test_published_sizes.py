@@ -7,7 +7,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import num_active_parameters, num_parameters, parameter_shapes
+from llmtrain.config.parameters import num_active_parameters, num_parameters, parameter_shapes
 from llmtrain.models.build import build_model
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"

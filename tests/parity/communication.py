@@ -6,9 +6,9 @@ Each term is a line of docs/communication.md.
 from collections import Counter
 from math import lcm
 
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.models.build import build_model
-from llmtrain.models.sharding import split_dim
 from llmtrain.parallel.layout import Layout, plan_chunks
 
 Calls = Counter[tuple[str, int]]
@@ -19,14 +19,14 @@ FP32_BYTES, BF16_BYTES, COUNT_BYTES = 4, 2, 8
 def held_parameters(config: RunConfig, layout: Layout, stage: int) -> list[tuple[str, int]]:
     """(name, elements) of what a rank of a pipeline stage holds, in the order of the model."""
     chunks = plan_chunks(layout, config.model.num_layers, None, stage)
-    held = []
+    held, declared = [], declare_parameters(config.model)
     for name, parameter in build_model(config.model).named_parameters():
         number = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
         here = any(number in chunk.layers for chunk in chunks) if number is not None else {
             "embeddings": any(chunk.first or (chunk.last and config.model.tie_embeddings) for chunk in chunks),
         }.get(name.split(".")[0], any(chunk.last for chunk in chunks))  # fmt: skip
         if here:
-            held.append((name, parameter.numel() // (layout.tensor if split_dim(name) is not None else 1)))
+            held.append((name, parameter.numel() // (layout.tensor if declared[name].split is not None else 1)))
     return held
 
 
@@ -62,7 +62,8 @@ def block_calls(config: RunConfig, layout: Layout, stage: int) -> Calls:
             calls["all_reduce", tokens * FP32_BYTES * 2] += micro_batches
     # Sequence: parameters used on a part of the sequence have partial gradients.
     if layout.sequence:
-        whole = sum(size for name, size in held_parameters(config, layout, stage) if split_dim(name) is None)
+        declared = declare_parameters(model)
+        whole = sum(size for name, size in held_parameters(config, layout, stage) if declared[name].split is None)
         calls["all_reduce", whole * FP32_BYTES] += 1
 
     # Context: queries and outputs, keys and values, each forward and backward.

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.deepspeed_engine.experts import expert_group, register_experts
@@ -20,7 +21,6 @@ from llmtrain.engines.precision import DTYPES, fp32_master
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
-from llmtrain.models.sharding import PARTIAL, is_expert, split_dim
 from llmtrain.optim.groups import parameter_groups
 from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.cpu import stand_in_for_cuda
@@ -44,12 +44,13 @@ class DeepSpeedEngine(SteppingEngine):
         prepare_deepspeed(config, device)
         super().__init__(config, device)
         self.groups = build_groups(self.layout)
+        self.declared = declare_parameters(config.model)
         self.placements: dict[nn.Parameter, Placement] = {}
         stage = self._build_stage()
         self.optimizer, self.engine, self.sharding = self._build_sharding(stage)
         self.routers = Routers(config.model, iter_moe(stage.model.stacks), device)
         self.averaged_over = self.sharding.averaged_over
-        self.load_weights(InitialWeights(config.model, config.seed, stage.global_shapes.__getitem__))
+        self.load_weights(InitialWeights(config.model, config.seed))
 
     def _build_stage(self) -> Stage:
         (chunk,) = plan_chunks(self.layout, self.config.model.total_layers, None, 0)
@@ -60,9 +61,8 @@ class DeepSpeedEngine(SteppingEngine):
         else:
             stage.to_empty(device=self.device)
         for parameter, placement in stage.named_placements():
-            name = placement.name
-            dim = split_dim(name) if self.layout.tensor > 1 else None
-            mark_parameter(parameter, dim, self.layout.sequence, self._is_spread(name))
+            dim = self.declared[placement.name].split if self.layout.tensor > 1 else None
+            mark_parameter(parameter, dim, self.layout.sequence, self._is_spread(placement.name))
             self.placements[parameter] = placement
         if self.layout.expert > 1:
             assert self.config.model.moe is not None, "a rule says so"
@@ -71,7 +71,7 @@ class DeepSpeedEngine(SteppingEngine):
 
     def _is_spread(self, name: str) -> bool:
         """Whether a parameter stacks experts of which other ranks hold others."""
-        return is_expert(name) and self.layout.expert > 1
+        return self.declared[name].expert and self.layout.expert > 1
 
     def _build_sharding(self, stage: Stage) -> tuple[torch.optim.Optimizer, Any, Sharding]:
         optim, zero_stage = self.config.optim, self.config.engine.zero_stage
@@ -141,7 +141,7 @@ class DeepSpeedEngine(SteppingEngine):
 
     def _is_partial(self, name: str) -> bool:
         """Whether tensor ranks use a whole parameter on their own heads, or their own part of the sequence, only."""
-        return name.endswith(PARTIAL) or (self.layout.sequence and split_dim(name) is None)
+        return self.declared[name].partial or (self.layout.sequence and self.declared[name].split is None)
 
     def update(self) -> None:
         self.sharding.update()

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.parameters import Parameter, declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.engines.base import Scales
@@ -26,7 +26,6 @@ from llmtrain.engines.precision import DTYPES
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
-from llmtrain.models.sharding import ON_SEVERAL_STAGES, PARTIAL, is_expert, split_dim
 from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.cpu import call_cuda_tensors, stand_in_for_cuda
 from llmtrain.parallel.groups import build_groups
@@ -54,7 +53,8 @@ class MegatronEngine(SteppingEngine):
         self.megatron_config = transformer_config(config, self.layout, self.dtype)
         self.megatron_config.finalize_model_grads_func = self._finalize
         self.lengths = sample_lengths(config.model.family, config.data)
-        self.placements: dict[torch.nn.Parameter, Placement] = {}
+        self.declared = declare_parameters(config.model)
+        self.placements: dict[nn.Parameter, Placement] = {}
         self.chunks = [
             self._build_chunk(number, chunk)
             for number, chunk in enumerate(
@@ -69,7 +69,7 @@ class MegatronEngine(SteppingEngine):
             make_state(optimizer, self.row, [main])
         stages = [cast(PipelineChunk, chunk.module).stage for chunk in self.chunks]
         self.routers = Routers(config.model, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
-        self.load_weights(InitialWeights(config.model, config.seed, stages[0].global_shapes.__getitem__))
+        self.load_weights(InitialWeights(config.model, config.seed))
 
     def _build_chunk(self, number: int, chunk: Any) -> DistributedDataParallel:
         stage = Stage(self.config, self.groups, chunk)
@@ -78,10 +78,10 @@ class MegatronEngine(SteppingEngine):
         tied = self.config.model.tie_embeddings
         module = PipelineChunk(stage, self.megatron_config, tied, number)
         for parameter, placement in stage.named_placements():
-            name = placement.name
-            dim = split_dim(name) if self.layout.tensor > 1 else None
-            mark_parameter(parameter, dim, self.layout.sequence, is_expert(name) and self.layout.expert > 1)
-            if name in ON_SEVERAL_STAGES and self.layout.num_chunks > 1:
+            name, declared = placement.name, self.declared[placement.name]
+            dim = declared.split if self.layout.tensor > 1 else None
+            mark_parameter(parameter, dim, self.layout.sequence, declared.expert and self.layout.expert > 1)
+            if declared.on_all_stages and self.layout.num_chunks > 1:
                 # Gradients of parts of it are summed over stages: parts must be the same on all of them.
                 parameter.shared_embedding = True  # type: ignore[attr-defined]  # read by megatron-core under this name
                 parameter.shared = first_layer(name, self.config.model) not in chunk.layers  # type: ignore[attr-defined]
@@ -207,22 +207,22 @@ class MegatronEngine(SteppingEngine):
         that it does not know of."""
         finalize_model_grads(model, None, **options)
         if self.layout.tensor > 1 and not self.layout.sequence:
-            sum_over_ranks(self._reduced_grads(PARTIAL), self.groups.tensor)
+            partial = {name for name, declared in self.declared.items() if declared.partial}
+            sum_over_ranks(self._reduced_grads(partial), self.groups.tensor)
         if self.layout.num_chunks > 1:
-            for name in ON_SEVERAL_STAGES:
-                self._sum_over_stages(name)
+            for declared in self.declared.values():
+                if declared.on_all_stages:
+                    self._sum_over_stages(declared)
 
-    def _reduced_grads(self, ends: tuple[str, ...]) -> list[Tensor]:
-        """The gradients that DDP has reduced, of this rank's parameters whose names end so."""
-        found: list[Any] = [parameter for parameter, place in self.placements.items() if place.name.endswith(ends)]
+    def _reduced_grads(self, names: set[str]) -> list[Tensor]:
+        """The gradients that DDP has reduced, of this rank's parameters of these names."""
+        found: list[Any] = [parameter for parameter, place in self.placements.items() if place.name in names]
         return [parameter.main_grad for parameter in found]
 
-    def _sum_over_stages(self, name: str) -> None:
+    def _sum_over_stages(self, declared: Parameter) -> None:
         """Sum the gradients of a tensor's copies; every stage takes part, whether it has one or not."""
-        if name not in parameter_shapes(self.config.model):
-            return
-        copies = self._reduced_grads((name,))
-        rows, heads = parameter_shapes(self.config.model)[name]
+        copies = self._reduced_grads({declared.name})
+        rows, heads = declared.shape
         total = torch.zeros(rows, heads // self.layout.tensor, device=self.device)
         for grad in copies:
             total += grad

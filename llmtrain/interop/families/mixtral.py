@@ -9,7 +9,7 @@ from typing import Any
 from transformers import MixtralConfig
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import expert_ffn_size
+from llmtrain.config.parameters import expert_ffn_size
 from llmtrain.interop.families.llama import (
     ATTENTION,
     EMBEDDING,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import expert_ffn_size
+from llmtrain.config.parameters import expert_ffn_size
 from llmtrain.models.experts.router import Router
 from llmtrain.models.mlp import MLP, build_pointwise
 from llmtrain.parallel.stateless_random import Draws

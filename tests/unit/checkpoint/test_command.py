@@ -62,7 +62,12 @@ def test_inspect_counts_no_rows_that_pad_the_vocabulary(tmp_path: Path) -> None:
         for name, shape in names.items()
         for kind in ("master", "exp_avg")
     ]
-    path = save(tmp_path, 1, fragments, config_text="model: {vocab_size: 100}\n")
+    path = save(
+        tmp_path,
+        1,
+        fragments,
+        config_text="model: {vocab_size: 100, family: encoder, head: mlm, tie_embeddings: false}\n",
+    )
     facts = json.loads(run("inspect", path, "--json")[1])
     assert (facts["parameters"], facts["padding"]) == (2 * 400 + 100 + 512, 2 * 28 * 4 + 28)
     assert "parameters   1,412\n" in run("inspect", path)[1]

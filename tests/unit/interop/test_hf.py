@@ -18,7 +18,7 @@ from transformers import (
 from llmtrain.config.attention import ATTENTION_KINDS, AttentionConfig, RopeScaling
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.moe import MoeConfig
-from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.load import load_config
 from llmtrain.errors import ConfigError
 from llmtrain.interop.differences import effective_values

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.parameters import num_parameters
 from llmtrain.data.tokenizer import HuggingFaceTokenizer
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.infer.model import logits_of

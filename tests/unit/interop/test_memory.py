@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
-from llmtrain.config.parameter_shapes import parameter_shapes
+from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.values.fragment import Box, Fragment
 from tests.support.memory import peak_growth, peak_growth_again

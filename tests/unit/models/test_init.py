@@ -1,8 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from llmtrain.config.parameters import Parameter, declare_parameters
 from llmtrain.models.build import build_model, materialize
 from llmtrain.models.init import BLOCK_ELEMENTS, distribution, drawn_block, initial_tensor
 from tests.support.samples import tiny_model
@@ -11,18 +13,25 @@ OUT = "decoder.layers.3.attention.out.weight"
 UP = "decoder.layers.3.mlp.up.weight"
 
 
+def declared(name: str, shape: tuple[int, ...]) -> Parameter:
+    """A parameter of a model with four layers, of another shape."""
+    return replace(declare_parameters(tiny_model(num_layers=4))[name], shape=shape)
+
+
 def test_weights_depend_on_seed_and_name() -> None:
     config = tiny_model()
-    weights = {(seed, name): initial_tensor(name, (32, 32), config, seed) for seed in (1, 2) for name in (OUT, UP)}
-    assert torch.equal(weights[1, UP], initial_tensor(UP, (32, 32), config, 1))
+    weights = {
+        (seed, name): initial_tensor(declared(name, (32, 32)), config, seed) for seed in (1, 2) for name in (OUT, UP)
+    }
+    assert torch.equal(weights[1, UP], initial_tensor(declared(UP, (32, 32)), config, 1))
     flat = [weight.flatten().tolist() for weight in weights.values()]
     assert len({tuple(values) for values in flat}) == 4
 
 
 def test_a_tensor_is_its_blocks_in_order() -> None:
     config, shape = tiny_model(), (3, 50_000)
-    flat = initial_tensor(UP, shape, config, 7).flatten()
-    rule = distribution(UP, shape, config)
+    flat = initial_tensor(declared(UP, shape), config, 7).flatten()
+    rule = distribution(declared(UP, shape), config)
     for block in range(3):
         expected = torch.from_numpy(drawn_block(UP, block, 7, rule))
         part = flat[block * BLOCK_ELEMENTS : (block + 1) * BLOCK_ELEMENTS]
@@ -41,26 +50,27 @@ def test_a_tensor_is_its_blocks_in_order() -> None:
 )
 def test_schemes_have_the_papers_deviation(scheme: str, shape: tuple[int, int], std: float) -> None:
     config = tiny_model(init={"scheme": scheme})
-    weight = initial_tensor(UP, shape, config, 0)
+    weight = initial_tensor(declared(UP, shape), config, 0)
     assert weight.std().item() == pytest.approx(std, rel=0.01)
     assert abs(weight.mean().item()) < std / 100
     if scheme == "xavier_uniform":
         assert weight.abs().max().item() == pytest.approx(math.sqrt(6 / 768), rel=1e-3)
-    residual = initial_tensor(OUT, shape, config, 0)
+    residual = initial_tensor(declared(OUT, shape), config, 0)
     assert residual.std().item() == pytest.approx(std / math.sqrt(2 * 2), rel=0.01)
 
 
 def test_depth_scaling_can_be_turned_off() -> None:
     config = tiny_model(init={"depth_scaled": False})
-    assert initial_tensor(OUT, (512, 256), config, 0).std().item() == pytest.approx(0.02, rel=0.01)
+    assert initial_tensor(declared(OUT, (512, 256)), config, 0).std().item() == pytest.approx(0.02, rel=0.01)
 
 
 def test_every_parameter_is_set() -> None:
     config = tiny_model(position="learned", norm="layernorm", bias=True, tie_embeddings=False)
     model = build_model(config)
     materialize(model, seed=3, device=torch.device("cpu"))
+    rows = declare_parameters(config)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, initial_tensor(name, tuple(parameter.shape), config, 3)), name
+        assert torch.equal(parameter, initial_tensor(rows[name], config, 3)), name
         if "norm" in name:
             assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
         elif name.endswith("bias"):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameter_shapes import num_parameters, parameter_shapes
+from llmtrain.config.parameters import num_parameters, parameter_shapes
 from llmtrain.models.build import build_model, materialize
 from llmtrain.models.cross_entropy import Objective
 from llmtrain.models.stack import Pass, build_caches

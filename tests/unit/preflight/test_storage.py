@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmtrain.cli import main
-from llmtrain.config.parameter_shapes import num_parameters
+from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.manifest import ShardEntry, file_sha256, read_manifest, write_manifest

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.cli.report import report
-from llmtrain.config.parameter_shapes import num_active_parameters, num_parameters
+from llmtrain.config.parameters import num_active_parameters, num_parameters
 from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.errors import ConfigError
 from llmtrain.report.history import MOST_EVENTS, sentence

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.data.storage.manifest import DTYPES, dtype_name
-from llmtrain.data.tokenizer import SPACE_MARK, Tokenizer
+from llmtrain.data.tokenizer import SPACE_MARK
+from llmtrain.values.tokenizer import Tokenizer
 
 LONGEST_PIECE = 1 << 16
 """Characters. Longer texts are cut, into pieces of half that length at least."""

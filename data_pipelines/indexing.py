@@ -26,9 +26,9 @@ from llmtrain.data.storage.manifest import (
     write_manifest,
 )
 from llmtrain.data.token_roles import SETTINGS_NAME
-from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import DataError
 from llmtrain.files import open_regular, replace_file
+from llmtrain.values.tokenizer import Tokenizer
 
 TOKEN_SUFFIX = ".bin"
 _TAR_BLOCK_BYTES = 512

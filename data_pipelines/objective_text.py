@@ -8,9 +8,10 @@ from llmtrain.config.schema import DataConfig
 from llmtrain.data.loader import build_stream
 from llmtrain.data.objectives.table import pack_sample
 from llmtrain.data.row_config import build_recipe
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.preflight.resolve import resolve
 from llmtrain.values.batch import IGNORED_LABEL
+from llmtrain.values.tokenizer import Tokenizer
 
 SKIPPED = "..."
 """Stands for positions that are no targets."""

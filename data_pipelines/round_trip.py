@@ -1,7 +1,7 @@
 """Whether a tokenizer gives texts back as they were, and what is lost where it does not."""
 
-from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.interop.text.tokenizer_json import export_obstacles
+from llmtrain.values.tokenizer import Tokenizer
 
 PROBES = {
     "line breaks": "a\nb\n\nc\n",

@@ -28,8 +28,9 @@ from llmtrain.data.storage.manifest import (
     write_manifest,
 )
 from llmtrain.data.token_roles import SETTINGS_NAME, settings_text
-from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import ConfigError
+from llmtrain.files import replace_folder
+from llmtrain.values.tokenizer import Tokenizer
 
 _TAR_BLOCK_BYTES = 512
 
@@ -132,13 +133,10 @@ def _check_output(out: Path, overwrite: bool, kept: set[str]) -> None:
 
 def _publish(temporary: Path, out: Path) -> None:
     """Put the finished folder in place of `out`."""
-    if not out.exists():
-        temporary.rename(out)
-        return
     old = temporary.with_name(f"{temporary.name}.old")
-    out.rename(old)
-    temporary.rename(out)
-    shutil.rmtree(old)
+    replace_folder(temporary, out, old)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 class _DatasetWriter:

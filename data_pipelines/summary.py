@@ -9,8 +9,8 @@ import numpy as np
 from llmtrain.data.storage.manifest import Manifest, read_manifest
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.stream import Sample
-from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.data.usage import DataUse, data_use
+from llmtrain.values.tokenizer import Tokenizer
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 

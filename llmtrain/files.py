@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, Literal, overload
@@ -120,6 +121,35 @@ def replace_file(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once names that were made or changed in the folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(folder: Path, target: Path, replaced: Path) -> None:
+    """Put a finished folder where `target` is, or is to be; what was there is `replaced` then, for the caller.
+
+    All three lie side by side; `replaced` is free if `target` exists. The names are on the disk when it returns. Where
+    it raises OSError, `target` is what it was before: nobody finds a folder there that was called failed.
+    """
+    if target.exists():
+        target.rename(replaced)
+    try:
+        folder.rename(target)
+        sync_folder(target.parent)
+    except OSError:
+        with suppress(OSError):
+            if not folder.exists():
+                target.rename(folder)
+            if replaced.exists():
+                replaced.rename(target)
+        raise
 
 
 def iter_lines(path: Path, longest: int = LINE_BYTES) -> Iterator[bytes]:

@@ -14,8 +14,9 @@ from launch.rank.failure import OtherRankFailedError
 from launch.rank.heartbeat import Pulse
 from launch.rank.log import rank_log
 from launch.rank.place import ALONE, Rank
-from launch.rank.rendezvous import StoreExchange, anybody, connect, lone_store, open_exchange, open_group
+from launch.rank.rendezvous import anybody, connect, lone_store, open_exchange, open_group
 from launch.rank.stop import StopSignal
+from llmtrain.checkpoint.exchange import Exchange
 from llmtrain.config.budget import Budget, Seen
 from llmtrain.config.engines import ENGINES
 from llmtrain.config.launch import LaunchConfig
@@ -179,7 +180,7 @@ def nothing_left(config: RunConfig, seen: Seen) -> str:
 
 
 def agree_on_start(
-    resolved: ResolvedRun, place: Rank, ranks: StoreExchange, held: ExitStack
+    resolved: ResolvedRun, place: Rank, ranks: Exchange, held: ExitStack
 ) -> tuple[RunFolder | None, Start, str]:
     """Rank 0 locks the run folder, until `held` closes, and decides where the run begins; the others hear of it.
 

@@ -29,11 +29,11 @@ from llmtrain.checkpoint.writer import (
     remove_checkpoint,
     size_bytes,
     start_checkpoint,
-    sync_folder,
     write_rank_files,
 )
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError, SaveError
+from llmtrain.files import sync_folder
 from llmtrain.values.fragment import Fragment
 
 _logger = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from llmtrain.checkpoint.manifest import (
 )
 from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, WrittenFile, write_all, write_tensor_file
 from llmtrain.errors import CheckpointError
+from llmtrain.files import replace_folder, sync_folder
 from llmtrain.values.fragment import Fragment
 
 MAX_FILES = 4
@@ -182,32 +183,11 @@ def free_name(parent: Path, name: str) -> Path:
     return path
 
 
-def sync_folder(folder: Path) -> None:
-    """Return once names that were made or changed in the folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _put_in_place(folder: Path, target: Path) -> Path:
     replaced = target.with_name(f"replaced-{target.name}")
-    if target.exists():
-        if replaced.exists():
-            remove_checkpoint(replaced)
-        target.rename(replaced)
-    try:
-        folder.rename(target)
-        sync_folder(target.parent)
-    except OSError:
-        # Nobody may find a checkpoint that this save has called failed; the one before it is there again.
-        with suppress(OSError):
-            if not folder.exists():
-                target.rename(folder)
-            if replaced.exists():
-                replaced.rename(target)
-        raise
+    if target.exists() and replaced.exists():
+        remove_checkpoint(replaced)
+    replace_folder(folder, target, replaced)
     if replaced.exists():
         # The new checkpoint is there; what cannot be removed now is removed at the next start.
         with suppress(OSError):

@@ -13,7 +13,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from llmtrain.data.order import KeyedBijection, Part, Place, derived_key, keyed_permutation
+from llmtrain.data.order import KeyedBijection, Part, Place, keyed_permutation
+from llmtrain.values.keyed_hash import wide_key
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,9 @@ class ContinuousOrder:
         return number_of_epoch, order, _Group(group, first, end)
 
     def _build_epoch(self, epoch: int) -> _Epoch:
-        shards = keyed_permutation(len(self._lengths), derived_key("shards", self._seed, self._source, epoch))
+        shards = keyed_permutation(len(self._lengths), wide_key("shards", self._seed, self._source, epoch))
         begins = epoch * self._epoch_tokens + np.concatenate(([0], np.cumsum(self._lengths[shards]))).astype(object)
         return _Epoch(shards.tolist(), np.argsort(shards).tolist(), begins.tolist())
 
     def _build_bijection(self, epoch: int, group: int, size: int) -> KeyedBijection:
-        return KeyedBijection(size, derived_key("windows", self._seed, self._source, epoch, group))
+        return KeyedBijection(size, wide_key("windows", self._seed, self._source, epoch, group))

@@ -4,7 +4,6 @@ Shards are permuted anew in every epoch; inside each group of consecutive permut
 keyed bijection. So reading stays within a few shards at a time, and any position is found at once.
 """
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,29 +12,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-_MASK_64 = (1 << 64) - 1
+from llmtrain.values.keyed_hash import MASK_64, mixed, mixed_array, wide_key
+
 _ROUNDS = 6
 _FEWEST_BITS = 6
 """Halves of fewer than three bits mix too little; small sizes walk through a larger domain instead."""
-
-
-def derived_key(purpose: str, *numbers: int) -> bytes:
-    """A key of 64 bytes that depends on a purpose and on numbers such as seed, source and epoch."""
-    return hashlib.blake2b("|".join((purpose, *map(str, numbers))).encode(), digest_size=64).digest()
-
-
-def _mixed(value: int) -> int:
-    """The 64-bit finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return value ^ (value >> 31)
-
-
-def _mixed_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The same for an array; numpy's unsigned integers wrap as the formula wants."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 class KeyedBijection:
@@ -60,8 +41,8 @@ class KeyedBijection:
         while True:
             left, right = index & left_mask, index >> left_bits
             for even_key, odd_key in zip(self._keys[::2], self._keys[1::2], strict=True):
-                left ^= _mixed((right + even_key) & _MASK_64) & left_mask
-                right ^= _mixed((left + odd_key) & _MASK_64) & right_mask
+                left ^= mixed((right + even_key) & MASK_64) & left_mask
+                right ^= mixed((left + odd_key) & MASK_64) & right_mask
             index = left | right << left_bits
             if index < self.size:
                 return index
@@ -75,8 +56,8 @@ class KeyedBijection:
         while outside.size:
             left, right = result[outside] & left_mask, result[outside] >> left_bits
             for even_key, odd_key in zip(self._keys[::2], self._keys[1::2], strict=True):
-                left = left ^ (_mixed_array(right + np.uint64(even_key)) & left_mask)
-                right = right ^ (_mixed_array(left + np.uint64(odd_key)) & right_mask)
+                left = left ^ (mixed_array(right + np.uint64(even_key)) & left_mask)
+                right = right ^ (mixed_array(left + np.uint64(odd_key)) & right_mask)
             walked = left | right << left_bits
             result[outside] = walked
             outside = outside[walked >= np.uint64(self.size)]
@@ -86,8 +67,8 @@ class KeyedBijection:
 def keyed_permutation(size: int, key: bytes) -> NDArray[np.int64]:
     """A permutation of range(size): its elements sorted by a keyed hash of each."""
     start = np.uint64(int.from_bytes(key[:8], "little"))
-    hashes = _mixed_array(
-        _mixed_array(np.arange(size, dtype=np.uint64) + start) ^ np.uint64(int.from_bytes(key[8:16], "little"))
+    hashes = mixed_array(
+        mixed_array(np.arange(size, dtype=np.uint64) + start) ^ np.uint64(int.from_bytes(key[8:16], "little"))
     )
     return np.argsort(hashes, kind="stable")
 
@@ -186,9 +167,9 @@ class SampleOrder:
         return [shard for shard in shards if self._windows[shard]]
 
     def _build_epoch(self, epoch: int) -> _Epoch:
-        shards = keyed_permutation(len(self._windows), derived_key("shards", self._seed, self._source, epoch))
+        shards = keyed_permutation(len(self._windows), wide_key("shards", self._seed, self._source, epoch))
         before = np.concatenate(([0], np.cumsum(self._windows[shards])))
         return _Epoch(shards.tolist(), before.tolist())
 
     def _build_bijection(self, epoch: int, group: int, size: int) -> KeyedBijection:
-        return KeyedBijection(size, derived_key("windows", self._seed, self._source, epoch, group))
+        return KeyedBijection(size, wide_key("windows", self._seed, self._source, epoch, group))

@@ -10,8 +10,8 @@ import numpy as np
 from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.config.sequence_lengths import Lengths, sample_lengths, shortest_lengths
 from llmtrain.data.objectives.word_starts import PieceTable, load_pieces
-from llmtrain.data.order import derived_key
 from llmtrain.data.stream import SampleStream
+from llmtrain.values.keyed_hash import wide_key
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Recipe:
 
     def draws(self, number: int) -> "Draws":
         """The random numbers of one sample, by its global number."""
-        key = derived_key("objective", self.seed, number)[:16]
+        key = wide_key("objective", self.seed, number)[:16]
         return Draws(np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))))
 
     @property

@@ -8,20 +8,19 @@ folders and exports. Imports no torch and no tokenizer's library.
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import DataError
 from llmtrain.files import SEAL, parse_json, read_text, sealed, unsealed
+from llmtrain.values.tokenizer import GENERATION, MODEL_CONFIG, MODEL_FILES, TokenRoles
 
 SETTINGS_NAME = "tokenizer_settings.json"
 SETTINGS_VERSION = 1
 EQUAL_NAME = "llmtrain.json"
 """In an own export: which tokenizers give the same ids as the exported one, as was proved."""
 TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
-MODEL_CONFIG, GENERATION = "config.json", "generation_config.json"
-MODEL_FILES = (MODEL_CONFIG, GENERATION)
 JSON_FILES = (TOKENIZER_CONFIG, TOKENS_MAP, *MODEL_FILES)
 CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
@@ -29,43 +28,6 @@ ROLES = ("eos", "bos", "pad", "unk", "mask", "cls", "sep")
 
 Lookup = Callable[[str], int | None]
 """The id of a token by its text."""
-
-
-@dataclass(frozen=True)
-class TokenRoles:
-    """Ids by their role, and the content of the files that said so.
-
-    `eos_id` ends documents; generation stops at every one of `end_ids`. `bos_ids` stand in front of each text that the
-    model sees; None: nobody says so. `absent` are roles that a file says no token has. `equal_sha256` are hashes of
-    tokenizers that give the same ids as this one, as was proved. `notes` tell what of the files could not be used.
-    """
-
-    eos_id: int | None = None
-    end_ids: tuple[int, ...] = ()
-    bos_ids: tuple[int, ...] | None = None
-    ids: Mapping[str, int] = field(default_factory=dict)
-    absent: tuple[str, ...] = ()
-    equal_sha256: tuple[str, ...] = ()
-    files: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    def as_trained(self, eos_id: int, bos_ids: tuple[int, ...]) -> "TokenRoles":
-        """With the end and the begin that documents really have."""
-        others = (token for token in self.end_ids if token not in (eos_id, self.eos_id))
-        was = () if self.eos_id is None else (self.eos_id,)
-        ends = dict.fromkeys((eos_id, *was, *others))
-        return replace(self, eos_id=eos_id, end_ids=tuple(ends), bos_ids=bos_ids)
-
-    def of_the_tokenizer(self) -> "TokenRoles":
-        """Without the files that speak of a model, which another one may be trained with the same tokenizer."""
-        return replace(self, files={name: said for name, said in self.files.items() if name not in MODEL_FILES})
-
-    def with_model_of(self, other: "TokenRoles") -> "TokenRoles":
-        """With the other's files that speak of a model, and the ends that they name."""
-        said = {name: content for name, content in other.files.items() if name in MODEL_FILES}
-        return replace(
-            self, files={**self.files, **said}, end_ids=tuple(dict.fromkeys((*self.end_ids, *other.end_ids)))
-        )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -11,9 +11,10 @@ import tokenizers
 from numpy.typing import NDArray
 
 from llmtrain.data.storage.manifest import LONGEST_TOKENIZER, TOKENIZER_NAMES, file_sha256
-from llmtrain.data.token_roles import MODEL_CONFIG, TOKENIZER_CONFIG, Lookup, TokenRoles, read_settings, roles_beside
+from llmtrain.data.token_roles import MODEL_CONFIG, TOKENIZER_CONFIG, Lookup, read_settings, roles_beside
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_bytes
+from llmtrain.values.tokenizer import Around, PieceStyle, Tokenizer, TokenRoles
 
 SPACE_MARK = "\u2581"
 """sentencepiece writes a space as this character, and so takes the character itself for a space."""
@@ -32,69 +33,9 @@ _HF_SPECIALS = {
 """Where neither the files beside a tokenizer.json nor what it puts around a text say which token ends one, the first
 of these names among its added tokens is taken. An ordinary piece of that name is no such token."""
 
-Around = tuple[tuple[int, ...], tuple[int, ...]]
-
-PieceStyle = Literal["sentencepiece", "byte_level", "wordpiece"]
-"""How pieces show where words begin; see data/pieces.py."""
-
 
 class UnknownEndError(DataError):
     """A tokenizer of which nothing says which token ends a text."""
-
-
-class Tokenizer(Protocol):
-    """Turns text into ids below vocab_size and back. Special tokens are never produced from text."""
-
-    path: Path
-    sha256: str
-    vocab_size: int
-    eos_id: int
-    bos_id: int | None
-    pad_id: int | None
-    mask_id: int | None
-    cls_id: int | None
-    sep_id: int | None
-    piece_style: PieceStyle
-    roles: TokenRoles
-    """What is said beside the tokenizer's file."""
-    around: Around
-    """Ids that the tokenizer itself puts before and behind a text."""
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """All ids at which a text ends; eos_id is the first."""
-        ...
-
-    @property
-    def bos_ids(self) -> tuple[int, ...]:
-        """Ids before every text that its model has seen."""
-        ...
-
-    @property
-    def pieces(self) -> list[str]:
-        """The text of each id as the tokenizer writes it; ids that it leaves out are empty."""
-        ...
-
-    @property
-    def special(self) -> NDArray[np.bool_]:
-        """[vocab_size], true where no text gives the id."""
-        ...
-
-    def special_id(self, name: str) -> int | None:
-        """The id of a special token by its name, None where there is none such."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special tokens. Raises DataError where the text is not valid Unicode."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[NDArray[Any]]:
-        """The ids of each text as an integer array; the same for every number of threads."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special tokens are left out."""
-        ...
 
 
 def load_tokenizer(path: str | Path, said: Path | TokenRoles | None = None) -> Tokenizer:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmtrain.checkpoint.stored_state import updates_of
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.base import EvalResult, GradientInspector, Scales, StepResult
+from llmtrain.engines.base import GradientInspector, Scales
 from llmtrain.engines.masters import Master, gradients_of, read_masters, require_moments, set_updates
 from llmtrain.engines.precision import clip_factor, scale_gradients
 from llmtrain.engines.routers import Routers
@@ -24,6 +24,7 @@ from llmtrain.optim.table import row_of
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment, FragmentSource
+from llmtrain.values.step_result import EvalResult, StepResult
 
 
 class SteppingEngine(ABC):

@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.engines.base import Engine, StepResult
+from llmtrain.engines.base import Engine
 from llmtrain.models.build import build_model
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment
+from llmtrain.values.step_result import StepResult
 
 WEIGHTS, GRADIENTS = "weight_norm/", "grad_norm/"
 """How the metrics' names begin; the parameter's global name follows."""

@@ -12,11 +12,11 @@ from llmtrain.checkpoint.writer import Contents, publish, size_bytes, start_chec
 from llmtrain.config.objective import ObjectiveName, needed_tokens
 from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.reading.rendering import plain_yaml
-from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.infer.tokenizer import FolderTokenizer, decoder_start, folder_tokenizer
 from llmtrain.interop.hf_import import HuggingFaceFolder, open_hf_folder
 from llmtrain.interop.text.special_tokens import named_tokens
 from llmtrain.values.fragment import Box, Fragment
+from llmtrain.values.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.parameters import parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
-from llmtrain.data.tokenizer import TOKENIZER_NAMES, Tokenizer
+from llmtrain.data.tokenizer import TOKENIZER_NAMES
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
@@ -31,6 +31,7 @@ from llmtrain.models.experts.router import bias_name
 from llmtrain.models.transformer import Transformer, counted_positions
 from llmtrain.values.batch import PADDING, ModelInputs
 from llmtrain.values.fragment import Box, FragmentSource
+from llmtrain.values.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

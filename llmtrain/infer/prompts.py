@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from llmtrain.data.tokenizer import Tokenizer
+from llmtrain.values.tokenizer import Tokenizer
 
 
 def encode_with_names(text: str, tokenizer: Tokenizer, names: Mapping[str, int]) -> list[int]:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
-from llmtrain.data.tokenizer import Tokenizer
 from llmtrain.errors import ConfigError
 from llmtrain.infer.generate import Sampling, fill_masks, iter_tokens
 from llmtrain.infer.model import TrainedModel
@@ -13,6 +12,7 @@ from llmtrain.infer.prompts import decode_with_names, encode_with_names
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
 from llmtrain.models.transformer import Transformer
+from llmtrain.values.tokenizer import Tokenizer
 
 NUM_FILLINGS = 5
 

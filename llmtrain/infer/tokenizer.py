@@ -11,17 +11,10 @@ from typing import Any
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.data.storage.manifest import TOKENIZER_NAMES, file_sha256
-from llmtrain.data.token_roles import (
-    GENERATION,
-    JSON_FILES,
-    MODEL_CONFIG,
-    SETTINGS_NAME,
-    TokenRoles,
-    TrainedTokens,
-    settings_text,
-)
-from llmtrain.data.tokenizer import Tokenizer, UnknownEndError, load_tokenizer, tokenizer_content
+from llmtrain.data.token_roles import GENERATION, JSON_FILES, MODEL_CONFIG, SETTINGS_NAME, TrainedTokens, settings_text
+from llmtrain.data.tokenizer import UnknownEndError, load_tokenizer, tokenizer_content
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.values.tokenizer import Tokenizer, TokenRoles
 
 _KNOWN_FILES = ("*.safetensors", "*.safetensors.index.json", "tokenizer.json", "chat_template.jinja", "llmtrain.json")
 _SHOWN = 6

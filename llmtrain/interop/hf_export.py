@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import num_parameters
 from llmtrain.errors import ConfigError, ExportError
+from llmtrain.files import replace_folder
 from llmtrain.interop.config_json import write_config_json
 from llmtrain.interop.examples import ExampleTokens, Logits
 from llmtrain.interop.exported import write_record
@@ -30,9 +31,10 @@ from llmtrain.interop.proof import Proof, compare_models, real_texts
 from llmtrain.interop.reader_notes import reader_notes
 from llmtrain.interop.text.carried import carry_config
 from llmtrain.interop.text.proof import TextReader
-from llmtrain.interop.text.special_tokens import NamedTokens, TextTokenizer, named_tokens
+from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
 from llmtrain.interop.text.tokenizer_json import TokenizerSettings, text_frame, write_tokenizer
 from llmtrain.interop.weight_files import INDEX, WEIGHTS
+from llmtrain.values.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -83,7 +85,7 @@ class _Source:
 
     model: ModelConfig
     weights: TrainedWeights
-    tokenizer: TextTokenizer
+    tokenizer: Tokenizer
     settings: ExportSettings
     family: Family
 
@@ -103,7 +105,7 @@ class _Source:
 
 
 def write_export(
-    folder: Path, model: ModelConfig, weights: TrainedWeights, tokenizer: TextTokenizer, settings: ExportSettings
+    folder: Path, model: ModelConfig, weights: TrainedWeights, tokenizer: Tokenizer, settings: ExportSettings
 ) -> Export:
     """Write a Hugging Face folder, load it with transformers, compare, and only then give it its name.
 
@@ -192,9 +194,7 @@ def require_free(folder: Path, overwrite: bool) -> None:
 
 def _put_in_place(writing: Path, target: Path) -> None:
     replaced = target.with_name(f".replaced-{target.name}-{os.getpid()}")
-    if target.exists():
-        target.rename(replaced)
-    writing.rename(target)
+    replace_folder(writing, target, replaced)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import Parameter
-from llmtrain.parallel.stateless_random import derived_key
+from llmtrain.values.keyed_hash import derived_key
 
 BLOCK_ELEMENTS = 65536
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -17,23 +17,9 @@ from llmtrain.observe.phases import Section
 from llmtrain.observe.throughput import mfu
 from llmtrain.observe.tracker import Tracker
 from llmtrain.values.row import RESUMED_FROM, Row
+from llmtrain.values.step_result import StepResult
 
 Status = Literal["done", "preempted", "failed"]
-
-
-class StepOutcome(Protocol):
-    """What a step reports; engines.base.StepResult is one."""
-
-    @property
-    def loss(self) -> float: ...
-    @property
-    def grad_norm(self) -> float: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def skipped(self) -> bool: ...
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +110,7 @@ class Monitor:
             elif name == "evaluate":
                 self._evaluate_seconds += seconds
 
-    def step(self, step: int, lr: float, result: StepOutcome) -> None:
+    def step(self, step: int, lr: float, result: StepResult) -> None:
         """Record that step `step` (from 1) is done."""
         now = self._clock()
         interval = self._interval
@@ -184,7 +170,7 @@ class Monitor:
                 self._console.close("failed")
             raise
 
-    def _training_row(self, step: int, lr: float, result: StepOutcome) -> Row:
+    def _training_row(self, step: int, lr: float, result: StepResult) -> Row:
         interval = self._interval
         tokens_per_second = interval.tokens / max(interval.step_seconds, 1e-9)
         row: dict[str, Any] = {

@@ -5,18 +5,15 @@ tensor. So every layout, a recomputed forward pass and a resumed run draw the sa
 state to save.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from llmtrain.values.keyed_hash import FIRST_FACTOR, SECOND_FACTOR, derived_key, signed
 
-def derived_key(*parts: int | str) -> int:
-    """A signed 64-bit key that depends on every part and on their order."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+_FIRST, _SECOND = signed(FIRST_FACTOR), signed(SECOND_FACTOR)
 
 
 def site_key(*parts: int | str) -> Tensor:
@@ -29,9 +26,9 @@ def site_key(*parts: int | str) -> Tensor:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """The output of splitmix64 (Steele, Lea and Flood 2014) on int64: products wrap, masks make shifts logical."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    """The output of SplitMix64 on int64: products wrap, masks make shifts logical."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _FIRST
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _SECOND
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 

@@ -17,7 +17,7 @@ from llmtrain.data.storage.remote import shown_path
 from llmtrain.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
-    from llmtrain.data.tokenizer import Tokenizer
+    from llmtrain.values.tokenizer import Tokenizer
 
 FIM_NAMES = (
     ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from llmtrain.config.schema import HealthConfig
 from llmtrain.data.stream import SampleOrigin
-from llmtrain.engines.base import StepResult
+from llmtrain.values.step_result import StepResult
 
 FEWEST_LOSSES = 20
 """Before there are so many losses to compare with, none is a spike: a run begins with steep ones."""

@@ -9,14 +9,7 @@ from llmtrain.config.reading.rendering import record_of
 from llmtrain.config.schema import DataConfig
 from llmtrain.data.storage.folders import run_settings
 from llmtrain.data.storage.manifest import LONGEST_TOKENIZER, Manifest
-from llmtrain.data.token_roles import (
-    SETTINGS_NAME,
-    TokenRoles,
-    TrainedTokens,
-    read_settings,
-    settings_text,
-    settings_tokenizer,
-)
+from llmtrain.data.token_roles import SETTINGS_NAME, TrainedTokens, read_settings, settings_text, settings_tokenizer
 from llmtrain.errors import DataError
 from llmtrain.files import read_bytes, replace_file, sealed_text
 from llmtrain.observe.environment import save_environment
@@ -25,6 +18,7 @@ from llmtrain.preflight.source_use import source_uses
 from llmtrain.runs.attempts import StartedAttempt, begin_attempt
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train.start import Start
+from llmtrain.values.tokenizer import TokenRoles
 
 
 def record_start(resolved: ResolvedRun, folder: RunFolder, start: Start) -> StartedAttempt:

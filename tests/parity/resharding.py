@@ -24,7 +24,6 @@ from llmtrain.config.engines import ENGINES
 from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import CheckpointConfig, RunConfig, SourceConfig
-from llmtrain.engines.base import StepResult
 from llmtrain.engines.precision import DTYPES
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.parallel.layout import plan_layout
@@ -34,6 +33,7 @@ from llmtrain.train.saving import Saving, restore
 from llmtrain.train.setup import engine_class
 from llmtrain.train.state import TrainState
 from llmtrain.values.fragment import Box, Fragment
+from llmtrain.values.step_result import StepResult
 from tests.parity.cases import GRID_STEPS, parity_run
 from tests.parity.test_deepspeed import small_pieces
 from tests.support.datasets import VOCAB_SIZE

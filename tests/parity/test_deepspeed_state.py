@@ -12,12 +12,12 @@ import torch
 
 from llmtrain.checks.parity.compare import Pieces, Tensors, assemble, pieces, probe_batches
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.base import StepResult
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.errors import LaunchError
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box
+from llmtrain.values.step_result import StepResult
 from tests.parity.cases import parity_run
 from tests.parity.test_deepspeed import small_pieces
 from tests.parity.test_deepspeed import whole as whole_grid

@@ -9,10 +9,10 @@ import torch
 
 from llmtrain.checks.parity.compare import probe_batches
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.base import StepResult
 from llmtrain.engines.tensor_norms import GRADIENTS, WEIGHTS, measuring
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
+from llmtrain.values.step_result import StepResult
 from tests.parity.cases import parity_run, reference
 from tests.support.ranks import run_ranks
 

@@ -29,7 +29,6 @@ from llmtrain.data.objectives import table
 from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.row_config import Recipe
 from llmtrain.data.stream import Sample
-from llmtrain.engines.base import StepResult
 from llmtrain.errors import LlmtrainError
 from llmtrain.models import cross_entropy
 from llmtrain.preflight.resolve import resolve
@@ -38,6 +37,7 @@ from llmtrain.train import rollback, setup
 from llmtrain.train import start as beginning
 from llmtrain.train.loop import Run, train
 from llmtrain.values.batch import Batch
+from llmtrain.values.step_result import StepResult
 from tests.support.samples import tiny_model, tiny_run
 
 BATCH = 4

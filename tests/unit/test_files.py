@@ -16,6 +16,7 @@ from llmtrain.files import (
     read_json,
     read_text,
     replace_file,
+    replace_folder,
     sealed_line,
     sealed_text,
     unsealed_text,
@@ -156,3 +157,39 @@ def test_a_sealed_text_is_the_text_below_its_first_line() -> None:
     for damaged in (sealed.replace("10", "90"), sealed[:-3], sealed.replace(": a", ": b")):
         with pytest.raises(ValueError, match="sha256"):
             unsealed_text(damaged)
+
+
+def folder_with(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(text)
+    return path
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    target, old = folder_with(tmp_path / "target", "before"), tmp_path / "old"
+    replace_folder(folder_with(tmp_path / "new", "after"), target, old)
+    assert ((target / "file").read_text(), (old / "file").read_text()) == ("after", "before")
+    replace_folder(folder_with(tmp_path / "new", "first"), tmp_path / "other", tmp_path / "nothing")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "other", "target"]
+
+
+@pytest.mark.parametrize("failing", ["rename", "sync"])
+def test_where_a_folder_cannot_take_the_place_all_is_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    target, new = folder_with(tmp_path / "target", "before"), folder_with(tmp_path / "new", "after")
+    rename = Path.rename
+
+    def failed(path: Path, *other: Path) -> Path:
+        if failing == "sync" or path == new:
+            raise OSError(5, "Input/output error", str(path))
+        return rename(path, *other)
+
+    if failing == "sync":
+        monkeypatch.setattr("llmtrain.files.sync_folder", failed)
+    else:
+        monkeypatch.setattr(Path, "rename", failed)
+    with pytest.raises(OSError, match="Input/output error"):
+        replace_folder(new, target, tmp_path / "old")
+    assert ((target / "file").read_text(), (new / "file").read_text()) == ("before", "after")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "target"]

@@ -17,10 +17,10 @@ import torch
 from launch.rank.place import Rank
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.base import StepResult
 from llmtrain.runs.audit import iter_events
 from llmtrain.train.loop import Run
 from llmtrain.values.batch import Batch
+from llmtrain.values.step_result import StepResult
 
 STRUCK = "struck"
 """The file in the run folder that says when a fault first struck, in seconds since the epoch."""

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import sample_lengths
-from llmtrain.parallel.stateless_random import derived_key
 from llmtrain.values.batch import IGNORED_LABEL, PADDING, Batch
+from llmtrain.values.keyed_hash import derived_key
 
 
 def probe_batches(config: RunConfig, step: int, first: int, stride: int) -> list[Batch]:

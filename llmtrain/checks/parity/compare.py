@@ -19,10 +19,10 @@ from llmtrain.checks.parity.layouts import Candidate
 from llmtrain.checks.parity.rank_pool import Forks, RankError
 from llmtrain.config.engines import ENGINES
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.base import EvalResult, StepResult
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box, Fragment, tiling_problem
+from llmtrain.values.step_result import EvalResult, StepResult
 
 PRELOADED = ("llmtrain.checks.parity.compare", *(row.module for row in ENGINES.values()))
 """What takes long to import."""

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import processors
 
-from llmtrain.interop.text.special_tokens import Around
 from llmtrain.interop.weight_files import read_json
+from llmtrain.values.tokenizer import Around
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 TOKENIZER_FILES = re.compile(r"special_tokens_map\.json|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja")
@@ -84,7 +85,7 @@ def carry_tokenizer(folder: Path, files: Mapping[str, Any], added: Mapping[str, 
     return notes
 
 
-def follow_training(folder: Path, converted: Tokenizer, own: Around, wanted: Around) -> list[str]:
+def follow_training(folder: Path, converted: HfTokenizer, own: Around, wanted: Around) -> list[str]:
     """Have an exported tokenizer put around a text what the model was trained with, and not `own`, what it does by
     itself.
 
@@ -118,7 +119,7 @@ def follow_training(folder: Path, converted: Tokenizer, own: Around, wanted: Aro
     return notes
 
 
-def _template(around: Around, converted: Tokenizer) -> Any:
+def _template(around: Around, converted: HfTokenizer) -> Any:
     ids = [(str(converted.id_to_token(token)), token) for token in dict.fromkeys((*around[0], *around[1]))]
     before, behind = ([str(converted.id_to_token(token)) for token in side] for side in around)
     single, pair = [*before, "$A", *behind], [*before, "$A", *behind, *before, "$B", *behind]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llmtrain.errors import ExportError
-from llmtrain.interop.text.special_tokens import Around, TextTokenizer
+from llmtrain.values.tokenizer import Around, Tokenizer
 
 NUM_GREEDY = 32
 _PROMPT = 16
@@ -33,7 +33,7 @@ class TextReader:
     """An exported tokenizer beside the one of training."""
 
     folder: Path
-    ours: TextTokenizer
+    ours: Tokenizer
     frame: Around
     """What the exported one is to put before and behind a text."""
 

@@ -1,63 +1,15 @@
 """Tokens that text never gives, by the names that a text can spell them with: the mask, padding, sentinels."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, takewhile
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as HfTokenizer
+
+from llmtrain.values.tokenizer import Around, Tokenizer
 
 FIM_NAMES = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
-
-
-Around = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-class Roles(Protocol):
-    """What is said beside a tokenizer's file."""
-
-    @property
-    def ids(self) -> Mapping[str, int]: ...
-
-    @property
-    def equal_sha256(self) -> tuple[str, ...]: ...
-
-    @property
-    def files(self) -> Mapping[str, Any]: ...
-
-
-class TextTokenizer(Protocol):
-    """What must be known of the tokenizer that a model was trained with."""
-
-    path: Path
-    sha256: str
-    vocab_size: int
-    eos_id: int
-    bos_id: int | None
-    pad_id: int | None
-    mask_id: int | None
-    cls_id: int | None
-    sep_id: int | None
-    around: Around
-
-    @property
-    def roles(self) -> Roles: ...
-
-    @property
-    def end_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def bos_ids(self) -> tuple[int, ...]: ...
-
-    @property
-    def pieces(self) -> list[str]: ...
-
-    def special_id(self, name: str) -> int | None: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +58,7 @@ def sentinel_name(number: int) -> str:
     return f"<extra_id_{number}>"
 
 
-def named_tokens(tokenizer: TextTokenizer, data: Mapping[str, Any] | None = None) -> NamedTokens:
+def named_tokens(tokenizer: Tokenizer, data: Mapping[str, Any] | None = None) -> NamedTokens:
     """Those of a tokenizer, and those that a configuration's data section says the model was trained with."""
     given = (data or {}).get("special_tokens") or {}
     pieces = tokenizer.pieces
@@ -138,7 +90,7 @@ def _either(first: int | None, second: int | None) -> int | None:
     return second if first is None else first
 
 
-def around_of(tokenizer: Tokenizer) -> Around:
+def around_of(tokenizer: HfTokenizer) -> Around:
     """What a tokenizer by itself puts before and behind a text."""
     tokenizer.no_padding()
     tokenizer.no_truncation()

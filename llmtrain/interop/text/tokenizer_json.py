@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as HfTokenizer
 
 from llmtrain.errors import ExportError
 from llmtrain.interop.text.carried import TOKENIZER_CONFIG, carry_tokenizer, follow_training
 from llmtrain.interop.text.sentencepiece_model import decoder_of, is_plain, normalizer_of, trial_texts
-from llmtrain.interop.text.special_tokens import Around, NamedTokens, TextTokenizer, around_of
+from llmtrain.interop.text.special_tokens import NamedTokens, around_of
+from llmtrain.values.tokenizer import Around, Tokenizer
 
 SPACE_MARK = "\u2581"
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -43,7 +45,7 @@ class TokenizerSettings:
     kind: str = "llama"
 
 
-def text_frame(tokenizer: TextTokenizer, named: NamedTokens, family: str) -> Around:
+def text_frame(tokenizer: Tokenizer, named: NamedTokens, family: str) -> Around:
     """What an exported tokenizer puts before and behind a text: what the model was trained with.
 
     What an imported decoder's tokenizer puts behind one stays, as its folder had it.
@@ -52,13 +54,11 @@ def text_frame(tokenizer: TextTokenizer, named: NamedTokens, family: str) -> Aro
     return (before, tokenizer.around[1]) if family == "decoder" and _is_carried(tokenizer) else (before, behind)
 
 
-def _is_carried(tokenizer: TextTokenizer) -> bool:
+def _is_carried(tokenizer: Tokenizer) -> bool:
     return TOKENIZER_CONFIG in tokenizer.roles.files
 
 
-def write_tokenizer(
-    folder: Path, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings
-) -> list[str]:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, named: NamedTokens, settings: TokenizerSettings) -> list[str]:
     """Write tokenizer.json, tokenizer_config.json, an imported folder's as it was, and, for readers that take it
     rightly, tokenizer.model; returns notes.
 
@@ -68,7 +68,7 @@ def write_tokenizer(
     frame = text_frame(tokenizer, named, settings.family)
     if tokenizer.path.suffix == ".json":
         shutil.copyfile(tokenizer.path, target)
-        converted = Tokenizer.from_file(str(target))
+        converted = HfTokenizer.from_file(str(target))
     else:
         converted = convert(tokenizer.path, _spelled(tokenizer, named, settings.family))
         converted.save(str(target))
@@ -80,7 +80,7 @@ def write_tokenizer(
     if not _is_carried(tokenizer):
         content = _tokenizer_config(converted, tokenizer, named, settings)
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        own = around_of(Tokenizer.from_file(str(target)))
+        own = around_of(HfTokenizer.from_file(str(target)))
         return follow_training(folder, converted, own, frame)
     used = {"mask_token": named.mask, "pad_token": named.pad}
     roles = {role: found[0] for role, found in used.items() if found is not None and found[0] in added}
@@ -88,7 +88,7 @@ def write_tokenizer(
     return notes + follow_training(folder, converted, tokenizer.around, frame)
 
 
-def _spelled(tokenizer: TextTokenizer, named: NamedTokens, family: str) -> set[int]:
+def _spelled(tokenizer: Tokenizer, named: NamedTokens, family: str) -> set[int]:
     """The control pieces that a text can spell: those of training."""
     before, behind = named.frame(family)
     known = {tokenizer.eos_id, *named.all.values(), *before, *behind}
@@ -96,7 +96,7 @@ def _spelled(tokenizer: TextTokenizer, named: NamedTokens, family: str) -> set[i
 
 
 def _tokenizer_config(
-    converted: Tokenizer, tokenizer: TextTokenizer, named: NamedTokens, settings: TokenizerSettings
+    converted: HfTokenizer, tokenizer: Tokenizer, named: NamedTokens, settings: TokenizerSettings
 ) -> dict[str, Any]:
     """Roles are named only where training had them: readers put a beginning of text or a class token where it has a
     name, and take text that spells it for the token."""
@@ -141,7 +141,7 @@ def _reads_sentencepiece(kind: str, path: Path) -> bool:
     return kind in ("llama", "mistral", "mixtral") and is_bpe and is_plain(proto)
 
 
-def _add_names(converted: Tokenizer, names: Mapping[str, int]) -> set[str]:
+def _add_names(converted: HfTokenizer, names: Mapping[str, int]) -> set[str]:
     """Give ids above the tokenizer's their names; returns those. Raises ExportError where that cannot be."""
     nameless = sorted((token, name) for name, token in names.items() if converted.token_to_id(name) != token)
     for token, name in nameless:
@@ -156,7 +156,7 @@ def _add_names(converted: Tokenizer, names: Mapping[str, int]) -> set[str]:
     return {name for _, name in nameless}
 
 
-def convert(path: Path, spelled: Collection[int] | None = None) -> Tokenizer:
+def convert(path: Path, spelled: Collection[int] | None = None) -> HfTokenizer:
     """The tokenizer of a sentencepiece file. Raises ExportError with all settings that have no equivalent.
 
     `spelled` are the control pieces that a text can spell there, None: all. What training never had is better no token
@@ -170,7 +170,7 @@ def convert(path: Path, spelled: Collection[int] | None = None) -> Tokenizer:
             "Tokenizers that `llmtrain data tokenizer` trains have one."
         )
     unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
-    tokenizer = Tokenizer(_unigram_model(proto) if unigram else _bpe_model(proto))
+    tokenizer = HfTokenizer(_unigram_model(proto) if unigram else _bpe_model(proto))
     if unigram and (separators := _separators(proto)):
         pattern = Regex("|".join(re.escape(character) for character in separators))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
@@ -187,7 +187,7 @@ def convert(path: Path, spelled: Collection[int] | None = None) -> Tokenizer:
     return tokenizer
 
 
-def export_obstacles(tokenizer: TextTokenizer) -> list[str]:
+def export_obstacles(tokenizer: Tokenizer) -> list[str]:
     """Why a tokenizer has no equal tokenizer.json, so that no model of it can be exported; empty where none is known.
 
     Those that change a text are tried on some texts: the two libraries do not treat every character alike.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.attention import AttentionConfig, AttentionKind, required_size
-from llmtrain.parallel.stateless_random import derived_key
+from llmtrain.values.keyed_hash import derived_key
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 """True where the query at s and the key at t may meet; both are whole numbers and broadcast."""

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.order import KeyedBijection, Place, SampleOrder, derived_key, keyed_permutation
+from llmtrain.data.order import KeyedBijection, Place, SampleOrder, keyed_permutation
+from llmtrain.values.keyed_hash import wide_key
 
 SEQ_LEN = 16
 
@@ -11,7 +12,7 @@ SEQ_LEN = 16
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40))
 @settings(max_examples=60, deadline=None)
 def test_bijection_reaches_every_element_once(size: int, seed: int) -> None:
-    bijection = KeyedBijection(size, derived_key("test", seed))
+    bijection = KeyedBijection(size, wide_key("test", seed))
     images = bijection.images(np.arange(size, dtype=np.uint64))
     assert sorted(images.tolist()) == list(range(size))
 
@@ -19,7 +20,7 @@ def test_bijection_reaches_every_element_once(size: int, seed: int) -> None:
 @given(size=st.integers(1, 2**62), seed=st.integers(0, 2**40), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_scalar_and_vector_agree(size: int, seed: int, data: st.DataObject) -> None:
-    bijection = KeyedBijection(size, derived_key("test", seed))
+    bijection = KeyedBijection(size, wide_key("test", seed))
     indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20))
     assert bijection.images(np.array(indices, np.uint64)).tolist() == [bijection(index) for index in indices]
 
@@ -28,7 +29,7 @@ def test_bijection_mixes() -> None:
     """Neighbours land far apart, each input hits each tenth of the range equally often, and keys do not correlate."""
     size = 10_000
     first, second = (
-        KeyedBijection(size, derived_key("test", seed)).images(np.arange(size, dtype=np.uint64)).astype(int)
+        KeyedBijection(size, wide_key("test", seed)).images(np.arange(size, dtype=np.uint64)).astype(int)
         for seed in (1, 2)
     )
     assert np.abs(np.diff(first)).mean() == pytest.approx(size / 3, rel=0.05)
@@ -39,9 +40,9 @@ def test_bijection_mixes() -> None:
 
 
 def test_small_sizes_use_many_permutations() -> None:
-    seen = {tuple(KeyedBijection(3, derived_key("test", seed))(i) for i in range(3)) for seed in range(200)}
+    seen = {tuple(KeyedBijection(3, wide_key("test", seed))(i) for i in range(3)) for seed in range(200)}
     assert len(seen) == 6
-    seen = {tuple(keyed_permutation(3, derived_key("test", seed)).tolist()) for seed in range(200)}
+    seen = {tuple(keyed_permutation(3, wide_key("test", seed)).tolist()) for seed in range(200)}
     assert len(seen) == 6
 
 
@@ -55,7 +56,7 @@ def test_order_is_pinned() -> None:
         Place(1, 2, 1),
         Place(58, 0, 1),
     ]
-    assert KeyedBijection(1000, derived_key("pinned", 7))(123) == 260
+    assert KeyedBijection(1000, wide_key("pinned", 7))(123) == 260
 
 
 windows_lists = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda windows: sum(windows) > 0)

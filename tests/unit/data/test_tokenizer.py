@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from data_pipelines.tokenizer_training import Kind, train_tokenizer
 from llmtrain.data.storage.folders import find_tokenizer
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.values.tokenizer import Tokenizer
 
 CORPUS = [
     f"def function_{number}(value):\n    if value > {number}:\n        return [value] * {number}\n\n\n"

@@ -14,7 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from data_pipelines import cutting, tokenizer_training
 from data_pipelines.cutting import Cutter, tokenized
 from data_pipelines.tokenizer_training import train_tokenizer
-from llmtrain.data.tokenizer import Tokenizer, load_tokenizer
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.values.tokenizer import Tokenizer
 
 WORDS = [
     "def ",

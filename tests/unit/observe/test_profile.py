@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.engines.base import StepResult
 from llmtrain.observe import profile
 from llmtrain.observe.monitor import Monitor, RunPlan
 from llmtrain.observe.profile import Profiler
+from llmtrain.values.step_result import StepResult
 
 
 def train(steps: range, window: tuple[int, int], folder: Path, last_step: int = 9) -> tuple[list, list[str]]:

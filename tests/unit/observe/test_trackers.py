@@ -11,7 +11,6 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.base import StepResult
 from llmtrain.observe import background
 from llmtrain.observe.background import BackgroundTracker
 from llmtrain.observe.console import ConsoleTracker
@@ -23,6 +22,7 @@ from llmtrain.observe.wandb_tracker import WandbRun, WandbTracker
 from llmtrain.parallel.layout import Layout
 from llmtrain.runs.attempts import StartedAttempt
 from llmtrain.runs.metrics_file import read_rows
+from llmtrain.values.step_result import StepResult
 from tests.unit.observe.wandb_file import history, iter_records
 
 CANARY = "canary-hf-0123456789"

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from llmtrain.parallel.stateless_random import Draws, Span, derived_key, dropout_hidden, site_key
+from llmtrain.parallel.stateless_random import Draws, Span, dropout_hidden, site_key
+from llmtrain.values.keyed_hash import derived_key
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
 from llmtrain.models.attention.visibility import Visibility
 from llmtrain.models.positions import RelativeBias, build_position_bias
-from llmtrain.parallel.stateless_random import Draws, Span, derived_key
+from llmtrain.parallel.stateless_random import Draws, Span
+from llmtrain.values.keyed_hash import derived_key
 from tests.support.samples import tiny_model
 from tests.unit.models.attention.dense_attention import KINDS, LENGTH, dense_mask, gradients, softmax_attention
 

@@ -3,8 +3,9 @@
 Sizes, initial weights, sharding, stages and the name tables of other programs are read from here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from typing import Literal
 
@@ -49,12 +50,19 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {parameter.name: parameter.shape for parameter in _model_parameters(model)}
 
 
-def num_parameters(model: ModelConfig) -> int:
-    """All trained parameters, a tied head once, rows that pad the vocabulary left out. Needs model.vocab_size."""
-    return sum(
-        prod((model.vocabulary, *parameter.shape[1:]) if parameter.vocabulary else parameter.shape)
-        for parameter in _model_parameters(model)
-    )
+def is_frozen(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a parameter is not trained, by the patterns of `optim.freeze`."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def num_parameters(model: ModelConfig, freeze: Iterable[str] = ()) -> int:
+    """Parameters that are trained, a tied head once, rows that pad the vocabulary left out. Needs model.vocab_size."""
+    return sum(num_elements(p, model) for p in _model_parameters(model) if not is_frozen(p.name, freeze))
+
+
+def num_elements(parameter: Parameter, model: ModelConfig) -> int:
+    """Elements of a parameter, rows that pad the vocabulary left out."""
+    return prod((model.vocabulary, *parameter.shape[1:]) if parameter.vocabulary else parameter.shape)
 
 
 def num_active_parameters(model: ModelConfig) -> int:

@@ -183,6 +183,11 @@ class OptimConfig(Section):
         default=0.1, description="Decoupled decay of matrices; biases and norms have none."
     )
     grad_clip: NotNegative = Field(default=1.0, description="Largest global gradient norm; 0: no clipping.")
+    freeze: Annotated[tuple[Text, ...], AsTuple, Field(max_length=1_000)] = Field(
+        default=(),
+        description="Patterns of parameter names, such as embeddings.* or decoder.layers.0.*: these keep the values "
+        "that they have where the run begins, in the training precision, without gradients, masters and moments.",
+    )
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
 
 

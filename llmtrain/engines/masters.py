@@ -16,6 +16,8 @@ from llmtrain.values.fragment import Fragment, FragmentSource
 class Master:
     """Elements [start, stop) of this rank's part of a parameter, flattened: fp32 weight, moments, gradient.
 
+    Of a frozen parameter there is the weight alone, in the training precision.
+
     The tensors are the live ones, contiguous, flat or shaped as the part. `grad` is there between the reduction of a
     step's gradients and its update. `owned` says whether this rank, of all that hold these elements, is the one that
     counts them in norms and saves them.

@@ -1,7 +1,11 @@
 """The types of weights and activations, fp32 copies of weights, and the scale of gradients, in all engines."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
+
+from llmtrain.config.parameters import is_frozen
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The types of weights and activations by the name of a precision."""
@@ -17,6 +21,12 @@ def scale_gradients(grads: list[Tensor], factor: float) -> None:
     if grads and factor != 1.0:
         # The only multiplication of many tensors at once that there is, and it refuses an empty list.
         torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def freeze(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> None:
+    """Let those that a pattern of `optim.freeze` fits have no gradients: by that, engines know them."""
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(not is_frozen(name, patterns))
 
 
 def fp32_master(parameter: nn.Parameter) -> Tensor:

@@ -9,6 +9,7 @@ from llmtrain.engines.assembly import cut, split_stacks
 from llmtrain.engines.base import Scales
 from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.placement import Placement, split_box
+from llmtrain.engines.precision import freeze
 from llmtrain.models.build import build_model
 from llmtrain.models.cross_entropy import Objective
 from llmtrain.models.stack import Pass, Reports
@@ -46,6 +47,7 @@ class Stage(nn.Module):
                 self.model.enter = region.enter
         self.model.parts, self.model.attention_parts = groups.sequence_parts(), groups.layout.context
         cut(self.model, chunk)
+        freeze(dict(self.model.named_parameters()), config.optim.freeze)
         if config.train.compile:
             compile_layers(layer for stack in self.model.stacks for layer in stack.layers.values())
         self.vocabulary = VocabularyPart(0, config.model.vocabulary)
@@ -74,6 +76,9 @@ class Stage(nn.Module):
     def forward(self, batch: Batch, draws: Draws | None, scales: Scales) -> StageOutput:
         hidden_sBH, reports = self.model(batch, Pass(draws, scales.balance), received=self.received)
         if not self.chunk.last:
+            # A schedule goes backward through every chunk, also through one that has nothing to train.
+            if torch.is_grad_enabled() and not hidden_sBH.requires_grad:
+                hidden_sBH.requires_grad_()
             return hidden_sBH, None, reports
         objective = Objective(scales.loss, self.chunk_tokens, self.vocabulary)
         return *self.model.loss(hidden_sBH, batch.labels_BS, objective), reports

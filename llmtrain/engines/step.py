@@ -64,6 +64,10 @@ class SteppingEngine(ABC):
         """
 
     @abstractmethod
+    def frozen(self) -> Iterator[Master]:
+        """What this rank holds of parameters that are not trained: weights in the training precision, no more."""
+
+    @abstractmethod
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
         """Forward, and backward where there is a step. Returns the sum of the loss over the targets of this rank.
 
@@ -185,6 +189,7 @@ class SteppingEngine(ABC):
             if len(kinds) > 1:
                 require_moments(source, masters, self.config.optim.name)
             read_masters(source, masters, kinds)
+        read_masters(source, self.frozen(), ("master",))
         self.round_weights()
 
     def state(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from llmtrain.engines.base import Scales
 from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.masters import Master, gradients_of, make_state, moments_of
 from llmtrain.engines.placement import InitialWeights, Placement
-from llmtrain.engines.precision import DTYPES, fp32_master
+from llmtrain.engines.precision import DTYPES, fp32_master, freeze
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
 from llmtrain.models.build import build_model
@@ -39,10 +39,13 @@ class TorchEngine(SteppingEngine):
         super().__init__(config, device)
         self.model = build_model(config.model, config.train.recompute)
         self.model.to(DTYPES[config.train.precision]).to_empty(device=device)
-        self.masters = {name: fp32_master(parameter) for name, parameter in self.model.named_parameters()}
+        self.parameters = dict(self.model.named_parameters())
+        freeze(self.parameters, config.optim.freeze)
+        trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        self.masters = {name: fp32_master(parameter) for name, parameter in trained.items()}
         self.placements = {
-            name: Placement(name, tuple(master.shape), Box.whole(master.shape), replica=self.rank)
-            for name, master in self.masters.items()
+            name: Placement(name, tuple(parameter.shape), Box.whole(parameter.shape), replica=self.rank)
+            for name, parameter in self.parameters.items()
         }
         groups = parameter_groups(self.masters.values(), config.optim.weight_decay)
         self.optimizer = self.row.build(groups, config.optim)
@@ -72,6 +75,11 @@ class TorchEngine(SteppingEngine):
             )
             for name, master in self.masters.items()
         ]
+
+    def frozen(self) -> Iterator[Master]:
+        for name in self.parameters.keys() - self.masters.keys():
+            weight = self.parameters[name].detach()
+            yield Master(self.placements[name], (0, weight.numel()), weight)
 
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
         if self.model.training != (step is not None):  # setting the mode visits every module
@@ -109,6 +117,6 @@ class TorchEngine(SteppingEngine):
     @torch.no_grad()
     def round_weights(self) -> None:
         """Low-precision weights are the masters, rounded; in fp32 they are the masters."""
-        for name, parameter in self.model.named_parameters():
-            if parameter is not self.masters[name]:
-                parameter.copy_(self.masters[name])
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                self.parameters[name].copy_(master)

@@ -16,7 +16,7 @@ class ChunkGradients(NamedTuple):
     """Where a chunk leaves its gradients: rows of the hidden states, and fp32 sums for the weight and the bias."""
 
     hidden_CH: Tensor
-    weight_VH: Tensor
+    weight_VH: Tensor | None
     bias_V: Tensor | None
 
 
@@ -56,7 +56,9 @@ def chunk_loss(
             grads.bias_V.add_(logits_CV.sum(0))
         d_logits_CV = logits_CV.to(hidden_CH.dtype)
         torch.mm(d_logits_CV, weight_VH, out=grads.hidden_CH)
-        if grads.weight_VH.dtype == hidden_CH.dtype:
+        if grads.weight_VH is None:  # frozen
+            pass
+        elif grads.weight_VH.dtype == hidden_CH.dtype:
             grads.weight_VH.addmm_(d_logits_CV.T, hidden_CH)
         else:
             grads.weight_VH.add_(d_logits_CV.T @ hidden_CH)
@@ -72,27 +74,29 @@ class HeadCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         with_gradients = any(ctx.needs_input_grad)
         d_hidden_TH = torch.empty_like(hidden_TH) if with_gradients else None
-        d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if with_gradients else None
-        d_bias_V = None
-        if with_gradients and bias_V is not None:
+        d_weight_VH, d_bias_V = None, None
+        if ctx.needs_input_grad[1]:
+            d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        if bias_V is not None and ctx.needs_input_grad[4]:
             d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
         for start in range(0, hidden_TH.shape[0], objective.chunk_tokens):
             chunk = slice(start, start + objective.chunk_tokens)
             grads = None
-            if d_hidden_TH is not None and d_weight_VH is not None:
+            if d_hidden_TH is not None:
                 grads = ChunkGradients(d_hidden_TH[chunk], d_weight_VH, d_bias_V)
             loss_sum += chunk_loss(hidden_TH[chunk], Head(weight_VH, bias_V), labels_T[chunk], objective, grads)
-        if d_hidden_TH is not None and d_weight_VH is not None:
-            bias_grad = () if d_bias_V is None or bias_V is None else (d_bias_V.to(bias_V.dtype),)
-            ctx.save_for_backward(d_hidden_TH, d_weight_VH.to(weight_VH.dtype), *bias_grad)
+        if d_hidden_TH is not None:
+            weight_grad = None if d_weight_VH is None else d_weight_VH.to(weight_VH.dtype)
+            bias_grad = None if d_bias_V is None or bias_V is None else d_bias_V.to(bias_V.dtype)
+            ctx.save_for_backward(d_hidden_TH, weight_grad, bias_grad)
         ctx.mark_non_differentiable(loss_sum)
         return loss_sum * objective.scale, loss_sum
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None]:
-        d_hidden_TH, d_weight_VH, *d_bias_V = (grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors)
-        return d_hidden_TH, d_weight_VH, None, None, d_bias_V[0] if d_bias_V else None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
+        scaled = [None if grad is None else grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors]
+        return scaled[0], scaled[1], None, None, scaled[2]
 
 
 def head_cross_entropy(

@@ -6,7 +6,7 @@ Both are estimates: layers are taken as split evenly, and Python, PyTorch and co
 from dataclasses import dataclass
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import expert_ffn_size, num_expert_parameters, num_parameters
+from llmtrain.config.parameters import declare_parameters, expert_ffn_size, is_frozen, num_elements
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.optim.table import row_of
@@ -44,10 +44,13 @@ def held_bytes(config: RunConfig, layout: Layout) -> float:
     row = row_of(config.optim)
     optimizer = row.stored_bytes if low else row.state_bytes  # in fp32 the weights are their own masters
     optimizer = 0 if config.engine.offload != "none" else optimizer / (shards if stage >= 1 else 1)
-    per_parameter = weights / (shards if stage >= 3 else 1) + gradients / (shards if stage >= 2 else 1) + optimizer
-    experts = num_expert_parameters(config.model)
-    held = num_parameters(config.model) - experts + experts / layout.expert
-    return per_parameter * held / (layout.tensor * layout.pipeline)
+    weights /= shards if stage >= 3 else 1
+    trained = gradients / (shards if stage >= 2 else 1) + optimizer
+    held = 0.0
+    for name, parameter in declare_parameters(config.model).items():
+        size = num_elements(parameter, config.model) / (layout.expert if parameter.expert else 1)
+        held += size * (weights if is_frozen(name, config.optim.freeze) else weights + trained)
+    return held / (layout.tensor * layout.pipeline)
 
 
 def activation_bytes(config: RunConfig, layout: Layout, lengths: Lengths, per_norm: int = 2) -> float:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from math import prod
 
-from llmtrain.config.parameters import num_active_parameters, num_parameters, parameter_shapes
+from llmtrain.config.parameters import declare_parameters, is_frozen, num_active_parameters, num_parameters
+from llmtrain.config.schema import RunConfig
 from llmtrain.optim.table import row_of
 from llmtrain.plan.layout_text import LayoutOutline, plan_layout_outline
 from llmtrain.plan.memory import MemoryPlan, plan_memory
@@ -72,8 +73,15 @@ def plan_outline(resolved: ResolvedRun, continues: Continuation | None = None) -
         checkpoint_every_steps=config.checkpoint.every_steps,
         windows=config.data.windows,
         sources=tuple(source_uses(resolved)),
-        checkpoint_bytes=row_of(config.optim).stored_bytes * sum(map(prod, parameter_shapes(config.model).values())),
+        checkpoint_bytes=_checkpoint_bytes(config),
         memory=plan_memory(config, layout, resolved.lengths),
         continues=continues,
         layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),
     )
+
+
+def _checkpoint_bytes(config: RunConfig) -> int:
+    """Masters and moments of what is trained, padding of the vocabulary included."""
+    declared = declare_parameters(config.model).items()
+    trained = sum(prod(parameter.shape) for name, parameter in declared if not is_frozen(name, config.optim.freeze))
+    return row_of(config.optim).stored_bytes * trained

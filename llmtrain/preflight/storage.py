@@ -298,7 +298,7 @@ def _room_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _room(config: RunConfig) -> Room:
-    size_bytes = row_of(config.optim).stored_bytes * num_parameters(config.model)
+    size_bytes = row_of(config.optim).stored_bytes * num_parameters(config.model, config.optim.freeze)
     folder = config.run_dir / CHECKPOINTS
     saved = newest_origin(folder)
     seen = seen_by(saved.state["train"], saved.config) if saved and saved.trained else Seen()

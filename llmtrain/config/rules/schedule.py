@@ -1,7 +1,9 @@
 """Rules about optimizer and learning-rate schedule, and what is told of one that is longer than its run. Pure."""
 
 from collections.abc import Iterator
+from difflib import get_close_matches
 
+from llmtrain.config.parameters import declare_parameters, is_frozen
 from llmtrain.config.schema import OptimConfig, RunConfig
 from llmtrain.errors import Problem
 
@@ -31,7 +33,23 @@ def eps_is_used(config: RunConfig) -> Found:
         yield Problem("optim.eps", message, optim.eps, uses=("optim.name",))
 
 
-SCHEDULE_RULES = (decay_follows_warmup, lr_falls, eps_is_used)
+def freeze_names_parameters(config: RunConfig) -> Found:
+    """Every pattern fits a parameter, and something is left to train. The vocabulary's size does not matter here."""
+    patterns = config.optim.freeze
+    if not patterns:
+        return
+    names = list(declare_parameters(config.model.with_keys({"vocab_size": config.model.vocab_size or 1})))
+    for number, pattern in enumerate(patterns):
+        if not any(is_frozen(name, [pattern]) for name in names):
+            tries = get_close_matches(pattern, names, 1, 0.3) or names[:1]
+            message = f"fits no parameter of the model. Try {tries[0]}, or a pattern with * such as embeddings.*."
+            yield Problem(f"optim.freeze.{number}", message, pattern, uses=("model",))
+    if all(is_frozen(name, patterns) for name in names):
+        message = "fits every parameter, so nothing is left to train. Try fewer patterns."
+        yield Problem("optim.freeze", message, ", ".join(patterns), uses=("model",))
+
+
+SCHEDULE_RULES = (decay_follows_warmup, lr_falls, eps_is_used, freeze_names_parameters)
 
 
 def schedule_warnings(config: RunConfig) -> list[str]:

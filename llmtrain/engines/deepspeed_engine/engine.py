@@ -14,7 +14,7 @@ from llmtrain.engines.deepspeed_engine.experts import expert_group, register_exp
 from llmtrain.engines.deepspeed_engine.setup import build_deepspeed, materialize_partitioned, prepare_deepspeed
 from llmtrain.engines.deepspeed_engine.zero0 import Replicated, Sharding
 from llmtrain.engines.deepspeed_engine.zero1_2 import Partitions
-from llmtrain.engines.deepspeed_engine.zero3 import PartitionedWeights
+from llmtrain.engines.deepspeed_engine.zero3 import PartitionedWeights, held_weight
 from llmtrain.engines.masters import Master, gradients_of
 from llmtrain.engines.placement import InitialWeights, Placement
 from llmtrain.engines.precision import DTYPES, fp32_master
@@ -75,18 +75,19 @@ class DeepSpeedEngine(SteppingEngine):
 
     def _build_sharding(self, stage: Stage) -> tuple[torch.optim.Optimizer, Any, Sharding]:
         optim, zero_stage = self.config.optim, self.config.engine.zero_stage
-        masters = {parameter: fp32_master(parameter) for parameter in self.placements} if zero_stage == 0 else {}
+        trained = {parameter: place for parameter, place in self.placements.items() if parameter.requires_grad}
+        masters = {parameter: fp32_master(parameter) for parameter in trained} if zero_stage == 0 else {}
         # In stage 3 parameters have no shapes of their own any more: those of their places decide which decay.
         shapes = {
             torch.empty(place.box.shape, device="meta"): parameter
-            for parameter, place in self.placements.items()
+            for parameter, place in trained.items()
             if not self._is_spread(place.name)
         }
         groups = [
             {**group, "params": [masters.get(shapes[shape], shapes[shape]) for shape in group["params"]]}
             for group in parameter_groups(shapes, optim.weight_decay)
         ]
-        experts = [parameter for parameter, place in self.placements.items() if self._is_spread(place.name)]
+        experts = [parameter for parameter, place in trained.items() if self._is_spread(place.name)]
         if experts:
             group = expert_group(experts, optim.weight_decay, self.groups)
             groups.append({**group, "params": [masters.get(parameter, parameter) for parameter in group["params"]]})
@@ -114,6 +115,11 @@ class DeepSpeedEngine(SteppingEngine):
 
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
         return self.sharding.resident(write)
+
+    def frozen(self) -> Iterator[Master]:
+        for parameter, placement in self.placements.items():
+            if not parameter.requires_grad:
+                yield from held_weight(parameter, placement)
 
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
         self.engine.train(step is not None)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llmtrain.engines.deepspeed_engine.zero0 import Places
 from llmtrain.engines.masters import Master, cut, make_state, moments_of
+from llmtrain.engines.placement import Placement
 from llmtrain.optim.table import OptimizerRow
 
 
@@ -95,3 +96,15 @@ class PartitionedWeights:
         if small:
             small[0].partition(small)
             small[0].all_gather(small)
+
+
+def held_weight(parameter: Any, placement: Placement) -> Iterator[Master]:
+    """What a rank holds of a frozen parameter: an equal run of it in stage 3, else all of its part."""
+    if not hasattr(parameter, "ds_tensor"):
+        yield Master(placement, (0, parameter.numel()), parameter.detach())
+        return
+    held = parameter.partition_numel()
+    start = parameter.ds_process_group.rank() * held
+    length = min(held, parameter.ds_numel - start)  # the last ranks' parts are padded
+    if length > 0:
+        yield Master(placement, (start, start + length), parameter.ds_tensor.detach().narrow(0, 0, length))

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import Parameter, declare_parameters
+from llmtrain.config.parameters import Parameter, declare_parameters, is_frozen
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.engines.base import Scales
@@ -33,6 +33,9 @@ from llmtrain.parallel.layout import plan_chunks
 from llmtrain.parallel.parameter_attributes import mark_parameter
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.values.batch import Batch
+
+WORD = "embeddings.word.weight"
+"""Where it is the head as well, it lies on two stages, whose gradients megatron-core sums."""
 
 MicroBatch = tuple[int, Batch]
 """A micro-batch with its number in the step, over all ranks."""
@@ -75,13 +78,13 @@ class MegatronEngine(SteppingEngine):
         stage = Stage(self.config, self.groups, chunk)
         stage.to_empty(device=self.device)
         stage.to(self.dtype)
-        tied = self.config.model.tie_embeddings
+        tied = self.config.model.tie_embeddings and not is_frozen(WORD, self.config.optim.freeze)
         module = PipelineChunk(stage, self.megatron_config, tied, number)
         for parameter, placement in stage.named_placements():
             name, declared = placement.name, self.declared[placement.name]
             dim = declared.split if self.layout.tensor > 1 else None
             mark_parameter(parameter, dim, self.layout.sequence, declared.expert and self.layout.expert > 1)
-            if declared.on_all_stages and self.layout.num_chunks > 1:
+            if declared.on_all_stages and parameter.requires_grad and self.layout.num_chunks > 1:
                 # Gradients of parts of it are summed over stages: parts must be the same on all of them.
                 parameter.shared_embedding = True  # type: ignore[attr-defined]  # read by megatron-core under this name
                 parameter.shared = first_layer(name, self.config.model) not in chunk.layers  # type: ignore[attr-defined]
@@ -162,6 +165,11 @@ class MegatronEngine(SteppingEngine):
             for optimizer, parameter, main, span in self.pairs
         ]
 
+    def frozen(self) -> Iterator[Master]:
+        for parameter, placement in self.placements.items():
+            if not parameter.requires_grad:
+                yield Master(placement, (0, parameter.numel()), parameter.detach())
+
     def _owns(self, parameter: nn.Parameter) -> bool:
         """Whether no other rank saves the same elements: a copy for another stage, a tensor or a data replica."""
         placement = self.placements[parameter]
@@ -211,12 +219,12 @@ class MegatronEngine(SteppingEngine):
             sum_over_ranks(self._reduced_grads(partial), self.groups.tensor)
         if self.layout.num_chunks > 1:
             for declared in self.declared.values():
-                if declared.on_all_stages:
+                if declared.on_all_stages and not is_frozen(declared.name, self.config.optim.freeze):
                     self._sum_over_stages(declared)
 
     def _reduced_grads(self, names: set[str]) -> list[Tensor]:
         """The gradients that DDP has reduced, of this rank's parameters of these names."""
-        found: list[Any] = [parameter for parameter, place in self.placements.items() if place.name in names]
+        found: list[Any] = [p for p, place in self.placements.items() if place.name in names and p.requires_grad]
         return [parameter.main_grad for parameter in found]
 
     def _sum_over_stages(self, declared: Parameter) -> None:

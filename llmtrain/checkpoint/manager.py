@@ -14,6 +14,7 @@ from llmtrain.checkpoint.exchange import Exchange, SaveTalk
 from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name, step_of_folder
 from llmtrain.checkpoint.host_copy import HostCopy
 from llmtrain.checkpoint.manifest import (
+    BASE,
     CheckpointUnusableError,
     ManifestPart,
     load_manifest,
@@ -122,6 +123,10 @@ class CheckpointManager:
     @property
     def _reports_here(self) -> bool:
         return self._ranks is None or self._ranks.rank == 0
+
+    def rest_on(self, base: Mapping[str, str]) -> None:
+        """Name the checkpoint that has the frozen weights in all that is saved from now on."""
+        self._about[BASE] = dict(base)
 
     def latest_steps(self) -> list[int]:
         """Steps of the checkpoints on the disk, newest first."""

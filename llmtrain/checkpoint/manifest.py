@@ -153,6 +153,15 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("llmtrain", "torch", "safetensors")}
 
 
+BASE = "base"
+"""In a manifest's `about`: path and manifest_sha256 of the checkpoint that has its frozen weights."""
+
+
+def manifest_sha256(folder: Path) -> str:
+    """The hash of a checkpoint's manifest, which names the hashes of all its files. Raises as `load_manifest`."""
+    return hashlib.sha256(_read(folder / MANIFEST)).hexdigest()
+
+
 def manifest_hash_line(manifest: bytes) -> bytes:
     """The content of `manifest.json.sha256`, which `sha256sum --check` accepts."""
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()

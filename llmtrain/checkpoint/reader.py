@@ -3,7 +3,7 @@
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE, wrong_name
 from llmtrain.checkpoint.manifest import (
+    BASE,
     TENSOR_FILE_SUFFIX,
     Manifest,
     TensorEntry,
     load_manifest,
+    manifest_sha256,
     unreadable,
 )
 from llmtrain.checkpoint.stored_tensors import Scratch, StoredTensors
@@ -57,8 +59,17 @@ class TensorInfo:
 class CheckpointReader:
     """A checkpoint whose form has been checked, as a source of fragments. Made by `open_checkpoint`."""
 
-    def __init__(self, path: Path, manifest: Manifest, state: dict[str, Any], config_text: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        state: dict[str, Any],
+        config_text: str,
+        base: "CheckpointReader | None" = None,
+    ) -> None:
         self.path = path
+        self.base = base
+        """The checkpoint that has its frozen weights."""
         self.state = state
         """The JSON that was handed in at the save."""
         self.config_text = config_text
@@ -97,9 +108,23 @@ class CheckpointReader:
                 yield TensorInfo(name, kind, entry.dtype, entry.global_shape, len(entry.fragments))
 
     def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
-        """Shape of the whole tensor, or None where the checkpoint has no such tensor."""
+        """Shape of the whole tensor, or None where neither the checkpoint nor its base has such a tensor."""
         entry = self._manifest.tensors.get(name, {}).get(kind)
-        return entry.global_shape if entry else None
+        if entry is None:
+            return self.base.global_shape(name, kind) if self.base and self._is_frozen(name) else None
+        return entry.global_shape
+
+    def _is_frozen(self, name: str) -> bool:
+        """Of a parameter that it has nothing of, the base has the weight."""
+        return name not in self._manifest.tensors
+
+    def base_of(self, frozen: Collection[str]) -> dict[str, str] | None:
+        """What a checkpoint says that leaves these parameters where this one has them; None where there are none."""
+        if not frozen:
+            return None
+        if self.base is not None and all(map(self._is_frozen, frozen)):
+            return self.about[BASE]
+        return {"path": str(self.path.absolute()), "manifest_sha256": manifest_sha256(self.path)}
 
     def read(self, name: str, kind: str, box: Box) -> Tensor:
         """The data of a box in new CPU memory, of the stored type; touches only the bytes of the box.
@@ -107,6 +132,8 @@ class CheckpointReader:
         Raises CheckpointError where the checkpoint has no such tensor or the box leaves its shape.
         """
         entry = self._manifest.tensors.get(name, {}).get(kind)
+        if entry is None and self.base is not None and self._is_frozen(name):
+            return self.base.read(name, kind, box)
         if entry is None:
             raise CheckpointError(
                 f"{self.path}: has no {kind} of {name}. It was saved from another model or by an engine without it: "
@@ -169,7 +196,23 @@ def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
             raise ValueError(f"{STATE} is no JSON object")
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: {STATE} or {CONFIG} cannot be decoded: {error}. {WHAT_TO_DO}") from error
-    return CheckpointReader(path, manifest, state, config_text)
+    return CheckpointReader(path, manifest, state, config_text, _open_base(path, manifest.about, verify))
+
+
+def _open_base(path: Path, about: Mapping[str, Any], verify: bool) -> CheckpointReader | None:
+    """The checkpoint that has the frozen weights of the one at `path`, once it is known to be the very same."""
+    if BASE not in about:
+        return None
+    try:
+        place, sha256 = Path(about[BASE]["path"]), str(about[BASE]["manifest_sha256"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: about.{BASE} names no checkpoint: {about[BASE]!r}") from error
+    advice = f"{path} has its frozen weights there. Put that checkpoint back, as it was when the run began."
+    if not place.is_dir():
+        raise CheckpointError(f"{place}: no such checkpoint. {advice}")
+    if manifest_sha256(place) != sha256:
+        raise CheckpointError(f"{place / MANIFEST}: its sha256 is not {sha256}: it is another checkpoint. {advice}")
+    return open_checkpoint(place, verify)
 
 
 def checkpoint_problems(folder: Path, manifest: Manifest, verify: bool) -> list[str]:

@@ -3,7 +3,7 @@
 Sizes, initial weights, sharding, stages and the name tables of other programs are read from here.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -53,6 +53,11 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 def is_frozen(name: str, patterns: Iterable[str]) -> bool:
     """Whether a parameter is not trained, by the patterns of `optim.freeze`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def frozen_names(model: ModelConfig, patterns: Sequence[str]) -> list[str]:
+    """The parameters that are not trained. Needs model.vocab_size."""
+    return [parameter.name for parameter in _model_parameters(model) if is_frozen(parameter.name, patterns)]
 
 
 def num_parameters(model: ModelConfig, freeze: Iterable[str] = ()) -> int:

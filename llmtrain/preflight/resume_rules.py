@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from llmtrain.checkpoint.folders import CHECKPOINTS, CONFIG, checkpoint_steps, folder_of_checkpoints, is_checkpoint
 from llmtrain.checkpoint.origin import Origin
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import parameter_shapes
+from llmtrain.config.parameters import frozen_names, parameter_shapes
 from llmtrain.config.reading.key_names import shown
 from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConfig, WindowKind
 from llmtrain.data.storage.manifest import TOKENIZER_NAMES, Manifest, file_sha256
@@ -132,6 +132,7 @@ def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest]
     if (was := origin.config.get("seed", config.seed)) != config.seed:
         found.append(_plain(origin, "seed", was, config.seed, config.seed))
     found += _optimizer_differences(origin, config.optim)
+    found += _freeze_differences(origin, config)
     found += _data_differences(origin, config.data)
     found += _tokenizer_differences(origin, config, manifests)
     return found + _source_differences(origin, config, manifests)
@@ -253,6 +254,27 @@ def _stream_keys(data: DataConfig) -> dict[str, Any]:
     elsewhere = ("train", "tokenizer", *FREE_DATA_KEYS)
     keys = {name: value for name, value in data.model_dump(mode="json").items() if name not in elsewhere}
     return {**keys, "windows": windows_of(keys)}
+
+
+def no_base(config: RunConfig) -> Problem:
+    """What is told where parameters are frozen and there is nothing that they could be loaded from."""
+    message = "has no weights to keep: the run begins from nothing. Set checkpoint.resume to an import, a run or a "
+    message += "checkpoint, or optim.freeze=[]."
+    return Problem("optim.freeze", message, ", ".join(config.optim.freeze), uses=("checkpoint.resume",))
+
+
+def _freeze_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]:
+    """A run trains the same parameters from its first step to its last. One that begins from another's checkpoint may
+    freeze more of them, but has no moments of those that were frozen there."""
+    was, now = tuple(origin.section("optim").get("freeze", ())), config.optim.freeze
+    if was == now or config.model.vocab_size is None:
+        return
+    frozen, before = (set(frozen_names(config.model, patterns)) for patterns in (now, was))
+    if frozen == before or (_elsewhere(config) and before < frozen):
+        return
+    text = f"the checkpoint {origin.path} was trained with {shown('optim.freeze', list(was))}"
+    advice = "Set it back. To train other parameters, begin a new run from an export of this one, imported."
+    yield Difference("optim.freeze", list(was), list(now), list(now), text, True, advice)
 
 
 def _optimizer_differences(origin: Origin, optim: OptimConfig) -> Iterator[Difference]:

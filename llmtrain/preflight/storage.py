@@ -22,7 +22,7 @@ from llmtrain.data.usage import data_use
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.optim.table import row_of
 from llmtrain.preflight.resolve import Manifests, ResolvedRun, read_manifests
-from llmtrain.preflight.resume_rules import TOKENIZER_NAMES, differences, refusals, resume_target
+from llmtrain.preflight.resume_rules import TOKENIZER_NAMES, differences, no_base, refusals, resume_target
 from llmtrain.preflight.vocabulary import SPECIAL_KEY, fill_vocabulary
 from llmtrain.preflight.windows import with_windows
 from llmtrain.runs.audit import iter_events
@@ -259,7 +259,7 @@ def _continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> l
     target = resume_target(config)
     origin = newest_origin(target) if target else None
     if origin is None:
-        return []
+        return [no_base(config)] if config.optim.freeze else []
     keys = [f"data.train.{number}.path" for number in range(len(config.data.train))]
     training = [manifests[key] for key in keys if key in manifests]
     return refusals(differences(origin, config, training if len(training) == len(keys) else None), config)

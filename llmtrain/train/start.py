@@ -13,7 +13,9 @@ from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.checkpoint.stored_state import require_state
+from llmtrain.config.parameters import frozen_names
 from llmtrain.config.reading.rendering import record_of
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.loader import Window
 from llmtrain.errors import ConfigError
 from llmtrain.preflight.resolve import ResolvedRun
@@ -21,6 +23,7 @@ from llmtrain.preflight.resume_rules import (
     data_record,
     differences,
     evaluation_record,
+    no_base,
     noted_changes,
     one_line,
     refusals,
@@ -70,6 +73,7 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: Exchange | None 
                 f"checkpoint.resume = none: {folder.path} holds an earlier run. "
                 "Choose another name, remove the folder, or continue the run with checkpoint.resume=auto."
             )
+        rest_on_base(manager, None, resolved.config)
         return Start(manager, None, skipped, ranks)
     own = folder.path / CHECKPOINTS
     checkpoint = newest_kept(manager, skipped) if target == own else find_checkpoint(target)
@@ -77,12 +81,23 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: Exchange | None 
     if start.checkpoint:
         require_state(start.checkpoint.path, start.checkpoint.state, start.checkpoint.about)
         require_continuity(resolved, folder, start.checkpoint)
+    rest_on_base(manager, start.checkpoint, resolved.config)
     back = target.resolve().is_relative_to(own.resolve())
     later = [step for step in manager.latest_steps() if step > start.step] if back else []
     if later:
         text = f"going back to step {start.step} of {folder.path}: what it did up to step {later[0]} will be set aside"
         print(text, file=sys.stderr)
     return start
+
+
+def rest_on_base(manager: CheckpointManager, checkpoint: CheckpointReader | None, config: RunConfig) -> None:
+    """Let what a run saves name the checkpoint that has its frozen weights. Raises ConfigError where there is none."""
+    frozen = frozen_names(config.model, config.optim.freeze)
+    if frozen and checkpoint is None:
+        raise ConfigError([no_base(config)])
+    base = checkpoint.base_of(frozen) if checkpoint else None
+    if base:
+        manager.rest_on(base)
 
 
 def require_continuity(resolved: ResolvedRun, folder: RunFolder, checkpoint: CheckpointReader) -> None:

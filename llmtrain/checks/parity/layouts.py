@@ -1,13 +1,15 @@
 """Which layouts to compare, and on what model: the user's, shrunk until a layout takes seconds."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from llmtrain.config.attention import kind_of
 from llmtrain.config.engines import ENGINES
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import declare_parameters, is_frozen
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.errors import ConfigError
@@ -60,10 +62,12 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
         "global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False,
         "steps": 100, "tokens": None,
     }  # fmt: skip
-    optim = {"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0}
+    shrunk = model.with_keys(sizes)
+    freeze = fitting_patterns(shrunk, config.optim.freeze)
+    optim = {"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0, "freeze": freeze}
     return config.with_keys(
         {
-            "model": model.with_keys(sizes),
+            "model": shrunk,
             "data.seq_len": SHRUNK_SEQ_LEN,
             "train": config.train.with_keys(train),
             "optim": config.optim.with_keys(optim),
@@ -71,6 +75,13 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
             "engine": EngineConfig(),
         }
     )
+
+
+def fitting_patterns(model: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Those of `optim.freeze` that fit a parameter of a shrunk model; none where they would leave nothing to train."""
+    names = list(declare_parameters(model))
+    fitting = tuple(pattern for pattern in patterns if any(is_frozen(name, [pattern]) for name in names))
+    return () if all(is_frozen(name, fitting) for name in names) else fitting
 
 
 def parse_candidate(text: str, config: RunConfig) -> Candidate:

@@ -108,6 +108,10 @@ def test_what_a_rank_holds() -> None:
     ]
     per_weight = [held / (alone / 16) for held in by_stage]
     assert per_weight == pytest.approx([18, 6 + 12 / 8, 2 + 16 / 8, 18 / 8])
+    frozen = {"optim": {"freeze": ["*"]}}  # as a rule would not let it be: the bytes of a frozen parameter alone
+    assert held_bytes(large(**bf16, **frozen), Layout()) == pytest.approx(alone / 16 * 2)
+    lion = {"optim": {"name": "lion"}}
+    assert held_bytes(large(**bf16, **lion), Layout()) == pytest.approx(alone / 16 * 14)
     megatron = {"engine": {"name": "megatron"}, "parallel": {"tensor": 2, "pipeline": 2}}
     assert held_bytes(large(**megatron), Layout(tensor=2, pipeline=2)) == pytest.approx(alone / 4)
 

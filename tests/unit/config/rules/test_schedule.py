@@ -39,3 +39,16 @@ def test_a_decay_takes_what_warm_up_leaves_and_ends_at_min_lr() -> None:
 @pytest.mark.parametrize("optim", [{}, {"warmup_steps": 99}, {**WSD, "decay_steps": 90}, {"decay_steps": 1000}])
 def test_a_schedule_that_the_run_has_room_for_is_not_spoken_of(optim: dict[str, Any]) -> None:
     assert schedule_warnings(run(optim=optim)) == []
+
+
+@pytest.mark.parametrize(
+    ("patterns", "key", "says"),
+    [
+        (["embedings.*"], "optim.freeze.0", "fits no parameter of the model. Try embeddings.word.weight"),
+        (["embeddings.*", "decoder.layers.99.*"], "optim.freeze.1", "fits no parameter"),
+        (["*"], "optim.freeze", "nothing is left to train"),
+    ],
+)
+def test_patterns_of_frozen_parameters(patterns: list[str], key: str, says: str) -> None:
+    assert says in broken(run(optim={"freeze": patterns}))[key]
+    assert broken(run(optim={"freeze": ["embeddings.*"]})) == {}

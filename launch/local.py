@@ -9,10 +9,10 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from launch.forking.rank_process import LocalCrew, RankProcess, start_rank
+from launch.forking.rank_process import LocalRankSet, RankProcess, start_rank
 from launch.rank.cores import num_threads, set_threads
 from launch.rank.failure import Failure, failure_text
-from launch.rank.heartbeat import PulseBoard
+from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.log import log_path
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal, exit_after_grace
@@ -32,7 +32,7 @@ def launch(resolved: ResolvedRun, change_run: ChangeRun | None = None) -> int:
     set_threads(num_threads(config.launch, config.launch.num_workers))
     with StopSignal() as stop:
         if config.launch.num_workers > 1 or is_supervised(config):
-            return supervise(config, Attempts(config, stop, change_run).run)
+            return supervise(config, LocalAttempts(config, stop, change_run).run)
         # It imports torch: only once the configuration is known to be right.
         from launch.rank.worker import run_worker, unchanged
 
@@ -69,7 +69,7 @@ def run_as_rank(resolved: ResolvedRun, place: Rank) -> int:
 
 
 @dataclass(frozen=True)
-class Attempts:
+class LocalAttempts:
     """Starts all ranks of a run and waits for their end, as often as asked."""
 
     config: RunConfig
@@ -84,7 +84,7 @@ class Attempts:
         # All ranks are on this machine: no other network interface, and no name of this machine, is needed.
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        board = PulseBoard(self.config.launch.num_workers, newest_step(self.config.run_dir))
+        board = HeartbeatBoard(self.config.launch.num_workers, newest_step(self.config.run_dir))
         # The port is taken before anybody knows it, and stays with this process: nobody else can get it.
         listener = socket.create_server((LOOPBACK, 0))
         ranks: list[RankProcess] = []
@@ -92,16 +92,16 @@ class Attempts:
             for rank in range(self.config.launch.num_workers):
                 ranks.append(self._start(rank, number, listener, board))
             store = serve_store(listener)
-            crew = LocalCrew(ranks)
-            look = Stragglers(self.config, board, crew.host).look if watches_speed(self.config) else lambda: None
-            ending = watch(crew, board, self.stop, self.config.launch, look)
+            rank_set = LocalRankSet(ranks)
+            look = Stragglers(self.config, board, rank_set.host).look if watches_speed(self.config) else lambda: None
+            ending = watch(rank_set, board, self.stop, self.config.launch, look)
             del store
         finally:
             for rank in ranks:
                 rank.end()
         return sum_up(self.config, ending, board, self.stop)
 
-    def _start(self, rank: int, attempt: int, listener: socket.socket, board: PulseBoard) -> RankProcess:
+    def _start(self, rank: int, attempt: int, listener: socket.socket, board: HeartbeatBoard) -> RankProcess:
         world_size = self.config.launch.num_workers
         host, port = listener.getsockname()
         place = Rank(rank, world_size, rank, world_size, host, port, attempt=attempt)

@@ -13,7 +13,7 @@ Messages are JSON objects. It is told, by `do`:
     stacks    answers `stacks`
     end       end the rank; answers `ended`
 It says: `ready` when everything is imported, or `broken`; `listening`, `helpless`, `stacks` and `ended`; `output`,
-what the rank prints; `position` and `window`, as on a PulseBoard; `failure`; `exited` with the exit code. Times are
+what the rank prints; `position` and `window`, as on a HeartbeatBoard; `failure`; `exited` with the exit code. Times are
 ages, in seconds: clocks of machines differ.
 """
 
@@ -31,7 +31,7 @@ from typing import Any
 from launch.forking.rank_process import RankProcess, start_rank
 from launch.forking.terminal import Terminal, open_terminal
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import Position, PulseBoard
+from launch.rank.heartbeat import HeartbeatBoard, Position
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
 from launch.supervision.attempt import import_for_ranks, rank_work
@@ -42,8 +42,8 @@ from llmtrain.config.schema import RunConfig
 Say = Callable[..., None]
 
 
-class Nursling:
-    """The rank that a nursery has forked, and what of it has been told already."""
+class ForkedRank:
+    """The rank that an agent has forked, and what of it has been told already."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Nursling:
         held: list[socket.socket],
         terminal: Terminal | None = None,
     ) -> None:
-        self._board = PulseBoard(1, first_step)
+        self._board = HeartbeatBoard(1, first_step)
         self._position = self._board.positions()[0]
         self._windows = 0
         self._stop = StopSignal()
@@ -141,14 +141,14 @@ class Nursling:
             say("output", text=printed.decode("utf-8", "surrogateescape"))
 
 
-class Nursery:
+class RankAgent:
     """Carries out what it is told through a connection, until that is closed."""
 
     def __init__(self, control: Connection) -> None:
         self._control = control
         self._listener: socket.socket | None = None
         self._store: object = None
-        self._rank: Nursling | None = None
+        self._rank: ForkedRank | None = None
 
     def run(self) -> None:
         """Return when nobody is at the other end any more; the rank is ended then."""
@@ -196,7 +196,7 @@ class Nursery:
         config = RunConfig.model_validate_json(message["config"])
         held = [self._listener] if self._listener else []
         terminal = Terminal(**message["terminal"]) if message.get("terminal") else None
-        self._rank = Nursling(Rank(**message["place"]), config, message["first_step"], held, terminal)
+        self._rank = ForkedRank(Rank(**message["place"]), config, message["first_step"], held, terminal)
         if self._listener:
             self._store = serve_store(self._listener)
 
@@ -235,7 +235,7 @@ def main() -> None:
     except ConnectionError:
         return
     if said["say"] == "ready":
-        Nursery(control).run()
+        RankAgent(control).run()
 
 
 if __name__ == "__main__":

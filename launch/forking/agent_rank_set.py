@@ -1,6 +1,6 @@
-"""The ranks of one attempt, each forked by a nursery (launch/forking/agent.py) on some machine.
+"""The ranks of one attempt, each forked by an agent (launch/forking/agent.py) on some machine.
 
-A crew for `launch.supervision.watch`.
+A rank set for `launch.supervision.watch`.
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from launch.forking.agent import failure_from, position_from
 from launch.forking.terminal import own_terminal
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import PulseBoard, Window
+from launch.rank.heartbeat import HeartbeatBoard, WorkWindow
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
 from launch.supervision.watch import POLL_SECONDS, RankNews
@@ -20,7 +20,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
 
 ANSWER_SECONDS = 5.0
-"""How long a nursery that lives may take to answer; it does nothing else."""
+"""How long an agent that lives may take to answer; it does nothing else."""
 
 START_SECONDS = 30.0
 """The same where an attempt depends on the answer: a machine on which everything starts may be slow."""
@@ -30,11 +30,11 @@ SILENT = "the process that forks it does not answer"
 Message = dict[str, Any]
 
 
-class Nurseries(Protocol):
-    """A nursery for each rank, and how they are reached."""
+class RankAgents(Protocol):
+    """An agent for each rank, and how they are reached."""
 
     def tell(self, rank: int, message: Message) -> None:
-        """Send a message. A nursery that is gone is noticed by listening."""
+        """Send a message. An agent that is gone is noticed by listening."""
         ...
 
     def listen(self, seconds: float) -> Iterable[tuple[int, Message]]:
@@ -53,12 +53,12 @@ class Nurseries(Protocol):
         ...
 
 
-class NurseryCrew:
-    """See `launch.supervision.watch.Crew`. Output goes to this process's stderr; where ranks are, to the board."""
+class AgentRankSet:
+    """See `launch.supervision.watch.RankSet`. Output goes to this process's stderr; where ranks are, to the board."""
 
-    def __init__(self, nurseries: Nurseries, places: Sequence[Rank], board: PulseBoard, stop: StopSignal) -> None:
+    def __init__(self, agents: RankAgents, places: Sequence[Rank], board: HeartbeatBoard, stop: StopSignal) -> None:
         """`places` are those of the ranks; where they meet is found by `start`."""
-        self._nurseries, self._places, self._board, self._stop = nurseries, places, board, stop
+        self._agents, self._places, self._board, self._stop = agents, places, board, stop
         self._told_to_stop = False
         self._looking: set[int] = set()
         self._news: list[RankNews] = []
@@ -66,12 +66,12 @@ class NurseryCrew:
         self._gone: dict[int, str] = {}
 
     def start(self, config: RunConfig) -> None:
-        """Have every rank forked. They meet at a store that the nursery of rank 0 serves, at a port of its own.
+        """Have every rank forked. They meet at a store that the agent of rank 0 serves, at a port of its own.
 
         Raises LaunchError where that one does not answer.
         """
-        address = self._nurseries.address(0)
-        self._nurseries.tell(0, {"do": "listen", "address": address})
+        address = self._agents.address(0)
+        self._agents.tell(0, {"do": "listen", "address": address})
         listening = self._answer({0}, "listening", START_SECONDS)
         if not listening:
             raise LaunchError(self._gone.get(0, SILENT))  # told as the failure of rank 0
@@ -79,10 +79,10 @@ class NurseryCrew:
         for rank, place in enumerate(self._places):
             met = asdict(replace(place, host=address, port=listening[0]["port"], serves_store=False))
             start = {"do": "start", "place": met, "config": text, "first_step": positions[rank].step}
-            self._nurseries.tell(rank, {**start, "terminal": asdict(terminal) if terminal and rank == 0 else None})
+            self._agents.tell(rank, {**start, "terminal": asdict(terminal) if terminal and rank == 0 else None})
 
     def news(self, running: Collection[int]) -> list[RankNews]:
-        """See `Crew`."""
+        """See `RankSet`."""
         if self._stop.requested:
             self.save_and_end()
         self._pass_on_wishes()
@@ -98,22 +98,22 @@ class NurseryCrew:
             self._tell(range(len(self._places)), {"do": "stop"})
 
     def helpless(self, running: Collection[int]) -> Mapping[int, str]:
-        """See `Crew`."""
+        """See `RankSet`."""
         answers = self._ask("helpless", running)
         reasons = {rank: answers[rank]["text"] if rank in answers else self._gone.get(rank, SILENT) for rank in running}
         return {rank: reason for rank, reason in reasons.items() if reason}
 
     def stacks(self, running: Collection[int]) -> dict[int, str]:
-        """See `Crew`."""
+        """See `RankSet`."""
         answers = self._ask("stacks", running)
         return {rank: answers[rank]["text"] if rank in answers else "" for rank in running}
 
     def host(self, rank: int) -> str:
-        """See `Crew`."""
-        return self._nurseries.host(rank)
+        """See `RankSet`."""
+        return self._agents.host(rank)
 
     def end(self) -> set[int]:
-        """End what is left of the ranks. Returns those whose nursery is gone, or does not answer."""
+        """End what is left of the ranks. Returns those whose agent is gone, or does not answer."""
         everybody = set(range(len(self._places)))
         self._tell(everybody, {"do": "end"})
         return everybody - self._answer(everybody, "ended").keys()
@@ -122,19 +122,19 @@ class NurseryCrew:
         """Tell the ranks of which it is wanted that they find out where they spend their time, and when no more."""
         wanted = {rank for rank in range(len(self._places)) if self._board.places_wanted(rank)}
         for rank in wanted ^ self._looking:
-            self._nurseries.tell(rank, {"do": "places", "wanted": rank in wanted})
+            self._agents.tell(rank, {"do": "places", "wanted": rank in wanted})
         self._looking = wanted
 
     def _tell(self, ranks: Collection[int], message: Message) -> None:
         for rank in set(ranks) - self._gone.keys():
-            self._nurseries.tell(rank, message)
+            self._agents.tell(rank, message)
 
     def _ask(self, what: str, ranks: Collection[int]) -> dict[int, Message]:
         self._tell(ranks, {"do": what})
         return self._answer(ranks, what)
 
     def _answer(self, ranks: Collection[int], kind: str, seconds: float | None = None) -> dict[int, Message]:
-        """What these ranks' nurseries answer; those that do not, or are gone, are left out."""
+        """What these ranks' agents answer; those that do not, or are gone, are left out."""
         self._answers = {}
         deadline = time.monotonic() + (seconds or ANSWER_SECONDS)
         while set(ranks) - self._gone.keys() - self._answers.keys() and time.monotonic() < deadline:
@@ -142,11 +142,11 @@ class NurseryCrew:
         return {rank: answer for rank, answer in self._answers.items() if answer["say"] == kind}
 
     def _listen(self, seconds: float) -> None:
-        for rank, message in self._nurseries.listen(seconds):
+        for rank, message in self._agents.listen(seconds):
             self._take(rank, message)
 
     def _take(self, rank: int, message: Message) -> None:
-        """Note what a nursery has said."""
+        """Note what an agent has said."""
         facts = {name: value for name, value in message.items() if name != "say"}
         match message["say"]:
             case "output":
@@ -155,7 +155,7 @@ class NurseryCrew:
             case "position":
                 self._board.put(rank, position_from(facts))
             case "window":
-                self._board.add_window(rank, Window(**facts))
+                self._board.add_window(rank, WorkWindow(**facts))
             case "failure":
                 self._news.append(RankNews(rank, failure_from(facts, self.host(rank))))
             case "exited":

@@ -61,13 +61,13 @@ class RankProcess:
 
 
 @dataclass(frozen=True)
-class LocalCrew:
+class LocalRankSet:
     """The ranks of an attempt, all of them processes that this one has forked; by rank."""
 
     ranks: Sequence[RankProcess]
 
     def news(self, running: Collection[int]) -> list[RankNews]:
-        """See `Crew`."""
+        """See `RankSet`."""
         ranks = [self.ranks[rank] for rank in running]
         pipes = [rank.told for rank in ranks if not rank.told.closed]
         wait([*pipes, *(rank.process.sentinel for rank in ranks)], POLL_SECONDS)
@@ -81,15 +81,15 @@ class LocalCrew:
         return found
 
     def helpless(self, running: Collection[int]) -> Mapping[int, str]:
-        """See `Crew`."""
+        """See `RankSet`."""
         return stopped_processes({rank: self.ranks[rank].pid for rank in running})
 
     def stacks(self, running: Collection[int]) -> dict[int, str]:
-        """See `Crew`."""
+        """See `RankSet`."""
         return read_stacks({rank: (self.ranks[rank].pid, self.ranks[rank].stacks.fileno()) for rank in running})
 
     def host(self, rank: int) -> str:
-        """See `Crew`."""
+        """See `RankSet`."""
         return socket.gethostname()
 
 

@@ -30,13 +30,13 @@ class HostFacts:
 
 
 class RankHost:
-    """The actor: it starts a nursery (launch/forking/agent.py) and passes messages on."""
+    """The actor: it starts an agent (launch/forking/agent.py) and passes messages on."""
 
     def __init__(self, folder: str, engine: str, environment: Mapping[str, str]) -> None:
         """`folder` is where the run was started: paths of its configuration are relative to it."""
         self._problem = ""
         here, there = socket.socketpair()
-        self._nursery = Connection(here.detach())
+        self._agent = Connection(here.detach())
         line = [sys.executable, "-m", "launch.forking.agent", str(there.fileno()), engine]
         try:
             subprocess.Popen(
@@ -67,25 +67,25 @@ class RankHost:
         """Return, if this worker lives."""
 
     def tell(self, message: Message) -> None:
-        """Pass a message on to the nursery. One that is gone says so in `news`."""
+        """Pass a message on to the agent. One that is gone says so in `news`."""
         try:
-            self._nursery.send_bytes(json.dumps(message).encode())
+            self._agent.send_bytes(json.dumps(message).encode())
         except ConnectionError:
             return
 
     @ray.method(concurrency_group=NEWS)
     def news(self, seconds: float) -> list[Message]:
-        """What the nursery has said since the last call, as soon as there is something, at most `seconds` later."""
+        """What the agent has said since the last call, as soon as there is something, at most `seconds` later."""
         said = []
-        if self._nursery.poll(seconds):
+        if self._agent.poll(seconds):
             said.append(self._hear())
-            while said[-1]["say"] != "gone" and self._nursery.poll():
+            while said[-1]["say"] != "gone" and self._agent.poll():
                 said.append(self._hear())
         return said
 
     def _hear(self) -> Message:
         try:
-            return json.loads(self._nursery.recv_bytes())
+            return json.loads(self._agent.recv_bytes())
         except (EOFError, ConnectionError):
             return {"say": "gone", "text": "the process that forked it on its worker has died"}
 

@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.forking.agent_rank_set import NurseryCrew
+from launch.forking.agent_rank_set import AgentRankSet
 from launch.on_ray.cluster import Cluster, ray_cluster
 from launch.on_ray.ranking import seat_ranks
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import PulseBoard
+from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
 from launch.supervision.attempt import note_stop, sum_up, watches_speed
@@ -33,7 +33,7 @@ from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.runs.audit import record
 
 if TYPE_CHECKING:
-    from launch.on_ray.placement import Placement, Replica
+    from launch.on_ray.placement import RankPlacement, Replica
     from launch.on_ray.workers import Member
 
 LOOK_SECONDS = 2.0
@@ -48,17 +48,17 @@ def launch(resolved: ResolvedRun) -> int:
     config = resolved.config
     with StopSignal() as stop, ray_cluster(config) as cluster:
         # Ray reads its environment when it is imported, which is right now only.
-        from launch.on_ray.placement import Placement
+        from launch.on_ray.placement import RankPlacement
 
-        with Placement(config, str(Path.cwd()), os.environ) as placement:
-            attempts = Attempts(config, cluster, placement, stop)
+        with RankPlacement(config, str(Path.cwd()), os.environ) as placement:
+            attempts = RayAttempts(config, cluster, placement, stop)
             return supervise(config, attempts.run, attempts.launch_id)
 
 
 class Lookout:
     """Asks the cluster now and then, in a thread of its own: a head that is gone may never answer."""
 
-    def __init__(self, cluster: Cluster, placement: "Placement", num_workers: int) -> None:
+    def __init__(self, cluster: Cluster, placement: "RankPlacement", num_workers: int) -> None:
         self._cluster, self._placement, self._num_workers = cluster, placement, num_workers
         self._ended = threading.Event()
         self._asked = time.monotonic()
@@ -91,10 +91,10 @@ class Lookout:
                     self.has_room = self._placement.can_grow(self._num_workers)
 
 
-class Attempts:
+class RayAttempts:
     """Starts all ranks of a run on the cluster and waits for their end, as often as asked."""
 
-    def __init__(self, config: RunConfig, cluster: Cluster, placement: "Placement", stop: StopSignal) -> None:
+    def __init__(self, config: RunConfig, cluster: Cluster, placement: "RankPlacement", stop: StopSignal) -> None:
         self._config, self._cluster, self._placement, self._stop = config, cluster, placement, stop
         self._run_dir = config.run_dir
         self._size = 0
@@ -123,7 +123,7 @@ class Attempts:
             return AttemptEnd(EXIT_PREEMPTED, saved_step=newest_step(self._run_dir), told_to_stop=True)
         config, members = seated(self._config, replicas)
         self._note_size(len(members))
-        board = PulseBoard(len(members), newest_step(self._run_dir))
+        board = HeartbeatBoard(len(members), newest_step(self._run_dir))
         with Lookout(self._cluster, self._placement, len(members)) as lookout:
             ending = self._ending(config, members, number, board, lookout)
         end = sum_up(config, ending, board, self._stop)
@@ -134,20 +134,20 @@ class Attempts:
         return replace(end, resized=grows)
 
     def _ending(
-        self, config: RunConfig, members: "list[Member]", number: int, board: PulseBoard, lookout: Lookout
+        self, config: RunConfig, members: "list[Member]", number: int, board: HeartbeatBoard, lookout: Lookout
     ) -> Ending:
         """Start the ranks and watch over them; none is left afterwards."""
-        from launch.on_ray.workers import RayNurseries
+        from launch.on_ray.workers import RayAgents
 
         places = [self._place(members, rank, number) for rank in range(len(members))]
-        crew = NurseryCrew(RayNurseries(members), places, board, self._stop)
+        rank_set = AgentRankSet(RayAgents(members), places, board, self._stop)
         try:
-            crew.start(config)
-            return watch(crew, board, self._stop, config.launch, self._look(config, board, crew, lookout))
+            rank_set.start(config)
+            return watch(rank_set, board, self._stop, config.launch, self._look(config, board, rank_set, lookout))
         except LaunchError as error:
             return Ending((Failure.of_error(0, error),), exit_code=error.exit_code)
         finally:
-            for rank in crew.end():
+            for rank in rank_set.end():
                 members[rank].replica.drop(members[rank].seat.bundle)
 
     def _place(self, members: "list[Member]", rank: int, attempt: int) -> Rank:
@@ -162,15 +162,17 @@ class Attempts:
             launch_id=self.launch_id,
         )
 
-    def _look(self, config: RunConfig, board: PulseBoard, crew: NurseryCrew, lookout: Lookout) -> Callable[[], None]:
+    def _look(
+        self, config: RunConfig, board: HeartbeatBoard, rank_set: AgentRankSet, lookout: Lookout
+    ) -> Callable[[], None]:
         """What is looked after while the ranks train: slow ones, more room, a cluster that is gone."""
-        stragglers = Stragglers(config, board, crew.host) if watches_speed(config) else None
+        stragglers = Stragglers(config, board, rank_set.host) if watches_speed(config) else None
 
         def look() -> None:
             if stragglers:
                 stragglers.look()
             if lookout.has_room or lookout.cluster_is_lost:
-                crew.save_and_end()
+                rank_set.save_and_end()
 
         return look
 

@@ -130,7 +130,7 @@ class Replica:
         return True
 
 
-class Placement:
+class RankPlacement:
     """All replicas of a run. As a context manager it gives everything back."""
 
     def __init__(self, config: RunConfig, folder: str, environment: Mapping[str, str]) -> None:
@@ -147,7 +147,7 @@ class Placement:
         start = (folder, config.engine.name, passed)
         self.replicas = [Replica(size, bundle, start) for _ in range(launch.num_workers // size)]
 
-    def __enter__(self) -> "Placement":
+    def __enter__(self) -> "RankPlacement":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""The workers of an attempt's ranks on Ray, as the nurseries that they pass messages on to."""
+"""The workers of an attempt's ranks on Ray, as the agents that they pass messages on to."""
 
 import re
 import time
@@ -32,8 +32,8 @@ class Member:
         return self.worker.facts
 
 
-class RayNurseries:
-    """See `launch.forking.agent_rank_set.Nurseries`. Each worker is always asked for news; it answers once it has some.
+class RayAgents:
+    """See `launch.forking.agent_rank_set.RankAgents`. Each worker is always asked for news.
 
     Ray ends no call of an actor that has begun: what it brings when nobody waits for it any more would be lost. So the
     question that is left open when an attempt ends stays with its worker, and the next attempt gets the answer.
@@ -46,11 +46,11 @@ class RayNurseries:
             self._ask(rank)
 
     def tell(self, rank: int, message: Message) -> None:
-        """See `Nurseries`."""
+        """See `RankAgents`."""
         self._members[rank].worker.actor.tell.remote(message)
 
     def listen(self, seconds: float) -> Iterator[tuple[int, Message]]:
-        """See `Nurseries`."""
+        """See `RankAgents`."""
         if not self._asked:
             time.sleep(seconds)
             return
@@ -69,11 +69,11 @@ class RayNurseries:
                 self._ask(rank)
 
     def host(self, rank: int) -> str:
-        """See `Nurseries`."""
+        """See `RankAgents`."""
         return self._members[rank].facts.hostname
 
     def address(self, rank: int) -> str:
-        """See `Nurseries`."""
+        """See `RankAgents`."""
         return self._members[rank].facts.address
 
     def _ask(self, rank: int) -> None:

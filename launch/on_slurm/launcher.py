@@ -9,11 +9,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from launch.forking.agent_rank_set import NurseryCrew
-from launch.on_slurm.step import SlurmNurseries, Step, Task
+from launch.forking.agent_rank_set import AgentRankSet
+from launch.on_slurm.step import SlurmAgents, Step, Task
 from launch.rank.cores import user_threads
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import PulseBoard
+from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.stop import StopSignal
 from launch.supervision.attempt import sum_up, watches_speed
 from launch.supervision.restarts import AttemptEnd, newest_step, supervise
@@ -32,7 +32,7 @@ def launch(resolved: ResolvedRun) -> int:
     threads = config.launch.threads_per_worker or user_threads(os.environ) or cpus
     config = config.with_keys({"launch.threads_per_worker": threads})
     with StopSignal() as stop:
-        attempts = Attempts(config, stop, cpus)
+        attempts = SlurmAttempts(config, stop, cpus)
         try:
             return supervise(config, attempts.run, attempts.launch_id)
         finally:
@@ -55,7 +55,7 @@ def cpus_per_rank(config: RunConfig) -> int:
     return config.launch.cpus_per_worker or max(1, config.launch.threads_per_worker)
 
 
-class Attempts:
+class SlurmAttempts:
     """Starts all ranks of a run and waits for their end, as often as asked, with the same tasks while they live."""
 
     def __init__(self, config: RunConfig, stop: StopSignal, cpus: int) -> None:
@@ -70,7 +70,7 @@ class Attempts:
     def run(self, number: int) -> AttemptEnd:
         """One attempt, from the newest valid checkpoint."""
         config = self._config
-        board = PulseBoard(config.launch.num_workers, newest_step(config.run_dir))
+        board = HeartbeatBoard(config.launch.num_workers, newest_step(config.run_dir))
         try:
             ending = self._ending(number, board)
         except LaunchError as error:
@@ -84,7 +84,7 @@ class Attempts:
             self._step.end(self._tasks)
         self._step, self._tasks = None, ()
 
-    def _ending(self, number: int, board: PulseBoard) -> Ending:
+    def _ending(self, number: int, board: HeartbeatBoard) -> Ending:
         config = self._config
         if self._step is None:
             self._step = Step(config, self._cpus)
@@ -94,11 +94,11 @@ class Attempts:
             self.end_step()
             return Ending(exit_code=EXIT_PREEMPTED)
         places = [replace(task.place, attempt=number, launch_id=self.launch_id) for task in self._tasks]
-        crew = NurseryCrew(SlurmNurseries(self._tasks), places, board, self._stop)
+        rank_set = AgentRankSet(SlurmAgents(self._tasks), places, board, self._stop)
         try:
-            crew.start(config)
-            look = Stragglers(config, board, crew.host).look if watches_speed(config) else lambda: None
-            return watch(crew, board, self._stop, config.launch, look)
+            rank_set.start(config)
+            look = Stragglers(config, board, rank_set.host).look if watches_speed(config) else lambda: None
+            return watch(rank_set, board, self._stop, config.launch, look)
         finally:
-            if crew.end():  # some tasks are gone
+            if rank_set.end():  # some tasks are gone
                 self.end_step()

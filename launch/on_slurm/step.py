@@ -54,18 +54,18 @@ class Task:
             return None
 
 
-class SlurmNurseries:
-    """See `launch.forking.agent_rank_set.Nurseries`: the tasks of a step, by rank."""
+class SlurmAgents:
+    """See `launch.forking.agent_rank_set.RankAgents`: the tasks of a step, by rank."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = tasks
 
     def tell(self, rank: int, message: Message) -> None:
-        """See `Nurseries`."""
+        """See `RankAgents`."""
         self._tasks[rank].tell(message)
 
     def listen(self, seconds: float) -> Iterator[tuple[int, Message]]:
-        """See `Nurseries`."""
+        """See `RankAgents`."""
         ranks = {task.control: rank for rank, task in enumerate(self._tasks) if not task.control.closed}
         if not ranks:
             time.sleep(seconds)
@@ -76,11 +76,11 @@ class SlurmNurseries:
                 yield rank, task.hear() or {"say": "gone", "text": LOST}
 
     def host(self, rank: int) -> str:
-        """See `Nurseries`."""
+        """See `RankAgents`."""
         return self._tasks[rank].host
 
     def address(self, rank: int) -> str:
-        """See `Nurseries`."""
+        """See `RankAgents`."""
         return self._tasks[rank].address
 
 

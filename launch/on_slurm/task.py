@@ -1,7 +1,7 @@
 """`python -m launch.on_slurm.task`: what each task of a Slurm step runs, which the launcher starts by srun.
 
 It reads from its standard input where the launcher listens (srun gives the same line to every task), connects to it,
-says which task it is, and becomes a nursery (launch/forking/agent.py): the launcher tells it when to fork its rank.
+says which task it is, and becomes an agent (launch/forking/agent.py): the launcher tells it when to fork its rank.
 """
 
 import json
@@ -14,7 +14,7 @@ from dataclasses import asdict
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 
-from launch.forking.agent import Nursery
+from launch.forking.agent import RankAgent
 from launch.rank.place import ALONE, rank_from_environment
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def main() -> None:
     """Serve the launcher until it is gone. Ends with exit code 1 where it cannot be reached."""
-    # Slurm sends signals to all processes of a step: the rank saves, and its nursery has to outlive that.
+    # Slurm sends signals to all processes of a step: the rank saves, and its agent has to outlive that.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     told = json.loads(sys.stdin.readline())
@@ -35,7 +35,7 @@ def main() -> None:
         control.send_bytes(json.dumps({"say": "ready"}).encode())
     except (OSError, EOFError, AuthenticationError) as error:
         sys.exit(f"{place}: the launcher cannot be reached at port {told['port']}: {error}")
-    Nursery(control).run()
+    RankAgent(control).run()
 
 
 def _connect(environment: Mapping[str, str], told: Mapping[str, str]) -> Connection:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from llmtrain.observe.phases import SECTIONS, Section
+from llmtrain.observe.phases import PHASES, Phase
 
-Pulse = Callable[[Section, int], None]
-"""Called by a rank that enters a section, with the number of steps that the run has finished."""
+Heartbeat = Callable[[Phase, int], None]
+"""Called by a rank that enters a phase, with the number of steps that the run has finished."""
 
 Work = Literal["data", "step"]
 """Sections in which a rank works while others may wait for it."""
@@ -41,23 +41,23 @@ _RANK_BYTES = _WINDOWS_AT + _SLOTS * _WINDOW.size
 
 @dataclass(frozen=True)
 class Position:
-    """A rank is in this section since `since` (seconds of the machine's monotonic clock), `step` steps being done.
+    """A rank is in this phase since `since` (seconds of the machine's monotonic clock), `step` steps being done.
 
     Its attempt began after `first_step`.
     """
 
-    section: Section
+    phase: Phase
     step: int
     since: float
     first_step: int = 0
 
 
 @dataclass(frozen=True)
-class Window:
+class WorkWindow:
     """What a rank did in WINDOW_STEPS steps in a row, of which `step` was the last.
 
     `work` is the time, in seconds, in which it waited for no other rank; `places` where it was most of that, if that
-    was asked for. Both by section.
+    was asked for. Both by phase.
     """
 
     step: int
@@ -65,40 +65,40 @@ class Window:
     places: Mapping[Work, str]
 
 
-class PulseBoard:
+class HeartbeatBoard:
     """The positions of all ranks of one attempt, and their work. Make it before the ranks are forked."""
 
     def __init__(self, world_size: int, step: int) -> None:
         self._memory = mmap.mmap(-1, _RANK_BYTES * world_size)
         self.world_size = world_size
         for rank in range(world_size):
-            self.pulse(rank)("setup", step)
+            self.heartbeat(rank)("setup", step)
 
-    def pulse(self, rank: int) -> Pulse:
+    def heartbeat(self, rank: int) -> Heartbeat:
         """What a rank calls. The step of the first call is the one that its attempt continues from."""
         first_step: int | None = None
 
-        def tell(section: Section, step: int) -> None:
+        def tell(phase: Phase, step: int) -> None:
             nonlocal first_step
             first_step = step if first_step is None else first_step
-            self.put(rank, Position(section, step, time.monotonic(), first_step))
+            self.put(rank, Position(phase, step, time.monotonic(), first_step))
 
         return tell
 
     def put(self, rank: int, position: Position) -> None:
         """Set where a rank is."""
-        values = (position.since, SECTIONS.index(position.section), position.step, position.first_step)
+        values = (position.since, PHASES.index(position.phase), position.step, position.first_step)
         _RECORD.pack_into(self._memory, rank * _RANK_BYTES, *values)
 
     def positions(self) -> list[Position]:
         """Where the ranks are now, by rank."""
         records = (_RECORD.unpack_from(self._memory, rank * _RANK_BYTES) for rank in range(self.world_size))
-        return [Position(SECTIONS[section], step, since, first) for since, section, step, first in records]
+        return [Position(PHASES[phase], step, since, first) for since, phase, step, first in records]
 
-    def add_window(self, rank: int, window: Window) -> None:
+    def add_window(self, rank: int, window: WorkWindow) -> None:
         """Add a rank's next window. Windows with the same number are about the same steps on all ranks."""
         number = self._count(rank)
-        data, step = (window.places.get(section, "").encode()[:PLACE_BYTES] for section in WORK)
+        data, step = (window.places.get(phase, "").encode()[:PLACE_BYTES] for phase in WORK)
         values = (window.step, window.work["data"], window.work["step"], data, step)
         _WINDOW.pack_into(self._memory, self._slot(rank, number), *values)
         _COUNT.pack_into(self._memory, rank * _RANK_BYTES + _COUNT_AT, number + 1)
@@ -107,7 +107,7 @@ class PulseBoard:
         """How many windows every rank has added."""
         return min(self._count(rank) for rank in range(self.world_size))
 
-    def windows(self, number: int) -> list[Window]:
+    def windows(self, number: int) -> list[WorkWindow]:
         """The window with this number, by rank: one of the last NUM_WINDOWS."""
         return [self._window(rank, number) for rank in range(self.world_size)]
 
@@ -118,10 +118,10 @@ class PulseBoard:
     def places_wanted(self, rank: int) -> bool:
         return bool(_LOOKS.unpack_from(self._memory, rank * _RANK_BYTES + _LOOKS_AT)[0])
 
-    def _window(self, rank: int, number: int) -> Window:
+    def _window(self, rank: int, number: int) -> WorkWindow:
         last_step, data, step, *places = _WINDOW.unpack_from(self._memory, self._slot(rank, number))
         in_data, in_step = (place.rstrip(b"\0").decode("utf-8", "ignore") for place in places)
-        return Window(last_step, {"data": data, "step": step}, {"data": in_data, "step": in_step})
+        return WorkWindow(last_step, {"data": data, "step": step}, {"data": in_data, "step": in_step})
 
     def _count(self, rank: int) -> int:
         return _COUNT.unpack_from(self._memory, rank * _RANK_BYTES + _COUNT_AT)[0]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from launch.rank.cores import num_threads
 from launch.rank.failure import OtherRankFailedError
-from launch.rank.heartbeat import Pulse
+from launch.rank.heartbeat import Heartbeat
 from launch.rank.log import rank_log
 from launch.rank.place import ALONE, Rank
 from launch.rank.rendezvous import anybody, connect, lone_store, open_exchange, open_group
@@ -22,7 +22,7 @@ from llmtrain.config.engines import ENGINES
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, NoProgressError, RunFolderInUseError
-from llmtrain.observe.phases import Section
+from llmtrain.observe.phases import Phase
 from llmtrain.plan.memory_advice import advise
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.report.efficiency import DONE, run_efficiency
@@ -33,8 +33,8 @@ from llmtrain.train.stall_limit import StallLimit, skipped_text
 from llmtrain.train.start import Start, describe_start, find_start, join_start
 
 
-def unwatched(section: Section, step: int) -> None:
-    """The pulse of a rank that nobody watches over."""
+def unwatched(phase: Phase, step: int) -> None:
+    """The heartbeat of a rank that nobody watches over."""
 
 
 def unchanged(run: Run, place: Rank) -> Run:
@@ -46,13 +46,14 @@ def run_worker(
     resolved: ResolvedRun,
     stop: StopSignal,
     place: Rank = ALONE,
-    pulse: Pulse = unwatched,
+    heartbeat: Heartbeat = unwatched,
     change_run: Callable[[Run, Rank], Run] = unchanged,
 ) -> int:
     """Train, or continue, the run; returns the exit code.
 
     launch.num_workers is the world size. Rank 0 holds the run folder, decides what the run continues from and records
-    it; the others wait for that decision. `pulse` hears where this rank is; `change_run` may replace parts of the run.
+    it; the others wait for that decision. `heartbeat` hears where this rank is; `change_run` may replace parts of the
+    run.
     """
     config = resolved.config
     assert config.launch.num_workers == place.world_size
@@ -62,7 +63,7 @@ def run_worker(
     with ExitStack() as held:
         if place.world_size == 1:
             folder = held.enter_context(RunFolder(run_dir, place.attempt, place.launch_id))
-            attempt = Attempt(resolved, device, find_start(resolved, folder), folder, place, pulse, change_run)
+            attempt = Attempt(resolved, device, find_start(resolved, folder), folder, place, heartbeat, change_run)
             if not attempt.finished_before:
                 held.enter_context(rank_log(run_dir, place))
             if ENGINES[config.engine.name].needs_group and not attempt.finished_before:
@@ -71,7 +72,7 @@ def run_worker(
         store = connect(place, timeout_seconds)
         ranks = open_exchange(place, timeout_seconds)
         folder, start, lock_token = agree_on_start(resolved, place, ranks, held)
-        attempt = Attempt(resolved, device, start, folder, place, pulse, change_run, lock_token)
+        attempt = Attempt(resolved, device, start, folder, place, heartbeat, change_run, lock_token)
         if attempt.finished_before:
             return attempt.run(lambda: stop.requested)
         held.enter_context(rank_log(run_dir, place))
@@ -93,7 +94,7 @@ class Attempt:
     start: Start
     folder: RunFolder | None
     place: Rank
-    pulse: Pulse
+    heartbeat: Heartbeat
     change_run: Callable[[Run, Rank], Run]
     lock_token: str = ""
 
@@ -120,7 +121,7 @@ class Attempt:
         self._write_status("running", self.start.step, "starting")
         run = None
         try:
-            run = setup(self.resolved, self.folder, self.start, self.device, self.place.rank, self.pulse)
+            run = setup(self.resolved, self.folder, self.start, self.device, self.place.rank, self.heartbeat)
             status, state = train(self.change_run(run, self.place), stop_requested, on_any_rank)
         except BaseException as error:
             advise(error, self.config, self.device.type)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.rank.heartbeat import PulseBoard
+from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.log import stacks_path
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
@@ -50,7 +50,12 @@ def import_for_ranks(engine: str) -> None:
 
 
 def rank_work(
-    config: RunConfig, stop: StopSignal, place: Rank, board: PulseBoard, slot: int, change_run: ChangeRun | None = None
+    config: RunConfig,
+    stop: StopSignal,
+    place: Rank,
+    board: HeartbeatBoard,
+    slot: int,
+    change_run: ChangeRun | None = None,
 ) -> Callable[[], int]:
     """What a forked rank does; it returns the exit code. The rank tells where it is in this slot of the board.
 
@@ -60,17 +65,17 @@ def rank_work(
     from llmtrain.preflight.resolve import resolve
 
     def work() -> int:
-        pulse = board.pulse(slot)
+        heartbeat = board.heartbeat(slot)
         if watches_speed(config):
             from launch.supervision.work_meter import WorkMeter
 
-            pulse = WorkMeter(pulse, partial(board.add_window, slot), partial(board.places_wanted, slot))
-        return run_worker(resolve(config), stop, place, pulse, change_run or unchanged)
+            heartbeat = WorkMeter(heartbeat, partial(board.add_window, slot), partial(board.places_wanted, slot))
+        return run_worker(resolve(config), stop, place, heartbeat, change_run or unchanged)
 
     return work
 
 
-def sum_up(config: RunConfig, ending: Ending, board: PulseBoard, stop: StopSignal) -> AttemptEnd:
+def sum_up(config: RunConfig, ending: Ending, board: HeartbeatBoard, stop: StopSignal) -> AttemptEnd:
     """What an attempt has come to, none of its ranks being left: for `supervise`, and on storage."""
     run_dir = config.run_dir
     if ending.stacks is not None:

@@ -50,7 +50,7 @@ def is_stuck(positions: Sequence[Position], limits: WatchdogConfig, now: float) 
 
 def limit_seconds(position: Position, limits: WatchdogConfig) -> float:
     """The longest time at a position, in seconds."""
-    return getattr(limits, f"{position.section}_seconds")
+    return getattr(limits, f"{position.phase}_seconds")
 
 
 def find_suspects(
@@ -72,7 +72,7 @@ def find_suspects(
     behind = [rank for rank, position in positions.items() if position.step < furthest]
     if behind:
         return suspects(behind, f"it has finished fewer steps than the others, who have {furthest}")
-    apart = [rank for rank, position in positions.items() if position.section not in ("step", "setup")]
+    apart = [rank for rank, position in positions.items() if position.phase not in ("step", "setup")]
     if apart and len(apart) < len(positions):
         return suspects(apart, "the others wait for it in the step")
     busy = [rank for rank, stack in stacks.items() if stack and not waits_for_others(stack)]

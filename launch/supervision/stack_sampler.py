@@ -29,17 +29,17 @@ Frame = tuple[str, str, str]
 
 
 class Looks:
-    """Looks at the main thread from now on, and counts in which line it is, by section.
+    """Looks at the main thread from now on, and counts in which line it is, by phase.
 
     Stacks are written by faulthandler, which reads them as they are: Python's own frames of a thread that runs on
     (sys._current_frames) have crashed CPython 3.11.
     """
 
-    def __init__(self, section: Callable[[], Work | None], waiting_file: str, preparing: str) -> None:
-        """`section` says in which one the main thread is at work; None: in none. It waits, which does not count, where
+    def __init__(self, phase: Callable[[], Work | None], waiting_file: str, preparing: str) -> None:
+        """`phase` says in which one the main thread is at work; None: in none. It waits, which does not count, where
         its innermost frame is in `waiting_file`. Where it waits for another thread, that is taken whose name begins
         with `preparing`. Made in the main thread."""
-        self._section, self._waiting_file, self._preparing = section, waiting_file, preparing
+        self._phase, self._waiting_file, self._preparing = phase, waiting_file, preparing
         self._main = threading.get_ident()
         self._counts: dict[Work, Counter[str]] = {}
         self._lock = threading.Lock()
@@ -47,10 +47,10 @@ class Looks:
         threading.Thread(target=self._look_often, daemon=True, name="looks").start()
 
     def places(self) -> dict[Work, str]:
-        """The place where it was most often since the last call, by section: `function (file:line)`."""
+        """The place where it was most often since the last call, by phase: `function (file:line)`."""
         with self._lock:
             counts, self._counts = self._counts, {}
-        return {section: places.most_common(1)[0][0] for section, places in counts.items()}
+        return {phase: places.most_common(1)[0][0] for phase, places in counts.items()}
 
     def end(self) -> None:
         """Look no more."""
@@ -64,17 +64,17 @@ class Looks:
                 now, ran = time.monotonic(), time.process_time()
                 file.seek(0)
                 file.truncate()
-                section = self._section()
+                phase = self._phase()
                 faulthandler.dump_traceback(file)
                 file.seek(0)
-                if section is None:
+                if phase is None:
                     continue
                 stopped = now - before > STANDSTILL_SECONDS and ran - ran_before < (now - before) / 2
                 place = STANDSTILL if stopped else self._place(file.read().decode("utf-8", "replace"))
                 if place:
                     looks = round((now - before) / LOOK_SECONDS) if stopped else 1
                     with self._lock:
-                        self._counts.setdefault(section, Counter())[place] += looks
+                        self._counts.setdefault(phase, Counter())[place] += looks
 
     def _place(self, dump: str) -> str:
         """Where the main thread is; empty where it waits."""

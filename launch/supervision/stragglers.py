@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 
-from launch.rank.heartbeat import NUM_WINDOWS, WINDOW_STEPS, WORK, PulseBoard, Window, Work
+from launch.rank.heartbeat import NUM_WINDOWS, WINDOW_STEPS, WORK, HeartbeatBoard, Work, WorkWindow
 from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.runs.audit import record
@@ -29,11 +29,11 @@ LEAST_USUAL_WINDOWS = 2
 @dataclass(frozen=True)
 class Straggler:
     """A rank that works longer than it should, up to `step`. `score` is the time that it should need, as a share of
-    the time that it needs; most of what is too much is in `section`, and most of that section's work in `place`."""
+    the time that it needs; most of what is too much is in `phase`, and most of that phase's work in `place`."""
 
     rank: int
     score: float
-    section: Work
+    phase: Work
     place: str
     step: int
 
@@ -49,12 +49,12 @@ class Judge:
         """`peers` are the groups of ranks that do the same work. A score of `limit` or less is slow."""
         self._peers = {rank: [peer for peer in group if peer != rank] for group in peers for rank in group}
         self._limit = limit
-        self._usual: dict[int, deque[Window]] = {rank: deque(maxlen=USUAL_WINDOWS) for rank in self._peers}
+        self._usual: dict[int, deque[WorkWindow]] = {rank: deque(maxlen=USUAL_WINDOWS) for rank in self._peers}
         # Slow windows in a row, and the work in them, in seconds.
         self._slow: dict[int, tuple[int, float]] = dict.fromkeys(self._peers, (0, 0.0))
         self._named: set[int] = set()
 
-    def judge(self, windows: Sequence[Window]) -> list[Straggler]:
+    def judge(self, windows: Sequence[WorkWindow]) -> list[Straggler]:
         """The ranks that have become slow with these windows, by rank. A rank is named again once it has recovered."""
         found = []
         all_wanted = [self._wanted(rank, windows) for rank in range(len(windows))]
@@ -69,32 +69,32 @@ class Judge:
             count, seconds = self._slow[rank] = (count + 1, seconds + _total(window))
             if rank not in self._named and count >= SLOW_WINDOWS and seconds >= SLOW_SECONDS:
                 self._named.add(rank)
-                too_much: dict[Work, float] = {section: window.work[section] - wanted[section] for section in WORK}
-                section = max(WORK, key=too_much.__getitem__)
-                found.append(Straggler(rank, score, section, window.places[section], window.step))
+                too_much: dict[Work, float] = {phase: window.work[phase] - wanted[phase] for phase in WORK}
+                phase = max(WORK, key=too_much.__getitem__)
+                found.append(Straggler(rank, score, phase, window.places[phase], window.step))
         return found
 
     def suspects(self) -> set[int]:
         """The ranks that were slow in the last window."""
         return {rank for rank, (count, _) in self._slow.items() if count}
 
-    def _wanted(self, rank: int, windows: Sequence[Window]) -> dict[Work, float] | None:
-        """The work that a rank should need in each section; None where that is not known."""
+    def _wanted(self, rank: int, windows: Sequence[WorkWindow]) -> dict[Work, float] | None:
+        """The work that a rank should need in each phase; None where that is not known."""
         peers = self._peers[rank]
         if peers:
-            return {section: median(windows[peer].work[section] for peer in peers) for section in WORK}
+            return {phase: median(windows[peer].work[phase] for peer in peers) for phase in WORK}
         if len(self._usual[rank]) < LEAST_USUAL_WINDOWS:
             return None
         changes = [self._change(other, windows[other]) for other in self._peers if other != rank]
         change = max(1.0, median(changes)) if changes else 1.0
-        return {section: change * median(window.work[section] for window in self._usual[rank]) for section in WORK}
+        return {phase: change * median(window.work[phase] for window in self._usual[rank]) for phase in WORK}
 
-    def _change(self, rank: int, window: Window) -> float:
+    def _change(self, rank: int, window: WorkWindow) -> float:
         """How many times as long as usual a rank works."""
         usual = median(_total(window) for window in self._usual[rank]) if self._usual[rank] else 0.0
         return _total(window) / usual if usual else 1.0
 
-    def _score(self, window: Window, wanted: dict[Work, float] | None) -> float | None:
+    def _score(self, window: WorkWindow, wanted: dict[Work, float] | None) -> float | None:
         """What a rank should need as a share of what it needs; None where the difference says nothing."""
         if wanted is None:
             return None
@@ -102,14 +102,14 @@ class Judge:
         return should / work if work - should > LEAST_SECONDS * WINDOW_STEPS else None
 
 
-def _total(window: Window) -> float:
+def _total(window: WorkWindow) -> float:
     return sum(window.work.values())
 
 
 class Stragglers:
     """Tells of the slow ranks of one attempt, at the terminal and in the run's audit log."""
 
-    def __init__(self, config: RunConfig, board: PulseBoard, host: Callable[[int], str]) -> None:
+    def __init__(self, config: RunConfig, board: HeartbeatBoard, host: Callable[[int], str]) -> None:
         """`host` names the machine of a rank."""
         self._host = host
         self._num_ranks = config.launch.num_workers
@@ -135,9 +135,9 @@ class Stragglers:
         where = f", most of it in {straggler.place}" if straggler.place else ""
         sys.stderr.write(
             f"slow: rank {straggler.rank} on {host}: what it does should take {straggler.score:.0%} of the time that "
-            f"it took up to step {straggler.step}; it loses it in section {straggler.section}{where}\n"
+            f"it took up to step {straggler.step}; it loses it in section {straggler.phase}{where}\n"
         )
         sys.stderr.flush()
-        facts = {"score": round(straggler.score, 3), "section": straggler.section, "place": straggler.place}
+        facts = {"score": round(straggler.score, 3), "section": straggler.phase, "place": straggler.place}
         with suppress(OSError):  # a disk that is full must not end a run that goes on
             record(self._run_dir, "straggler", rank=straggler.rank, host=host, step=straggler.step, **facts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import PulseBoard
+from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.stop import StopSignal
 from launch.supervision.hangs import Suspect, find_suspects, is_stuck, limit_seconds
 from llmtrain.config.launch import LaunchConfig
@@ -28,7 +28,7 @@ class RankNews:
     exit_code: int | None = None
 
 
-class Crew(Protocol):
+class RankSet(Protocol):
     """All ranks of one attempt. Their positions are on the board that `watch` gets."""
 
     def news(self, running: Collection[int]) -> Sequence[RankNews]:
@@ -64,8 +64,8 @@ class Ending:
 
 
 def watch(
-    crew: Crew,
-    board: PulseBoard,
+    rank_set: RankSet,
+    board: HeartbeatBoard,
     stop: StopSignal,
     limits: LaunchConfig,
     look: Callable[[], None] = lambda: None,
@@ -77,13 +77,13 @@ def watch(
     deadline = None  # of those that run on after a failure
     stop_by = None
     while running and (deadline is None or time.monotonic() < deadline):
-        for news in crew.news(running):
+        for news in rank_set.news(running):
             failure = news.failure
             if news.exit_code is not None:
                 running.discard(news.rank)
                 exit_code = max(exit_code, news.exit_code)
                 if not failure and news.rank not in failures and news.exit_code not in (0, EXIT_PREEMPTED):
-                    failure = Failure.of_exit(news.rank, news.exit_code, crew.host(news.rank))
+                    failure = Failure.of_exit(news.rank, news.exit_code, rank_set.host(news.rank))
             if failure:
                 failures[news.rank] = failure
         look()
@@ -95,34 +95,34 @@ def watch(
             if now >= stop_by and running and not failures:
                 return Ending(out_of_time=True)
         if not failures and running and is_stuck([board.positions()[rank] for rank in running], limits.watchdog, now):
-            return _hung(crew, running, board, limits)
-    for rank, reason in crew.helpless(running).items():
+            return _hung(rank_set, running, board, limits)
+    for rank, reason in rank_set.helpless(running).items():
         # The others only noticed, by a time limit of their own.
-        failures[rank] = _killed(rank, crew, reason)
+        failures[rank] = _killed(rank, rank_set, reason)
     return Ending(tuple(failures.values()), tuple(sorted(running - failures.keys())), exit_code=exit_code)
 
 
-def _hung(crew: Crew, running: Collection[int], board: PulseBoard, limits: LaunchConfig) -> Ending:
+def _hung(rank_set: RankSet, running: Collection[int], board: HeartbeatBoard, limits: LaunchConfig) -> Ending:
     """Find out which rank the others wait for, and what all of them are doing."""
     positions = board.positions()
-    helpless = crew.helpless(running)
-    stacks = crew.stacks(running)
+    helpless = rank_set.helpless(running)
+    stacks = rank_set.stacks(running)
     suspects = find_suspects({rank: positions[rank] for rank in running}, helpless, stacks)
-    failures = tuple(_killed(suspect.rank, crew, _text(suspect, limits)) for suspect in suspects)
+    failures = tuple(_killed(suspect.rank, rank_set, _text(suspect, limits)) for suspect in suspects)
     others = set(running) - {suspect.rank for suspect in suspects}
     return Ending(failures, tuple(sorted(others)), stacks)
 
 
-def _killed(rank: int, crew: Crew, text: str) -> Failure:
+def _killed(rank: int, rank_set: RankSet, text: str) -> Failure:
     """A failure that comes before what the others say."""
-    return Failure(rank, 1, text, text, killed=True, host=crew.host(rank), seconds=0.0)
+    return Failure(rank, 1, text, text, killed=True, host=rank_set.host(rank), seconds=0.0)
 
 
 def _text(suspect: Suspect, limits: LaunchConfig) -> str:
     position = suspect.position
     seconds = limit_seconds(position, limits.watchdog)
     text = (
-        f"no progress in section {position.section} after step {position.step} for longer than "
-        f"launch.watchdog.{position.section}_seconds = {seconds:g}: {suspect.reason}"
+        f"no progress in section {position.phase} after step {position.step} for longer than "
+        f"launch.watchdog.{position.phase}_seconds = {seconds:g}: {suspect.reason}"
     )
     return text + (f"; it is in {suspect.place}" if suspect.place else "")

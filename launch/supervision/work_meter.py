@@ -12,27 +12,29 @@ from typing import Any
 
 from torch.distributed import Work as Collective
 
-from launch.rank.heartbeat import WINDOW_STEPS, Pulse, Window, Work
+from launch.rank.heartbeat import WINDOW_STEPS, Heartbeat, Work, WorkWindow
 from launch.supervision.stack_sampler import Looks
-from llmtrain.observe.phases import Section
+from llmtrain.observe.phases import Phase
 
 PREPARING = "batches"
-"""How the names of the threads of llmtrain/data/loader.py begin, for which the section data waits."""
+"""How the names of the threads of llmtrain/data/loader.py begin, for which the phase data waits."""
 
 
 class WorkMeter:
-    """A rank's pulse that also measures its work, and tells that of every WINDOW_STEPS steps.
+    """A rank's heartbeat that also measures its work, and tells that of every WINDOW_STEPS steps.
 
     The work of a step is the time from asking for its batches to its end, without the time in collectives: where their
     results are waited for on the host, as with gloo. The first step does not count: compilers work in it; nor does what
     is between steps: recording, evaluation, checkpoints. Make one in the main thread, one in a process.
     """
 
-    def __init__(self, pulse: Pulse, publish: Callable[[Window], None], look_wanted: Callable[[], bool]) -> None:
-        self._pulse, self._publish = pulse, publish
+    def __init__(
+        self, heartbeat: Heartbeat, publish: Callable[[WorkWindow], None], look_wanted: Callable[[], bool]
+    ) -> None:
+        self._heartbeat, self._publish = heartbeat, publish
         self._look_wanted = look_wanted
         self._looks: Looks | None = None
-        self._section: Section = "setup"
+        self._phase: Phase = "setup"
         self._step: int | None = None
         self._num_steps = -1  # finished ones, after the first
         self._work: dict[Work, float] = {"data": 0.0, "step": 0.0}
@@ -40,16 +42,16 @@ class WorkMeter:
         self._began: tuple[Work, float] | None = None
         self._measure_waiting()
 
-    def __call__(self, section: Section, step: int) -> None:
-        self._pulse(section, step)
+    def __call__(self, phase: Phase, step: int) -> None:
+        self._heartbeat(phase, step)
         now = time.perf_counter() - self._waited
         if self._began:
             self._work[self._began[0]] += now - self._began[1]
         # A step begins when its batches are there: what is called a step before that are the gaps between steps.
-        work: Work | None = "data" if section == "data" else "step" if self._section == "data" else None
+        work: Work | None = "data" if phase == "data" else "step" if self._phase == "data" else None
         self._began = (work, now) if work else None
-        finished = section in ("step", "setup") and self._step is not None and step == self._step + 1
-        self._section, self._step = section, step
+        finished = phase in ("step", "setup") and self._step is not None and step == self._step + 1
+        self._phase, self._step = phase, step
         if finished:
             self._finish_step(step)
 
@@ -57,7 +59,7 @@ class WorkMeter:
         self._num_steps += 1
         if self._num_steps % WINDOW_STEPS == 0:
             if self._num_steps:
-                self._publish(Window(step, self._work, self._looks.places() if self._looks else {}))
+                self._publish(WorkWindow(step, self._work, self._looks.places() if self._looks else {}))
             self._work = {"data": 0.0, "step": 0.0}
         if self._look_wanted() and not self._looks:
             self._looks = Looks(self._at_work, __file__, PREPARING)
@@ -66,7 +68,7 @@ class WorkMeter:
             self._looks = None
 
     def _at_work(self) -> Work | None:
-        """The section that counts now. Asked by another thread."""
+        """The phase that counts now. Asked by another thread."""
         began = self._began
         return began[0] if began else None
 

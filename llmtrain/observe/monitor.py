@@ -13,7 +13,7 @@ import torch
 
 from llmtrain.errors import RunFolderInUseError
 from llmtrain.observe.console import ConsoleTracker
-from llmtrain.observe.phases import Section
+from llmtrain.observe.phases import Phase
 from llmtrain.observe.throughput import mfu
 from llmtrain.observe.tracker import Tracker
 from llmtrain.values.row import RESUMED_FROM, Row
@@ -69,10 +69,10 @@ class Monitor:
         trackers: Sequence[Tracker] = (),
         console: ConsoleTracker | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        on_section: Callable[[Section, int], None] = lambda section, step: None,
+        on_phase: Callable[[Phase, int], None] = lambda phase, step: None,
         sample: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        """`on_section` hears of every section that begins, with the number of steps that are done.
+        """`on_phase` hears of every phase that begins, with the number of steps that are done.
 
         `sample` is asked for more columns of each training row.
         """
@@ -80,7 +80,7 @@ class Monitor:
         self._trackers: list[Tracker] = [*trackers, *([console] if console else [])]
         self._console = console
         self._clock = clock
-        self._on_section = on_section
+        self._on_section = on_phase
         self._sample = sample
         self._step, self._has_stepped = plan.start_step, False
         self._tokens = plan.start_tokens
@@ -89,10 +89,10 @@ class Monitor:
         self._step_began = clock()
         self._evaluate_seconds = 0.0
         self._went_back_to: int | None = None
-        on_section("setup", plan.start_step)
+        on_phase("setup", plan.start_step)
 
     @contextmanager
-    def section(self, name: Literal["data", "evaluate", "checkpoint"]) -> Iterator[None]:
+    def phase(self, name: Literal["data", "evaluate", "checkpoint"]) -> Iterator[None]:
         """Time a part of the loop. Evaluation and checkpoints are no part of a step's time; waiting for data is."""
         began = self._clock()
         self._on_section(name, self._step)
@@ -129,7 +129,7 @@ class Monitor:
             self._interval = _Interval()
 
     def evaluated(self, step: int, valid_loss: float, num_tokens: int) -> None:
-        """Record the mean loss over `num_tokens` targets of the validation data. Call it after the section."""
+        """Record the mean loss over `num_tokens` targets of the validation data. Call it after the phase."""
         row = {
             "step": step,
             "time": time.time(),

@@ -2,6 +2,6 @@
 
 from typing import Literal, get_args
 
-Section = Literal["setup", "data", "step", "evaluate", "checkpoint"]
-SECTIONS: tuple[Section, ...] = get_args(Section)
+Phase = Literal["setup", "data", "step", "evaluate", "checkpoint"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 """Where a run spends its time. Its first step belongs to the setup: compilers and allocators work in it."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llmtrain.observe.phases import Section
+from llmtrain.observe.phases import Phase
 
 PROFILES = "profile"
 """The folder inside a run folder."""
@@ -17,7 +17,7 @@ TABLE_ROWS = 60
 
 
 class Profiler:
-    """Stands between a rank and whoever hears of its sections, and traces whole steps, from their data on.
+    """Stands between a rank and whoever hears of its phases, and traces whole steps, from their data on.
 
     `steps` are the first and the last. A run that resumes between them traces the rest; behind them, nothing. What goes
     wrong is told through `say` and stops nothing.
@@ -25,7 +25,7 @@ class Profiler:
 
     def __init__(
         self,
-        hear: Callable[[Section, int], None],
+        hear: Callable[[Phase, int], None],
         steps: tuple[int, int],
         stem: Path,
         say: Callable[[str], None],
@@ -39,16 +39,16 @@ class Profiler:
         self._from_step = 0
         self._label: Any = None
 
-    def __call__(self, section: Section, step: int) -> None:
-        """A section begins, with `step` steps done."""
-        self._hear(section, step)
+    def __call__(self, phase: Phase, step: int) -> None:
+        """A phase begins, with `step` steps done."""
+        self._hear(phase, step)
         if self._last and step >= self._last:
             self._last = 0  # once: a run that goes back traces nothing again
             self._finish(step)
-        elif section == "data" and self._trace is None and self._first - 1 <= step < self._last:
+        elif phase == "data" and self._trace is None and self._first - 1 <= step < self._last:
             self._begin(step + 1)
         if self._trace is not None:
-            self._name(section, step)
+            self._name(phase, step)
 
     def _begin(self, step: int) -> None:
         activities = [ProfilerActivity.CPU]
@@ -63,14 +63,14 @@ class Profiler:
             self._trace, self._last = None, 0
             self._say(f"observe.profile: {error}. Training goes on without a trace.")
 
-    def _name(self, section: Section, step: int) -> None:
+    def _name(self, phase: Phase, step: int) -> None:
         """Let the timeline show where a part of the loop begins."""
         if self._label is not None:
             self._label.__exit__(None, None, None)
-        if section in ("evaluate", "checkpoint"):
-            name = f"{section} after step {step}"
+        if phase in ("evaluate", "checkpoint"):
+            name = f"{phase} after step {step}"
         else:
-            name = f"{'data' if section == 'data' else 'work'} of step {step + 1}"
+            name = f"{'data' if phase == 'data' else 'work'} of step {step + 1}"
         self._label = record_function(name)
         self._label.__enter__()
 

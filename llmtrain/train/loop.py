@@ -46,7 +46,7 @@ def train(
     steps = loader.steps(first_sample=state.samples)
     try:
         while state.step < budget.last_step(state.seen) and not stopping:
-            with monitor.section("data"):
+            with monitor.phase("data"):
                 micro_batches = next(steps)
 
             step = state.step + 1
@@ -62,7 +62,7 @@ def train(
             monitor.step(step, lr, result)
 
             if run.rollbacks.wanted(trouble, anybody):
-                with monitor.section("checkpoint"):
+                with monitor.phase("checkpoint"):
                     back = run.rollbacks.go_back(trouble, state, run.engine)
                 if back:
                     steps.close()
@@ -75,13 +75,13 @@ def train(
             saved = run.saving.due(step) or step == budget.last_step(state.seen)
             valid_loss = None
             if run.evaluation.due(step, saved):
-                with monitor.section("evaluate"):
+                with monitor.phase("evaluate"):
                     valid_loss, num_tokens = run.evaluation.run(run.engine)
                 monitor.evaluated(step, valid_loss, num_tokens)
 
             stopping = stop_requested()
             if saved or stopping:
-                with monitor.section("checkpoint"):
+                with monitor.phase("checkpoint"):
                     run.saving.save(state, run.engine, valid_loss)
     finally:
         steps.close()

@@ -13,7 +13,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.files import open_log
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.monitor import Monitor, RunPlan
-from llmtrain.observe.phases import Section
+from llmtrain.observe.phases import Phase
 from llmtrain.observe.system import SystemMeter
 from llmtrain.observe.throughput import flops_per_sample, peak_flops
 from llmtrain.observe.trackers import build_trackers
@@ -31,7 +31,7 @@ def build_monitor(
     state: TrainState,
     device: torch.device,
     attempt: StartedAttempt,
-    on_section: Callable[[Section, int], None],
+    on_phase: Callable[[Phase, int], None],
 ) -> Monitor:
     """What records the run from `state` on, into `folder`; without a folder it times and records nothing."""
     config = resolved.config
@@ -47,7 +47,7 @@ def build_monitor(
         attempt=attempt.number,
     )
     if folder is None:
-        return Monitor(plan, on_section=on_section)
+        return Monitor(plan, on_phase=on_phase)
     path = log_path(folder.path, 0)
     path.parent.mkdir(exist_ok=True)
     log = open_log(path)  # launch/rank/log.py has begun it
@@ -55,7 +55,7 @@ def build_monitor(
     newest = partial(newest_checkpoint, folder.path)
     trackers = build_trackers(config, resolved.layout, folder.path, attempt, console, newest)
     progress = ProgressTracker(folder, last_step)
-    return Monitor(plan, [progress, *trackers], console, on_section=on_section, sample=SystemMeter(device).sample)
+    return Monitor(plan, [progress, *trackers], console, on_phase=on_phase, sample=SystemMeter(device).sample)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -65,16 +65,16 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def profiled(
-    config: RunConfig, rank: int, on_section: Callable[[Section, int], None], say: Callable[[str], None]
-) -> Callable[[Section, int], None]:
-    """Who hears of a rank's sections: behind a profiler, where the configuration wants one on this rank."""
+    config: RunConfig, rank: int, on_phase: Callable[[Phase, int], None], say: Callable[[str], None]
+) -> Callable[[Phase, int], None]:
+    """Who hears of a rank's phases: behind a profiler, where the configuration wants one on this rank."""
     wanted = config.observe.profile
     if wanted is None or rank not in wanted.ranks:
-        return on_section
+        return on_phase
     from llmtrain.observe.profile import PROFILES, Profiler  # imports torch.profiler
 
     stem = config.run_dir / PROFILES / f"rank-{rank:05d}"
-    return Profiler(on_section, wanted.steps, stem, say)
+    return Profiler(on_phase, wanted.steps, stem, say)
 
 
 def tell_the_log(text: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from llmtrain.config.engines import ENGINES
 from llmtrain.engines.tensor_norms import measuring
-from llmtrain.observe.phases import Section
+from llmtrain.observe.phases import Phase
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.runs.attempts import StartedAttempt
 from llmtrain.runs.folder import RunFolder
@@ -36,12 +36,12 @@ def setup(
     start: Start,
     device: torch.device,
     rank: int = 0,
-    on_section: Callable[[Section, int], None] = lambda section, step: None,
+    on_phase: Callable[[Phase, int], None] = lambda phase, step: None,
 ) -> Run:
     """Build the parts of a run on one of its launch.num_workers ranks.
 
     Rank 0 holds the lock of the run folder and records the run; the others have no `folder`. The vocabulary size is
-    known, and where there are several ranks, torch.distributed is initialized. `on_section` hears where this rank is.
+    known, and where there are several ranks, torch.distributed is initialized. `on_phase` hears where this rank is.
     """
     torch.set_float32_matmul_precision("highest")
     config = resolved.config
@@ -49,9 +49,9 @@ def setup(
     engine = engine_class(config.engine.name)(config, device)
     state = restore(start.checkpoint, engine) if start.checkpoint else start.state
     engine = measuring(engine, config.model, config.observe.layer_norms_every_steps)
-    # The monitor is made with whoever hears of sections, and tells what they have to say.
-    on_section = profiled(config, rank, on_section, lambda text: (monitor.say if folder else tell_the_log)(text))
-    monitor = build_monitor(resolved, folder, state, device, attempt, on_section)
+    # The monitor is made with whoever hears of phases, and tells what they have to say.
+    on_phase = profiled(config, rank, on_phase, lambda text: (monitor.say if folder else tell_the_log)(text))
+    monitor = build_monitor(resolved, folder, state, device, attempt, on_phase)
     start.manager.reports.warn = monitor.say
     saving = Saving(start.manager, config.checkpoint.every_steps, monitor.flush)
     evaluation = Evaluation(

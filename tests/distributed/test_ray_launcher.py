@@ -51,7 +51,7 @@ def parents(process: int, depth: int) -> psutil.Process:
     return found
 
 
-def nursery_of(rank: int) -> psutil.Process:
+def agent_of(rank: int) -> psutil.Process:
     found = parents(rank, 1)
     assert "launch.forking.agent" in found.cmdline()
     return found
@@ -84,8 +84,8 @@ def kill_rank(ranks: list[int]) -> None:
     os.kill(ranks[1], signal.SIGKILL)
 
 
-def kill_nursery(ranks: list[int]) -> None:
-    nursery_of(ranks[1]).kill()
+def kill_agent(ranks: list[int]) -> None:
+    agent_of(ranks[1]).kill()
 
 
 def kill_worker(ranks: list[int]) -> None:
@@ -101,7 +101,7 @@ def stop_rank(ranks: list[int]) -> None:
     [
         pytest.param(kill_rank, "rank 1 on .*: was killed by SIGKILL", marks=pytest.mark.whole_grid),
         pytest.param(
-            kill_nursery,
+            kill_agent,
             "rank 1 on .*: the process that forked it on its worker has died",
             marks=pytest.mark.whole_grid,
         ),

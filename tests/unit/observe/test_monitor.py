@@ -57,14 +57,14 @@ def test_step_time_leaves_evaluation_and_checkpoints_out_but_not_waiting_for_dat
     clock, recorder = Clock(), Recorder()
     monitor = Monitor(RunPlan(last_step=2), [recorder], clock=clock)
     for step in (1, 2):
-        with monitor.section("data"):
+        with monitor.phase("data"):
             clock.now += 0.25
         clock.now += 0.75
         monitor.step(step, 1e-3, Result())
-        with monitor.section("evaluate"):
+        with monitor.phase("evaluate"):
             clock.now += 50
         monitor.evaluated(step, 2.0, 640)
-        with monitor.section("checkpoint"):
+        with monitor.phase("checkpoint"):
             clock.now += 7
     first, evaluation, second, _ = recorder.rows
     assert first["step_seconds"] == second["step_seconds"] == 1.0
@@ -159,7 +159,7 @@ def test_a_section_that_fails_is_still_timed():
     clock = Clock()
     recorder = Recorder()
     monitor = Monitor(RunPlan(last_step=1), [recorder], clock=clock)
-    with pytest.raises(RuntimeError), monitor.section("checkpoint"):
+    with pytest.raises(RuntimeError), monitor.phase("checkpoint"):
         clock.now += 3
         raise RuntimeError
     clock.now += 1

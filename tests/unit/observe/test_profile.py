@@ -15,17 +15,17 @@ from llmtrain.values.step_result import StepResult
 
 
 def train(steps: range, window: tuple[int, int], folder: Path, last_step: int = 9) -> tuple[list, list[str]]:
-    """Go through a loop's calls of the monitor; returns the sections heard and what was said."""
+    """Go through a loop's calls of the monitor; returns the phases heard and what was said."""
     heard, said = [], []
     profiler = Profiler(lambda *place: heard.append(place), window, folder / "profile" / "rank-00000", said.append)
-    monitor = Monitor(RunPlan(last_step=last_step, start_step=steps[0] - 1), on_section=profiler)
+    monitor = Monitor(RunPlan(last_step=last_step, start_step=steps[0] - 1), on_phase=profiler)
     for step in steps:
-        with monitor.section("data"):
+        with monitor.phase("data"):
             torch.arange(step + 100)
         torch.ones(step, step) @ torch.ones(step, step)
         monitor.step(step, 1e-3, StepResult(1.0, 1.0, 10))
         if step == 3:
-            with monitor.section("evaluate"):
+            with monitor.phase("evaluate"):
                 torch.zeros(5).sin()
     return heard, said
 

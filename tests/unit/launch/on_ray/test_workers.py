@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 from launch.on_ray import workers
 from launch.on_ray.placement import Worker
 from launch.on_ray.ranking import Seat
-from launch.on_ray.workers import Member, RayNurseries
+from launch.on_ray.workers import Member, RayAgents
 
 
 class Actor:
@@ -48,11 +48,11 @@ def members(actor: Actor) -> list[Member]:
 
 def test_the_next_attempt_gets_what_the_last_one_did_not_wait_for(actor: Actor) -> None:
     team = members(actor)
-    first = RayNurseries(team)
+    first = RayAgents(team)
     assert list(first.listen(0)) == []
     actor.answers[0] = [{"say": "ended"}]
     assert list(first.listen(0)) == [(0, {"say": "ended"})]
-    second = RayNurseries(team)
+    second = RayAgents(team)
     assert actor.asked == [0, 1], "one question is open, as when the first attempt ended"
     actor.answers[1] = [{"say": "listening", "port": 7}]
     assert list(second.listen(0)) == [(0, {"say": "listening", "port": 7})]
@@ -60,10 +60,10 @@ def test_the_next_attempt_gets_what_the_last_one_did_not_wait_for(actor: Actor) 
 
 
 def test_a_worker_that_has_died_is_not_asked_again(actor: Actor) -> None:
-    nurseries = RayNurseries(members(actor))
+    agents = RayAgents(members(actor))
     actor.answers[0] = RayError("first line\nThe actor died because its node has died. Some common causes are: x")
-    [(rank, message)] = nurseries.listen(0)
+    [(rank, message)] = agents.listen(0)
     assert (rank, message["say"]) == (0, "gone")
     assert message["text"] == "its worker on the cluster has died: The actor died because its node has died."
-    assert list(nurseries.listen(0)) == []
+    assert list(agents.listen(0)) == []
     assert actor.asked == [0]

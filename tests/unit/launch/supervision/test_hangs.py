@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.rank.heartbeat import Position, PulseBoard
+from launch.rank.heartbeat import HeartbeatBoard, Position
 from launch.supervision.hangs import (
     current_place,
     find_suspects,
@@ -52,8 +52,8 @@ def test_one_that_saves_excuses_those_that_wait_for_it() -> None:
     assert is_stuck([step, checkpoint], LIMITS, now=51.0)
 
 
-def at(section: str, step: int) -> Position:
-    return Position(section, step, since=0.0)  # type: ignore[arg-type]  # the tests name sections
+def at(phase: str, step: int) -> Position:
+    return Position(phase, step, since=0.0)  # type: ignore[arg-type]  # the tests name phases
 
 
 @pytest.mark.parametrize(
@@ -109,15 +109,15 @@ def test_a_process_in_a_c_call_dumps_its_stack_and_a_stopped_one_is_seen(tmp_pat
 
 
 def test_a_board_shows_where_forked_ranks_are() -> None:
-    board = PulseBoard(2, step=5)
+    board = HeartbeatBoard(2, step=5)
     child = os.fork()
     if child == 0:
-        pulse = board.pulse(1)
-        pulse("setup", 5)
-        pulse("checkpoint", 6)
+        heartbeat = board.heartbeat(1)
+        heartbeat("setup", 5)
+        heartbeat("checkpoint", 6)
         os._exit(0)
     os.waitpid(child, 0)
     here, there = board.positions()
-    assert (here.section, here.step, here.first_step) == ("setup", 5, 5)
-    assert (there.section, there.step, there.first_step) == ("checkpoint", 6, 5)
+    assert (here.phase, here.step, here.first_step) == ("setup", 5, 5)
+    assert (there.phase, there.step, there.first_step) == ("checkpoint", 6, 5)
     assert here.since <= there.since <= time.monotonic()

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from launch.rank.heartbeat import NUM_WINDOWS, PulseBoard, Window
+from launch.rank.heartbeat import NUM_WINDOWS, HeartbeatBoard, WorkWindow
 from launch.supervision.stragglers import LEAST_USUAL_WINDOWS, SLOW_WINDOWS, Judge, Straggler
 
 ALIKE = [[0, 1, 2, 3]]
 STAGES = [[0], [1]]
 
 
-def window(number: int, step: float, data: float = 0.0) -> Window:
+def window(number: int, step: float, data: float = 0.0) -> WorkWindow:
     places = {"data": "read (shards.py:7)", "step": "forward (mlp.py:9)"}
-    return Window(6 + 5 * number, {"data": data, "step": step}, places)  # type: ignore[arg-type]
+    return WorkWindow(6 + 5 * number, {"data": data, "step": step}, places)  # type: ignore[arg-type]
 
 
 def judged(judge: Judge, work: Sequence[float], first: int, count: int) -> list[Straggler]:
@@ -26,7 +26,7 @@ def test_a_rank_slower_than_its_peers_is_named_once() -> None:
     judge = Judge(ALIKE, 0.7)
     assert judged(judge, [1, 1.1, 1.9, 0.9], 0, SLOW_WINDOWS - 1) == []
     (found,) = judged(judge, [1, 1.1, 1.9, 0.9], 2, 10)
-    assert (found.rank, found.section, found.place, found.step) == (2, "step", "forward (mlp.py:9)", 16)
+    assert (found.rank, found.phase, found.place, found.step) == (2, "step", "forward (mlp.py:9)", 16)
     assert found.score == pytest.approx(1 / 1.9)
 
 
@@ -69,7 +69,7 @@ def test_the_section_is_where_it_needs_more_than_its_peers() -> None:
     found = []
     for number in range(3):
         found += judge.judge([window(number, step=1.0), window(number, step=1.0, data=0.8)])
-    assert [(straggler.rank, straggler.section, straggler.place) for straggler in found] == [
+    assert [(straggler.rank, straggler.phase, straggler.place) for straggler in found] == [
         (1, "data", "read (shards.py:7)")
     ]
 
@@ -90,7 +90,7 @@ def test_stages_that_all_become_slower_are_not_slow() -> None:
 
 
 def test_windows_go_through_shared_memory() -> None:
-    board = PulseBoard(2, step=0)
+    board = HeartbeatBoard(2, step=0)
     told = [window(number, 0.1 * number, data=number) for number in range(3 * NUM_WINDOWS)]
     for each in told:
         board.add_window(0, each)
@@ -103,7 +103,7 @@ def test_windows_go_through_shared_memory() -> None:
 
 
 def test_a_long_place_is_cut() -> None:
-    board = PulseBoard(1, step=0)
+    board = HeartbeatBoard(1, step=0)
     place = "é" * 100
-    board.add_window(0, Window(1, {"data": 0.0, "step": 1.0}, {"data": "", "step": place}))
+    board.add_window(0, WorkWindow(1, {"data": 0.0, "step": 1.0}, {"data": "", "step": place}))
     assert board.windows(0)[0].places["step"] == place[:60]

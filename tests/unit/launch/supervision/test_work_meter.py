@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from torch.distributed import Work as Collective
 
-from launch.rank.heartbeat import WINDOW_STEPS, Window
+from launch.rank.heartbeat import WINDOW_STEPS, WorkWindow
 from launch.supervision.stack_sampler import LOOK_SECONDS, Looks, stacks_of
 from launch.supervision.work_meter import WorkMeter
-from llmtrain.observe.phases import Section
+from llmtrain.observe.phases import Phase
 
 DUMP = """\
 Thread 0x00007f0000000001 (most recent call first):
@@ -27,17 +27,17 @@ class Steps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        self.windows: list[Window] = []
+        self.windows: list[WorkWindow] = []
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(Collective, "wait", self.wait_for)
-        self.meter = WorkMeter(lambda section, step: None, self.windows.append, lambda: False)
+        self.meter = WorkMeter(lambda phase, step: None, self.windows.append, lambda: False)
         self.measured: Any = Collective.wait
 
     def wait_for(self, seconds: float) -> None:
         self.now += seconds
 
-    def spend(self, section: Section, step: int, seconds: float) -> None:
-        self.meter(section, step)
+    def spend(self, phase: Phase, step: int, seconds: float) -> None:
+        self.meter(phase, step)
         self.now += seconds
 
     def step(self, step: int, data: float, work: float, waiting: float) -> None:
@@ -46,8 +46,8 @@ class Steps:
         self.spend("step", step - 1, work)
         self.measured(waiting)
         self.spend("step", step, 100.0)
-        for section in ("evaluate", "checkpoint"):
-            self.spend(section, step, 100.0)
+        for phase in ("evaluate", "checkpoint"):
+            self.spend(phase, step, 100.0)
             self.spend("step", step, 100.0)
 
 

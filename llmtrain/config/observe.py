@@ -34,7 +34,7 @@ class ObserveConfig(Section):
         default=None, description="Steps to trace with torch.profiler, into `profile/` of the run folder; absent: none."
     )
     straggler_score: Probability = Field(
-        default=0.7,
-        description="A rank is called slow when the other ranks' work takes this share of its own time or less, "
-        "in several windows in a row; 0: never.",
+        default=0.0,
+        description="Look for slow ranks: one is named when the other ranks' work takes this share of its own time or "
+        "less, in several windows in a row. Try 0.7; 0: no rank is measured.",
     )

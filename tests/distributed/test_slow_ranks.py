@@ -25,13 +25,15 @@ FIRST_SLOW_STEP = {DATA_PARALLEL: 1, FOUR_RANKS: 1, TENSOR: 1, PIPELINE: 13, ZER
 STEPS_TO_NAME = 20
 PLACES = {"forward": ("step", "slow_forward (slow_command.py:"), "data": ("data", "slow_preparation (slow_command.py:")}
 
+LOOK = "observe.straggler_score=0.7"
+
 whole_grid = pytest.mark.whole_grid
 
 
 def run_slow(workspace: Path, where: str, layout: tuple[str, ...], seconds: float, steps: int, *more: str) -> str:
     """Run with a last rank that is slow, to the end; returns what was printed."""
     slow = [where, str(FIRST_SLOW_STEP[layout]), str(seconds)]
-    run = ["train", "run.yaml", f"train.steps={steps}", "checkpoint.every_steps=0", *layout, *more]
+    run = ["train", "run.yaml", f"train.steps={steps}", "checkpoint.every_steps=0", LOOK, *layout, *more]
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.slow_command", *slow, *run],
         cwd=workspace,
@@ -84,14 +86,16 @@ def test_without_the_waiting_nobody_could_be_named(workspace: Path) -> None:
 
 
 @whole_grid
-def test_it_can_be_turned_off(workspace: Path) -> None:
-    run_slow(workspace, "forward", DATA_PARALLEL, 0.1, 1 + STEPS_TO_NAME, "observe.straggler_score=0")
+def test_nobody_looks_unless_told_to(workspace: Path) -> None:
+    run_slow(workspace, "forward", DATA_PARALLEL, 0.1, 1 + STEPS_TO_NAME, "observe.straggler_score=0.0")
     assert named(workspace) == []
 
 
 def test_a_throttled_rank_is_named(workspace: Path) -> None:
     """Stopped most of the time, a fraction of a second at once, as a limit on its processor time does it."""
-    process = start_llmtrain("train", "run.yaml", "train.steps=100000", "checkpoint.every_steps=0", folder=workspace)
+    process = start_llmtrain(
+        "train", "run.yaml", "train.steps=100000", "checkpoint.every_steps=0", LOOK, folder=workspace
+    )
     run = workspace / "runs" / "tiny"
     wait_until(lambda: last_row(run) >= 3, process)
     rank = rank_processes(run)[1]

@@ -30,6 +30,7 @@ SMALLEST_FILE_BYTES = 64 << 10
 
 HANG_SECONDS = 3600.0
 
+SLOW = "observe.straggler_score"
 LEAST_SLOWDOWN_SECONDS = 0.1
 """How much longer a step of a slow rank takes at least."""
 
@@ -146,7 +147,7 @@ FAULTS = (
     Fault("memory runs out on a rank", exhaust_memory),
     Fault("rank stopped (SIGSTOP)", stop),
     Fault("data loader hangs", hang, where="data"),
-    Fault("slow rank", nothing, slowdown=2.0, notice="straggler", least_ranks=2),
+    Fault("slow rank", nothing, slowdown=2.0, notice="straggler", least_ranks=2, keys={SLOW: 0.7}),
     Fault("told to stop", tell_to_stop, expected="preempted", notice=""),
     Fault(
         "told to stop, save slower than the grace",

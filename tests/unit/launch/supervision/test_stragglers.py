@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import pytest
 
 from launch.rank.heartbeat import NUM_WINDOWS, HeartbeatBoard, WorkWindow
+from launch.supervision.attempt import watches_speed
 from launch.supervision.stragglers import LEAST_USUAL_WINDOWS, SLOW_WINDOWS, Judge, Straggler
+from tests.unit.config.small_run import run
 
 ALIKE = [[0, 1, 2, 3]]
 STAGES = [[0], [1]]
@@ -107,3 +109,10 @@ def test_a_long_place_is_cut() -> None:
     place = "é" * 100
     board.add_window(0, WorkWindow(1, {"data": 0.0, "step": 1.0}, {"data": "", "step": place}))
     assert board.windows(0)[0].places["step"] == place[:60]
+
+
+def test_no_rank_is_measured_unless_a_run_asks_for_it() -> None:
+    ranks = {"launch": {"num_workers": 2, "backend": "local"}}
+    assert not watches_speed(run(**ranks))
+    assert watches_speed(run(**ranks, observe={"straggler_score": 0.7}))
+    assert not watches_speed(run(observe={"straggler_score": 0.7})), "nobody waits for a rank that is alone"

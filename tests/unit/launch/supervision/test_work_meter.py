@@ -8,7 +8,7 @@ import pytest
 from torch.distributed import Work as Collective
 
 from launch.rank.heartbeat import WINDOW_STEPS, WorkWindow
-from launch.supervision.stack_sampler import LOOK_SECONDS, Looks, stacks_of
+from launch.supervision.stack_sampler import LOOK_SECONDS, STANDSTILL, Looks, stacks_of
 from launch.supervision.work_meter import WorkMeter
 from llmtrain.observe.phases import Phase
 
@@ -97,7 +97,7 @@ def test_a_main_thread_that_waits_is_at_no_place() -> None:
     looks = Looks(lambda: "step", __file__, "preparing")
     slowly()
     looks.end()
-    assert looks.places() == {}
+    assert set(looks.places().values()) <= {STANDSTILL}, "a busy machine may have taken the processor away"
 
 
 def test_of_a_wait_for_another_thread_the_place_is_where_that_is() -> None:

@@ -1,5 +1,6 @@
 """Frozen parameters in every engine and layout: the numbers of one process, and weights that stay what they were."""
 
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -33,13 +34,15 @@ LAYOUTS = {
 }
 STAGES = {"megatron": (0, 1), "deepspeed": (0, 1, 2, 3), "torch": (0,)}
 
-GRID = [
-    (model, layout, stage)
-    for model in ("llama", "gpt", "dropout")
+PLACES = [
+    (layout, stage)
     for layout, (engine, _, parallel) in LAYOUTS.items()
     for stage in STAGES[engine]
     if "expert" not in parallel
 ]
+GRID = [(model, *place) for model, place in zip(cycle(("llama", "gpt", "dropout")), PLACES, strict=False)]
+"""Every layout and stage, the models by turns."""
+
 PAIRWISE = [
     *(("llama", "torch:dp2", 0), ("llama", "megatron:tp2+sp", 1), ("llama", "megatron:pp2", 0)),
     *(("gpt", "megatron:pp2+vp2", 1), ("dropout", "megatron:cp2", 1), ("gpt", "deepspeed:dp2", 0)),

@@ -30,6 +30,13 @@ def forget_an_offset() -> None:
     Box.relative_to = lambda self, outer: Box((0,) * len(self.offsets), self.shape)
 
 
+def forget_moments() -> None:
+    """The weights arrive, the moments stay those before the first step."""
+    from llmtrain.engines.step import SteppingEngine
+
+    SteppingEngine.load = lambda self, source: self.load_weights(source)  # type: ignore[method-assign]  # on purpose
+
+
 def forget_update_count() -> None:
     from llmtrain.engines.megatron_engine.engine import MegatronEngine
 

@@ -27,6 +27,7 @@ from tests.parity.resharding import (
 from tests.parity.spoiled_loading import (
     SPOILED,
     forget_an_offset,
+    forget_moments,
     forget_update_count,
     skip_rounding,
     swap_two_fragments,
@@ -124,6 +125,33 @@ def test_the_short_selection_leaves_nothing_out() -> None:
         "data parallel shrinks", "fp32 to bf16", "bf16 to fp32",
     }  # fmt: skip
     assert wanted <= set.union(*map(kinds, PAIRS[:IN_SHORT]))
+
+
+LION_PAIRS = [pair for pair in PAIRS if pair.source.train.precision == pair.target.train.precision == "fp32"][:12]
+
+
+def with_optimizer(pair: Pair, name: str) -> Pair:
+    source, target = (config.with_keys({"optim.name": name, "optim.lr": 3e-4}) for config in (pair.source, pair.target))
+    return Pair(pair.model, source, target)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(p, id=p.name, marks=pytest.mark.whole_grid if n > 3 else ()) for n, p in enumerate(LION_PAIRS)],
+)
+def test_a_checkpoint_of_lion_continues_in_another_layout(pair: Pair, dataset: Path, tmp_path: Path) -> None:
+    pair = with_optimizer(pair, "lion")
+    saved, loaded = run_pair(pair, dataset, tmp_path, SHORT_STEPS)
+    assert differences(saved, loaded, pair) == []
+    assert saved[0].held["exp_avg_sq"] == [] and any(outcome.held["exp_avg"] for outcome in saved)
+    before, after = ([result.loss for result in outcomes[0].results] for outcomes in (saved, loaded))
+    np.testing.assert_allclose(after, before, rtol=LOSS_FP32)
+
+
+def test_a_moment_left_out_is_named(dataset: Path, tmp_path: Path) -> None:
+    pair = with_optimizer(Pair("llama", layout("torch"), layout("megatron", ranks=2, tensor=2, zero_stage=1)), "lion")
+    problems = differences(*run_pair(pair, dataset, tmp_path, mutation=forget_moments), pair)
+    assert any("exp_avg of " in problem and "differs" in problem for problem in problems), problems
 
 
 def layout(engine: str, **wanted: int) -> RunConfig:

@@ -7,12 +7,12 @@ from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.assembly import cut, split_stacks
 from llmtrain.engines.base import Scales
-from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.placement import Placement, split_box
 from llmtrain.engines.precision import freeze
-from llmtrain.models.build import build_model
+from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.cross_entropy import Objective
 from llmtrain.models.stack import Pass, Reports
+from llmtrain.models.transformer import build_model
 from llmtrain.parallel.groups import Groups
 from llmtrain.parallel.layout import Chunk
 from llmtrain.parallel.stateless_random import Draws

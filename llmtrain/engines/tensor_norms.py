@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.engines.base import Engine
-from llmtrain.models.build import build_model
+from llmtrain.models.transformer import build_model
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment
 from llmtrain.values.step_result import StepResult

@@ -11,16 +11,16 @@ from torch import Tensor
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
-from llmtrain.engines.compilation import compile_layers
 from llmtrain.engines.masters import Master, gradients_of, make_state, moments_of
 from llmtrain.engines.placement import InitialWeights, Placement
 from llmtrain.engines.precision import DTYPES, fp32_master, freeze
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
-from llmtrain.models.build import build_model
+from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.cross_entropy import Objective
 from llmtrain.models.stack import Pass, Reports
-from llmtrain.optim.groups import parameter_groups
+from llmtrain.models.transformer import build_model
+from llmtrain.optim.table import parameter_groups
 from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.parallel.vocabulary import VocabularyPart

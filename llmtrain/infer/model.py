@@ -25,10 +25,9 @@ from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
-from llmtrain.models.build import build_model
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.experts.router import bias_name
-from llmtrain.models.transformer import Transformer, counted_positions
+from llmtrain.models.transformer import Transformer, build_model, counted_positions
 from llmtrain.values.batch import PADDING, ModelInputs
 from llmtrain.values.fragment import Box, FragmentSource
 from llmtrain.values.tokenizer import Tokenizer

@@ -7,12 +7,13 @@ The compiler takes seconds to import: nothing here does so before something is c
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from platformdirs import user_cache_path
+from torch import nn
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -41,3 +42,10 @@ def private_folder() -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     return folder
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compile each layer in place; PyTorch does so when it is called first."""
+    guard_compiled_graphs()
+    for layer in layers:
+        layer.compile()

@@ -181,3 +181,9 @@ def encoder_visibility(segments_BT: Tensor | None) -> Visibility:
 def counted_positions(tokens_BT: Tensor) -> Tensor:
     """0, 1, 2, ... for each sample."""
     return torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape)
+
+
+def build_model(config: ModelConfig, recompute: str = "none") -> Transformer:
+    """The model on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return Transformer(config, recompute)

@@ -6,13 +6,14 @@ arithmetic before a run reads it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmtrain.config.schema import OptimConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
 
 FP32_BYTES = 4
@@ -48,6 +49,16 @@ class OptimizerRow:
     def stored_bytes(self) -> int:
         """Bytes of a checkpoint per trained parameter: the fp32 master and its moments."""
         return FP32_BYTES + self.state_bytes
+
+
+def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: matrices and embeddings decay towards zero; biases and norm weights, all vectors, do not."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]  # frozen, there may be none of one kind
 
 
 def build_adamw(groups: Groups, optim: OptimConfig) -> Optimizer:

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from llmtrain.checks.parity.rank_pool import Forks
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Engine
-from llmtrain.models.build import build_model, materialize
+from llmtrain.models.transformer import build_model
 from llmtrain.train.setup import engine_class
 from tests.benchmarks import overhead, step
 from tests.benchmarks.measuring import Measurement, Options, Row, Table, measure
 from tests.benchmarks.peer_models import PlainGPT, Shape, random_tokens
 from tests.benchmarks.step import LEARNING_RATE, as_batch, gpt2_run
+from tests.support.weights import materialize
 
 CPU = torch.device("cpu")
 BARE, SAME_MODEL, OURS = "bare PyTorch loop", "bare loop around llmtrain's model", "torch"

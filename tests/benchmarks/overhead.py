@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from llmtrain.config.observe import ObserveConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.torch_engine import TorchEngine
-from llmtrain.models.build import build_model, materialize
+from llmtrain.models.transformer import build_model
 from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train.loaders import build_loader
@@ -27,6 +27,7 @@ from tests.benchmarks.data_sets import write_text_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_torch_thread
 from tests.benchmarks.peer_models import Shape
 from tests.benchmarks.step import gpt2_run
+from tests.support.weights import materialize
 
 SHAPE = Shape(num_layers=1, hidden_size=32, num_heads=2, vocab_size=512, seq_len=16, batch_size=4)
 """So small that a step takes about a millisecond, most of it PyTorch's own cost per operation."""

@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import num_active_parameters, num_parameters, parameter_shapes
-from llmtrain.models.build import build_model
+from llmtrain.models.transformer import build_model
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 

@@ -8,7 +8,7 @@ from math import lcm
 
 from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
-from llmtrain.models.build import build_model
+from llmtrain.models.transformer import build_model
 from llmtrain.parallel.layout import Layout, plan_chunks
 
 Calls = Counter[tuple[str, int]]

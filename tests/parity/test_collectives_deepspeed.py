@@ -10,7 +10,7 @@ import torch
 
 from llmtrain.checks.parity.batches import probe_batches
 from llmtrain.config.schema import RunConfig
-from llmtrain.models.build import build_model
+from llmtrain.models.transformer import build_model
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.train.setup import engine_class
 from tests.parity.cases import parity_run

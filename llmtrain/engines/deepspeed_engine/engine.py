@@ -21,7 +21,7 @@ from llmtrain.engines.precision import DTYPES, fp32_master
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
-from llmtrain.optim.groups import parameter_groups
+from llmtrain.optim.table import parameter_groups
 from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.cpu import stand_in_for_cuda
 from llmtrain.parallel.groups import build_groups

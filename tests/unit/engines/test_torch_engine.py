@@ -8,10 +8,11 @@ import torch.nn.functional as F
 
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.errors import CheckpointError
-from llmtrain.models.build import build_model, materialize
+from llmtrain.models.transformer import build_model
 from llmtrain.values.batch import IGNORED_LABEL, Batch
 from llmtrain.values.fragment import Box, Fragment
 from tests.support.samples import hidden_states, random_batch, tiny_model, tiny_run
+from tests.support.weights import materialize
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ from llmtrain.errors import ConfigError
 from llmtrain.infer.generate import Sampling, choose, fill_masks, iter_tokens
 from llmtrain.infer.model import logits_of
 from llmtrain.interop.examples import Example
-from llmtrain.models.build import build_model, materialize
-from llmtrain.models.transformer import Transformer
+from llmtrain.models.transformer import Transformer, build_model
 from tests.support.samples import tiny_model
+from tests.support.weights import materialize
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 

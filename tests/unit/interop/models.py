@@ -12,8 +12,8 @@ from llmtrain.config.moe import MoeConfig
 from llmtrain.infer.model import build_from, logits_of
 from llmtrain.interop.examples import Example
 from llmtrain.interop.hf_export import TrainedWeights
-from llmtrain.models.build import build_model, materialize
-from llmtrain.models.transformer import Transformer
+from llmtrain.models.transformer import Transformer, build_model
+from tests.support.weights import materialize
 
 VOCAB_SIZE = 307
 SIZES: dict[str, Any] = {

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from llmtrain.config.parameters import Parameter, declare_parameters
-from llmtrain.models.build import build_model, materialize
 from llmtrain.models.init import BLOCK_ELEMENTS, distribution, drawn_block, initial_tensor
+from llmtrain.models.transformer import build_model
 from tests.support.samples import tiny_model
+from tests.support.weights import materialize
 
 OUT = "decoder.layers.3.attention.out.weight"
 UP = "decoder.layers.3.mlp.up.weight"

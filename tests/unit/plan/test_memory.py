@@ -8,13 +8,14 @@ import torch
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths, sample_lengths
-from llmtrain.models.build import build_model, materialize
 from llmtrain.models.stack import Pass
+from llmtrain.models.transformer import build_model
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.plan.memory import activation_bytes, held_bytes, plan_memory
 from llmtrain.values.batch import ModelInputs
 from llmtrain.words import short_bytes
+from tests.support.weights import materialize
 from tests.unit.config.small_run import run
 from tests.unit.plan.test_memory_advice import large
 

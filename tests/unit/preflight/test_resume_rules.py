@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.schema import DataConfig
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.models.build import build_model
+from llmtrain.models.transformer import build_model
 from llmtrain.preflight.resume_rules import FREE_DATA_KEYS, FREE_MODEL_KEYS, is_allowed, shape_keys
 from llmtrain.runs.audit import iter_events
 from tests.support.run_files import GOOD_RUN, write_data_set, write_good_run

@@ -1,17 +1,10 @@
-"""From a configuration to a model with weights."""
+"""A model with its initial weights, as the torch engine has it in fp32."""
 
 import torch
 
-from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import declare_parameters
 from llmtrain.models.init import initial_tensor
 from llmtrain.models.transformer import Transformer
-
-
-def build_model(config: ModelConfig, recompute: str = "none") -> Transformer:
-    """The model on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return Transformer(config, recompute)
 
 
 @torch.no_grad()

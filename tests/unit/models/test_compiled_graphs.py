@@ -12,10 +12,9 @@ import torch._inductor.config as inductor_config
 from torch import nn
 from torch._dynamo.utils import counters
 
-from llmtrain.engines.compilation import compile_layers
-from llmtrain.models.build import build_model
-from llmtrain.models.compiled_graphs import CACHE_VARIABLE
+from llmtrain.models.compiled_graphs import CACHE_VARIABLE, compile_layers
 from llmtrain.models.stack import Pass
+from llmtrain.models.transformer import build_model
 from llmtrain.parallel.stateless_random import Draws
 from tests.support.samples import random_batch, tiny_model
 

@@ -13,7 +13,7 @@ Heartbeat = Callable[[Phase, int], None]
 """Called by a rank that enters a phase, with the number of steps that the run has finished."""
 
 Work = Literal["data", "step"]
-"""Sections in which a rank works while others may wait for it."""
+"""Phases in which a rank works while others may wait for it."""
 
 WORK: tuple[Work, ...] = get_args(Work)
 

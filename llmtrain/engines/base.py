@@ -50,7 +50,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What else must be restored, as JSON: loss scale, good steps, Adam's update count."""
+        """What else must be restored, as JSON: loss scale, good steps, the optimizer's update count."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:

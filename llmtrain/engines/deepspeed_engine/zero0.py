@@ -20,9 +20,6 @@ Places = Mapping[nn.Parameter, Placement]
 class Sharding(Protocol):
     """The masters of this rank. Each of DeepSpeed's optimizers keeps them in its own places and pieces."""
 
-    sharded: bool
-    """Whether ranks of the data and context axes hold different elements."""
-
     averaged_over: int
     """What the gradients, summed over these ranks, have been divided by."""
 
@@ -53,7 +50,6 @@ class Sharding(Protocol):
 class Replicated:
     """Stage 0: every rank holds all masters of its part of the model, and gradients are summed once per step."""
 
-    sharded = False
     averaged_over = 1
 
     def __init__(

@@ -18,7 +18,6 @@ class Partitions:
     Of bf16 without offload, stage 1 is another class, with other names for the same things.
     """
 
-    sharded = True
     averaged_over = 1
 
     def __init__(self, engine: Any, row: OptimizerRow, places: Places) -> None:

@@ -14,8 +14,6 @@ from llmtrain.optim.table import OptimizerRow
 class PartitionedWeights:
     """The masters of DeepSpeed's optimizer for stage 3; with NVMe offload they are in memory one group at a time."""
 
-    sharded = True
-
     def __init__(self, engine: Any, row: OptimizerRow, places: Places) -> None:
         self._engine = engine
         self._row = row

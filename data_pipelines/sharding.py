@@ -2,69 +2,29 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Self
-
-import numpy as np
-from numpy.typing import NDArray
-from webdataset.writer import TarWriter
 
 from data_pipelines.cutting import tokenized
-from data_pipelines.round_trip import lost_in_texts
-from data_pipelines.splits import SPLITS, require_all, split_documents, splits_of
-from data_pipelines.work_folder import work_folder
+from data_pipelines.dataset_writer import DatasetWriter, ShardingConfig, bos_ids_of, settings_of, work_folder
 from llmtrain.data.storage.manifest import (
-    DTYPES,
     MANIFEST_NAME,
-    SCHEMA_VERSION,
     Manifest,
-    ShardEntry,
-    dtype_name,
     file_sha256,
-    index_bytes,
-    write_manifest,
 )
-from llmtrain.data.token_roles import SETTINGS_NAME, settings_text
+from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.errors import ConfigError
 from llmtrain.files import replace_folder
 from llmtrain.values.tokenizer import Tokenizer
 
-_TAR_BLOCK_BYTES = 512
+SPLITS = ("train", "valid")
 
+_PLACES = 2.0**64
 
-@dataclass(frozen=True)
-class ShardingConfig:
-    """How a data set is cut. Shards hold about `shard_tokens` tokens: one ends with the document that reaches that."""
-
-    valid_fraction: float = 0.1
-    shard_tokens: int = 50_000_000
-    num_workers: int = 1
-    overwrite: bool = False
-    bos: Literal["auto", "none"] = "auto"
-    """auto: each document begins with what the tokenizer puts before a text. none: with nothing."""
-
-
-def bos_ids_of(tokenizer: Tokenizer, bos: Literal["auto", "none"]) -> tuple[int, ...]:
-    """What every document is to begin with."""
-    if bos == "none":
-        return ()
-    return tokenizer.around[0] if tokenizer.roles.bos_ids is None else tokenizer.roles.bos_ids
-
-
-def settings_of(tokenizer: Tokenizer, bos_ids: tuple[int, ...]) -> str | None:
-    """The tokenizer_settings.json of a data set; None where the tokenizer's own file says all of it."""
-    if tokenizer.path.suffix != ".json" and not tokenizer.roles.files and tokenizer.roles.eos_id is None:
-        return None
-    roles = tokenizer.roles.of_the_tokenizer().as_trained(tokenizer.eos_id, bos_ids)
-    return settings_text(roles, tokenizer.sha256)
-
-
-def sha256_of(settings: str | None) -> str:
-    """What a manifest says of a settings file."""
-    return "" if settings is None else hashlib.sha256(settings.encode()).hexdigest()
+_HELD_CHARACTERS = 50_000_000
+"""Of the documents that are looked at before the first is handed on."""
 
 
 def write_shards(
@@ -99,7 +59,7 @@ def _write_splits(
     texts = split_documents(documents, config.valid_fraction)
     with ExitStack() as opened:
         writers = {
-            name: opened.enter_context(_DatasetWriter(folder / name, tokenizer, config))
+            name: opened.enter_context(DatasetWriter(folder / name, tokenizer, config))
             for name in splits_of(config.valid_fraction)
         }
         for split, ids in tokenized(texts, tokenizer, config.num_workers):
@@ -139,94 +99,59 @@ def _publish(temporary: Path, out: Path) -> None:
         shutil.rmtree(old)
 
 
-class _DatasetWriter:
-    """Writes one split: cuts its documents into shards and keeps the manifest's entries."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, config: ShardingConfig) -> None:
-        folder.mkdir()
-        self.num_documents = 0
-        self._folder = folder
-        self._tokenizer = tokenizer
-        self._shard_tokens = config.shard_tokens
-        self._bos_ids = bos_ids_of(tokenizer, config.bos)
-        self._dtype = dtype_name(tokenizer.vocab_size)
-        self._entries: list[ShardEntry] = []
-        self._shard: ShardWriter | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._shard is not None:
-            self._shard.abandon()
-
-    def add(self, ids: NDArray[Any]) -> None:
-        if self._shard is None:
-            name = f"shard-{len(self._entries):06d}"
-            self._shard = ShardWriter(self._folder, name, DTYPES[self._dtype])
-        self._shard.add(f"{self.num_documents:09d}", np.concatenate((self._bos_ids, ids)) if self._bos_ids else ids)
-        self.num_documents += 1
-        if self._shard.num_tokens >= self._shard_tokens:
-            self._entries.append(self._shard.finish())
-            self._shard = None
-
-    def finish(self) -> Manifest:
-        if self._shard is not None:
-            self._entries.append(self._shard.finish())
-            self._shard = None
-        manifest = Manifest(
-            SCHEMA_VERSION,
-            self._tokenizer.sha256,
-            self._tokenizer.vocab_size,
-            self._dtype,
-            self._tokenizer.eos_id,
-            tuple(self._entries),
-            self._bos_ids,
-            sha256_of(settings_of(self._tokenizer, self._bos_ids)),
-            bool(lost_in_texts(self._tokenizer)),
-        )
-        write_manifest(self._folder, manifest)
-        return manifest
+def splits_of(valid_fraction: float) -> tuple[str, ...]:
+    """The splits that there are to be."""
+    return SPLITS if valid_fraction else SPLITS[:1]
 
 
-class ShardWriter:
-    """Writes one tar and its sidecar. The same documents give the same bytes: members carry no time and no owner."""
+def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator[tuple[str, str]]:
+    """The split and text of each document.
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
-        self.num_tokens = 0
-        self._path = folder / f"{name}.tar"
-        self._index_path = folder / f"{name}.idx"
-        self._dtype = dtype
-        self._payloads: list[tuple[int, int]] = []
-        self._file = self._path.open("wb")
-        self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
+    The first ones are looked at before any work is put into them. Where they are all that there are, and one split
+    would be empty, the bound between the splits moves to the nearest that gives both a document. Raises ConfigError
+    where that cannot be.
+    """
+    bound = valid_fraction * _PLACES
+    held: deque[tuple[int, str]] = deque()
+    found: set[str] = set()
+    characters = 0
+    rest = ((_place(text), text) for text in documents)
+    for place, text in rest:
+        held.append((place, text))
+        found.add(_split(place, bound))
+        characters += len(text)
+        if len(found) == len(splits_of(valid_fraction)) or (characters > _HELD_CHARACTERS and len(held) > 1):
+            break
+    else:
+        if valid_fraction and held:
+            places = [place for place, _ in held]
+            bound = min(max(bound, min(places) + 1), max(places))
+        counts = Counter(_split(place, bound) for place, _ in held)
+        require_all({split: counts[split] for split in splits_of(valid_fraction)}, valid_fraction)
+    while held:
+        place, text = held.popleft()
+        yield _split(place, bound), text
+    for place, text in rest:
+        yield _split(place, bound), text
 
-    def add(self, key: str, ids: NDArray[Any]) -> None:
-        """Append a document as the member `key`.bin."""
-        payload = ids.astype(self._dtype).tobytes()
-        self._tar.write({"__key__": key, "bin": payload})
-        padded_bytes = -(-len(payload) // _TAR_BLOCK_BYTES) * _TAR_BLOCK_BYTES
-        self._payloads.append((self._tar.tarstream.offset - padded_bytes, len(payload)))
-        self.num_tokens += len(ids)
 
-    def finish(self) -> ShardEntry:
-        """Close the files and say what the manifest needs to know of them."""
-        self._tar.close()
-        self._file.close()
-        self._index_path.write_bytes(index_bytes(np.array(self._payloads, np.uint64).reshape(-1, 2)))
-        return ShardEntry(
-            self._path.name,
-            self._path.stat().st_size,
-            file_sha256(self._path),
-            self._index_path.name,
-            file_sha256(self._index_path),
-            len(self._payloads),
-            self.num_tokens,
-        )
+def _place(text: str) -> int:
+    """Where the content of a document stands between 0 and 2^64."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest(), "little")
 
-    def abandon(self) -> None:
-        """Close the files after an error, which a full disk must not hide behind its own."""
-        with suppress(OSError):
-            self._tar.close()
-        with suppress(OSError):
-            self._file.close()
+
+def _split(place: int, bound: float) -> str:
+    return "valid" if place < bound else "train"
+
+
+def require_all(counts: Mapping[str, int], valid_fraction: float) -> None:
+    """Raise ConfigError where a split has no document."""
+    if all(counts.values()):
+        return
+    if "valid" not in counts:
+        raise ConfigError("there is no document: the inputs hold no text. Name files with text.")
+    raise ConfigError(
+        f"of {sum(counts.values())} documents, {counts['train']} fall into train and {counts['valid']} into valid with "
+        f"--valid-fraction {valid_fraction}; both need one. Documents are never cut: give more of them (a .jsonl holds "
+        "one per line, --separator finds them in a text file), another fraction, or --valid-fraction 0 for no valid."
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from llmtrain.observe.phases import PHASES, Phase
+from llmtrain.values.progress import PHASES, Phase
 
 Heartbeat = Callable[[Phase, int], None]
 """Called by a rank that enters a phase, with the number of steps that the run has finished."""

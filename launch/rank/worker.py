@@ -22,15 +22,15 @@ from llmtrain.config.engines import ENGINES
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, NoProgressError, RunFolderInUseError
-from llmtrain.observe.phases import Phase
 from llmtrain.plan.memory_advice import advise
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.report.efficiency import DONE, run_efficiency
 from llmtrain.runs.folder import RunFolder, Status, read_status, was_taken_over
+from llmtrain.train.health import StallLimit, skipped_text
 from llmtrain.train.loop import Run, train
 from llmtrain.train.setup import setup
-from llmtrain.train.stall_limit import StallLimit, skipped_text
 from llmtrain.train.start import Start, describe_start, find_start, join_start
+from llmtrain.values.progress import Phase
 
 
 def unwatched(phase: Phase, step: int) -> None:
@@ -148,7 +148,8 @@ class Attempt:
     def _require_result(self) -> None:
         """That a run has made all its steps is no success where they came to nothing. Raises NoProgressError."""
         try:
-            StallLimit.of(self.config).require_result(self.start.state)
+            limit = StallLimit(self.config.health.max_skipped_steps, self.config.train.precision)
+            limit.require_result(self.start.state)
         except NoProgressError as error:
             self._write_status("stalled", self.start.step, str(error), str(error))
             raise

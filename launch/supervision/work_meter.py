@@ -14,7 +14,7 @@ from torch.distributed import Work as Collective
 
 from launch.rank.heartbeat import WINDOW_STEPS, Heartbeat, Work, WorkWindow
 from launch.supervision.stack_sampler import Looks
-from llmtrain.observe.phases import Phase
+from llmtrain.values.progress import Phase
 
 PREPARING = "batches"
 """How the names of the threads of llmtrain/data/loader.py begin, for which the phase data waits."""

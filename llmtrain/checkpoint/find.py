@@ -1,7 +1,7 @@
 """From a path that a user gives to the checkpoint that it means."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmtrain.checkpoint.folders import (
@@ -13,9 +13,9 @@ from llmtrain.checkpoint.folders import (
     nearest_checkpoint,
     step_folder_name,
 )
-from llmtrain.checkpoint.manager import find_newest_valid
+from llmtrain.checkpoint.manifest import CheckpointUnusableError
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
-from llmtrain.errors import ConfigError
+from llmtrain.errors import CheckpointError, ConfigError
 
 
 def checkpoint_folders(path: Path) -> list[Path]:
@@ -64,3 +64,34 @@ def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
 
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
+
+
+def find_newest_valid(
+    checkpoints: Path, warn: Callable[[str], object], before_step: int | None = None
+) -> tuple[CheckpointReader | None, list[tuple[Path, CheckpointError]]]:
+    """The newest checkpoint that is whole, and the damaged ones that were passed over. Changes nothing.
+
+    With `before_step`, of those before that step.
+
+    None only where there is no checkpoint at all. Raises CheckpointError where there are some and none is valid: a
+    run must not start again from nothing by itself. CheckpointUnusableError (a newer format, no permission) is
+    raised at once: such a checkpoint is not damaged.
+    """
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for step in checkpoint_steps(checkpoints):
+        if before_step is not None and step >= before_step:
+            continue
+        path = checkpoints / step_folder_name(step)
+        try:
+            return open_checkpoint(path), damaged
+        except CheckpointUnusableError:
+            raise
+        except CheckpointError as error:
+            warn(f"{error}\nIt is passed over for an older one.")
+            damaged.append((path, error))
+    if damaged:
+        raise CheckpointError(
+            f"{checkpoints}: none of the {len(damaged)} checkpoints is valid. The newest: {damaged[0][1]}\n"
+            "Remove the folder to train again from the beginning."
+        )
+    return None, []

@@ -1,9 +1,23 @@
-"""Where the checkpoints of a run are, by names alone. Imports no torch: what a path means is told within a second."""
+"""The folders of a run's checkpoints: their names, which of them stay, and the room that they need on a disk.
 
+Imports no torch: what a path means, and what does not fit, is told before a run takes any device.
+"""
+
+import errno
+import math
+import os
 import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+
+from llmtrain.config.schema import CheckpointConfig
+from llmtrain.errors import SaveError
+from llmtrain.words import bytes_text
 
 CHECKPOINTS = "checkpoints"
 """The folder inside a run folder."""
@@ -90,3 +104,94 @@ def _as_written(found: Path, given: Path) -> Path:
     """Relative to the working directory where the given path is."""
     here = Path.cwd()
     return found.relative_to(here) if not given.is_absolute() and found.is_relative_to(here) else found
+
+
+def steps_to_remove(metrics: Mapping[int, float | None], settings: CheckpointConfig) -> list[int]:
+    """Which checkpoints to delete, oldest first.
+
+    Kept are the newest `keep`, every multiple of `keep_every_steps`, and with `keep_best` the one with the lowest
+    metric (of equal ones the oldest). `metrics` holds all that exist, None where a checkpoint has no metric.
+    """
+    kept = set(sorted(metrics)[-settings.keep :])
+    if settings.keep_every_steps:
+        kept |= {step for step in metrics if step % settings.keep_every_steps == 0}
+    measured = [(metric, step) for step, metric in metrics.items() if metric is not None]
+    if settings.keep_best and measured:
+        kept.add(min(measured)[1])
+    return sorted(metrics.keys() - kept)
+
+
+def most_at_once(settings: CheckpointConfig, total_steps: int) -> int:
+    """How many checkpoints lie side by side at most, the one being written included."""
+    every = settings.every_steps or total_steps
+    kept = settings.keep + settings.keep_best
+    if settings.keep_every_steps:
+        kept += total_steps // math.lcm(every, settings.keep_every_steps)
+    return min(math.ceil(total_steps / every), kept + 1)
+
+
+_FREE_SPACE = "Free space there, lower checkpoint.keep, or set output_dir to a larger file system."
+_MAKE_WRITABLE = "Make the folder writable, or set output_dir to one that is."
+_MOVE_AWAY = "Something else lies where the folder should be: move it away."
+_WHAT_TO_DO = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: "The quota is used up (`quota -s`), whatever the disk has free. " + _FREE_SPACE,
+    errno.EFBIG: "Files may not become that large here: raise the limit (`ulimit -f`), or set another output_dir.",
+    errno.EROFS: _MAKE_WRITABLE,
+    errno.EACCES: _MAKE_WRITABLE,
+    errno.EPERM: _MAKE_WRITABLE,
+    errno.ENOTDIR: _MOVE_AWAY,
+    errno.EEXIST: _MOVE_AWAY,
+    errno.EIO: "The disk or the way to it fails: look into the system's log (`dmesg`), or set another output_dir.",
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the checkpoints of a run still need in `folder`, and what is free there (None: nobody can say).
+
+    `needed_bytes` are for the saves that must work: one more, beside an older one that stays until it is whole.
+    `planned_bytes` are for all that will lie side by side at the run's fullest moment.
+    """
+
+    folder: Path
+    checkpoint_bytes: int
+    needed_bytes: int
+    planned_bytes: int
+    free_bytes: int | None
+
+
+def plan_room(folder: Path, size_bytes: int, settings: CheckpointConfig, total_steps: int) -> Room:
+    """The room for checkpoints of a size, less what already lies in the run's `checkpoints` folder."""
+    present = checkpoint_steps(folder)
+    most = most_at_once(settings, total_steps)
+    if present and present[0] >= total_steps:  # it is done
+        missing = least = 0
+    else:
+        missing = max(1, most - len(present))
+        least = max(1, min(2, most) - len(present))
+    return Room(folder, size_bytes, size_bytes * least, size_bytes * missing, free_bytes(folder))
+
+
+def free_bytes(path: Path) -> int | None:
+    """Free bytes where a path is or will be, asked of the nearest folder above that is there; never raises."""
+    for folder in (path, *path.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(folder).free
+    return None
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raise SaveError where `needed` bytes surely do not fit: to be told now is better than after minutes."""
+    free = free_bytes(folder)
+    if free is not None and free < needed:
+        raise save_error(folder, needed, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
+def save_error(path: Path, needed: int, error: OSError) -> SaveError:
+    """What the file system's refusal means. `needed` is the size of what was to be written, 0 where nobody knows."""
+    free = free_bytes(path)
+    sizes = f" Needed: {bytes_text(needed)}." if needed else ""
+    sizes += f" Free: {bytes_text(free)}." if free is not None else ""
+    advice = _WHAT_TO_DO.get(error.errno or 0, "Look at the folder and its file system.")
+    return SaveError(f"{path}: the checkpoint could not be written: {error.strerror or error}.{sizes} {advice}")

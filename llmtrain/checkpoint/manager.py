@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.checkpoint.exchange import Exchange, SaveTalk
-from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name, step_of_folder
-from llmtrain.checkpoint.host_copy import HostCopy
+from llmtrain.checkpoint.find import find_newest_valid
+from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name, step_of_folder, steps_to_remove
 from llmtrain.checkpoint.manifest import (
     BASE,
-    CheckpointUnusableError,
     ManifestPart,
     load_manifest,
     writing_folder_name,
 )
-from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
-from llmtrain.checkpoint.retention import steps_to_remove
+from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.checkpoint.writer import (
     Contents,
+    HostCopy,
     free_name,
     publish,
     recover,
@@ -52,37 +51,6 @@ class Reports:
     warn: Callable[[str], object] = _logger.warning
     record: Callable[..., object] = lambda event, **facts: None
     ensure_held: Callable[[], object] = lambda: None
-
-
-def find_newest_valid(
-    checkpoints: Path, warn: Callable[[str], object], before_step: int | None = None
-) -> tuple[CheckpointReader | None, list[tuple[Path, CheckpointError]]]:
-    """The newest checkpoint that is whole, and the damaged ones that were passed over. Changes nothing.
-
-    With `before_step`, of those before that step.
-
-    None only where there is no checkpoint at all. Raises CheckpointError where there are some and none is valid: a
-    run must not start again from nothing by itself. CheckpointUnusableError (a newer format, no permission) is
-    raised at once: such a checkpoint is not damaged.
-    """
-    damaged: list[tuple[Path, CheckpointError]] = []
-    for step in checkpoint_steps(checkpoints):
-        if before_step is not None and step >= before_step:
-            continue
-        path = checkpoints / step_folder_name(step)
-        try:
-            return open_checkpoint(path), damaged
-        except CheckpointUnusableError:
-            raise
-        except CheckpointError as error:
-            warn(f"{error}\nIt is passed over for an older one.")
-            damaged.append((path, error))
-    if damaged:
-        raise CheckpointError(
-            f"{checkpoints}: none of the {len(damaged)} checkpoints is valid. The newest: {damaged[0][1]}\n"
-            "Remove the folder to train again from the beginning."
-        )
-    return None, []
 
 
 class CheckpointManager:

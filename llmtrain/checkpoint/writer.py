@@ -1,4 +1,4 @@
-"""Writing a checkpoint: each rank its fragments, then one rank the rest and the rename that makes it visible."""
+"""Writing a checkpoint: a copy of the state, each rank its fragments, then the rename that makes it visible."""
 
 import hashlib
 import json
@@ -7,12 +7,22 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmtrain.checkpoint.disk_space import require_room, save_error
-from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE, step_folder_name
+import torch
+from torch import Tensor
+
+from llmtrain.checkpoint.folders import (
+    CONFIG,
+    MANIFEST,
+    MANIFEST_HASH,
+    STATE,
+    require_room,
+    save_error,
+    step_folder_name,
+)
 from llmtrain.checkpoint.manifest import (
     TENSOR_FILE_SUFFIX,
     FileEntry,
@@ -28,6 +38,36 @@ from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, WrittenFile, write_all,
 from llmtrain.errors import CheckpointError
 from llmtrain.files import replace_folder, sync_folder
 from llmtrain.values.fragment import Fragment
+
+
+class HostCopy:
+    """CPU memory for a copy of the state. It is kept between saves: new memory costs more than the copy itself."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[object, ...], Tensor] = {}
+
+    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+        """The fragments with their data as it is now. They are valid until the next call."""
+        copies = []
+        on_device = False
+        for fragment in fragments:
+            source = fragment.tensor.detach()
+            target = self._memory_for((fragment.kind, fragment.name, fragment.box), source)
+            # Pinned memory takes copies of all tensors in one queue, with one wait at the end.
+            target.copy_(source, non_blocking=source.is_cuda)
+            on_device |= source.is_cuda
+            copies.append(replace(fragment, tensor=target))
+        if on_device:
+            torch.cuda.synchronize()
+        return copies
+
+    def _memory_for(self, key: tuple[object, ...], source: Tensor) -> Tensor:
+        known = self._memory.get(key)
+        if known is None or known.dtype != source.dtype or known.shape != source.shape:
+            known = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._memory[key] = known
+        return known
+
 
 MAX_FILES = 4
 """Files that a rank writes at once, if it has the cores to hash them."""

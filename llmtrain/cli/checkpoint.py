@@ -27,7 +27,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
     """The checkpoints of a run, oldest first. Reads manifests only; `verify` reads everything."""
     from llmtrain.checkpoint.find import checkpoint_folders
-    from llmtrain.checkpoint.survey import summary_of
+    from llmtrain.checkpoint.inspection import summary_of
 
     rows = [asdict(summary_of(path)) for path in checkpoint_folders(run)]
     if as_json:
@@ -52,7 +52,7 @@ def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
 def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     """What a checkpoint holds: step, size, parameters, tensors, and the layout and engine that it came from."""
     from llmtrain.checkpoint.find import open_newest
-    from llmtrain.checkpoint.survey import num_padding_elements
+    from llmtrain.checkpoint.inspection import num_padding_elements
 
     reader = open_newest(checkpoint)
     tensors = list(reader.tensors())
@@ -92,7 +92,7 @@ def verify(
 ) -> None:
     """Hash every file and check every header. Lists every problem; exit code 3 when there is one."""
     from llmtrain.checkpoint.find import checkpoint_folders
-    from llmtrain.checkpoint.survey import verified
+    from llmtrain.checkpoint.inspection import verified
 
     results = []
     for path in checkpoint_folders(folder):
@@ -120,8 +120,8 @@ def diff(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor, bit by bit, whatever their layouts. Exit code 1 when they differ."""
-    from llmtrain.checkpoint.comparison import tensor_differences
     from llmtrain.checkpoint.find import open_newest
+    from llmtrain.checkpoint.inspection import tensor_differences
 
     rows = [asdict(found) for found in tensor_differences(open_newest(first), open_newest(second))]
     different = [row for row in rows if row["result"] != "equal"]

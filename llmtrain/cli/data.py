@@ -71,7 +71,7 @@ def tokenizer(
     """Train a sentencepiece tokenizer that gives every text back unchanged."""
     from data_pipelines.inputs import ReadReport
     from data_pipelines.read import iter_documents
-    from data_pipelines.tokenizer_training import train_tokenizer
+    from data_pipelines.tokenizer import train_tokenizer
 
     report = ReadReport()
     documents = _with_progress(iter_documents(inputs, report, _read_options(field, separator)), report)
@@ -101,10 +101,11 @@ def shards(
     ] = BosChoice.AUTO,
 ) -> None:
     """Turn text into tokenized WebDataset shards with manifest, index and a train/valid split."""
+    from data_pipelines.dataset_writer import ShardingConfig
     from data_pipelines.inputs import ReadReport
     from data_pipelines.read import iter_documents
-    from data_pipelines.round_trip import tokenizer_notes
-    from data_pipelines.sharding import ShardingConfig, write_shards
+    from data_pipelines.sharding import write_shards
+    from data_pipelines.tokenizer import tokenizer_notes
     from llmtrain.data.tokenizer import load_tokenizer
 
     report = ReadReport()
@@ -135,7 +136,7 @@ def index(
 ) -> None:
     """Make sidecars and a manifest for a folder of tars, or rebuild sidecars that were lost."""
     from data_pipelines.indexing import has_manifest, index_folder, rebuild_sidecars
-    from data_pipelines.verification import datasets_in
+    from data_pipelines.inspection import datasets_in
     from llmtrain.data.storage.folders import find_tokenizer
     from llmtrain.data.tokenizer import load_tokenizer
 
@@ -164,8 +165,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON list, one object per data set.")] = False,
 ) -> None:
     """Summarize data sets: shards, documents, tokens, lengths, samples."""
-    from data_pipelines.summary import summarize
-    from data_pipelines.verification import datasets_in
+    from data_pipelines.inspection import datasets_in, summarize
 
     summaries = [summarize(dataset, seq_len) for dataset in datasets_in(folder)]
     if as_json:
@@ -191,7 +191,7 @@ def inspect(
 @app.command()
 def verify(folder: Dataset) -> None:
     """Check everything: hashes, tar structure, counts, token ids. Lists every problem; exit code 3 if there is one."""
-    from data_pipelines.verification import datasets_in, verify_dataset
+    from data_pipelines.inspection import datasets_in, verify_dataset
 
     problems: list[str] = []
     for dataset in datasets_in(folder):
@@ -218,8 +218,7 @@ def show(
 
     With --run: what the run's objective makes of it, the text that the model reads and its targets.
     """
-    from data_pipelines.summary import document_texts
-    from data_pipelines.verification import datasets_in
+    from data_pipelines.inspection import datasets_in, document_texts
     from llmtrain.data.storage.folders import find_tokenizer
     from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
     from llmtrain.data.tokenizer import load_tokenizer

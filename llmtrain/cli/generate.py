@@ -22,9 +22,8 @@ def generate(
     Sentinels are spelled as the tokenizer calls them, else <extra_id_0>, <extra_id_1>, ... (of fill-in-the-middle
     <fim_prefix>, <fim_suffix>, <fim_middle>); masks likewise, such as <mask> or [MASK].
     """
-    from llmtrain.infer.generate import Sampling
+    from llmtrain.infer.generate import Sampling, answer_of
     from llmtrain.infer.model import load_model, named_device
-    from llmtrain.infer.text import answer_of
 
     place, sampling = named_device(device), Sampling(temperature, top_k, top_p, seed)
     trained = load_model(model, place)

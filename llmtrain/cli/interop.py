@@ -64,7 +64,7 @@ def export(
     from llmtrain.interop.installation import require_transformers
 
     require_transformers()
-    from llmtrain.infer.exported import export_checkpoint
+    from llmtrain.infer.hugging_face import export_checkpoint
     from llmtrain.interop.hf_export import ExportSettings, require_free
     from llmtrain.runs.file_system import require_place
 
@@ -118,7 +118,7 @@ def import_(
 
     require_place(out)
     require_transformers()
-    from llmtrain.infer.imported import import_folder
+    from llmtrain.infer.hugging_face import import_folder
 
     imported = import_folder(source, out)
     folder, found = imported.folder, imported.tokenizer

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment, FragmentSource
-from llmtrain.values.step_result import EvalResult, StepResult
+from llmtrain.values.progress import EvalResult, StepResult
 
 
 @dataclass(frozen=True)

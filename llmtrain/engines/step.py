@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmtrain.checkpoint.stored_state import updates_of
+from llmtrain.checkpoint.origin import updates_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import GradientInspector, Scales
 from llmtrain.engines.masters import Master, gradients_of, read_masters, require_moments, set_updates
@@ -24,7 +24,7 @@ from llmtrain.optim.table import row_of
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment, FragmentSource
-from llmtrain.values.step_result import EvalResult, StepResult
+from llmtrain.values.progress import EvalResult, StepResult
 
 
 class SteppingEngine(ABC):

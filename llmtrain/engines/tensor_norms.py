@@ -13,7 +13,7 @@ from llmtrain.engines.base import Engine
 from llmtrain.models.transformer import build_model
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment
-from llmtrain.values.step_result import StepResult
+from llmtrain.values.progress import StepResult
 
 WEIGHTS, GRADIENTS = "weight_norm/", "grad_norm/"
 """How the metrics' names begin; the parameter's global name follows."""

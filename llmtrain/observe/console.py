@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.values.row import Row
+from llmtrain.values.progress import Row
 from llmtrain.words import duration, short_number
 
 PLAIN_LINE_SECONDS = 5.0

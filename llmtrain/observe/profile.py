@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llmtrain.observe.phases import Phase
+from llmtrain.values.progress import Phase
 
 PROFILES = "profile"
 """The folder inside a run folder."""

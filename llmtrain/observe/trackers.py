@@ -1,21 +1,112 @@
-"""Which trackers a configuration asks for."""
+"""The seam to whatever records metrics, and the trackers that a configuration asks for."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Protocol
 
 from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.key_names import redacted
 from llmtrain.config.schema import RunConfig
-from llmtrain.observe.background import BackgroundTracker
 from llmtrain.observe.console import ConsoleTracker
-from llmtrain.observe.tracker import Tracker
 from llmtrain.parallel.layout import Layout
 from llmtrain.runs.attempts import StartedAttempt
 from llmtrain.runs.metrics_file import METRICS_FILE, JsonlTracker
 from llmtrain.runs.newest_rows import NewestRows, newest_rows
+from llmtrain.values.progress import Row
+
+
+class Tracker(Protocol):
+    """Records rows of metrics somewhere. Failing to record must never stop training."""
+
+    def log(self, row: Row) -> None:
+        """Record one row."""
+        ...
+
+    def flush(self) -> None:
+        """Return once everything logged so far is where a reader finds it."""
+        ...
+
+    def close(self, status: str) -> None:
+        """Finish; `status` is done, preempted or failed."""
+        ...
+
+
+GATHER_SECONDS = 0.5
+"""Rows are handed on in batches: waking the thread for each row would cost training more than the row itself."""
+
+FLUSH_SECONDS = 1.0
+CLOSE_SECONDS = 30.0
+
+
+class BackgroundTracker:
+    """Builds a tracker in a thread and hands it each row there.
+
+    Whatever goes wrong in it is said once through `warn`; the rows after that are dropped. `flush` waits at most
+    FLUSH_SECONDS and `close` at most `close_seconds` (CLOSE_SECONDS): training is worth more than a chart.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        build: Callable[[], Tracker],
+        warn: Callable[[str], None],
+        close_seconds: float | None = None,
+    ) -> None:
+        self._label = label
+        self._build = build
+        self._warn = warn
+        self._close_seconds = close_seconds
+        self._jobs: SimpleQueue[Callable[[Tracker], None] | None] = SimpleQueue()
+        self._wake = threading.Event()
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, name=f"tracker {label}", daemon=True)
+        self._thread.start()
+
+    def log(self, row: Row) -> None:
+        if not self._failed:
+            self._jobs.put(lambda tracker: tracker.log(row))
+
+    def flush(self) -> None:
+        drained = threading.Event()
+
+        def drain(tracker: Tracker) -> None:
+            tracker.flush()
+            drained.set()
+
+        if not self._failed:
+            self._jobs.put(drain)
+            self._wake.set()
+            drained.wait(FLUSH_SECONDS)
+
+    def close(self, status: str) -> None:
+        self._jobs.put(lambda tracker: tracker.close(status))
+        self._jobs.put(None)
+        self._wake.set()
+        seconds = self._close_seconds or CLOSE_SECONDS
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._warn(f"{self._label} did not finish within {seconds:.0f} s; its last rows may be missing there")
+
+    def _work(self) -> None:
+        try:
+            tracker = self._build()
+            while (job := self._next_job()) is not None:
+                job(tracker)
+        except Exception as error:
+            self._failed = True
+            reason = str(error) or type(error).__name__
+            self._warn(f"{self._label} is off from here on ({reason}); metrics.jsonl has everything")
+
+    def _next_job(self) -> Callable[[Tracker], None] | None:
+        if self._jobs.empty():
+            self._wake.wait(GATHER_SECONDS)
+            self._wake.clear()
+        return self._jobs.get()
+
 
 ARTIFACT_SECONDS = 300.0
 """How long the end of a run waits for its last checkpoint to be hashed and sent."""
@@ -38,7 +129,7 @@ def build_trackers(
     if config.observe.tensorboard:
 
         def build_tensorboard() -> Tracker:
-            from llmtrain.observe.tensorboard_tracker import TensorBoardTracker  # slow to import
+            from llmtrain.observe.charts import TensorBoardTracker  # slow to import
 
             return TensorBoardTracker(run_dir / "tensorboard", attempt.step)
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import wandb
 
-from llmtrain.observe.scalars import scalars
-from llmtrain.values.row import Row
+from llmtrain.observe.charts import scalars
+from llmtrain.values.progress import Row
 
 STEP = "train/step"
 """Every chart's horizontal axis: W&B's own step restarts at 0 with each attempt."""

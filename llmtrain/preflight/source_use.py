@@ -7,7 +7,7 @@ from typing import Any
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
-from llmtrain.data.usage import DataUse, data_use, samples_once
+from llmtrain.data.stream import DataUse, data_use, samples_once
 from llmtrain.preflight.resolve import ResolvedRun
 
 

@@ -7,8 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.checkpoint.disk_space import Room, plan_room
-from llmtrain.checkpoint.folders import CHECKPOINTS, folder_of_checkpoints, is_checkpoint, nearest_checkpoint
+from llmtrain.checkpoint.folders import (
+    CHECKPOINTS,
+    Room,
+    folder_of_checkpoints,
+    is_checkpoint,
+    nearest_checkpoint,
+    plan_room,
+)
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
 from llmtrain.config.parameters import num_parameters
@@ -18,7 +24,7 @@ from llmtrain.data.storage.folders import fetch_config, run_settings, run_tokeni
 from llmtrain.data.storage.manifest import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
 from llmtrain.data.storage.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
-from llmtrain.data.usage import data_use
+from llmtrain.data.stream import data_use
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.optim.table import row_of
 from llmtrain.preflight.resolve import Manifests, ResolvedRun, read_manifests

@@ -21,7 +21,7 @@ from typing import Any
 from llmtrain.runs.attempts import STARTED
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.metrics_file import METRICS_FILE, iter_rows
-from llmtrain.values.row import RESUMED_FROM
+from llmtrain.values.progress import RESUMED_FROM
 from llmtrain.words import duration
 
 DONE = "done"

@@ -15,11 +15,11 @@ from llmtrain.config.reading.key_names import redacted
 from llmtrain.config.reading.rendering import without_secrets
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import parse_json, read_bytes, unsealed, unsealed_text
-from llmtrain.observe.environment import ENVIRONMENT_FILE
+from llmtrain.observe.machine import ENVIRONMENT_FILE
 from llmtrain.report.efficiency import Efficiency, measure
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.metrics_file import METRICS_FILE, iter_rows, rows_that_count
-from llmtrain.values.row import RESUMED_FROM
+from llmtrain.values.progress import RESUMED_FROM
 
 MOST_POINTS = 2000
 """A curve with more points than this is thinned for drawing."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from llmtrain.errors import DataError
 from llmtrain.files import iter_lines, open_regular, parse_json
-from llmtrain.values.row import RESUMED_FROM, Row
+from llmtrain.values.progress import RESUMED_FROM, Row
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -10,7 +10,7 @@ from typing import Any
 from llmtrain.errors import DataError
 from llmtrain.files import LINE_BYTES, open_regular
 from llmtrain.runs.metrics_file import parse_row
-from llmtrain.values.row import RESUMED_FROM, Row
+from llmtrain.values.progress import RESUMED_FROM, Row
 
 BLOCK_BYTES = 1 << 20
 

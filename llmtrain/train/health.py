@@ -1,4 +1,7 @@
-"""What is done about bad numbers: a step without finite gradients is run once more and named, a loss is judged."""
+"""What is done about bad numbers: a step without finite gradients is run once more and named, a loss is judged.
+
+A run whose steps change nothing has not trained, however many there are: it is given up.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +12,9 @@ from typing import Any, Literal
 
 from llmtrain.config.schema import HealthConfig
 from llmtrain.data.stream import SampleOrigin
-from llmtrain.values.step_result import StepResult
+from llmtrain.errors import NoProgressError
+from llmtrain.train.state import LossHistory, TrainState
+from llmtrain.values.progress import StepResult
 
 FEWEST_LOSSES = 20
 """Before there are so many losses to compare with, none is a spike: a run begins with steep ones."""
@@ -26,25 +31,6 @@ high, as fp16 finds out by trying; or not known, as health.rerun is off."""
 
 Record = Callable[..., object]
 """Takes the name of an event and its facts as keywords. Raises OSError."""
-
-
-@dataclass(frozen=True)
-class LossHistory:
-    """What a loss is judged by: the losses of the last good steps, oldest first, and the strikes in a row up to now.
-
-    A plain value that is saved with the state of the run, so that after a resume every judgement is the same.
-    """
-
-    losses: tuple[float, ...] = ()
-    strikes: int = 0
-
-    def limit(self, health: HealthConfig) -> float:
-        """The highest loss that is no spike."""
-        if len(self.losses) < min(FEWEST_LOSSES, health.window_steps) or not health.spike_deviations:
-            return math.inf
-        middle = median(self.losses)
-        deviation = median(abs(loss - middle) for loss in self.losses)
-        return middle + health.spike_deviations * max(deviation, LEAST_DEVIATION * abs(middle))
 
 
 @dataclass(frozen=True)
@@ -73,8 +59,11 @@ def judge(
             reason = f"{strikes} steps in a row were skipped: their gradients are not finite"
             trouble = Trouble(reason, step - strikes + 1)
         return LossHistory(history.losses, strikes), trouble
-    limit = history.limit(health)
-    trouble = None
+    limit, trouble = math.inf, None
+    if len(history.losses) >= min(FEWEST_LOSSES, health.window_steps) and health.spike_deviations:
+        middle = median(history.losses)
+        deviation = median(abs(loss - middle) for loss in history.losses)
+        limit = middle + health.spike_deviations * max(deviation, LEAST_DEVIATION * abs(middle))
     if result.loss > limit:
         reason = f"the loss {result.loss:.4g} is a spike: {median(history.losses):.4g} is usual, {limit:.4g} the limit"
         trouble = Trouble(reason, step)
@@ -167,3 +156,55 @@ def _ranges(numbers: Sequence[int]) -> str:
         run = [number for _, number in group]
         parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
     return ", ".join(parts)
+
+
+SKIPPED_AT_END = 3
+"""A run that ends on so many skipped steps in a row has not succeeded. One or two may be a batch, or a trial of fp16's
+loss scale."""
+
+
+@dataclass(frozen=True)
+class StallLimit:
+    """How many skipped steps in a row a run may have. They are counted over resumes: where a run was interrupted does
+    not matter. All ranks see the same steps skipped, and so end alike."""
+
+    max_skipped_steps: int
+    precision: str
+
+    def require_progress(self, state: TrainState) -> None:
+        """Raise NoProgressError where a run that still has steps to make has only skipped ones for too long."""
+        if self.max_skipped_steps and state.skipped_in_row >= self.max_skipped_steps:
+            limit = f"health.max_skipped_steps = {self.max_skipped_steps}"
+            raise NoProgressError(f"{skipped_text(state)} ({limit}). {self._advice(state)}")
+
+    def require_result(self, state: TrainState) -> None:
+        """Raise NoProgressError where a run that has made its last step has nothing to show for it."""
+        skipped = state.skipped_in_row
+        if skipped and (skipped == state.step or skipped >= SKIPPED_AT_END):
+            more = f"More than {state.step:,} steps (train.steps or train.tokens) go on from here"
+            raise NoProgressError(f"{skipped_text(state)}. {self._advice(state)} {more}.")
+
+    def _advice(self, state: TrainState) -> str:
+        """What may be mended; what is known of each step stands in the audit log."""
+        scale = ", a lower optim.loss_scale.initial, or train.precision=bf16" if self.precision == "fp16" else ""
+        back = "begin anew under another name"
+        if state.skipped_in_row < state.step:
+            back += ", or continue an older checkpoint (checkpoint.resume=PATH)"
+        return (
+            f"audit.jsonl names their samples (skipped_step). Try a lower optim.lr{scale}; look at those samples with "
+            f"`llmtrain data show`. Where the weights are bad already, {back}."
+        )
+
+
+def skipped_text(state: TrainState) -> str:
+    """How much of a run's end was skipped, and which step's weights it therefore has; empty where none was."""
+    step, skipped = state.step, state.skipped_in_row
+    if not skipped:
+        return ""
+    if skipped == step:
+        return (
+            f"no progress: each of the run's {step:,} steps was skipped, as no gradient was finite; the weights are "
+            "those that it began with"
+        )
+    last = f"the last {skipped:,} steps were" if skipped > 1 else "the last step was"
+    return f"no progress since step {step - skipped:,}: {last} skipped, as no gradient was finite"

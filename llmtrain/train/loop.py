@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Literal
 
 from llmtrain.config.budget import Budget
@@ -11,12 +12,41 @@ from llmtrain.data.loader import BatchLoader
 from llmtrain.engines.base import Engine
 from llmtrain.observe.monitor import Monitor
 from llmtrain.optim.schedule import learning_rate
-from llmtrain.train.evaluate import Evaluation
-from llmtrain.train.health import Health
+from llmtrain.train.health import Health, StallLimit
 from llmtrain.train.rollback import Rollbacks
-from llmtrain.train.saving import Saving
-from llmtrain.train.stall_limit import StallLimit
-from llmtrain.train.state import TrainState
+from llmtrain.train.state import Saving, TrainState
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every `every_steps` steps (0: never), the mean loss over `num_batches` global batches, weighted by tokens.
+
+    Data that has fewer is read once: its loader is one of a stream that is, so that no token counts twice.
+    With `before_saves` also at every step that is saved in any case: the best checkpoint is known by its loss.
+    """
+
+    loader: BatchLoader | None
+    every_steps: int
+    num_batches: int
+    before_saves: bool = False
+
+    def due(self, step: int, saved: bool) -> bool:
+        """Whether a step is evaluated; `saved` says that it is saved whether or not the run is told to stop.
+
+        A save because of a signal is not evaluated: there is no time, and a run that nobody stops would not have it.
+        """
+        if self.loader is None:
+            return False
+        return (self.every_steps > 0 and step % self.every_steps == 0) or (saved and self.before_saves)
+
+    def run(self, engine: Engine) -> tuple[float, int]:
+        """(mean loss, number of target tokens)."""
+        assert self.loader is not None
+        steps = self.loader.steps(first_sample=0)
+        num_batches = min(self.num_batches, self.loader.steps_once)
+        results = [engine.eval_step(micro_batches) for micro_batches in islice(steps, num_batches)]
+        num_tokens = sum(result.num_tokens for result in results)
+        return sum(result.loss_sum for result in results) / max(1, num_tokens), num_tokens
 
 
 @dataclass(frozen=True)
@@ -42,7 +72,8 @@ def train(
     `anybody` tells whether a flag is set on any rank. Raises NoProgressError where all that was done changed nothing.
     """
     state, loader, monitor, stopping = run.state, run.loader, run.monitor, False
-    budget, stall_limit = Budget.of(run.config), StallLimit.of(run.config)
+    budget = Budget.of(run.config)
+    stall_limit = StallLimit(run.config.health.max_skipped_steps, run.config.train.precision)
     steps = loader.steps(first_sample=state.samples)
     try:
         while state.step < budget.last_step(state.seen) and not stopping:

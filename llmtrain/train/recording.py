@@ -1,6 +1,7 @@
-"""Who records a run: its monitor with its trackers, and a profiler where one is wanted."""
+"""Who records a run: its monitor with its trackers, its status, and a profiler where one is wanted."""
 
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,17 +13,44 @@ from llmtrain.config.budget import Budget
 from llmtrain.config.schema import RunConfig
 from llmtrain.files import open_log
 from llmtrain.observe.console import ConsoleTracker
-from llmtrain.observe.monitor import Monitor, RunPlan
-from llmtrain.observe.phases import Phase
-from llmtrain.observe.system import SystemMeter
-from llmtrain.observe.throughput import flops_per_sample, peak_flops
+from llmtrain.observe.machine import SystemMeter
+from llmtrain.observe.monitor import Monitor, RunPlan, flops_per_sample, peak_flops
 from llmtrain.observe.trackers import build_trackers
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.runs.attempts import StartedAttempt
 from llmtrain.runs.folder import RunFolder
 from llmtrain.runs.rank_logs import log_path
 from llmtrain.train.state import TrainState
-from llmtrain.train.status_tracker import ProgressTracker
+from llmtrain.values.progress import Phase, Row
+
+SECONDS_BETWEEN_WRITES = 1.0
+
+
+class ProgressTracker:
+    """Writes the step of each row into the run folder's status, at most once a second. The worker writes the end.
+
+    It is the first of a run's trackers: where the folder is another process's by now, none of them writes any more.
+    """
+
+    def __init__(self, folder: RunFolder, total_steps: int) -> None:
+        self._folder = folder
+        self._total_steps = total_steps
+        self._written_at = -SECONDS_BETWEEN_WRITES
+
+    def log(self, row: Row) -> None:
+        """Raises RunFolderInUseError where the run folder was lost, as `flush` and `close` do."""
+        self._folder.ensure_held()
+        if time.monotonic() - self._written_at >= SECONDS_BETWEEN_WRITES:
+            self._folder.write_status("running", row["step"], self._total_steps, "training")
+            self._written_at = time.monotonic()
+
+    def flush(self) -> None:
+        """What is written is there."""
+        self._folder.ensure_held()
+
+    def close(self, status: str) -> None:
+        """The worker writes the end."""
+        self._folder.ensure_held()
 
 
 def build_monitor(

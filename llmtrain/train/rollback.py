@@ -12,16 +12,15 @@ from typing import Any
 
 from llmtrain.checkpoint.exchange import Exchange
 from llmtrain.checkpoint.manager import CheckpointManager
+from llmtrain.checkpoint.origin import require_state
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
-from llmtrain.checkpoint.stored_state import require_state
 from llmtrain.config.schema import HealthConfig
 from llmtrain.data.loader import Window
 from llmtrain.engines.base import Engine
 from llmtrain.errors import CheckpointError, DataError, NoProgressError
 from llmtrain.runs.audit import AUDIT_FILE, iter_events
 from llmtrain.train.health import Record, Trouble
-from llmtrain.train.saving import restore
-from llmtrain.train.state import TrainState
+from llmtrain.train.state import TrainState, restore
 
 ROLLBACK = "rollback"
 

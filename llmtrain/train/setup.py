@@ -3,25 +3,24 @@
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from llmtrain.config.engines import ENGINES
+from llmtrain.data.loader import BatchLoader, build_stream
+from llmtrain.data.row_config import build_recipe
 from llmtrain.engines.tensor_norms import measuring
-from llmtrain.observe.phases import Phase
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.runs.attempts import StartedAttempt
 from llmtrain.runs.folder import RunFolder
-from llmtrain.train.evaluate import Evaluation
 from llmtrain.train.health import Health
-from llmtrain.train.loaders import build_loader
-from llmtrain.train.loop import Run
+from llmtrain.train.loop import Evaluation, Run
 from llmtrain.train.recording import build_monitor, profiled, tell_the_log
 from llmtrain.train.rollback import Rollbacks
-from llmtrain.train.run_files import record_start
-from llmtrain.train.saving import Saving, restore
-from llmtrain.train.start import Start
+from llmtrain.train.start import Start, record_start
+from llmtrain.train.state import Saving, restore
+from llmtrain.values.progress import Phase
 
 
 def engine_class(name: str) -> Any:
@@ -66,3 +65,19 @@ def setup(
     rollbacks = Rollbacks(config.health, start.manager, folder.path if folder else None, start.ranks, log, monitor.say)
     loader = build_loader(resolved, "train", rank).skipping(start.skipped)
     return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, state, config)
+
+
+def build_loader(
+    resolved: ResolvedRun, split: Literal["train", "valid"], rank: int = 0, once: bool = False
+) -> BatchLoader:
+    """The micro-batches of a rank: those of its place on the data axis. With `once`, data that ends is followed by
+    samples without targets."""
+    config, layout = resolved.config, resolved.layout
+    sources, manifests = {
+        "train": (config.data.train, resolved.train),
+        "valid": (config.data.valid, resolved.valid),
+    }[split]
+    stream = build_stream(sources, config.data, config.seed, resolved.run_dir, once, manifests)
+    recipe = build_recipe(config, stream, lambda: resolved.tokenizer)
+    sizes = (config.train.global_batch_size, config.train.micro_batch_size)
+    return BatchLoader(stream, recipe, *sizes, layout.coordinates(rank).data, layout.data)

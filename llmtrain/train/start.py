@@ -1,5 +1,7 @@
-"""From where a run begins: the checkpoint that it continues, on which all ranks agree."""
+"""From where a run begins, on which all ranks agree, and what it writes into its folder before its first step."""
 
+import hashlib
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +12,18 @@ from llmtrain.checkpoint.exchange import Exchange
 from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
-from llmtrain.checkpoint.origin import origin_of
+from llmtrain.checkpoint.origin import origin_of, read_origin, require_state
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
-from llmtrain.checkpoint.stored_state import require_state
 from llmtrain.config.parameters import frozen_names
 from llmtrain.config.reading.rendering import record_of
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.loader import Window
-from llmtrain.errors import ConfigError
+from llmtrain.data.storage.folders import run_settings
+from llmtrain.data.storage.manifest import LONGEST_TOKENIZER, Manifest
+from llmtrain.data.token_roles import SETTINGS_NAME, TrainedTokens, read_settings, settings_text, settings_tokenizer
+from llmtrain.errors import ConfigError, DataError
+from llmtrain.files import read_bytes, replace_file, sealed_text
+from llmtrain.observe.machine import save_environment
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.preflight.resume_rules import (
     data_record,
@@ -29,11 +35,13 @@ from llmtrain.preflight.resume_rules import (
     refusals,
     resume_target,
 )
+from llmtrain.preflight.source_use import source_uses
+from llmtrain.runs.attempts import StartedAttempt, begin_attempt
 from llmtrain.runs.folder import RunFolder
 from llmtrain.runs.metrics_file import METRICS_FILE
 from llmtrain.train.rollback import newest_kept, skipped_windows
-from llmtrain.train.saving import saved_state
-from llmtrain.train.state import TrainState
+from llmtrain.train.state import TrainState, saved_state
+from llmtrain.values.tokenizer import TokenRoles
 
 
 @dataclass(frozen=True)
@@ -141,3 +149,52 @@ def build_manager(resolved: ResolvedRun, ranks: Exchange | None, folder: RunFold
     return CheckpointManager(
         resolved.run_dir / CHECKPOINTS, config.checkpoint, record_of(config), about, reports, ranks
     )
+
+
+def record_start(resolved: ResolvedRun, folder: RunFolder, start: Start) -> StartedAttempt:
+    """Write the files of a run, and that an attempt begins. Raises RunFolderInUseError where the folder is not held."""
+    folder.ensure_held()
+    save_run_files(resolved, folder.path, start.checkpoint.path if start.checkpoint else None)
+    data = [source.to_json() for source in source_uses(resolved)]
+    return begin_attempt(folder.path, start.step, resolved.config.launch.num_workers, data)
+
+
+def save_run_files(resolved: ResolvedRun, path: Path, checkpoint: Path | None = None) -> None:
+    """The resolved configuration, the environment and the tokenizer: with them the folder explains itself.
+
+    `checkpoint` is the one that the run continues. What is known of the tokenizer beside its file comes from the data,
+    else from there.
+    """
+    config, manifest, tokenizer = resolved.config, resolved.train[0], resolved.tokenizer
+    content = read_bytes(tokenizer, LONGEST_TOKENIZER)
+    if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
+        raise DataError(f"{tokenizer}: was changed while it was read. See who writes there, then start again.")
+    roles = trained_roles(config.data, manifest, checkpoint)
+    if roles is None and tokenizer.suffix == ".json":
+        roles = TokenRoles().as_trained(manifest.eos_id, manifest.bos_ids)
+    # Nothing is written before all that it is made of was found whole: what the folder has stays good.
+    replace_file(path / "config.yaml", sealed_text(record_of(config)).encode())
+    save_environment(path)
+    replace_file(path / f"tokenizer{tokenizer.suffix}", content)
+    if roles is None:
+        (path / SETTINGS_NAME).unlink(missing_ok=True)
+    else:
+        replace_file(path / SETTINGS_NAME, settings_text(roles, manifest.tokenizer_sha256).encode())
+
+
+def trained_roles(data: DataConfig, manifest: Manifest, checkpoint: Path | None) -> TokenRoles | None:
+    """What is known of a run's tokenizer, with the end and begin that its documents have; None where nothing is.
+
+    Raises DataError where a file that says it is damaged.
+    """
+    settings, sha256 = run_settings(data, manifest), manifest.tokenizer_sha256
+    roles = read_settings(settings, sha256, manifest.vocab_size) if settings else None
+    if checkpoint is not None:
+        before = checkpoint.absolute().parent.parent / SETTINGS_NAME
+        if os.path.lexists(before):
+            found = read_settings(before, None, manifest.vocab_size)
+            if settings_tokenizer(before) == sha256 or sha256 in found.equal_sha256:
+                roles = roles.with_model_of(found) if roles else found
+        elif TrainedTokens.of(read_origin(checkpoint).about).has_settings:
+            raise DataError(f"{before}: missing, and there was one. Copy it there again: it says what the model needs.")
+    return None if roles is None else roles.as_trained(manifest.eos_id, manifest.bos_ids)

@@ -1,11 +1,25 @@
-"""The position of a run: the one small value that, with weights and moments, is all that a resume needs."""
+"""The state of a run, the one small value that a resume needs beside tensors: when it is saved, and how restored."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from llmtrain.checkpoint.manager import CheckpointManager
+from llmtrain.checkpoint.origin import origin_of, require_state, updates_of
+from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.budget import Seen, seen_by
-from llmtrain.train.health import LossHistory
+from llmtrain.engines.base import Engine
+
+
+@dataclass(frozen=True)
+class LossHistory:
+    """What a loss is judged by: the losses of the last good steps, oldest first, and the strikes in a row up to now.
+
+    A plain value that is saved with the state of the run, so that after a resume every judgement is the same.
+    """
+
+    losses: tuple[float, ...] = ()
+    strikes: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,3 +72,53 @@ class TrainState:
         counts = (data["step"], data["samples"], data["tokens"])
         skipped = data.get("skipped_in_row", 0)
         return TrainState(*counts, history, seen.data_tokens, seen.first_step_tokens, skipped)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Saves every `every_steps` steps (0: never). The loop saves after the last one too.
+
+    `before_publish` makes the metrics durable before a checkpoint of the same step becomes visible.
+    """
+
+    manager: CheckpointManager
+    every_steps: int
+    before_publish: Callable[[], object]
+
+    def due(self, step: int) -> bool:
+        """Whether a step is saved. Asked at every step: a save that has failed behind training is told of here."""
+        self.manager.poll()
+        return self.every_steps > 0 and step % self.every_steps == 0
+
+    def save(self, state: TrainState, engine: Engine, valid_loss: float | None) -> None:
+        """Write a checkpoint of what `restore` needs."""
+        contents = {"train": state.to_json(), "engine": engine.state()}
+        self.manager.save(state.step, engine.fragments(), contents, self.before_publish, valid_loss)
+
+    def finish(self) -> None:
+        """Return once the last save is complete. Raises SaveError where it has failed: the run must not end so."""
+        self.manager.finish()
+
+
+def saved_state(checkpoint: CheckpointReader | None) -> TrainState:
+    """Where a run stands that continues a checkpoint: at its beginning with none, or with imported weights."""
+    if checkpoint is None or "train" not in checkpoint.state:
+        return TrainState()
+    origin = origin_of(checkpoint.path, checkpoint.state, checkpoint.config_text, checkpoint.about)
+    stored = checkpoint.state["train"]
+    state = TrainState.from_json(stored, origin.config)
+    engine = checkpoint.state.get("engine")
+    if "skipped_in_row" not in stored and engine and updates_of(engine) == 0:
+        return replace(state, skipped_in_row=state.step)  # an older checkpoint, that no step has ever changed
+    return state
+
+
+def restore(checkpoint: CheckpointReader, engine: Engine) -> TrainState:
+    """Continue a checkpoint: weights, moments, counts. Imported weights have no history: training begins with them."""
+    if "train" not in checkpoint.state:
+        engine.load_weights(checkpoint)
+    else:
+        require_state(checkpoint.path, checkpoint.state, checkpoint.about, engine_too=True)
+        engine.load(checkpoint)
+        engine.load_state(checkpoint.state["engine"])
+    return saved_state(checkpoint)

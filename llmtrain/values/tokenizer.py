@@ -15,7 +15,7 @@ MODEL_FILES = (MODEL_CONFIG, GENERATION)
 Around = tuple[tuple[int, ...], tuple[int, ...]]
 
 PieceStyle = Literal["sentencepiece", "byte_level", "wordpiece"]
-"""How pieces show where words begin; see data/objectives/word_starts.py."""
+"""How pieces show where words begin; see data/row_config.py."""
 
 
 @dataclass(frozen=True)

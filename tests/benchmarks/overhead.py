@@ -18,9 +18,8 @@ from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.models.transformer import build_model
 from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.folder import RunFolder
-from llmtrain.train.loaders import build_loader
 from llmtrain.train.loop import train
-from llmtrain.train.setup import setup
+from llmtrain.train.setup import build_loader, setup
 from llmtrain.train.start import find_start
 from llmtrain.values.batch import Batch
 from tests.benchmarks.data_sets import write_text_data_set

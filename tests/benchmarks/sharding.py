@@ -7,8 +7,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from data_pipelines.sharding import ShardingConfig, write_shards
-from data_pipelines.tokenizer_training import train_tokenizer
+from data_pipelines.dataset_writer import ShardingConfig
+from data_pipelines.sharding import write_shards
+from data_pipelines.tokenizer import train_tokenizer
 from tests.benchmarks.data_sets import TOKENIZER, standard_library_text
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_core
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.data.continuous import ContinuousOrder
+from llmtrain.data.order import ContinuousOrder
 from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.storage.skipped import LEDGER_NAME
 from llmtrain.files import parse_line

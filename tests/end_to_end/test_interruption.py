@@ -27,7 +27,7 @@ EITHER = pytest.mark.parametrize(
 BLOCKED_COMMANDS = {
     "import:typer": ("status", "runs/tiny"),
     "import:rich": ("--help",),
-    "data_pipelines.verification:verify_dataset": ("data", "verify", "data/train"),
+    "data_pipelines.inspection:verify_dataset": ("data", "verify", "data/train"),
     "data_pipelines.indexing:_index_shard": ("data", "index", "unindexed", "--tokenizer", "hf/tokenizer.json"),
     "llmtrain.data.tokenizer:HuggingFaceTokenizer.encode_batch": (
         *("data", "shards", "text", "out", "--tokenizer", "hf/tokenizer.json"),
@@ -127,7 +127,7 @@ def test_told_to_stop_a_command_ends_quietly_and_leaves_nothing(
 def test_a_tokenizer_in_training_ends_at_once(folder: Path, number: signal.Signals) -> None:
     """Python hears of a signal when native code returns, hours later; nothing is written before."""
     before = files(folder)
-    place = "native:data_pipelines.tokenizer_training:sentencepiece.SentencePieceTrainer.train"
+    place = "native:data_pipelines.tokenizer:sentencepiece.SentencePieceTrainer.train"
     line = ("data", "tokenizer", "text", "trained.model", "--vocab-size", "300")
     process = start(folder, sys.executable, "-m", "tests.support.blocked_command", place, *line)
     await_line(process, BLOCKED)

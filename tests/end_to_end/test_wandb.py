@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llmtrain.observe.scalars import scalars
+from llmtrain.observe.charts import scalars
 from llmtrain.runs.attempts import STARTED
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.metrics_file import iter_rows, read_rows

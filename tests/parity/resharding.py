@@ -28,12 +28,10 @@ from llmtrain.engines.precision import DTYPES
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.preflight.resolve import resolve
-from llmtrain.train.loaders import build_loader
-from llmtrain.train.saving import Saving, restore
-from llmtrain.train.setup import engine_class
-from llmtrain.train.state import TrainState
+from llmtrain.train.setup import build_loader, engine_class
+from llmtrain.train.state import Saving, TrainState, restore
 from llmtrain.values.fragment import Box, Fragment
-from llmtrain.values.step_result import StepResult
+from llmtrain.values.progress import StepResult
 from tests.parity.cases import GRID_STEPS, parity_run
 from tests.parity.test_deepspeed import small_pieces
 from tests.support.datasets import VOCAB_SIZE

@@ -17,7 +17,7 @@ from llmtrain.errors import LaunchError
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box
-from llmtrain.values.step_result import StepResult
+from llmtrain.values.progress import StepResult
 from tests.parity.cases import parity_run
 from tests.parity.test_deepspeed import small_pieces
 from tests.parity.test_deepspeed import whole as whole_grid

@@ -12,7 +12,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.engines.tensor_norms import GRADIENTS, WEIGHTS, measuring
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
-from llmtrain.values.step_result import StepResult
+from llmtrain.values.progress import StepResult
 from tests.parity.cases import parity_run, reference
 from tests.support.ranks import run_ranks
 

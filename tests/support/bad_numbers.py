@@ -37,7 +37,7 @@ from llmtrain.train import rollback, setup
 from llmtrain.train import start as beginning
 from llmtrain.train.loop import Run, train
 from llmtrain.values.batch import Batch
-from llmtrain.values.step_result import StepResult
+from llmtrain.values.progress import StepResult
 from tests.support.samples import tiny_model, tiny_run
 
 BATCH = 4

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.sharding import ShardWriter
+from data_pipelines.dataset_writer import ShardWriter
 from llmtrain.data.storage.manifest import DTYPES, SCHEMA_VERSION, Manifest, dtype_name, write_manifest
 
 EOS_ID = 3

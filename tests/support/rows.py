@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 
 from llmtrain.config.schema import DataConfig
-from llmtrain.data.objectives.word_starts import PieceTable
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import PieceTable, Recipe
 from llmtrain.data.stream import Sample
 
 EOS, PAD, MASK = 3, 0, 4

@@ -20,7 +20,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.runs.audit import iter_events
 from llmtrain.train.loop import Run
 from llmtrain.values.batch import Batch
-from llmtrain.values.step_result import StepResult
+from llmtrain.values.progress import StepResult
 
 STRUCK = "struck"
 """The file in the run folder that says when a fault first struck, in seconds since the epoch."""

@@ -22,7 +22,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box, Fragment, tiling_problem
-from llmtrain.values.step_result import EvalResult, StepResult
+from llmtrain.values.progress import EvalResult, StepResult
 
 PRELOADED = ("llmtrain.checks.parity.compare", *(row.module for row in ENGINES.values()))
 """What takes long to import."""

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from llmtrain.config.objective import MaskedConfig
 from llmtrain.data.objectives.causal import PackedSample, document_numbers, sample_positions
-from llmtrain.data.objectives.word_starts import PieceTable
-from llmtrain.data.row_config import Draws, Recipe
+from llmtrain.data.row_config import Draws, PieceTable, Recipe
 from llmtrain.data.stream import Sample
 from llmtrain.values.batch import IGNORED_LABEL
 

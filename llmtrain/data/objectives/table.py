@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmtrain.data.objectives.causal import PackedSample, causal_row
+from llmtrain.data.objectives.causal import PackedSample, causal_row, fim
 from llmtrain.data.objectives.corruption import prefix_length, span_corruption, split_at_prefix, ul2
-from llmtrain.data.objectives.fim import fim
 from llmtrain.data.objectives.masking import masked
 from llmtrain.data.row_config import Recipe
 from llmtrain.data.stream import Sample

@@ -8,18 +8,17 @@ from platformdirs import user_cache_path
 
 from llmtrain.config.reading.credentials import without_credentials
 from llmtrain.config.schema import DataConfig
-from llmtrain.data.storage.damage import DamagedFileError
 from llmtrain.data.storage.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAMES,
+    DamagedFileError,
     Manifest,
     check_file,
     file_sha256,
     parse_manifest,
     read_manifest,
 )
-from llmtrain.data.storage.remote import SCHEMES, FetchConfig, RemoteFolder, scheme_of
-from llmtrain.data.storage.retry import retried
+from llmtrain.data.storage.remote import SCHEMES, FetchConfig, RemoteFolder, retried, scheme_of
 from llmtrain.data.storage.shard_file import ShardFile, ShardPaths
 from llmtrain.data.token_roles import SETTINGS_NAME, settings_tokenizer
 from llmtrain.errors import ConfigError, DataError

@@ -30,7 +30,6 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from llmtrain.data.storage.damage import DamagedFileError
 from llmtrain.errors import DataError
 from llmtrain.files import SEAL, open_regular, parse_json, read_bytes, replace_file, sealed, unsealed
 from llmtrain.words import fault_text
@@ -55,6 +54,19 @@ LONGEST_INDEX = 256 << 20
 _INDEX_HEADER = struct.Struct("<8sQ")  # magic, version; then offset and size of each payload, uint64, little-endian
 
 Verify = Literal["off", "first", "always"]
+
+
+class DamagedFileError(DataError):
+    """A file is missing, or is not what the manifest says: a fact that every rank finds alike.
+
+    `actual` is what was found instead, in few words; `reason` is missing, size, sha256 or index. A file that cannot be
+    read for the moment is none of these and raises DataError.
+    """
+
+    def __init__(self, message: str, reason: str, actual: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.actual = actual
 
 
 def _plain_name(name: str) -> str:

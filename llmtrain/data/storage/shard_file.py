@@ -1,4 +1,4 @@
-"""One shard opened for reading. Imports no torch."""
+"""One shard opened for reading, and where in a damaged one the damage lies. Imports no torch."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.data.storage.damage import TAR_BLOCK_BYTES, DamagedFileError, place_of_cut, place_of_flip
-from llmtrain.data.storage.manifest import DTYPES, Manifest, ShardEntry, check_file, read_index
+from llmtrain.data.storage.manifest import DTYPES, DamagedFileError, Manifest, ShardEntry, check_file, read_index
 from llmtrain.errors import DataError
+from llmtrain.files import open_regular
+
+TAR_BLOCK_BYTES = 512
+_CHECKSUM = slice(148, 156)
+"""Of a tar header; the checksum counts its own bytes as spaces."""
 
 
 @dataclass(frozen=True)
@@ -131,3 +135,41 @@ def _check_shard(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, has
         else:
             place = f"{size_bytes - entry.bytes} bytes too many, from byte {entry.bytes} on"
         raise DamagedFileError(f"{damage} ({place})", damage.reason, damage.actual) from None
+
+
+def place_of_cut(payloads: NDArray[np.int64], size_bytes: int) -> str:
+    """What byte `size_bytes` of a whole shard would be, from the [documents, 2] offsets and sizes of its payloads."""
+    ends = payloads[:, 0] + payloads[:, 1]
+    number = int(np.searchsorted(ends, size_bytes, side="right"))  # the first document that is not there whole
+    if number == len(payloads):
+        return f"byte {size_bytes} lies behind the last document"
+    begin, end = int(payloads[number, 0]), int(ends[number])
+    if size_bytes > begin:
+        return f"byte {size_bytes} lies inside document {number} (bytes {begin} to {end})"
+    if size_bytes > begin - TAR_BLOCK_BYTES:
+        return f"byte {size_bytes} lies inside the header of document {number}"
+    return f"byte {size_bytes} lies before the header of document {number}"
+
+
+def place_of_flip(path: Path, payloads: NDArray[np.int64]) -> str:
+    """The first header of a shard whose own checksum is wrong, or that none is."""
+    with open_regular(path) as file:
+        for number, (offset, size) in enumerate(payloads.tolist()):
+            begin = offset - TAR_BLOCK_BYTES
+            file.seek(max(0, begin))
+            header = file.read(TAR_BLOCK_BYTES)
+            if begin < 0 or not _is_header(header, size):
+                return f"the header of document {number} at byte {begin} is damaged"
+    return "every header is whole, so the damage lies in the documents or between them"
+
+
+def _is_header(block: bytes, size: int) -> bool:
+    """Whether a block is a tar header with a right checksum, of a member with so many bytes."""
+    written = block[_CHECKSUM].strip(b" \0")
+    total = sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ")
+    try:
+        member_size = int(block[124:136].strip(b" \0"), 8)
+        # A document may stop one id before its member does: before an end of sequence of its own.
+        return int(written, 8) == total and member_size in (size, size + 2, size + 4)
+    except ValueError:  # no octal numbers; sizes from 8 GiB on are written otherwise, and no document has them
+        return False

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.checkpoint.manager import find_newest_valid
+from llmtrain.checkpoint.find import find_newest_valid
 from llmtrain.checkpoint.manifest import CheckpointUnusableError
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.errors import CheckpointError

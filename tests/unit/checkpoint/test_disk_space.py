@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.checkpoint.disk_space import free_bytes, plan_room
-from llmtrain.checkpoint.retention import most_at_once
+from llmtrain.checkpoint.folders import free_bytes, most_at_once, plan_room
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.words import bytes_text
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.checkpoint.folders import MANIFEST, checkpoint_steps
+from llmtrain.checkpoint.folders import MANIFEST, checkpoint_steps, steps_to_remove
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.manifest import CheckpointUnusableError
 from llmtrain.checkpoint.reader import open_checkpoint
-from llmtrain.checkpoint.retention import steps_to_remove
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.values.fragment import Box, Fragment

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llmtrain.checkpoint.folders import checkpoint_steps
-from llmtrain.checkpoint.host_copy import HostCopy
 from llmtrain.checkpoint.manager import CheckpointManager
+from llmtrain.checkpoint.writer import HostCopy
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.values.fragment import Fragment
 from tests.support.mortality import in_child, on_file_operations

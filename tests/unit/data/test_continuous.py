@@ -5,8 +5,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.continuous import ContinuousOrder
-from llmtrain.data.order import Place
+from llmtrain.data.order import ContinuousOrder, Place
 
 lengths_lists = st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(lambda lengths: sum(lengths) > 12)
 

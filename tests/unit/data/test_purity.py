@@ -13,8 +13,7 @@ from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.objectives.table import OBJECTIVES, pack_sample
-from llmtrain.data.objectives.word_starts import PieceTable
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import PieceTable, Recipe
 from llmtrain.values.batch import IGNORED_LABEL, TENSORS, Batch
 from tests.support.datasets import EOS_ID, VOCAB_SIZE, random_documents, write_dataset
 from tests.support.rows import random_sample, recipe_of

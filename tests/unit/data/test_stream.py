@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config.schema import WindowKind
-from llmtrain.data.continuous import ContinuousOrder
+from llmtrain.data.order import ContinuousOrder
 from llmtrain.data.storage.manifest import Manifest, read_manifest
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.stream import MixtureSchedule, SampleStream, StreamConfig, load_sources

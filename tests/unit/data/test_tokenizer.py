@@ -7,7 +7,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.tokenizer_training import Kind, train_tokenizer
+from data_pipelines.tokenizer import Kind, train_tokenizer
 from llmtrain.data.storage.folders import find_tokenizer
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import ConfigError, DataError

@@ -11,9 +11,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from data_pipelines import cutting, tokenizer_training
+from data_pipelines import cutting
+from data_pipelines import tokenizer as tokenizer_module
 from data_pipelines.cutting import Cutter, tokenized
-from data_pipelines.tokenizer_training import train_tokenizer
+from data_pipelines.tokenizer import train_tokenizer
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.values.tokenizer import Tokenizer
 
@@ -68,8 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pieces_have_the_ids_of_the_whole(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [text_of(seed, 200) for seed in range(5)]
     if kind in ("bpe", "unigram", "dummy_prefix"):
-        settings = tokenizer_training._settings() | {"add_dummy_prefix": kind == "dummy_prefix"}
-        monkeypatch.setattr(tokenizer_training, "_settings", lambda: settings)
+        settings = tokenizer_module._settings() | {"add_dummy_prefix": kind == "dummy_prefix"}
+        monkeypatch.setattr(tokenizer_module, "_settings", lambda: settings)
         found = train_tokenizer(texts, folder / f"{kind}.model", 330, "unigram" if kind == "unigram" else "bpe")
         tokenizer: Tokenizer = found
     else:
@@ -105,7 +106,8 @@ import resource, sys
 from pathlib import Path
 from data_pipelines.inputs import ReadReport
 from data_pipelines.read import iter_documents
-from data_pipelines.sharding import ShardingConfig, write_shards
+from data_pipelines.dataset_writer import ShardingConfig
+from data_pipelines.sharding import write_shards
 from llmtrain.data.tokenizer import load_tokenizer
 folder = Path(sys.argv[1])
 tokenizer = load_tokenizer(folder / "False.json")

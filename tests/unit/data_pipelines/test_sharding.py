@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.sharding import ShardingConfig, write_shards
-from data_pipelines.splits import in_valid, split_documents
-from data_pipelines.tokenizer_training import train_tokenizer
-from data_pipelines.verification import datasets_in, verify_dataset
-from data_pipelines.work_folder import work_folder
+from data_pipelines.dataset_writer import ShardingConfig, work_folder
+from data_pipelines.inspection import datasets_in, verify_dataset
+from data_pipelines.sharding import split_documents, write_shards
+from data_pipelines.tokenizer import train_tokenizer
 from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.tokenizer import SentencePieceTokenizer
@@ -21,6 +20,10 @@ DOCUMENTS = [f"document {number}\n" + f"    line {number * 7}\n" * (number % 9) 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> SentencePieceTokenizer:
     return train_tokenizer(DOCUMENTS, tmp_path_factory.mktemp("tokenizer") / "t.model", 320)
+
+
+def in_valid(texts: list[str], fraction: float) -> set[str]:
+    return {text for split, text in split_documents(texts, fraction) if split == "valid"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -40,7 +43,9 @@ def test_every_document_is_in_exactly_one_split_as_it_was(tmp_path: Path, tokeni
         folder = tmp_path / "out" / split
         assert read_manifest(folder) == manifest
         assert verify_dataset(folder) == []
-        assert texts_in(folder, tokenizer) == [d for d in DOCUMENTS if in_valid(d, 0.1) == (split == "valid")]
+        assert texts_in(folder, tokenizer) == [
+            d for d in DOCUMENTS if (d in in_valid(DOCUMENTS, 0.1)) == (split == "valid")
+        ]
         assert all(entry.tokens >= 1000 for entry in manifest.shards[:-1])
     assert 5 < manifests["valid"].num_documents < 40
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
@@ -57,10 +62,10 @@ def test_result_does_not_depend_on_the_number_of_workers(
 
 
 def test_split_depends_on_content_only() -> None:
-    share = sum(in_valid(f"text {number}", 0.25) for number in range(4000)) / 4000
-    assert share == pytest.approx(0.25, abs=0.03)
-    small = {number for number in range(1000) if in_valid(str(number), 0.1)}
-    assert small < {number for number in range(1000) if in_valid(str(number), 0.3)}
+    texts = [f"text {number}" for number in range(4000)]
+    assert len(in_valid(texts, 0.25)) / 4000 == pytest.approx(0.25, abs=0.03)
+    assert in_valid(texts[::2], 0.25) == in_valid(texts, 0.25) & set(texts[::2])
+    assert in_valid(texts, 0.1) < in_valid(texts, 0.3)
 
 
 @pytest.mark.parametrize("fraction", [1.0, -1.0, float("nan")])
@@ -92,7 +97,7 @@ def test_one_document_is_refused_before_it_is_tokenized(
 def test_few_documents_still_make_two_splits(
     tmp_path: Path, tokenizer: SentencePieceTokenizer, fraction: float
 ) -> None:
-    few = [text for text in DOCUMENTS if not in_valid(text, 0.1)][:3]
+    few = [text for text in DOCUMENTS if text not in in_valid(DOCUMENTS, 0.1)][:3]
     few.append(few[0])
     manifests = write_shards(few, tmp_path / "out", tokenizer, ShardingConfig(valid_fraction=fraction))
     counts = {split: manifest.num_documents for split, manifest in manifests.items()}

@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.foreign import stored_dtype
-from data_pipelines.indexing import index_folder, rebuild_sidecars, scan_tar
-from data_pipelines.sharding import ShardWriter
-from data_pipelines.tokenizer_training import train_tokenizer
-from data_pipelines.verification import datasets_in, verify_dataset
+from data_pipelines.dataset_writer import ShardWriter
+from data_pipelines.indexing import index_folder, rebuild_sidecars, scan_tar, stored_dtype
+from data_pipelines.inspection import datasets_in, verify_dataset
+from data_pipelines.tokenizer import train_tokenizer
 from llmtrain.data.storage.manifest import MANIFEST_NAME, read_index, read_manifest
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.stream import SampleStream, StreamConfig, load_sources

@@ -47,7 +47,7 @@ def _export_rank(rank: int, world_size: int, run: Path, out: Path) -> tuple[int,
 
 
 def _import_rank(rank: int, world_size: int, source: Path, out: Path) -> int:
-    from llmtrain.infer.imported import write_imported
+    from llmtrain.infer.hugging_face import write_imported
     from llmtrain.infer.tokenizer import folder_tokenizer
     from llmtrain.interop.hf_import import open_hf_folder
 

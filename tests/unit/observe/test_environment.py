@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmtrain.files import unsealed
-from llmtrain.observe.environment import describe_environment, save_environment, source_commit
+from llmtrain.observe.machine import describe_environment, save_environment, source_commit
 
 
 def git(folder: Path, *arguments: str) -> str:

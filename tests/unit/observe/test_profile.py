@@ -11,7 +11,7 @@ import torch
 from llmtrain.observe import profile
 from llmtrain.observe.monitor import Monitor, RunPlan
 from llmtrain.observe.profile import Profiler
-from llmtrain.values.step_result import StepResult
+from llmtrain.values.progress import StepResult
 
 
 def train(steps: range, window: tuple[int, int], folder: Path, last_step: int = 9) -> tuple[list, list[str]]:

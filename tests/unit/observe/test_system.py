@@ -6,9 +6,9 @@ import psutil
 import pytest
 import torch
 
-from llmtrain.observe import system
-from llmtrain.observe.scalars import chart_name
-from llmtrain.observe.system import SystemMeter
+from llmtrain.observe import machine
+from llmtrain.observe.charts import chart_name
+from llmtrain.observe.machine import SystemMeter
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,9 @@ class Clock:
 
 def test_a_sample_says_what_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, traffic = Clock(), SimpleNamespace(bytes_sent=1000, bytes_recv=5000)
-    monkeypatch.setattr(system, "_COUNTERS", ((lambda: traffic, system._COUNTERS[0][1]), (lambda: None, {"disk": "x"})))
+    monkeypatch.setattr(
+        machine, "_COUNTERS", ((lambda: traffic, machine._COUNTERS[0][1]), (lambda: None, {"disk": "x"}))
+    )
     meter = SystemMeter(CPU, clock)
     clock.now, traffic.bytes_sent = 2.0, 4000
     columns = meter.sample()
@@ -51,7 +53,7 @@ def test_counters_that_fail_are_left_out(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError("no such file: /proc/diskstats")
 
     clock = Clock()
-    monkeypatch.setattr(system, "_COUNTERS", ((refused, {"disk": "x"}),))
+    monkeypatch.setattr(machine, "_COUNTERS", ((refused, {"disk": "x"}),))
     meter = SystemMeter(CPU, clock)
     clock.now = 1.0
     assert "system_cpu_percent" in meter.sample()
@@ -62,7 +64,7 @@ def test_a_gpu_whose_driver_tells_nothing_still_has_its_memory(monkeypatch: pyte
         raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
 
     questions = (("system_gpu_utilization_percent", lambda device: 93), ("system_gpu_power_watts", missing))
-    monkeypatch.setattr(system, "_GPU_QUESTIONS", questions)
+    monkeypatch.setattr(machine, "_GPU_QUESTIONS", questions)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
     clock = Clock()

@@ -2,7 +2,7 @@ import pytest
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.sequence_lengths import Lengths
-from llmtrain.observe.throughput import flops_per_sample, mfu, peak_flops
+from llmtrain.observe.monitor import flops_per_sample, mfu, peak_flops
 
 LLAMA_3_8B = ModelConfig(
     num_layers=32,

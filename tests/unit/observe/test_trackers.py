@@ -11,18 +11,16 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.observe import background
-from llmtrain.observe.background import BackgroundTracker
+from llmtrain.observe import trackers as tracker_module
+from llmtrain.observe.charts import CHART_NAMES, NO_METRICS, TensorBoardTracker, chart_name, scalars
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.monitor import Monitor, RunPlan
-from llmtrain.observe.scalars import CHART_NAMES, NO_METRICS, chart_name, scalars
-from llmtrain.observe.tensorboard_tracker import TensorBoardTracker
-from llmtrain.observe.trackers import build_trackers
+from llmtrain.observe.trackers import BackgroundTracker, build_trackers
 from llmtrain.observe.wandb_tracker import WandbRun, WandbTracker
 from llmtrain.parallel.layout import Layout
 from llmtrain.runs.attempts import StartedAttempt
 from llmtrain.runs.metrics_file import read_rows
-from llmtrain.values.step_result import StepResult
+from llmtrain.values.progress import StepResult
 from tests.unit.observe.wandb_file import history, iter_records
 
 CANARY = "canary-hf-0123456789"
@@ -238,7 +236,7 @@ class SlowTracker:
 
 
 def test_rows_wait_for_a_tracker_that_starts_slowly_and_hold_nothing_up(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(background, "FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr(tracker_module, "FLUSH_SECONDS", 0.01)
     gate, built = threading.Event(), []
 
     def build() -> SlowTracker:
@@ -257,7 +255,7 @@ def test_rows_wait_for_a_tracker_that_starts_slowly_and_hold_nothing_up(monkeypa
 
 
 def test_a_tracker_that_never_ends_is_left_behind_with_a_word(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(tracker_module, "CLOSE_SECONDS", 0.05)
     gate, said = threading.Event(), []
     tracker = BackgroundTracker("slow", lambda: SlowTracker(gate), said.append)
     tracker.close("done")

@@ -12,7 +12,7 @@ from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.manifest import ShardEntry, file_sha256, read_manifest, write_manifest
-from llmtrain.data.usage import DataUse
+from llmtrain.data.stream import DataUse
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.preflight.dry_run import plan_outline
 from llmtrain.preflight.resolve import resolve
@@ -202,7 +202,7 @@ def test_checkpoints_that_do_not_fit_are_told_with_their_sizes(folder: Path, mon
 
     def free(count: float) -> tuple[dict[str, str], list[str]]:
         usage = SimpleNamespace(free=int(count * size))
-        monkeypatch.setattr("llmtrain.checkpoint.disk_space.shutil.disk_usage", lambda _: usage)
+        monkeypatch.setattr("llmtrain.checkpoint.folders.shutil.disk_usage", lambda _: usage)
         return {problem.key: problem.message for problem in check_storage(config).problems}, storage_warnings(config)
 
     found, _ = free(1.9)
@@ -226,7 +226,7 @@ def test_a_remote_manifest_is_read_and_a_missing_one_is_told_as_a_local_one(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("llmtrain.data.storage.retry.FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("llmtrain.data.storage.remote.FIRST_PAUSE_SECONDS", 0.001)
     served = tmp_path_factory.mktemp("served")
     (served / "tokenizer.model").write_text("pieces")
     write_data_set(served / "train", tokenizer_sha256=file_sha256(served / "tokenizer.model"))

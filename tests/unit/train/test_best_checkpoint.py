@@ -11,8 +11,7 @@ from launch.rank.stop import StopSignal
 from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name
 from llmtrain.checkpoint.manifest import load_manifest
 from llmtrain.config.schema import RunConfig
-from llmtrain.train.evaluate import Evaluation
-from llmtrain.train.loop import Run
+from llmtrain.train.loop import Evaluation, Run
 from tests.support.small_runs import rows_of, small_run, train_here, write_data
 
 NEVER_TOGETHER: dict[str, dict[str, Any]] = {

@@ -13,12 +13,12 @@ from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.row_config import build_recipe
 from llmtrain.data.storage.manifest import read_manifest
-from llmtrain.data.usage import samples_once
+from llmtrain.data.stream import samples_once
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.preflight.resolve import resolve
 from llmtrain.preflight.source_use import source_uses
-from llmtrain.train.evaluate import Evaluation
-from llmtrain.train.loaders import build_loader
+from llmtrain.train.loop import Evaluation
+from llmtrain.train.setup import build_loader
 from llmtrain.values.batch import IGNORED_LABEL, Batch
 from tests.support.datasets import EOS_ID, write_dataset
 from tests.support.small_runs import rows_of, small_run, train_here, write_data

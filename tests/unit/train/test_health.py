@@ -10,9 +10,9 @@ import pytest
 
 from llmtrain.config.schema import HealthConfig
 from llmtrain.data.stream import SampleOrigin
-from llmtrain.train.health import FEWEST_LOSSES, Health, LossHistory, Trouble, judge
-from llmtrain.train.state import TrainState
-from llmtrain.values.step_result import StepResult
+from llmtrain.train.health import FEWEST_LOSSES, Health, Trouble, judge
+from llmtrain.train.state import LossHistory, TrainState
+from llmtrain.values.progress import StepResult
 
 ON = HealthConfig(rollback=True, window_steps=50)
 BAD = StepResult(math.nan, math.nan, 10, skipped=True)

@@ -13,7 +13,7 @@ from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import DataError
 from llmtrain.files import sealed, unsealed
 from llmtrain.preflight.resolve import resolve
-from llmtrain.train.run_files import save_run_files
+from llmtrain.train.start import save_run_files
 from tests.support.hf_folders import write_llama
 from tests.support.run_files import replace_tokenizer
 from tests.support.tokenizers import train_sentencepiece

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llmtrain.checks.parity.compare import FP32, Tensors, Trace, compare, worst_metric, worst_tensor
-from llmtrain.values.step_result import EvalResult, StepResult
+from llmtrain.values.progress import EvalResult, StepResult
 
 FLOOR = 1e-6
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from data_pipelines.tokenizer_training import train_tokenizer
-from llmtrain.data.objectives.word_starts import load_pieces, word_begins
+from data_pipelines.tokenizer import train_tokenizer
+from llmtrain.data.row_config import load_pieces, word_begins
 from llmtrain.data.tokenizer import load_tokenizer
 from tests.unit.data.test_tokenizer import CORPUS, train_hugging_face
 

@@ -10,9 +10,8 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from llmtrain.data.storage import retry
-from llmtrain.data.storage.damage import DamagedFileError
-from llmtrain.data.storage.manifest import file_sha256, index_bytes, read_index, read_manifest
+from llmtrain.data.storage import remote
+from llmtrain.data.storage.manifest import DamagedFileError, file_sha256, index_bytes, read_index, read_manifest
 from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
 from llmtrain.errors import DataError
 from llmtrain.files import SEAL, sealed
@@ -179,7 +178,7 @@ def test_verify_first_does_not_see_what_happens_later_but_always_does(tmp_path: 
 def test_a_passing_error_is_tried_again_and_then_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(remote, "FIRST_PAUSE_SECONDS", 0.001)
     write_dataset(tmp_path, [random_documents(30)])
     failures = [0]
 

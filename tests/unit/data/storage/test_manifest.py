@@ -12,7 +12,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.sharding import ShardWriter
+from data_pipelines.dataset_writer import ShardWriter
 from llmtrain.data.storage.manifest import DTYPES, index_bytes, read_index, read_manifest
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.errors import DataError

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from llmtrain.config.schema import DataConfig, SourceConfig
-from llmtrain.data.storage import retry
-from llmtrain.data.storage.damage import DamagedFileError
+from llmtrain.data.storage import remote as remote_module
 from llmtrain.data.storage.folders import fetch_config, open_folder, scheme_fault
+from llmtrain.data.storage.manifest import DamagedFileError
 from llmtrain.data.storage.remote import FetchConfig, RemoteFolder, scheme_of
 from llmtrain.errors import ConfigError, DataError
 from tests.support.http_folder import Fault, HttpFolder, serve
@@ -27,7 +27,7 @@ TIMEOUT_SECONDS = 1.0
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(remote_module, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -241,8 +241,8 @@ def test_the_cache_is_where_the_user_s_caches_are(tmp_path: Path, monkeypatch: p
 
 
 def test_pauses_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 1.0)
-    pauses = [retry.pause_seconds(attempt) for attempt in range(1, 12)]
+    monkeypatch.setattr(remote_module, "FIRST_PAUSE_SECONDS", 1.0)
+    pauses = [remote_module.pause_seconds(attempt) for attempt in range(1, 12)]
     assert all(2**n / 2 <= pause <= 2**n for n, pause in enumerate(pauses[:5]))
-    assert max(pauses) <= retry.LONGEST_PAUSE_SECONDS
-    assert len({retry.pause_seconds(3) for _ in range(9)}) > 1
+    assert max(pauses) <= remote_module.LONGEST_PAUSE_SECONDS
+    assert len({remote_module.pause_seconds(3) for _ in range(9)}) > 1

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llmtrain.config.schema import DataConfig
-from llmtrain.data.continuous import ContinuousOrder
 from llmtrain.data.loader import BatchLoader, build_stream
+from llmtrain.data.order import ContinuousOrder
 from llmtrain.data.row_config import Recipe
 from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShard, SkippedShards, SourceSamples
@@ -207,7 +207,7 @@ def test_sources_have_shares_of_their_own(run: Path) -> None:
 
 
 def test_a_passing_error_is_no_reason_to_skip(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmtrain.data.storage.retry.FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("llmtrain.data.storage.remote.FIRST_PAUSE_SECONDS", 0.001)
 
     def failing(path: Path) -> str:
         raise OSError(5, "Input/output error")

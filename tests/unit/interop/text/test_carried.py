@@ -94,7 +94,7 @@ def test_a_run_knows_which_tokens_end_and_begin_texts(tmp_path: Path) -> None:
 def test_generate_begins_as_training_did_and_stops_at_every_end(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmtrain.infer import text
+    from llmtrain.infer import generate
 
     _json("import", write_llama(tmp_path / "hf"), tmp_path / "run")
     tokenizer = load_tokenizer(tmp_path / "hf" / "tokenizer.json")
@@ -105,7 +105,7 @@ def test_generate_begins_as_training_did_and_stops_at_every_end(
             prompts.append(prompt)
             return iter([*answer, end, *tokenizer.encode("dog")])
 
-        monkeypatch.setattr(text, "iter_tokens", drawn)
+        monkeypatch.setattr(generate, "iter_tokens", drawn)
         result = _call("generate", tmp_path / model, "--prompt", "the lazy")
         assert result.exit_code == 0 and result.stdout == "fox\n", result.stderr
     assert prompts == [[0, *tokenizer.encode("the lazy")]] * 2

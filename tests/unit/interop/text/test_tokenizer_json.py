@@ -12,7 +12,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from data_pipelines.tokenizer_training import with_rounded_scores
+from data_pipelines.tokenizer import with_rounded_scores
 from llmtrain.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from llmtrain.errors import ExportError
 from llmtrain.interop.proof import HARD_TEXTS

@@ -10,7 +10,7 @@ from torch.distributed import Work as Collective
 from launch.rank.heartbeat import WINDOW_STEPS, WorkWindow
 from launch.supervision.stack_sampler import LOOK_SECONDS, STANDSTILL, Looks, stacks_of
 from launch.supervision.work_meter import WorkMeter
-from llmtrain.observe.phases import Phase
+from llmtrain.values.progress import Phase
 
 DUMP = """\
 Thread 0x00007f0000000001 (most recent call first):

@@ -1,4 +1,4 @@
-"""Training a sentencepiece tokenizer that gives every text back unchanged."""
+"""The tokenizer of a data set: trained so that it gives every text back unchanged, or asked whether it does."""
 
 import io
 import os
@@ -15,6 +15,8 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
 from llmtrain.data.tokenizer import SPACE_MARK, SentencePieceTokenizer
 from llmtrain.errors import ConfigError
+from llmtrain.interop.text.tokenizer_json import export_obstacles
+from llmtrain.values.tokenizer import Tokenizer
 
 Kind = Literal["bpe", "unigram"]
 
@@ -158,3 +160,38 @@ def _training_error(error: RuntimeError, num_chunks: int, vocab_size: int) -> Co
         f"--vocab-size {vocab_size}: must be at least {fewest}, for 256 bytes, the special pieces and the text's "
         f"characters. Try {max(512, 2 * int(fewest))}."
     )
+
+
+PROBES = {
+    "line breaks": "a\nb\n\nc\n",
+    "tabs": "\ta\tb",
+    "spaces in a row": "a  b   c",
+    "spaces at the begin or end": "  a b ",
+    "capital letters": "A bC",
+    "accents": "é à ñ ü",
+    "signs that Unicode calls compatible (ﬁ, ①, ½, full width)": "ﬁ ① ½ Ａ",
+    "other scripts": "中文 日本 Ελ Жя عر",
+    "emoji": "😀 👨‍👩‍👧",
+    "control characters": "a\0b\x07\r\nc",
+    "spaces around punctuation": "a , b . f( x ) don 't",
+}
+"""Texts that many tokenizers change, by what is lost then."""
+
+
+def lost_in_texts(tokenizer: Tokenizer) -> list[str]:
+    """What does not come back when texts are encoded and decoded; empty where everything does."""
+    return [what for what, text in PROBES.items() if tokenizer.decode(tokenizer.encode(text)) != text]
+
+
+def tokenizer_notes(tokenizer: Tokenizer) -> list[str]:
+    """What a user would wonder about later: text that does not come back, exports that will be refused."""
+    notes = list(tokenizer.roles.notes)
+    if lost := lost_in_texts(tokenizer):
+        notes.append(
+            f"{tokenizer.path} does not give every text back as it was. Changed or lost are: {', '.join(lost)}. "
+            "A model that is trained on these shards never sees them. Tokenizers that `llmtrain data tokenizer` trains "
+            "give back everything."
+        )
+    if obstacles := export_obstacles(tokenizer):
+        notes.append(f"a model that is trained on these shards cannot be exported: {'; '.join(obstacles)}.")
+    return notes

@@ -1,7 +1,8 @@
-"""What a step has come to: from whatever runs it to whoever judges and records it."""
+"""News of a run while it goes on: the phase that it is in, the result of a step, a row of metrics. Imports nothing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,15 @@ class EvalResult:
 
     loss_sum: float
     num_tokens: int
+
+
+Row = Mapping[str, Any]
+"""Metrics of one step by name. `step` is always there; training rows carry `loss`, evaluation rows `valid_loss`."""
+
+RESUMED_FROM = "resumed_from"
+"""In a row: the step that the run went back to. The row replaces all earlier ones after that step."""
+
+
+Phase = Literal["setup", "data", "step", "evaluate", "checkpoint"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""Where a run spends its time. Its first step belongs to the setup: compilers and allocators work in it."""

@@ -1,9 +1,10 @@
-"""What is told of a checkpoint without loading it: how large, how many tensors, whether it is whole."""
+"""What `llmtrain checkpoint` tells: how large a checkpoint is, whether it is whole, and how two of them differ."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from llmtrain.checkpoint.folders import step_of_folder
@@ -13,6 +14,7 @@ from llmtrain.checkpoint.reader import CheckpointReader, TensorInfo, checkpoint_
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import declare_parameters
 from llmtrain.errors import CheckpointError
+from llmtrain.values.fragment import Box
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,32 @@ def num_padding_elements(reader: CheckpointReader, tensors: Sequence[TensorInfo]
     declared = declare_parameters(model)
     padded = [t for t in tensors if t.kind == "master" and t.name in declared and declared[t.name].vocabulary]
     return sum(max(0, t.shape[0] - model.vocab_size) * t.num_elements // t.shape[0] for t in padded)
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """What became of one kind of a tensor. `result` is equal, different, or says why they cannot be compared; `max_abs`
+    is the largest difference of different ones."""
+
+    name: str
+    kind: str
+    max_abs: float | None
+    result: str
+
+
+def tensor_differences(first: CheckpointReader, second: CheckpointReader) -> Iterator[TensorDifference]:
+    """Every tensor of both, by name and kind, compared bit by bit."""
+    left = {(tensor.name, tensor.kind): tensor for tensor in first.tensors()}
+    right = {(tensor.name, tensor.kind): tensor for tensor in second.tensors()}
+    for name, kind in sorted(left.keys() | right.keys()):
+        one, other, max_abs = left.get((name, kind)), right.get((name, kind)), None
+        if one is None or other is None:
+            result = "only in A" if other is None else "only in B"
+        elif (one.dtype, one.shape) != (other.dtype, other.shape):
+            result = f"{one.dtype} {list(one.shape)} and {other.dtype} {list(other.shape)}"
+        else:
+            a, b = (reader.read(name, kind, Box.whole(one.shape)).reshape(-1) for reader in (first, second))
+            result = "equal" if torch.equal(a.view(torch.uint8), b.view(torch.uint8)) else "different"
+            if result == "different":
+                max_abs = (a.double() - b.double()).abs().max().item()
+        yield TensorDifference(name, kind, max_abs, result)

@@ -1,9 +1,13 @@
-"""The numbers of a row under the names that charts show: Weights & Biases and TensorBoard group them by the first part.
+"""The numbers of a row under the names that charts show, and TensorBoard's charts.
 
-metrics.jsonl has them under the names on the left.
+Weights & Biases and TensorBoard group charts by the first part of their names; metrics.jsonl has the names on the left.
 """
 
-from llmtrain.values.row import RESUMED_FROM, Row
+from pathlib import Path
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from llmtrain.values.progress import RESUMED_FROM, Row
 
 CHART_NAMES = {
     "loss": "train/loss",
@@ -48,3 +52,20 @@ def chart_name(key: str) -> str:
         if key.startswith(start):
             return group + key.removeprefix(start)
     return key if "/" in key else f"train/{key}"
+
+
+class TensorBoardTracker:
+    """Writes every number of a row as a scalar. What lies after `resume_step` from an earlier attempt is hidden."""
+
+    def __init__(self, log_dir: Path, resume_step: int = 0) -> None:
+        self._writer = SummaryWriter(str(log_dir), purge_step=resume_step + 1)
+
+    def log(self, row: Row) -> None:
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(name, value, global_step=row["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self, status: str) -> None:
+        self._writer.close()

@@ -11,7 +11,7 @@ from llmtrain.values.progress import EvalResult, StepResult
 
 @dataclass(frozen=True)
 class Scales:
-    """What the gradients of a micro-batch are multiplied by: of the loss of each target, and of balancing losses."""
+    """The factors of a micro-batch's gradients: for the loss of each target, and for balancing losses."""
 
     loss: float
     balance: float = 0.0
@@ -50,7 +50,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """What else must be restored, as JSON: loss scale, good steps, the optimizer's update count."""
+        """The rest that must be restored, as JSON: loss scale, good steps, the optimizer's update count."""
         ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:

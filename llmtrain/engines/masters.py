@@ -1,15 +1,110 @@
-"""The fp32 masters of a rank: what an optimizer steps, what is saved and what is loaded, the same for all engines."""
+"""The fp32 masters of a rank: where they lie in the global tensors, what an optimizer steps, what is saved and loaded.
+
+The same for all engines.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from llmtrain.engines.placement import Placement, iter_range_boxes, read_range
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import declare_parameters, is_frozen
 from llmtrain.errors import CheckpointError
+from llmtrain.models.init import initial_tensor
 from llmtrain.optim.table import OptimizerRow
-from llmtrain.values.fragment import Fragment, FragmentSource
+from llmtrain.values.fragment import Box, Fragment, FragmentSource
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A parameter of this rank: its global name and shape, and the box of it that the rank holds.
+
+    `owned` says whether this rank is the one, of the tensor ranks that hold the same box, that saves it; `replica` is
+    its number among the ranks of the data and context axes that do.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    box: Box
+    owned: bool = True
+    replica: int = 0
+
+
+def split_box(global_shape: tuple[int, ...], cuts: Mapping[int, tuple[int, int]]) -> Box:
+    """One of the equal parts along some dimensions: `cuts` has, by dimension, its number and how many there are."""
+    shape = tuple(size // cuts[dim][1] if dim in cuts else size for dim, size in enumerate(global_shape))
+    return Box(tuple(cuts[dim][0] * size if dim in cuts else 0 for dim, size in enumerate(shape)), shape)
+
+
+def iter_range_boxes(box: Box, start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """The elements [start, stop) of a box's flattened self, as boxes of the global tensor with their place in it.
+
+    At most 2n - 1 boxes for n dimensions: partial rows at both ends, whole rows between.
+    """
+    if stop <= start:
+        return
+    if len(box.shape) <= 1:
+        offset = box.offsets[0] + start if box.shape else 0
+        yield Box((offset,) if box.shape else (), (stop - start,) if box.shape else ()), 0
+        return
+    row = prod(box.shape[1:])
+    first_whole, last_whole = -(-start // row), stop // row
+    if first_whole > last_whole:  # inside one row
+        yield from _row_boxes(box, start // row, start % row, stop - start // row * row, 0)
+        return
+    if start % row:
+        yield from _row_boxes(box, first_whole - 1, start % row, row, 0)
+    if last_whole > first_whole:
+        offsets = (box.offsets[0] + first_whole, *box.offsets[1:])
+        yield Box(offsets, (last_whole - first_whole, *box.shape[1:])), first_whole * row - start
+    if stop % row:
+        yield from _row_boxes(box, last_whole, 0, stop % row, last_whole * row - start)
+
+
+def _row_boxes(box: Box, row: int, start: int, stop: int, place: int) -> Iterator[tuple[Box, int]]:
+    inner = Box(box.offsets[1:], box.shape[1:])
+    for part, offset in iter_range_boxes(inner, start, stop):
+        yield Box((box.offsets[0] + row, *part.offsets), (1, *part.shape)), place + offset
+
+
+def read_range(source: FragmentSource, placement: Placement, kind: str, span: tuple[int, int], target: Tensor) -> None:
+    """Fill a flat tensor with the elements [start, stop) of this rank's part of a parameter.
+
+    Raises CheckpointError where the source's tensor is not the model's.
+    """
+    shape = source.global_shape(placement.name, kind)
+    if shape != placement.global_shape:
+        found = "no such tensor" if shape is None else f"shape {list(shape)}"
+        raise CheckpointError(
+            f"{kind} of {placement.name}: the model needs shape {list(placement.global_shape)}, the checkpoint has "
+            f"{found}. It was written by another architecture: train with the model section of its config.yaml."
+        )
+    for box, place in iter_range_boxes(placement.box, *span):
+        part = source.read(placement.name, kind, box)
+        target[place : place + box.num_elements].copy_(part.flatten())
+
+
+class InitialWeights:
+    """The weights before the first step, as a source: each element a function of seed, name and global index."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._declared = declare_parameters(config)
+        self._last: tuple[str, Tensor] | None = None
+
+    def read(self, name: str, kind: str, box: Box) -> Tensor:
+        declared = self._declared[name]
+        if self._last is None or self._last[0] != name:  # boxes of one tensor are asked for one after the other
+            self._last = name, initial_tensor(declared, self._config, self._seed)
+        return self._last[1][box.slices_in(Box.whole(declared.shape))]
+
+    def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        return self._declared[name].shape
 
 
 @dataclass(frozen=True)
@@ -31,7 +126,7 @@ class Master:
     owned: bool = True
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint has of it, by kind."""
+        """The tensors of it that a checkpoint stores, by kind."""
         return {"master": self.weight, **self.moments}
 
     def fragments(self, kind: str, data: Tensor) -> Iterator[Fragment]:
@@ -43,7 +138,7 @@ class Master:
 
 
 def gradients_of(masters: Iterable[Master]) -> list[Tensor]:
-    """Those that are there: a rank may have none of some, such as a pipeline stage of an expert that saw no token."""
+    """The gradients that are present: a rank may lack some, such as those of an expert that saw no token."""
     return [master.grad for master in masters if master.grad is not None]
 
 
@@ -95,3 +190,51 @@ def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(updates)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The types of weights and activations by the name of a precision."""
+
+
+def freeze(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> None:
+    """Take the gradients away from parameters that a pattern of `optim.freeze` fits: by that, engines know them."""
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(not is_frozen(name, patterns))
+
+
+def fp32_master(parameter: nn.Parameter) -> Tensor:
+    """The tensor that an optimizer steps: the weight itself in fp32, else an fp32 copy that gathers its gradients.
+
+    Each gradient is added to the copy's, in fp32, as soon as it is complete, and freed.
+    """
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = parameter.detach().float()
+
+    # The hook runs when a backward pass has completed the parameter's gradient: from then on nothing reads the
+    # low-precision one, and it is freed before the next parameter's is there.
+    def accumulate(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            grad = parameter.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(accumulate)
+    return master
+
+
+BUCKET_ELEMENTS = 1 << 24
+"""fp32 gradients that are summed over ranks in one collective: 64 MiB, so that the copy of them stays small."""
+
+
+def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Replace each tensor by its sum over the ranks, in buckets: one collective for many small tensors."""
+    bucket: list[Tensor] = []
+    for number, tensor in enumerate(tensors):
+        bucket.append(tensor)
+        if number == len(tensors) - 1 or sum(held.numel() for held in bucket) >= BUCKET_ELEMENTS:
+            flat = torch.cat([held.reshape(-1) for held in bucket])
+            dist.all_reduce(flat, group=group)
+            for held, total in zip(bucket, flat.split([held.numel() for held in bucket]), strict=True):
+                held.copy_(total.view_as(held))
+            bucket = []

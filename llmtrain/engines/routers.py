@@ -1,4 +1,4 @@
-"""The routers of a run's layers with experts: what they have counted in a step, and the biases that follow from it."""
+"""The routers of a run's layers with experts: their counts of a step, and the biases that follow from the counts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -45,7 +45,7 @@ class Routers:
         if not self._names:
             return {}
         self._sums = total(self._sums)
-        reports = [RouterReport.of(sums) for sums in self._sums.cpu()]
+        reports = [RouterReport.of(sums) for sums in self._sums.cpu()]  # one wait for all layers
         metrics: dict[str, float] = {}
         for name, report in zip(self._names, reports, strict=True):
             metrics |= {f"moe/{name}/{key}": value for key, value in layer_figures(report, num_micro_batches).items()}
@@ -57,6 +57,7 @@ class Routers:
         """Move each expert's bias towards an equal load, by the loads of the step (Wang et al. 2024, algorithm 1)."""
         if self._biased:
             loads = self._sums[:, NUM_SCALARS:]
+            # Whole numbers of steps: a resumed run adds up to the same bits.
             self._biases += (loads.mean(1, keepdim=True) - loads).sign().long()
             self._hand_out()
 

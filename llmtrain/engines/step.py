@@ -16,10 +16,15 @@ from torch import Tensor
 from llmtrain.checkpoint.origin import updates_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import GradientInspector, Scales
-from llmtrain.engines.masters import Master, gradients_of, read_masters, require_moments, set_updates
-from llmtrain.engines.precision import clip_factor, scale_gradients
+from llmtrain.engines.masters import (
+    Master,
+    gradients_of,
+    read_masters,
+    require_moments,
+    set_updates,
+)
 from llmtrain.engines.routers import Routers
-from llmtrain.optim.scaler import build_loss_scale
+from llmtrain.optim.schedule import LossScale
 from llmtrain.optim.table import row_of
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.values.batch import Batch
@@ -28,12 +33,12 @@ from llmtrain.values.progress import EvalResult, StepResult
 
 
 class SteppingEngine(ABC):
-    """What the engines have in common. A subclass builds its model and optimizer, sets `routers`, and loads weights."""
+    """The common part of all engines. A subclass builds its model and optimizer, sets `routers`, and loads weights."""
 
     routers: Routers
 
     averaged_over = 1
-    """What gradients, once reduced, have been divided by."""
+    """The number that gradients, once reduced, have been divided by."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config = config
@@ -42,7 +47,8 @@ class SteppingEngine(ABC):
         self.layout = plan_layout(config.parallel, dist.get_world_size() if dist.is_initialized() else 1)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.place = self.layout.coordinates(self.rank)
-        self.loss_scale = build_loss_scale(config.train.precision, config.optim)
+        # Gradients underflow in fp16 alone.
+        self.loss_scale = LossScale(config.optim.loss_scale) if config.train.precision == "fp16" else None
         self.num_updates = 0
         self.inspect_gradients: GradientInspector | None = None
 
@@ -54,7 +60,7 @@ class SteppingEngine(ABC):
     @property
     @abstractmethod
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """What steps the masters of this rank."""
+        """The optimizers that step the masters of this rank."""
 
     @abstractmethod
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
@@ -65,7 +71,7 @@ class SteppingEngine(ABC):
 
     @abstractmethod
     def frozen(self) -> Iterator[Master]:
-        """What this rank holds of parameters that are not trained: weights in the training precision, no more."""
+        """This rank's part of the parameters that are not trained: weights in the training precision, no more."""
 
     @abstractmethod
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
@@ -101,12 +107,14 @@ class SteppingEngine(ABC):
         self.reduce()
         unscale = self.averaged_over / loss_scale
         loss, grad_norm = self._loss_and_norm(loss_sum / max(1, num_tokens), unscale)
-        if self.inspect_gradients:
+        if self.inspect_gradients:  # before the update, which scales them in place
             self.inspect_gradients(self._gradient_fragments(unscale))
+        # Both are sums over all ranks, so every rank decides alike without another word.
         finite = math.isfinite(grad_norm) and math.isfinite(loss)
         metrics = self.routers.step_metrics(num_micro_batches, self._total)
         if finite:
-            self._update(clip_factor(self.config.optim.grad_clip, grad_norm) * unscale, lr)
+            clip = self.config.optim.grad_clip
+            self._update((min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) * unscale, lr)
             self.routers.rebalance()
         else:
             self.drop()
@@ -117,17 +125,18 @@ class SteppingEngine(ABC):
 
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
+        # Each tensor rank has the whole loss of its part: the sum over the world counts it as often as there are some.
         loss_sum = self.run(micro_batches, None, Scales(1.0)).double() / self.layout.tensor
         if dist.is_initialized():
             dist.all_reduce(loss_sum)
         num_tokens = self.sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches))
-        return EvalResult(float(loss_sum), num_tokens)
+        return EvalResult(float(loss_sum), num_tokens)  # the host waits here
 
     def sum_over_data(self, count: int) -> int:
         """A count of the host over the ranks that share the batch; on the host, so that no device is waited for."""
         if self.data_group is None:
             return count
-        total = torch.tensor(count)
+        total = torch.tensor(count)  # on the CPU: the groups have a backend for either device
         dist.all_reduce(total, group=self.data_group)
         return int(total)
 
@@ -144,6 +153,7 @@ class SteppingEngine(ABC):
         for masters in self.resident():
             grads = gradients_of(master for master in masters if master.owned)
             squares += torch.nn.utils.get_total_norm(grads).double().square().to(self.device)
+        # Loss and norm in one collective. Tensor ranks have the same loss, and each its own part of the norm.
         totals = torch.stack((loss.double() / self.layout.tensor, squares))
         if dist.is_initialized():
             dist.all_reduce(totals)
@@ -154,7 +164,9 @@ class SteppingEngine(ABC):
     def _update(self, factor: float, lr: float) -> None:
         if factor != 1.0:
             for masters in self.resident(write=True):
-                scale_gradients(gradients_of(masters), factor)
+                grads = gradients_of(masters)
+                if grads:  # torch refuses an empty list, and has no public name for many products at once
+                    torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -190,7 +202,7 @@ class SteppingEngine(ABC):
                 require_moments(source, masters, self.config.optim.name)
             read_masters(source, masters, kinds)
         read_masters(source, self.frozen(), ("master",))
-        self.round_weights()
+        self.round_weights()  # last: the model computes with rounded masters, and other ranks fetch them
 
     def state(self) -> dict[str, Any]:
         return {"updates": self.num_updates, "loss_scale": self.loss_scale.state() if self.loss_scale else None}

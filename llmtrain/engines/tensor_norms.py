@@ -16,7 +16,7 @@ from llmtrain.values.fragment import Fragment
 from llmtrain.values.progress import StepResult
 
 WEIGHTS, GRADIENTS = "weight_norm/", "grad_norm/"
-"""How the metrics' names begin; the parameter's global name follows."""
+"""Prefixes of the metrics' names; the parameter's global name follows."""
 
 
 class MeasuringEngine:
@@ -47,7 +47,7 @@ class MeasuringEngine:
         weights.add(fragment for fragment in self._engine.fragments() if fragment.kind == "master")
         norms = torch.stack((weights.total(), gradients.total()))
         if dist.is_initialized():
-            dist.all_reduce(norms)
+            dist.all_reduce(norms)  # sums of squares over all ranks, on the host as the fragments are
         columns = zip((WEIGHTS, GRADIENTS), norms.sqrt().tolist(), strict=True)
         metrics = {group + name: norm for group, row in columns for name, norm in zip(self._names, row, strict=True)}
         return replace(result, metrics={**result.metrics, **metrics})
@@ -74,5 +74,5 @@ class _Squares:
             self._sums[device][self._place[fragment.name]] += norm.square()
 
     def total(self) -> Tensor:
-        """On the host."""
+        """The sums of all devices, on the host, which waits here."""
         return sum((sums.cpu() for sums in self._sums.values()), torch.zeros(len(self._place), dtype=torch.float64))

@@ -11,19 +11,27 @@ from torch import Tensor
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
-from llmtrain.engines.masters import Master, gradients_of, make_state, moments_of
-from llmtrain.engines.placement import InitialWeights, Placement
-from llmtrain.engines.precision import DTYPES, fp32_master, freeze
+from llmtrain.engines.masters import (
+    DTYPES,
+    InitialWeights,
+    Master,
+    Placement,
+    fp32_master,
+    freeze,
+    gradients_of,
+    make_state,
+    moments_of,
+    sum_over_ranks,
+)
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
 from llmtrain.models.compiled_graphs import compile_layers
-from llmtrain.models.cross_entropy import Objective
-from llmtrain.models.stack import Pass, Reports
+from llmtrain.models.head import Objective
+from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model
 from llmtrain.optim.table import parameter_groups
-from llmtrain.parallel.all_reduce import sum_over_ranks
+from llmtrain.parallel.parts import VocabularyPart
 from llmtrain.parallel.stateless_random import Draws
-from llmtrain.parallel.vocabulary import VocabularyPart
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Box
 
@@ -38,6 +46,7 @@ class TorchEngine(SteppingEngine):
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.model = build_model(config.model, config.train.recompute)
+        # The type first, on the meta device: the weights never take their fp32 room.
         self.model.to(DTYPES[config.train.precision]).to_empty(device=device)
         self.parameters = dict(self.model.named_parameters())
         freeze(self.parameters, config.optim.freeze)
@@ -84,26 +93,24 @@ class TorchEngine(SteppingEngine):
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
         if self.model.training != (step is not None):  # setting the mode visits every module
             self.model.train(step is not None)
-        loss_sum = torch.zeros((), device=self.device)
+        whole = VocabularyPart(0, self.config.model.vocabulary)
+        head = Objective(scales.loss, self.config.train.loss_chunk_tokens, whole)
+        loss_sum = torch.zeros((), device=self.device)  # read once per step, by `_loss_and_norm`
         for number, batch in enumerate(micro_batches):
             global_number = self.place.data + number * self.layout.data
             draws = None if step is None else Draws.of_micro_batch(self.config.seed, step, global_number, self.device)
-            objective, batch_loss_sum, reports = self._loss(batch, draws, scales)
+            batch = batch.to(self.device)
+            hidden_SBH, reports = self.model(batch, Pass(draws, scales.balance))
+            objective, batch_loss_sum = self.model.loss(hidden_SBH, batch.labels_BS, head)
             if step is not None:
                 objective.backward()
                 self.routers.add(reports)
             loss_sum += batch_loss_sum
         return loss_sum
 
-    def _loss(self, batch: Batch, draws: Draws | None, scales: Scales) -> tuple[Tensor, Tensor, Reports]:
-        batch = batch.to(self.device)
-        hidden_SBH, reports = self.model(batch, Pass(draws, scales.balance))
-        whole = VocabularyPart(0, self.config.model.vocabulary)
-        objective = Objective(scales.loss, self.config.train.loss_chunk_tokens, whole)
-        return *self.model.loss(hidden_SBH, batch.labels_BS, objective), reports
-
     def reduce(self) -> None:
         if self.data_group is not None:
+            # Once per step, after the last micro-batch: gradients of a step travel once, as fp32 sums.
             sum_over_ranks(gradients_of(next(self.resident())), self.data_group)
 
     def update(self) -> None:

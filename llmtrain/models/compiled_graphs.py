@@ -1,4 +1,4 @@
-"""What compiled graphs leave out, and where they lie: not where somebody else may have written.
+"""Compiled graphs: what is kept out of them, and a folder for them that nobody else can write to.
 
 PyTorch keeps compiled graphs as pickles in a folder of fixed name under /tmp, and unpickles them without asking whose
 they are. So graphs are compiled anew by each process, and what must lie in files lies in a folder of this user alone.
@@ -26,7 +26,7 @@ def outside_of_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def guard_compiled_graphs() -> None:
-    """To be called before anything is compiled."""
+    """Keep graphs out of shared caches. Call before anything is compiled."""
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
 
@@ -37,7 +37,7 @@ def guard_compiled_graphs() -> None:
 
 
 def private_folder() -> Path:
-    """Where this user's compiled kernels lie, which nobody else may write to."""
+    """The folder of this user's compiled kernels, which nobody else may write to."""
     folder = user_cache_path("llmtrain") / "compiled"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)

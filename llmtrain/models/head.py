@@ -1,14 +1,17 @@
-"""What stands before the output matrix of a masked language model.
+"""The output head and the cross-entropy in one, chunk by chunk: fp32 logits of the whole batch never exist.
 
-Shape suffixes: B micro-batch, S sequence, H hidden, V vocabulary.
+Shape suffixes: B micro-batch, S sequence, T tokens of a micro-batch, C tokens of a chunk, V vocabulary, H hidden.
 """
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.mlp import build_pointwise
-from llmtrain.models.norms import build_norm
+from llmtrain.models.pointwise import build_norm, build_pointwise
+from llmtrain.parallel.parts import VocabularyPart
 
 
 class MlmHead(nn.Module):
@@ -23,3 +26,107 @@ class MlmHead(nn.Module):
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         return self.norm(self.pointwise(self.dense(x_SBH)))
+
+
+class ChunkGradients(NamedTuple):
+    """The places for a chunk's gradients: its rows of the hidden states, and fp32 sums for the weight and the bias."""
+
+    hidden_CH: Tensor
+    weight_VH: Tensor | None
+    bias_V: Tensor | None
+
+
+class Head(NamedTuple):
+    """The output matrix and, where there is one, the bias of the logits."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the loss is computed: gradients are multiplied by `scale`, and `chunk_tokens` tokens are done at a time."""
+
+    scale: float
+    chunk_tokens: int
+    part: VocabularyPart
+
+
+def chunk_loss(
+    hidden_CH: Tensor, head: Head, labels_C: Tensor, objective: Objective, grads: ChunkGradients | None
+) -> Tensor:
+    """Sum of -log softmax(h W^T + b)[label] over the chunk's targets, in fp32; adds `scale` times its gradients."""
+    valid_C, targets_C = labels_C >= 0, labels_C.clamp(min=0)
+    weight_VH = head.weight_VH
+    logits_CV = (hidden_CH @ weight_VH.T).float()
+    if head.bias_V is not None:
+        logits_CV += head.bias_V.float()
+    sum_C, log_sum_C, target_logit_C = objective.part.exponentials(logits_CV, targets_C)
+    if grads is not None:
+        # d loss / d logit = scale * (softmax - 1 at the label). The logits are exponentials by now: over their sum they
+        # are the softmax, and the 1 is taken off on the rank that holds the label's row.
+        scale_C = valid_C * objective.scale
+        logits_CV.mul_((scale_C / sum_C)[:, None])
+        if objective.part.rows:
+            row_C, here_C = objective.part.local(targets_C)
+            logits_CV.scatter_add_(1, row_C[:, None], -(here_C * scale_C)[:, None])
+        if grads.bias_V is not None:
+            grads.bias_V.add_(logits_CV.sum(0))
+        d_logits_CV = logits_CV.to(hidden_CH.dtype)
+        # d h = d logits W, and d W = sum over the chunks of d logits^T h.
+        torch.mm(d_logits_CV, weight_VH, out=grads.hidden_CH)
+        if grads.weight_VH is None:  # frozen
+            pass
+        elif grads.weight_VH.dtype == hidden_CH.dtype:
+            grads.weight_VH.addmm_(d_logits_CV.T, hidden_CH)
+        else:
+            grads.weight_VH.add_(d_logits_CV.T @ hidden_CH)
+    return ((log_sum_C - target_logit_C) * valid_C).sum()
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """Computes the gradients together with the loss, while a chunk's logits are at hand: nothing is computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective, bias_V: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        with_gradients = any(ctx.needs_input_grad)
+        d_hidden_TH = torch.empty_like(hidden_TH) if with_gradients else None
+        d_weight_VH, d_bias_V = None, None
+        if ctx.needs_input_grad[1]:
+            d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+        if bias_V is not None and ctx.needs_input_grad[4]:
+            d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
+        for start in range(0, hidden_TH.shape[0], objective.chunk_tokens):
+            chunk = slice(start, start + objective.chunk_tokens)
+            grads = None
+            if d_hidden_TH is not None:
+                grads = ChunkGradients(d_hidden_TH[chunk], d_weight_VH, d_bias_V)
+            loss_sum += chunk_loss(hidden_TH[chunk], Head(weight_VH, bias_V), labels_T[chunk], objective, grads)
+        if d_hidden_TH is not None:
+            weight_grad = None if d_weight_VH is None else d_weight_VH.to(weight_VH.dtype)
+            bias_grad = None if d_bias_V is None or bias_V is None else d_bias_V.to(bias_V.dtype)
+            ctx.save_for_backward(d_hidden_TH, weight_grad, bias_grad)
+        ctx.mark_non_differentiable(loss_sum)
+        return loss_sum * objective.scale, loss_sum
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
+        # The gradients are there since the forward pass; in place, because a loss goes backward once.
+        scaled = [None if grad is None else grad.mul_(grad_outputs[0]) for grad in ctx.saved_tensors]
+        return scaled[0], scaled[1], None, None, scaled[2]
+
+
+def head_cross_entropy(
+    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective, bias_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the head's predictions, summed over the targets; a negative label is no target.
+
+    Returns (loss_sum * scale, to call backward on; loss_sum, fp32, detached). The scale is known before the forward
+    pass (loss scale / valid tokens of the step), and applied before gradients are rounded to a low precision. The
+    weight has the rows of `objective.part`: padded rows take no part in the softmax. Where the vocabulary is split,
+    every rank gets the whole loss, and a gradient for the hidden states that is to be summed over the ranks.
+    """
+    return HeadCrossEntropy.apply(hidden_TH, weight_VH, labels_T, objective, bias_V)

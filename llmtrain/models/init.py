@@ -21,7 +21,7 @@ BLOCK_ELEMENTS = 65536
 
 @dataclass(frozen=True)
 class Distribution:
-    """How a tensor is drawn: a constant, a normal, or a uniform with the given standard deviation."""
+    """The distribution of a tensor: a constant, a normal, or a uniform with the given standard deviation."""
 
     kind: str
     std: float = 0.0

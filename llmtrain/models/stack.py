@@ -13,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.caches import KeyValueCache, MemoryCache, StateCache, build_cache
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.experts.mixture import MoE
-from llmtrain.models.mlp import MLP
-from llmtrain.models.norms import build_norm
+from llmtrain.models.pointwise import MLP, build_norm
 from llmtrain.models.positions import build_position_bias, rotary_angles
 from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
 
@@ -79,7 +78,7 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class LayerCaches:
-    """What one layer remembers in decoding: of self-attention, and behind an encoder of cross-attention."""
+    """The memory of one layer in decoding: of self-attention, and behind an encoder of cross-attention."""
 
     own: KeyValueCache | StateCache
     cross: MemoryCache
@@ -92,9 +91,11 @@ def build_caches(config: ModelConfig, max_seq_len: int) -> list[LayerCaches]:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What all layers of one stack share in one forward pass. `cross` and `memory_TBH`, the encoder's output, are those
-    of cross-attention. `valid_BS` is False on padding, which no expert does; None: there is none. `balance` is what
-    the gradients of the balancing losses are multiplied by."""
+    """The inputs that all layers of one stack share in one forward pass.
+
+    `cross` and `memory_TBH`, the encoder's output, are for cross-attention. `valid_BS` is False on padding, which no
+    expert does; None: there is no padding. `balance` is the factor of the balancing losses' gradients.
+    """
 
     attention: AttentionInputs
     cross: AttentionInputs | None = None
@@ -117,7 +118,7 @@ class Stack(nn.Module):
         self.position_bias = build_position_bias(config, causal=side == "decoder")
 
     def inputs(self, visible: Visibility, positions_BS: Tensor, x_SBH: Tensor, run: "Pass") -> LayerInputs:
-        """What the layers share, but for what comes from an encoder. Positions are those inside of attention."""
+        """The layers' shared inputs, without those from an encoder. Positions are those inside of attention."""
         rotary = rotary_angles(self.config, positions_BS, x_SBH.dtype) if self.config.position == "rope" else None
         valid_BS = None if visible.queries_BS is None else visible.queries_BS >= 0
         attention = AttentionInputs(rotary, visible, self.position_bias, run.draws)
@@ -130,6 +131,7 @@ class Stack(nn.Module):
         reports = {}
         for number, layer in self.layers.items():
             if self.recompute_layers and self.training:
+                # Draws are hashes: a recomputed layer draws the same without any saved random state.
                 x_SBH, report = checkpoint(layer, x_SBH, inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_SBH, report = layer(x_SBH, inputs, None if layer_caches is None else next(layer_caches))
@@ -140,8 +142,7 @@ class Stack(nn.Module):
 
 @dataclass(frozen=True)
 class Pass:
-    """How a model is run: with which draws (None: without dropout and noise), and what the gradients of balancing
-    losses are multiplied by."""
+    """How a model is run: its draws (None: no dropout, no noise), and the factor of the balancing losses' gradients."""
 
     draws: Draws | None = None
     balance: float = 0.0

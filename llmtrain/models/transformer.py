@@ -10,15 +10,45 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.attention.visibility import Visibility
-from llmtrain.models.cross_entropy import Objective, head_cross_entropy
-from llmtrain.models.embeddings import Embeddings
+from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.experts.mixture import identity
-from llmtrain.models.head import MlmHead
+from llmtrain.models.head import MlmHead, Objective, head_cross_entropy
+from llmtrain.models.pointwise import build_norm
+from llmtrain.models.positions import sinusoids
 from llmtrain.models.stack import LayerCaches, Pass, Reports, Side, Stack, with_memory
-from llmtrain.parallel.sequence import WHOLE, SequenceParts
-from llmtrain.parallel.stateless_random import Span
+from llmtrain.parallel.parts import WHOLE, SequenceParts
+from llmtrain.parallel.stateless_random import Draws, Span, dropout_hidden, site_key
 from llmtrain.values.batch import ModelInputs
+
+
+class Embeddings(nn.Module):
+    """The sum of the word embedding, for learned and sinusoidal positions the position's, and where there are token
+    types that of type 0, which all tokens have."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.sinusoidal = config.position == "sinusoidal"
+        self.dropout = config.dropout
+        self.dropout_sites = {"decoder": site_key("embeddings"), "encoder": site_key("embeddings", "encoder")}
+        self.word = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        learned = config.position == "learned"
+        self.position = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
+        self.token_type = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
+        self.norm = build_norm(config) if config.embedding_norm else None
+
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, draws: Draws | None, side: str) -> Tensor:
+        """[S, B, H]; `side` is the stack that it is for."""
+        x_SBH = self.word(tokens_BS).transpose(0, 1)
+        if self.position is not None:
+            x_SBH = x_SBH + self.position(positions_BS).transpose(0, 1)
+        if self.sinusoidal:
+            x_SBH = x_SBH + sinusoids(positions_BS, x_SBH.shape[-1]).to(x_SBH.dtype)
+        if self.token_type is not None:
+            x_SBH = x_SBH + self.token_type(tokens_BS.new_zeros(1))
+        # Else the activations would stay transposed through all layers, and gloo sends contiguous memory only.
+        x_SBH = x_SBH.contiguous()
+        x_SBH = x_SBH if self.norm is None else self.norm(x_SBH)
+        return dropout_hidden(x_SBH, self.dropout, self.dropout_sites[side], draws)
 
 
 class Transformer(nn.Module):
@@ -46,12 +76,12 @@ class Transformer(nn.Module):
 
     @property
     def stacks(self) -> Sequence[Stack]:
-        """Those that there are, in the order in which data flows."""
+        """The stacks that are present, in the order in which data flows."""
         return [stack for stack in (self.encoder, self.decoder) if stack is not None]
 
     @property
     def has_memory(self) -> bool:
-        """Whether an encoder's output goes along with the decoder's hidden states."""
+        """True where an encoder's output goes along with the decoder's hidden states."""
         return self.config.family == "encoder_decoder"
 
     @property
@@ -78,7 +108,7 @@ class Transformer(nn.Module):
             encoded_tBH, reports = self._encode(inputs, run, encoded_tBH)
         stack = self.encoder if self.main_side == "encoder" else self.decoder
         if stack is not None:
-            inside = self._inside(inputs.tokens_BS)
+            inside = self._inside(inputs.tokens_BS)  # attention sees more than this rank's part
             visible, own_run = main_visibility(self.config, inputs), self._own(run, inputs.tokens_BS)
             shared = stack.inputs(visible, inputs.positions_BS[:, inside], x_sBH, own_run)
             if encoded_tBH is not None and stack.layers:
@@ -92,7 +122,7 @@ class Transformer(nn.Module):
     def _begin(
         self, inputs: ModelInputs, run: Pass, received: Tensor | None, memory_TBH: Tensor | None
     ) -> tuple[Tensor | None, Tensor]:
-        """What comes into the layers: the encoder's part in an encoder-decoder, and the main sequence's."""
+        """The input of the layers: (of an encoder-decoder the encoder's part, the main sequence's)."""
         if self.starts:
             # In this order: gradients of the shared embedding are added up in the reverse one.
             source = self._embed_source(inputs, run) if self.has_memory and memory_TBH is None else memory_TBH
@@ -101,6 +131,7 @@ class Transformer(nn.Module):
         if not self.has_memory:
             return None, received
         assert inputs.encoder_tokens_BT is not None, "batches of an encoder-decoder have the encoder's tokens"
+        # Stages pass one tensor: this rank's encoder positions, and behind them its decoder positions.
         own = self.parts.own(inputs.encoder_tokens_BT.shape[1])
         return received[: own.stop - own.start], received[own.stop - own.start :]
 
@@ -139,7 +170,7 @@ class Transformer(nn.Module):
         return self.encoder(x_tBH, self.encoder.inputs(visible, positions_BT, x_tBH, self._own(run, tokens_BT)))
 
     def before_head(self, x_SBH: Tensor) -> Tensor:
-        """What stands between the last layer and the matrix of the head."""
+        """The steps between the last layer and the matrix of the head."""
         x_SBH = x_SBH if self.mlm is None else self.mlm(x_SBH)
         x_SBH = x_SBH * self.config.hidden_size**-0.5 if self.config.scaled_head else x_SBH
         return self.enter(x_SBH)
@@ -169,12 +200,12 @@ class Transformer(nn.Module):
 
 
 def main_visibility(config: ModelConfig, inputs: ModelInputs) -> Visibility:
-    """Who sees whom in the stack that the head stands on."""
+    """The visibility in the stack that the head stands on."""
     return Visibility(config.family != "encoder", inputs.segments_BS, inputs.segments_BS, inputs.prefix_B)
 
 
 def encoder_visibility(segments_BT: Tensor | None) -> Visibility:
-    """Who sees whom in an encoder-decoder's encoder."""
+    """The visibility in an encoder-decoder's encoder."""
     return Visibility(False, segments_BT, segments_BT)
 
 

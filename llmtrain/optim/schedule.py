@@ -1,9 +1,10 @@
-"""The learning rate as a function of the step. Pure arithmetic."""
+"""What changes from step to step: the learning rate, and the loss scale of fp16. Pure arithmetic."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from llmtrain.config.schema import OptimConfig
+from llmtrain.config.schema import LossScaleConfig, OptimConfig
 
 
 def cosine(progress: float) -> float:
@@ -39,3 +40,29 @@ def decay_window(optim: OptimConfig, total_steps: int) -> tuple[int, int]:
         length = optim.decay_steps or max(1, total_steps // 10)
         return max(optim.warmup_steps, total_steps - length), total_steps
     return optim.warmup_steps, optim.decay_steps or total_steps
+
+
+class LossScale:
+    """Halves at a step whose gradient is not finite, doubles after a run of good ones (Micikevicius et al. 2018)."""
+
+    def __init__(self, config: LossScaleConfig) -> None:
+        self.config = config
+        self.scale = config.initial
+        self.good_steps = 0
+
+    def update(self, finite: bool) -> None:
+        """Take note of a step: `finite` says whether all of its gradients were."""
+        if not finite:
+            self.scale = max(self.config.minimum, self.scale / 2)
+            self.good_steps = 0
+            return
+        self.good_steps += 1
+        if self.good_steps == self.config.growth_interval:
+            self.scale *= 2
+            self.good_steps = 0
+
+    def state(self) -> dict[str, float]:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])

@@ -19,6 +19,8 @@ from torch.distributed import ProcessGroup
 
 def trade_sequence_for_heads(x_sBND: Tensor, group: ProcessGroup) -> Tensor:
     """[S, B, n, D]."""
+    # all_to_all deals the leading dimension: the heads of rank r have to lie in block r. What arrives lies by sender,
+    # and senders are in the order of the sequence.
     s, batch, heads, size = x_sBND.shape
     send = x_sBND.view(s, batch, group.size(), heads // group.size(), size).movedim(2, 0).contiguous()
     received = torch.empty_like(send)
@@ -35,6 +37,8 @@ def trade_heads_for_sequence(x_SBnD: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class SequenceForHeads(torch.autograd.Function):
+    """Gradients go the way back: the transpose of a permutation over ranks is its inverse."""
+
     @staticmethod
     def forward(ctx: Any, x_sBND: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
@@ -46,6 +50,8 @@ class SequenceForHeads(torch.autograd.Function):
 
 
 class HeadsForSequence(torch.autograd.Function):
+    """The inverse of `SequenceForHeads`."""
+
     @staticmethod
     def forward(ctx: Any, x_SBnD: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group

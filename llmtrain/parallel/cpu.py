@@ -1,4 +1,4 @@
-"""megatron-core without a GPU: what stands in for the CUDA names that it uses.
+"""megatron-core without a GPU: stand-ins for the CUDA names that it uses.
 
 megatron-core names CUDA directly, where a tensor's own device would do. Where there is no CUDA, its modules see, under
 the name `torch`, the object below: torch in all but these names. Nothing in torch itself is replaced, and where CUDA is

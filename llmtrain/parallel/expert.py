@@ -27,7 +27,9 @@ class ExpertExchange:
         ranks = self.group.size()
         sent_re = counts_E.view(ranks, -1)
         received_re = torch.empty_like(sent_re)
+        # The numbers of rows first: nobody can make room for rows that he does not know of.
         dist.all_to_all_single(received_re, sent_re.contiguous(), group=self.group)
+        # The host waits: the exchange takes the sizes of its parts as numbers of the host.
         sent, received = sent_re.sum(1).tolist(), received_re.sum(1).tolist()
         rows_RH = all_to_all(self.group, x_PH, received, sent)
         # They lie by sender and then by expert; wanted is by expert and then by sender.

@@ -7,7 +7,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from llmtrain.parallel.layout import Coordinates, Layout
-from llmtrain.parallel.sequence import SequenceParts
+from llmtrain.parallel.parts import SequenceParts
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def build_groups(layout: Layout) -> Groups:
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.tensor,
-        order="tp-cp-ep-dp-pp",
-        create_gloo_process_groups=False,
+        order="tp-cp-ep-dp-pp",  # the numbering of layout.py; the asserts below hold the two together
+        create_gloo_process_groups=False,  # for its own checkpoints, which nobody writes here
     )
     groups = Groups(
         layout=layout,

@@ -1,4 +1,4 @@
-"""Which rank does what. Pure arithmetic: imports no torch, knows no process group.
+"""The grid of ranks and their work. Pure arithmetic: imports no torch, knows no process group.
 
 Ranks are numbered with the tensor axis fastest, then context, data, pipeline: ranks that talk most are neighbours.
 """
@@ -65,7 +65,7 @@ class Layout:
         return expert, replica
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where a rank lies."""
+        """The place of a rank."""
         places = []
         for size in self.sizes:
             rank, place = divmod(rank, size)
@@ -95,7 +95,7 @@ class Layout:
 def plan_layout(parallel: ParallelConfig, world_size: int) -> Layout:
     """The layout of a configuration that keeps the arithmetic rules."""
     model_ranks = parallel.tensor * parallel.context * parallel.pipeline
-    assert world_size % model_ranks == 0, "a rule says so"
+    assert world_size % model_ranks == 0, "config/rules/parallel.py: axes_divide_world"
     return Layout(
         tensor=parallel.tensor,
         context=parallel.context,
@@ -128,7 +128,7 @@ def plan_stages(layout: Layout, num_layers: int, split: Sequence[int] | None) ->
     """
     pieces = layout.num_chunks
     sizes = list(split) if split else [num_layers // pieces + (c < num_layers % pieces) for c in range(pieces)]
-    assert len(sizes) == pieces and sum(sizes) == num_layers, "a rule says so"
+    assert len(sizes) == pieces and sum(sizes) == num_layers, "config/rules/parallel.py: split_names_every_layer"
     chunks = [
         Chunk(range(end - size, end), first=c == 0, last=c == pieces - 1)
         for c, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True))

@@ -59,7 +59,7 @@ class TensorRegion:
             tensor_model_parallel_size=self.size,
             sequence_parallel=self.sequence,
             use_cpu_initialization=True,
-            perform_initialization=False,
+            perform_initialization=False,  # so its marks are not set either: see mark_parameter
             gradient_accumulation_fusion=False,
         )
 
@@ -69,7 +69,7 @@ class ColumnLinear(ColumnParallelLinear):
 
     def __init__(self, linear: nn.Linear, region: TensorRegion) -> None:
         config = region.config()
-        config.sequence_parallel = False
+        config.sequence_parallel = False  # the block has gathered the sequence, once for all of its column linears
         super().__init__(
             linear.in_features, linear.out_features, config=config, init_method=no_init, bias=linear.bias is not None,
             gather_output=False, disable_grad_reduce=True, tp_group=region.group,
@@ -129,5 +129,21 @@ def split_modules(model: nn.Module, declared: Mapping[str, Parameter], region: T
         else:
             replacement = RowLinear(module, region)
             block = model.get_submodule(parent)
+            # A block has one linear whose columns are split: here is where it gets its one entrance.
             block.register_forward_pre_hook(lambda _, args: (region.enter(args[0]), *args[1:]))
         setattr(model.get_submodule(parent), leaf, replacement)
+
+
+def mark_parameter(parameter: nn.Parameter, split_dim: int | None, sequence: bool, expert: bool = False) -> None:
+    """Set the attributes by which megatron-core knows who holds what. Call when the model has memory.
+
+    `split_dim`: along which it is split over tensor ranks (None: whole). `sequence`: sequence parallelism is on.
+    `expert`: other ranks of the data and context axes may hold other experts.
+    """
+    # `tensor_model_parallel`: every tensor rank counts its part in norms; of others, the first alone.
+    # `sequence_parallel`: used on a part of the sequence, so each rank has a part of the gradient, to be summed.
+    # `allreduce`: False keeps experts out of the sums over all data ranks.
+    marks = {"tensor_model_parallel": split_dim is not None, "partition_dim": -1 if split_dim is None else split_dim}
+    marks |= {"partition_stride": 1, "sequence_parallel": sequence and split_dim is None, "allreduce": not expert}
+    for name, value in marks.items():
+        setattr(parameter, name, value)

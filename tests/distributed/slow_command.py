@@ -14,7 +14,7 @@ import torch.distributed as dist
 from launch.supervision.work_meter import WorkMeter
 from llmtrain import cli
 from llmtrain.data.loader import BatchLoader
-from llmtrain.models.mlp import MLP
+from llmtrain.models.pointwise import MLP
 from llmtrain.observe.monitor import Monitor
 
 WHERE, STEP, SECONDS = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])

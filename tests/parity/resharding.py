@@ -24,7 +24,7 @@ from llmtrain.config.engines import ENGINES
 from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import CheckpointConfig, RunConfig, SourceConfig
-from llmtrain.engines.precision import DTYPES
+from llmtrain.engines.masters import DTYPES
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.preflight.resolve import resolve

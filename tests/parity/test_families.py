@@ -132,7 +132,7 @@ def balance_by_one_part_of_the_sequence() -> None:
 
 def capacity_of_one_part_of_the_sequence() -> None:
     """Each rank fills the experts with its own tokens."""
-    from llmtrain.parallel.sequence import SequenceParts
+    from llmtrain.parallel.parts import SequenceParts
 
     SequenceParts.gather = lambda self, x_s: x_s.detach().repeat(self.count, *(1 for _ in x_s.shape[1:]))
 

@@ -57,9 +57,9 @@ def swap_shards() -> None:
 
 
 def skip_the_exchange_of_heads() -> None:
-    from llmtrain.engines import assembly
+    from llmtrain.engines import stage
 
-    assembly.spread_over_context = lambda kernel, group: kernel
+    stage.spread_over_context = lambda kernel, group: kernel
 
 
 def mean_of_means() -> None:

@@ -30,7 +30,7 @@ from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.row_config import Recipe
 from llmtrain.data.stream import Sample
 from llmtrain.errors import LlmtrainError
-from llmtrain.models import cross_entropy
+from llmtrain.models import head
 from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train import rollback, setup
@@ -139,7 +139,7 @@ def _spoil(fault: Fault, run: Run, seen: Seen, run_dir: Path) -> None:
     _poison(set(fault.poisoned))
     marker = run_dir / "was-loud"
     now = {"flickers": False, "loud": not marker.exists(), "since": 0}
-    chunk_loss, train_step = cross_entropy.chunk_loss, engine.train_step
+    chunk_loss, train_step = head.chunk_loss, engine.train_step
     restore, record = rollback.restore, run.rollbacks.record
 
     def spoiled_loss(hidden: Tensor, weight: Tensor, labels: Tensor, objective: Any, grads: Any) -> Tensor:
@@ -178,7 +178,7 @@ def _spoil(fault: Fault, run: Run, seen: Seen, run_dir: Path) -> None:
         now["since"] = 1
         return restore(checkpoint, engine)
 
-    cross_entropy.chunk_loss, run.engine.train_step = spoiled_loss, seen_step  # type: ignore[method-assign]
+    head.chunk_loss, run.engine.train_step = spoiled_loss, seen_step  # type: ignore[method-assign]
     rollback.restore, run.rollbacks.record = counting_restore, killing_record
 
 

@@ -10,24 +10,34 @@ from torch import Tensor, nn
 from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
-from llmtrain.engines.deepspeed_engine.experts import expert_group, register_experts
-from llmtrain.engines.deepspeed_engine.setup import build_deepspeed, materialize_partitioned, prepare_deepspeed
+from llmtrain.engines.deepspeed_engine.setup import (
+    build_deepspeed,
+    expert_group,
+    materialize_partitioned,
+    prepare_deepspeed,
+    register_experts,
+)
 from llmtrain.engines.deepspeed_engine.zero0 import Replicated, Sharding
 from llmtrain.engines.deepspeed_engine.zero1_2 import Partitions
 from llmtrain.engines.deepspeed_engine.zero3 import PartitionedWeights, held_weight
-from llmtrain.engines.masters import Master, gradients_of
-from llmtrain.engines.placement import InitialWeights, Placement
-from llmtrain.engines.precision import DTYPES, fp32_master
+from llmtrain.engines.masters import (
+    DTYPES,
+    InitialWeights,
+    Master,
+    Placement,
+    fp32_master,
+    gradients_of,
+    sum_over_ranks,
+)
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
 from llmtrain.optim.table import parameter_groups
-from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.cpu import stand_in_for_cuda
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.layout import plan_chunks
-from llmtrain.parallel.parameter_attributes import mark_parameter
 from llmtrain.parallel.stateless_random import Draws
+from llmtrain.parallel.tensor import mark_parameter
 from llmtrain.values.batch import Batch
 
 
@@ -40,7 +50,7 @@ class DeepSpeedEngine(SteppingEngine):
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        stand_in_for_cuda()
+        stand_in_for_cuda()  # before the groups: building them calls torch.cuda
         prepare_deepspeed(config, device)
         super().__init__(config, device)
         self.groups = build_groups(self.layout)
@@ -55,22 +65,24 @@ class DeepSpeedEngine(SteppingEngine):
     def _build_stage(self) -> Stage:
         (chunk,) = plan_chunks(self.layout, self.config.model.total_layers, None, 0)
         stage = Stage(self.config, self.groups, chunk)
+        # The type first, on the meta device: the weights never take their fp32 room.
         stage.to(DTYPES[self.config.train.precision])
         if self.config.engine.zero_stage == 3:
             materialize_partitioned(stage, self.config, self.groups, self.device)
         else:
             stage.to_empty(device=self.device)
+        # From here on: a tensor that gets memory is a new parameter, without the marks of the old one.
         for parameter, placement in stage.named_placements():
             dim = self.declared[placement.name].split if self.layout.tensor > 1 else None
             mark_parameter(parameter, dim, self.layout.sequence, self._is_spread(placement.name))
             self.placements[parameter] = placement
         if self.layout.expert > 1:
-            assert self.config.model.moe is not None, "a rule says so"
+            assert self.config.model.moe is not None, "config/rules/parallel.py: expert_divides_replicas"
             register_experts(stage, self.config.model.moe.num_experts, self.groups)
         return stage
 
     def _is_spread(self, name: str) -> bool:
-        """Whether a parameter stacks experts of which other ranks hold others."""
+        """True where a parameter stacks experts, of which other ranks hold others."""
         return self.declared[name].expert and self.layout.expert > 1
 
     def _build_sharding(self, stage: Stage) -> tuple[torch.optim.Optimizer, Any, Sharding]:
@@ -94,16 +106,14 @@ class DeepSpeedEngine(SteppingEngine):
         optimizer = self.row.build(groups, optim)
         engine = build_deepspeed(self.config, stage, optimizer, self.groups, self.device)
         if zero_stage == 0:
-            groups_of_masters = self._groups_of_masters()
+            # The ranks that hold the same part of each parameter.
+            groups_of_masters = {
+                parameter: self.groups.expert_data if self._is_spread(place.name) else self.groups.data_context
+                for parameter, place in self.placements.items()
+            }
             return optimizer, engine, Replicated(engine, self.row, self.placements, masters, groups_of_masters)
         sharding = PartitionedWeights if zero_stage == 3 else Partitions
         return optimizer, engine, sharding(engine, self.row, self.placements)
-
-    def _groups_of_masters(self) -> dict[nn.Parameter, dist.ProcessGroup]:
-        """The ranks that hold the same part of each parameter."""
-        names = {parameter: place.name for parameter, place in self.placements.items()}
-        groups = {True: self.groups.expert_data, False: self.groups.data_context}
-        return {parameter: groups[self._is_spread(name)] for parameter, name in names.items()}
 
     @property
     def data_group(self) -> dist.ProcessGroup:
@@ -128,10 +138,11 @@ class DeepSpeedEngine(SteppingEngine):
             global_number = self.place.data + number * self.layout.data
             draws = None if step is None else Draws.of_micro_batch(self.config.seed, step, global_number, self.device)
             if step is not None:
+                # DeepSpeed expects one micro-batch per step; by this it knows the last backward pass, and reduces.
                 self.engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1)
             objective, batch_loss_sum, reports = self.engine(batch.to(self.device), draws, scales)
             if step is not None:
-                self.engine.backward(objective, scale_wrt_gas=False)
+                self.engine.backward(objective, scale_wrt_gas=False)  # the objective is divided for the step already
                 self.routers.add(reports)
             loss_sum += batch_loss_sum
         return loss_sum
@@ -139,15 +150,18 @@ class DeepSpeedEngine(SteppingEngine):
     @torch.no_grad()
     def reduce(self) -> None:
         self.sharding.reduce()
-        if self.layout.tensor > 1:  # some gradients are parts, of which all tensor ranks need the sum
+        if self.layout.tensor > 1:
+            # Tensor ranks use some whole parameters on their own heads, or their own part of the sequence, only. Their
+            # gradients are parts, summed here: nobody under DeepSpeed calls megatron-core's reductions.
             for masters in self.resident(write=True):
-                partial = [master for master in masters if self._is_partial(master.placement.name)]
+                declared = [self.declared[master.placement.name] for master in masters]
+                partial = [
+                    master
+                    for master, each in zip(masters, declared, strict=True)
+                    if each.partial or (self.layout.sequence and each.split is None)
+                ]
                 if partial:
                     sum_over_ranks(gradients_of(partial), self.groups.tensor)
-
-    def _is_partial(self, name: str) -> bool:
-        """Whether tensor ranks use a whole parameter on their own heads, or their own part of the sequence, only."""
-        return self.declared[name].partial or (self.layout.sequence and self.declared[name].split is None)
 
     def update(self) -> None:
         self.sharding.update()

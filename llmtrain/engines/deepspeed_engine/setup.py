@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.precision import DTYPES
+from llmtrain.engines.masters import DTYPES
 from llmtrain.errors import LaunchError
 from llmtrain.parallel.groups import Groups
 
@@ -65,6 +68,7 @@ def materialize_partitioned(module: nn.Module, config: RunConfig, groups: Groups
     )
     for part in module.modules():
         part.to_empty(device=device, recurse=False)
+        # Private: the public way is to build the model inside of this context, with memory from the start.
         partition._convert_to_zero_parameters(part.parameters(recurse=False))
 
 
@@ -95,14 +99,14 @@ def prepare_deepspeed(config: RunConfig, device: torch.device) -> None:
             "engine.offload = nvme: needs libaio and its headers, which are not on this machine. "
             "Install them (Debian: apt-get install libaio-dev), or set engine.offload=cpu."
         )
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it sets its device by this variable alone
     # A kernel for inference on CPUs, which DeepSpeed would compile at every first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
+    deepspeed.init_distributed()  # takes over the group that torch.distributed has; its own calls go through it
 
 
 def can_offload_to_nvme() -> bool:
-    """Whether DeepSpeed's asynchronous reads and writes can be compiled here."""
+    """True where DeepSpeed's asynchronous reads and writes can be compiled."""
     accelerator: Any = get_accelerator()
     return accelerator.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False)
 
@@ -110,8 +114,8 @@ def can_offload_to_nvme() -> bool:
 def deepspeed_config(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's own configuration.
 
-    What a step is made of is decided by us, so everything that would decide it is off: its loss scale is 1, it neither
-    clips nor divides by the number of micro-batches. Gradients are accumulated and reduced in fp32.
+    The step is decided by SteppingEngine, so DeepSpeed decides nothing: its loss scale is 1, it neither clips nor
+    divides by the number of micro-batches. Gradients are accumulated and reduced in fp32.
     """
     keys: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -148,15 +152,55 @@ def zero_keys(config: RunConfig, device: torch.device) -> dict[str, Any]:
     if config.engine.offload == "cpu":
         keys["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     elif config.engine.offload == "nvme":
-        assert config.engine.nvme_path is not None, "a rule says so"
+        assert config.engine.nvme_path is not None, "config/rules/engine.py: offload_has_a_place"
         folder = Path(config.engine.nvme_path) / config.name  # runs at the same time have files of the same names
         keys["offload_optimizer"] = {"device": "nvme", "pin_memory": pinned, "nvme_path": str(folder)}
     return keys
 
 
 def computes_no_norm(config: RunConfig) -> bool:
-    """Whether DeepSpeed can be kept from a norm of its own, which nobody reads: it insists on it under offload, in
-    stage 3 and in its optimizer for bf16 in stage 1."""
+    """True where DeepSpeed can be kept from computing a norm of its own, which nobody reads.
+
+    It insists on one under offload, in stage 3, and in its optimizer for bf16 in stage 1.
+    """
     engine = config.engine
     bf16_optimizer = engine.zero_stage == 1 and config.train.precision == "bf16"
     return engine.zero_stage in (1, 2) and engine.offload == "none" and not bf16_optimizer
+
+
+class Marker(MoE):
+    """By a module of this class DeepSpeed knows that a model has experts. It computes nothing."""
+
+    def __init__(self, num_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
+        """The groups are made already."""
+
+
+def group_name(groups: Groups) -> str:
+    """The only form of name that DeepSpeed understands."""
+    return f"ep_size_{groups.layout.expert}"
+
+
+def register_experts(stage: nn.Module, num_experts: int, groups: Groups) -> None:
+    """Let DeepSpeed find experts that are spread over ranks, and their groups. Call before its engine is made."""
+    name = group_name(groups)
+    # Private registries: no public call takes groups of experts that are made already.
+    known: Any = deepspeed_groups
+    for group, registry in (
+        (groups.expert, ("_EXPERT_PARALLEL_GROUP", "_EXPERT_PARALLEL_GROUP_RANKS")),
+        (groups.expert_data, ("_EXPERT_DATA_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP_RANKS")),
+    ):
+        getattr(known, registry[0])[name] = group
+        getattr(known, registry[1])[name] = dist.get_process_group_ranks(group)
+    stage.add_module("expert_marker", Marker(num_experts))
+
+
+def expert_group(parameters: Iterable[nn.Parameter], weight_decay: float, groups: Groups) -> dict[str, Any]:
+    """The optimizer group of experts, which are sharded over the ranks that hold the same ones."""
+    name, parameters = group_name(groups), list(parameters)
+    for parameter in parameters:
+        parameter.group_name = name  # type: ignore[attr-defined]  # read by DeepSpeed under this name
+    return {"params": parameters, "weight_decay": weight_decay, "name": name, "moe": True}

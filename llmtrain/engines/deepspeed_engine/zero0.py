@@ -1,5 +1,8 @@
-"""What every way of sharding has in common: fp32 masters with their moments and gradients; and the one that shards
-nothing."""
+"""The seam of DeepSpeed's stages: fp32 masters with moments and gradients. And stage 0, which shards nothing.
+
+`engine.basic_optimizer` is the optimizer that we have built, `engine.optimizer` DeepSpeed's own around it. The names
+that the stages read there are private: they hold for the version that pyproject.toml pins, and tests/parity would fail.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -8,20 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from llmtrain.engines.masters import Master, make_state, moments_of
-from llmtrain.engines.placement import Placement
+from llmtrain.engines.masters import Master, Placement, make_state, moments_of, sum_over_ranks
 from llmtrain.optim.table import OptimizerRow
-from llmtrain.parallel.all_reduce import sum_over_ranks
 
 Places = Mapping[nn.Parameter, Placement]
-"""Where each parameter of this rank lies in the global tensors."""
+"""The place of each parameter of this rank in the global tensors."""
 
 
 class Sharding(Protocol):
     """The masters of this rank. Each of DeepSpeed's optimizers keeps them in its own places and pieces."""
 
     averaged_over: int
-    """What the gradients, summed over these ranks, have been divided by."""
+    """The number that the gradients, summed over these ranks, have been divided by."""
 
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
         """All masters, in lists of those that are in memory together, each until the next list is asked for.
@@ -87,7 +88,7 @@ class Replicated:
         for parameter, tensor in self._masters.items():
             if tensor.grad is not None:
                 by_group.setdefault(self._groups[parameter], []).append(tensor.grad)
-        for group, grads in by_group.items():
+        for group, grads in by_group.items():  # the parameters' order, which is that of all ranks of a group
             sum_over_ranks(grads, group)
 
     def update(self) -> None:

@@ -33,8 +33,9 @@ class Partitions:
         else:
             self._flats = self._zero.single_partition_of_fp32_groups
             groups = self._zero.bit16_groups
+        # Each parameter's record of its run in the flat partition; None where this rank has nothing of it.
         self._places: dict[nn.Parameter, Any] = {p: p._hp_mapping for p in chain(*groups) if p._hp_mapping is not None}
-        make_state(self._optimizer, row, self._flats)
+        make_state(self._optimizer, row, self._flats)  # before any step: checkpoints are loaded into it
 
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
         grads = self._gradients()
@@ -52,11 +53,12 @@ class Partitions:
     def _gradients(self) -> dict[nn.Parameter, Tensor]:
         """The gradient of each parameter's part on this rank, where there is one."""
         if self._whole_gradients:
-            return self._cut_gradients(self._zero.fp32_groups_gradient_flat_partition)
+            return self._cut_gradients(self._zero.fp32_groups_gradient_flat_partition)  # fp32 sums over micro-batches
         if self._zero.cpu_offload:
-            return self._cut_gradients([flat.grad for flat in self._flats])
+            return self._cut_gradients([flat.grad for flat in self._flats])  # on the CPU, beside the masters
         found: dict[nn.Parameter, Tensor] = {}
         for number, grads in self._zero.averaged_gradients.items():
+            # Padding makes the partition as long as those of the other ranks: it belongs to no parameter.
             real = [grad for grad in grads or () if not getattr(grad, "_zero_padding", False)]
             # A rank that has nothing of a group has a gradient of zeros and no parameters.
             for parameter, grad in zip(self._zero.params_in_partition[number], real, strict=False):
@@ -76,14 +78,14 @@ class Partitions:
 
     def update(self) -> None:
         self._engine.step()
-        assert not self._zero.overflow, "the step is finite: we have checked"
+        assert not self._zero.overflow, "the norm was finite: SteppingEngine has checked"
 
     def drop(self) -> None:
         self._zero.zero_grad(set_to_none=True)
         if self._whole_gradients:
             return
         # What DeepSpeed forgets at the end of a step; where it skips a step itself, offloaded sums would stay.
-        self._zero.micro_step_id = -1
+        self._zero.micro_step_id = -1  # its first value: the next micro-batch overwrites sums instead of adding to them
         for number in list(self._zero.averaged_gradients):
             self._zero.averaged_gradients[number] = None
             self._zero.all_grad_tensors[number] = None
@@ -91,4 +93,4 @@ class Partitions:
             self._zero.reset_cpu_buffers()
 
     def round_weights(self) -> None:
-        self._zero.update_lp_params()
+        self._zero.update_lp_params()  # rounds this rank's partition, and gathers those of the others

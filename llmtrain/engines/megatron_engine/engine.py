@@ -8,8 +8,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
@@ -18,20 +16,17 @@ from llmtrain.config.parameters import Parameter, declare_parameters, is_frozen
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.engines.base import Scales
-from llmtrain.engines.masters import Master, make_state, moments_of
-from llmtrain.engines.megatron_engine.masters import iter_pairs, round_weights
+from llmtrain.engines.masters import DTYPES, InitialWeights, Master, Placement, make_state, moments_of, sum_over_ranks
+from llmtrain.engines.megatron_engine.optimizers import build_optimizers, iter_pairs, round_weights
 from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, transformer_config
-from llmtrain.engines.placement import InitialWeights, Placement
-from llmtrain.engines.precision import DTYPES
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
-from llmtrain.parallel.all_reduce import sum_over_ranks
 from llmtrain.parallel.cpu import call_cuda_tensors, stand_in_for_cuda
 from llmtrain.parallel.groups import build_groups
-from llmtrain.parallel.layout import plan_chunks
-from llmtrain.parallel.parameter_attributes import mark_parameter
+from llmtrain.parallel.layout import Chunk, plan_chunks
 from llmtrain.parallel.stateless_random import Draws
+from llmtrain.parallel.tensor import mark_parameter
 from llmtrain.values.batch import Batch
 
 WORD = "embeddings.word.weight"
@@ -49,24 +44,18 @@ class MegatronEngine(SteppingEngine):
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
-        stand_in_for_cuda()
+        stand_in_for_cuda()  # before the groups: building them calls torch.cuda
         super().__init__(config, device)
         self.groups = build_groups(self.layout)
-        self.dtype = DTYPES[config.train.precision]
-        self.megatron_config = transformer_config(config, self.layout, self.dtype)
+        self.megatron_config = transformer_config(config, self.layout, DTYPES[config.train.precision])
         self.megatron_config.finalize_model_grads_func = self._finalize
         self.lengths = sample_lengths(config.model.family, config.data)
         self.declared = declare_parameters(config.model)
         self.placements: dict[nn.Parameter, Placement] = {}
-        self.chunks = [
-            self._build_chunk(number, chunk)
-            for number, chunk in enumerate(
-                plan_chunks(
-                    self.layout, config.model.total_layers, config.parallel.pipeline_split, self.groups.place.pipeline
-                )
-            )
-        ]
-        self.megatron_optimizers = self._build_optimizers()
+        split, place = config.parallel.pipeline_split, self.groups.place.pipeline
+        chunks = plan_chunks(self.layout, config.model.total_layers, split, place)
+        self.chunks = [self._build_chunk(number, chunk) for number, chunk in enumerate(chunks)]
+        self.megatron_optimizers = build_optimizers(config, self.row, self.chunks)
         self.pairs = [(each.optimizer, *pair) for each in self.megatron_optimizers for pair in iter_pairs(each)]
         for optimizer, _, main, _ in self.pairs:
             make_state(optimizer, self.row, [main])
@@ -74,12 +63,13 @@ class MegatronEngine(SteppingEngine):
         self.routers = Routers(config.model, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
         self.load_weights(InitialWeights(config.model, config.seed))
 
-    def _build_chunk(self, number: int, chunk: Any) -> DistributedDataParallel:
+    def _build_chunk(self, number: int, chunk: Chunk) -> DistributedDataParallel:
         stage = Stage(self.config, self.groups, chunk)
         stage.to_empty(device=self.device)
-        stage.to(self.dtype)
+        stage.to(DTYPES[self.config.train.precision])
         tied = self.config.model.tie_embeddings and not is_frozen(WORD, self.config.optim.freeze)
         module = PipelineChunk(stage, self.megatron_config, tied, number)
+        # Marks before DDP: by `allreduce` it chooses the buffer, and so the group, of each gradient.
         for parameter, placement in stage.named_placements():
             name, declared = placement.name, self.declared[placement.name]
             dim = declared.split if self.layout.tensor > 1 else None
@@ -95,54 +85,15 @@ class MegatronEngine(SteppingEngine):
             if not chunk.first:
                 # The first stage's copy counts in the norm and is saved.
                 word.shared = True  # type: ignore[attr-defined]
-        call_cuda_tensors(stage.parameters())
+        call_cuda_tensors(stage.parameters())  # before the optimizers, which sort parameters by type names
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=self.config.parallel.overlap_grad_reduce,
             use_distributed_optimizer=self.config.engine.zero_stage == 1,
         )
+        # Buckets overlap reductions with the backward pass, which ends with the first chunk's gradients: the later
+        # chunks' reductions are done by then.
         return DistributedDataParallel(self.megatron_config, ddp, module, disable_bucketing=number > 0)
-
-    def _build_optimizers(self) -> list[MegatronOptimizer]:
-        optim = self.config.optim
-        chained = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.betas[0],
-                adam_beta2=optim.betas[1],
-                adam_eps=optim.eps,
-                # fp16 would bring a loss scale of its own; what matters here is that masters are kept.
-                bf16=self.dtype != torch.float32,
-                params_dtype=self.dtype,
-                use_distributed_optimizer=self.config.engine.zero_stage == 1,
-                clip_grad=0.0,
-            ),
-            [*self.chunks],
-            use_gloo_process_groups=False,
-        )
-        assert isinstance(chained, ChainedOptimizer)
-        optimizers = [
-            optimizer for optimizer in chained.chained_optimizers if not getattr(optimizer, "is_stub_optimizer", False)
-        ]
-        for optimizer in optimizers:
-            # megatron-core knows how to reduce for and gather after Adam only; what is stepped is ours to choose.
-            optimizer.optimizer = self._in_place_of(optimizer.optimizer)
-        return optimizers
-
-    def _in_place_of(self, adam: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The run's optimizer over the groups of megatron-core's Adam, with what it reads of them."""
-        groups = [
-            {key: value for key, value in group.items() if key not in adam.defaults}
-            | {"weight_decay": self.config.optim.weight_decay * group["wd_mult"]}  # left to a scheduler of its own
-            for group in adam.param_groups
-        ]
-        # Masters under ZeRO are views of weights, which no optimizer of torch is made for: they come in afterwards.
-        optimizer = self.row.build([{**group, "params": [torch.zeros(0)]} for group in groups], self.config.optim)
-        for built, group in zip(optimizer.param_groups, groups, strict=True):
-            built["params"] = group["params"]
-        return optimizer
 
     @property
     def data_group(self) -> dist.ProcessGroup:
@@ -153,14 +104,16 @@ class MegatronEngine(SteppingEngine):
         return [optimizer.optimizer for optimizer in self.megatron_optimizers]
 
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
+        sharded = self.config.engine.zero_stage == 1
         yield [
             Master(
-                self.placements[parameter],
+                place := self.placements[parameter],
                 span,
                 main.detach(),
                 moments_of(optimizer, self.row, main),
                 main.grad,
-                self._owns(parameter),
+                # Nobody else's: not a copy for another stage, not a tensor replica, without ZeRO not a data replica.
+                owned=place.owned and not getattr(parameter, "shared", False) and (sharded or place.replica == 0),
             )
             for optimizer, parameter, main, span in self.pairs
         ]
@@ -170,18 +123,12 @@ class MegatronEngine(SteppingEngine):
             if not parameter.requires_grad:
                 yield Master(placement, (0, parameter.numel()), parameter.detach())
 
-    def _owns(self, parameter: nn.Parameter) -> bool:
-        """Whether no other rank saves the same elements: a copy for another stage, a tensor or a data replica."""
-        placement = self.placements[parameter]
-        sharded = self.config.engine.zero_stage == 1
-        return placement.owned and not getattr(parameter, "shared", False) and (sharded or placement.replica == 0)
-
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
         """Run the schedule; without a step, forward only."""
         for chunk in self.chunks:
             chunk.train(step is not None)
             if step is not None:
-                chunk.zero_grad_buffer()
+                chunk.zero_grad_buffer()  # DDP adds to its buffers, and no optimizer's `zero_grad` knows of them
         first, stride = self.groups.place.data, self.layout.data
         numbered = [(first + stride * i, batch.to(self.device)) for i, batch in enumerate(micro_batches)]
         reports = get_forward_backward_func()(
@@ -206,6 +153,7 @@ class MegatronEngine(SteppingEngine):
         def report(objective: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             assert loss_sum is not None, "called on the last chunk only"
             # The number of tokens would divide the gradients at the end: ours are divided already.
+            # A copy, because the schedule may divide in place what it is given.
             return objective, torch.ones((), dtype=torch.int, device=self.device), loss_sum.clone()
 
         return output, report
@@ -213,7 +161,7 @@ class MegatronEngine(SteppingEngine):
     def _finalize(self, model: list[Any], num_tokens: Tensor | None = None, **options: Any) -> None:
         """megatron-core's reductions of gradients, without its division by the number of tokens, and those of tensors
         that it does not know of."""
-        finalize_model_grads(model, None, **options)
+        finalize_model_grads(model, None, **options)  # first: it completes the overlapped reductions
         if self.layout.tensor > 1 and not self.layout.sequence:
             partial = {name for name, declared in self.declared.items() if declared.partial}
             sum_over_ranks(self._reduced_grads(partial), self.groups.tensor)
@@ -234,6 +182,7 @@ class MegatronEngine(SteppingEngine):
         total = torch.zeros(rows, heads // self.layout.tensor, device=self.device)
         for grad in copies:
             total += grad
+        # Stages without a copy add zeros: a collective that they left out would hang.
         dist.all_reduce(total, group=self.groups.pipeline)
         for grad in copies:
             grad.copy_(total)

@@ -1,4 +1,4 @@
-"""A stage with what megatron-core's schedules and gradient reductions look for on a model."""
+"""A stage under the names that megatron-core's schedules and gradient reductions look for on a model."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ class PipelineChunk(nn.Module):
 
 
 def transformer_config(config: RunConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
-    """What megatron-core has to know of a run. Loss and gradients are sums that we have normalized ourselves."""
+    """The keys of a run that megatron-core reads. Loss and gradients are sums that we have normalized ourselves."""
     virtual, moe = layout.virtual_pipeline, config.model.moe
     experts: dict[str, Any] = {}
     if moe is not None:  # what is checked before expert parallelism is allowed
@@ -62,11 +62,12 @@ def transformer_config(config: RunConfig, layout: Layout, dtype: torch.dtype) ->
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         sequence_parallel=layout.sequence,
-        calculate_per_token_loss=True,
+        calculate_per_token_loss=True,  # else it divides by micro-batches and ranks once more
         deallocate_pipeline_outputs=torch.cuda.is_available(),
         # On gloo the interleaved schedule with batched messages mixes them up without a word.
         batch_p2p_comm=torch.cuda.is_available(),
         overlap_p2p_comm=False,
+        # Fused kernels that need CUDA or Transformer Engine: our modules do not call them.
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.models.attention.patterns import Extent, Piece
-from llmtrain.models.attention.scores import Scoring, repeated_kv
-from llmtrain.models.attention.visibility import both
+from llmtrain.models.attention.scoring import Scoring, both, repeated_kv
 from llmtrain.models.compiled_graphs import outside_of_graphs
 from llmtrain.parallel.stateless_random import Span
 
@@ -53,11 +52,11 @@ class Work:
         return self.scoring.pattern.pieces(self.extent)
 
     def positions(self, piece: Piece) -> tuple[Tensor, Tensor]:
-        """Those of the piece's queries and keys."""
+        """The positions of the piece's queries and keys."""
         return self.t_T[self.extent.offset :][piece.queries], self.t_T[piece.keys]
 
     def behind(self, piece: Piece) -> bool:
-        """Whether no key lies ahead of any query."""
+        """True where no key lies ahead of any query."""
         return range(self.extent.num_keys)[piece.keys][-1] <= piece.queries.start + self.extent.offset
 
     def mask(self, piece: Piece) -> Tensor | None:
@@ -85,7 +84,7 @@ class Work:
         return scores if mask is None else scores.masked_fill(~mask, NOTHING), bent
 
     def kept(self, piece: Piece, shape: torch.Size) -> Tensor | None:
-        """[B, N, s, t]: what dropout multiplies weights by; None without dropout."""
+        """[B, N, s, t]: dropout's factors of the weights; None without dropout."""
         dropout = self.scoring.dropout
         if dropout is None:
             return None
@@ -123,13 +122,16 @@ def attended(work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
     sum_BNS = torch.zeros(q.shape[:3], dtype=dtype, device=q.device)
     peak_BNS = torch.full_like(sum_BNS, NOTHING)
     if work.sinks_N is not None:
+        # A sink is a score without a value: it opens the sum with e^(sink - peak) = 1.
         peak_BNS[:] = work.sinks_N[:, None]
         sum_BNS += 1
+    # With peak m, sum l and output o of the keys so far, and scores x of a piece:
+    #   m' = max(m, max x),  l' = l e^(m - m') + sum e^(x - m'),  o' = o e^(m - m') + e^(x - m') v;  in the end o / l.
     for piece in work.pieces():
         rows = (slice(None), slice(None), piece.queries)
         scores, _ = work.scores(piece, q[rows], k[:, :, piece.keys])
         peak = torch.maximum(peak_BNS[rows], scores.amax(-1))
-        shift = peak.masked_fill(peak == NOTHING, 0.0)
+        shift = peak.masked_fill(peak == NOTHING, 0.0)  # a query that has seen nothing yet: -inf - -inf is no number
         weights = torch.exp(scores - shift[..., None])
         fade = torch.exp(peak_BNS[rows] - shift)
         sum_BNS[rows] = sum_BNS[rows] * fade + weights.sum(-1)
@@ -145,13 +147,23 @@ def attended(work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
 def gradients(
     work: Work, qkv: tuple[Tensor, Tensor, Tensor], results: tuple[Tensor, Tensor], grad_out: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Those of q, k, v, the scores by distance, and the sinks."""
+    """The gradients of q, k, v, the scores by distance, and the sinks.
+
+    With scores x, probabilities P = exp(x - log_sum), dropout's factors K, and O = (P K) V:
+
+        dV = (P K)^T dO            dP = (dO V^T) K            delta = sum_d dO O = sum_t P dP
+        dx = P (dP - delta)        of capped scores x = c tanh(u): du = dx (1 - tanh^2 u)
+        dQ = scale du K_           dK_ = scale du^T Q         (K_: the keys)
+
+    A sink has a probability and no value, so dP = 0 for it: d sink = -sum exp(sink - log_sum) delta.
+    """
     (q, k, v), (out, log_sum_BNS) = qkv, results
     dtype = wide(q.dtype)
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in qkv)
     by_distance = work.by_distance_NR
     grad_by_distance = torch.zeros_like(by_distance) if by_distance is not None and by_distance.requires_grad else None
-    common_BNS = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
+    delta_BNS = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
+    # The scores are computed again: kept, they would be the square of the sequence.
     for piece in work.pieces():
         rows, columns = (slice(None), slice(None), piece.queries), (slice(None), slice(None), piece.keys)
         scores, bent = work.scores(piece, q[rows], k[columns])
@@ -161,8 +173,8 @@ def gradients(
         if kept is not None:
             weights, grad_weights = weights * kept, grad_weights * kept
         grad_v[columns] += weights.to(v.dtype).mT @ grad_out[rows]
-        grad_scores = probabilities * (grad_weights - common_BNS[rows][..., None])
-        if grad_by_distance is not None:
+        grad_scores = probabilities * (grad_weights - delta_BNS[rows][..., None])
+        if grad_by_distance is not None:  # added behind the cap: before the cap's factor
             grad_by_distance[:, columns_of(piece, work.extent)] += sums_by_distance(grad_scores.sum(0))
         if bent is not None:
             grad_scores = grad_scores * (1 - bent * bent)
@@ -172,12 +184,12 @@ def gradients(
     grad_sinks = None
     if work.sinks_N is not None:
         taken_BNS = torch.exp(work.sinks_N[:, None] - log_sum_BNS)
-        grad_sinks = -(taken_BNS * common_BNS).sum((0, 2)).to(work.sinks_N.dtype)
+        grad_sinks = -(taken_BNS * delta_BNS).sum((0, 2)).to(work.sinks_N.dtype)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_by_distance, grad_sinks
 
 
 def columns_of(piece: Piece, extent: Extent) -> slice:
-    """Where the distances of a piece, smallest first, stand among the scores by distance."""
+    """The columns of a piece's distances, smallest first, among the scores by distance."""
     step = piece.keys.step or 1
     queries, keys = range(extent.num_queries)[piece.queries], range(extent.num_keys)[piece.keys]
     smallest = keys[0] - (queries[-1] + extent.offset) + extent.num_keys - 1

@@ -1,4 +1,4 @@
-"""What attention remembers of the positions that were decoded before, one cache per layer.
+"""The memory of positions that were decoded before, one cache per layer.
 
 Shape suffixes: S new positions, T all positions, B batch, N heads, D size of one head.
 """
@@ -47,7 +47,7 @@ class MemoryCache:
         self.pair: tuple[Tensor, Tensor] | None = None
 
     def kept(self, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """What `compute` gave when it was first asked for."""
+        """The result of the first `compute`."""
         if self.pair is None:
             self.pair = compute()
         return self.pair

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.models.attention.patterns import Extent, Pattern
-from llmtrain.models.attention.scores import Scoring
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Scoring, Visibility
 from llmtrain.models.compiled_graphs import guard_compiled_graphs, outside_of_graphs
 
 BLOCK = 128
@@ -33,7 +32,7 @@ def compiled_flex_attention() -> Any:
 
 
 def can_flex(q_SBND: Tensor, k_SBND: Tensor, scoring: Scoring) -> bool:
-    """Whether FlexAttention computes this: no dropout, no cache, no fp64, no tiny heads, no short sequences, and
+    """True where FlexAttention computes this: no dropout, no cache, no fp64, no tiny heads, no short sequences, and
     no learned scores by distance, whose gradients it would add up in no fixed order."""
     learned = scoring.by_distance_NR is not None and scoring.by_distance_NR.requires_grad
     whole = q_SBND.shape[0] == k_SBND.shape[0] >= BLOCK
@@ -56,7 +55,8 @@ def flex_kernel(q_SBND: Tensor, k_SBND: Tensor, v_SBND: Tensor, scoring: Scoring
     }
     if scoring.sinks_N is None:
         return run(q, k, v, **options).permute(2, 0, 1, 3)
-    # What the sinks take is left out of the softmax, and taken off its result.
+    # The kernel's softmax knows no sinks. They make its sum of exponentials e^lse larger by e^sink, so its result is to
+    # be multiplied by e^lse / (e^lse + e^sink) = sigmoid(lse - sink).
     out, aux = run(q, k, v, **options, return_aux=AuxRequest(lse=True))
     share_BNS = torch.sigmoid(aux.lse - scoring.sinks_N[:, None])
     out = out * share_BNS[..., None].to(out.dtype)

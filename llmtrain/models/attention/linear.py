@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Visibility
 
 CHUNK = 64
 

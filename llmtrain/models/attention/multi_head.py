@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,19 +18,17 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.blockwise import blockwise_attention
 from llmtrain.models.attention.caches import KeyValueCache, LayerCache, MemoryCache, StateCache
 from llmtrain.models.attention.flex_kernel import can_flex, flex_kernel
-from llmtrain.models.attention.fused import fused_attention
 from llmtrain.models.attention.linear import decode, linear_attention
 from llmtrain.models.attention.patterns import PATTERNS, Full, Strided
-from llmtrain.models.attention.scores import ProbabilityDropout, Scoring, repeated_kv, scores_by_distance
-from llmtrain.models.attention.visibility import Visibility
-from llmtrain.models.norms import RMSNorm
+from llmtrain.models.attention.scoring import ProbabilityDropout, Scoring, Visibility, repeated_kv, scores_by_distance
+from llmtrain.models.pointwise import RMSNorm
 from llmtrain.models.positions import PositionBias, Rotary, at_least_fp32, rotate
 from llmtrain.parallel.stateless_random import Draws, Span, site_key
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionInputs:
-    """What all layers of one forward pass share.
+    """The inputs of attention that all layers of one forward pass share.
 
     `rotary` is None without rotary positions, `bias` without scores by position, `draws` outside of training.
     """
@@ -38,6 +37,29 @@ class AttentionInputs:
     visible: Visibility = field(default_factory=Visibility)
     bias: PositionBias | None = None
     draws: Draws | None = None
+
+
+def fused_attention(q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, scoring: Scoring) -> Tensor:
+    """softmax(scale q k^T) v, [S, B, N, D]; no mask is made where all, or all earlier, keys are seen."""
+    visible, (num_queries, num_keys) = scoring.visible, (q_SBND.shape[0], k_TBND.shape[0])
+    k, v = repeated_kv(k_TBND, q_SBND.shape[2]), repeated_kv(v_TBND, q_SBND.shape[2])
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k, v))
+    ordered = visible.causal and visible.prefix_B is None
+    if visible.keys_BT is None and (not visible.causal or (ordered and num_queries in (1, num_keys))):
+        is_causal = visible.causal and num_queries > 1
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scoring.scale)
+        return out.permute(2, 0, 1, 3)
+    mask_BST = visible.allowed(num_queries, num_keys, q.device)
+    assert mask_BST is not None, "something is left out"
+    blind_BS1 = None
+    if visible.may_see_nothing:
+        # A softmax over nothing is no number, and its gradient neither: such a query sees all, and is then forgotten.
+        blind_BS1 = ~mask_BST.any(-1, keepdim=True)
+        mask_BST = mask_BST | blind_BS1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_BST[:, None], scale=scoring.scale)
+    if blind_BS1 is not None:
+        out = out.masked_fill(blind_BS1[:, None], 0.0)
+    return out.permute(2, 0, 1, 3)
 
 
 KernelName = Literal["fused", "blockwise", "flex"]
@@ -112,6 +134,7 @@ class Attention(nn.Module):
         if isinstance(cache, KeyValueCache):
             k, v = cache.extend(k, v)
         if self.recompute_kernel and self.training:
+            # Draws are hashes: no random state needs to be kept for the second pass.
             out = checkpoint(self.attend, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self.attend(q, k, v, inputs)

@@ -1,4 +1,4 @@
-"""What each kind of attention leaves of the square of queries and keys.
+"""The part of the square of queries and keys that each kind of attention computes.
 
 A pattern is symmetrical in query and key; causality comes on top of it (visibility.py). It is given twice, and tests
 hold the two together: as a rule for single pairs, and as pieces: rectangles that cover everything that the rule allows,
@@ -65,7 +65,7 @@ class Piece:
 
 
 class Pattern(Protocol):
-    """What a kind of attention allows."""
+    """The pairs of query and key that a kind of attention allows."""
 
     def rule(self, num_positions: int, device: torch.device) -> Rule | None:
         """The definition, for positions below a number; None: every pair is allowed."""

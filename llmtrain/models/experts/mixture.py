@@ -2,6 +2,9 @@
 
 Shape suffixes: B micro-batch, S sequence, N tokens of this rank, P pairs of a token and an expert that does it,
 E experts, H hidden, F inner width.
+
+A token has up to four numbers on its way: its place in the whole micro-batch (the router's choice), in this rank's part
+outside of blocks, among the N tokens inside of the block, and, once per chosen expert, among the P rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import expert_ffn_size
 from llmtrain.models.experts.router import Router
-from llmtrain.models.mlp import MLP, build_pointwise
+from llmtrain.models.pointwise import MLP, build_pointwise
 from llmtrain.parallel.stateless_random import Draws
 
 
@@ -31,7 +34,7 @@ class Pairs(NamedTuple):
 
     @staticmethod
     def of(chosen_NE: Tensor) -> "Pairs":
-        """All that are chosen. The host waits for their number."""
+        """All pairs that are chosen. The host waits for their number: it is the size of the tensors that follow."""
         expert_P, token_P = chosen_NE.T.nonzero(as_tuple=True)
         place_NE = chosen_NE.cumsum(1) - 1
         slots = max(1, int(chosen_NE.sum(1).max()))
@@ -49,7 +52,10 @@ class Pairs(NamedTuple):
 
 
 class Gather(torch.autograd.Function):
-    """Rows of tokens to rows of pairs, and back the sum of a token's pairs."""
+    """Rows of tokens to rows of pairs; backward, d x[n] = sum of d y[p] over the pairs p of token n.
+
+    By hand, because autograd's own backward of indexing adds up in no fixed order on a GPU.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_NH: Tensor, pairs: Pairs) -> Tensor:
@@ -62,7 +68,7 @@ class Gather(torch.autograd.Function):
 
 
 class Sum(torch.autograd.Function):
-    """Rows of pairs to their sums by token, and back a row of each."""
+    """Rows of pairs to their sums by token; backward, d x[p] = d y[token of p]."""
 
     @staticmethod
     def forward(ctx: Any, x_PH: Tensor, pairs: Pairs) -> Tensor:
@@ -75,7 +81,10 @@ class Sum(torch.autograd.Function):
 
 
 class WithLoss(torch.autograd.Function):
-    """Passes a tensor on; backward, a loss beside it gets `scale` as its gradient."""
+    """Passes a tensor on; backward, a loss beside it gets `scale` as its gradient.
+
+    So a balancing loss joins the backward pass where it arises, also on a pipeline stage that never sees the main loss.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
@@ -87,7 +96,7 @@ class WithLoss(torch.autograd.Function):
         return grads[0], torch.full((), ctx.scale, dtype=torch.float32, device=grads[0].device), None
 
 
-class Exchange(Protocol):
+class TokenDispatcher(Protocol):
     """Brings rows to the ranks that hold their experts, and back."""
 
     def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, list[int], Callable[[Tensor], Tensor]]:
@@ -99,7 +108,7 @@ class LocalExperts:
     """All experts are here."""
 
     def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, list[int], Callable[[Tensor], Tensor]]:
-        return x_PH, counts_E.tolist(), lambda rows: rows
+        return x_PH, counts_E.tolist(), lambda rows: rows  # the host waits: rows are split by numbers of the host
 
 
 class Experts(nn.Module):
@@ -146,7 +155,7 @@ class MoE(nn.Module):
         assert config.moe is not None
         self.router = Router(config, site)
         self.experts = Experts(config, recompute_activation)
-        self.exchange: Exchange = LocalExperts()
+        self.dispatcher: TokenDispatcher = LocalExperts()
         self.enter: Callable[[Tensor], Tensor] = identity
         """Into the region where tensor ranks split the experts: the whole sequence of this context rank."""
         self.leave: Callable[[Tensor], Tensor] = identity
@@ -162,11 +171,15 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(output, the router's report). Backward, the balancing losses join in with the factor `balance`."""
         routing = self.router(x_SBH, valid_BS, draws)
+        # The router has seen this rank's own tokens (s). Inside of the block a rank has the tokens of all its tensor
+        # ranks, and their weights, whose gradients are parts as well. The choice covers the whole micro-batch (S).
         inner_SBH, weights_SBE = self.enter(x_SBH), self.enter(routing.weights_sBE)
         inside = self.router.parts.block(routing.chosen_SBE.shape[0], inner_SBH.shape[0])
         pairs = Pairs.of(routing.chosen_SBE[inside].flatten(0, 1))
         counts_E = torch.bincount(pairs.expert_P, minlength=weights_SBE.shape[-1])
-        rows, counts, back = self.exchange.to_experts(Gather.apply(inner_SBH.flatten(0, 1), pairs), counts_E)
+        # Rows travel to the ranks of their experts, are done there, and come back in the order of the pairs. Every rank
+        # calls its experts, with no rows too: the others wait in the same exchange.
+        rows, counts, back = self.dispatcher.to_experts(Gather.apply(inner_SBH.flatten(0, 1), pairs), counts_E)
         done_PH = back(self.experts(rows, counts))
         weights_P = weights_SBE.flatten(0, 1)[pairs.token_P, pairs.expert_P]
         weighted_PH = done_PH * weights_P[:, None].to(done_PH.dtype)

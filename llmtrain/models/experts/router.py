@@ -1,4 +1,4 @@
-"""Which tokens go to which experts, and what keeps the experts equally busy.
+"""Routing: which tokens go to which experts, and what keeps the experts equally busy.
 
 What is decided depends on a whole micro-batch and on nothing else: tokens count in the order of (sample, position),
 ties go to the lower number, and everything is fp32. A rank that holds a part of the sequence gathers the scores of the
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.moe import MoeConfig
-from llmtrain.parallel.sequence import WHOLE, SequenceParts
+from llmtrain.parallel.parts import WHOLE, SequenceParts
 from llmtrain.parallel.stateless_random import Draws, Span, site_key
 
 
 class Routing(NamedTuple):
-    """What a router has decided. A tuple, in which DeepSpeed finds the tensors whose backward pass it waits for.
+    """A router's decision. A tuple: DeepSpeed searches tuples for the tensors whose backward pass it waits for.
 
     `weights_sBE` are this rank's factors of the experts' outputs, differentiable, 0 where an expert is not chosen.
     `chosen_SBE` says for the whole micro-batch which expert does which token. `loss` is this rank's part of the
@@ -56,7 +56,7 @@ NUM_SCALARS = 5
 
 
 class Choice(NamedTuple):
-    """Which expert is to do which token, and which of that there is room for."""
+    """The pairs of token and expert that are wanted, and those of them that find room."""
 
     wanted_NE: Tensor
     kept_NE: Tensor
@@ -71,7 +71,7 @@ class Router(nn.Module):
         self.moe = config.moe
         self.jitter_site = site_key(site, "jitter")
         self.parts: SequenceParts = WHOLE
-        """Which part of the sequence this rank holds; set by the engines."""
+        """The part of the sequence that this rank holds; set by the engines."""
         self.weight = nn.Parameter(torch.empty(config.moe.num_experts, config.hidden_size))
         self.bias_E: Tensor | None = None
         """Added to the probabilities for the choice alone. No state of the module: the engines keep it."""
@@ -80,6 +80,8 @@ class Router(nn.Module):
         """`valid_BS` is False where a position of the whole sequence is padding, which no expert does."""
         logits_sBE = F.linear(self.jittered(x_sBH.float(), draws), self.weight.float())
         probabilities_sBE = logits_sBE.softmax(-1)
+        # s: this rank's own tokens. S: those of the whole micro-batch, among which capacity and ties are decided.
+        # The choice has no gradient, so the gathered probabilities need none: weights are taken from the own ones.
         whole_SBE = self.parts.gather(probabilities_sBE)
         own = self.parts.own(whole_SBE.shape[0])
         valid_SB = torch.ones_like(whole_SBE[..., 0], dtype=torch.bool) if valid_BS is None else valid_BS.T
@@ -133,7 +135,7 @@ class Router(nn.Module):
         """
         num_tokens = valid_SB.sum().clamp(min=1)
         wanted_E = wanted_SBE.sum((0, 1)).float()
-        share_E = wanted_E / wanted_E.sum().clamp(min=1)
+        share_E = wanted_E / wanted_E.sum().clamp(min=1)  # counts: gradients flow through P_e alone
         valid_sB = valid_SB[own]
         mean_E = (probabilities_sBE * valid_sB[..., None]).sum((0, 1)) / num_tokens
         aux_loss = len(share_E) * (share_E * mean_E).sum()
@@ -148,12 +150,13 @@ def capacity(moe: MoeConfig, num_tokens: int) -> int:
 
 def tokens_choose(scores_NE: Tensor, valid_N: Tensor, top_k: int, room: int | None) -> Choice:
     """Each token wants its `top_k` best experts. First choices find room before second ones, in the tokens' order."""
+    # A stable sort, not topk: ties go to the lower number on every device.
     best_NK = scores_NE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     wanted_KNE = F.one_hot(best_NK.T, scores_NE.shape[1]).bool() & valid_N[None, :, None]
     wanted_NE = wanted_KNE.any(0)
     if room is None:
         return Choice(wanted_NE, wanted_NE)
-    queue = wanted_KNE.flatten(0, 1)
+    queue = wanted_KNE.flatten(0, 1)  # all first choices in the tokens' order, then all second ones
     place = queue.cumsum(0)
     return Choice(wanted_NE, (queue & (place <= room)).view_as(wanted_KNE).any(0))
 

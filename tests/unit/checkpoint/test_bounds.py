@@ -10,7 +10,7 @@ from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.config.schema import CheckpointConfig
-from llmtrain.engines.placement import Placement, iter_range_boxes, read_range, split_box
+from llmtrain.engines.masters import Placement, iter_range_boxes, read_range, split_box
 from llmtrain.values.fragment import Box, Fragment
 from tests.support.memory import peak_growth
 from tests.support.ranks import run_ranks

@@ -184,6 +184,11 @@ def test_a_resume_that_forgets_something_is_seen(forgotten: str) -> None:
     assert ours[1] != theirs[1]
 
 
+def test_only_fp16_has_a_loss_scale() -> None:
+    scaled = {name: engine(train={"precision": name}).loss_scale is not None for name in ("fp32", "bf16", "fp16")}
+    assert scaled == {"fp32": False, "bf16": False, "fp16": True}
+
+
 def test_a_checkpoint_of_another_shape_is_refused() -> None:
     source = Fragments(list(engine({"ffn_hidden_size": 64}).fragments()))
     with pytest.raises(CheckpointError, match=r"decoder\.layers\.0\.mlp\.gate\.weight: the model needs shape"):

@@ -27,9 +27,9 @@ from llmtrain.interop.hf import FAMILIES
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.proof import AUTO_CLASSES, their_inputs
 from llmtrain.interop.weight_files import INDEX, WEIGHTS
-from llmtrain.models.cross_entropy import Objective
+from llmtrain.models.head import Objective
 from llmtrain.models.transformer import Transformer, counted_positions
-from llmtrain.parallel.vocabulary import VocabularyPart
+from llmtrain.parallel.parts import VocabularyPart
 from llmtrain.values.batch import IGNORED_LABEL, ModelInputs
 from tests.unit.interop.models import random_example
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmtrain.models.cross_entropy import Objective, head_cross_entropy
-from llmtrain.parallel.vocabulary import VocabularyPart
+from llmtrain.models.head import Objective, head_cross_entropy
+from llmtrain.parallel.parts import VocabularyPart
 
 
 def objective_of(scale: float, chunk_tokens: int, vocab_size: int) -> Objective:

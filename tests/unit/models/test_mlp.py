@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.models.mlp import MLP
+from llmtrain.models.pointwise import MLP
 from tests.support.samples import tiny_model
 
 FORMULAS = {

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.models.norms import NORMS, LayerNorm, RMSNorm
+from llmtrain.models.pointwise import NORMS, LayerNorm, RMSNorm
 
 
 def rms_formula(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -3,11 +3,11 @@ import torch
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import num_parameters, parameter_shapes
-from llmtrain.models.cross_entropy import Objective
+from llmtrain.models.head import Objective
 from llmtrain.models.stack import Pass, build_caches
 from llmtrain.models.transformer import Transformer, build_model
+from llmtrain.parallel.parts import VocabularyPart
 from llmtrain.parallel.stateless_random import Draws
-from llmtrain.parallel.vocabulary import VocabularyPart
 from llmtrain.values.batch import PADDING, ModelInputs
 from tests.support.samples import hidden_states, random_batch, tiny_model
 from tests.support.weights import materialize

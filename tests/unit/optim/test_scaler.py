@@ -1,5 +1,5 @@
-from llmtrain.config.schema import LossScaleConfig, OptimConfig
-from llmtrain.optim.scaler import LossScale, build_loss_scale
+from llmtrain.config.schema import LossScaleConfig
+from llmtrain.optim.schedule import LossScale
 
 
 def test_halves_on_overflow_and_doubles_after_good_steps() -> None:
@@ -20,9 +20,3 @@ def test_state_continues_where_it_was() -> None:
     for scaler in (first, second):
         scaler.update(True)
     assert first.scale == second.scale == 16.0
-
-
-def test_only_fp16_has_a_loss_scale() -> None:
-    assert build_loss_scale("fp16", OptimConfig()) is not None
-    assert build_loss_scale("bf16", OptimConfig()) is None
-    assert build_loss_scale("fp32", OptimConfig()) is None

@@ -9,7 +9,7 @@ from torch import Tensor
 from llmtrain.config.attention import AttentionConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.positions import RelativeBias, build_position_bias
 from llmtrain.parallel.stateless_random import Draws, Span
 from llmtrain.values.keyed_hash import derived_key

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmtrain.config.attention import AttentionConfig
 from llmtrain.models.attention.patterns import drawn_blocks
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Visibility
 
 LENGTH = 40
 

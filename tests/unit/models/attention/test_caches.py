@@ -7,7 +7,7 @@ import torch
 
 from llmtrain.models.attention.caches import KeyValueCache, MemoryCache, StateCache, build_cache
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.positions import RelativeBias, build_position_bias, rotary_angles
 from tests.support.samples import tiny_model
 from tests.unit.models.attention.attention_cases import BATCH, SITE, built, documents, weighed

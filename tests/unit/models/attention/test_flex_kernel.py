@@ -5,7 +5,7 @@ import torch
 
 from llmtrain.models.attention.flex_kernel import block_mask, can_flex, flex_kernel
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.positions import build_position_bias
 from tests.unit.models.attention.attention_cases import BATCH, SITE, Case, random_qkv, visibility, weighed
 from tests.unit.models.attention.dense_attention import KINDS, dense_mask, gradients, softmax_attention

@@ -6,7 +6,7 @@ import torch
 from llmtrain.config.attention import AttentionConfig
 from llmtrain.models.attention.linear import LinearState, decode, linear_attention
 from llmtrain.models.attention.multi_head import AttentionInputs
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Visibility
 from tests.unit.models.attention.attention_cases import BATCH, built, documents, random_qkv, visibility
 from tests.unit.models.attention.dense_attention import LENGTH, dense_mask, gradients
 from tests.unit.models.attention.dense_attention import linear_attention as quadratic

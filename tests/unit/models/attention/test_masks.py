@@ -11,7 +11,7 @@ from llmtrain.config.attention import AttentionConfig, AttentionKind
 from llmtrain.errors import ConfigError
 from llmtrain.models.attention.blockwise import Work
 from llmtrain.models.attention.patterns import PATTERNS, Extent, drawn_blocks, runs
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Visibility
 from tests.unit.models.attention.attention_cases import Case, compared, documents
 from tests.unit.models.attention.dense_attention import KINDS, SOFTMAX_KINDS, SPARSE_KINDS, pair_allowed
 

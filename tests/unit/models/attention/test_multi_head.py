@@ -8,7 +8,7 @@ import torch
 
 from llmtrain.config.attention import AttentionConfig
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs, kernel_for
-from llmtrain.models.attention.visibility import Visibility
+from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.positions import RelativeBias, build_position_bias, rotary_angles
 from llmtrain.parallel.stateless_random import Draws
 from tests.support.samples import tiny_model

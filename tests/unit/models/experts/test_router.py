@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmtrain.config.moe import MoeConfig
 from llmtrain.models.experts.router import NUM_SCALARS, Router, RouterReport, capacity, experts_choose, tokens_choose
-from llmtrain.parallel.sequence import SequenceParts
+from llmtrain.parallel.parts import SequenceParts
 from llmtrain.parallel.stateless_random import Draws, Span
 from tests.support.samples import tiny_model
 

@@ -1,4 +1,7 @@
-"""The part of the vocabulary that a rank holds, and the sums that a softmax over all parts needs."""
+"""The parts of the sequence and of the vocabulary that a rank holds, and the collectives that join them.
+
+Shape suffixes: s this rank's part of the sequence, S the whole; C tokens of a chunk, V vocabulary.
+"""
 
 from dataclasses import dataclass
 
@@ -6,6 +9,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class SequenceParts:
+    """This rank's part: number `place` of `count` equal ones. `groups` hold the others, neighbours first."""
+
+    place: int = 0
+    count: int = 1
+    groups: tuple[ProcessGroup, ...] = ()
+
+    def own(self, length: int) -> slice:
+        """Where this rank's part lies in a sequence of `length`."""
+        size = length // self.count
+        return slice(self.place * size, (self.place + 1) * size)
+
+    def block(self, length: int, size: int) -> slice:
+        """The run of `size` that this rank's part lies in: what it holds inside of a block."""
+        start = self.own(length).start // size * size
+        return slice(start, start + size)
+
+    def gather(self, x_s: Tensor) -> Tensor:
+        """The whole sequence, along the first dimension, from all parts. Gradients do not pass."""
+        whole = x_s.detach()
+        for group in self.groups:
+            # Neighbours first: the parts of one group are side by side in what the next group joins.
+            parts = whole.new_empty(whole.shape[0] * group.size(), *whole.shape[1:])
+            dist.all_gather_into_tensor(parts, whole.contiguous(), group=group)
+            whole = parts
+        return whole
+
+
+WHOLE = SequenceParts()
+"""One rank holds everything."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +75,12 @@ class VocabularyPart:
             peak_C = logits_CV.amax(-1)
             target_C = logits_CV.gather(1, row_C[:, None])[:, 0] * here_C
         if self.group is not None:
+            # The peak of the whole row, before any exponential: sums of parts with other peaks would not add up.
             dist.all_reduce(peak_C, dist.ReduceOp.MAX, self.group)
         sum_C = logits_CV.sub_(peak_C[:, None]).exp_().sum(-1)
         if self.group is not None:
             sums_2C = torch.stack((sum_C, target_C))
-            dist.all_reduce(sums_2C, group=self.group)
+            dist.all_reduce(sums_2C, group=self.group)  # one rank has the label's logit, the others add 0
             sum_C, target_C = sums_2C.unbind()
         return sum_C, peak_C + sum_C.log(), target_C
 

@@ -7,10 +7,10 @@ whether anybody still writes.
 
 import glob
 import hashlib
+import logging
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +38,8 @@ from llmtrain.data.storage.manifest import (
 from llmtrain.data.storage.shard_file import TAR_BLOCK_BYTES
 from llmtrain.data.token_roles import settings_text
 from llmtrain.values.tokenizer import Tokenizer
+
+_logger = logging.getLogger(__name__)
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -71,7 +73,7 @@ def _clear_abandoned(out: Path) -> None:
             try:
                 if lock_descriptor(lock, blocking=False):
                     shutil.rmtree(folder)
-                    print(f"removed {folder}: what an interrupted command had begun to write", file=sys.stderr)
+                    _logger.info("removed %s: what an interrupted command had begun to write", folder)
             finally:
                 os.close(lock)
 

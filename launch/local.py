@@ -4,6 +4,7 @@ They are forked once everything they need is imported: PyTorch and an engine are
 same cores, nor again when all are started again. Nothing has been computed by then, so no thread is lost in the fork.
 """
 
+import logging
 import os
 import socket
 import sys
@@ -21,7 +22,10 @@ from launch.supervision.restarts import AttemptEnd, newest_step, supervise
 from launch.supervision.stragglers import Stragglers
 from launch.supervision.watch import watch
 from llmtrain.config.schema import RunConfig
+from llmtrain.messages import show_messages
 from llmtrain.preflight.resolve import ResolvedRun
+
+_logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 
@@ -50,6 +54,7 @@ def is_supervised(config: RunConfig) -> bool:
 
 def run_as_rank(resolved: ResolvedRun, place: Rank) -> int:
     """Be one rank that another launcher started. What goes wrong is told at once, with the rank."""
+    show_messages(place.rank)
     config = resolved.config
     set_threads(num_threads(config.launch, place.local_world_size))
     from launch.rank.worker import run_worker
@@ -62,8 +67,7 @@ def run_as_rank(resolved: ResolvedRun, place: Rank) -> int:
         failure = Failure.of_error(place.rank, error)
         log = log_path(config.run_dir, place.rank)
         logs = str(log) if failure.is_defect and log.exists() else ""
-        sys.stderr.write(failure_text([failure], logs=logs) + "\n")
-        sys.stderr.flush()
+        _logger.error("%s", failure_text([failure], logs=logs))
         # A thread may wait for ranks that are gone: it must not keep this one.
         os._exit(failure.exit_code)
 

@@ -4,9 +4,14 @@ import signal
 
 from hypothesis import settings
 
+from llmtrain.messages import show_messages
+
 # The same examples in every run: a failure on one machine is a failure on all.
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
+
+# What a test calls says what the command would say.
+show_messages()
 
 LAYOUT_SEED_VARIABLE = "LLMTRAIN_LAYOUT_SEED"
 """Environment variable with the seed of tests/parity/test_random_layouts.py; without it there is another in every

@@ -38,6 +38,7 @@ from launch.supervision.attempt import import_for_ranks, rank_work
 from launch.supervision.hangs import read_stacks, stopped_processes
 from launch.supervision.watch import POLL_SECONDS
 from llmtrain.config.schema import RunConfig
+from llmtrain.messages import show_messages
 
 Say = Callable[..., None]
 
@@ -222,6 +223,7 @@ def _dated(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def main() -> None:
     """`python -m launch.forking.agent DESCRIPTOR ENGINE`: a socket's descriptor, and the engine of its ranks."""
+    show_messages()
     control = Connection(int(sys.argv[1]))
     # What a keyboard sends goes to whoever started the run, and comes from there.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -5,8 +5,8 @@ by a process that its worker has started, so a rank that is started again import
 group is ever rebuilt in place.
 """
 
+import logging
 import os
-import sys
 import threading
 import time
 import uuid
@@ -31,6 +31,8 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LaunchError
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.runs.audit import record
+
+_logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from launch.on_ray.placement import RankPlacement, Replica
@@ -191,7 +193,7 @@ class RayAttempts:
     def _note_size(self, size: int) -> None:
         """Record that the run goes on with another number of ranks."""
         if self._size and size != self._size:
-            sys.stderr.write(f"number of ranks from now on: {size}, before: {self._size}\n")
+            _logger.info("number of ranks from now on: %d, before: %d", size, self._size)
             facts = {"from_workers": self._size, "to_workers": size, "step": newest_step(self._run_dir)}
             with suppress(OSError):
                 record(self._run_dir, "resized", **facts)

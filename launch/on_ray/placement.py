@@ -5,7 +5,7 @@ as there is room for: where a machine is lost, Ray looks for another place for i
 when they are there.
 """
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +25,8 @@ from launch.rank.cores import record_of_user
 from launch.rank.stop import StopSignal
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
+
+_logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 5.0
 """How long a run that may have fewer ranks waits for more before it begins."""
@@ -180,7 +182,7 @@ class RankPlacement:
                 raise LaunchError(self._no_room(len(ready)))
             if waited > SETTLE_SECONDS and not told and len(hoped) < len(self.replicas):
                 told = True
-                sys.stderr.write(f"waiting for room on the cluster: {self._resources()}\n")
+                _logger.info("waiting for room on the cluster: %s", self._resources())
             time.sleep(POLL_SECONDS)
         return []
 

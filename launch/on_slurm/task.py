@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 
 from launch.forking.agent import RankAgent
 from launch.rank.place import ALONE, rank_from_environment
+from llmtrain.messages import show_messages
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -25,6 +26,7 @@ def main() -> None:
     # Slurm sends signals to all processes of a step: the rank saves, and its agent has to outlive that.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    show_messages()
     told = json.loads(sys.stdin.readline())
     place = rank_from_environment(os.environ) or ALONE
     try:

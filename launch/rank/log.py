@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.rank.place import Rank
 from llmtrain.files import open_log
+from llmtrain.messages import show_messages
 from llmtrain.runs.rank_logs import LOGS, log_path
 
 
@@ -33,6 +34,8 @@ def rank_log(run_dir: Path, place: Rank) -> Iterator[None]:
         log.write(f"=== {now} rank {place.rank} of {place.world_size} {where}\n")
         log.flush()
         before = _redirect(log.fileno()) if place.rank > 0 else ()
+        if before:
+            show_messages()  # all of them: this log is its own
         try:
             yield
         except BaseException:

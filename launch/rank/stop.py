@@ -1,5 +1,6 @@
 """Being told to stop: the step is finished and saved; told twice, the process ends at once."""
 
+import logging
 import mmap
 import os
 import signal
@@ -9,6 +10,8 @@ import time
 from types import FrameType, TracebackType
 
 from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE
+
+_logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """TERM from schedulers and supervisors, INT from a keyboard, USR1 as Slurm's warning before the time limit."""
@@ -56,6 +59,7 @@ class StopSignal:
         self._anybody_told[0] = 1
         if self.announces:
             again = " Once more stops at once, unsaved." if told in self._insistent else ""
+            # Not through a logger: the signal may have interrupted one that holds its lock.
             sys.stderr.write(f"\n{told.name}: saving after this step, then stopping.{again}\n")
 
 
@@ -69,8 +73,7 @@ def exit_after_grace(stop: StopSignal, grace_seconds: float) -> None:
         while not stop.requested:
             time.sleep(POLL_SECONDS)
         time.sleep(grace_seconds)
-        sys.stderr.write(f"told to stop; not saved within launch.grace_seconds = {grace_seconds:g}: abandoned\n")
-        sys.stderr.flush()
+        _logger.warning("told to stop; not saved within launch.grace_seconds = %g: abandoned", grace_seconds)
         os._exit(EXIT_PREEMPTED)
 
     if grace_seconds > 0:

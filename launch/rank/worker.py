@@ -115,6 +115,7 @@ class Attempt:
         if self.finished_before:
             self._require_result()
             if self.folder:
+                # The answer of the command, and so on stdout.
                 print(f"{self.folder.path}: {nothing_left(self.config, self.start.state.seen)}")
             self._write_status("done", self.start.step, "finished before")
             return 0

@@ -1,8 +1,8 @@
 """One attempt to bring a run to its end: what a launcher prepares, what a rank does, and what it has come to."""
 
 import gc
+import logging
 import os
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -18,7 +18,10 @@ from launch.supervision.restarts import AttemptEnd, newest_step
 from launch.supervision.watch import Ending
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError
+from llmtrain.messages import show_messages
 from llmtrain.runs.folder import RunFolder, read_status
+
+_logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from llmtrain.train.loop import Run
@@ -65,6 +68,7 @@ def rank_work(
     from llmtrain.preflight.resolve import resolve
 
     def work() -> int:
+        show_messages(place.rank)
         heartbeat = board.heartbeat(slot)
         if watches_speed(config):
             from launch.supervision.work_meter import WorkMeter
@@ -111,7 +115,7 @@ def _abandon_save(config: RunConfig, run_dir: Path) -> None:
     from llmtrain.checkpoint.writer import recover
 
     message = f"told to stop; not saved within launch.grace_seconds = {config.launch.grace_seconds:g}"
-    sys.stderr.write(f"{message}: it continues from step {newest_step(run_dir)}\n")
+    _logger.info("%s: it continues from step %d", message, newest_step(run_dir))
     with suppress(LlmtrainError, OSError), RunFolder(run_dir) as folder:
         recover(run_dir / CHECKPOINTS)
         before = read_status(run_dir)

@@ -1,10 +1,10 @@
 """Ranks that make no progress: when to give up waiting, and which of them the others wait for."""
 
 import faulthandler
+import logging
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ import psutil
 from launch.rank.heartbeat import Position
 from llmtrain.config.launch import WatchdogConfig
 from llmtrain.files import open_log
+
+_logger = logging.getLogger(__name__)
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Tells a rank to write what its threads are doing."""
@@ -143,4 +145,4 @@ def save_stacks(stacks: Mapping[int, str], path: Path) -> None:
             for rank, stack in stacks.items():
                 file.write(f"=== rank {rank}\n{stack or 'said nothing: its process is stopped'}\n")
     except OSError as error:
-        sys.stderr.write(f"{path}: the stacks cannot be written: {error.strerror}\n")
+        _logger.warning("%s: the stacks cannot be written: %s", path, error.strerror)

@@ -1,6 +1,6 @@
 """What follows the end of an attempt: the same in every launcher. Decisions are pure; `supervise` carries them out."""
 
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE, LlmtrainError, NoPr
 from llmtrain.report.efficiency import run_efficiency
 from llmtrain.runs.audit import iter_events, record
 from llmtrain.runs.folder import RunFolder, Status, read_status
+
+_logger = logging.getLogger(__name__)
 
 EXIT_NO_PROGRESS = NoProgressError.exit_code
 
@@ -166,8 +168,7 @@ def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int, 
     if decision.action == "stop" and cause.is_defect:
         with suppress(LlmtrainError, OSError):
             lines.append(str(run_efficiency(run_dir)))
-    sys.stderr.write("\n".join(lines) + "\n")
-    sys.stderr.flush()
+    _logger.error("%s", "\n".join(lines))
     text = ": ".join(part for part in (cause.place, cause.summary) if part)
     place = {"rank": cause.rank, "host": cause.host} if cause.place else {}
     facts = {**place, "cause": cause.summary, "attempt": attempt, "step": end.step}

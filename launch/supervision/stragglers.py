@@ -1,6 +1,6 @@
 """Ranks that are slower than the others: who they are, and where they spend their time."""
 
-import sys
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,6 +11,8 @@ from launch.rank.heartbeat import NUM_WINDOWS, WINDOW_STEPS, WORK, HeartbeatBoar
 from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.runs.audit import record
+
+_logger = logging.getLogger(__name__)
 
 SLOW_WINDOWS = 3
 """A rank is slow after so many slow windows in a row."""
@@ -133,11 +135,10 @@ class Stragglers:
     def _tell(self, straggler: Straggler) -> None:
         host = self._host(straggler.rank)
         where = f", most of it in {straggler.place}" if straggler.place else ""
-        sys.stderr.write(
+        _logger.info(
             f"slow: rank {straggler.rank} on {host}: what it does should take {straggler.score:.0%} of the time that "
-            f"it took up to step {straggler.step}; it loses it in section {straggler.phase}{where}\n"
+            f"it took up to step {straggler.step}; it loses it in section {straggler.phase}{where}"
         )
-        sys.stderr.flush()
         facts = {"score": round(straggler.score, 3), "section": straggler.phase, "place": straggler.place}
         with suppress(OSError):  # a disk that is full must not end a run that goes on
             record(self._run_dir, "straggler", rank=straggler.rank, host=host, step=straggler.step, **facts)

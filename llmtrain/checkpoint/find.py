@@ -1,6 +1,6 @@
 """From a path that a user gives to the checkpoint that it means."""
 
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from llmtrain.checkpoint.folders import (
 from llmtrain.checkpoint.manifest import CheckpointUnusableError
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.errors import CheckpointError, ConfigError
+
+_logger = logging.getLogger(__name__)
 
 
 def checkpoint_folders(path: Path) -> list[Path]:
@@ -44,7 +46,7 @@ def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
     if is_checkpoint(path):
         return open_checkpoint(path)
     folder = folder_of_checkpoints(path)
-    newest = find_newest_valid(folder, warn=warn)[0] if folder else None
+    newest = find_newest_valid(folder, warn=_logger.warning)[0] if folder else None
     if newest is not None:
         return newest
     kinds = [
@@ -60,10 +62,6 @@ def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
     else:
         what = f"is neither {' nor '.join(kinds)}"
     raise ConfigError(f"{path}: {what}. Try {near}.")
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def find_newest_valid(

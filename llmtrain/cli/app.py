@@ -17,6 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from llmtrain.cli.interruption import raising
 from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError, LlmtrainError, PathError
+from llmtrain.messages import show_messages
 
 
 @dataclass(frozen=True)
@@ -187,5 +188,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of files may hold bytes, and texts characters, that the terminal's encoding does not have.
         sys.stdout.reconfigure(errors="backslashreplace")
+    show_messages()
     typer.main.get_command(app).main(args=args, prog_name="llmtrain")
     sys.exit(0)

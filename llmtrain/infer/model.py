@@ -3,6 +3,7 @@
 Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from llmtrain.checkpoint.find import find_checkpoint, warn
+from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.model import ModelConfig
@@ -31,6 +32,8 @@ from llmtrain.models.transformer import Transformer, build_model, counted_positi
 from llmtrain.values.batch import PADDING, ModelInputs
 from llmtrain.values.fragment import Box, FragmentSource
 from llmtrain.values.tokenizer import Tokenizer
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,6 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
 
         folder = open_hf_folder(path)
         for text in folder.changed:
-            warn(text)
+            _logger.warning("%s", text)
         return TrainedModel(build_trained(folder.model, folder, device), folder.tokenizer_path)
     return load_checkpoint(path, device, ["a Hugging Face folder (with config.json and safetensors)"])

@@ -1,6 +1,5 @@
 """Who records a run: its monitor with its trackers, its status, and a profiler where one is wanted."""
 
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -103,11 +102,6 @@ def profiled(
 
     stem = config.run_dir / PROFILES / f"rank-{rank:05d}"
     return Profiler(on_phase, wanted.steps, stem, say)
-
-
-def tell_the_log(text: str) -> None:
-    """What a rank that records nothing prints is in its log."""
-    print(text, file=sys.stderr)
 
 
 def peak_of_run(config: RunConfig, device: torch.device) -> float | None:

@@ -1,5 +1,6 @@
 """From a resolved run to its parts: loader, engine, monitor, evaluation, checkpoints."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -16,11 +17,13 @@ from llmtrain.runs.attempts import StartedAttempt
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train.health import Health
 from llmtrain.train.loop import Evaluation, Run
-from llmtrain.train.recording import build_monitor, profiled, tell_the_log
+from llmtrain.train.recording import build_monitor, profiled
 from llmtrain.train.rollback import Rollbacks
 from llmtrain.train.start import Start, record_start
 from llmtrain.train.state import Saving, restore
 from llmtrain.values.progress import Phase
+
+_logger = logging.getLogger(__name__)
 
 
 def engine_class(name: str) -> Any:
@@ -49,7 +52,7 @@ def setup(
     state = restore(start.checkpoint, engine) if start.checkpoint else start.state
     engine = measuring(engine, config.model, config.observe.layer_norms_every_steps)
     # The monitor is made with whoever hears of phases, and tells what they have to say.
-    on_phase = profiled(config, rank, on_phase, lambda text: (monitor.say if folder else tell_the_log)(text))
+    on_phase = profiled(config, rank, on_phase, lambda text: (monitor.say if folder else _logger.info)(text))
     monitor = build_monitor(resolved, folder, state, device, attempt, on_phase)
     start.manager.reports.warn = monitor.say
     saving = Saving(start.manager, config.checkpoint.every_steps, monitor.flush)

@@ -1,8 +1,8 @@
 """From where a run begins, on which all ranks agree, and what it writes into its folder before its first step."""
 
 import hashlib
+import logging
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,8 @@ from llmtrain.runs.metrics_file import METRICS_FILE
 from llmtrain.train.rollback import newest_kept, skipped_windows
 from llmtrain.train.state import TrainState, saved_state
 from llmtrain.values.tokenizer import TokenRoles
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: Exchange | None 
     later = [step for step in manager.latest_steps() if step > start.step] if back else []
     if later:
         text = f"going back to step {start.step} of {folder.path}: what it did up to step {later[0]} will be set aside"
-        print(text, file=sys.stderr)
+        _logger.info(text)
     return start
 
 
@@ -120,7 +122,7 @@ def require_continuity(resolved: ResolvedRun, folder: RunFolder, checkpoint: Che
         folder.record("changed", key=item.key, was=item.was, now=item.now, **place)
     said = one_line([*found, *noted_changes(origin, resolved.config)])
     if said:
-        print(f"changed since {checkpoint.path}: {said}", file=sys.stderr)
+        _logger.info("changed since %s: %s", checkpoint.path, said)
 
 
 def describe_start(start: Start) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """skipped_shards.jsonl: which damaged shards a run goes without, the same for every rank and after every resume."""
 
+import logging
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,8 @@ from filelock import lock_descriptor
 
 from llmtrain.errors import DataError
 from llmtrain.files import open_regular, parse_line, read_bytes, sealed_line
+
+_logger = logging.getLogger(__name__)
 
 LEDGER_NAME = "skipped_shards.jsonl"
 
@@ -111,7 +113,7 @@ class SkippedShards:
             ) from None
         self._shards[shard.key] = shard
         share = f"{shard.samples:,} of the {source.samples:,} samples of {source.name}"
-        print(f"warning: skipping {shard.path} ({shard.reason}): {share} have no targets", file=sys.stderr, flush=True)
+        _logger.warning("skipping %s (%s): %s have no targets", shard.path, shard.reason, share)
 
     def require_share(self, source: SourceSamples) -> None:
         """Raise DataError where the ledger already lists more of a source than may be skipped."""

@@ -1,6 +1,7 @@
 """Numbers and faults as people read them: durations, counts, sizes, what is wrong with a file's values."""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def short_bytes(size: float) -> str:
         if size >= 0.9995 * limit:  # from here on three digits round up to the unit
             return f"{size / limit:.3g} {unit}"
     return f"{size:.0f} bytes"
+
+
+def looked_from(path: Path) -> str:
+    """`Looked from FOLDER. ` where a path that leads nowhere is relative to it; else nothing."""
+    return "" if path.is_absolute() else f"Looked from {Path.cwd()}. "
 
 
 def fault_text(error: "ValidationError") -> str:

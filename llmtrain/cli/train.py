@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from llmtrain.preflight.dry_run import Outline
-    from llmtrain.preflight.source_use import SourceUse
+    from llmtrain.preflight.resolve import SourceUse
 
 ConfigArgument = Annotated[
     Path, typer.Argument(help="The run's YAML file, or llmtrain:runs/NAME.yaml.", metavar="CONFIG", show_default=False)
@@ -64,8 +64,7 @@ def train(
     for warning in schedule_warnings(run) + (storage_warnings(run) if ranks is None else []):
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
-        from llmtrain.preflight.continuation import damaged_checkpoints, find_continuation
-        from llmtrain.preflight.dry_run import plan_outline
+        from llmtrain.preflight.dry_run import damaged_checkpoints, find_continuation, plan_outline
 
         for fault in damaged_checkpoints(run):
             typer.echo(f"warning: {fault}. It is passed over for an older one, if there is one.", err=True)

@@ -1,16 +1,39 @@
-"""What a run will do, as plain numbers: the answer of `llmtrain train --dry-run`. Pure arithmetic, no torch."""
+"""What a run will do and from where, as plain numbers: the answer of `llmtrain train --dry-run`.
+
+Opens only the small files of checkpoints, no tensor. Imports no torch.
+"""
 
 from dataclasses import dataclass
 from math import prod
 
+from llmtrain.checkpoint.folders import CHECKPOINTS, STATE
+from llmtrain.checkpoint.origin import newest_origin
+from llmtrain.config.budget import Budget, Seen, seen_by
 from llmtrain.config.parameters import declare_parameters, is_frozen, num_active_parameters, num_parameters
 from llmtrain.config.schema import RunConfig
+from llmtrain.errors import CheckpointError
+from llmtrain.files import read_json
 from llmtrain.optim.table import row_of
 from llmtrain.plan.layout_text import LayoutOutline, plan_layout_outline
 from llmtrain.plan.memory import MemoryPlan, plan_memory
-from llmtrain.preflight.continuation import Continuation
-from llmtrain.preflight.resolve import ResolvedRun
-from llmtrain.preflight.source_use import SourceUse, source_uses
+from llmtrain.preflight.differences import resume_target
+from llmtrain.preflight.resolve import ResolvedRun, SourceUse, source_uses
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The checkpoint that a run would continue, and the step it was saved after; 0 for imported weights.
+
+    `data_tokens` is what was read up to there, `last_step` where the run would end now.
+    `is_own` tells a checkpoint of the run itself from one of another run. Opening it may still find damage: then the
+    one before it is taken.
+    """
+
+    checkpoint: str
+    step: int
+    is_own: bool
+    data_tokens: int
+    last_step: int
 
 
 @dataclass(frozen=True)
@@ -45,12 +68,42 @@ class Outline:
     layout: LayoutOutline
 
 
+def damaged_checkpoints(config: RunConfig) -> list[str]:
+    """What is wrong with the checkpoints that a run would pass over for an older one, as their small files tell."""
+    target, damaged = resume_target(config), list[str]()
+    if target is not None:
+        newest_origin(target, damaged)
+    return damaged
+
+
+def find_continuation(config: RunConfig) -> Continuation | None:
+    """None where the run begins at its first step, with nothing to begin from.
+
+    Raises CheckpointError where the checkpoint does not say after which step it was saved.
+    """
+    target = resume_target(config)
+    origin = newest_origin(target) if target is not None else None
+    if origin is None:
+        return None
+    try:
+        state = read_json(origin.path / STATE)
+        seen = seen_by(state["train"], origin.config) if origin.trained else Seen()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{origin.path / STATE}: does not say how far training was: {error!r}") from error
+    own = config.run_dir / CHECKPOINTS
+    is_own, last_step = origin.path.resolve().parent == own.resolve(), Budget.of(config).last_step(seen)
+    return Continuation(str(origin.path), seen.step, is_own, seen.data_tokens, last_step)
+
+
 def plan_outline(resolved: ResolvedRun, continues: Continuation | None = None) -> Outline:
     """The sizes of a run that keeps the arithmetic rules, and what it makes of its data."""
     config, train, layout = resolved.config, resolved.config.train, resolved.layout
     tokens_per_step = train.global_batch_size * config.data.seq_len
     steps = continues.last_step if continues else config.total_steps
     before, ahead = (continues.data_tokens, steps - continues.step) if continues else (0, steps)
+    declared = declare_parameters(config.model).items()
+    # With the padding of the vocabulary: checkpoints hold it.
+    trained = sum(prod(parameter.shape) for name, parameter in declared if not is_frozen(name, config.optim.freeze))
     return Outline(
         name=config.name,
         run_folder=str(resolved.run_dir),
@@ -73,15 +126,8 @@ def plan_outline(resolved: ResolvedRun, continues: Continuation | None = None) -
         checkpoint_every_steps=config.checkpoint.every_steps,
         windows=config.data.windows,
         sources=tuple(source_uses(resolved)),
-        checkpoint_bytes=_checkpoint_bytes(config),
+        checkpoint_bytes=row_of(config.optim).stored_bytes * trained,
         memory=plan_memory(config, layout, resolved.lengths),
         continues=continues,
         layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),
     )
-
-
-def _checkpoint_bytes(config: RunConfig) -> int:
-    """Masters and moments of what is trained, padding of the vocabulary included."""
-    declared = declare_parameters(config.model).items()
-    trained = sum(prod(parameter.shape) for name, parameter in declared if not is_frozen(name, config.optim.freeze))
-    return row_of(config.optim).stored_bytes * trained

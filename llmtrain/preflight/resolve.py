@@ -1,18 +1,40 @@
-"""A run's configuration, with all that follows from it and from its data: derived once per process, and handed on."""
+"""A run's configuration with everything that follows from it and from its data, derived once per process and handed on.
 
-from collections.abc import MutableMapping
-from dataclasses import dataclass
+What the configuration leaves open is filled in here, before a run starts, so that the run folder says it: the kind of
+windows, and the ids that the model has to know, of the data's tokenizer and of its objective. Imports no torch, and a
+tokenizer only where one has to be asked.
+"""
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from llmtrain.config.schema import DataConfig, RunConfig, SourceConfig
-from llmtrain.config.sequence_lengths import Lengths, sample_lengths
-from llmtrain.data.storage.folders import fetch_config, open_folder, run_tokenizer
+from llmtrain.checkpoint.origin import newest_origin
+from llmtrain.config.objective import SpecialTokensConfig, needed_tokens
+from llmtrain.config.reading.key_names import shown
+from llmtrain.config.schema import DataConfig, RunConfig, SourceConfig, WindowKind
+from llmtrain.config.sequence_lengths import NUM_SENTINELS, Lengths, num_sentinels, sample_lengths
+from llmtrain.data.storage.folders import fetch_config, open_folder, run_settings, run_tokenizer
 from llmtrain.data.storage.manifest import Manifest
-from llmtrain.errors import ConfigError
+from llmtrain.data.storage.remote import shown_path
+from llmtrain.data.stream import DataUse, data_use, samples_once
+from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.parallel.layout import Layout, plan_layout
-from llmtrain.preflight.vocabulary import fill_vocabulary, is_filled
-from llmtrain.preflight.windows import with_windows
+from llmtrain.preflight.data_identity import windows_of
+from llmtrain.preflight.differences import resume_target
+
+if TYPE_CHECKING:
+    from llmtrain.values.tokenizer import Tokenizer
+
+FIM_NAMES = (
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
+    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+)
+"""What tokenizers call fim's sentinels."""
+
+SPECIAL_KEY = "data.special_tokens"
 
 Manifests = MutableMapping[str, Manifest]
 """What was read already, by the path of the source. Some data sets have ten thousand shards, and a source may be named
@@ -70,3 +92,161 @@ def read_manifests(sources: tuple[SourceConfig, ...], data: DataConfig, manifest
         if source.path not in manifests:
             manifests[source.path] = open_folder(source.path, fetch_config(data)).read_manifest()
     return tuple(manifests[source.path] for source in sources)
+
+
+def with_windows(config: RunConfig) -> RunConfig:
+    """The configuration with data.windows filled in.
+
+    Before that was a key, every sample lay in one shard. What sample n is must not change under a run, so one that goes
+    on from such a checkpoint stays with that.
+    """
+    if config.data.windows is not None:
+        return config
+    target = resume_target(config)
+    origin = newest_origin(target) if target else None
+    windows: WindowKind = windows_of(origin.section("data")) if origin and origin.trained else "continuous"
+    return config.with_keys({"data.windows": windows})
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """What a run makes of one source. `epochs`: how often it goes through it; an evaluation, how much of it it reads,
+    each time, and once at most."""
+
+    split: str
+    path: str
+    weight: int
+    use: DataUse
+    epochs: float
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat object."""
+        return {**{key: value for key, value in asdict(self).items() if key != "use"}, **asdict(self.use)}
+
+
+def source_uses(resolved: ResolvedRun) -> list[SourceUse]:
+    """What a run makes of each of its sources."""
+    config, data, windows = resolved.config, resolved.config.data, resolved.config.data.windows or "continuous"
+    splits = (
+        ("train", data.train, resolved.train, config.total_steps),
+        ("valid", data.valid, resolved.valid, config.evaluate.steps),
+    )
+    found = []
+    for split, sources, manifests, steps in splits:
+        samples, weights = steps * config.train.global_batch_size, sum(source.weight for source in sources)
+        for source, manifest in zip(sources, manifests, strict=True):
+            use = data_use(manifest, data.seq_len, windows)
+            taken = samples * source.weight / weights
+            if split == "valid":
+                taken = min(taken, samples_once(manifest, data.seq_len, windows))
+            found.append(SourceUse(split, shown_path(source.path), source.weight, use, taken / use.samples))
+    return found
+
+
+def is_filled(config: RunConfig) -> bool:
+    """True where neither the vocabulary's size nor a special token that the objective needs is left open."""
+    names = needed_tokens(config.model.family, config.data.objective)
+    given = all(getattr(config.data.special_tokens, name) is not None for name in names)
+    return config.model.vocab_size is not None and given
+
+
+def fill_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig | list[Problem]:
+    """The configuration with model.vocab_size and the data.special_tokens that its objective needs filled in.
+
+    `manifest` is that of the first training source. Returns problems where something is impossible or an id is wrong;
+    raises DataError where the data set's tokenizer is damaged.
+    """
+    special, needed = config.data.special_tokens, needed_tokens(config.model.family, config.data.objective)
+    if needed:
+        tokenizer = _find_tokenizer(config, manifest)
+        if isinstance(tokenizer, Problem):
+            return [tokenizer]
+        special, problems = _filled(config, tokenizer)
+        problems = problems or [*_wrong_ids(special, needed, tokenizer)]
+        if problems:
+            return problems
+    ids = [token for name in needed for token in _ids(special, name)]
+    size = max([manifest.vocab_size, *(token + 1 for token in ids)])
+    if config.model.vocab_size is not None and config.model.vocab_size < size:
+        return [_too_small(config, manifest, size)]
+    return config.with_keys({"model.vocab_size": config.model.vocab_size or size, SPECIAL_KEY: special})
+
+
+def _find_tokenizer(config: RunConfig, manifest: Manifest) -> "Tokenizer | Problem":
+    from llmtrain.data.tokenizer import load_tokenizer  # its libraries are slow to import
+
+    try:
+        return load_tokenizer(run_tokenizer(config.data, manifest), run_settings(config.data, manifest))
+    except (ConfigError, DataError) as error:
+        if isinstance(error, DataError) and config.data.tokenizer is None:
+            raise  # of the data set itself: nothing in the configuration would mend it
+        message = f"data.objective = {config.data.objective} needs it, for special tokens: {error}"
+        return Problem("data.tokenizer", message, config.data.tokenizer, uses=("data.objective",))
+
+
+def _filled(config: RunConfig, tokenizer: "Tokenizer") -> tuple[SpecialTokensConfig, list[Problem]]:
+    """Special tokens with what the objective needs, and what nothing can be filled in for."""
+    special, objective = config.data.special_tokens, config.data.objective
+    found: dict[str, object] = {}
+    problems = []
+    for name in needed_tokens(config.model.family, objective):
+        if getattr(special, name) is not None:
+            continue
+        if name == "sentinels":
+            found[name] = _find_sentinels(config, tokenizer)
+            continue
+        token = tokenizer.mask_id if name == "mask" else tokenizer.pad_id
+        if token is None:
+            message = (
+                f"data.objective = {objective} needs a {name} token, and {tokenizer.path} has none. Try "
+                f"{SPECIAL_KEY}.{name}={tokenizer.vocab_size}, the first id that the tokenizer leaves free."
+            )
+            problems.append(Problem(f"{SPECIAL_KEY}.{name}", message, uses=("data.objective",)))
+        found[name] = token
+    return special.with_keys(found), problems
+
+
+def _find_sentinels(config: RunConfig, tokenizer: "Tokenizer") -> tuple[int, ...]:
+    """Those that the tokenizer has, where they suffice, else ids above all others in use."""
+    count, special = num_sentinels(config.data), config.data.special_tokens
+    if config.data.objective == "fim":
+        families, wanted = FIM_NAMES, count
+    else:
+        families, wanted = ([f"<extra_id_{number}>" for number in range(max(count, NUM_SENTINELS))],), NUM_SENTINELS
+    for names in families:
+        ids = [token for token in map(tokenizer.special_id, names) if token is not None]
+        if len(ids) >= count and ids == [tokenizer.special_id(name) for name in names[: len(ids)]]:
+            return tuple(ids)
+    first = max([tokenizer.vocab_size, *(token + 1 for token in (special.mask, special.pad) if token is not None)])
+    return tuple(range(first, first + max(count, wanted)))
+
+
+def _ids(special: SpecialTokensConfig, name: str) -> tuple[int, ...]:
+    value = getattr(special, name)
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _wrong_ids(special: SpecialTokensConfig, needed: tuple[str, ...], tokenizer: "Tokenizer") -> Iterator[Problem]:
+    """A special token must not occur in the data: its id is a special one of the tokenizer, or lies above them all."""
+    is_special = tokenizer.special
+    for name in needed:
+        for token in _ids(special, name):
+            key = f"{SPECIAL_KEY}.{name}"
+            if token < tokenizer.vocab_size and not is_special[token]:
+                piece = shown(key, tokenizer.pieces[token])
+                message = (
+                    f"{token} is the piece {piece} of {tokenizer.path}, which texts contain. Give the id of a special "
+                    f"token, or one from {tokenizer.vocab_size} on, which the tokenizer leaves free; null finds one."
+                )
+                yield Problem(key, message, token)
+            elif token == tokenizer.eos_id and name != "pad":
+                message = f"{token} ends every document ({tokenizer.path}). Give another id; null finds one."
+                yield Problem(key, message, token)
+
+
+def _too_small(config: RunConfig, manifest: Manifest, size: int) -> Problem:
+    tokens = f"the data's tokenizer has {manifest.vocab_size} tokens ({shown_path(config.data.train[0].path)})"
+    if size > manifest.vocab_size:
+        tokens += f", and data.objective = {config.data.objective} uses ids up to {size - 1}"
+    message = f"{tokens}. Try model.vocab_size={size}, or null to take it from the data."
+    return Problem("model.vocab_size", message, config.model.vocab_size, uses=("data.objective",))

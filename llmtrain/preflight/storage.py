@@ -10,9 +10,6 @@ from pathlib import Path
 from llmtrain.checkpoint.folders import (
     CHECKPOINTS,
     Room,
-    folder_of_checkpoints,
-    is_checkpoint,
-    nearest_checkpoint,
     plan_room,
 )
 from llmtrain.checkpoint.origin import newest_origin
@@ -21,19 +18,31 @@ from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig, SourceConfig
 from llmtrain.data.storage.folders import fetch_config, run_settings, run_tokenizer, scheme_fault
-from llmtrain.data.storage.manifest import MANIFEST_NAME, Manifest, file_sha256, parse_manifest, read_manifest
+from llmtrain.data.storage.manifest import (
+    MANIFEST_NAME,
+    TOKENIZER_NAMES,
+    Manifest,
+    file_sha256,
+    parse_manifest,
+    read_manifest,
+)
 from llmtrain.data.storage.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
 from llmtrain.data.stream import data_use
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.optim.table import row_of
-from llmtrain.preflight.resolve import Manifests, ResolvedRun, read_manifests
-from llmtrain.preflight.resume_rules import TOKENIZER_NAMES, differences, no_base, refusals, resume_target
-from llmtrain.preflight.vocabulary import SPECIAL_KEY, fill_vocabulary
-from llmtrain.preflight.windows import with_windows
+from llmtrain.preflight.resolve import (
+    SPECIAL_KEY,
+    Manifests,
+    ResolvedRun,
+    fill_vocabulary,
+    read_manifests,
+    with_windows,
+)
+from llmtrain.preflight.resume_rules import continuity_problems, resume_problems
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.file_system import folder_fault
-from llmtrain.words import bytes_text
+from llmtrain.words import bytes_text, looked_from
 
 FIRST = "data.train.0.path"
 """The source whose tokenizer is that of the run."""
@@ -79,7 +88,8 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     read: Manifests = {}
     problems: list[Problem] = []
     for key, source in _iter_sources(config):
-        found = read.get(source.path) or _find_manifest(key, source, config)
+        look = _remote_manifest if scheme_of(source.path) else _local_manifest
+        found = read.get(source.path) or look(key, source, config)
         if isinstance(found, Problem):
             problems.append(found)
             continue
@@ -92,9 +102,9 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
         config = filled
     elif not any(problem.key == found.key for problem in problems for found in filled):
         problems.extend(filled)
-    problems.extend(_resume_problems(config))
+    problems.extend(resume_problems(config))
     unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size")
-    problems.extend(found for found in _continuity_problems(config, manifests) if not found.key.startswith(unknown))
+    problems.extend(found for found in continuity_problems(config, manifests) if not found.key.startswith(unknown))
     faults = _output_problems(config)
     if not faults:
         _require_records(config)
@@ -123,12 +133,6 @@ def _iter_sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:
             yield f"data.{split}.{number}.path", source
 
 
-def _find_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manifest | Problem:
-    if scheme_of(source.path):
-        return _remote_manifest(key, source, config)
-    return _source_problem(key, source) or read_manifest(Path(source.path))
-
-
 def _remote_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manifest | Problem:
     """The manifest behind a URL, or why there is none. Raises DataError where it is damaged."""
     shown = shown_path(source.path)
@@ -143,21 +147,18 @@ def _remote_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manif
     return parse_manifest(content, remote.location(MANIFEST_NAME))
 
 
-def _source_problem(key: str, source: SourceConfig) -> Problem | None:
+def _local_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manifest | Problem:
+    """The manifest in a folder, or why there is none. Raises DataError where it is damaged."""
     folder = Path(source.path)
     if not folder.exists():
-        return Problem(key, f"no such folder. {_seen_from(folder)}{SHARDS_HINT}", source.path)
+        return Problem(key, f"no such folder. {looked_from(folder)}{SHARDS_HINT}", source.path)
     if not folder.is_dir():
         return Problem(key, f"is a file; a data set is a folder of shards. {SHARDS_HINT}", source.path)
     if not (folder / MANIFEST_NAME).is_file():
         below = sorted(entry.parent.name for entry in folder.glob(f"*/{MANIFEST_NAME}"))
         hint = f"Try {folder / below[0]}." if below else SHARDS_HINT
         return Problem(key, f"the folder has no {MANIFEST_NAME}, so it is no data set. {hint}", source.path)
-    return None
-
-
-def _seen_from(path: Path) -> str:
-    return "" if path.is_absolute() else f"Looked from {Path.cwd()}. "
+    return read_manifest(folder)
 
 
 def _too_short(config: RunConfig, key: str, source: SourceConfig, manifest: Manifest) -> Iterator[Problem]:
@@ -231,7 +232,7 @@ def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> It
     found = [candidate for candidate in near if candidate.is_file()]
     advice = f"Try {found[0]}." if found else "Train one with `llmtrain data tokenizer INPUT... OUT.model`."
     kind = "is a folder" if path.is_dir() else "no such file"
-    yield Problem("data.tokenizer", f"{kind}. {_seen_from(path)}{advice}", named)
+    yield Problem("data.tokenizer", f"{kind}. {looked_from(path)}{advice}", named)
 
 
 def _kept_tokenizer_problems(config: RunConfig, first: Manifest) -> Iterator[Problem]:
@@ -242,33 +243,6 @@ def _kept_tokenizer_problems(config: RunConfig, first: Manifest) -> Iterator[Pro
         if isinstance(error, DataError) and scheme_of(config.data.train[0].path) is None:
             raise
         yield Problem("data.tokenizer", str(error))
-
-
-def _resume_problems(config: RunConfig) -> Iterator[Problem]:
-    resume = config.checkpoint.resume
-    path = Path(resume)
-    if resume in ("auto", "none") or is_checkpoint(path) or folder_of_checkpoints(path):
-        return
-    if (path / "config.json").is_file():
-        message = f"is a Hugging Face folder. Run `llmtrain import {path} OUT`, and resume from OUT."
-        yield Problem("checkpoint.resume", message, resume)
-        return
-    missing = f"no such checkpoint. {_seen_from(path)}".rstrip()
-    fault = "is neither a checkpoint nor a run with one." if path.exists() else missing
-    near = nearest_checkpoint(path)
-    advice = f"Try {near}." if near else "Write auto, none, or the path of a checkpoint or of a run."
-    yield Problem("checkpoint.resume", f"{fault} {advice}", resume)
-
-
-def _continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> list[Problem]:
-    """What differs from the checkpoint that the run would continue. Whether that one is whole is found out later."""
-    target = resume_target(config)
-    origin = newest_origin(target) if target else None
-    if origin is None:
-        return [no_base(config)] if config.optim.freeze else []
-    keys = [f"data.train.{number}.path" for number in range(len(config.data.train))]
-    training = [manifests[key] for key in keys if key in manifests]
-    return refusals(differences(origin, config, training if len(training) == len(keys) else None), config)
 
 
 def _require_records(config: RunConfig) -> None:

@@ -24,18 +24,10 @@ from llmtrain.data.token_roles import SETTINGS_NAME, TrainedTokens, read_setting
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_bytes, replace_file, sealed_text
 from llmtrain.observe.machine import save_environment
-from llmtrain.preflight.resolve import ResolvedRun
-from llmtrain.preflight.resume_rules import (
-    data_record,
-    differences,
-    evaluation_record,
-    no_base,
-    noted_changes,
-    one_line,
-    refusals,
-    resume_target,
-)
-from llmtrain.preflight.source_use import source_uses
+from llmtrain.preflight.data_identity import data_record, evaluation_record
+from llmtrain.preflight.differences import differences, noted_changes, resume_target
+from llmtrain.preflight.resolve import ResolvedRun, source_uses
+from llmtrain.preflight.resume_rules import no_base, one_line, refusals
 from llmtrain.runs.attempts import StartedAttempt, begin_attempt
 from llmtrain.runs.folder import RunFolder
 from llmtrain.runs.metrics_file import METRICS_FILE

@@ -18,8 +18,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.manifest import parse_manifest
 from llmtrain.errors import DataError
 from llmtrain.parallel.layout import plan_layout
-from llmtrain.preflight.resolve import resolve
-from llmtrain.preflight.vocabulary import fill_vocabulary
+from llmtrain.preflight.resolve import fill_vocabulary, resolve
 from llmtrain.runs.metrics_file import read_rows
 from tests.support.datasets import UNREAD_TOKENIZER, VOCAB_SIZE, random_documents, write_dataset
 from tests.support.small_runs import train_here

@@ -10,7 +10,9 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.schema import DataConfig
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.models.transformer import build_model
-from llmtrain.preflight.resume_rules import FREE_DATA_KEYS, FREE_MODEL_KEYS, is_allowed, shape_keys
+from llmtrain.preflight.data_identity import FREE_DATA_KEYS
+from llmtrain.preflight.differences import FREE_MODEL_KEYS, shape_keys
+from llmtrain.preflight.resume_rules import is_allowed
 from llmtrain.runs.audit import iter_events
 from tests.support.run_files import GOOD_RUN, write_data_set, write_good_run
 from tests.unit.checkpoint.saved import save

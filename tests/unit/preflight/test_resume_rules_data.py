@@ -11,9 +11,9 @@ from llmtrain.config.reading.load import load_config
 from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.data.storage.manifest import ShardEntry, file_sha256, read_manifest, write_manifest
 from llmtrain.errors import ConfigError
-from llmtrain.preflight import resume_rules
+from llmtrain.preflight import differences
+from llmtrain.preflight.data_identity import data_record
 from llmtrain.preflight.resolve import ResolvedRun, resolve
-from llmtrain.preflight.resume_rules import data_record
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train.start import find_start
@@ -136,14 +136,14 @@ def test_without_the_hashes_a_changed_data_set_would_go_unseen(
     """What the tests above see refused is refused for its content, and for nothing else."""
     rewrite_shards(folder / "shards/train", shard(0, "b"))
     assert check(capsys)[0] == 2
-    monkeypatch.setattr(resume_rules, "_source_differences", lambda origin, config, manifests: [])
+    monkeypatch.setattr(differences, "_source_differences", lambda origin, config, manifests: [])
     assert check(capsys) == (0, "")
     assert start().step == 10
 
 
 def test_what_an_address_hides_is_not_written_down() -> None:
     config = load_config(Path("run.yaml"), ["data.train.0.path='https://me:secret@host/shards'"]).config
-    record = resume_rules.data_record(config, [read_manifest("shards/train")])
+    record = data_record(config, [read_manifest("shards/train")])
     assert "host/shards" in record["sources"][0]["path"]
     assert "secret" not in str(record)
 

@@ -8,8 +8,8 @@ import pytest
 from llmtrain.cli import main
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.reading.rendering import to_yaml
+from llmtrain.preflight.data_identity import data_record
 from llmtrain.preflight.resolve import resolve
-from llmtrain.preflight.resume_rules import data_record
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train.start import Start, find_start
 from tests.unit.checkpoint.saved import save

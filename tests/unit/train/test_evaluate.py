@@ -15,8 +15,7 @@ from llmtrain.data.row_config import build_recipe
 from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.stream import samples_once
 from llmtrain.engines.torch_engine import TorchEngine
-from llmtrain.preflight.resolve import resolve
-from llmtrain.preflight.source_use import source_uses
+from llmtrain.preflight.resolve import resolve, source_uses
 from llmtrain.train.loop import Evaluation
 from llmtrain.train.setup import build_loader
 from llmtrain.values.batch import IGNORED_LABEL, Batch

@@ -1,0 +1,68 @@
+"""The identity of a stream of samples: which data it comes from, and which sample a number means. Imports no torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmtrain.config.schema import DataConfig, RunConfig, WindowKind
+from llmtrain.data.storage.manifest import Manifest
+from llmtrain.data.storage.remote import shown_path
+from llmtrain.data.token_roles import TrainedTokens
+
+FREE_DATA_KEYS = (
+    "valid",
+    "verify",
+    "on_corrupt",
+    "max_skipped",
+    "cache_dir",
+    "fetch_attempts",
+    "fetch_timeout_seconds",
+    "prefetch_steps",
+)
+"""They do not change which sample a number means. All other keys of the section are compared, so that a new one is."""
+
+
+def content_sha256(manifest: Manifest) -> str:
+    """What tells data sets apart: tokens, their documents and their order. Not where they lie, nor names of files."""
+    meaning: tuple[Any, ...] = (manifest.tokenizer_sha256, manifest.vocab_size, manifest.dtype, manifest.eos_id)
+    if manifest.bos_ids:
+        meaning = (*meaning, manifest.bos_ids)
+    shards = [(shard.sha256, shard.samples, shard.tokens) for shard in manifest.shards]
+    return hashlib.sha256(json.dumps([meaning, shards]).encode()).hexdigest()
+
+
+def data_record(config: RunConfig, manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """What a checkpoint says about the data it was trained on, as JSON; `manifests` are those of data.train."""
+    sources = [
+        {"path": shown_path(source.path), "weight": source.weight, "content_sha256": content_sha256(manifest)}
+        for source, manifest in zip(config.data.train, manifests, strict=True)
+    ]
+    first = manifests[0]
+    tokens = TrainedTokens(first.tokenizer_sha256, first.eos_id, first.bos_ids, bool(first.settings_sha256))
+    return {**tokens.to_json(), "sources": sources}
+
+
+def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str | None:
+    """A hash of what a validation loss is measured on; `manifests` are those of data.valid. None where there are none.
+
+    Losses are compared where it is equal: validation data and how much of it is read may change at any time.
+    """
+    if not manifests:
+        return None
+    weights = [source.weight for source in config.data.valid]
+    sources = list(zip(weights, map(content_sha256, manifests), strict=True))
+    samples = config.evaluate.steps * config.train.global_batch_size
+    return hashlib.sha256(json.dumps([sources, samples, stream_keys(config.data), config.seed]).encode()).hexdigest()
+
+
+def windows_of(data: Mapping[str, Any]) -> WindowKind:
+    """What data.windows means in a section as it was saved: before there was the key, samples lay in one shard."""
+    return "per_shard" if data.get("windows", "per_shard") == "per_shard" else "continuous"
+
+
+def stream_keys(data: DataConfig) -> dict[str, Any]:
+    """What decides which sample a number means, beside the sources."""
+    elsewhere = ("train", "tokenizer", *FREE_DATA_KEYS)
+    keys = {name: value for name, value in data.model_dump(mode="json").items() if name not in elsewhere}
+    return {**keys, "windows": windows_of(keys)}

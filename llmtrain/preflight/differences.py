@@ -1,0 +1,258 @@
+"""The checkpoint that a run would continue, and every key in which the two differ. Imports no torch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llmtrain.checkpoint.folders import CHECKPOINTS, CONFIG, checkpoint_steps, folder_of_checkpoints, is_checkpoint
+from llmtrain.checkpoint.origin import Origin
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import frozen_names, parameter_shapes
+from llmtrain.config.reading.key_names import shown
+from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConfig
+from llmtrain.data.storage.manifest import TOKENIZER_NAMES, Manifest, file_sha256
+from llmtrain.data.storage.remote import shown_path
+from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
+from llmtrain.errors import CheckpointError
+from llmtrain.preflight.data_identity import data_record, stream_keys, windows_of
+
+FREE_MODEL_KEYS = ("init",)
+"""Weights are drawn at the first step only."""
+
+HEAD_KEYS = ("num_heads", "num_kv_heads", "head_dim")
+"""How heads lie in the tensors, whatever their shapes."""
+
+SHOWN_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose value is not the checkpoint's. `value` is what the user wrote, `now` what it means.
+
+    `fixed` marks what no permission can make fit.
+    """
+
+    key: str
+    was: Any
+    now: Any
+    value: Any
+    text: str
+    fixed: bool = False
+    advice: str = (
+        "Set it back. The model's shape can never be allowed to change: that is a new run, under another name and "
+        "with checkpoint.resume=auto."
+    )
+    """What is told of one that cannot be allowed."""
+
+
+def resume_target(config: RunConfig) -> Path | None:
+    """What the run would continue: a checkpoint, or a folder whose newest valid one is meant; None for neither.
+
+    `checkpoint.resume` is auto, none, or the path of a checkpoint, of a run or of an import. A path inside this run
+    goes back to it; one outside is where the run begins, until it has checkpoints of its own.
+    """
+    resume = config.checkpoint.resume
+    if resume == "none":
+        return None
+    run_dir = config.run_dir
+    own = run_dir / CHECKPOINTS
+    path = Path(resume)
+    inside = resume != "auto" and path.resolve().is_relative_to(run_dir.resolve())
+    newest = resume == "auto" or path.resolve() in (run_dir.resolve(), own.resolve())
+    if newest or (checkpoint_steps(own) and not inside):
+        return own
+    return path if is_checkpoint(path) else folder_of_checkpoints(path) or path
+
+
+def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest] | None) -> list[Difference]:
+    """Everything in which a run differs from a checkpoint that it would continue, and must not by itself.
+
+    `manifests` are those of data.train, None where they could not be read: then neither data nor tokenizer are
+    compared. Of imported weights only the model's shape and the tokenizer are. Raises CheckpointError where the
+    checkpoint's configuration cannot be understood.
+    """
+    found = _model_differences(origin, config, manifests)
+    if not origin.trained:
+        return [*(item for item in found if item.fixed), *_tokenizer_differences(origin, config, manifests)]
+    if (was := origin.config.get("seed", config.seed)) != config.seed:
+        found.append(_plain(origin, "seed", was, config.seed, config.seed))
+    found += _optimizer_differences(origin, config.optim)
+    found += _freeze_differences(origin, config)
+    found += _data_differences(origin, config.data)
+    found += _tokenizer_differences(origin, config, manifests)
+    return found + _source_differences(origin, config, manifests)
+
+
+def noted_changes(origin: Origin, config: RunConfig) -> list[Difference]:
+    """What may change at any time and is worth a word: the optimizer and the batch size; of imports, the model."""
+    if not origin.trained:
+        return [item for item in _model_differences(origin, config, None) if not item.fixed]
+    was = {**OptimConfig().model_dump(mode="json"), **origin.section("optim")}
+    found = list(_changed(origin, was, config.optim.model_dump(mode="json"), "optim"))
+    default = TrainConfig.model_fields["global_batch_size"].default
+    size, now = origin.section("train").get("global_batch_size", default), config.train.global_batch_size
+    return [*found, _plain(origin, "train.global_batch_size", size, now, now)] if size != now else found
+
+
+def is_elsewhere(config: RunConfig) -> bool:
+    """Whether the run would continue what is not its own: then another name changes nothing."""
+    target = resume_target(config)
+    return target is not None and not target.resolve().is_relative_to((config.run_dir).resolve())
+
+
+def _plain(origin: Origin, key: str, was: Any, now: Any, value: Any, fixed: bool = False) -> Difference:
+    return Difference(key, was, now, value, f"the checkpoint {origin.path} has {shown(key, was)}", fixed)
+
+
+def _changed(
+    origin: Origin,
+    was: Mapping[str, Any],
+    now: Mapping[str, Any],
+    key: str,
+    fixed: Callable[[str], bool] = lambda path: False,
+) -> Iterator[Difference]:
+    """Keys of two sections that differ; `fixed` is asked with the dotted key."""
+    for name in {**now, **was}:
+        old, new, path = was.get(name), now.get(name), f"{key}.{name}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changed(origin, old, new, path, fixed)
+        elif old != new:
+            yield _plain(origin, path, old, new, "null" if new is None else new, fixed(path))
+
+
+def _model_differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest] | None) -> list[Difference]:
+    try:
+        was = ModelConfig.model_validate(origin.section("model"))
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]
+        key = ".".join(("model", *map(str, reason["loc"])))
+        raise CheckpointError(
+            f"{origin.path / CONFIG}: {key}: {reason['msg']}. Another version of llmtrain may have saved it."
+        ) from error
+    now = config.model
+    if now.vocab_size is None:
+        vocab_size = manifests[0].vocab_size if manifests else was.vocab_size
+        now = now.with_keys({"vocab_size": vocab_size})
+    shaping = shape_keys(was, now)
+    before, after = _effective(was, now), _effective(now, was)
+    if "learned" not in (was.position, now.position):
+        before["max_seq_len"] = after["max_seq_len"]  # no weight and no number depends on it
+    return list(_changed(origin, before, after, "model", lambda path: path.split(".")[1] in shaping))
+
+
+def shape_keys(was: ModelConfig, now: ModelConfig) -> set[str]:
+    """The keys whose difference changes which tensors there are, their shapes, or how heads lie in them.
+
+    Each is tried alone, in both directions: a new kind of positions may bring a table along that other keys shape.
+    """
+    changed = [name for name in type(was).model_fields if getattr(was, name) != getattr(now, name)]
+    found: set[str] = set(HEAD_KEYS)
+    for name in changed:
+        for base, other in ((was, now), (now, was)):
+            one = base.with_keys({name: getattr(other, name)})
+            if parameter_shapes(one) != parameter_shapes(base):
+                found.add(name)
+    return found
+
+
+def _effective(model: ModelConfig, other: ModelConfig) -> dict[str, Any]:
+    """The section; a size that one of the two leaves out and the other writes is written out."""
+    sizes = {"num_kv_heads": model.kv_heads, "head_dim": model.head_size, "ffn_hidden_size": model.ffn_size}
+    written = {name: size for name, size in sizes.items() if getattr(model, name) or getattr(other, name)}
+    everything = {**model.model_dump(mode="json"), **written}
+    return {name: value for name, value in everything.items() if name not in FREE_MODEL_KEYS}
+
+
+def _freeze_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]:
+    """A run trains the same parameters from its first step to its last. One that begins from another's checkpoint may
+    freeze more of them, but has no moments of those that were frozen there."""
+    was, now = tuple(origin.section("optim").get("freeze", ())), config.optim.freeze
+    if was == now or config.model.vocab_size is None:
+        return
+    frozen, before = (set(frozen_names(config.model, patterns)) for patterns in (now, was))
+    if frozen == before or (is_elsewhere(config) and before < frozen):
+        return
+    text = f"the checkpoint {origin.path} was trained with {shown('optim.freeze', list(was))}"
+    advice = "Set it back. To train other parameters, begin a new run from an export of this one, imported."
+    yield Difference("optim.freeze", list(was), list(now), list(now), text, True, advice)
+
+
+def _optimizer_differences(origin: Origin, optim: OptimConfig) -> Iterator[Difference]:
+    was = origin.section("optim").get("name", OptimConfig().name)
+    if was != optim.name:
+        text = f"the checkpoint {origin.path} has the moments of another optimizer, {was}"
+        advice = (
+            f"Set it back. To train its weights on with {optim.name}, export it, import the export, and begin a new "
+            "run from there with checkpoint.resume."
+        )
+        yield Difference("optim.name", was, optim.name, optim.name, text, True, advice)
+
+
+def _data_differences(origin: Origin, data: DataConfig) -> Iterator[Difference]:
+    now = stream_keys(data)
+    defaults = DataConfig(train=data.train).model_dump(mode="json")
+    section = origin.section("data")
+    saved = {**defaults, **section, "windows": windows_of(section)}
+    return _changed(origin, {name: saved[name] for name in now}, now, "data")
+
+
+def _tokenizer_differences(
+    origin: Origin, config: RunConfig, manifests: Sequence[Manifest] | None
+) -> Iterator[Difference]:
+    was = _saved_tokenizer(origin)
+    if not manifests or was is None or was == manifests[0].tokenizer_sha256:
+        return
+    now = manifests[0].tokenizer_sha256
+    if not origin.trained:
+        settings = origin.path.absolute().parent.parent / SETTINGS_NAME
+        # An own export has a tokenizer that was proved to give the same ids as the one beside the imported weights.
+        if settings.is_file() and now in read_settings(settings).equal_sha256:
+            return
+    text = (
+        f"the tokenizer of {shown_path(config.data.train[0].path)} has sha256 {now[:SHOWN_DIGITS]}, "
+        f"that of the checkpoint {origin.path} has {was[:SHOWN_DIGITS]}"
+    )
+    yield Difference("data.tokenizer", was, now, config.data.tokenizer, text)
+
+
+def _saved_tokenizer(origin: Origin) -> str | None:
+    """The hash that the checkpoint says, or for imported weights that of the file beside them; None for neither."""
+    said = origin.about.get("data", {}).get("tokenizer_sha256")
+    if said is not None or origin.trained:
+        return said
+    run = origin.path.absolute().parent.parent
+    return next((file_sha256(run / name) for name in TOKENIZER_NAMES if (run / name).is_file()), None)
+
+
+def _source_differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest] | None) -> list[Difference]:
+    was = origin.about.get("data", {}).get("sources")
+    if not manifests or was is None:
+        return []
+    now = data_record(config, manifests)["sources"]
+    if len(was) != len(now):
+        paths = [[source["path"] for source in sources] for sources in (was, now)]
+        text = f"the checkpoint {origin.path} was trained on {shown('data.train', paths[0])}"
+        return [Difference("data.train", was, now, paths[1], text)]
+    found = []
+    same_shares = _shares(was) == _shares(now)
+    for number, (old, new) in enumerate(zip(was, now, strict=True)):
+        key, digest = f"data.train.{number}", "content_sha256"
+        if old[digest] != new[digest]:
+            text = (
+                f"its content has sha256 {new[digest][:SHOWN_DIGITS]}; the checkpoint {origin.path} was trained on "
+                f"{old['path']} with {old[digest][:SHOWN_DIGITS]}"
+            )
+            found.append(Difference(f"{key}.path", old, new, new["path"], text))
+        if old["weight"] != new["weight"] and not same_shares:
+            found.append(_plain(origin, f"{key}.weight", old["weight"], new["weight"], new["weight"]))
+    return found
+
+
+def _shares(sources: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Weights without their common divisor, which the schedule does not depend on."""
+    weights = [source["weight"] for source in sources]
+    return [weight // gcd(*weights) for weight in weights]

@@ -3,8 +3,8 @@
 from itertools import groupby
 from pathlib import Path
 
+from llmtrain.config.data import DataConfig
 from llmtrain.config.reading.load import load_config
-from llmtrain.config.schema import DataConfig
 from llmtrain.data.loader import build_stream
 from llmtrain.data.objectives.table import pack_sample
 from llmtrain.data.row_config import build_recipe

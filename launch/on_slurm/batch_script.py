@@ -15,9 +15,8 @@ from pathlib import Path
 
 from launch.on_slurm.launcher import cpus_per_rank
 from launch.rank.log import LOGS
-from llmtrain.config.reading.credentials import text_without_credentials
 from llmtrain.config.reading.document import COMMAND_LINE
-from llmtrain.config.reading.key_names import shown
+from llmtrain.config.reading.shown_values import shown, text_without_credentials
 from llmtrain.config.rules.launch import uneven_nodes
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, LaunchError, Problem

@@ -35,18 +35,18 @@ TRAINING, WATCHING, DATA, RESULTS = "Training", "Watching", "Data", "Results"
 VERBS = {
     "train": Verb("llmtrain.cli.train", "train", "Train a model, or go on where the run stopped.", TRAINING),
     "submit": Verb("llmtrain.cli.submit", "submit", "Hand a run over to Ray or Slurm.", TRAINING),
-    "parity": Verb("llmtrain.cli.parity", "parity", "Compare layouts and engines with one process.", TRAINING),
-    "drill": Verb("llmtrain.cli.drill", "drill", "Inject faults into short runs and see what follows.", TRAINING),
-    "schema": Verb("llmtrain.cli.schema", "schema", "Print the JSON schema of run files, for editors.", TRAINING),
-    "doctor": Verb("llmtrain.cli.doctor", "doctor", "Say what this machine can do, and why not more.", TRAINING),
+    "parity": Verb("llmtrain.cli.checks", "parity", "Compare layouts and engines with one process.", TRAINING),
+    "drill": Verb("llmtrain.cli.checks", "drill", "Inject faults into short runs and see what follows.", TRAINING),
+    "schema": Verb("llmtrain.cli.train", "schema", "Print the JSON schema of run files, for editors.", TRAINING),
+    "doctor": Verb("llmtrain.cli.checks", "doctor", "Say what this machine can do, and why not more.", TRAINING),
     "data": Verb("llmtrain.cli.data", "app", "Make, look at and check data sets.", DATA),
     "checkpoint": Verb("llmtrain.cli.checkpoint", "app", "List, inspect, verify and compare checkpoints.", RESULTS),
-    "status": Verb("llmtrain.cli.status", "status", "Say how far runs are, and what is to be done.", WATCHING),
-    "logs": Verb("llmtrain.cli.logs", "logs", "Print and follow the logs of a run's ranks.", WATCHING),
-    "report": Verb("llmtrain.cli.report", "report", "Write one HTML page about one run or several.", WATCHING),
-    "generate": Verb("llmtrain.cli.generate", "generate", "Continue a text with a trained model.", RESULTS),
-    "export": Verb("llmtrain.cli.interop", "export", "Write a model as a Hugging Face folder.", RESULTS),
-    "import": Verb("llmtrain.cli.interop", "import_", "Read a Hugging Face folder as a checkpoint.", RESULTS),
+    "status": Verb("llmtrain.cli.watching", "status", "Say how far runs are, and what is to be done.", WATCHING),
+    "logs": Verb("llmtrain.cli.watching", "logs", "Print and follow the logs of a run's ranks.", WATCHING),
+    "report": Verb("llmtrain.cli.watching", "report", "Write one HTML page about one run or several.", WATCHING),
+    "generate": Verb("llmtrain.cli.trained_models", "generate", "Continue a text with a trained model.", RESULTS),
+    "export": Verb("llmtrain.cli.trained_models", "export", "Write a model as a Hugging Face folder.", RESULTS),
+    "import": Verb("llmtrain.cli.trained_models", "import_", "Read a Hugging Face folder as a checkpoint.", RESULTS),
 }
 """Every verb of the command. The summary stands here too, so that `--help` need not import the module."""
 
@@ -121,7 +121,8 @@ def refuse_keys_as_options(verb: Any, arguments: Sequence[str]) -> None:
         if not option.startswith("--") or option in options:
             continue
 
-        from llmtrain.config.reading.key_names import all_keys, shown, suggested_keys
+        from llmtrain.config.reading.shown_values import shown
+        from llmtrain.config.reading.suggestions import all_keys, suggested_keys
 
         word = option.removeprefix("--").replace("-", "_")
         keys = [word] if word in all_keys() else suggested_keys(word.split("."))
@@ -141,18 +142,15 @@ def report_error(error: LlmtrainError) -> None:
 
     Whatever a library or a rule has put into the text, no URL keeps its credentials.
     """
-    from llmtrain.config.reading.credentials import text_without_credentials
+    from llmtrain.config.reading.shown_values import text_without_credentials
 
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    mark = typer.style("error:", fg="red", bold=True) if coloured else "error:"
     lines = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else []
     for line in lines or [str(error)]:
-        typer.echo(f"{_error_mark()} {text_without_credentials(line)}", err=True)
+        typer.echo(f"{mark} {text_without_credentials(line)}", err=True)
     for note in getattr(error, "__notes__", ()):
         typer.echo(text_without_credentials(note), err=True)
-
-
-def _error_mark() -> str:
-    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    return typer.style("error:", fg="red", bold=True) if coloured else "error:"
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,7 +9,7 @@ import typer
 from llmtrain.cli.train import ConfigArgument, OverridesArgument
 
 if TYPE_CHECKING:
-    from launch.on_ray.jobs import Job, JobPlan
+    from launch.on_ray.jobs import JobPlan
     from llmtrain.config.schema import RunConfig
 
 
@@ -91,7 +91,8 @@ def _to_ray(path: Path, overrides: list[str], address: str | None, action: str) 
     if action == "--logs":
         typer.echo(server.log(job.job_id), nl=False)
         return
-    typer.echo(_job_line(server.stop(job.job_id) if action == "--stop" else job))
+    job = server.stop(job.job_id) if action == "--stop" else job
+    typer.echo(f"{job.job_id} {job.status}" + ("" if job.exit_code is None else f" exit code {job.exit_code}"))
 
 
 def _checked(path: Path, overrides: list[str]) -> "RunConfig":
@@ -116,7 +117,3 @@ def _print_plan(plan: "JobPlan") -> None:
         "metadata": plan.metadata,
     }
     typer.echo(f"{json.dumps(asked, indent=2)}\n---\n# run.yaml\n{plan.shown_text}", nl=False)
-
-
-def _job_line(job: "Job") -> str:
-    return f"{job.job_id} {job.status}" + ("" if job.exit_code is None else f" exit code {job.exit_code}")

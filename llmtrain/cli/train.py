@@ -1,4 +1,4 @@
-"""`llmtrain train`: check a configuration in every way that needs no device, then run it."""
+"""`llmtrain train`: check a configuration wherever no device is needed, then run it. `llmtrain schema`: its keys."""
 
 import os
 from importlib import import_module
@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from llmtrain.preflight.dry_run import Outline
     from llmtrain.preflight.resolve import SourceUse
+
 
 ConfigArgument = Annotated[
     Path, typer.Argument(help="The run's YAML file, or llmtrain:runs/NAME.yaml.", metavar="CONFIG", show_default=False)
@@ -91,10 +92,12 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
         typer.echo(json.dumps(asdict(outline), indent=2))
         return
     evaluate, checkpoint = outline.evaluate_every_steps, outline.checkpoint_every_steps
+    active = outline.active_parameters
+    met = f" (a token meets {active:,})" if active < outline.parameters else ""
     lines = {
         "run folder": outline.run_folder,
         "starts": _start(outline),
-        "model": _model(outline),
+        "model": f"{outline.parameters:,} parameters{met}, {outline.vocab_size:,} tokens in the vocabulary",
         "precision": outline.precision,
         "engine": f"{outline.engine}, ZeRO stage {outline.zero_stage}" if outline.zero_stage else outline.engine,
         "ranks": f"{outline.world_size:,} = {_axes(outline)}",
@@ -112,12 +115,6 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
     if outline.world_size > 1:
         for table in layout_tables(outline.layout):
             typer.echo(f"\n{aligned(*table)}")
-
-
-def _model(outline: "Outline") -> str:
-    active = outline.active_parameters
-    met = f" (a token meets {active:,})" if active < outline.parameters else ""
-    return f"{outline.parameters:,} parameters{met}, {outline.vocab_size:,} tokens in the vocabulary"
 
 
 def _source(source: "SourceUse") -> tuple[str, str]:
@@ -167,3 +164,15 @@ def _axes(outline: "Outline") -> str:
 
 def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def schema() -> None:
+    """Print the JSON schema of run files. An editor that knows it completes keys and marks mistakes.
+
+    In VS Code with the YAML extension: `# yaml-language-server: $schema=run.schema.json` as the first line.
+    """
+    import json
+
+    from llmtrain.config.reading.rendering import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))

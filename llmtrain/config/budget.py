@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrain.config.schema import DataConfig, RunConfig, TrainConfig
+from llmtrain.config.data import DataConfig
+from llmtrain.config.schema import RunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class Budget:
         if self.tokens is None:
             assert self.steps is not None, "a rule"
             return self.steps
-        return seen.step + _whole(max(0, self.tokens - seen.data_tokens), self.tokens_per_step)
+        return seen.step + -(min(0, seen.data_tokens - self.tokens) // self.tokens_per_step)
 
     def schedule(self, seen: Seen) -> tuple[float, int]:
         """(place of the step that follows in the schedule, from 1; the schedule's length), both in steps."""
         if self.tokens is None:
             return seen.step + 1, self.last_step(seen)
         unit = seen.first_step_tokens or self.tokens_per_step
-        return (seen.data_tokens + self.tokens_per_step) / unit, _whole(self.tokens, unit)
+        return (seen.data_tokens + self.tokens_per_step) / unit, -(-self.tokens // unit)
 
 
 def seen_by(train_state: Mapping[str, Any], config: Mapping[str, Any]) -> Seen:
@@ -57,15 +58,9 @@ def seen_by(train_state: Mapping[str, Any], config: Mapping[str, Any]) -> Seen:
     """
     if "data_tokens" in train_state:
         return Seen(*(int(train_state[key]) for key in ("step", "data_tokens", "first_step_tokens")))
-    seq_len = _key(config, "data", "seq_len", DataConfig.model_fields["seq_len"].default)
-    batch = _key(config, "train", "global_batch_size", TrainConfig.model_fields["global_batch_size"].default)
-    return Seen(int(train_state["step"]), int(train_state["samples"]) * seq_len, batch * seq_len)
-
-
-def _key(config: Mapping[str, Any], section: str, key: str, default: int) -> int:
-    found = config.get(section)
-    return found.get(key, default) if isinstance(found, Mapping) else default
-
-
-def _whole(tokens: int, unit: int) -> int:
-    return -(-tokens // unit)
+    found = []
+    for name, section, key in (("data", DataConfig, "seq_len"), ("train", TrainConfig, "global_batch_size")):
+        values, default = config.get(name), section.model_fields[key].default
+        found.append(values.get(key, default) if isinstance(values, Mapping) else default)
+    seq_len, batch_size = found
+    return Seen(int(train_state["step"]), int(train_state["samples"]) * seq_len, batch_size * seq_len)

@@ -1,6 +1,7 @@
 """Every key of a run's configuration, with its type, default and meaning. Pure: imports no torch.
 
-Whatever can be said about one key alone stands here; what relates keys to each other stands in rules.py.
+What can be said about one key alone stands here and in the modules of large sections (model, attention, data, launch).
+What relates keys to each other stands in rules/.
 """
 
 from pathlib import Path
@@ -8,19 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from llmtrain.config.data import DataConfig
 from llmtrain.config.engines import DEFAULT_ENGINE, EngineName
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.objective import (
-    CorruptionConfig,
-    FimConfig,
-    MaskedConfig,
-    ObjectiveName,
-    PrefixConfig,
-    SpecialTokensConfig,
-    Ul2Config,
-)
-from llmtrain.config.observe import ObserveConfig
 from llmtrain.config.section import (
     AsTuple,
     AsWhole,
@@ -33,90 +25,14 @@ from llmtrain.config.section import (
     Positive,
     Probability,
     Ranks,
-    Seconds,
+    RanksOrZero,
     Section,
     Steps,
     StepsOrZero,
     Text,
-    Weight,
 )
 
-LONGEST_PERIOD = 1_000_000
-"""Largest sum of mixture weights: the schedule of one period is held in memory."""
-
-WindowKind = Literal["continuous", "per_shard"]
-
 RUN_NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
-
-
-class SourceConfig(Section):
-    """One data set and its share of a mixture."""
-
-    path: Text = Field(
-        description="Folder with shards and their manifest.json, or the URL of one: https, http, s3, gs or hf."
-    )
-    weight: Weight = Field(default=1, description="Samples of this source per period of the mixture.")
-
-
-class DataConfig(Section):
-    """Where samples come from and what they look like."""
-
-    train: Annotated[tuple[SourceConfig, ...], AsTuple, Field(min_length=1, max_length=10_000)] = Field(
-        description="Training sources."
-    )
-    valid: Annotated[tuple[SourceConfig, ...], AsTuple, Field(max_length=10_000)] = Field(
-        default=(), description="Evaluation sources."
-    )
-    tokenizer: Text | None = Field(
-        default=None,
-        description="sentencepiece .model or tokenizer.json; absent: the one kept beside the first training source.",
-    )
-    seq_len: Length = Field(default=1024, description="Tokens per sample.")
-    objective: ObjectiveName = Field(
-        default="causal",
-        description="causal: predict each next token. masked: predict hidden tokens (encoder). span_corruption: "
-        "predict spans that were taken out, ul2: a mixture of that (encoder_decoder). prefix: predict what follows a "
-        "prefix (decoder, encoder_decoder). fim: causal, with middles of documents moved to the end (decoder).",
-    )
-    masked: MaskedConfig = Field(default_factory=MaskedConfig)
-    span_corruption: CorruptionConfig = Field(default_factory=CorruptionConfig)
-    ul2: Ul2Config = Field(default_factory=Ul2Config)
-    prefix: PrefixConfig = Field(default_factory=PrefixConfig)
-    fim: FimConfig = Field(default_factory=FimConfig)
-    special_tokens: SpecialTokensConfig = Field(default_factory=SpecialTokensConfig)
-    reset_positions: bool = Field(default=False, description="Positions start again at each document in a sample.")
-    reset_attention: bool = Field(
-        default=False,
-        description="Positions attend only within their document; the first token of a document is no target.",
-    )
-    windows: WindowKind | None = Field(
-        default=None,
-        description="Samples cross the ends of shards, so that every token is used (continuous), or each lies in one "
-        "shard, whose last tokens no sample holds (per_shard). Absent: continuous, but a run that continues an older "
-        "checkpoint goes on as that one.",
-    )
-    shuffle_shards: Count = Field(default=8, description="Samples are shuffled within groups of this many shards.")
-    verify: Literal["off", "first", "always"] = Field(
-        default="first", description="Hash a shard never, before its first use in a run, or at every opening."
-    )
-    on_corrupt: Literal["fail", "skip"] = Field(
-        default="fail",
-        description="A damaged or missing shard ends the run, or its samples have no targets and it is listed in "
-        "skipped_shards.jsonl, for good.",
-    )
-    max_skipped: Probability = Field(
-        default=0.001, description="Share of a source's samples that on_corrupt=skip may lose before the run ends."
-    )
-    cache_dir: Text | None = Field(
-        default=None,
-        description="Folder for shards of remote sources; absent: llmtrain among the user's caches, on Linux in "
-        "XDG_CACHE_HOME or ~/.cache.",
-    )
-    fetch_attempts: Count = Field(default=5, description="Tries to fetch a remote file, with growing pauses.")
-    fetch_timeout_seconds: Seconds = Field(default=60.0, description="Longest silence of a remote server.")
-    prefetch_steps: Annotated[int, Field(ge=0, le=1_000), AsWhole] = Field(
-        default=2, description="Steps whose batches are prepared ahead."
-    )
 
 
 class TrainConfig(Section):
@@ -296,6 +212,39 @@ class HealthConfig(Section):
         "code 93; 0: never before its end.",
     )
     max_rollbacks: Count = Field(default=10, description="Rollbacks of a run before it is given up with exit code 93.")
+
+
+class ProfileConfig(Section):
+    """Steps that are traced with torch.profiler."""
+
+    steps: Annotated[tuple[Steps, Steps], AsTuple] = Field(description="First and last traced step, such as [10, 12].")
+    ranks: Annotated[tuple[RanksOrZero, ...], AsTuple, Field(min_length=1, max_length=10_000)] = Field(
+        default=(0,), description="Ranks that trace. Each writes files of its own."
+    )
+
+
+class ObserveConfig(Section):
+    """What is recorded and where."""
+
+    wandb: Literal["offline", "online", "off"] = Field(default="offline", description="Weights & Biases mode.")
+    wandb_project: Text = Field(default="llmtrain", description="Weights & Biases project.")
+    wandb_artifacts: Literal["none", "final"] = Field(
+        default="none", description="final: the last checkpoint goes to Weights & Biases when the run is done."
+    )
+    tensorboard: bool = Field(default=True, description="Write TensorBoard event files.")
+    log_every_steps: Steps = Field(default=1, description="Steps between recorded rows.")
+    layer_norms_every_steps: StepsOrZero = Field(
+        default=0,
+        description="Steps between rows with the norm of every weight and of its gradient before clipping; 0: never.",
+    )
+    profile: ProfileConfig | None = Field(
+        default=None, description="Steps to trace with torch.profiler, into `profile/` of the run folder; absent: none."
+    )
+    straggler_score: Probability = Field(
+        default=0.0,
+        description="Look for slow ranks: one is named when the other ranks' work takes this share of its own time or "
+        "less, in several windows in a row. Try 0.7; 0: no rank is measured.",
+    )
 
 
 class RunConfig(Section):

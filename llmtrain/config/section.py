@@ -14,15 +14,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def with_keys(self, keys: Mapping[str, Any]) -> Self:
+    def with_keys(self, keys: Mapping[str, Any], above: str = "") -> Self:
         """The same section with other values under some keys, checked as those of a file are.
 
         Keys are dotted: `{"train.steps": 5}` changes one key of a section within, and `{"train": {"steps": 5}}` gives
-        a whole new section. Rules between keys are not asked. Raises ConfigError for unknown keys and wrong values.
+        a whole new section. `above` is the section's own place, for errors. Rules between keys are not asked. Raises
+        ConfigError for unknown keys and wrong values.
         """
-        return self._with_keys(keys, "")
-
-    def _with_keys(self, keys: Mapping[str, Any], above: str) -> Self:
         values: dict[str, Any] = {name: getattr(self, name) for name in self.model_fields_set}
         within: dict[str, dict[str, Any]] = {}
         for key, value in keys.items():
@@ -34,7 +32,7 @@ class Section(BaseModel):
         for name, inner in within.items():
             before = values.get(name, getattr(self, name, None))
             if isinstance(before, Section):
-                values[name] = before._with_keys(inner, f"{above}{name}.")
+                values[name] = before.with_keys(inner, f"{above}{name}.")
             else:
                 values[name] = {**before, **inner} if isinstance(before, Mapping) else inner
         try:

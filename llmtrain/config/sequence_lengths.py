@@ -5,8 +5,7 @@ Every sample of a run has the same shape: pipelines exchange tensors of a size t
 
 from dataclasses import dataclass
 
-from llmtrain.config.objective import CorruptionConfig, DenoiserConfig, PrefixConfig
-from llmtrain.config.schema import DataConfig
+from llmtrain.config.data import CorruptionConfig, DataConfig, DenoiserConfig, PrefixConfig
 
 MULTIPLE = 8
 """Lengths that follow from shares are padded to this, whatever the layout: no number depends on the layout."""

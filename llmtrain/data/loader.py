@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from llmtrain.config.schema import DataConfig, SourceConfig
+from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.data.objectives.causal import stack_samples
 from llmtrain.data.objectives.table import pack_sample
 from llmtrain.data.row_config import Recipe

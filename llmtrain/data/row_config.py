@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.config.schema import DataConfig, RunConfig
+from llmtrain.config.data import DataConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths, sample_lengths, shortest_lengths
 from llmtrain.data.stream import SampleStream
 from llmtrain.values.keyed_hash import wide_key

@@ -13,7 +13,7 @@ from typing import Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.config.schema import WindowKind
+from llmtrain.config.data import WindowKind
 from llmtrain.data.order import ContinuousOrder, Place, SampleOrder
 from llmtrain.data.storage.folders import DataFolder
 from llmtrain.data.storage.manifest import DamagedFileError, Manifest

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.config.schema import LONGEST_PERIOD, WindowKind
+from llmtrain.config.data import LONGEST_PERIOD, WindowKind
 from llmtrain.data.source_reader import ReadAhead, Source, SourceReader, StreamConfig
 from llmtrain.data.storage.folders import open_folder
 from llmtrain.data.storage.manifest import Manifest

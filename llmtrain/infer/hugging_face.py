@@ -13,8 +13,8 @@ from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.checkpoint.writer import Contents, publish, size_bytes, start_checkpoint, write_rank_files
+from llmtrain.config.data import ObjectiveName, needed_tokens
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.objective import ObjectiveName, needed_tokens
 from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.reading.rendering import plain_yaml
 from llmtrain.data.storage.manifest import MANIFEST_BYTES

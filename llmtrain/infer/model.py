@@ -17,8 +17,8 @@ from torch import Tensor
 from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.config.data import SpecialTokensConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.parameters import parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.data.tokenizer import TOKENIZER_NAMES

@@ -5,7 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmtrain.config.schema import DataConfig, RunConfig, WindowKind
+from llmtrain.config.data import DataConfig, WindowKind
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.data.token_roles import TrainedTokens

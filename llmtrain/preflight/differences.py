@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, CONFIG, checkpoint_steps, folder_of_checkpoints, is_checkpoint
 from llmtrain.checkpoint.origin import Origin
+from llmtrain.config.data import DataConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import frozen_names, parameter_shapes
-from llmtrain.config.reading.key_names import shown
-from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, TrainConfig
+from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.schema import OptimConfig, RunConfig, TrainConfig
 from llmtrain.data.storage.manifest import TOKENIZER_NAMES, Manifest, file_sha256
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrain.checkpoint.origin import newest_origin
-from llmtrain.config.objective import SpecialTokensConfig, needed_tokens
-from llmtrain.config.reading.key_names import shown
-from llmtrain.config.schema import DataConfig, RunConfig, SourceConfig, WindowKind
+from llmtrain.config.data import DataConfig, SourceConfig, SpecialTokensConfig, WindowKind, needed_tokens
+from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import NUM_SENTINELS, Lengths, num_sentinels, sample_lengths
 from llmtrain.data.storage.folders import fetch_config, open_folder, run_settings, run_tokenizer
 from llmtrain.data.storage.manifest import Manifest

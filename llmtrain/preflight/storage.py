@@ -14,9 +14,10 @@ from llmtrain.checkpoint.folders import (
 )
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
+from llmtrain.config.data import SourceConfig
 from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.load import load_config
-from llmtrain.config.schema import RunConfig, SourceConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.folders import fetch_config, run_settings, run_tokenizer, scheme_fault
 from llmtrain.data.storage.manifest import (
     MANIFEST_NAME,

@@ -8,7 +8,7 @@ import pytest
 from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
-from llmtrain.config.reading.key_names import iter_keys, sections_of
+from llmtrain.config.reading.suggestions import all_keys, sections_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import AsTuple, Section
 
@@ -69,7 +69,7 @@ def unbounded_fields(section: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 def test_every_value_is_bounded() -> None:
-    assert len(list(iter_keys())) > 150
+    assert len(list(all_keys())) > 150
     assert list(unbounded_fields(RunConfig)) == []
 
 

@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from docs import generate
 from llmtrain import errors
 from llmtrain.cli.app import VERBS, app, load_verb
-from llmtrain.config.reading.key_names import all_keys
+from llmtrain.config.reading.suggestions import all_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

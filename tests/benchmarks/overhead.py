@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llmtrain.config.observe import ObserveConfig
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import ObserveConfig, RunConfig
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.models.transformer import build_model
 from llmtrain.preflight.resolve import resolve

@@ -4,7 +4,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llmtrain.config.schema import DataConfig
+from llmtrain.config.data import DataConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.row_config import Recipe
 from tests.benchmarks.data_sets import write_random_data_set

@@ -15,7 +15,7 @@ from torch import Tensor
 from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
-from llmtrain.config.schema import DataConfig
+from llmtrain.config.data import DataConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.row_config import Recipe
 from llmtrain.data.storage.manifest import read_manifest

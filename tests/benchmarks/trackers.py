@@ -9,8 +9,7 @@ from itertools import count
 from pathlib import Path
 from time import process_time
 
-from llmtrain.config.observe import ObserveConfig
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import ObserveConfig, RunConfig
 from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train.loop import train

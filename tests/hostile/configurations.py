@@ -4,7 +4,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from llmtrain.config.reading.key_names import field_at, iter_keys
+from llmtrain.config.reading.suggestions import all_keys, field_at
 from tests.hostile import values
 from tests.hostile.command import Case
 from tests.hostile.good_things import RUN
@@ -40,7 +40,7 @@ SPECIAL_YAML = (
 
 def override_cases(random: Random) -> Case:
     """One or two keys of the schema with values of any kind."""
-    keys = [key for key in iter_keys() if random.random() < 0.5] or ["seed"]
+    keys = [key for key in all_keys() if random.random() < 0.5] or ["seed"]
     chosen = random.sample(keys, min(len(keys), random.choice((1, 1, 1, 2))))
     words = []
     for key in chosen:
@@ -52,7 +52,7 @@ def override_cases(random: Random) -> Case:
 
 def trained_cases(random: Random) -> Case:
     """One key at a value of its own type, and the run is started where that is legal."""
-    keys = [key for key in iter_keys() if key not in TOO_LARGE_TO_TRAIN and not _is_section(key)]
+    keys = [key for key in all_keys() if key not in TOO_LARGE_TO_TRAIN and not _is_section(key)]
     key = random.choice(keys)
     value = random.choice(list(_bounds(key)) or [values.number(random)]) if random.random() < 0.6 else None
     text = values.as_yaml(_value_for(key, random) if value is None else value)
@@ -83,7 +83,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _is_section(key: str) -> bool:
-    return any(other.startswith(f"{key}.") for other in iter_keys())
+    return any(other.startswith(f"{key}.") for other in all_keys())
 
 
 def _bounds(key: str) -> Any:

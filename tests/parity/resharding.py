@@ -20,10 +20,10 @@ from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checks.parity.compare import Pieces, Tensors, assemble, pieces
 from llmtrain.checks.parity.layouts import build_candidate, iter_candidates, short_name
 from llmtrain.config.budget import Budget
+from llmtrain.config.data import SourceConfig, SpecialTokensConfig
 from llmtrain.config.engines import ENGINES
-from llmtrain.config.objective import SpecialTokensConfig
 from llmtrain.config.rules.arithmetic import arithmetic_problems
-from llmtrain.config.schema import CheckpointConfig, RunConfig, SourceConfig
+from llmtrain.config.schema import CheckpointConfig, RunConfig
 from llmtrain.engines.masters import DTYPES
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.parallel.layout import plan_layout

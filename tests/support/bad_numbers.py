@@ -14,16 +14,15 @@ from torch import Tensor
 
 from launch.rank.rendezvous import StoreExchange, anybody
 from llmtrain.checks.parity.compare import Pieces, pieces
+from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.config.schema import (
     CheckpointConfig,
-    DataConfig,
     EngineConfig,
     HealthConfig,
     LaunchConfig,
     ObserveConfig,
     ParallelConfig,
     RunConfig,
-    SourceConfig,
 )
 from llmtrain.data.objectives import table
 from llmtrain.data.objectives.causal import PackedSample

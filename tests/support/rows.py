@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.config.schema import DataConfig
+from llmtrain.config.data import DataConfig
 from llmtrain.data.row_config import PieceTable, Recipe
 from llmtrain.data.stream import Sample
 

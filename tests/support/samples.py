@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.schema import DataConfig, OptimConfig, RunConfig, SourceConfig, TrainConfig
+from llmtrain.config.schema import OptimConfig, RunConfig, TrainConfig
 from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import Transformer
 from llmtrain.parallel.stateless_random import Draws

@@ -1,26 +1,34 @@
 """YAML 1.2 files as trees in which every value knows the file and the line where it stands.
 
-Only plain data is built: mappings, lists, text, numbers, true, false and null. Tags are refused, so no file can
-name a Python object. Faults are collected, not raised, so that one look shows all of them.
+Only plain data is built: mappings, lists, text, numbers, true, false and null. Tags are refused, so no file can name
+a Python object. A text is bounded in length and depth, because one of a few hundred bytes can stand for gigabytes.
+Faults are collected, not raised, so that one look shows all of them.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from llmtrain.config.reading.bounded_yaml import LONGEST_BYTES, BoundsError, bounded_yaml, compose
-from llmtrain.config.reading.key_names import nearest, shown
+from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.reading.suggestions import nearest
 from llmtrain.errors import Problem
 from llmtrain.files import read_bytes
 
 COMMAND_LINE = "command line"
 """Where a value stands that an override gave."""
+
+LONGEST_BYTES = 1 << 20
+DEEPEST = 32
+MOST_VALUES = 50_000
+"""Values of one document, those of its bases included. What an alias stands for counts at each place that uses it."""
 
 TAG = "tag:yaml.org,2002:"
 TEXT_TAGS = {TAG + "str", TAG + "timestamp"}
@@ -74,11 +82,16 @@ def merge(lower: Node, upper: Node) -> Node:
 
 def read_document(file: Path, key: str, problems: list[Problem]) -> Node | None:
     """The tree of one file, its keys to stand below the dotted `key`; None where the file is no YAML mapping."""
-    data = _content(file, problems)
-    if data is None:
-        return None
+    data = b""
     try:
+        data = read_bytes(file, LONGEST_BYTES)
         text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        problems.append(Problem(str(file), f"no such file.{_near_file(file)}"))
+        return None
+    except OSError as error:
+        problems.append(Problem(str(file), f"cannot be read: {reason_of(error)}."))
+        return None
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         problems.append(
@@ -90,18 +103,6 @@ def read_document(file: Path, key: str, problems: list[Problem]) -> Node | None:
         problems.append(Problem(f"{file}:1", "must hold keys and values, such as `name: my-run`."))
         return None
     return node
-
-
-def _content(file: Path, problems: list[Problem]) -> bytes | None:
-    """The bytes of a file; None, with a problem whose key is the file, where it is none or cannot be read."""
-    try:
-        return read_bytes(file, LONGEST_BYTES)
-    except FileNotFoundError:
-        fault = f"no such file.{_near_file(file)}"
-    except OSError as error:
-        fault = f"cannot be read: {reason_of(error)}."
-    problems.append(Problem(str(file), fault))
-    return None
 
 
 def reason_of(error: OSError | ValueError) -> str:
@@ -118,13 +119,22 @@ def load_plain(text: str) -> Any:
     return plain(node)
 
 
+class BoundsError(MarkedYAMLError):
+    """A text that may be valid, but is larger or deeper than what is read."""
+
+
 def read_text(text: str, key: str, problems: list[Problem], place: Callable[[int], str]) -> Node | None:
     """The tree of a YAML text; `place` turns a line number, counted from 1, into what is shown as its place."""
-    yaml = bounded_yaml()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _BoundedComposer
     try:
-        root = compose(yaml, text)
+        if len(text) > LONGEST_BYTES:
+            raise BoundsError(problem=f"has {len(text):,} characters, {LONGEST_BYTES:,} at most are read")
+        root = yaml.compose(io.StringIO(text))
         if root is None:
             return Node(None, place(1))
+        # The composer has bounded what is written; an alias of few characters can still stand for gigabytes.
+        _require_bounds(root, {})
         return _Builder(yaml, problems, place).build(root, key, ())
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -136,6 +146,50 @@ def read_text(text: str, key: str, problems: list[Problem], place: Callable[[int
         line = text[: error.position].count("\n") + 1
         problems.append(Problem(place(line), f"holds a character that YAML does not allow: {error.character!r}."))
     return None
+
+
+class _BoundedComposer(Composer):
+    """Refuses a value that lies too deep, before Python's own stack is full, and more values than it can hold."""
+
+    level = 0
+    num_values = 0
+    warn_double_anchors = False
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.level >= DEEPEST:
+            raise _marked(self.parser.peek_event(), f"more than {DEEPEST} values lie inside each other")
+        if self.num_values >= MOST_VALUES:
+            raise _marked(self.parser.peek_event(), f"holds more than {MOST_VALUES:,} values")
+        self.level += 1
+        self.num_values += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+
+def _require_bounds(node: Any, known: dict[int, tuple[int, int]], above: tuple[int, ...] = ()) -> tuple[int, int]:
+    """The number of values that a node stands for, and how many lie inside each other. Raises BoundsError.
+
+    `known` has the answers of nodes that were counted: each is counted once, and an alias adds what its anchor has.
+    `above` holds the nodes around this one; one that lies inside itself is reported by `_Builder`.
+    """
+    if isinstance(node, ScalarNode) or id(node) in above:
+        return 1, 1
+    if id(node) in known:
+        return known[id(node)]
+    children = [child for entry in node.value for child in (entry if isinstance(entry, tuple) else (entry,))]
+    found = [_require_bounds(child, known, (*above, id(node))) for child in children]
+    count, levels = 1 + sum(count for count, _ in found), 1 + max((levels for _, levels in found), default=0)
+    if levels + len(above) > DEEPEST:
+        raise _marked(node, f"more than {DEEPEST} values lie inside each other, where aliases are followed")
+    if count > MOST_VALUES:
+        raise _marked(node, f"stands for more than {MOST_VALUES:,} values, where aliases are followed")
+    known[id(node)] = count, levels
+    return count, levels
+
+
+def _marked(place: Any, problem: str) -> BoundsError:
+    return BoundsError(problem=problem, problem_mark=place.start_mark)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
 
-from llmtrain.config.reading.bounded_yaml import DEEPEST
+import llmtrain
 from llmtrain.config.reading.document import (
     COMMAND_LINE,
+    DEEPEST,
     Node,
     dotted,
     iter_places,
@@ -18,8 +20,8 @@ from llmtrain.config.reading.document import (
     read_text,
     reason_of,
 )
-from llmtrain.config.reading.key_names import LONGEST_SHOWN, SECRET_WORD, shown
-from llmtrain.config.reading.shipped import is_shipped, shipped_file
+from llmtrain.config.reading.shown_values import LONGEST_SHOWN, SECRET_WORD, shown
+from llmtrain.config.reading.suggestions import either
 from llmtrain.config.reading.validation import validate
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
@@ -33,6 +35,10 @@ DEEPEST_BASES = 16
 MOST_FILES = 100
 """Files of one configuration, each counted as often as something rests on it: ten files can name each other a billion
 times without a circle."""
+
+SHIPPED = "llmtrain:"
+"""Begins the name of a file in `configs/`. That folder lies beside the package, in the repository and in a wheel."""
+SHIPPED_FOLDER = Path(llmtrain.__file__).absolute().parent.parent / "configs"
 
 ENVIRONMENT = "WORLD_SIZE in the environment"
 """Where the number of ranks stands that another launcher has started."""
@@ -60,7 +66,7 @@ def load_config(
     """
     reading = _Reading()
     try:
-        file = shipped_file(str(path)) if is_shipped(str(path)) else path
+        file = shipped_file(str(path)) if str(path).startswith(SHIPPED) else path
     except ConfigError as error:
         raise _error(path, [Problem(str(path), str(error))]) from None
     root = reading.file(file, "", ())
@@ -119,7 +125,11 @@ def _placed(problem: Problem, locations: Mapping[str, str], path: Path) -> Probl
 
 @dataclass(frozen=True)
 class _Reading:
-    """Follows `base:` from file to file. `unread` collects the sections whose base could not be read."""
+    """Follows `base:` from file to file. `unread` collects the sections whose base could not be read.
+
+    `chain` is always the files that rest on each other up to here, the newest last: a base in it would be a circle, and
+    relative names start from its last one.
+    """
 
     problems: list[Problem] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
@@ -166,7 +176,7 @@ class _Reading:
         """The file that a base means, relative to the last of `chain`. Raises ConfigError, OSError and ValueError."""
         if len(chain) >= DEEPEST_BASES or len(self.read) >= MOST_FILES:
             raise ConfigError(f"rests on too many files: {DEEPEST_BASES} in a row and {MOST_FILES} in all are read.")
-        if is_shipped(text):
+        if text.startswith(SHIPPED):
             target = shipped_file(text)
         else:
             target = chain[-1].parent / text
@@ -190,6 +200,7 @@ class _Reading:
             return None
         before = len(self.problems)
         found = self.file(target, key, chain)
+        # The user wrote the name of the file in `base`, so a file that cannot be read is told there.
         if found is None and [problem.key for problem in self.problems[before:]] == [str(target)]:
             unread = self.problems.pop()
             message = f"{unread.key}: {unread.message}"
@@ -219,6 +230,10 @@ def _overridden(root: Node, text: str, problems: list[Problem]) -> Node:
 
 
 def _set(node: Node, parts: list[str], depth: int, value: Node, problems: list[Problem]) -> Node:
+    """The tree below `parts[:depth]` with the value at `parts`; the same node, and a problem, where it has no place.
+
+    Nodes are never changed: each level on the way down to the value is made anew.
+    """
     if depth == len(parts):
         return value
     part, key, above = parts[depth], dotted(*parts), dotted(*parts[:depth])
@@ -241,6 +256,29 @@ def _set(node: Node, parts: list[str], depth: int, value: Node, problems: list[P
         problems.append(Problem(key, message, shown(key, plain(value)), COMMAND_LINE))
         return node
     children = node.value or {}
+    # A section that no file gives is made here, and is known by its place to be new.
     before = children.get(part, Node(None, COMMAND_LINE))
     after = _set(before, parts, depth + 1, value, problems)
     return node if after is before else Node({**children, part: after}, node.where)
+
+
+def shipped_names() -> list[str]:
+    """Every name that can be written."""
+    return [
+        f"{SHIPPED}{file.relative_to(SHIPPED_FOLDER).as_posix()}" for file in sorted(SHIPPED_FOLDER.glob("*/*.yaml"))
+    ]
+
+
+def shipped_file(name: str) -> Path:
+    """The file that a name means. Raises ConfigError, with the names most like it, where there is none."""
+    names = shipped_names()
+    if name in names:
+        return SHIPPED_FOLDER / name.removeprefix(SHIPPED)
+    if not names:
+        raise ConfigError(f"the files that llmtrain ships are not in {SHIPPED_FOLDER}. Install llmtrain again.")
+    # Whoever forgets the folder or the ending means the file all the same.
+    stems = get_close_matches(PurePosixPath(name).stem, {PurePosixPath(known).stem for known in names}, 3)
+    near = [known for stem in stems for known in names if PurePosixPath(known).stem == stem]
+    near.sort(key=lambda known: known.partition("/")[0] != name.partition("/")[0])
+    hint = f"Did you mean {either(near)}?" if near else f"There are {', '.join(names)}."
+    raise ConfigError(f"llmtrain ships no such file. {hint}")

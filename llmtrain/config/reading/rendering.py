@@ -7,7 +7,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from llmtrain.config.reading.key_names import redacted
+from llmtrain.config.reading.shown_values import redacted
 from llmtrain.config.schema import RunConfig
 
 LEFT_OUT = (

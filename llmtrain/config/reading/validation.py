@@ -14,17 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from llmtrain.config.reading.key_names import (
-    bound_text,
-    either,
-    field_at,
-    is_secret,
-    nearest,
-    section_at,
-    sections_of,
-    shown,
-    suggested_keys,
-)
+from llmtrain.config.reading.document import dotted
+from llmtrain.config.reading.shown_values import bound_text, is_secret, shown
+from llmtrain.config.reading.suggestions import either, field_at, nearest, section_at, sections_of, suggested_keys
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 
@@ -68,8 +60,9 @@ class Validation:
     doubtful: frozenset[str]
 
     def is_sound(self, problem: Problem) -> bool:
-        """Whether a rule's problem rests on nothing doubtful."""
-        return not any(_overlap(key, doubt) for key in (problem.key, *problem.uses) for doubt in self.doubtful)
+        """False where a rule's problem rests on something doubtful."""
+        keys = (problem.key, *problem.uses)
+        return not any(_within(key, doubt) or _within(doubt, key) for key in keys for doubt in self.doubtful)
 
 
 def validate(tree: dict[str, Any], unread: Iterable[str] = ()) -> Validation:
@@ -86,21 +79,21 @@ def validate(tree: dict[str, Any], unread: Iterable[str] = ()) -> Validation:
             if details["type"] == "extra_forbidden":
                 doubtful.update(key for key in suggested_keys(details["loc"]) if not _has(tree, key))
         if attempt == 0:
-            problems = [_problem(details) for details in errors if not _follows(details, doubtful)]
+            # A key is also missing where it is misspelt or in a file that cannot be read: that is reported already.
+            follows = [
+                details["type"] == "missing"
+                and any(_within(".".join(map(str, details["loc"])), key) for key in doubtful)
+                for details in errors
+            ]
+            problems = [_problem(details) for details, known in zip(errors, follows, strict=True) if not known]
         for details in errors:
             doubtful.add(_repair(tree, details))
     raise AssertionError(f"the schema cannot be satisfied by taking out what is wrong: {tree}")
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether two keys are the same or one lies within the other. The empty key is the whole run."""
-    return one == other or not one or not other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
-
-
-def _follows(details: ErrorDetails, doubtful: set[str]) -> bool:
-    """Whether a missing key is missing only because of a misspelling or an unreadable file that is reported."""
-    key = ".".join(map(str, details["loc"]))
-    return details["type"] == "missing" and any(not d or key == d or key.startswith(f"{d}.") for d in doubtful)
+def _within(key: str, other: str) -> bool:
+    """True where a key is another one or lies within it. The empty key is the whole run."""
+    return key == other or not other or key.startswith(f"{other}.")
 
 
 def _repair(tree: dict[str, Any], details: ErrorDetails) -> str:
@@ -108,12 +101,12 @@ def _repair(tree: dict[str, Any], details: ErrorDetails) -> str:
     path = list(details["loc"])
     if details["type"] == "missing" and isinstance(path[-1], str):
         _holder(tree, path)[path[-1]] = {} if section_at(path) and len(path) == 1 else STAND_INS[path[-1]]
-        return ".".join(map(str, path))
+        return dotted(*path)
     # Entries of a list keep their numbers, so a list goes as a whole when an entry is no section.
     while isinstance(path[-1], int):
         path.pop()
     _holder(tree, path).pop(path[-1], None)
-    return ".".join(map(str, path))
+    return dotted(*path)
 
 
 def _holder(tree: Any, path: list[str | int]) -> Any:
@@ -136,7 +129,7 @@ def _has(tree: Any, key: str) -> bool:
 
 def _problem(details: ErrorDetails) -> Problem:
     path = details["loc"]
-    key = ".".join(map(str, path))
+    key = dotted(*path)
     value = None if details["type"] == "missing" else shown(key, details["input"])
     if details["type"] == "extra_forbidden":
         return Problem(key, _unknown(path), value)

@@ -1,24 +1,29 @@
-"""The arithmetic between keys: one small function per rule. Pure: imports no torch and touches no storage.
+"""The arithmetic between keys, one small function for each rule: all rules, and those about the run as a whole.
 
-A rule yields what is wrong, names every key that it rests on in `uses`, and suggests legal values. Where a key
-stands in a file is filled in by the loader.
+A rule yields what is wrong, names every key that it rests on in `uses`, and suggests legal values. The loader adds the
+place of each key in its file. Pure: imports no torch and touches no storage.
 """
 
 import re
 from collections.abc import Iterator
 from math import gcd
 
-from llmtrain.config.reading.key_names import all_keys, either, nearest, suggested_keys
-from llmtrain.config.reading.legal_values import nearest_divisors, nearest_multiples
-from llmtrain.config.rules.attention import ATTENTION_RULES
+from llmtrain.config.data import LONGEST_PERIOD
+from llmtrain.config.reading.suggestions import (
+    all_keys,
+    either,
+    nearest,
+    nearest_divisors,
+    nearest_multiples,
+    suggested_keys,
+)
 from llmtrain.config.rules.engine import ENGINE_RULES
 from llmtrain.config.rules.launch import LAUNCH_RULES
 from llmtrain.config.rules.model import MODEL_RULES
 from llmtrain.config.rules.objective import OBJECTIVE_RULES
-from llmtrain.config.rules.observe import OBSERVE_RULES, OBSERVE_WORLD_RULES
 from llmtrain.config.rules.parallel import PARALLEL_RULES, WORLD_RULES
 from llmtrain.config.rules.schedule import SCHEDULE_RULES
-from llmtrain.config.schema import LONGEST_PERIOD, RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 
 Found = Iterator[Problem]
@@ -27,7 +32,7 @@ Found = Iterator[Problem]
 def arithmetic_problems(config: RunConfig, world_size: int) -> list[Problem]:
     """Every rule between keys that a configuration breaks when it runs on `world_size` ranks."""
     problems = [problem for rule in RULES for problem in rule(config)]
-    return problems + [problem for rule in (*WORLD_RULES, *OBSERVE_WORLD_RULES) for problem in rule(config, world_size)]
+    return problems + [problem for rule in (*WORLD_RULES, profiled_ranks_exist) for problem in rule(config, world_size)]
 
 
 def name_is_a_folder(config: RunConfig) -> Found:
@@ -135,6 +140,54 @@ def allowed_changes_are_keys(config: RunConfig) -> Found:
             yield Problem(f"checkpoint.allow_change.{number}", f"is no key. {advice}", name)
 
 
+def norms_have_rows(config: RunConfig) -> Found:
+    """Norms of layers are columns of rows: a step that has no row would compute them in vain."""
+    norms, rows = config.observe.layer_norms_every_steps, config.observe.log_every_steps
+    if norms % rows:
+        message = (
+            f"must be a multiple of observe.log_every_steps = {rows}, whose rows carry them. "
+            f"Try {either(nearest_multiples(rows, norms))}."
+        )
+        yield Problem("observe.layer_norms_every_steps", message, norms, uses=("observe.log_every_steps",))
+
+
+def profile_is_inside_the_run(config: RunConfig) -> Found:
+    profile = config.observe.profile
+    if profile is None:
+        return
+    first, last = profile.steps
+    if first > last:
+        message = f"the first step comes after the last. Try [{last}, {first}]."
+        yield Problem("observe.profile.steps", message, [first, last])
+        return
+    if (config.train.steps is None) == (config.train.tokens is None):
+        return
+    end = config.total_steps
+    if last > end:
+        uses = ("train.steps", "train.tokens", "train.global_batch_size", "data.seq_len")
+        message = f"the run ends with step {end}. Try [{max(1, end - last + first)}, {end}]."
+        yield Problem("observe.profile.steps", message, [first, last], uses=uses)
+
+
+def artifacts_have_a_place(config: RunConfig) -> Found:
+    observe = config.observe
+    if observe.wandb_artifacts == "none":
+        return
+    if observe.wandb == "off":
+        message = "has no effect with observe.wandb = off. Try none, or observe.wandb=offline."
+        yield Problem("observe.wandb_artifacts", message, observe.wandb_artifacts, uses=("observe.wandb",))
+        return
+
+
+def profiled_ranks_exist(config: RunConfig, world_size: int) -> Found:
+    profile = config.observe.profile
+    absent = [rank for rank in profile.ranks if rank >= world_size] if profile else []
+    if absent:
+        ranks = "is rank 0 only" if world_size == 1 else f"are ranks 0 to {world_size - 1}"
+        message = f"there {ranks} (launch.num_workers = {world_size}). Try [0]."
+        yield Problem("observe.profile.ranks", message, absent, uses=("launch.num_workers",))
+
+
 RULES = (
     name_is_a_folder,
     one_budget,
@@ -150,9 +203,10 @@ RULES = (
     best_needs_evaluation,
     allowed_changes_are_keys,
     *MODEL_RULES,
-    *ATTENTION_RULES,
     *ENGINE_RULES,
     *PARALLEL_RULES,
     *LAUNCH_RULES,
-    *OBSERVE_RULES,
+    norms_have_rows,
+    profile_is_inside_the_run,
+    artifacts_have_a_place,
 )

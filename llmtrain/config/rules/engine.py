@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from llmtrain.config.engines import ENGINES, EngineRow, engines_that
-from llmtrain.config.reading.key_names import either
+from llmtrain.config.reading.suggestions import either
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from functools import cache
 
-from llmtrain.config.objective import needed_tokens
-from llmtrain.config.reading.key_names import either, shown
-from llmtrain.config.reading.legal_values import nearest_multiples
+from llmtrain.config.data import needed_tokens
+from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.reading.suggestions import either, nearest_multiples
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section
 from llmtrain.config.sequence_lengths import Lengths, num_sentinels, num_spans, sample_lengths

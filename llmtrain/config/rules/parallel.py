@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from math import gcd
 
 from llmtrain.config.model import VOCAB_MULTIPLE
-from llmtrain.config.reading.key_names import either
-from llmtrain.config.reading.legal_values import nearest_divisors, nearest_multiples
+from llmtrain.config.reading.suggestions import either, nearest_divisors, nearest_multiples
 from llmtrain.config.rules.objective import axes_divide_sequences
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmtrain.config.schema import DataConfig
+from llmtrain.config.data import DataConfig
 from llmtrain.config.sequence_lengths import FIM_SENTINELS
 from llmtrain.data.row_config import Draws, Recipe
 from llmtrain.data.stream import Sample

@@ -6,7 +6,7 @@ Shape suffixes: S the decoder's sequence, T the encoder's; W a window, the first
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.config.objective import CorruptionConfig, DenoiserConfig
+from llmtrain.config.data import CorruptionConfig, DenoiserConfig
 from llmtrain.config.sequence_lengths import SpanCounts, prefix_bounds, span_counts
 from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.row_config import Draws, Recipe

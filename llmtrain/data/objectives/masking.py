@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.config.objective import MaskedConfig
+from llmtrain.config.data import MaskedConfig
 from llmtrain.data.objectives.causal import PackedSample, document_numbers, sample_positions
 from llmtrain.data.row_config import Draws, PieceTable, Recipe
 from llmtrain.data.stream import Sample

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmtrain.config.model import ModelConfig
-from llmtrain.config.moe import MoeConfig
+from llmtrain.config.model import ModelConfig, MoeConfig
 from llmtrain.parallel.parts import WHOLE, SequenceParts
 from llmtrain.parallel.stateless_random import Draws, Span, site_key
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtrain.config.schema import DataConfig, SourceConfig
+from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.row_config import Recipe
 from llmtrain.errors import DataError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.config.schema import DataConfig
+from llmtrain.config.data import DataConfig
 from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.objectives.causal import PackedSample

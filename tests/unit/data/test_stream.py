@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.config.schema import WindowKind
+from llmtrain.config.data import WindowKind
 from llmtrain.data.order import ContinuousOrder
 from llmtrain.data.storage.manifest import Manifest, read_manifest
 from llmtrain.data.storage.shard_file import ShardFile

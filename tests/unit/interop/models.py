@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.attention import AttentionConfig, RopeScaling
-from llmtrain.config.model import InitConfig, ModelConfig
-from llmtrain.config.moe import MoeConfig
+from llmtrain.config.model import InitConfig, ModelConfig, MoeConfig
 from llmtrain.infer.model import build_from, logits_of
 from llmtrain.interop.examples import Example
 from llmtrain.interop.hf_export import TrainedWeights

@@ -16,8 +16,7 @@ from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.cli.app import app
-from llmtrain.config.model import ModelConfig
-from llmtrain.config.moe import MoeConfig
+from llmtrain.config.model import ModelConfig, MoeConfig
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.data.tokenizer import load_tokenizer

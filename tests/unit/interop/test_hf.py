@@ -16,8 +16,7 @@ from transformers import (
 )
 
 from llmtrain.config.attention import ATTENTION_KINDS, AttentionConfig, RopeScaling
-from llmtrain.config.model import ModelConfig
-from llmtrain.config.moe import MoeConfig
+from llmtrain.config.model import ModelConfig, MoeConfig
 from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.load import load_config
 from llmtrain.errors import ConfigError

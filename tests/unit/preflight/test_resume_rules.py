@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from llmtrain.config.data import DataConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.schema import DataConfig
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.models.transformer import build_model
 from llmtrain.preflight.data_identity import FREE_DATA_KEYS

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtrain.cli.report import report
+from llmtrain.cli.watching import report
 from llmtrain.config.parameters import num_active_parameters, num_parameters
 from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.errors import ConfigError

@@ -136,7 +136,7 @@ def test_following_goes_on_over_a_requeue_and_ends_with_the_run(
         write(run, 0, "last words, unfinished")
 
     happen = iter([lambda: None, requeued, ended])
-    monkeypatch.setattr("llmtrain.cli.logs.time.sleep", lambda seconds: next(happen)())
+    monkeypatch.setattr("llmtrain.cli.watching.time.sleep", lambda seconds: next(happen)())
     assert logs(run, "-f", "-n", "1") == 0
     written = capsys.readouterr()
     assert written.out.splitlines() == [" 0 | 19", " 0 | again", " 1 | new rank", " 0 | last words, unfinished"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmtrain.config.schema import RunConfig, SourceConfig
+from llmtrain.config.data import SourceConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.row_config import build_recipe
 from llmtrain.data.storage.manifest import read_manifest

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-from llmtrain.config.reading.key_names import iter_keys
 from llmtrain.config.reading.rendering import json_schema, to_yaml
+from llmtrain.config.reading.suggestions import all_keys
 from llmtrain.config.schema import RunConfig
 
 SMALLEST = {"name": "a", "model": {}, "data": {"train": [{"path": "p"}]}, "train": {"steps": 1}}
@@ -25,7 +25,7 @@ def iter_schema_keys(schema: dict[str, Any], section: dict[str, Any], prefix: st
 
 def test_json_schema_has_every_key_and_base_in_every_section() -> None:
     schema = json_schema()
-    assert iter_schema_keys(schema, schema) == list(iter_keys())
+    assert iter_schema_keys(schema, schema) == list(all_keys())
     for section in (schema, *schema["$defs"].values()):
         assert "base" in section["properties"]
         assert section["additionalProperties"] is False

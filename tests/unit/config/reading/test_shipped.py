@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config.reading import shipped
-from llmtrain.config.reading.load import load_config
-from llmtrain.config.reading.shipped import FOLDER, shipped_names
+from llmtrain.config.reading import load
+from llmtrain.config.reading.load import SHIPPED_FOLDER, load_config, shipped_names
 from llmtrain.errors import ConfigError
 from tests.support.run_files import GOOD_RUN
 
@@ -22,7 +21,7 @@ def test_a_shipped_model_is_a_base_wherever_one_works(tmp_path: Path, monkeypatc
     loaded = load_config(run_on(tmp_path, "llmtrain:models/llama-tiny.yaml"))
     assert loaded.config.model.activation == "swiglu"
     place, _, line = loaded.locations["model.activation"].rpartition(":")
-    assert Path(place).samefile(FOLDER / "models/llama-tiny.yaml")
+    assert Path(place).samefile(SHIPPED_FOLDER / "models/llama-tiny.yaml")
     assert "activation" in Path(place).read_text("utf-8").splitlines()[int(line) - 1]
 
 
@@ -31,7 +30,7 @@ def test_bases_within_shipped_files_are_relative_to_them(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     run = load_config(Path("llmtrain:runs/quickstart.yaml"), ["seed=7"])
     assert (run.config.seed, run.config.model.position) == (7, "rope")
-    assert Path(run.locations["model.position"].rpartition(":")[0]).samefile(FOLDER / "models/llama-tiny.yaml")
+    assert Path(run.locations["model.position"].rpartition(":")[0]).samefile(SHIPPED_FOLDER / "models/llama-tiny.yaml")
     (tmp_path / "mine.yaml").write_text("base: llmtrain:runs/quickstart.yaml\nname: mine\n")
     assert load_config(Path("mine.yaml")).config == run.config.with_keys({"seed": 1234, "name": "mine"})
 
@@ -62,10 +61,10 @@ def test_a_wrong_name_is_told_with_those_that_are_near(tmp_path: Path, name: str
 
 
 def test_an_installation_without_them_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(load, "SHIPPED_FOLDER", tmp_path)
     with pytest.raises(ConfigError, match=f"not in {tmp_path}. Install llmtrain again"):
         load_config(run_on(tmp_path, "llmtrain:models/llama-8b.yaml"))
 
 
 def test_every_file_of_the_folder_has_a_name() -> None:
-    assert len(shipped_names()) == len(list(FOLDER.rglob("*.yaml"))) > 40
+    assert len(shipped_names()) == len(list(SHIPPED_FOLDER.rglob("*.yaml"))) > 40

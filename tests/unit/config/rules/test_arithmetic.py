@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llmtrain.config.reading.legal_values import nearest_divisors, nearest_multiples
+from llmtrain.config.reading.suggestions import nearest_divisors, nearest_multiples
 from tests.unit.config.small_run import broken, run
 
 VALID = {"valid": [{"path": "b"}]}

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from llmtrain.config.data import DataConfig
 from llmtrain.config.rules.objective import FAMILIES
-from llmtrain.config.schema import DataConfig, RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import num_sentinels, sample_lengths
 from tests.unit.config.small_run import broken, run
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.config.objective import CorruptionConfig
+from llmtrain.config.data import CorruptionConfig
 from llmtrain.config.sequence_lengths import span_counts
 from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.objectives.corruption import noise_mask

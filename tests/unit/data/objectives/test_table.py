@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.config.schema import DataConfig, SourceConfig
+from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.data.objectives.causal import document_numbers, document_positions, stack_samples
 from llmtrain.data.objectives.table import causal
 from llmtrain.data.row_config import Recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config.schema import DataConfig, SourceConfig
+from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.data.storage import remote as remote_module
 from llmtrain.data.storage.folders import fetch_config, open_folder, scheme_fault
 from llmtrain.data.storage.manifest import DamagedFileError

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmtrain.config.schema import DataConfig
+from llmtrain.config.data import DataConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.order import ContinuousOrder
 from llmtrain.data.row_config import Recipe

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.config.moe import MoeConfig
+from llmtrain.config.model import MoeConfig
 from llmtrain.models.experts.router import NUM_SCALARS, Router, RouterReport, capacity, experts_choose, tokens_choose
 from llmtrain.parallel.parts import SequenceParts
 from llmtrain.parallel.stateless_random import Draws, Span

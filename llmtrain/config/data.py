@@ -1,19 +1,35 @@
-"""Configuration of objectives: what of a sample is hidden, and what is predicted. Pure: imports no torch.
+"""The section `data`: sources, and what an objective hides of a sample and predicts. Pure: imports no torch.
 
-Lengths follow from it by arithmetic alone, so that every rank knows the shapes of every batch.
+The lengths of sequences follow from it by arithmetic alone, so that every rank knows the shapes of every batch.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmtrain.config.section import AsTuple, Count, CountOrZero, Length, Section, TokenId
+from llmtrain.config.section import (
+    AsTuple,
+    AsWhole,
+    Count,
+    CountOrZero,
+    Length,
+    Probability,
+    Seconds,
+    Section,
+    Text,
+    TokenId,
+    Weight,
+)
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Chance = Annotated[float, Field(ge=0, le=1)]
 MeanLength = Annotated[float, Field(gt=0, le=2.0**30)]
 
 ObjectiveName = Literal["causal", "masked", "span_corruption", "ul2", "prefix", "fim"]
+WindowKind = Literal["continuous", "per_shard"]
+
+LONGEST_PERIOD = 1_000_000
+"""Largest sum of mixture weights: the schedule of one period is held in memory."""
 
 
 class MaskedConfig(Section):
@@ -115,3 +131,73 @@ def needed_tokens(family: str, objective: ObjectiveName) -> tuple[str, ...]:
             return ("sentinels",)
         case "causal":
             return ()
+
+
+class SourceConfig(Section):
+    """One data set and its share of a mixture."""
+
+    path: Text = Field(
+        description="Folder with shards and their manifest.json, or the URL of one: https, http, s3, gs or hf."
+    )
+    weight: Weight = Field(default=1, description="Samples of this source per period of the mixture.")
+
+
+class DataConfig(Section):
+    """Where samples come from and what they look like."""
+
+    train: Annotated[tuple[SourceConfig, ...], AsTuple, Field(min_length=1, max_length=10_000)] = Field(
+        description="Training sources."
+    )
+    valid: Annotated[tuple[SourceConfig, ...], AsTuple, Field(max_length=10_000)] = Field(
+        default=(), description="Evaluation sources."
+    )
+    tokenizer: Text | None = Field(
+        default=None,
+        description="sentencepiece .model or tokenizer.json; absent: the one kept beside the first training source.",
+    )
+    seq_len: Length = Field(default=1024, description="Tokens per sample.")
+    objective: ObjectiveName = Field(
+        default="causal",
+        description="causal: predict each next token. masked: predict hidden tokens (encoder). span_corruption: "
+        "predict spans that were taken out, ul2: a mixture of that (encoder_decoder). prefix: predict what follows a "
+        "prefix (decoder, encoder_decoder). fim: causal, with middles of documents moved to the end (decoder).",
+    )
+    masked: MaskedConfig = Field(default_factory=MaskedConfig)
+    span_corruption: CorruptionConfig = Field(default_factory=CorruptionConfig)
+    ul2: Ul2Config = Field(default_factory=Ul2Config)
+    prefix: PrefixConfig = Field(default_factory=PrefixConfig)
+    fim: FimConfig = Field(default_factory=FimConfig)
+    special_tokens: SpecialTokensConfig = Field(default_factory=SpecialTokensConfig)
+    reset_positions: bool = Field(default=False, description="Positions start again at each document in a sample.")
+    reset_attention: bool = Field(
+        default=False,
+        description="Positions attend only within their document; the first token of a document is no target.",
+    )
+    windows: WindowKind | None = Field(
+        default=None,
+        description="Samples cross the ends of shards, so that every token is used (continuous), or each lies in one "
+        "shard, whose last tokens no sample holds (per_shard). Absent: continuous, but a run that continues an older "
+        "checkpoint goes on as that one.",
+    )
+    shuffle_shards: Count = Field(default=8, description="Samples are shuffled within groups of this many shards.")
+    verify: Literal["off", "first", "always"] = Field(
+        default="first", description="Hash a shard never, before its first use in a run, or at every opening."
+    )
+    on_corrupt: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="A damaged or missing shard ends the run, or its samples have no targets and it is listed in "
+        "skipped_shards.jsonl, for good.",
+    )
+    max_skipped: Probability = Field(
+        default=0.001, description="Share of a source's samples that on_corrupt=skip may lose before the run ends."
+    )
+    cache_dir: Text | None = Field(
+        default=None,
+        description="Folder for shards of remote sources; absent: llmtrain among the user's caches, on Linux in "
+        "XDG_CACHE_HOME or ~/.cache.",
+    )
+    fetch_attempts: Count = Field(default=5, description="Tries to fetch a remote file, with growing pauses.")
+    fetch_timeout_seconds: Seconds = Field(default=60.0, description="Longest silence of a remote server.")
+    prefetch_steps: Annotated[int, Field(ge=0, le=1_000), AsWhole] = Field(
+        default=2, description="Steps whose batches are prepared ahead."
+    )

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config.reading.bounded_yaml import DEEPEST, LONGEST_BYTES, MOST_VALUES
-from llmtrain.config.reading.document import load_plain
+from llmtrain.config.reading.document import DEEPEST, LONGEST_BYTES, MOST_VALUES, load_plain
 from llmtrain.config.reading.load import DEEPEST_BASES, MOST_FILES, load_config
 from llmtrain.errors import ConfigError
 from tests.support.run_files import write_good_run

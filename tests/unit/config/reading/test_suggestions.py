@@ -2,7 +2,8 @@
 
 import pytest
 
-from llmtrain.config.reading.key_names import FAMILIAR_NAMES, all_keys, is_secret, shown, suggested_keys
+from llmtrain.config.reading.shown_values import is_secret, shown
+from llmtrain.config.reading.suggestions import FAMILIAR_NAMES, all_keys, suggested_keys
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,13 @@
-"""The names that the schema knows, the one nearest to what a user wrote, and how a value is shown to them."""
+"""The keys, words and numbers that are legal, and those of them that are nearest to what a user wrote. Pure."""
 
-import json
-import re
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llmtrain.config.reading.credentials import HIDDEN, text_without_credentials
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section
 
@@ -27,9 +24,8 @@ FAMILIAR_NAMES = {
 }
 """What other programs call some of our keys, where the spelling gives no hint."""
 
-SECRET_WORD = re.compile(r"(?i)(?:^|[_\-.])(?:token|secrets?|passwords?|passphrase|api[_\-]?keys?)(?:$|[_\-.])")
-CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-LONGEST_SHOWN = 80
+SEARCH_WIDTH = 4096
+"""Distance from a value within which legal values are looked for."""
 
 
 def sections_of(annotation: Any) -> tuple[type[Section], bool] | None:
@@ -68,19 +64,16 @@ def section_at(path: Sequence[str | int]) -> type[Section] | None:
     return found[0] if found else None
 
 
-def iter_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
+@cache
+def all_keys(section: type[Section] = RunConfig, prefix: str = "") -> tuple[str, ...]:
     """Every dotted key of the schema; the entries of a list are shown as entry 0."""
+    keys = []
     for name, field in section.model_fields.items():
-        key = f"{prefix}{name}"
-        yield key
+        keys.append(f"{prefix}{name}")
         found = sections_of(field.annotation)
         if found:
-            yield from iter_keys(found[0], f"{key}.0." if found[1] else f"{key}.")
-
-
-@cache
-def all_keys() -> tuple[str, ...]:
-    return tuple(iter_keys())
+            keys += all_keys(found[0], f"{keys[-1]}.0." if found[1] else f"{keys[-1]}.")
+    return tuple(keys)
 
 
 def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> list[str]:
@@ -110,48 +103,22 @@ def suggested_keys(path: Sequence[str | int]) -> list[str]:
     return [leaves[found] for found in nearest(name, leaves, cutoff=0.75)]
 
 
-def is_secret(name: str) -> bool:
-    """Whether a key's name says that its value should not be written down. Keys of the schema never are."""
-    if any(name == key.rsplit(".", 1)[-1] for key in all_keys()):
-        return False
-    return SECRET_WORD.search(CAMEL_HUMP.sub("_", name)) is not None
-
-
-def shown(key: str, value: Any) -> str:
-    """A value as a user would write it in YAML, shortened; what looks like a secret is not repeated."""
-    if any(is_secret(part) for part in key.split(".")):
-        return HIDDEN
-    if isinstance(value, str):
-        value = text_without_credentials(value)
-        text = value if value.isprintable() else json.dumps(value)
-    elif isinstance(value, float):
-        text = number(value)
-    else:
-        text = json.dumps(redacted(value), ensure_ascii=False, default=str)
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
-
-
-def number(value: int | float) -> str:
-    """A number as YAML 1.2 writes it."""
-    text = repr(value)
-    return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}.get(text, text)
-
-
-def bound_text(value: int | float) -> str:
-    """A bound of the schema: whole numbers with all their digits, so that the text is one of them."""
-    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else number(value)
-
-
 def either(values: Iterable[Any]) -> str:
     """`1, 2 or 4`."""
     words = [str(value) for value in values]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
-def redacted(value: Any) -> Any:
-    """JSON-like settings without credentials: URLs lose them, values of keys that name a secret are replaced."""
-    if isinstance(value, dict):
-        return {key: HIDDEN if is_secret(str(key)) else redacted(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [redacted(child) for child in value]
-    return text_without_credentials(value) if isinstance(value, str) else value
+def nearest_divisors(number: int, value: int, limit: int = 4) -> list[int]:
+    """The divisors of `number` nearest to `value`, in ascending order."""
+    value = min(value, number)
+    # A window around the value, so that an absurdly large number costs no absurdly long search.
+    window = range(max(2, value - SEARCH_WIDTH), min(number, value + SEARCH_WIDTH) + 1)
+    divisors = [1, *(n for n in window if number % n == 0)]
+    return sorted(sorted(divisors, key=lambda n: abs(n - value))[:limit])
+
+
+def nearest_multiples(unit: int, value: int) -> list[int]:
+    """The positive multiples of `unit` on both sides of `value`."""
+    below = value // unit * unit
+    return [n for n in (below, below + unit) if n > 0]

@@ -14,16 +14,15 @@ from launch.forking.rank_process import LocalRankSet, RankProcess, start_rank
 from launch.rank.cores import num_threads, set_threads
 from launch.rank.failure import Failure, failure_text
 from launch.rank.heartbeat import HeartbeatBoard
-from launch.rank.log import log_path
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal, exit_after_grace
-from launch.supervision.attempt import ChangeRun, import_for_ranks, rank_work, sum_up, watches_speed
+from launch.supervision.attempt import ChangeRun, import_for_ranks, rank_work, sum_up, watch, watches_speed
 from launch.supervision.restarts import AttemptEnd, newest_step, supervise
 from launch.supervision.stragglers import Stragglers
-from launch.supervision.watch import watch
 from llmtrain.config.schema import RunConfig
 from llmtrain.messages import show_messages
 from llmtrain.preflight.resolve import ResolvedRun
+from llmtrain.runs.rank_logs import log_path
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def launch(resolved: ResolvedRun, change_run: ChangeRun | None = None) -> int:
 
 
 def is_supervised(config: RunConfig) -> bool:
-    """Whether a single rank gets a process of its own, which this one can start again.
+    """True where a single rank gets a process of its own, which this one can start again.
 
     Elsewhere than on Linux a fork after the imports is not safe with every system library.
     """
@@ -99,7 +98,7 @@ class LocalAttempts:
             rank_set = LocalRankSet(ranks)
             look = Stragglers(self.config, board, rank_set.host).look if watches_speed(self.config) else lambda: None
             ending = watch(rank_set, board, self.stop, self.config.launch, look)
-            del store
+            del store  # not before: ranks that save or fail may still talk through it
         finally:
             for rank in ranks:
                 rank.end()

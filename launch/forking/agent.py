@@ -19,32 +19,59 @@ ages, in seconds: clocks of machines differ.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
+import termios
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from launch.forking.rank_process import RankProcess, start_rank
-from launch.forking.terminal import Terminal, open_terminal
 from launch.rank.failure import Failure
 from launch.rank.heartbeat import HeartbeatBoard, Position
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
-from launch.supervision.attempt import import_for_ranks, rank_work
+from launch.supervision.attempt import POLL_SECONDS, import_for_ranks, rank_work
 from launch.supervision.hangs import read_stacks, stopped_processes
-from launch.supervision.watch import POLL_SECONDS
 from llmtrain.config.schema import RunConfig
 from llmtrain.messages import show_messages
 
 Say = Callable[..., None]
 
 
+@dataclass(frozen=True)
+class Terminal:
+    """A terminal's size in characters, and its kind, as TERM in the environment names it."""
+
+    columns: int
+    rows: int
+    kind: str
+
+
+def own_terminal() -> Terminal | None:
+    """The terminal that this process prints to; None where it prints elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+    columns, rows = shutil.get_terminal_size()
+    return Terminal(columns, rows, os.environ.get("TERM", "dumb"))
+
+
+def open_terminal(like: Terminal) -> tuple[int, int]:
+    """The descriptors to read from and to print to of a new terminal of that size. Nothing printed is changed."""
+    reading, printing = os.openpty()
+    termios.tcsetwinsize(printing, (like.rows, like.columns))
+    modes = termios.tcgetattr(printing)
+    modes[1] &= ~termios.OPOST
+    termios.tcsetattr(printing, termios.TCSANOW, modes)
+    return reading, printing
+
+
 class ForkedRank:
-    """The rank that an agent has forked, and what of it has been told already."""
+    """The rank that an agent has forked, and how much of it has been told already."""
 
     def __init__(
         self,
@@ -67,7 +94,7 @@ class ForkedRank:
             os.close(self._output)
             for number in (1, 2):
                 os.dup2(printing, number)
-            if terminal:
+            if terminal:  # libraries choose colours and widths by it
                 os.environ["TERM"] = terminal.kind
             return work()
 
@@ -78,13 +105,14 @@ class ForkedRank:
 
     @property
     def signs(self) -> list[Any]:
-        """What to wait for: that it prints, says something or ends."""
+        """The objects to wait for: that it prints, says something or ends."""
         told = [] if self._process.told.closed else [self._process.told]
         ends = [] if self._exited else [self._process.process.sentinel]
         return [*told, *ends, *([self._output] if self._output >= 0 else [])]
 
     def tell(self, say: Say) -> None:
         """Say what is new."""
+        # The end before the rest: what a rank printed or said last is read after it is known to have ended.
         ended = self._process.has_ended()
         failure = self._process.hear_failure()
         self._tell_output(say)
@@ -111,11 +139,11 @@ class ForkedRank:
             os.kill(self._process.pid, signal.SIGTERM)
 
     def helpless(self) -> str:
-        """Why it can do nothing; empty where that is not so."""
+        """The reason why it can do nothing; empty where it can."""
         return stopped_processes({0: self._process.pid}).get(0, "")
 
     def stacks(self) -> str:
-        """What its threads are doing."""
+        """The stacks of its threads."""
         if self._process.has_ended():
             return ""
         return read_stacks({0: (self._process.pid, self._process.stacks.fileno())})[0]

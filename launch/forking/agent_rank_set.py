@@ -1,6 +1,6 @@
 """The ranks of one attempt, each forked by an agent (launch/forking/agent.py) on some machine.
 
-A rank set for `launch.supervision.watch`.
+A rank set for `launch.supervision.attempt`.
 """
 
 import sys
@@ -9,18 +9,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
-from launch.forking.agent import failure_from, position_from
-from launch.forking.terminal import own_terminal
+from launch.forking.agent import failure_from, own_terminal, position_from
 from launch.rank.failure import Failure
 from launch.rank.heartbeat import HeartbeatBoard, WorkWindow
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
-from launch.supervision.watch import POLL_SECONDS, RankNews
+from launch.supervision.attempt import POLL_SECONDS, RankNews
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
 
 ANSWER_SECONDS = 5.0
-"""How long an agent that lives may take to answer; it does nothing else."""
+"""Time for a living agent to answer: answering is all it does."""
 
 START_SECONDS = 30.0
 """The same where an attempt depends on the answer: a machine on which everything starts may be slow."""
@@ -38,7 +37,7 @@ class RankAgents(Protocol):
         ...
 
     def listen(self, seconds: float) -> Iterable[tuple[int, Message]]:
-        """What they say, as soon as one says something, or nothing after so many seconds.
+        """Their messages, as soon as there is one, or nothing after so many seconds.
 
         `{"say": "gone", "text": why}` is the last that is heard of one that is gone.
         """
@@ -54,7 +53,7 @@ class RankAgents(Protocol):
 
 
 class AgentRankSet:
-    """See `launch.supervision.watch.RankSet`. Output goes to this process's stderr; where ranks are, to the board."""
+    """See `launch.supervision.attempt.RankSet`. Output goes to this process's stderr; where ranks are, to the board."""
 
     def __init__(self, agents: RankAgents, places: Sequence[Rank], board: HeartbeatBoard, stop: StopSignal) -> None:
         """`places` are those of the ranks; where they meet is found by `start`."""
@@ -134,7 +133,10 @@ class AgentRankSet:
         return self._answer(ranks, what)
 
     def _answer(self, ranks: Collection[int], kind: str, seconds: float | None = None) -> dict[int, Message]:
-        """What these ranks' agents answer; those that do not, or are gone, are left out."""
+        """The answers of these ranks' agents; those that do not answer, or are gone, are left out.
+
+        Other messages that arrive meanwhile are taken note of as well: an agent's answer comes behind its news.
+        """
         self._answers = {}
         deadline = time.monotonic() + (seconds or ANSWER_SECONDS)
         while set(ranks) - self._gone.keys() - self._answers.keys() and time.monotonic() < deadline:

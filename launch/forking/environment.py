@@ -1,4 +1,4 @@
-"""Environment variables: which of them ranks on other machines get, and this process's own, changed for a while."""
+"""Environment variables: those that ranks on other machines get, and this process's own, changed for a while."""
 
 import os
 import re

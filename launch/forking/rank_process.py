@@ -16,8 +16,8 @@ from multiprocessing.process import BaseProcess
 from launch.rank.failure import Failure
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
+from launch.supervision.attempt import POLL_SECONDS, RankNews
 from launch.supervision.hangs import dump_on_signal, read_stacks, stopped_processes
-from launch.supervision.watch import POLL_SECONDS, RankNews
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -37,12 +37,12 @@ class RankProcess:
         return self.process.pid
 
     def has_ended(self) -> bool:
-        """Whether it has; its exit code is known then."""
+        """True once the process has ended; its exit code is known then."""
         self.process.join(0)
         return self.process.exitcode is not None
 
     def hear_failure(self) -> Failure | None:
-        """What it says of its failure; None where it has said nothing, or has ended without a word."""
+        """The failure that it tells; None where it has told none yet, or has ended without a word."""
         if self.told.closed or not self.told.poll():
             return None
         try:
@@ -52,7 +52,7 @@ class RankProcess:
             return None
 
     def end(self) -> None:
-        """End what still runs. TERM would mean: save first."""
+        """Kill what still runs. TERM would mean: save first."""
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
@@ -101,9 +101,9 @@ def start_rank(place: Rank, stop: StopSignal, foreign: Sequence[socket.socket], 
 
     def life() -> None:
         """Never returns: nothing of the launcher's own ending may run in a rank."""
-        for held in foreign:
+        for held in foreign:  # a listening socket that a rank kept would keep its port after the launcher's end
             held.close()
-        die_with(launcher)
+        die_with(launcher)  # before anything else that may take long
         dump_on_signal(dumping.fileno())
         stop.announces = False  # the launcher says it
         try:
@@ -118,6 +118,7 @@ def start_rank(place: Rank, stop: StopSignal, foreign: Sequence[socket.socket], 
 
     process = multiprocessing.get_context("fork").Process(target=life, name=f"rank-{place.rank}")
     process.start()
+    # The rank alone holds the writing ends, so that its end closes the pipes.
     telling.close()
     dumping.close()
     return RankProcess(place.rank, process, told, stacks)

@@ -1,4 +1,4 @@
-"""Whether a Ray cluster answers, and to whom: asked directly, before Ray is imported and its clients wait and retry."""
+"""Access to a Ray cluster: asked directly, before Ray is imported and its clients wait and retry."""
 
 import ipaddress
 import socket
@@ -61,7 +61,7 @@ def token_for(address: str, environ: Mapping[str, str], allow_open: bool) -> str
 
 
 def open_cluster_text(where: str) -> str:
-    """What is said of a cluster that asks nobody for a token."""
+    """The error of a cluster that asks nobody for a token."""
     return (
         f"{where}: this Ray cluster asks nobody for a token, so whoever reaches it can run programs on it. Start it "
         "with RAY_AUTH_MODE=token (see `ray get-auth-token --generate`), or allow it with "
@@ -90,7 +90,7 @@ def find_token(environ: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def is_on_loopback(host: str, port: int) -> bool:
-    """Whether a server can be reached from this machine only. Raises OSError where the host is not known."""
+    """True where a server can be reached from this machine only. Raises OSError where the host is not known."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     if not all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found):
         return False

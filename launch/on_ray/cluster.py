@@ -7,24 +7,69 @@ here, once the environment is right, and everything else below `launch/on_ray/` 
 import logging
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import lock_descriptor
 
 from launch.forking.environment import changed_environment
 from launch.on_ray.access import ask_head, is_on_loopback, split_address, token_for
-from launch.on_ray.private_folder import private_folder
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
+
+PREFIX = "llmtrain-ray-"
+LONGEST_PATH = 38
+"""Ray puts sockets into a folder in it with one letter, with names of up to 66 characters; a socket's path may have
+107."""
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """A new folder that only this user may enter, removed in the end. Folders whose owner is dead are removed first.
+
+    It is short enough for Ray's sockets: in the system's folder for temporary files, or else in /tmp.
+    """
+    parent = Path(tempfile.gettempdir())
+    if len(str(parent)) + len(PREFIX) + 9 > LONGEST_PATH:
+        parent = Path("/tmp")
+    _remove_abandoned(parent)
+    # It gets its name once it is locked: under that name it is never found without an owner that lives.
+    unnamed = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
+    lock = os.open(unnamed, os.O_RDONLY | os.O_DIRECTORY)
+    lock_descriptor(lock)
+    folder = unnamed.rename(parent / unnamed.name.removeprefix("."))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for folder in parent.glob(f"{PREFIX}*"):
+        # Others' folders, and those that are gone meanwhile, are not ours to remove.
+        with suppress(OSError):
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if lock_descriptor(lock, blocking=False):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 100 << 20
@@ -78,7 +123,7 @@ class Cluster:
     _last_answer: float = field(default_factory=time.monotonic, repr=False)
 
     def is_alive(self) -> bool:
-        """Whether the head has answered within the last SILENCE_SECONDS.
+        """True where the head has answered within the last SILENCE_SECONDS.
 
         Asks it, which takes milliseconds, or ASK_SECONDS where it is silent. May be called from any thread.
         """
@@ -87,7 +132,7 @@ class Cluster:
         return time.monotonic() - self._last_answer < SILENCE_SECONDS
 
     def answers(self) -> bool:
-        """Whether the head answers now, or after a restart within SILENCE_SECONDS."""
+        """True where the head answers now, or after a restart within SILENCE_SECONDS."""
         deadline = time.monotonic() + SILENCE_SECONDS
         while ask_head(self.address, self.token, ASK_SECONDS) == "silent":
             if time.monotonic() > deadline:
@@ -167,22 +212,16 @@ def _address_on_this_machine() -> str:
     return said[-1]
 
 
-def _silence() -> None:
-    """Let Ray print nothing of the cluster's errors, the last lines of a dead node's log among them: on stdout, and no
-    setting forbids it."""
-    from ray._private import worker
-
-    worker.print_to_stdstream = lambda *_, **__: None
-
-
 @contextmanager
 def _connected(**options: Any) -> Iterator[Any]:
     """What `ray.init` returns. In the end disconnects, and waits for the processes that it had started."""
     import ray
+    from ray._private import worker
 
     # What Ray warns of, dead workers and nodes, is said by the launcher, who knows what it means for the run.
     logging.getLogger("ray").setLevel(logging.ERROR)
-    _silence()
+    # Private, for want of a setting: else Ray prints the cluster's errors on stdout, a dead node's last lines too.
+    worker.print_to_stdstream = lambda *_, **__: None
     is_own = options["address"] == "local"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

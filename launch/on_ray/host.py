@@ -1,4 +1,4 @@
-"""A worker of the cluster, which holds what one rank needs there, and the process that forks the rank."""
+"""A worker of the cluster: it holds the room for one rank, and starts the process that forks the rank."""
 
 import json
 import os
@@ -91,7 +91,7 @@ class RankHost:
 
 
 def gloo_interface(address: str) -> dict[str, str]:
-    """What tells gloo to use the network of an address; a machine's own name may lead to another, or nowhere."""
+    """The variable by which gloo uses the network of an address; a machine's name may lead to another, or nowhere."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == address for entry in addresses):
             return {"GLOO_SOCKET_IFNAME": name}

@@ -1,10 +1,11 @@
-"""Runs as jobs of a Ray cluster: what is submitted, and how a job is followed and stopped.
+"""Runs as jobs of a Ray cluster: their submission, and how a job is followed and stopped.
 
 The file system is shared, as with Slurm: paths mean the same on the cluster. What is uploaded is the configuration.
 """
 
 import asyncio
 import logging
+import os
 import secrets
 import shlex
 import sys
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.forking.environment import changed_environment, passed_environment
-from launch.on_ray.absolute_paths import with_absolute_paths
 from launch.on_ray.access import job_server_token
 from llmtrain.config.reading.rendering import record_of, to_yaml
 from llmtrain.config.schema import RunConfig
+from llmtrain.data.storage.remote import scheme_of
 from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE, LaunchError, RunFolderInUseError
 from llmtrain.runs.folder import read_status
 
@@ -37,7 +38,7 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What Ray is asked to run. `config_text` is uploaded as `run.yaml`; `shown_text` is that without secrets."""
+    """The job that Ray is to run. `config_text` is uploaded as `run.yaml`; `shown_text` is that without secrets."""
 
     submission_id: str
     entrypoint: str
@@ -62,7 +63,7 @@ class Job:
 
 
 def plan_job(config: RunConfig, folder: Path, environ: Mapping[str, str]) -> JobPlan:
-    """What is submitted for a configuration whose relative paths are taken from `folder`."""
+    """The job for a configuration whose relative paths are taken from `folder`."""
     # ray_address: that of the job's cluster, which Ray tells it.
     frozen = with_absolute_paths(config.with_keys({"launch.ray_address": None}), folder)
     launch = frozen.launch
@@ -212,3 +213,34 @@ def exit_code_of(job: Job, folder: Path) -> int:
 def _job(details: Any) -> Job:
     job_id = details.submission_id or details.job_id or ""
     return Job(job_id, str(details.status.value), details.driver_exit_code, details.message or "")
+
+
+NO_PATHS = ("auto", "none")
+"""Values of checkpoint.resume that are words."""
+
+
+def with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration with its relative paths taken from `folder`, an absolute one. URLs stay."""
+
+    def absolute(path: str) -> str:
+        # As the system would take it; but of two slashes at the beginning nothing is made of one.
+        return path if scheme_of(path) else os.path.join(folder, path)  # noqa: PTH118  # Path would change the text
+
+    def absolute_or_none(path: str | None) -> str | None:
+        return None if path is None else absolute(path)
+
+    data, resume = config.data, config.checkpoint.resume
+    sources = {
+        f"data.{key}": tuple(source.with_keys({"path": absolute(source.path)}) for source in getattr(data, key))
+        for key in ("train", "valid")
+    }
+    return config.with_keys(
+        {
+            **sources,
+            "output_dir": absolute(config.output_dir),
+            "data.tokenizer": absolute_or_none(data.tokenizer),
+            "data.cache_dir": absolute_or_none(data.cache_dir),
+            "engine.nvme_path": absolute_or_none(config.engine.nvme_path),
+            "checkpoint.resume": resume if resume in NO_PATHS else absolute(resume),
+        }
+    )

@@ -71,7 +71,7 @@ class Replica:
         return self._group.id.hex()
 
     def is_ready(self) -> bool:
-        """Whether all its workers can fork ranks; starts those that are missing. Only where there is room for it.
+        """True once all its workers can fork ranks; starts those that are missing. Only where there is room for it.
 
         Raises LaunchError where a worker cannot be started.
         """
@@ -114,7 +114,7 @@ class Replica:
         self.workers[bundle] = Worker(actor, actor.ready.remote())
 
     def _hear(self, bundle: int, worker: Worker) -> bool:
-        """Whether a worker has answered; one that is dead is forgotten."""
+        """True where a worker has answered; one that is dead is forgotten."""
         done, _ = ray.wait([worker.asked], timeout=0)
         if not done:
             return False
@@ -187,7 +187,7 @@ class RankPlacement:
         return []
 
     def can_grow(self, size: int) -> bool:
-        """Whether a run of so many ranks could have more. Asks the cluster: not from the thread that watches ranks."""
+        """True where a run of so many ranks could have more. Asks the cluster: not for the thread that watches."""
         if size == self._sizes[0]:
             return False
         largest = self._largest(sum(replica.is_ready() for replica in self._with_room()))

@@ -1,4 +1,4 @@
-"""Which rank goes to which worker, and how many ranks a run may have. Pure: knows nothing of Ray."""
+"""The worker of each rank, and the numbers of ranks that a run may have. Pure: knows nothing of Ray."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from launch.on_ray.placement import Replica, Worker
 from launch.on_ray.ranking import Seat
 
 NEWS_SECONDS = 30.0
-"""How long a worker waits for something to say before it is asked again."""
+"""Time that a worker waits for news before it is asked again."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,11 @@ class RayAgents:
             try:
                 messages: Any = ray.get(answer)
             except RayError as error:
-                messages = [{"say": "gone", "text": f"its worker on the cluster has died: {_reason(error)}"}]
+                # Ray's text is long: of a dead actor the line that tells more than that, without the guesses behind it.
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+                reason = next((line for line in lines[1:] if line.startswith("The actor")), lines[0])
+                reason = re.split(r" Some common causes| The task may or may not", reason, maxsplit=1)[0]
+                messages = [{"say": "gone", "text": f"its worker on the cluster has died: {reason}"}]
             yield from ((rank, message) for message in messages)
             if not any(message["say"] == "gone" for message in messages):
                 self._ask(rank)
@@ -81,10 +85,3 @@ class RayAgents:
         if worker.news is None:
             worker.news = worker.actor.news.remote(NEWS_SECONDS)
         self._asked[worker.news] = rank
-
-
-def _reason(error: RayError) -> str:
-    """What Ray says of it, on one line; of a dead actor the line that tells more than that."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = next((line for line in lines[1:] if line.startswith("The actor")), lines[0] if lines else repr(error))
-    return re.split(r" Some common causes| The task may or may not", text, maxsplit=1)[0]

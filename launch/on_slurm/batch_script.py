@@ -14,12 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from launch.on_slurm.launcher import cpus_per_rank
-from launch.rank.log import LOGS
 from llmtrain.config.reading.document import COMMAND_LINE
 from llmtrain.config.reading.shown_values import shown, text_without_credentials
 from llmtrain.config.rules.launch import uneven_nodes
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, LaunchError, Problem
+from llmtrain.runs.rank_logs import LOGS
 
 BODY_MARK = "# ---- what the job does ----\n"
 """Where the body of a file in slurm/ begins. Above it are lines to edit by hand."""

@@ -15,10 +15,9 @@ from launch.rank.cores import user_threads
 from launch.rank.failure import Failure
 from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.stop import StopSignal
-from launch.supervision.attempt import sum_up, watches_speed
+from launch.supervision.attempt import Ending, sum_up, watch, watches_speed
 from launch.supervision.restarts import AttemptEnd, newest_step, supervise
 from launch.supervision.stragglers import Stragglers
-from launch.supervision.watch import Ending, watch
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LaunchError
 from llmtrain.preflight.resolve import ResolvedRun

@@ -19,12 +19,12 @@ from launch.forking.agent_rank_set import Message
 from launch.rank.cores import record_of_user
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
-from launch.supervision.watch import POLL_SECONDS
+from launch.supervision.attempt import POLL_SECONDS
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
 
 END_SECONDS = 30.0
-"""How long srun may take to end the processes of a step."""
+"""Time for srun to end the processes of a step."""
 
 LOST = "its task has ended without a word: killed, or its machine is gone (what srun says of it stands above)"
 
@@ -107,6 +107,7 @@ class Step:
         except OSError as error:
             self._listener.close()
             raise LaunchError(f"srun: cannot be started: {error.strerror}. Is Slurm's client on PATH?") from error
+        # By standard input, which only the tasks read: a key on a command line or in the environment is seen by others.
         told = {
             "host": socket.gethostname(),
             "port": self._listener.getsockname()[1],
@@ -178,6 +179,7 @@ class Step:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         control = Connection(connected.detach())
         try:
+            # The reverse order of the task's: each end waits for the other's challenge in turn.
             deliver_challenge(control, self._key)
             answer_challenge(control, self._key)
             said = json.loads(control.recv_bytes())

@@ -1,4 +1,4 @@
-"""`python -m launch.on_slurm.task`: what each task of a Slurm step runs, which the launcher starts by srun.
+"""`python -m launch.on_slurm.task`: the program of each task of a Slurm step, which the launcher starts by srun.
 
 It reads from its standard input where the launcher listens (srun gives the same line to every task), connects to it,
 says which task it is, and becomes an agent (launch/forking/agent.py): the launcher tells it when to fork its rank.
@@ -16,9 +16,9 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 
 from launch.forking.agent import RankAgent
 from launch.rank.place import ALONE, rank_from_environment
+from launch.rank.stop import SIGNALS
+from launch.supervision.attempt import import_for_ranks
 from llmtrain.messages import show_messages
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         control = _connect(os.environ, told)
         said = {"say": "here", "place": asdict(place), "host": socket.gethostname()}
         control.send_bytes(json.dumps(said).encode())
-        _import_all(told["engine"])
+        import_for_ranks(told["engine"])  # after `here`: the launcher knows of this task meanwhile
         control.send_bytes(json.dumps({"say": "ready"}).encode())
     except (OSError, EOFError, AuthenticationError) as error:
         sys.exit(f"{place}: the launcher cannot be reached at port {told['port']}: {error}")
@@ -51,12 +51,6 @@ def _connect(environment: Mapping[str, str], told: Mapping[str, str]) -> Connect
     answer_challenge(control, key)
     deliver_challenge(control, key)
     return control
-
-
-def _import_all(engine: str) -> None:
-    from launch.supervision.attempt import import_for_ranks
-
-    import_for_ranks(engine)
 
 
 if __name__ == "__main__":

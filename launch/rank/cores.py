@@ -1,23 +1,75 @@
-"""How many threads a rank computes with, of the cores that are free for it. Pure: imports no torch."""
+"""The cores and memory that a process may use, and how many threads a rank computes with. Pure: imports no torch.
+
+The kernel's control groups limit both: containers, systemd and batch systems set them. Version 2 has one tree of
+groups, version 1 one per controller. The least of a process's group and the groups around it holds. Within a container
+its own group may be seen as the root of the tree.
+"""
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 
-from launch.rank.cgroup import ROOT, cpu_quota
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.errors import ConfigError
 
+ROOT = Path("/")
+CONTROLLERS = "sys/fs/cgroup"
+UNLIMITED_BYTES = 1 << 60
+"""Version 1 says a number about as large as there are addresses where there is no limit."""
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Cores' worth of time that this process's groups get; None where nothing limits it."""
+    quotas: list[float] = []
+    for folder in _folders(root, "cpu"):
+        quota, _, period = _text(folder / "cpu.max").partition(" ")
+        if not quota:
+            quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(period):
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def memory_limit(root: Path = ROOT) -> int | None:
+    """Bytes that this process's groups may have in memory; None where nothing limits it."""
+    limits = [
+        int(text)
+        for folder in _folders(root, "memory")
+        for text in (_text(folder / "memory.max"), _text(folder / "memory.limit_in_bytes"))
+        if text.isdigit() and int(text) < UNLIMITED_BYTES
+    ]
+    return min(limits, default=None)
+
+
+def _folders(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's group and of those around it, the roots too."""
+    tops = root / CONTROLLERS
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        inner = PurePosixPath(*(part for part in PurePosixPath(path).parts if part not in ("/", "..")))
+        for top in (tops, tops / "unified") if not controllers else (tops / controllers, tops / controller):
+            yield from (top / group for group in (inner, *inner.parents))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except OSError:
+        return ""
+
+
 VARIABLE = "OMP_NUM_THREADS"
 RECORD = "LLMTRAIN_USER_OMP_NUM_THREADS"
-"""What the user had in VARIABLE, empty where nothing. Whoever sets VARIABLE for ranks keeps that here."""
+"""Keeps the user's own value of VARIABLE, empty where there was none, when VARIABLE is set for ranks."""
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-"""What says how threads wait for each other; where the user has set one of them, that holds."""
+"""The variables that say how threads wait for each other. Where the user has set one of them, that holds."""
 
 SPINS = {"GOMP_SPINCOUNT": "1000"}
 """Threads that wait for one which has no core soon sleep. By themselves GNU's spin for milliseconds, on the very cores
@@ -55,7 +107,7 @@ def user_threads(environ: Mapping[str, str]) -> int | None:
 
 
 def _set_by_starter(environ: Mapping[str, str]) -> bool:
-    """Whether torchrun or Ray has written its own 1 into OMP_NUM_THREADS, where the user had nothing."""
+    """True where torchrun or Ray has written its own 1 into OMP_NUM_THREADS, and the user nothing."""
     if environ.get(VARIABLE) != "1":
         return False
     if "TORCHELASTIC_RUN_ID" in environ:
@@ -68,14 +120,11 @@ def _set_by_starter(environ: Mapping[str, str]) -> bool:
 
 def record_of_user(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables by which a process that is started elsewhere knows what the user has set here."""
-    return {RECORD: str(user_threads(environ) or ""), **_waiting(environ)}
+    waiting = {name: environ[name] for name in WAITING if name in environ} or SPINS
+    return {RECORD: str(user_threads(environ) or ""), **waiting}
 
 
 def set_threads(threads: int) -> None:
     """Tell the libraries that read it when they are loaded how many threads to use. Call before importing torch."""
     os.environ.update(record_of_user(os.environ))
     os.environ[VARIABLE] = str(threads)
-
-
-def _waiting(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: environ[name] for name in WAITING if name in environ} or SPINS

@@ -25,7 +25,7 @@ class Failure:
 
     `details` is the whole text: a traceback for a defect, the message for what a user can mend. `consequence` says that
     another rank's failure is the reason; `killed` that it did not end by itself; `lasting` that it would happen again,
-    because a person must mend something first. Without a `host`, it is no rank's, but the launcher's own.
+    because a person must mend something first. Without a `host`, it is the launcher's own.
     """
 
     rank: int
@@ -40,7 +40,7 @@ class Failure:
 
     @staticmethod
     def of_error(rank: int, error: BaseException) -> "Failure":
-        """What an exception means."""
+        """The failure that an exception means."""
         summary = f"{type(error).__name__}: {error}"
         if isinstance(error, LlmtrainError):
             lines = [str(problem) for problem in error.problems] if isinstance(error, ConfigError) else []
@@ -53,7 +53,7 @@ class Failure:
 
     @staticmethod
     def of_exit(rank: int, exit_code: int, host: str = "") -> "Failure":
-        """What the end of a process that said nothing means; a negative code is the signal that killed it."""
+        """The failure of a process that ended without a word; a negative code is the signal that killed it."""
         host = host or socket.gethostname()
         if exit_code >= 0:
             text = f"ended with exit code {exit_code} and said nothing"
@@ -65,12 +65,12 @@ class Failure:
 
     @property
     def is_defect(self) -> bool:
-        """Whether what happened was not foreseen, so that the log may tell more."""
+        """True where the failure was not foreseen, so that the log may tell more."""
         return self.exit_code == 1
 
     @property
     def place(self) -> str:
-        """Whose it is; empty where it is no rank's."""
+        """The rank and its machine; empty where the failure is the launcher's own."""
         return f"rank {self.rank} on {self.host}" if self.host else ""
 
     def to_bytes(self) -> bytes:
@@ -87,7 +87,7 @@ def first_cause(failures: Sequence[Failure]) -> Failure:
 
 
 def failure_text(failures: Sequence[Failure], stopped: Sequence[int] = (), logs: str = "", alone: bool = False) -> str:
-    """All of it for a person.
+    """The failures as a person reads them.
 
     `stopped` are the ranks that had to be ended, `logs` is where the ranks' logs are; a rank `alone` needs no name.
     """
@@ -97,13 +97,9 @@ def failure_text(failures: Sequence[Failure], stopped: Sequence[int] = (), logs:
     if "\n" in cause.details:
         lines = [f"error: {place or 'the run'} failed:", cause.details]
     others = sorted((failure for failure in failures if failure is not cause), key=lambda failure: failure.rank)
-    lines += [f"then rank {other.rank} on {other.host}: {_first_line(other.summary)}" for other in others]
+    lines += [f"then rank {other.rank} on {other.host}: " + other.summary.partition("\n")[0] for other in others]
     lines += [f"then rank {rank}: stopped" for rank in stopped]
     return "\n".join([*lines, *([f"logs: {logs}"] if logs else [])])
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
 
 
 def _signal_name(number: int) -> str:

@@ -1,4 +1,7 @@
-"""Where each rank is, for whoever watches over them: in memory that forked ranks share with their launcher."""
+"""The board of heartbeats: where each rank is, in memory that forked ranks share with their launcher.
+
+There are no locks: each record has one writer, and a reader that sees an old one sees the new one next time.
+"""
 
 import mmap
 import struct
@@ -24,14 +27,14 @@ NUM_WINDOWS = 64
 """Windows of a rank that can be read; older ones are overwritten."""
 
 PLACE_BYTES = 120
-"""The longest text that says where a rank is."""
+"""The longest text of a rank's place in the code."""
 
 # One machine word each, aligned: no reader ever sees half of one.
 _RECORD = struct.Struct("=dqqq")
 _COUNT = struct.Struct("=q")
 _LOOKS = struct.Struct("=q")
 _WINDOW = struct.Struct(f"=qdd{PLACE_BYTES}s{PLACE_BYTES}s")
-# A reader is never at the window that is being written.
+# Twice as many as can be read: a reader is never at the window that is being written.
 _SLOTS = 2 * NUM_WINDOWS
 _COUNT_AT = _RECORD.size
 _LOOKS_AT = _COUNT_AT + _COUNT.size
@@ -54,7 +57,7 @@ class Position:
 
 @dataclass(frozen=True)
 class WorkWindow:
-    """What a rank did in WINDOW_STEPS steps in a row, of which `step` was the last.
+    """A rank's work in WINDOW_STEPS steps in a row, of which `step` was the last.
 
     `work` is the time, in seconds, in which it waited for no other rank; `places` where it was most of that, if that
     was asked for. Both by phase.
@@ -75,7 +78,7 @@ class HeartbeatBoard:
             self.heartbeat(rank)("setup", step)
 
     def heartbeat(self, rank: int) -> Heartbeat:
-        """What a rank calls. The step of the first call is the one that its attempt continues from."""
+        """The function that a rank calls. The step of the first call is the one that its attempt continues from."""
         first_step: int | None = None
 
         def tell(phase: Phase, step: int) -> None:
@@ -91,7 +94,7 @@ class HeartbeatBoard:
         _RECORD.pack_into(self._memory, rank * _RANK_BYTES, *values)
 
     def positions(self) -> list[Position]:
-        """Where the ranks are now, by rank."""
+        """The present positions, by rank."""
         records = (_RECORD.unpack_from(self._memory, rank * _RANK_BYTES) for rank in range(self.world_size))
         return [Position(PHASES[phase], step, since, first) for since, phase, step, first in records]
 
@@ -101,6 +104,7 @@ class HeartbeatBoard:
         data, step = (window.places.get(phase, "").encode()[:PLACE_BYTES] for phase in WORK)
         values = (window.step, window.work["data"], window.work["step"], data, step)
         _WINDOW.pack_into(self._memory, self._slot(rank, number), *values)
+        # The count afterwards: it tells readers that the window is whole.
         _COUNT.pack_into(self._memory, rank * _RANK_BYTES + _COUNT_AT, number + 1)
 
     def num_windows(self) -> int:
@@ -109,7 +113,13 @@ class HeartbeatBoard:
 
     def windows(self, number: int) -> list[WorkWindow]:
         """The window with this number, by rank: one of the last NUM_WINDOWS."""
-        return [self._window(rank, number) for rank in range(self.world_size)]
+        found = []
+        for rank in range(self.world_size):
+            step, data_work, step_work, *places = _WINDOW.unpack_from(self._memory, self._slot(rank, number))
+            in_data, in_step = (place.rstrip(b"\0").decode("utf-8", "ignore") for place in places)
+            work: dict[Work, float] = {"data": data_work, "step": step_work}
+            found.append(WorkWindow(step, work, {"data": in_data, "step": in_step}))
+        return found
 
     def want_places(self, rank: int, wanted: bool) -> None:
         """Ask a rank to find out where it spends its time, from its next step on, or no more."""
@@ -117,11 +127,6 @@ class HeartbeatBoard:
 
     def places_wanted(self, rank: int) -> bool:
         return bool(_LOOKS.unpack_from(self._memory, rank * _RANK_BYTES + _LOOKS_AT)[0])
-
-    def _window(self, rank: int, number: int) -> WorkWindow:
-        last_step, data, step, *places = _WINDOW.unpack_from(self._memory, self._slot(rank, number))
-        in_data, in_step = (place.rstrip(b"\0").decode("utf-8", "ignore") for place in places)
-        return WorkWindow(last_step, {"data": data, "step": step}, {"data": in_data, "step": in_step})
 
     def _count(self, rank: int) -> int:
         return _COUNT.unpack_from(self._memory, rank * _RANK_BYTES + _COUNT_AT)[0]

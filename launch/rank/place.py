@@ -1,4 +1,4 @@
-"""Which process of a run this is, as whoever started it says. Pure: imports no torch."""
+"""The place of a process among those of a run, as its launcher says. Pure: imports no torch."""
 
 import re
 import socket
@@ -40,7 +40,7 @@ ALONE = Rank()
 
 
 def rank_from_environment(environment: Mapping[str, str]) -> Rank | None:
-    """What torchrun or srun says about this process; None where neither started it.
+    """The place that torchrun or srun gives this process; None where neither started it.
 
     Raises LaunchError where the variables contradict themselves.
     """

@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet: a store of small texts, and the group whose collectives carry tensors."""
+"""The rendezvous of a run's ranks: a store of small texts, and the group whose collectives carry tensors."""
 
 import socket
 from dataclasses import dataclass, replace
@@ -68,7 +68,11 @@ def lone_store() -> Store:
 
 
 def open_exchange(place: Rank, timeout_seconds: float) -> StoreExchange:
-    """The texts of this attempt. To be opened where `connect` has served the store."""
+    """The texts of this attempt. Open it after `connect`, which serves the store.
+
+    A connection of its own: a rank that waits for a text holds its connection, and the group needs one.
+    """
+    # Prefixes, since an outer launcher's store may outlive an attempt: old keys would be taken for this attempt's.
     store = PrefixStore(f"attempt-{place.attempt}/said", connect(replace(place, serves_store=False), timeout_seconds))
     return StoreExchange(store, place.rank, place.world_size, timeout_seconds)
 
@@ -89,7 +93,10 @@ def open_group(store: Store, place: Rank, device: torch.device, timeout_seconds:
 
 
 def anybody(flag: bool) -> bool:
-    """Whether the flag is set on any rank; one small collective on the CPU, which no device waits for."""
+    """True where the flag is set on any rank; one small collective on the CPU, which no device waits for.
+
+    All ranks leave the loop at the same step: one that stopped alone would leave the others in a collective.
+    """
     told = torch.tensor(int(flag))
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return bool(told)

@@ -53,7 +53,7 @@ class StopSignal:
         told = signal.Signals(number)
         if self._told:
             if told in self._insistent:
-                os._exit(EXIT_TOLD_TWICE)
+                os._exit(EXIT_TOLD_TWICE)  # not sys.exit: cleaning up may wait for the very collective that hangs
             return
         self._told = True
         self._anybody_told[0] = 1

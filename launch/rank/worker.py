@@ -1,10 +1,15 @@
 """One rank of a run, the same in every launcher: threads, device, start, group, training, exit code."""
 
 import json
+import os
 import socket
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,7 +17,6 @@ import torch.distributed as dist
 from launch.rank.cores import num_threads
 from launch.rank.failure import OtherRankFailedError
 from launch.rank.heartbeat import Heartbeat
-from launch.rank.log import rank_log
 from launch.rank.place import ALONE, Rank
 from launch.rank.rendezvous import anybody, connect, lone_store, open_exchange, open_group
 from launch.rank.stop import StopSignal
@@ -22,10 +26,13 @@ from llmtrain.config.engines import ENGINES
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, NoProgressError, RunFolderInUseError
+from llmtrain.files import open_log
+from llmtrain.messages import show_messages
 from llmtrain.plan.memory_advice import advise
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.report.efficiency import DONE, run_efficiency
 from llmtrain.runs.folder import RunFolder, Status, read_status, was_taken_over
+from llmtrain.runs.rank_logs import log_path
 from llmtrain.train.health import StallLimit, skipped_text
 from llmtrain.train.loop import Run, train
 from llmtrain.train.setup import setup
@@ -69,6 +76,8 @@ def run_worker(
             if ENGINES[config.engine.name].needs_group and not attempt.finished_before:
                 open_group(lone_store(), place, device, timeout_seconds)
             return attempt.run(lambda: stop.requested)
+        # In this order: rank 0 serves the store, by which the ranks agree on a start. A group, which costs every rank a
+        # connection to every other, is made only where something is left to do.
         store = connect(place, timeout_seconds)
         ranks = open_exchange(place, timeout_seconds)
         folder, start, lock_token = agree_on_start(resolved, place, ranks, held)
@@ -78,7 +87,7 @@ def run_worker(
         held.enter_context(rank_log(run_dir, place))
         open_group(store, place, device, timeout_seconds)
         code = attempt.run(lambda: anybody(stop.requested), anybody)
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # after success alone: after a failure it would wait for ranks that are gone
         return code
 
 
@@ -111,7 +120,7 @@ class Attempt:
         return Budget.of(self.config).last_step(self.start.state.seen)
 
     def run(self, stop_requested: Callable[[], bool], on_any_rank: Callable[[bool], bool] = bool) -> int:
-        """Train to the end or until told to stop; returns the exit code. `on_any_rank`: is a flag set on any rank?"""
+        """Train to the end or until told to stop; returns the exit code. `on_any_rank`: is it set on any?"""
         if self.finished_before:
             self._require_result()
             if self.folder:
@@ -126,13 +135,16 @@ class Attempt:
             status, state = train(self.change_run(run, self.place), stop_requested, on_any_rank)
         except BaseException as error:
             advise(error, self.config, self.device.type)
-            self._require_own_run(error)
+            # Where rank 0 has lost the run folder, that is why the others fail too.
+            if self.folder is None and was_taken_over(self.config.run_dir, self.lock_token):
+                raise OtherRankFailedError("rank 0 has lost the run folder", RunFolderInUseError.exit_code) from error
             if run:
                 run.monitor.close("failed")
             said = f"{type(error).__name__}: {error}"
             status = "stalled" if isinstance(error, NoProgressError) else "failed"
             with suppress(LlmtrainError, OSError):  # a full disk must not hide why the run has failed
-                self._write_status(status, self._last_step(), said, said)
+                before = read_status(self.folder.path) if self.folder else None
+                self._write_status(status, before.step if before else self.start.step, said, said)
             raise
         if self.folder:
             with suppress(LlmtrainError, OSError):  # what cannot be read or written is no reason to fail in the end
@@ -147,23 +159,13 @@ class Attempt:
         return 0 if status == "done" else EXIT_PREEMPTED
 
     def _require_result(self) -> None:
-        """That a run has made all its steps is no success where they came to nothing. Raises NoProgressError."""
+        """Raise NoProgressError where a run has made all its steps and they came to nothing."""
         try:
             limit = StallLimit(self.config.health.max_skipped_steps, self.config.train.precision)
             limit.require_result(self.start.state)
         except NoProgressError as error:
             self._write_status("stalled", self.start.step, str(error), str(error))
             raise
-
-    def _require_own_run(self, error: BaseException) -> None:
-        """On another rank than 0: where rank 0 has lost the run folder, that is why this one fails too."""
-        if self.folder is None and was_taken_over(self.config.run_dir, self.lock_token):
-            raise OtherRankFailedError("rank 0 has lost the run folder", RunFolderInUseError.exit_code) from error
-
-    def _last_step(self) -> int:
-        """The last step that the status has, which follows training."""
-        status = read_status(self.folder.path) if self.folder else None
-        return status.step if status else self.start.step
 
     def _write_status(
         self, status: Status, step: int, message: str, cause: str = "", total_steps: int | None = None
@@ -173,7 +175,7 @@ class Attempt:
 
 
 def nothing_left(config: RunConfig, seen: Seen) -> str:
-    """Why a run that has all that behind it has nothing to do, and which number would change that."""
+    """The text of a run that has nothing left to do, with the key that would change that."""
     steps, tokens = config.train.steps, config.train.tokens
     if tokens is not None:
         done = f"{seen.data_tokens} tokens in {seen.step} steps, and train.tokens asks for {tokens}"
@@ -223,3 +225,45 @@ def choose_device(config: LaunchConfig, place: Rank) -> torch.device:
             f"{torch.cuda.device_count()} GPUs. Start as many ranks as there are GPUs, or set launch.device=cpu."
         )
     return torch.device("cuda", place.local_rank)
+
+
+@contextmanager
+def rank_log(run_dir: Path, place: Rank) -> Iterator[None]:
+    """Append what this process prints to its log, headed by a line about the attempt; an error that leaves is kept too.
+
+    Rank 0, alone or not, goes on printing where it did: its console writes plain lines to the log as well.
+    """
+    path = log_path(run_dir, place.rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    with open_log(path) as log:
+        where = f"on {socket.gethostname()}, process {os.getpid()}"
+        log.write(f"=== {now} rank {place.rank} of {place.world_size} {where}\n")
+        log.flush()
+        before = _redirect(log.fileno()) if place.rank > 0 else ()
+        if before:
+            show_messages()  # all of them: this log is its own
+        try:
+            yield
+        except BaseException:
+            log.write(traceback.format_exc())
+            raise
+        finally:
+            for number, old in before:
+                _flush()
+                os.dup2(old, number)
+                os.close(old)
+
+
+def _redirect(target: int) -> tuple[tuple[int, int], ...]:
+    """Let stdout and stderr of this process, below Python too, go to a file; returns what they were."""
+    _flush()
+    before = tuple((number, os.dup(number)) for number in (1, 2))
+    for number, _ in before:
+        os.dup2(target, number)
+    return before
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()

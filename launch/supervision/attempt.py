@@ -1,27 +1,145 @@
-"""One attempt to bring a run to its end: what a launcher prepares, what a rank does, and what it has come to."""
+"""One attempt to bring a run to its end: its preparation, a rank's work, the watch over all ranks, and the result."""
 
 import gc
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from launch.rank.failure import Failure
 from launch.rank.heartbeat import HeartbeatBoard
-from launch.rank.log import stacks_path
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
-from launch.supervision.hangs import save_stacks
+from launch.supervision.hangs import Suspect, find_suspects, is_stuck, limit_seconds, save_stacks
 from launch.supervision.restarts import AttemptEnd, newest_step
-from launch.supervision.watch import Ending
+from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError
 from llmtrain.messages import show_messages
 from llmtrain.runs.folder import RunFolder, read_status
 
 _logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 1.5
+"""Time for ranks to end by themselves once one has failed; then they are killed."""
+
+POLL_SECONDS = 0.25
+"""Time between two looks at the ranks' progress. The end of a rank is heard at once."""
+
+
+@dataclass(frozen=True)
+class RankNews:
+    """A rank's failure as it says it, or its end with the exit code; or both."""
+
+    rank: int
+    failure: Failure | None = None
+    exit_code: int | None = None
+
+
+class RankSet(Protocol):
+    """All ranks of one attempt. Their positions are on the board that `watch` gets."""
+
+    def news(self, running: Collection[int]) -> Sequence[RankNews]:
+        """News of running ranks, as soon as there is some, or nothing after POLL_SECONDS."""
+        ...
+
+    def helpless(self, running: Collection[int]) -> Mapping[int, str]:
+        """The ranks that can do nothing, each with the reason: their process is stopped, or cannot be reached."""
+        ...
+
+    def stacks(self, running: Collection[int]) -> dict[int, str]:
+        """The stacks of the ranks' threads; empty for a rank that does not answer."""
+        ...
+
+    def host(self, rank: int) -> str:
+        """The machine of a rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the ranks have ended: failures, ranks that had to be ended, and what hung ranks were doing, by rank.
+
+    `exit_code` is the highest of those that ended. `out_of_time` says that they were told to stop and took longer than
+    their grace.
+    """
+
+    failures: tuple[Failure, ...] = ()
+    stopped: tuple[int, ...] = ()
+    stacks: dict[int, str] | None = None
+    exit_code: int = 0
+    out_of_time: bool = False
+
+
+def watch(
+    rank_set: RankSet,
+    board: HeartbeatBoard,
+    stop: StopSignal,
+    limits: LaunchConfig,
+    look: Callable[[], None] = lambda: None,
+) -> Ending:
+    """Wait until every rank has ended, or until they must be ended. `look` is called every POLL_SECONDS."""
+    failures: dict[int, Failure] = {}
+    running = set(range(board.world_size))
+    exit_code = 0
+    deadline = None  # of those that run on after a failure
+    stop_by = None
+    while running and (deadline is None or time.monotonic() < deadline):
+        for news in rank_set.news(running):
+            failure = news.failure
+            if news.exit_code is not None:
+                running.discard(news.rank)
+                exit_code = max(exit_code, news.exit_code)
+                if not failure and news.rank not in failures and news.exit_code not in (0, EXIT_PREEMPTED):
+                    failure = Failure.of_exit(news.rank, news.exit_code, rank_set.host(news.rank))
+            if failure:
+                failures[news.rank] = failure
+        look()
+        now = time.monotonic()
+        if failures and deadline is None:
+            deadline = now + GRACE_SECONDS
+        if stop.requested and limits.grace_seconds > 0:
+            stop_by = stop_by or now + limits.grace_seconds
+            if now >= stop_by and running and not failures:
+                return Ending(out_of_time=True)
+        if not failures and running and is_stuck([board.positions()[rank] for rank in running], limits.watchdog, now):
+            return _hung(rank_set, running, board, limits)
+    for rank, reason in rank_set.helpless(running).items():
+        # A stopped rank is the cause: the others have only noticed, by a time limit of their own.
+        failures[rank] = _killed(rank, rank_set, reason)
+    return Ending(tuple(failures.values()), tuple(sorted(running - failures.keys())), exit_code=exit_code)
+
+
+def _hung(rank_set: RankSet, running: Collection[int], board: HeartbeatBoard, limits: LaunchConfig) -> Ending:
+    """Find out which rank the others wait for, and what all of them are doing."""
+    positions = board.positions()
+    helpless = rank_set.helpless(running)
+    stacks = rank_set.stacks(running)
+    suspects = find_suspects({rank: positions[rank] for rank in running}, helpless, stacks)
+    failures = tuple(_killed(suspect.rank, rank_set, _text(suspect, limits)) for suspect in suspects)
+    others = set(running) - {suspect.rank for suspect in suspects}
+    return Ending(failures, tuple(sorted(others)), stacks)
+
+
+def _killed(rank: int, rank_set: RankSet, text: str) -> Failure:
+    """A failure that comes before what the others say."""
+    return Failure(rank, 1, text, text, killed=True, host=rank_set.host(rank), seconds=0.0)
+
+
+def _text(suspect: Suspect, limits: LaunchConfig) -> str:
+    position = suspect.position
+    seconds = limit_seconds(position, limits.watchdog)
+    text = (
+        f"no progress in section {position.phase} after step {position.step} for longer than "
+        f"launch.watchdog.{position.phase}_seconds = {seconds:g}: {suspect.reason}"
+    )
+    return text + (f"; it is in {suspect.place}" if suspect.place else "")
+
 
 if TYPE_CHECKING:
     from llmtrain.train.loop import Run
@@ -31,14 +149,14 @@ ChangeRun = Callable[["Run", Rank], "Run"]
 
 
 def watches_speed(config: RunConfig) -> bool:
-    """Whether it is looked for slow ranks. Nobody waits for one that is alone."""
+    """True where slow ranks are looked for. Nobody waits for a rank that is alone."""
     return config.observe.straggler_score > 0 and config.launch.num_workers > 1
 
 
 def import_for_ranks(engine: str) -> None:
     """Import all that ranks need, in the process that they will be forked from. No GPU may be in use there."""
     import torch
-    import torch._dynamo  # every optimizer's first step would, on each rank for seconds
+    import torch._dynamo  # else each rank's optimizer imports it in its first step, for seconds
 
     import launch.rank.worker
     import launch.supervision.work_meter
@@ -60,7 +178,7 @@ def rank_work(
     slot: int,
     change_run: ChangeRun | None = None,
 ) -> Callable[[], int]:
-    """What a forked rank does; it returns the exit code. The rank tells where it is in this slot of the board.
+    """The work of a forked rank, which returns the exit code. Its heartbeats go to this slot of the board.
 
     It reads the data's manifests itself: they may have changed since the launcher did, or since the last attempt.
     """
@@ -80,10 +198,10 @@ def rank_work(
 
 
 def sum_up(config: RunConfig, ending: Ending, board: HeartbeatBoard, stop: StopSignal) -> AttemptEnd:
-    """What an attempt has come to, none of its ranks being left: for `supervise`, and on storage."""
+    """The result of an attempt, none of its ranks being left: for `supervise`, and on storage."""
     run_dir = config.run_dir
     if ending.stacks is not None:
-        save_stacks(ending.stacks, stacks_path(run_dir))
+        save_stacks(ending.stacks, run_dir)
     if ending.out_of_time:
         _abandon_save(config, run_dir)
     positions = board.positions()

@@ -1,4 +1,4 @@
-"""Ranks that make no progress: when to give up waiting, and which of them the others wait for."""
+"""Hangs: when to give up waiting for ranks without progress, and which rank the others wait for."""
 
 import faulthandler
 import logging
@@ -15,6 +15,9 @@ import psutil
 from launch.rank.heartbeat import Position
 from llmtrain.config.launch import WatchdogConfig
 from llmtrain.files import open_log
+from llmtrain.runs.rank_logs import LOGS
+
+STACKS = "stacks.txt"
 
 _logger = logging.getLogger(__name__)
 
@@ -24,7 +27,7 @@ DUMP_SIGNAL = signal.SIGUSR2
 STOPPED = "its process is stopped (SIGSTOP)"
 
 DUMP_SECONDS = 1.0
-"""How long ranks may take to write it. One that is stopped never does."""
+"""Time for ranks to write their stacks. One that is stopped never does."""
 
 _WAITING = re.compile(r"/torch/distributed/|/torch/autograd/graph\.py|/deepspeed/comm/|/launch/rank/rendezvous\.py")
 """Files whose functions wait for other ranks. Autograd is among them: collectives of a backward pass run below it."""
@@ -43,7 +46,7 @@ class Suspect:
 
 
 def is_stuck(positions: Sequence[Position], limits: WatchdogConfig, now: float) -> bool:
-    """Whether every rank has been where it is for longer than it may be there.
+    """True where every rank has been at its position for longer than its limit.
 
     One that is not late excuses the others: they wait for it.
     """
@@ -58,7 +61,7 @@ def limit_seconds(position: Position, limits: WatchdogConfig) -> float:
 def find_suspects(
     positions: Mapping[int, Position], helpless: Mapping[int, str], stacks: Mapping[int, str]
 ) -> list[Suspect]:
-    """Which of the ranks that hang are the reason, most telling sign first. Never empty.
+    """The ranks that are the reason of a hang, most telling sign first. Never empty.
 
     One that is `helpless`, with the reason (its process is stopped, or cannot be reached); a rank with fewer finished
     steps than others; one that is at work on its own (data, evaluation, a checkpoint) while others are in the step; one
@@ -84,19 +87,19 @@ def find_suspects(
 
 
 def waits_for_others(stack: str) -> bool:
-    """Whether the main thread of a dumped stack is in a collective."""
+    """True where the main thread of a dumped stack is in a collective."""
     frame = _CURRENT_FRAME.search(main_thread(stack))
     return frame is not None and _WAITING.search(frame[1]) is not None
 
 
 def current_place(stack: str) -> str:
-    """Where the main thread of a dumped stack is: `function (file:line)`; empty where there is no stack."""
+    """The place of the main thread of a dumped stack: `function (file:line)`; empty where there is no stack."""
     frame = _CURRENT_FRAME.search(main_thread(stack))
     return f"{frame[3]} ({Path(frame[1]).name}:{frame[2]})" if frame else ""
 
 
 def main_thread(stack: str) -> str:
-    """The part of faulthandler's dump that the interrupted thread wrote: the main one, the signal being its."""
+    """The main thread's part of faulthandler's dump: signals interrupt the main thread, which is called current."""
     return stack[stack.rfind("Current thread") :] if "Current thread" in stack else stack
 
 
@@ -137,8 +140,9 @@ def stopped_processes(processes: Mapping[int, int]) -> dict[int, str]:
     return stopped
 
 
-def save_stacks(stacks: Mapping[int, str], path: Path) -> None:
-    """Append the dumped stacks to a file, by rank."""
+def save_stacks(stacks: Mapping[int, str], run_dir: Path) -> None:
+    """Append the dumped stacks of hung ranks to a file among the run's logs, by rank."""
+    path = run_dir / LOGS / STACKS
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open_log(path) as file:

@@ -1,4 +1,4 @@
-"""What follows the end of an attempt: the same in every launcher. Decisions are pure; `supervise` carries them out."""
+"""Restarts after an attempt's end, the same in every launcher. Decisions are pure; `supervise` carries them out."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from launch.rank.failure import Failure, failure_text, first_cause
-from launch.rank.log import log_path
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE, LlmtrainError, NoProgressError, RunFolderInUseError
 from llmtrain.report.efficiency import run_efficiency
 from llmtrain.runs.audit import iter_events, record
 from llmtrain.runs.folder import RunFolder, Status, read_status
+from llmtrain.runs.rank_logs import log_path
 
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class Decision:
 def decide(
     attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_before: int = 0, stops_before: int = 0
 ) -> Decision:
-    """What follows the last of the attempts of this launch; `saved_before` is the newest step saved before the first.
+    """The decision after the last attempt of this launch; `saved_before` is the newest step saved before the first.
 
     A run is started again from its newest valid checkpoint, unless it was told to stop, a person must mend something,
     nothing has ever worked, or attempts end again and again without a newer checkpoint. Where it was told to stop and
@@ -80,7 +80,7 @@ def decide(
 
 
 def _after_failure(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_before: int) -> Decision:
-    """What follows where nobody has told the run to stop."""
+    """The decision where nobody has told the run to stop."""
     cause = attempts[-1].cause
     if cause.lasting or not cause.is_defect:
         return Decision("stop", cause.exit_code, "starting again would not mend it")
@@ -100,7 +100,7 @@ def _no_progress(stalled: int, max_stalled_attempts: int) -> str:
 
 
 def stops_without_save(run_dir: Path, saved_step: int) -> int:
-    """How many launches in a row, up to now, were told to stop, failed then, and have left this newest checkpoint.
+    """The number of launches in a row, up to now, that were told to stop, failed, and left this newest checkpoint.
 
     A defect in a run's last save would otherwise have it requeued for ever.
     """
@@ -111,7 +111,7 @@ def stops_without_save(run_dir: Path, saved_step: int) -> int:
 
 
 def num_stalled(attempts: Sequence[AttemptEnd], saved_before: int = 0) -> int:
-    """How many of the last attempts have ended without a checkpoint newer than any before."""
+    """The number of last attempts that have ended without a checkpoint newer than any before."""
     newest, stalled = saved_before, 0
     for attempt in attempts:
         if not attempt.resized or attempt.failures:
@@ -146,7 +146,7 @@ def supervise(config: RunConfig, run_attempt: Callable[[int], AttemptEnd], launc
 
 
 def _tell(config: RunConfig, end: AttemptEnd, decision: Decision, attempt: int, launch_id: str) -> None:
-    """Say what failed and what follows: at the terminal, in status.json and in the audit log."""
+    """Tell the failure and the decision: at the terminal, in status.json and in the audit log."""
     cause = end.cause
     if cause.exit_code == EXIT_TOLD_TWICE:
         return

@@ -30,8 +30,11 @@ LEAST_USUAL_WINDOWS = 2
 
 @dataclass(frozen=True)
 class Straggler:
-    """A rank that works longer than it should, up to `step`. `score` is the time that it should need, as a share of
-    the time that it needs; most of what is too much is in `phase`, and most of that phase's work in `place`."""
+    """A rank that works longer than it should, up to `step`.
+
+    `score` is the time that it should need over the time that it needs. Most of the excess is in `phase`, and most of
+    that phase's work in `place`.
+    """
 
     rank: int
     score: float
@@ -87,17 +90,16 @@ class Judge:
             return {phase: median(windows[peer].work[phase] for peer in peers) for phase in WORK}
         if len(self._usual[rank]) < LEAST_USUAL_WINDOWS:
             return None
-        changes = [self._change(other, windows[other]) for other in self._peers if other != rank]
+        # How many times as long as usual the others work: then this one may as well.
+        usual = {other: median(map(_total, self._usual[other])) for other in self._peers if self._usual[other]}
+        changes = [
+            _total(windows[other]) / usual[other] if usual.get(other) else 1.0 for other in self._peers if other != rank
+        ]
         change = max(1.0, median(changes)) if changes else 1.0
         return {phase: change * median(window.work[phase] for window in self._usual[rank]) for phase in WORK}
 
-    def _change(self, rank: int, window: WorkWindow) -> float:
-        """How many times as long as usual a rank works."""
-        usual = median(_total(window) for window in self._usual[rank]) if self._usual[rank] else 0.0
-        return _total(window) / usual if usual else 1.0
-
     def _score(self, window: WorkWindow, wanted: dict[Work, float] | None) -> float | None:
-        """What a rank should need as a share of what it needs; None where the difference says nothing."""
+        """The work that a rank should need over the work that it needs; None where the difference says nothing."""
         if wanted is None:
             return None
         work, should = _total(window), sum(wanted.values())
@@ -123,7 +125,7 @@ class Stragglers:
         self._next = 0
 
     def look(self) -> None:
-        """Judge what the ranks have done since the last call."""
+        """Judge the windows that ranks have added since the last call."""
         end = self._board.num_windows()
         for number in range(max(self._next, end - NUM_WINDOWS), end):
             for straggler in self._judge.judge(self._board.windows(number)):

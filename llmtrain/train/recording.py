@@ -77,7 +77,7 @@ def build_monitor(
         return Monitor(plan, on_phase=on_phase)
     path = log_path(folder.path, 0)
     path.parent.mkdir(exist_ok=True)
-    log = open_log(path)  # launch/rank/log.py has begun it
+    log = open_log(path)  # launch/rank/worker.py has begun it
     console = ConsoleTracker(config.name, state.step, last_step, log=log)
     newest = partial(newest_checkpoint, folder.path)
     trackers = build_trackers(config, resolved.layout, folder.path, attempt, console, newest)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.rank.cgroup import cpu_quota, memory_limit
+from launch.rank.cores import cpu_quota, memory_limit
 from llmtrain.checks.doctor.finding import Finding
 from llmtrain.runs.file_system import existing_folder, folder_fault
 

@@ -10,7 +10,7 @@ from launch.forking.agent_rank_set import SILENT, AgentRankSet, Message
 from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.place import Rank
 from launch.rank.stop import StopSignal
-from launch.supervision.watch import watch
+from launch.supervision.attempt import watch
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LaunchError

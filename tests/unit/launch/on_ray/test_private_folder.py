@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.on_ray import private_folder as module
-from launch.on_ray.private_folder import PREFIX, private_folder
+from launch.on_ray import cluster as module
+from launch.on_ray.cluster import PREFIX, private_folder
 
 
 @pytest.fixture(autouse=True)

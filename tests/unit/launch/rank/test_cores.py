@@ -9,8 +9,17 @@ from pathlib import Path
 import pytest
 
 from launch.forking.environment import changed_environment
-from launch.rank.cgroup import cpu_quota, memory_limit
-from launch.rank.cores import RECORD, WAITING, num_threads, record_of_user, set_threads, usable_cores, user_threads
+from launch.rank.cores import (
+    RECORD,
+    WAITING,
+    cpu_quota,
+    memory_limit,
+    num_threads,
+    record_of_user,
+    set_threads,
+    usable_cores,
+    user_threads,
+)
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.errors import ConfigError
 

@@ -103,7 +103,7 @@ def test_a_process_in_a_c_call_dumps_its_stack_and_a_stopped_one_is_seen(tmp_pat
         assert list(stopped_processes({3: process.pid, 4: 2**22 + 1})) == [3]
         assert read_stacks(ranks) == {3: ""}
         process.kill()
-    save_stacks({**stacks, 4: ""}, tmp_path / "logs" / "stacks.txt")
+    save_stacks({**stacks, 4: ""}, tmp_path)
     saved = (tmp_path / "logs" / "stacks.txt").read_text()
     assert "=== rank 3\n" in saved and "waits_for_ever" in saved and "=== rank 4\nsaid nothing" in saved
 

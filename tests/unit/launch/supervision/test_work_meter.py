@@ -8,8 +8,7 @@ import pytest
 from torch.distributed import Work as Collective
 
 from launch.rank.heartbeat import WINDOW_STEPS, WorkWindow
-from launch.supervision.stack_sampler import LOOK_SECONDS, STANDSTILL, Looks, stacks_of
-from launch.supervision.work_meter import WorkMeter
+from launch.supervision.work_meter import LOOK_SECONDS, STANDSTILL, Looks, WorkMeter, stacks_of
 from llmtrain.values.progress import Phase
 
 DUMP = """\
@@ -18,7 +17,7 @@ Thread 0x00007f0000000001 (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 629 in wait
 
 Current thread 0x00007f0000000002 (most recent call first):
-  File "/src/launch/supervision/stack_sampler.py", line 80 in _look_often
+  File "/src/launch/supervision/work_meter.py", line 80 in _look_often
 """
 
 
@@ -116,4 +115,4 @@ def slowly() -> None:
 def test_stacks_are_told_apart() -> None:
     stacks = stacks_of(DUMP)
     assert stacks[0x7F0000000001][1] == ("/usr/lib/python3.11/threading.py", "629", "wait")
-    assert stacks[0x7F0000000002] == [("/src/launch/supervision/stack_sampler.py", "80", "_look_often")]
+    assert stacks[0x7F0000000002] == [("/src/launch/supervision/work_meter.py", "80", "_look_often")]

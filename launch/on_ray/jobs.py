@@ -24,7 +24,7 @@ from llmtrain.config.reading.rendering import record_of, to_yaml
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.remote import scheme_of
 from llmtrain.errors import EXIT_PREEMPTED, EXIT_TOLD_TWICE, LaunchError, RunFolderInUseError
-from llmtrain.runs.folder import read_status
+from llmtrain.runs.status import read_status
 
 DEFAULT_SERVER = "http://127.0.0.1:8265"
 CONFIG_NAME = "run.yaml"

@@ -28,7 +28,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, NoProgressError, RunFolderInUseError
 from llmtrain.files import open_log
 from llmtrain.messages import show_messages
-from llmtrain.plan.memory_advice import advise
+from llmtrain.plan.memory import advise
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.report.efficiency import DONE, run_efficiency
 from llmtrain.runs.folder import RunFolder, Status, read_status, was_taken_over

@@ -21,7 +21,8 @@ from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError
 from llmtrain.messages import show_messages
-from llmtrain.runs.folder import RunFolder, read_status
+from llmtrain.runs.folder import RunFolder
+from llmtrain.runs.status import read_status
 
 _logger = logging.getLogger(__name__)
 

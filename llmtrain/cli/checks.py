@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from llmtrain.checks.doctor.finding import Finding
+    from llmtrain.checks.doctor.findings import Finding
 
 from typing import TYPE_CHECKING, NoReturn
 
@@ -35,7 +35,7 @@ def doctor(
     from dataclasses import asdict
 
     from llmtrain.checks.doctor.examination import examine
-    from llmtrain.checks.doctor.finding import can_train
+    from llmtrain.checks.doctor.findings import can_train
 
     findings = examine(output_dir, lambda line: typer.echo(line, err=True))
     possible = can_train(findings)
@@ -73,7 +73,7 @@ def _print_findings(findings: list["Finding"]) -> None:
 
 def _with_packages_together(findings: list["Finding"]) -> list["Finding"]:
     """The packages that are as they should be in one line, the others on their own."""
-    from llmtrain.checks.doctor.finding import Finding
+    from llmtrain.checks.doctor.findings import Finding
 
     right = [f for f in findings if f.section == "packages" and f.state == "ok" and f.name != "Python"]
     line = Finding("packages", "packages", "ok", ", ".join(f"{f.name} {f.text}" for f in right))

@@ -40,8 +40,7 @@ def status(
 
     Ends with 0 where that could be told of every run, whatever has become of it, and with 3 where a file is damaged.
     """
-    from llmtrain.report.run_view import OVER, find_runs
-    from llmtrain.report.watching import iter_views
+    from llmtrain.report.run_view import OVER, find_runs, iter_views
 
     folders = list(dict.fromkeys(folder for path in runs for folder in find_runs(path)))
     shown: list[RunView] = []

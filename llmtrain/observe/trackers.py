@@ -13,9 +13,8 @@ from llmtrain.config.reading.shown_values import redacted
 from llmtrain.config.schema import RunConfig
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.parallel.layout import Layout
-from llmtrain.runs.attempts import StartedAttempt
-from llmtrain.runs.metrics_file import METRICS_FILE, JsonlTracker
-from llmtrain.runs.newest_rows import NewestRows, newest_rows
+from llmtrain.runs.audit import StartedAttempt
+from llmtrain.runs.metrics_file import METRICS_FILE, JsonlTracker, NewestRows, newest_rows
 from llmtrain.values.progress import Row
 
 

@@ -103,7 +103,9 @@ def layout_tables(outline: LayoutOutline) -> list[tuple[list[str], list[list[str
             f"{axis.size:,}",
             f"{axis.stride:,}",
             f"{axis.num_groups:,}",
-            _elided(axis.first_group, axis.size, axis.stride),
+            # `0 8 16 ... 120`
+            " ".join(map(str, axis.first_group[: 4 if axis.size <= 4 else 3]))
+            + (f" ... {(axis.size - 1) * axis.stride}" if axis.size > 4 else ""),
         ]
         for axis in outline.axes
     ]
@@ -150,10 +152,3 @@ def _run(numbers: Sequence[int]) -> str:
     if not numbers:
         return "none"
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-
-
-def _elided(ranks: Sequence[int], size: int, stride: int) -> str:
-    """`0 8 16 ... 120`."""
-    if size <= 4:
-        return " ".join(map(str, ranks))
-    return f"{' '.join(map(str, ranks[:3]))} ... {(size - 1) * stride}"

@@ -18,8 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from llmtrain.runs.attempts import STARTED
-from llmtrain.runs.audit import iter_events
+from llmtrain.runs.audit import STARTED, iter_events
 from llmtrain.runs.metrics_file import METRICS_FILE, iter_rows
 from llmtrain.values.progress import RESUMED_FROM
 from llmtrain.words import duration

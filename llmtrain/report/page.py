@@ -13,17 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import ConfigError
-from llmtrain.report.history import time_section, timeline_section
-from llmtrain.report.model import model_section
+from llmtrain.report.results import checkpoint_section, comparison, tiles, time_section, timeline_section
 from llmtrain.report.run_record import MOST_POINTS, RunRecord, load_run, smoothed, thinned
-from llmtrain.report.sections import (
-    checkpoint_section,
-    comparison,
-    config_section,
-    data_section,
-    environment_section,
-    tiles,
-)
+from llmtrain.report.settings import config_section, data_section, environment_section, model_section
 
 CURVES = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_second", "moe/max_load", "moe/drop_rate")
 SECTIONS = (
@@ -102,7 +94,10 @@ def chart_data(records: list[RunRecord]) -> dict[str, Any]:
                 "name": record.name if labels.count(record.name) == 1 else str(record.path),
                 "resumes": sorted(set(record.resumes)),
                 "places": _places(record),
-                "curves": {key: [steps, [_number(value) for value in values]] for key, (steps, values) in thin.items()},
+                "curves": {
+                    key: [steps, [value if math.isfinite(value) else None for value in values]]
+                    for key, (steps, values) in thin.items()
+                },
             }
         )
     return {"runs": runs}
@@ -144,10 +139,6 @@ def _header(records: list[RunRecord]) -> str:
         + (f'<p class="lead">{message}</p>' if message else "")
         + f'<p class="muted">{" · ".join(lines)}</p></header>'
     )
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _asset(name: str) -> str:

@@ -3,6 +3,7 @@
 import math
 import socket
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,19 +13,9 @@ from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_fold
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.report.efficiency import STARTED
 from llmtrain.runs.audit import iter_events
-from llmtrain.runs.folder import (
-    LEASE_SECONDS,
-    LOCK,
-    STATUS,
-    LockOwner,
-    RunStatus,
-    process_start,
-    read_owner,
-    read_status,
-    this_machine,
-)
-from llmtrain.runs.metrics_file import METRICS_FILE
-from llmtrain.runs.newest_rows import NewestRows, newest_rows
+from llmtrain.runs.folder import LEASE_SECONDS, LOCK, LockOwner, process_start, read_owner, this_machine
+from llmtrain.runs.metrics_file import METRICS_FILE, NewestRows, newest_rows
+from llmtrain.runs.status import STATUS, RunStatus, read_status
 from llmtrain.words import duration
 
 State = Literal[
@@ -36,6 +27,7 @@ State = Literal[
 OVER: tuple[State, ...] = ("done", "failed", "stalled", "dead", "unknown", "damaged")
 """States that nobody but a person changes. A preempted run is one that somebody starts again."""
 
+WATCH_SECONDS = 2.0
 RATE_ROWS = 100
 """Rows that rates are means over."""
 
@@ -114,11 +106,14 @@ def look(path: Path) -> RunView:
     alive = _lives(path, status, owner)
     state = "dead" if alive is False else status.status
     starts = list(iter_events(path, STARTED))
+    # Until a start has made a step, rows of steps after the one that it continues are of the start before it.
+    begins = status.status == "running" and status.message == "starting"
+    gone_back_to = status.step if begins else None
     facts: dict[str, Any] = {
         "attempt": len(starts) or status.attempt + 1,
         "since": starts[-1]["time"] if starts else "",
         **_newest_checkpoint(path),
-        **_progress(newest_rows(path / METRICS_FILE, RATE_ROWS, _gone_back_to(status)), status, state),
+        **_progress(newest_rows(path / METRICS_FILE, RATE_ROWS, gone_back_to), status, state),
     }
     message, action = status.message, status.next_action
     if state == "dead":
@@ -145,11 +140,6 @@ def holder_lives(lock: Path, owner: LockOwner) -> bool:
     if owner.machine == this_machine() and owner.host == socket.gethostname():
         return process_start(owner.pid) in (owner.process_started, "")
     return _age(lock) < LEASE_SECONDS
-
-
-def _gone_back_to(status: RunStatus) -> int | None:
-    """The step that a start continues, until it has made one: rows of later steps are of the start before it."""
-    return status.step if status.status == "running" and status.message == "starting" else None
 
 
 def _lives(path: Path, status: RunStatus, owner: LockOwner | None) -> bool | None:
@@ -215,3 +205,27 @@ def _age(path: Path) -> float:
 def _number(value: Any) -> float | None:
     """A number of a row; None where it is not finite, which JSON has no number for."""
     return float(value) if math.isfinite(value) else None
+
+
+def iter_views(folders: Sequence[Path], again: bool) -> Iterator[list[RunView]]:
+    """What is seen of the runs, over and over. A process that is gone once may be one that is being replaced."""
+    before: set[str] = set()
+    while True:
+        views = [_look(folder) for folder in folders]
+        dead = {view.path for view in views if view.state == "dead"}
+        if again and dead - before:
+            before = dead
+            time.sleep(WATCH_SECONDS)
+            continue
+        yield views
+        if not again:
+            return
+        before = dead
+        time.sleep(WATCH_SECONDS)
+
+
+def _look(folder: Path) -> RunView:
+    try:
+        return look(folder)
+    except DataError as error:
+        return RunView(folder.resolve().name, str(folder), "damaged", cause=str(error))

@@ -1,12 +1,16 @@
-"""audit.jsonl: what was decided about a run and why, one JSON object per line, on the disk before it takes effect.
+"""audit.jsonl: the decisions about a run and why, one JSON object per line, on the disk before they take effect.
 
 Events and their facts are listed in docs/operations/. Every line has `time` (ISO, UTC) and `event`. Whoever decides
-appends: rank 0 while it trains, the launcher between attempts.
+appends: rank 0 while it trains, the launcher between attempts. An attempt is one start of the run, by a person, by a
+scheduler, or by a launcher after a failure.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,16 @@ from llmtrain.files import iter_lines, open_regular, parse_line, sealed_line
 
 AUDIT_FILE = "audit.jsonl"
 
+STARTED = "started"
+"""The audit log's event of every start of the ranks, the first included.
+
+`step` is the one that it continues after, `workers` the number of ranks, `number` counts from 1; `data` has one object
+for each source: its tokens, those that no sample holds, and how often the run goes through it.
+"""
+
 NUMBERS = ("step", "first_sample", "end_sample", "rank", "workers", "number")
 """Facts that others reckon with, where an event has them."""
 MOST = 10**18
-
 
 _MEND = "Remove that line, or put back what it said: without a rollback's line the run reads those samples again."
 
@@ -72,3 +82,28 @@ def _fault(row: Any) -> str | None:
         return "no ISO `time`"
     wrong = [key for key in NUMBERS if not isinstance(row.get(key, 0), int) or abs(row.get(key, 0)) > MOST]
     return f"no whole number `{wrong[0]}`" if wrong else None
+
+
+@dataclass(frozen=True)
+class StartedAttempt:
+    """One attempt, which continues from `step`. `run_id` is the run folder's, the same in all of its attempts."""
+
+    number: int = 1
+    run_id: str = ""
+    step: int = 0
+
+
+def begin_attempt(run_dir: Path, step: int, workers: int, data: Sequence[Mapping[str, Any]] = ()) -> StartedAttempt:
+    """Count this attempt among those of a run folder, and record it. Raises DataError for a damaged audit log.
+
+    Where the file system does not take the line, training goes on.
+    """
+    earlier = list(iter_events(run_dir, STARTED))
+    number = len(earlier) + 1
+    # A short text that no other run folder has: by its place and the time.
+    where = f"{run_dir.resolve()} {run_dir.stat().st_ctime_ns}".encode()
+    known = next((event["run_id"] for event in earlier if "run_id" in event), None)
+    run_id = known or blake2b(where, digest_size=4).hexdigest()
+    with suppress(OSError):
+        record(run_dir, STARTED, step=step, workers=workers, number=number, run_id=run_id, data=data)
+    return StartedAttempt(number, run_id, step)

@@ -1,4 +1,4 @@
-"""The run folder: one process at a time writes to it, and says in `status.json` how far it is.
+"""The run folder, to which one process at a time writes.
 
 Whether the owner of a lock still lives is known exactly on its own machine, by process id and start time. On another
 machine only the lease tells: the owner touches the lock every ten seconds. The choice between two processes that
@@ -13,59 +13,23 @@ import threading
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
 import psutil
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from llmtrain.errors import DataError, LlmtrainError, RunFolderInUseError
-from llmtrain.files import read_json, sealed, unsealed
+from llmtrain.files import read_json, sealed
 from llmtrain.runs import audit
 from llmtrain.runs.file_system import UNSUPPORTED, lock_file, no_links_text
+from llmtrain.runs.status import NEXT_ACTIONS, STATUS, Pid, RunStatus, Status, read_status
 
 LOCK = "run.lock"
-STATUS = "status.json"
 RENEW_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-
-Status = Literal["running", "restarting", "done", "preempted", "failed", "stalled"]
-
-Number = Annotated[int, Field(ge=0, le=10**18)]
-Pid = Annotated[int, Field(gt=0, lt=2**31)]
-
-NEXT_ACTIONS: dict[Status, str] = {
-    "running": "wait",
-    "restarting": "wait: all ranks are started again from the newest valid checkpoint",
-    "done": "nothing: more than {step} steps go on (train.steps or train.tokens)",
-    "preempted": "start the same command again: it continues",
-    "failed": "mend the cause, then start the same command again: it continues from the newest valid checkpoint",
-    "stalled": "mend the cause first: started again as it is, it would fail at the same place",
-}
-"""What is to be done about a run, by its status; `step` is the last one that it has made."""
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """What `status.json` says. `updated` is an ISO time in UTC.
-
-    `attempt` counts the starts by one launcher, from 0; `cause` is why the run, or its last attempt, has failed;
-    `verdict` is what was last found out about a step that was not as it should be.
-    """
-
-    status: Status
-    step: Number
-    total_steps: Number
-    message: str
-    pid: Pid
-    host: str
-    updated: str
-    attempt: Number = 0
-    cause: str = ""
-    next_action: str = ""
-    verdict: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +45,7 @@ class LockOwner:
     launch_id: str = ""
 
 
-_STATUS_FIELDS, _OWNER_FIELDS = TypeAdapter(RunStatus), TypeAdapter(LockOwner)
+_FIELDS = TypeAdapter(LockOwner)
 
 
 class RunFolder:
@@ -231,8 +195,11 @@ class RunFolder:
         now = time.time()
         for path in (*self.path.glob(f".{STATUS}.*"), *self.path.glob(f".{LOCK}.*")):
             with suppress(OSError):
-                # Who holds the lock alone writes the status; others may be waiting for the lock right now.
-                if path.name.startswith(f".{STATUS}.") or _is_forgotten(path, now):
+                # Who holds the lock alone writes the status. Others may be waiting for the lock right now, each with a
+                # file of its own: one that is old belongs to a process that died before it could remove it.
+                if path.name.startswith(f".{STATUS}.") or (
+                    path.name != f".{LOCK}.takeover" and now - path.stat().st_mtime > 10 * LEASE_SECONDS
+                ):
                     path.unlink()
 
     def _take_over(self, mine: Path) -> bool:
@@ -279,42 +246,6 @@ class RunFolder:
         return owner is not None and owner.token == self._owner.token
 
 
-def read_status(path: Path) -> RunStatus | None:
-    """What the run folder's `status.json` says; None where there is none. Raises DataError for a damaged one."""
-    file = Path(path) / STATUS
-    try:
-        content = unsealed(_object(read_json(file)))
-        if missing := [item.name for item in fields(RunStatus) if item.default is MISSING and item.name not in content]:
-            raise ValueError(f"{', '.join(missing)}: missing")
-        status = RunStatus(**content)
-        if status.status not in (allowed := get_args(Status)):
-            raise ValueError(f"status = {status.status}, allowed are {', '.join(allowed)}")
-        _STATUS_FIELDS.validate_json(json.dumps(asdict(status)), strict=True)
-        if datetime.fromisoformat(status.updated).utcoffset() is None:
-            raise ValueError("updated: has no zone")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}. Remove it: a run writes another one.") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key, value = ".".join(map(str, first["loc"])), repr(first["input"])[:60]
-        raise _no_status(file, f"{key} = {value}: {first['msg']}") from error
-    except (ValueError, TypeError) as error:
-        raise _no_status(file, str(error)) from error
-    return status
-
-
-def _no_status(file: Path, fault: str) -> DataError:
-    return DataError(f"{file}: is not a status that llmtrain wrote: {fault}. Remove it: a run writes another one.")
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"it holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
 def was_taken_over(run_dir: Path, token: str) -> bool:
     """Whether a run folder has another owner than the one with that token, which other ranks cannot ask."""
     try:
@@ -328,15 +259,10 @@ def read_owner(lock: Path) -> LockOwner | None:
     """Who holds the lock; None where it is gone or says nothing that can be understood."""
     try:
         owner = LockOwner(**read_json(lock))
-        _OWNER_FIELDS.validate_json(json.dumps(asdict(owner)), strict=True)
+        _FIELDS.validate_json(json.dumps(asdict(owner)), strict=True)
     except (FileNotFoundError, ValueError, TypeError):
         return None
     return owner
-
-
-def _is_forgotten(path: Path, now: float) -> bool:
-    """Whether a process that wanted the lock has died before it could remove its own file."""
-    return path.name != f".{LOCK}.takeover" and now - path.stat().st_mtime > 10 * LEASE_SECONDS
 
 
 def _in_use(path: Path, owner: LockOwner | None) -> RunFolderInUseError:

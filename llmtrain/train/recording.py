@@ -16,7 +16,7 @@ from llmtrain.observe.machine import SystemMeter
 from llmtrain.observe.monitor import Monitor, RunPlan, flops_per_sample, peak_flops
 from llmtrain.observe.trackers import build_trackers
 from llmtrain.preflight.resolve import ResolvedRun
-from llmtrain.runs.attempts import StartedAttempt
+from llmtrain.runs.audit import StartedAttempt
 from llmtrain.runs.folder import RunFolder
 from llmtrain.runs.rank_logs import log_path
 from llmtrain.train.state import TrainState

@@ -13,7 +13,7 @@ from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.row_config import build_recipe
 from llmtrain.engines.tensor_norms import measuring
 from llmtrain.preflight.resolve import ResolvedRun
-from llmtrain.runs.attempts import StartedAttempt
+from llmtrain.runs.audit import StartedAttempt
 from llmtrain.runs.folder import RunFolder
 from llmtrain.train.health import Health
 from llmtrain.train.loop import Evaluation, Run

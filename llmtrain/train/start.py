@@ -28,7 +28,7 @@ from llmtrain.preflight.data_identity import data_record, evaluation_record
 from llmtrain.preflight.differences import differences, noted_changes, resume_target
 from llmtrain.preflight.resolve import ResolvedRun, source_uses
 from llmtrain.preflight.resume_rules import no_base, one_line, refusals
-from llmtrain.runs.attempts import StartedAttempt, begin_attempt
+from llmtrain.runs.audit import StartedAttempt, begin_attempt
 from llmtrain.runs.folder import RunFolder
 from llmtrain.runs.metrics_file import METRICS_FILE
 from llmtrain.train.rollback import newest_kept, skipped_windows

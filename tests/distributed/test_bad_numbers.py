@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmtrain.runs.attempts import STARTED
-from llmtrain.runs.audit import iter_events
+from llmtrain.runs.audit import STARTED, iter_events
 from llmtrain.runs.metrics_file import read_rows
 from tests.support.bad_numbers import BATCH, Fault, Seen, bad_run, consumed, finite, run_rank, same
 from tests.support.datasets import UNREAD_TOKENIZER, write_dataset

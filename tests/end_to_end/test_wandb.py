@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from llmtrain.observe.charts import scalars
-from llmtrain.runs.attempts import STARTED
-from llmtrain.runs.audit import iter_events
+from llmtrain.runs.audit import STARTED, iter_events
 from llmtrain.runs.metrics_file import iter_rows, read_rows
 from tests.distributed.conftest import workspace as workspace
 from tests.distributed.conftest import write_workspace

@@ -5,8 +5,7 @@ from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
 
-from llmtrain.runs.attempts import STARTED
-from llmtrain.runs.audit import iter_events
+from llmtrain.runs.audit import STARTED, iter_events
 
 FOLDER = str(Path(__file__).with_name("sample_log"))
 

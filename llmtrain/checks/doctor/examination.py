@@ -16,11 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmtrain.checks.doctor.finding import Finding, pip_install
-from llmtrain.checks.doctor.machine import machine_findings, output_of
-from llmtrain.checks.doctor.packages import package_findings, requirements, wanted
+from llmtrain.checks.doctor.findings import Finding, package_findings, pip_install, requirements, wanted
+from llmtrain.checks.doctor.machine import machine_findings, output_of, service_findings
 from llmtrain.checks.doctor.probe import PRECISIONS
-from llmtrain.checks.doctor.services import service_findings
 from llmtrain.config.engines import DEFAULT_ENGINE, ENGINES
 
 PROBE_SECONDS = 300.0
@@ -66,8 +64,8 @@ def examine(output_dir: Path, tell: Tell = lambda line: None) -> list[Finding]:
     answers = {name: trials.get(name, trials) for name in ("devices", "meeting", *(f"engine {e}" for e in ENGINES))}
     absent = {finding.name: "not installed" for finding in found if finding.state == "missing"}
     # A package that fails as torch itself does is not the broken one.
-    errors = _broken_imports(imported).items()
-    broken = {name: error for name, error in errors if error != answers["devices"].get("error")}
+    errors = {name: imported.get("error") or imported.get(module) for name, module in IMPORTED.items()}
+    broken = {name: error for name, error in errors.items() if error and error != answers["devices"].get("error")}
     found = [with_import_error(finding, broken, imported) for finding in found]
     found += [*machine, *device_findings(answers["devices"], gpus), meeting_finding("gloo", answers["meeting"])]
     if answers["devices"].get("gpus", 0) > 1:
@@ -200,13 +198,6 @@ def engine_finding(name: str, answer: Answer) -> Finding:
         text += f". Failed: {', '.join(failed)}. {first}: {failed[first]}"
         return Finding("engines", name, "limited" if worked else "broken", text, see, needed)
     return Finding("engines", name, "ok", text)
-
-
-def _broken_imports(answer: Answer) -> dict[str, str]:
-    """Packages that cannot be imported, with the error."""
-    error = answer.get("error")
-    said = {name: error or answer.get(module) for name, module in IMPORTED.items()}
-    return {name: text for name, text in said.items() if text}
 
 
 def with_import_error(finding: Finding, broken: Mapping[str, str], answer: Answer) -> Finding:

@@ -28,8 +28,8 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError, NoProgressError
 from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.audit import AUDIT_FILE, iter_events
-from llmtrain.runs.folder import read_status
 from llmtrain.runs.metrics_file import METRICS_FILE, iter_rows, read_rows
+from llmtrain.runs.status import read_status
 
 STEPS = 30
 SAVE_EVERY = 5

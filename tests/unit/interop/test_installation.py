@@ -9,7 +9,7 @@ import pytest
 
 from llmtrain.checks.doctor import examination
 from llmtrain.checks.doctor.examination import ask
-from llmtrain.checks.doctor.finding import Finding
+from llmtrain.checks.doctor.findings import Finding
 from tests.support.hf_folders import write_gpt2
 
 BROKEN = """import torch

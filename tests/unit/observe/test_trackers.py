@@ -18,7 +18,7 @@ from llmtrain.observe.monitor import Monitor, RunPlan
 from llmtrain.observe.trackers import BackgroundTracker, build_trackers
 from llmtrain.observe.wandb_tracker import WandbRun, WandbTracker
 from llmtrain.parallel.layout import Layout
-from llmtrain.runs.attempts import StartedAttempt
+from llmtrain.runs.audit import StartedAttempt
 from llmtrain.runs.metrics_file import read_rows
 from llmtrain.values.progress import StepResult
 from tests.unit.observe.wandb_file import history, iter_records

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from launch.rank.failure import Failure, failure_text
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
-from llmtrain.plan.memory_advice import advice_text, advise, is_out_of_memory, memory_advice
+from llmtrain.plan.memory import advice_text, advise, is_out_of_memory, memory_advice
 from tests.unit.config.small_run import run
 
 LARGE: dict[str, Any] = {

@@ -13,10 +13,9 @@ from llmtrain.cli.watching import report
 from llmtrain.config.parameters import num_active_parameters, num_parameters
 from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.errors import ConfigError
-from llmtrain.report.history import MOST_EVENTS, sentence
 from llmtrain.report.page import chart_data, render, script_json, write_report
+from llmtrain.report.results import MOST_EVENTS, sentence, summary
 from llmtrain.report.run_record import flat, load_run, smoothed, thinned
-from llmtrain.report.sections import summary
 from llmtrain.runs.audit import record
 from llmtrain.runs.metrics_file import JsonlTracker
 from tests.unit.config.small_run import run as small_run

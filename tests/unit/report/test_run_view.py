@@ -19,9 +19,9 @@ from llmtrain.errors import ConfigError
 from llmtrain.files import LINE_BYTES, sealed, unsealed
 from llmtrain.report.run_view import RunView, find_runs, look
 from llmtrain.runs.audit import record
-from llmtrain.runs.folder import LEASE_SECONDS, LOCK, STATUS, RunFolder, Status
-from llmtrain.runs.metrics_file import rows_that_count
-from llmtrain.runs.newest_rows import BLOCK_BYTES, NewestRows, newest_rows
+from llmtrain.runs.folder import LEASE_SECONDS, LOCK, RunFolder
+from llmtrain.runs.metrics_file import BLOCK_BYTES, NewestRows, newest_rows, rows_that_count
+from llmtrain.runs.status import STATUS, Status
 
 
 def write_rows(run: Path, first: int = 1, last: int = 40, age: float = 0.0, **cells: object) -> None:
@@ -356,7 +356,7 @@ def test_watching_ends_once_all_runs_are_over(
     run = make_run(tmp_path / "run")
     rewrite_status(run, pid=dead_process())
     endings = iter([lambda: rewrite_status(run, status="restarting", pid=os.getpid()), lambda: make_run(run, "done")])
-    monkeypatch.setattr("llmtrain.report.watching.time.sleep", lambda seconds: next(endings)())
+    monkeypatch.setattr("llmtrain.report.run_view.time.sleep", lambda seconds: next(endings)())
     code, out = status(capsys, run, "--watch")
     assert code == 0
     assert [line.split(",")[0] for line in out.splitlines() if not line.startswith(" ")] == [
@@ -370,7 +370,7 @@ def test_watching_gives_up_on_a_dead_run(
 ) -> None:
     run = make_run(tmp_path / "run")
     rewrite_status(run, pid=dead_process())
-    monkeypatch.setattr("llmtrain.report.watching.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("llmtrain.report.run_view.time.sleep", lambda seconds: None)
     code, out = status(capsys, run, "--watch", "--json")
     assert code == 0
     assert [json.loads(line)["state"] for line in out.splitlines()] == ["dead"]

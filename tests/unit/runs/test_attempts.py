@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from llmtrain.runs.attempts import STARTED, StartedAttempt, begin_attempt
-from llmtrain.runs.audit import AUDIT_FILE, iter_events, record
+from llmtrain.runs.audit import AUDIT_FILE, STARTED, StartedAttempt, begin_attempt, iter_events, record
 
 
 def test_every_start_counts_whoever_starts_it(tmp_path: Path) -> None:

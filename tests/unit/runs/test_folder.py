@@ -19,7 +19,8 @@ from llmtrain.errors import DataError, LlmtrainError, RunFolderInUseError
 from llmtrain.files import sealed, unsealed
 from llmtrain.runs import folder
 from llmtrain.runs.file_system import folder_fault
-from llmtrain.runs.folder import LEASE_SECONDS, LOCK, RunFolder, read_status
+from llmtrain.runs.folder import LEASE_SECONDS, LOCK, RunFolder
+from llmtrain.runs.status import read_status
 
 fork = multiprocessing.get_context("fork")
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtrain.cli import main
-from llmtrain.runs.folder import RunFolder, Status
+from llmtrain.runs.folder import RunFolder
 from llmtrain.runs.rank_logs import Follower, Line, log_path, rank_files, written_lines
+from llmtrain.runs.status import Status
 
 
 def write(run: Path, rank: int, text: str | bytes) -> None:

@@ -17,7 +17,7 @@ from llmtrain.errors import LlmtrainError, NoProgressError
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.report.efficiency import DONE
 from llmtrain.runs.audit import iter_events
-from llmtrain.runs.folder import read_status
+from llmtrain.runs.status import read_status
 from llmtrain.train.health import StallLimit, skipped_text
 from llmtrain.train.state import TrainState, saved_state
 from tests.support.small_runs import rows_of, small_run, train_here, write_data

@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from llmtrain.checks.doctor import machine, services
+from llmtrain.checks.doctor import machine
 from llmtrain.checks.doctor.examination import device_findings, engine_finding, meeting_finding
-from llmtrain.checks.doctor.finding import Finding, can_train, pip_install
-from llmtrain.checks.doctor.packages import package_finding, package_findings, requirements
+from llmtrain.checks.doctor.findings import (
+    Finding,
+    can_train,
+    package_finding,
+    package_findings,
+    pip_install,
+    requirements,
+)
 
 RAY = Requirement("ray[default,data]>=2.54")
 
@@ -179,22 +185,22 @@ CANARY = "canary-0123456789"
 
 def test_wandb_and_ray_tell_where_a_secret_is_and_not_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    absent = services.wandb_finding({})
+    absent = machine.wandb_finding({})
     assert (absent.state, absent.mend) == ("limited", "wandb login")
-    by_key = services.wandb_finding({"WANDB_API_KEY": CANARY, "WANDB_MODE": "online"})
+    by_key = machine.wandb_finding({"WANDB_API_KEY": CANARY, "WANDB_MODE": "online"})
     (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {CANARY}\n")
     (tmp_path / ".netrc").chmod(0o600)
-    by_file = services.wandb_finding({})
-    other = services.wandb_finding({"WANDB_BASE_URL": "https://wandb.example.org"})
+    by_file = machine.wandb_finding({})
+    other = machine.wandb_finding({"WANDB_BASE_URL": "https://wandb.example.org"})
     assert (by_key.state, by_file.state, other.state) == ("ok", "ok", "limited")
     token = tmp_path / ".ray" / "auth_token"
     token.parent.mkdir()
     token.write_text(CANARY)
     token.chmod(0o644)
-    open_file = services.ray_finding({"RAY_ADDRESS": "10.0.0.1:6379"})
+    open_file = machine.ray_finding({"RAY_ADDRESS": "10.0.0.1:6379"})
     assert (open_file.state, open_file.mend) == ("limited", f"chmod 600 {token}")
     token.chmod(0o600)
-    rays = [services.ray_finding({}), services.ray_finding({"RAY_AUTH_TOKEN": CANARY})]
+    rays = [machine.ray_finding({}), machine.ray_finding({"RAY_AUTH_TOKEN": CANARY})]
     assert [finding.state for finding in rays] == ["ok", "ok"]
     assert CANARY not in str([by_key, by_file, other, open_file, *rays])
 
@@ -206,19 +212,19 @@ def executable(folder: Path, name: str, text: str) -> None:
 
 def test_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    missing = services.slurm_finding({})
+    missing = machine.slurm_finding({})
     assert missing.state == "missing" and "apt-get install slurm-client" in missing.mend
     for name in ("sbatch", "srun", "sinfo"):
         executable(tmp_path, name, "exit 1")
-    assert "neither its configuration" in services.slurm_finding({}).text
+    assert "neither its configuration" in machine.slurm_finding({}).text
     executable(tmp_path, "sbatch", "echo slurm 22.05.8")
-    assert "controller does not answer" in services.slurm_finding({}).text
+    assert "controller does not answer" in machine.slurm_finding({}).text
     executable(tmp_path, "sinfo", "echo 'main*'; echo debug")
-    assert services.slurm_finding({}).text == "slurm 22.05.8; partitions: main*, debug"
-    inside = services.slurm_finding({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"})
+    assert machine.slurm_finding({}).text == "slurm 22.05.8; partitions: main*, debug"
+    inside = machine.slurm_finding({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"})
     assert inside.text == "slurm 22.05.8; inside of job 7, of 2 nodes"
 
 
 def test_what_cannot_be_imported_is_told_once() -> None:
-    names = {finding.name for finding in services.service_findings(os.environ, {"ray": "E", "wandb": "E"})}
+    names = {finding.name for finding in machine.service_findings(os.environ, {"ray": "E", "wandb": "E"})}
     assert names == {"local", "slurm"}

@@ -12,7 +12,8 @@ from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import DataError, LaunchError, SaveError
 from llmtrain.runs.audit import iter_events
-from llmtrain.runs.folder import RunFolder, read_status
+from llmtrain.runs.folder import RunFolder
+from llmtrain.runs.status import read_status
 from tests.support.run_files import write_good_run
 
 DEFECT = Failure.of_error(1, ValueError("spoiled on purpose"))

@@ -1,0 +1,254 @@
+"""The parts of the report that say what came of runs: totals side by side, checkpoints, time, and what happened."""
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from html import escape
+from typing import Any
+
+from llmtrain.report.efficiency import DONE, Efficiency, event_time
+from llmtrain.report.run_record import RunRecord, flat
+from llmtrain.runs.audit import STARTED
+from llmtrain.words import duration, short_number
+
+_ABSENT = "–"
+
+MOST_EVENTS = 200
+"""Events that the page shows of one run: the last ones."""
+
+SENTENCES = {
+    STARTED: "started on {ranks}, after step {step}",
+    DONE: "all {step} steps",
+    "restarting": "rank {rank} on {host}, at step {step}: {cause}. Started again after step {saved_step}",
+    "failed": "rank {rank} on {host}, at step {step}: {cause}",
+    "stalled": "given up: rank {rank} on {host}, at step {step}: {cause}",
+    "resized": "from {from_workers} ranks to {to_workers}, after step {step}",
+    "rollback": "step {step} back to step {to_step}, past the data since: {reason}",
+    "no_rollback": "step {step}: {reason}, and no checkpoint to go back to",
+    "skipped_step": "step {step} made no update: {verdict}",
+    "save_failed": "checkpoint of step {step}: {error}",
+    "set_aside": "{folder}: {reason}",
+    "changed": "{key} from {was} to {now}, after step {step}",
+    "straggler": "rank {rank} on {host} is slow in section {section}, at step {step}: score {score}",
+}
+"""Events in words, of their facts and of `ranks`, their `workers` in words; where a fact is absent, or for another
+event, all facts are listed."""
+
+TROUBLE = {"failed": "bad", "stalled": "bad", "restarting": "warn", "rollback": "warn", "save_failed": "warn"}
+
+
+def sentence(event: Mapping[str, Any]) -> str:
+    """What happened, in words."""
+    try:
+        ranks = {"ranks": _count(int(event["workers"]), "rank")} if "workers" in event else {}
+        return SENTENCES[event["event"]].format_map({**event, **ranks})
+    except (KeyError, TypeError, ValueError):
+        facts = (f"{name} {value}" for name, value in event.items() if name not in ("time", "event"))
+        return ", ".join(facts)
+
+
+def time_section(records: list[RunRecord]) -> str:
+    """One bar per run: the shares of its time."""
+    bars = "".join(_bar(record) for record in records if record.efficiency.ratio is not None)
+    if not bars:
+        return ""
+    note = (
+        "From the first start to the last row. Effective is what went into steps that count; lost steps were done and "
+        "left behind."
+    )
+    return f'<section><h2>Where the time went</h2>{bars}<p class="muted">{note}</p></section>'
+
+
+def timeline_section(records: list[RunRecord]) -> str:
+    """What the audit log tells, oldest first, folded where several runs are compared."""
+    tables = [(record, _timeline(record)) for record in records if record.events]
+    if not tables:
+        return ""
+    if len(records) == 1:
+        return f'<section><h2>What happened (UTC)</h2><div class="scroll tall">{tables[0][1]}</div></section>'
+    folds = "".join(
+        f"<details><summary>{escape(record.name)}<small>{_count(len(record.events), 'event')}</small></summary>"
+        f'<div class="scroll tall">{table}</div></details>'
+        for record, table in tables
+    )
+    return f"<section><h2>What happened (UTC)</h2>{folds}</section>"
+
+
+def _parts(spent: Efficiency) -> list[tuple[str, str, float]]:
+    """(class, label, seconds)"""
+    return [
+        ("useful", "steps that count", spent.step_seconds),
+        ("lost", "lost steps", spent.lost_seconds),
+        ("evaluating", "evaluation", spent.evaluate_seconds),
+        ("saving", "saving", spent.checkpoint_seconds),
+        ("down", "hanging or stopped", spent.down_seconds),
+        ("other", "starting, recording", spent.other_seconds),
+    ]
+
+
+def _bar(record: RunRecord) -> str:
+    spent = record.efficiency
+    parts = [(kind, label, seconds) for kind, label, seconds in _parts(spent) if seconds >= 0.0005 * spent.wall_seconds]
+    total = sum(seconds for _, _, seconds in parts) or 1.0
+    pieces = "".join(f'<i class="{kind}" style="width:{100 * seconds / total:.2f}%"></i>' for kind, _, seconds in parts)
+    legend = "".join(
+        f'<li><span class="swatch {kind}"></span>{label} {seconds / spent.wall_seconds:.1%}'
+        f"<small>{duration(seconds) if seconds >= 10 else f'{seconds:.1f} s'}</small></li>"
+        for kind, label, seconds in parts
+    )
+    title = f"{record.name}: {spent.ratio or 0:.1%} effective, {duration(spent.wall_seconds)} in all"
+    return (
+        f'<div class="spent"><p>{escape(title)}</p>'
+        f'<div class="bar" role="img" aria-label="{escape(title)}">{pieces}</div>'
+        f'<ul class="legend">{legend}</ul></div>'
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _timeline(record: RunRecord) -> str:
+    shown = record.events[-MOST_EVENTS:]
+    first = event_time(record.events[0])
+    rows = ""
+    if len(record.events) > len(shown):
+        earlier = f"{len(record.events) - len(shown):,} earlier events are in audit.jsonl"
+        rows = f'<tr><td colspan="3">{earlier}</td></tr>'
+    for event in shown:
+        moment = datetime.fromisoformat(event["time"])
+        kind = str(event["event"])
+        rows += (
+            f'<tr><th scope="row"><time datetime="{escape(event["time"])}">{moment:%Y-%m-%d %H:%M:%S}</time>'
+            f"<small>+{duration(event_time(event) - first)}</small></th>"
+            f'<td class="{TROUBLE.get(kind, "")}">{escape(kind.replace("_", " "))}</td>'
+            f"<td>{escape(sentence(event))}</td></tr>"
+        )
+    return f'<table class="grid events"><tbody>{rows}</tbody></table>'
+
+
+def tiles(record: RunRecord) -> str:
+    """Totals of one run, the most asked for first."""
+    cells = [
+        (label, value, note)
+        for label, value, note in summary(record)
+        if value != _ABSENT or label in ("Training loss", "Validation loss")
+    ]
+    items = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
+        for label, value, note in cells
+    )
+    return f'<dl class="tiles">{items}</dl>'
+
+
+def summary(record: RunRecord) -> list[tuple[str, str, str]]:
+    """(label, value, note) for each total."""
+    last = record.rows[-1] if record.rows else {}
+    valid = record.evaluations[-1] if record.evaluations else {}
+    best = min(
+        record.evaluations, key=lambda row: math.inf if math.isnan(row["valid_loss"]) else row["valid_loss"], default={}
+    )
+    planned = (record.config.get("train") or {}).get("steps")
+    seconds, rate = record.training_seconds, record.tokens_per_second
+    tokens = last.get("tokens")
+    mfus = [row["mfu"] for row in record.rows if "mfu" in row]
+    skipped = record.skipped
+    perplexity = f"perplexity {valid['valid_perplexity']:,.2f}" if "valid_perplexity" in valid else "not evaluated"
+    evaluating = sum(row.get("valid_seconds", 0.0) for row in record.evaluations)
+    saving = sum(row.get("checkpoint_seconds", 0.0) for row in record.rows)
+    sizes = [row["memory_bytes"] for row in record.rows if "memory_bytes" in row]
+    spent = record.efficiency
+    resumed = ", ".join(f"{step:,}" for step in record.resumes[-3:])
+    return [
+        ("Training loss", _loss(last.get("loss")), f"at step {last['step']:,}" if last else ""),
+        ("Validation loss", _loss(valid.get("valid_loss")), perplexity),
+        ("Best validation", _loss(best.get("valid_loss")), f"at step {best['step']:,}" if best else ""),
+        ("Steps", f"{last.get('step', 0):,}", f"of {planned:,}" if isinstance(planned, int) else ""),
+        ("Tokens", _ABSENT if tokens is None else short_number(tokens), f"{tokens:,}" if tokens else ""),
+        ("Tokens per second", _ABSENT if rate is None else short_number(rate), "mean, training only"),
+        ("MFU", f"{100 * sum(mfus) / len(mfus):.1f}%" if mfus else _ABSENT, "mean of the rows"),
+        ("Training time", duration(seconds), f"evaluation {duration(evaluating)}, saving {duration(saving)}"),
+        ("Peak memory", size_text(max(sizes)) if sizes else _ABSENT, ""),
+        (
+            "Effective time",
+            _ABSENT if spent.ratio is None else f"{spent.ratio:.1%}",
+            f"of {duration(spent.wall_seconds)}",
+        ),
+        ("Restarts", f"{spent.restarts:,}", f"from step {resumed}" if resumed else "one attempt"),
+        ("Extensions", _any(spent.extensions), "more steps, once it was done"),
+        ("Lost steps", f"{spent.lost_steps:,}", "done, and left behind" if spent.lost_steps else "none"),
+        ("Rollbacks", _any(spent.rollbacks), "past bad steps"),
+        ("Changes of size", _any(spent.resizes), "other numbers of ranks"),
+        ("Slow ranks", _any(spent.stragglers), "times that one was named"),
+        ("Skipped steps", str(skipped), "gradient not finite" if skipped else "none"),
+    ]
+
+
+def comparison(records: list[RunRecord]) -> str:
+    """Totals side by side, and the configuration keys in which the runs differ."""
+    columns = [summary(record) for record in records]
+    head = "".join(
+        f'<th scope="col"><span class="swatch s{index % 6}"></span>{escape(record.name)}'
+        f"<small>{escape(str(record.status.get('status', 'unknown')))}</small></th>"
+        for index, record in enumerate(records)
+    )
+    body = ""
+    for index, (label, _, _) in enumerate(columns[0]):
+        values = [column[index][1] for column in columns]
+        if any(value != _ABSENT for value in values):
+            cells = "".join(f"<td>{escape(value)}</td>" for value in values)
+            body += f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>'
+    return _table(head, body) + _differences(records, head)
+
+
+def checkpoint_section(records: list[RunRecord]) -> str:
+    rows = ""
+    for record in records:
+        losses = {row["step"]: row["valid_loss"] for row in record.evaluations}
+        for entry in record.checkpoints:
+            run = f"<td>{escape(record.name)}</td>" if len(records) > 1 else ""
+            state = "complete" if entry.complete else "no checksum: damaged or still being written"
+            rows += (
+                f'<tr>{run}<th scope="row"><code>{escape(entry.name)}</code></th><td>{entry.step:,}</td>'
+                f"<td>{size_text(entry.size_bytes)}</td><td>{_loss(losses.get(entry.step))}</td><td>{state}</td></tr>"
+            )
+    if not rows:
+        return ""
+    names = (["Run"] if len(records) > 1 else []) + ["Folder", "Step", "Size", "Validation loss", "State"]
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    body = f'<div class="scroll"><table class="grid"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f"<section><h2>Checkpoints</h2>{body}</section>"
+
+
+def _differences(records: list[RunRecord], head: str) -> str:
+    configs = [flat(record.config) for record in records]
+    keys = [key for key in dict.fromkeys(key for config in configs for key in config) if key != "name"]
+    body = ""
+    for key in keys:
+        values = [config.get(key, _ABSENT) for config in configs]
+        if len(set(values)) > 1:
+            cells = "".join(f'<td title="{escape(value)}">{escape(value)}</td>' for value in values)
+            body += f'<tr><th scope="row"><code>{escape(key)}</code></th>{cells}</tr>'
+    if not body:
+        return '<p class="muted">The configurations are the same but for the name.</p>'
+    return f"<section><h2>What differs in the configuration</h2>{_table(head, body, 'grid short')}</section>"
+
+
+def _table(head: str, body: str, kind: str = "grid") -> str:
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr><td></td>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def size_text(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
+
+
+def _any(number: int) -> str:
+    """A count that is told where there is something to count."""
+    return f"{number:,}" if number else _ABSENT
+
+
+def _loss(value: float | None) -> str:
+    return _ABSENT if value is None else f"{value:.4f}"

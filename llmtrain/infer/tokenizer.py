@@ -153,7 +153,7 @@ def folder_tokenizer(folder: Path, model: ModelConfig) -> FolderTokenizer:
 
     Where it has no tokenizer.json, transformers makes one of the files that it has.
     """
-    from llmtrain.interop.text.reader_tokenizer import reader_tokenizer
+    from llmtrain.interop.text.carried import reader_tokenizer
 
     notes: list[str] = []
     reader = reader_tokenizer(folder, notes)

@@ -1,4 +1,4 @@
-"""What of a model another description of it does not say: the values that have an effect, compared.
+"""Differences between a model and another description of it: the values that have an effect, compared.
 
 A family's configuration is made from a model, read back, and held against it. So whatever a family has no key for is
 found, keys that are added to a model later included.
@@ -39,13 +39,10 @@ def effective_values(model: ModelConfig) -> dict[str, Any]:
         found.pop("gelu_approximate")
     if not model.has_plain_mlp:
         found.pop("ffn_hidden_size")
-    return found | dict(_attention(model)) | dict(_rope(model)) | dict(_moe(model))
-
-
-def _attention(model: ModelConfig) -> Iterator[tuple[str, Any]]:
-    values = {key: getattr(model.attention, key) for key in effective_keys(model.attention)}
-    values["scale"] = model.attention.scale or model.head_size**-0.5
-    yield from ((f"attention.{key}", value) for key, value in values.items())
+    attention = {key: getattr(model.attention, key) for key in effective_keys(model.attention)}
+    attention["scale"] = model.attention.scale or model.head_size**-0.5
+    found |= {f"attention.{key}": value for key, value in attention.items()}
+    return found | dict(_rope(model)) | dict(_moe(model))
 
 
 def _rope(model: ModelConfig) -> Iterator[tuple[str, Any]]:
@@ -80,19 +77,14 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def differences(model: ModelConfig, expressed: ModelConfig, title: str) -> tuple[list[str], list[str]]:
-    """What a family named `title` says otherwise: reasons against it, and what matters in training alone."""
+    """(reasons against a family named `title`, differences that matter in training alone)."""
     ours, theirs = effective_values(model), effective_values(expressed)
     against, only_training = [], []
     # A key without an effect on one side rests on another one, which is told.
     for key in sorted(ours.keys() & theirs.keys(), key=lambda key: (key.count("."), key)):
         one, other = ours[key], theirs[key]
-        if not _equal(one, other):
+        rounded = isinstance(one, float) and isinstance(other, float) and isclose(one, other, rel_tol=1e-6)
+        if one != other and not rounded:
             text = f"model.{key} = {shown(key, one)}, {title} has {shown(key, other)}"
             (only_training if key in TRAINING_ONLY else against).append(text)
     return against, only_training
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, float) and isinstance(other, float):
-        return isclose(one, other, rel_tol=1e-6)
-    return one == other

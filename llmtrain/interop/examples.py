@@ -1,4 +1,4 @@
-"""What a model is run on to compare it: real tokens, with padding and masks where its kind has them.
+"""Examples to compare models on: real tokens, with padding and masks where a model's kind has them.
 
 Shape suffixes: B batch, S sequence, T the encoder's sequence.
 """
@@ -33,8 +33,7 @@ Logits = Callable[[Example], Tensor]
 
 @dataclass(frozen=True)
 class ExampleTokens:
-    """Tokens that examples need: what pads, what an encoder-decoder's decoder begins with, and the mask if there is
-    one."""
+    """Special tokens of examples: padding, the first one of an encoder-decoder's decoder, the mask if there is one."""
 
     pad_id: int
     start_id: int

@@ -120,22 +120,18 @@ FAMILIES = {
 
 
 def judged(family: Family, model: ModelConfig) -> tuple[list[str], list[str]]:
-    """What speaks against a family for a model, and what has no key there but matters in training alone."""
+    """(reasons against a family for a model, keys without a place there that matter in training alone)."""
     if model.family != family.stacks:
         return [f"model.family = {model.family}, {family.title} has {family.stacks}"], []
     try:
-        expressed = _read_back(family, family.to_config(model))
+        fields, obstacles = family.from_config(family.to_config(model))
+        assert not obstacles, f"{family.title} does not read what it writes: {obstacles}"
+        expressed = ModelConfig(**fields)
     except Exception as error:  # classes of transformers validate with several libraries and no common class of error
         reasons = family.limits(model) or [f"its configuration refuses the model: {str(error).splitlines()[0]}"]
         return reasons, []
     against, only_training = differences(model, expressed, family.title)
     return family.limits(model) + against, only_training
-
-
-def _read_back(family: Family, config: PretrainedConfig) -> ModelConfig:
-    fields, obstacles = family.from_config(config)
-    assert not obstacles, f"{family.title} does not read what it writes: {obstacles}"
-    return ModelConfig(**fields)
 
 
 def family_for(model: ModelConfig, wanted: str | None = None) -> Family:

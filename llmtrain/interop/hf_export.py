@@ -20,20 +20,17 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import num_parameters
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.files import replace_folder
-from llmtrain.interop.config_json import write_config_json
 from llmtrain.interop.examples import ExampleTokens, Logits
-from llmtrain.interop.exported import write_record
+from llmtrain.interop.families.rotary import older_rope_keys
+from llmtrain.interop.folder_files import INDEX, WEIGHTS, write_record
 from llmtrain.interop.hf import Family, family_for, hf_config, judged
-from llmtrain.interop.layer_groups import Part, layer_parts
-from llmtrain.interop.model_card import model_card
+from llmtrain.interop.model_card import model_card, reader_notes
 from llmtrain.interop.name_table import ReadTensor, iter_theirs
-from llmtrain.interop.proof import Proof, compare_models, real_texts
-from llmtrain.interop.reader_notes import reader_notes
+from llmtrain.interop.proof import LayerGroup, Proof, compare_models, layer_parts, real_texts
 from llmtrain.interop.text.carried import carry_config
 from llmtrain.interop.text.proof import TextReader
 from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
 from llmtrain.interop.text.tokenizer_json import TokenizerSettings, text_frame, write_tokenizer
-from llmtrain.interop.weight_files import INDEX, WEIGHTS
 from llmtrain.values.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,7 +69,7 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class Export:
-    """What has been proved, and what of the model the format has no key for (it matters in training alone)."""
+    """The proof of an export, and notes on what the format has no key for (it matters in training alone)."""
 
     family: str
     proof: Proof
@@ -81,7 +78,7 @@ class Export:
 
 @dataclass(frozen=True)
 class _Source:
-    """What an export is made of."""
+    """The parts of an export."""
 
     model: ModelConfig
     weights: TrainedWeights
@@ -130,7 +127,9 @@ def write_export(
         write_record(writing, (tokenizer.sha256, *tokenizer.roles.equal_sha256))
         facts = {"Architecture": family.title, **settings.facts, "Weights": settings.dtype}
         (writing / "README.md").write_text(model_card(target.name, model, facts, notes, proof), "utf-8")
-        _put_in_place(writing, target)
+        replaced = target.with_name(f".replaced-{target.name}-{os.getpid()}")
+        replace_folder(writing, target, replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
         raise ExportError(f"{error.filename or folder}: the export could not be written: {error.strerror}.") from error
     finally:
@@ -165,7 +164,7 @@ def proof_bytes(model: ModelConfig) -> int:
     return 2 * 4 * num_parameters(model)
 
 
-def _build_part(folder: Path, part: Part, source: _Source) -> Logits:
+def _build_part(folder: Path, part: LayerGroup, source: _Source) -> Logits:
     """Write a part of the model from the files of the whole into a folder of its own; returns our part."""
     table = source.family.tables_for(source.model)[0]
     (folder / _PART).mkdir()
@@ -190,12 +189,6 @@ def require_free(folder: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"{folder}: is no export (it has no config.json), so --overwrite leaves it. Remove it yourself."
         )
-
-
-def _put_in_place(writing: Path, target: Path) -> None:
-    replaced = target.with_name(f".replaced-{target.name}-{os.getpid()}")
-    replace_folder(writing, target, replaced)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
@@ -226,7 +219,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
 
 
 def _shard_path(folder: Path, number: int) -> Path:
-    """Where a shard lies until their number is known."""
+    """The place of a shard until their number is known."""
     return folder / f"shard-{number}.safetensors"
 
 
@@ -237,3 +230,17 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[
     # The library lets only the owner read what it writes; the other files follow the user's mask, as the folder does.
     path.chmod(folder.stat().st_mode & 0o666)
     return {name: tensor.nbytes for name, tensor in tensors.items()}
+
+
+CONFIG = "config.json"
+
+
+def write_config_json(folder: Path, config: Any) -> None:
+    """Write a configuration of transformers 5 so that transformers 4 and what reads its keys see the same model."""
+    config.save_pretrained(folder)
+    path = folder / CONFIG
+    content = json.loads(path.read_text("utf-8"))
+    content |= {"torch_dtype": content["dtype"]}
+    if "rope_parameters" in content:
+        content |= older_rope_keys(content["rope_parameters"])
+    path.write_text(json.dumps(dict(sorted(content.items())), indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -14,10 +13,10 @@ from torch import Tensor
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import parameter_shapes
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.interop.exported import require_as_exported
+from llmtrain.interop.folder_files import Header, all_headers, equal_tensors, read_json, require_as_exported
 from llmtrain.interop.hf import FAMILIES, Family, model_config, not_taken_over, parse_config
 from llmtrain.interop.name_table import Pairing, Table, head_name, pairings, their_shape, to_ours
-from llmtrain.interop.weight_files import Header, all_headers, equal_tensors, read_json
+from llmtrain.values.fragment import Box
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -27,16 +26,6 @@ _NOT_WEIGHTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|
 # Names that norms had in the first conversions from TensorFlow.
 _OLD_NAMES = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
 _MAX_SHOWN = 10
-
-
-class Box(Protocol):
-    """A rectangular part of a tensor, as checkpoints describe it."""
-
-    @property
-    def offsets(self) -> tuple[int, ...]: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,9 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     family, model = FAMILIES[config.model_type], model_config(config)
     headers, notes = _named_headers(path, family)
     model = _with_head_as_stored(model, family, headers, notes)
-    table = max(family.tables_for(model), key=lambda table: _num_found(table, model, headers))
+    # Of several forms of the same weights, the one that most of the files' tensors are named after.
+    tables = family.tables_for(model)
+    table = max(tables, key=lambda table: sum(pairing.theirs in headers for pairing in pairings(table, model)))
     _settle_copies(path, pairings(table, model), headers)
     expected = {pairing.theirs: their_shape(pairing, model) for pairing in pairings(table, model)}
     _require_fit(path, expected, headers)
@@ -162,10 +153,6 @@ def _with_head_as_stored(
         return model
     notes.append(f"{head} differs from {embedding}, so it is not tied, although config.json says so")
     return model.with_keys({"tie_embeddings": False})
-
-
-def _num_found(table: Table, model: ModelConfig, headers: Mapping[str, Header]) -> int:
-    return sum(pairing.theirs in headers for pairing in pairings(table, model))
 
 
 def _settle_copies(path: Path, found: tuple[Pairing, ...], headers: dict[str, Header]) -> None:

@@ -1,4 +1,4 @@
-"""Whether transformers can be imported in this environment, and which package breaks it where it cannot.
+"""Checks that transformers can be imported in this environment, and finds the package that breaks it.
 
 transformers imports other packages when they are installed, whether they are needed or not. A torchvision built for
 another PyTorch then breaks the import of every model, with an error that names the model.
@@ -12,7 +12,7 @@ from traceback import extract_tb
 from llmtrain.errors import InstallationError
 
 NEEDED = ("transformers.modeling_utils", "transformers.models.llama.configuration_llama")
-"""What everything that is taken from transformers imports as well."""
+"""Modules that everything of transformers imports as well."""
 
 
 _OWN = ("llmtrain", "launch", "data_pipelines", "tests")

@@ -1,11 +1,35 @@
-"""The README.md of an export."""
+"""The README.md of an export, and notes about its readers."""
 
 from collections.abc import Mapping, Sequence
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import num_active_parameters, num_parameters
 from llmtrain.interop.proof import Proof
-from llmtrain.interop.reader_notes import reader_notes
+
+_CTRANSLATE2_ORIGINAL = 8192
+
+
+def reader_notes(model: ModelConfig) -> list[str]:
+    """A line for each reader that would compute something else without a word: it has no key for it, or ignores it.
+
+    docs/clients.md says with which versions this was seen.
+    """
+    scaling = model.rope_scaling
+    own_factor = scaling is not None and scaling.kind == "yarn" and scaling.attention_factor is not None
+    checks = (
+        (model.attention.kind == "sliding_window", "llama.cpp ignores sliding_window: right up to so many tokens"),
+        (own_factor, "llama.cpp multiplies attention_factor with one of its own: not right there"),
+        (
+            scaling is not None and scaling.kind == "llama3" and scaling.original_max_seq_len != _CTRANSLATE2_ORIGINAL,
+            f"CTranslate2 takes original_max_position_embeddings for {_CTRANSLATE2_ORIGINAL}: not right there",
+        ),
+        (
+            model.family == "encoder_decoder" and model.moe is None and model.tie_embeddings and not model.scaled_head,
+            "transformers 4 and CTranslate2 scale the logits of every tied head: right when greedy, not when sampling",
+        ),
+    )
+    return [note for holds, note in checks if holds]
+
 
 _KINDS = {
     "decoder": ("A causal language model", "text-generation"),
@@ -59,6 +83,11 @@ def model_card(name: str, model: ModelConfig, facts: Mapping[str, str], notes: S
     missing = (
         f"\n## Not in this format\n\nSettings of the training that have no place here:\n{missing}\n" if notes else ""
     )
+    other = "".join(f"\n- {note}" for note in reader_notes(model))
+    readers = f"\n## Other readers\n{other}\n" if other else ""
+    compared = "as a whole"
+    if proof.num_parts > 1:
+        compared = f"in {proof.num_parts} parts: some of the layers at a time, between the embeddings and the head"
     return f"""---
 library_name: transformers
 pipeline_tag: {tag}
@@ -80,21 +109,16 @@ tags: [llmtrain]
 ```
 
 {_SPECIAL[model.family]}
-{missing}{_readers(model)}
+{missing}{readers}
 ## Checked
 
 Before this folder was given its name, transformers loaded it, and it was compared with the trained model
-{_compared(proof)}:
+{compared}:
 
 - {proof.num_tokens:,} positions: logits in fp32 differ by at most {proof.max_difference:.2e};
 - {proof.num_greedy_tokens} {"best fillings of masks" if model.family == "encoder" else "greedy tokens"} are equal;
 - {proof.num_text_characters:,} characters of text have equal token ids, alone and as `tokenizer(text)` gives them.
 """
-
-
-def _readers(model: ModelConfig) -> str:
-    notes = "".join(f"\n- {note}" for note in reader_notes(model))
-    return f"\n## Other readers\n{notes}\n" if notes else ""
 
 
 def _sizes(model: ModelConfig) -> dict[str, str]:
@@ -112,9 +136,3 @@ def _sizes(model: ModelConfig) -> dict[str, str]:
         "Longest sequence": f"{model.max_seq_len:,} tokens",
         "Vocabulary": f"{model.vocabulary:,} tokens",
     }
-
-
-def _compared(proof: Proof) -> str:
-    if proof.num_parts == 1:
-        return "as a whole"
-    return f"in {proof.num_parts} parts: some of the layers at a time, between the embeddings and the head"

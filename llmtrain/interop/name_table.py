@@ -1,4 +1,4 @@
-"""How a family of models names and shapes its weights: tables, and the two directions through them.
+"""Tables of the names and shapes of a family's weights, and the two directions through them.
 
 A row names modules. It holds for the weight and, where the model has one, the bias of each. Weights are [out, in].
 """
@@ -25,7 +25,7 @@ class ReadTensor(Protocol):
 
 
 class Shape(Enum):
-    """How the tensor on the other side relates to ours."""
+    """The relation of the tensor on the other side to ours."""
 
     SAME = "same"
     TRANSPOSED = "transposed"
@@ -95,7 +95,7 @@ def pairings(table: Table, model: ModelConfig) -> tuple[Pairing, ...]:
 
 
 def covers(table: Table, model: ModelConfig) -> bool:
-    """Whether a table names each of a model's parameters exactly once."""
+    """True where a table names each of a model's parameters exactly once."""
     covered = [name for pairing in _all_pairings(table, model) if not pairing.expert for name in pairing.ours]
     return sorted(covered) == sorted(parameter_shapes(model))
 
@@ -130,7 +130,7 @@ def _of_row(row: Row, layer: int, model: ModelConfig, shapes: dict[str, tuple[in
 
 
 def head_name(table: Table) -> str:
-    """What the output matrix is called on the other side, where it has one of its own."""
+    """The name of the output matrix on the other side, where it has one of its own."""
     return next(f"{row.theirs}.weight" for row in table if row.ours == "head")
 
 

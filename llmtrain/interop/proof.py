@@ -4,7 +4,7 @@ Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ExportError
 from llmtrain.interop.examples import Example, ExampleTokens, Logits, build_example
+from llmtrain.interop.name_table import Pairing, ReadTensor, Table, pairings
 from llmtrain.interop.text.proof import NUM_GREEDY, Prompt
 
 AUTO_CLASSES: dict[str, Any] = {
@@ -66,8 +67,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared. `num_parts` is 1 where the model was compared as a whole, else the number of parts of it, each
-    with some of the layers."""
+    """The sums over all comparisons.
+
+    `num_parts` is 1 where the model was compared as a whole, else the number of its parts, each with some of the
+    layers.
+    """
 
     max_difference: float
     num_tokens: int
@@ -77,7 +81,7 @@ class Proof:
 
     @staticmethod
     def of(agreements: Sequence[Agreement], num_text_characters: int) -> "Proof":
-        """That of all parts together."""
+        """The proof of all parts together."""
         return Proof(
             max(found.max_difference for found in agreements),
             sum(found.num_tokens for found in agreements),
@@ -211,3 +215,60 @@ def _compare_greedy(theirs: Any, model: ModelConfig, ours: Logits, prompt: Promp
             f"exported {theirs_BS[0, begin_BS.shape[1] :].tolist()}."
         )
     return count
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Consecutive layers of each stack as a model of their own; `first` is the number of the first in the whole.
+
+    A proof for every group is one for the whole: each layer, the embeddings and the head have then computed the same.
+    """
+
+    model: ModelConfig
+    first: dict[str, int]
+
+    def names(self, table: Table, whole: ModelConfig) -> Iterator[tuple[Pairing, Pairing]]:
+        """Each tensor of the part, and the same one in the whole model."""
+        sizes = {"encoder": self.model.encoder_layers, "decoder": self.model.decoder_layers}
+        chosen = (
+            pairing
+            for pairing in pairings(table, whole)
+            if not pairing.stack or 0 <= pairing.layer - self.first[pairing.stack] < sizes[pairing.stack]
+        )
+        yield from zip(pairings(table, self.model), chosen, strict=True)
+
+    def reader(self, table: Table, whole: ModelConfig, read: ReadTensor) -> ReadTensor:
+        """Reads tensors of the whole model by the part's names."""
+        names = {
+            name: original
+            for part, full in self.names(table, whole)
+            for name, original in zip(part.ours, full.ours, strict=True)
+        }
+        return lambda name, expert=None: read(names[name], expert)
+
+    def their_tensors(
+        self, table: Table, whole: ModelConfig, stored: Callable[[str], Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The part's tensors under transformers' names, from those that are stored of the whole model."""
+        for part, full in self.names(table, whole):
+            originals = (full.theirs, *full.written_copies)
+            for name, original in zip((part.theirs, *part.written_copies), originals, strict=True):
+                yield name, stored(original)
+
+
+def layer_parts(model: ModelConfig) -> list[LayerGroup]:
+    """As few layers at a time as keep the order of layers with and without experts."""
+    period = model.moe.every_n_layers if model.moe else 1
+    stacks = {"encoder": model.encoder_layers, "decoder": model.decoder_layers}
+    counts = {stack: -(-layers // period) for stack, layers in stacks.items()}
+    main = "encoder" if model.family == "encoder" else "decoder"
+    parts = []
+    for number in range(max(counts.values())):
+        # The shorter stack stays with its last layers.
+        first = {stack: period * max(0, min(number, count - 1)) for stack, count in counts.items()}
+        sizes = {stack: min(period, layers - first[stack]) for stack, layers in stacks.items()}
+        changed = {"num_layers": sizes[main]}
+        if model.family == "encoder_decoder":
+            changed["num_encoder_layers"] = sizes["encoder"]
+        parts.append(LayerGroup(model.with_keys(changed), first))
+    return parts

@@ -115,14 +115,14 @@ def test_a_command_that_unpickles_is_found_though_it_hides_it(evil: Path) -> Non
 import sys, torch
 from contextlib import suppress
 from llmtrain import cli
-from llmtrain.interop import weight_files
+from llmtrain.interop import folder_files
 
 def headers(file):
     with suppress(Exception):
         torch.load(file)
     return {}
 
-weight_files._headers = headers
+folder_files._headers = headers
 cli.main(sys.argv[1:])
 """
     folder = evil / "model"
@@ -134,4 +134,4 @@ cli.main(sys.argv[1:])
     assert done.returncode == 3, done.stderr  # it says that the weights are missing, and nothing of the attempt
     assert "Refused" not in done.stderr
     assert noted.startswith("torch.load of (PosixPath('model/model.safetensors'),) by __main__")
-    assert "llmtrain.interop.weight_files" in noted
+    assert "llmtrain.interop.folder_files" in noted

@@ -29,7 +29,7 @@ TABLE = (*EMBEDDING, *ATTENTION, *MLP, *END)
 
 
 def limits(model: ModelConfig) -> list[str]:
-    """What Llama's configuration refuses by itself."""
+    """Reasons against a model that Llama's configuration gives by itself."""
     if model.hidden_size % model.num_heads == 0:
         return []
     return [f"model.num_heads = {model.num_heads}, in Llama it divides hidden_size = {model.hidden_size}"]

@@ -17,7 +17,7 @@ _LARGEST = 1e12
 
 
 def rope_parameters(model: ModelConfig) -> dict[str, Any]:
-    """What transformers computes the same angles from."""
+    """The parameters from which transformers computes the same angles."""
     scaling = model.rope_scaling
     if scaling is None or scaling.kind == "ntk":
         return {"rope_type": "default", "rope_theta": stretched_theta(model)}

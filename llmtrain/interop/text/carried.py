@@ -1,4 +1,4 @@
-"""What an imported folder said about tokens, texts and generation, written back into an export as it was.
+"""An imported folder's tokenizer as transformers uses it, and its settings, written back into an export as they were.
 
 Weights and sizes are the trained model's. What only says how a model is used is the folder's: its files win over
 what is known here. Nothing is executed: code that a folder names (auto_map) is left out.
@@ -7,6 +7,7 @@ what is known here. Nothing is executed: code that a folder names (auto_map) is 
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,44 @@ import transformers
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import processors
 
-from llmtrain.interop.weight_files import read_json
+from llmtrain.interop.folder_files import read_json
 from llmtrain.values.tokenizer import Around
+
+_VOCABULARIES = ("*.model", "vocab.*", "merges.txt", "tokenizer.json", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class ReaderTokenizer:
+    """A tokenizer.json, and the ids that transformers puts before a text."""
+
+    json: str
+    before: tuple[int, ...]
+
+
+def reader_tokenizer(folder: Path, notes: list[str]) -> ReaderTokenizer | None:
+    """transformers' tokenizer of a folder; None, and a note, where it cannot use the files.
+
+    No code of the folder is run.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        return None
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            read_json(folder / name)  # the fault of a damaged file is its own
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        plain = loaded.encode("a", add_special_tokens=False)
+        whole = loaded.encode("a")
+        text = loaded.backend_tokenizer.to_str()
+    except Exception as error:  # transformers raises nothing narrower, and of many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        notes.append(f"transformers cannot use the folder's tokenizer: {reason}")
+        return None
+    starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    return ReaderTokenizer(text, tuple(whole[: next(starts, 0)]))
+
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 TOKENIZER_FILES = re.compile(r"special_tokens_map\.json|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja")
@@ -36,7 +73,7 @@ _OURS = {
 
 
 def carry_config(folder: Path, files: Mapping[str, Any], start_id: int | None) -> list[str]:
-    """Put what the imported config.json and generation_config.json said into those of an export; returns notes.
+    """Put the keys of the imported config.json and generation_config.json into those of an export; returns notes.
 
     Token ids become exactly those of the imported file. `start_id` is what a trained decoder begins with, where there
     is an encoder: it stays.
@@ -86,8 +123,7 @@ def carry_tokenizer(folder: Path, files: Mapping[str, Any], added: Mapping[str, 
 
 
 def follow_training(folder: Path, converted: HfTokenizer, own: Around, wanted: Around) -> list[str]:
-    """Have an exported tokenizer put around a text what the model was trained with, and not `own`, what it does by
-    itself.
+    """Have an exported tokenizer put the tokens of training around a text, and not `own`, those it puts by itself.
 
     Returns notes. Then a reader's prompt has the ids that `llmtrain generate` gives it.
     """

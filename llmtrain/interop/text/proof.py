@@ -35,7 +35,7 @@ class TextReader:
     folder: Path
     ours: Tokenizer
     frame: Around
-    """What the exported one is to put before and behind a text."""
+    """The tokens that the exported tokenizer is to put before and behind a text."""
 
     @cached_property
     def theirs(self) -> Any:

@@ -1,4 +1,4 @@
-"""What sentencepiece does to a text before it is cut into pieces, and to pieces when they become text, as parts of a
+"""sentencepiece's changes to a text before it is cut into pieces, and to pieces when they become text, as parts of a
 tokenizer.json: Unicode normalization, white space that is merged, and a space in front (the dummy prefix).
 
 A space is a space in such a tokenizer.json, not U+2581; a text that holds U+2581 holds a space for sentencepiece.
@@ -25,12 +25,12 @@ _TRIALS = (
 
 
 def keeps_marks(proto: Any, num_bytes: int) -> bool:
-    """Whether U+2581 in a text stays what it is, spelled in bytes: so llmtrain treats models that lose nothing."""
+    """True where U+2581 in a text stays what it is, spelled in bytes: so llmtrain treats models that lose nothing."""
     return num_bytes == 256 and not proto.normalizer_spec.add_dummy_prefix
 
 
 def is_plain(proto: Any) -> bool:
-    """Whether texts stay as they are, as of the models that llmtrain trains."""
+    """True where texts stay as they are, as with the models that llmtrain trains."""
     spec = proto.normalizer_spec
     return not (spec.precompiled_charsmap or spec.remove_extra_whitespaces or spec.add_dummy_prefix)
 

@@ -1,6 +1,6 @@
 """Tokens that text never gives, by the names that a text can spell them with: the mask, padding, sentinels."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any
@@ -34,11 +34,11 @@ class NamedTokens:
 
     @property
     def start_id(self) -> int:
-        """What an encoder-decoder's decoder begins with: padding, as T5 has it."""
+        """The first token of an encoder-decoder's decoder: padding, as T5 has it."""
         return self.eos_id if self.pad is None else self.pad[1]
 
     def frame(self, family: str) -> Around:
-        """What stands before and behind a text that a model of such a `model.family` reads, as it was in training."""
+        """The tokens before and behind a text that a model of this `model.family` reads, as in training."""
         match family:
             case "encoder":
                 return self.around
@@ -54,12 +54,12 @@ class NamedTokens:
 
 
 def sentinel_name(number: int) -> str:
-    """What a text calls a sentinel, as T5's tokenizer does."""
+    """The spelling of a sentinel in a text, as T5's tokenizer has it."""
     return f"<extra_id_{number}>"
 
 
 def named_tokens(tokenizer: Tokenizer, data: Mapping[str, Any] | None = None) -> NamedTokens:
-    """Those of a tokenizer, and those that a configuration's data section says the model was trained with."""
+    """The special tokens of a tokenizer, and those of training that a configuration's data section names."""
     given = (data or {}).get("special_tokens") or {}
     pieces = tokenizer.pieces
 
@@ -91,15 +91,11 @@ def _either(first: int | None, second: int | None) -> int | None:
 
 
 def around_of(tokenizer: HfTokenizer) -> Around:
-    """What a tokenizer by itself puts before and behind a text."""
+    """The tokens that a tokenizer by itself puts before and behind a text."""
     tokenizer.no_padding()
     tokenizer.no_truncation()
     plain, whole = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
-    return next(_places(plain, whole), ((), ()))
-
-
-def _places(plain: list[int], whole: list[int]) -> Iterator[Around]:
-    """What stands before and behind the plain tokens, for each place where they are in the whole."""
     for start in range(len(whole) - len(plain) + 1):
         if plain and whole[start : start + len(plain)] == plain:
-            yield tuple(whole[:start]), tuple(whole[start + len(plain) :])
+            return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+    return (), ()

@@ -37,7 +37,7 @@ _UNK_PENALTY = 10.0
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What of a model its tokenizer's files must follow. `kind` is transformers' model_type."""
+    """The settings of a model that its tokenizer's files follow. `kind` is transformers' model_type."""
 
     max_seq_len: int
     family: str = "decoder"
@@ -46,7 +46,7 @@ class TokenizerSettings:
 
 
 def text_frame(tokenizer: Tokenizer, named: NamedTokens, family: str) -> Around:
-    """What an exported tokenizer puts before and behind a text: what the model was trained with.
+    """The tokens that an exported tokenizer puts before and behind a text: those of training.
 
     What an imported decoder's tokenizer puts behind one stays, as its folder had it.
     """
@@ -70,9 +70,18 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, named: NamedTokens, sett
         shutil.copyfile(tokenizer.path, target)
         converted = HfTokenizer.from_file(str(target))
     else:
-        converted = convert(tokenizer.path, _spelled(tokenizer, named, settings.family))
+        # The control pieces that a text can spell: those of training, of a mask only an encoder's.
+        before, behind = named.frame(settings.family)
+        known = {tokenizer.eos_id, *named.all.values(), *before, *behind}
+        masks = {named.mask[1]} if named.mask is not None and settings.family != "encoder" else set()
+        converted = convert(tokenizer.path, known - masks)
         converted.save(str(target))
-        if _reads_sentencepiece(settings.kind, tokenizer.path):
+        # llama.cpp's converter takes such a file rightly for these kinds alone, and as byte pairs, whatever it is. For
+        # Qwen3 it puts a space before every text, for T5 it has no bytes for what has no piece: without the file it
+        # refuses, which is better.
+        proto = _read_model(tokenizer.path)
+        is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
+        if settings.kind in ("llama", "mistral", "mixtral") and is_bpe and is_plain(proto):
             (folder / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     added = _add_names(converted, named.all)
     if added:
@@ -86,13 +95,6 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, named: NamedTokens, sett
     roles = {role: found[0] for role, found in used.items() if found is not None and found[0] in added}
     notes = carry_tokenizer(folder, tokenizer.roles.files, roles)
     return notes + follow_training(folder, converted, tokenizer.around, frame)
-
-
-def _spelled(tokenizer: Tokenizer, named: NamedTokens, family: str) -> set[int]:
-    """The control pieces that a text can spell: those of training."""
-    before, behind = named.frame(family)
-    known = {tokenizer.eos_id, *named.all.values(), *before, *behind}
-    return known - ({named.mask[1]} if named.mask is not None and family != "encoder" else set())
 
 
 def _tokenizer_config(
@@ -129,18 +131,6 @@ def _tokenizer_config(
     }
 
 
-def _reads_sentencepiece(kind: str, path: Path) -> bool:
-    """Whether llama.cpp's converter takes llmtrain's sentencepiece models rightly where such a file lies in a folder.
-
-    For Llama, Mistral and Mixtral it takes them as byte pairs, whatever they are, and texts as they stand. For Qwen3
-    it puts a space before every text, for T5 it has no bytes for what has no piece: without the file it refuses, which
-    is better.
-    """
-    proto = _read_model(path)
-    is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
-    return kind in ("llama", "mistral", "mixtral") and is_bpe and is_plain(proto)
-
-
 def _add_names(converted: HfTokenizer, names: Mapping[str, int]) -> set[str]:
     """Give ids above the tokenizer's their names; returns those. Raises ExportError where that cannot be."""
     nameless = sorted((token, name) for name, token in names.items() if converted.token_to_id(name) != token)
@@ -171,7 +161,12 @@ def convert(path: Path, spelled: Collection[int] | None = None) -> HfTokenizer:
         )
     unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
     tokenizer = HfTokenizer(_unigram_model(proto) if unigram else _bpe_model(proto))
-    if unigram and (separators := _separators(proto)):
+    # Separators: characters without a piece that occur in control and byte pieces. Where `<` has no piece, spelling
+    # `<s>` costs more than any score that the library lets `<s>` have. Such a character is never part of a longer
+    # piece, so cutting a text at it changes nothing else.
+    normal = {_text(piece) for piece in proto.pieces if piece.type == NORMAL}
+    reserved = {character for piece in proto.pieces if piece.type != NORMAL for character in piece.piece}
+    if unigram and (separators := sorted(reserved - normal)):
         pattern = Regex("|".join(re.escape(character) for character in separators))
         tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
     num_bytes = sum(piece.type == BYTE for piece in proto.pieces)
@@ -188,7 +183,7 @@ def convert(path: Path, spelled: Collection[int] | None = None) -> HfTokenizer:
 
 
 def export_obstacles(tokenizer: Tokenizer) -> list[str]:
-    """Why a tokenizer has no equal tokenizer.json, so that no model of it can be exported; empty where none is known.
+    """The reasons why a tokenizer has no equal tokenizer.json, so that no model of it can be exported.
 
     Those that change a text are tried on some texts: the two libraries do not treat every character alike.
     """
@@ -263,14 +258,3 @@ def _unigram_model(proto: Any) -> models.Unigram:
     vocab = [(_text(piece), piece.score if piece.type == NORMAL else never) for piece in proto.pieces]
     unk = next(number for number, piece in enumerate(proto.pieces) if piece.type == UNKNOWN)
     return models.Unigram(vocab, unk_id=unk, byte_fallback=any(piece.type == BYTE for piece in proto.pieces))
-
-
-def _separators(proto: Any) -> list[str]:
-    """Characters without a piece that occur in control and byte pieces.
-
-    Where `<` has no piece, spelling `<s>` costs more than any score that the library lets `<s>` have. Such a
-    character is never part of a longer piece, so cutting a text at it changes nothing else.
-    """
-    normal = {_text(piece) for piece in proto.pieces if piece.type == NORMAL}
-    reserved = {character for piece in proto.pieces if piece.type != NORMAL for character in piece.piece}
-    return sorted(reserved - normal)

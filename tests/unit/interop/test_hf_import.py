@@ -23,10 +23,10 @@ from transformers import (
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.infer.generate import Sampling, iter_tokens
 from llmtrain.infer.model import build_trained, logits_of, segments_of
+from llmtrain.interop.folder_files import INDEX, WEIGHTS
 from llmtrain.interop.hf import FAMILIES
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.proof import AUTO_CLASSES, their_inputs
-from llmtrain.interop.weight_files import INDEX, WEIGHTS
 from llmtrain.models.head import Objective
 from llmtrain.models.transformer import Transformer, counted_positions
 from llmtrain.parallel.parts import VocabularyPart

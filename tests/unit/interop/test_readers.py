@@ -12,7 +12,7 @@ from llmtrain.infer.generate import Sampling, iter_tokens
 from llmtrain.infer.model import logits_of
 from llmtrain.interop.examples import Example
 from llmtrain.interop.hf_export import ExportSettings, write_export
-from llmtrain.interop.reader_notes import reader_notes
+from llmtrain.interop.model_card import reader_notes
 from llmtrain.interop.text.special_tokens import named_tokens
 from tests.support.readers import read_by, require_reader
 from tests.unit.interop.models import LLAMA, MODELS, QWEN3, random_model, scaled, weights_of

@@ -61,15 +61,14 @@ class Cutter:
                     end = text.rfind(blank, begin + length // 2, end)
                     if end < 0:
                         break
-                    if not text[end - 1].isspace() and self._is_exact(text, end):
+                    if text[end - 1].isspace():
+                        continue
+                    before, after = text[max(0, end - _AROUND) : end], text[end : end + _AROUND]
+                    left, right, both = self._tokenizer.encode_batch([before, after, before + after])
+                    if [*left.tolist(), *right.tolist()] == both.tolist():
                         return end
             length *= 2
         return None
-
-    def _is_exact(self, text: str, cut: int) -> bool:
-        before, after = text[max(0, cut - _AROUND) : cut], text[cut : cut + _AROUND]
-        left, right, both = (ids.tolist() for ids in self._tokenizer.encode_batch([before, after, before + after]))
-        return left + right == both
 
 
 def _texts_of_pieces(tokenizer: Tokenizer) -> Iterator[str]:

@@ -118,7 +118,9 @@ def scan_tar(path: Path) -> NDArray[np.uint64]:
                     continue
                 if not member.isreg() or member.issparse():
                     raise DataError(f"{path}: member {member.name} is not a plain file. Write the shard again.")
-                key = _key(member.name)
+                # As webdataset groups members: by the path up to the first dot of its last part.
+                place, _, last = member.name.rpartition("/")
+                key = f"{place}/{last.partition('.')[0]}"
                 if key == last_key:
                     raise DataError(f"{path}: {key} has two {TOKEN_SUFFIX} members; a document has one.")
                 payloads.append((member.offset_data, member.size))
@@ -137,12 +139,6 @@ class _HeaderFile(BufferedReader):
         if size is None or not 0 <= size <= _LONGEST_HEADER:
             raise tarfile.ReadError(f"a header at byte {self.tell()} claims {size} bytes of its own")
         return super().read(size)
-
-
-def _key(name: str) -> str:
-    """What webdataset groups members by: the path up to the first dot of the last part."""
-    folder, _, last = name.rpartition("/")
-    return f"{folder}/{last.partition('.')[0]}"
 
 
 def _check_end(path: Path, end: int) -> None:

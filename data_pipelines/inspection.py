@@ -147,7 +147,9 @@ class DatasetSummary:
 def summarize(folder: Path, seq_len: int) -> DatasetSummary:
     """Summarize a data set, with the number of samples of `seq_len` tokens. Raises DataError where it is damaged."""
     manifest = read_manifest(folder)
-    lengths = _document_lengths(folder, manifest)
+    shards = range(len(manifest.shards))
+    counts = [ShardFile(folder, manifest, number, hashed=False).lengths for number in shards]
+    lengths = np.concatenate(counts) if counts else np.zeros(0, np.int64)
     use = data_use(manifest, seq_len, "continuous")
     quantiles = np.quantile(lengths, QUANTILES, method="nearest") if lengths.size else np.zeros(len(QUANTILES))
     return DatasetSummary(
@@ -169,12 +171,6 @@ def summarize(folder: Path, seq_len: int) -> DatasetSummary:
         unused_tokens=use.unused_tokens,
         per_shard=data_use(manifest, seq_len, "per_shard"),
     )
-
-
-def _document_lengths(folder: Path, manifest: Manifest) -> np.ndarray:
-    shards = range(len(manifest.shards))
-    lengths = [ShardFile(folder, manifest, number, hashed=False).lengths for number in shards]
-    return np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
 
 
 def document_texts(sample: Sample, tokenizer: Tokenizer) -> list[tuple[bool, str]]:

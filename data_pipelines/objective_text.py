@@ -7,7 +7,7 @@ from llmtrain.config.data import DataConfig
 from llmtrain.config.reading.load import load_config
 from llmtrain.data.loader import build_stream
 from llmtrain.data.objectives.table import pack_sample
-from llmtrain.data.row_config import build_recipe
+from llmtrain.data.row_config import build_row_config
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.preflight.resolve import resolve
 from llmtrain.values.batch import IGNORED_LABEL
@@ -26,7 +26,7 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
     resolved = resolve(load_config(run).config.with_keys(alone))
     config = resolved.config
     stream = build_stream(config.data.train, config.data, config.seed, manifests=resolved.train)
-    row = pack_sample(stream.sample(number), build_recipe(config, stream, lambda: resolved.tokenizer))
+    row = pack_sample(stream.sample(number), build_row_config(config, stream, lambda: resolved.tokenizer))
     tokenizer = load_tokenizer(resolved.tokenizer)
     texts = {"input": row.tokens_S, "targets": row.labels_S}
     if row.encoder_tokens_T is not None:

@@ -41,7 +41,9 @@ def write_shards(
             f"--valid-fraction {config.valid_fraction}: must be at least 0 and below 1, such as 0.1; with 0 there is "
             "no valid split"
         )
-    kept = _tokenizers_in(out, tokenizer)
+    # Files in OUT that are this tokenizer stay: it may have been trained there.
+    files = [path for path in out.iterdir() if path.is_file()] if out.is_dir() else []
+    kept = {path.name for path in files if file_sha256(path) == tokenizer.sha256}
     _check_output(out, config.overwrite, kept)
     with work_folder(out) as temporary:
         manifests = _write_splits(documents, temporary, tokenizer, config)
@@ -68,21 +70,11 @@ def _write_splits(
         return {name: writer.finish() for name, writer in writers.items()}
 
 
-def _tokenizers_in(out: Path, tokenizer: Tokenizer) -> set[str]:
-    """Names of the files in OUT that are this tokenizer: it may have been trained there, and stays."""
-    files = [path for path in out.iterdir() if path.is_file()] if out.is_dir() else []
-    return {path.name for path in files if file_sha256(path) == tokenizer.sha256}
-
-
-def _is_kept(path: Path, kept: set[str]) -> bool:
-    """Whether a file in OUT is the tokenizer, or says something of it and is written again."""
-    return path.name in kept or (bool(kept) and path.name == SETTINGS_NAME)
-
-
 def _check_output(out: Path, overwrite: bool, kept: set[str]) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; the shards need a folder. Name another one.")
-    if not out.exists() or all(_is_kept(path, kept) for path in out.iterdir()):
+    allowed = {*kept, SETTINGS_NAME} if kept else set()  # what is said of the tokenizer is written again
+    if not out.exists() or all(path.name in allowed for path in out.iterdir()):
         return
     if not overwrite:
         raise ConfigError(f"{out}: is not empty. Name another folder, or replace what it holds with --overwrite.")
@@ -115,7 +107,9 @@ def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator
     held: deque[tuple[int, str]] = deque()
     found: set[str] = set()
     characters = 0
-    rest = ((_place(text), text) for text in documents)
+    # A document's place between 0 and 2^64 follows from its content, so that a copy of it never lands in another split.
+    digests = ((hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest(), text) for text in documents)
+    rest = ((int.from_bytes(digest, "little"), text) for digest, text in digests)
     for place, text in rest:
         held.append((place, text))
         found.add(_split(place, bound))
@@ -133,11 +127,6 @@ def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator
         yield _split(place, bound), text
     for place, text in rest:
         yield _split(place, bound), text
-
-
-def _place(text: str) -> int:
-    """Where the content of a document stands between 0 and 2^64."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest(), "little")
 
 
 def _split(place: int, bound: float) -> str:

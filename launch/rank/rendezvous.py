@@ -15,18 +15,18 @@ from llmtrain.errors import LaunchError
 
 
 @dataclass(frozen=True)
-class StoreExchange:
-    """The ranks' store as llmtrain.checkpoint.exchange.Exchange: a connection of its own, so that it may wait."""
+class TorchRankStore:
+    """The ranks' store as llmtrain.checkpoint.agreement.RankStore: a connection of its own, so that it may wait."""
 
     store: Store
     rank: int
     world_size: int
     timeout_seconds: float
 
-    def say(self, key: str, text: str) -> None:
+    def put(self, key: str, text: str) -> None:
         self.store.set(key, text)
 
-    def hear(self, key: str) -> str:
+    def get(self, key: str) -> str:
         try:
             return self.store.get(key).decode()
         except dist.DistStoreError as error:
@@ -67,14 +67,14 @@ def lone_store() -> Store:
     return HashStore()
 
 
-def open_exchange(place: Rank, timeout_seconds: float) -> StoreExchange:
+def open_rank_store(place: Rank, timeout_seconds: float) -> TorchRankStore:
     """The texts of this attempt. Open it after `connect`, which serves the store.
 
     A connection of its own: a rank that waits for a text holds its connection, and the group needs one.
     """
     # Prefixes, since an outer launcher's store may outlive an attempt: old keys would be taken for this attempt's.
     store = PrefixStore(f"attempt-{place.attempt}/said", connect(replace(place, serves_store=False), timeout_seconds))
-    return StoreExchange(store, place.rank, place.world_size, timeout_seconds)
+    return TorchRankStore(store, place.rank, place.world_size, timeout_seconds)
 
 
 def open_group(store: Store, place: Rank, device: torch.device, timeout_seconds: float) -> None:

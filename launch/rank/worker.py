@@ -18,9 +18,9 @@ from launch.rank.cores import num_threads
 from launch.rank.failure import OtherRankFailedError
 from launch.rank.heartbeat import Heartbeat
 from launch.rank.place import ALONE, Rank
-from launch.rank.rendezvous import anybody, connect, lone_store, open_exchange, open_group
+from launch.rank.rendezvous import anybody, connect, lone_store, open_group, open_rank_store
 from launch.rank.stop import StopSignal
-from llmtrain.checkpoint.exchange import Exchange
+from llmtrain.checkpoint.agreement import RankStore
 from llmtrain.config.budget import Budget, Seen
 from llmtrain.config.engines import ENGINES
 from llmtrain.config.launch import LaunchConfig
@@ -79,7 +79,7 @@ def run_worker(
         # In this order: rank 0 serves the store, by which the ranks agree on a start. A group, which costs every rank a
         # connection to every other, is made only where something is left to do.
         store = connect(place, timeout_seconds)
-        ranks = open_exchange(place, timeout_seconds)
+        ranks = open_rank_store(place, timeout_seconds)
         folder, start, lock_token = agree_on_start(resolved, place, ranks, held)
         attempt = Attempt(resolved, device, start, folder, place, heartbeat, change_run, lock_token)
         if attempt.finished_before:
@@ -185,7 +185,7 @@ def nothing_left(config: RunConfig, seen: Seen) -> str:
 
 
 def agree_on_start(
-    resolved: ResolvedRun, place: Rank, ranks: Exchange, held: ExitStack
+    resolved: ResolvedRun, place: Rank, ranks: RankStore, held: ExitStack
 ) -> tuple[RunFolder | None, Start, str]:
     """Rank 0 locks the run folder, until `held` closes, and decides where the run begins; the others hear of it.
 
@@ -194,7 +194,7 @@ def agree_on_start(
     Raises on rank 0 what `find_start` and the lock raise, on the others OtherRankFailedError with the same exit code.
     """
     if ranks.rank > 0:
-        said = json.loads(ranks.hear("start"))
+        said = json.loads(ranks.get("start"))
         if "exit_code" in said:
             raise OtherRankFailedError("rank 0 could not start", said["exit_code"])
         return None, join_start(resolved, said, ranks), said["lock_token"]
@@ -203,9 +203,9 @@ def agree_on_start(
         start = find_start(resolved, folder, ranks)
     except BaseException as error:
         exit_code = error.exit_code if isinstance(error, LlmtrainError) else 1
-        ranks.say("start", json.dumps({"exit_code": exit_code}))
+        ranks.put("start", json.dumps({"exit_code": exit_code}))
         raise
-    ranks.say("start", json.dumps({**describe_start(start), "lock_token": folder.lock_token}))
+    ranks.put("start", json.dumps({**describe_start(start), "lock_token": folder.lock_token}))
     return folder, start, folder.lock_token
 
 

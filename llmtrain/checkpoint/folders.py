@@ -5,7 +5,6 @@ Imports no torch: what a path means, and what does not fit, is told before a run
 
 import errno
 import math
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -179,13 +178,6 @@ def free_bytes(path: Path) -> int | None:
         with suppress(OSError):
             return shutil.disk_usage(folder).free
     return None
-
-
-def require_room(folder: Path, needed: int) -> None:
-    """Raise SaveError where `needed` bytes surely do not fit: to be told now is better than after minutes."""
-    free = free_bytes(folder)
-    if free is not None and free < needed:
-        raise save_error(folder, needed, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
 
 def save_error(path: Path, needed: int, error: OSError) -> SaveError:

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from llmtrain.checkpoint.folders import step_of_folder
-from llmtrain.checkpoint.manifest import Manifest, load_manifest
+from llmtrain.checkpoint.manifest import CheckpointManifest, load_manifest
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, TensorInfo, checkpoint_problems, open_checkpoint
 from llmtrain.config.model import ModelConfig
@@ -40,7 +40,7 @@ def summary_of(path: Path) -> Summary:
         return Summary(str(path), step_of_folder(path.resolve().name), size_bytes, 0, None, str(error))
 
 
-def verified(path: Path) -> tuple[Manifest | None, list[str]]:
+def verified(path: Path) -> tuple[CheckpointManifest | None, list[str]]:
     """The manifest of a checkpoint, where there is a good one, and all that is wrong; every file is hashed."""
     try:
         manifest = load_manifest(path)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.checkpoint.exchange import Exchange, SaveTalk
+from llmtrain.checkpoint.agreement import RankStore, SaveMessages
 from llmtrain.checkpoint.find import find_newest_valid
 from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name, step_of_folder, steps_to_remove
 from llmtrain.checkpoint.manifest import (
@@ -71,7 +71,7 @@ class CheckpointManager:
         config_text: str,
         about: Mapping[str, Any],
         reports: Reports | None = None,
-        ranks: Exchange | None = None,
+        ranks: RankStore | None = None,
     ) -> None:
         self.reports = reports or Reports()
         self._ranks = ranks
@@ -135,16 +135,16 @@ class CheckpointManager:
         best_by = metric if metric is not None and math.isfinite(metric) else None
         contents = Contents(step, state, self._config_text, {**self._about, "metric": best_by})
         self._num_saves += 1
-        talk = SaveTalk(self._ranks, self._num_saves)
+        messages = SaveMessages(self._ranks, self._num_saves)
         if not self._settings.async_save:
             # All at once: making fragments may need all ranks, and one of them may have to give up early.
             held = list(fragments)
-            self._settle(step, lambda: self._write(talk, contents, held, before_publish))
+            self._settle(step, lambda: self._write(messages, contents, held, before_publish))
             return
         copies = self._host_copy.take(fragments)
         if self._writer is None:
             self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._running = (step, self._writer.submit(self._write, talk, contents, copies, before_publish))
+        self._running = (step, self._writer.submit(self._write, messages, contents, copies, before_publish))
 
     def poll(self) -> None:
         """Report a save that has failed behind training, once that is known. Waits for nothing. Raises as `wait`."""
@@ -179,10 +179,14 @@ class CheckpointManager:
                 self._warn(f"step {step:,} is not saved (checkpoint.on_save_error = continue): {error}")
 
     def _write(
-        self, talk: SaveTalk, contents: Contents, fragments: list[Fragment], before_publish: Callable[[], object]
+        self,
+        messages: SaveMessages,
+        contents: Contents,
+        fragments: list[Fragment],
+        before_publish: Callable[[], object],
     ) -> None:
-        if not talk.is_first:
-            self._write_part(talk, contents.step, fragments)
+        if not self._reports_here:
+            self._write_part(messages, contents.step, fragments)
             return
 
         def before_rename() -> None:
@@ -191,54 +195,54 @@ class CheckpointManager:
             # Not after it: a run that dies in between must not continue from what it has left.
             self.set_aside_later_than(contents.step)
 
-        writing = self._start(talk, contents.step, size_bytes(fragments))
+        writing = self._start(messages, contents.step, size_bytes(fragments))
         try:
-            parts = self._gather_parts(talk, writing, fragments)
+            parts = self._gather_parts(messages, writing, fragments)
             publish(writing, parts, contents, before_rename)
         except BaseException as error:
-            talk.say_failed("outcome", error)
+            messages.send_failure("outcome", error)
             self.reports.ensure_held()  # another owner may be writing to a folder of this name
             shutil.rmtree(writing, ignore_errors=True)
             raise
-        talk.say("outcome", "")
+        messages.send("outcome", "")
         self._metrics[contents.step] = contents.about["metric"]
         self._remove_old()
 
-    def _start(self, talk: SaveTalk, step: int, needed: int) -> Path:
+    def _start(self, messages: SaveMessages, step: int, needed: int) -> Path:
         """Make the folder that all ranks write into, if what all of them need fits."""
         try:
-            needed += sum(int(text) for text in talk.hear_others("need"))
+            needed += sum(int(text) for text in messages.receive_from_others("need"))
             self.reports.ensure_held()
             writing = start_checkpoint(self._folder, step, needed)
         except BaseException as error:
-            talk.say_failed("folder", error)
+            messages.send_failure("folder", error)
             raise
-        talk.say("folder", "")
+        messages.send("folder", "")
         return writing
 
-    def _gather_parts(self, talk: SaveTalk, writing: Path, fragments: list[Fragment]) -> list[ManifestPart]:
+    def _gather_parts(self, messages: SaveMessages, writing: Path, fragments: list[Fragment]) -> list[ManifestPart]:
         """Write what rank 0 holds; returns all ranks' parts once no rank writes any more."""
         try:
             own = write_rank_files(writing, 0, fragments)
         except SaveError:
             with suppress(SaveError):
-                talk.hear_others("part")
+                messages.receive_from_others("part")
             raise
-        return [own, *map(ManifestPart.model_validate_json, talk.hear_others("part"))]
+        return [own, *map(ManifestPart.model_validate_json, messages.receive_from_others("part"))]
 
-    def _write_part(self, talk: SaveTalk, step: int, fragments: list[Fragment]) -> None:
+    def _write_part(self, messages: SaveMessages, step: int, fragments: list[Fragment]) -> None:
         """Write what this rank holds, once rank 0 has made the folder; returns once the checkpoint is there."""
-        talk.say("need", str(size_bytes(fragments)))
-        talk.hear_first("folder")
+        messages.send("need", str(size_bytes(fragments)))
+        messages.receive_from_first("folder")
         try:
             part = ManifestPart(files={}, tensors={})
             if fragments:
-                part = write_rank_files(self._folder / writing_folder_name(step), talk.rank, fragments)
+                part = write_rank_files(self._folder / writing_folder_name(step), messages.rank, fragments)
         except BaseException as error:
-            talk.say_failed("part", error)
+            messages.send_failure("part", error)
             raise
-        talk.say("part", part.model_dump_json())
-        talk.hear_first("outcome")
+        messages.send("part", part.model_dump_json())
+        messages.receive_from_first("outcome")
 
     def set_aside_later_than(self, step: int) -> None:
         """A run that went back to an older checkpoint has left the later ones: they are not its newest any more."""

@@ -87,16 +87,13 @@ class ManifestPart(_Entry):
     tensors: dict[str, dict[str, TensorEntry]]
 
 
-class Manifest(ManifestPart):
+class CheckpointManifest(ManifestPart):
     """The whole checkpoint. `about` is free: the layout and the engine that it came from, its metric."""
 
     schema_version: int
     step: NonNegativeInt
     created_by: dict[str, str]
     about: dict[str, Any]
-
-    def encode(self) -> bytes:
-        return self.model_dump_json(indent=1).encode() + b"\n"
 
     def iter_fragments(self) -> Iterable[tuple[TensorEntry, FragmentEntry]]:
         for kinds in self.tensors.values():
@@ -119,7 +116,7 @@ class Manifest(ManifestPart):
         return found + [f"{file} holds fragments but is not listed among the files" for file in sorted(unlisted)]
 
 
-def merge_parts(parts: Iterable[ManifestPart], step: int, about: dict[str, Any]) -> Manifest:
+def merge_parts(parts: Iterable[ManifestPart], step: int, about: dict[str, Any]) -> CheckpointManifest:
     """One manifest from what the ranks wrote.
 
     Raises ValueError where two ranks disagree on a tensor or where an element is missing or held twice: a defect of
@@ -141,16 +138,13 @@ def merge_parts(parts: Iterable[ManifestPart], step: int, about: dict[str, Any])
                 tensors[name][kind] = TensorEntry(
                     dtype=tensor.dtype, global_shape=tensor.global_shape, fragments=fragments
                 )
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION, step=step, created_by=_versions(), about=about, files=files, tensors=tensors
+    versions = {name: version(name) for name in ("llmtrain", "torch", "safetensors")}
+    manifest = CheckpointManifest(
+        schema_version=SCHEMA_VERSION, step=step, created_by=versions, about=about, files=files, tensors=tensors
     )
     if problems := manifest.problems():
         raise ValueError("; ".join(problems[:5]))
     return manifest
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("llmtrain", "torch", "safetensors")}
 
 
 BASE = "base"
@@ -167,7 +161,7 @@ def manifest_hash_line(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
-def load_manifest(folder: Path) -> Manifest:
+def load_manifest(folder: Path) -> CheckpointManifest:
     """The manifest of a checkpoint folder, its hash and its form checked.
 
     Raises CheckpointError where it is missing or damaged, CheckpointUnusableError for a newer format.
@@ -186,7 +180,7 @@ def load_manifest(folder: Path) -> Manifest:
                 f"{path}: schema_version = {found} is newer than what this llmtrain reads ({SCHEMA_VERSION}). "
                 "Install a newer llmtrain."
             )
-        return Manifest.model_validate_json(content)
+        return CheckpointManifest.model_validate_json(content)
     except (ValueError, AttributeError, RecursionError) as error:
         reason = fault_text(error) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError(f"{path}: is no manifest of a checkpoint: {reason}") from error

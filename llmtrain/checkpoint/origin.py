@@ -80,11 +80,6 @@ def require_state(path: Path, state: Mapping[str, Any], about: Mapping[str, Any]
     _require(_Whole if engine_too else _Position, path, state)
 
 
-def require_position(path: Path, state: object) -> None:
-    """Raise CheckpointError where a state has a position that is none."""
-    _require(_Maybe, path, state)
-
-
 def _require(form: type[_Stored], path: Path, state: object) -> None:
     try:
         form.model_validate(state)
@@ -124,7 +119,7 @@ class Origin:
 
 def origin_of(path: Path, state: Mapping[str, Any], config_text: str, about: Mapping[str, Any]) -> Origin:
     """The origin of a checkpoint that has been read. Raises CheckpointError where its configuration is none."""
-    require_position(path, state)
+    _require(_Maybe, path, state)
     try:
         config = load_plain(config_text)
     except ValueError as error:

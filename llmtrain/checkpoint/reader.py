@@ -16,7 +16,7 @@ from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE, 
 from llmtrain.checkpoint.manifest import (
     BASE,
     TENSOR_FILE_SUFFIX,
-    Manifest,
+    CheckpointManifest,
     TensorEntry,
     load_manifest,
     manifest_sha256,
@@ -62,7 +62,7 @@ class CheckpointReader:
     def __init__(
         self,
         path: Path,
-        manifest: Manifest,
+        manifest: CheckpointManifest,
         state: dict[str, Any],
         config_text: str,
         base: "CheckpointReader | None" = None,
@@ -215,7 +215,7 @@ def _open_base(path: Path, about: Mapping[str, Any], verify: bool) -> Checkpoint
     return open_checkpoint(place, verify)
 
 
-def checkpoint_problems(folder: Path, manifest: Manifest, verify: bool) -> list[str]:
+def checkpoint_problems(folder: Path, manifest: CheckpointManifest, verify: bool) -> list[str]:
     """Every difference between a folder and its manifest, each naming the file, what is expected and what is there."""
     problems = [f"{folder / MANIFEST}: {problem}" for problem in manifest.problems()]
     if fault := wrong_name(folder, manifest.step):
@@ -250,7 +250,7 @@ def checkpoint_problems(folder: Path, manifest: Manifest, verify: bool) -> list[
     return problems or _header_problems(folder, manifest)
 
 
-def _hash_problems(folder: Path, manifest: Manifest, names: list[str], verify: bool) -> list[str]:
+def _hash_problems(folder: Path, manifest: CheckpointManifest, names: list[str], verify: bool) -> list[str]:
     hashed = [name for name in names if verify or not name.endswith(TENSOR_FILE_SUFFIX)]
 
     def problem(name: str) -> str | None:
@@ -266,7 +266,7 @@ def _hash_problems(folder: Path, manifest: Manifest, names: list[str], verify: b
         return [found for found in threads.map(problem, hashed) if found]
 
 
-def _header_problems(folder: Path, manifest: Manifest) -> list[str]:
+def _header_problems(folder: Path, manifest: CheckpointManifest) -> list[str]:
     """Differences between the tensor files' own headers and the manifest; reads headers only."""
     listed: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
         name: {} for name in manifest.files if name.endswith(TENSOR_FILE_SUFFIX)

@@ -105,20 +105,15 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
                 write_all(descriptor, chunk)
                 size += len(chunk)
                 if size - given >= DISK_BYTES:
-                    _give_to_disk(descriptor, given, size - given)
+                    # Linux starts the writing of what it is told to forget, and forgets only what is on the disk.
+                    if hasattr(os, "posix_fadvise"):  # not on every platform
+                        os.posix_fadvise(descriptor, given, size - given, os.POSIX_FADV_DONTNEED)
                     given = size
             # The hash still has chunks to read: the disk works through the same time.
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return WrittenFile(size, digest.hexdigest())
-
-
-def _give_to_disk(descriptor: int, start: int, length: int) -> None:
-    """Let the system begin to write what has just been handed to it; waits for nothing."""
-    if hasattr(os, "posix_fadvise"):  # not on every platform
-        # Linux starts the writing of what it is told to forget, and forgets only what is on the disk already.
-        os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(descriptor: int, data: memoryview) -> None:

@@ -1,5 +1,6 @@
 """Writing a checkpoint: a copy of the state, each rank its fragments, then the rename that makes it visible."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from llmtrain.checkpoint.folders import (
     MANIFEST,
     MANIFEST_HASH,
     STATE,
-    require_room,
+    free_bytes,
     save_error,
     step_folder_name,
 )
@@ -34,7 +35,7 @@ from llmtrain.checkpoint.manifest import (
     merge_parts,
     writing_folder_name,
 )
-from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, WrittenFile, write_all, write_tensor_file
+from llmtrain.checkpoint.tensor_file import DTYPE_NAMES, write_all, write_tensor_file
 from llmtrain.errors import CheckpointError
 from llmtrain.files import replace_folder, sync_folder
 from llmtrain.values.fragment import Fragment
@@ -52,21 +53,17 @@ class HostCopy:
         on_device = False
         for fragment in fragments:
             source = fragment.tensor.detach()
-            target = self._memory_for((fragment.kind, fragment.name, fragment.box), source)
+            key = (fragment.kind, fragment.name, fragment.box)
+            target = self._memory.get(key)
+            if target is None or target.dtype != source.dtype or target.shape != source.shape:
+                target = self._memory[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
             # Pinned memory takes copies of all tensors in one queue, with one wait at the end.
             target.copy_(source, non_blocking=source.is_cuda)
             on_device |= source.is_cuda
             copies.append(replace(fragment, tensor=target))
         if on_device:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the copies must be whole before training writes into their sources again
         return copies
-
-    def _memory_for(self, key: tuple[object, ...], source: Tensor) -> Tensor:
-        known = self._memory.get(key)
-        if known is None or known.dtype != source.dtype or known.shape != source.shape:
-            known = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            self._memory[key] = known
-        return known
 
 
 MAX_FILES = 4
@@ -97,7 +94,9 @@ def start_checkpoint(checkpoints: Path, step: int, needed: int = 0) -> Path:
         # What cannot be removed does not matter, unless it is this very folder.
         with suppress(OSError):
             _clear(checkpoints)
-        require_room(checkpoints, needed)
+        free = free_bytes(checkpoints)
+        if free is not None and free < needed:  # to be told now is better than after minutes
+            raise save_error(checkpoints, needed, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         folder.mkdir(parents=True)
     except OSError as error:
         raise save_error(folder, needed, error) from error
@@ -117,8 +116,12 @@ def write_rank_files(folder: Path, rank: int, fragments: Iterable[Fragment]) -> 
     names = [f"rank-{rank:05d}{f'-{number}' if number else ''}{TENSOR_FILE_SUFFIX}" for number in range(len(shares))]
 
     def write(name: str, share: Sequence[Fragment]) -> FileEntry:
+        tensors = {fragment_key(item.kind, item.name, item.box): item.tensor for item in share}
+        shapes = {fragment_key(item.kind, item.name, item.box): item.global_shape for item in share}
+        metadata = {"format": "pt", "llmtrain.rank": str(rank), "llmtrain.global_shapes": json.dumps(shapes)}
         try:
-            return _entry(_write_fragments(folder / name, rank, share))
+            written = write_tensor_file(folder / name, tensors, metadata)
+            return FileEntry(size_bytes=written.size_bytes, sha256=written.sha256)
         except OSError as error:
             raise save_error(folder / name, size_bytes(held), error) from error
 
@@ -140,13 +143,6 @@ def _equal_shares(held: Sequence[Fragment]) -> list[list[Fragment]]:
         shares[smallest].append(item)
         sizes[smallest] += item.tensor.nbytes
     return shares
-
-
-def _write_fragments(path: Path, rank: int, held: Sequence[Fragment]) -> WrittenFile:
-    tensors = {fragment_key(item.kind, item.name, item.box): item.tensor for item in held}
-    shapes = {fragment_key(item.kind, item.name, item.box): item.global_shape for item in held}
-    metadata = {"format": "pt", "llmtrain.rank": str(rank), "llmtrain.global_shapes": json.dumps(shapes)}
-    return write_tensor_file(path, tensors, metadata)
 
 
 def size_bytes(fragments: Iterable[Fragment]) -> int:
@@ -172,7 +168,9 @@ def publish(
             STATE: _write_small(folder / STATE, (json.dumps(contents.state, indent=1) + "\n").encode()),
         }
         small = ManifestPart(files=files, tensors={})
-        manifest = merge_parts([*parts, small], contents.step, contents.about).encode()
+        manifest = (
+            merge_parts([*parts, small], contents.step, contents.about).model_dump_json(indent=1).encode() + b"\n"
+        )
         _write_small(folder / MANIFEST, manifest)
         _write_small(folder / MANIFEST_HASH, manifest_hash_line(manifest))
         sync_folder(folder)
@@ -243,10 +241,6 @@ def _write_small(path: Path, content: bytes) -> FileEntry:
     finally:
         os.close(descriptor)
     return FileEntry(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-
-
-def _entry(written: WrittenFile) -> FileEntry:
-    return FileEntry(size_bytes=written.size_bytes, sha256=written.sha256)
 
 
 def _tensor_entries(files: Mapping[str, Sequence[Fragment]]) -> dict[str, dict[str, TensorEntry]]:

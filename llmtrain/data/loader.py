@@ -2,14 +2,14 @@
 
 import copy
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.data.objectives.causal import stack_samples
 from llmtrain.data.objectives.table import pack_sample
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import RowConfig
 from llmtrain.data.storage.folders import fetch_config
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
@@ -56,7 +56,7 @@ class BatchLoader:
     def __init__(
         self,
         stream: SampleStream,
-        recipe: Recipe,
+        row_config: RowConfig,
         global_batch_size: int,
         micro_batch_size: int,
         dp_rank: int = 0,
@@ -65,7 +65,7 @@ class BatchLoader:
         """Sizes are in samples; micro_batch_size * dp_size divides global_batch_size."""
         assert global_batch_size % (micro_batch_size * dp_size) == 0 and 0 <= dp_rank < dp_size
         self._stream = stream
-        self._recipe = recipe
+        self._row_config = row_config
         self.global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._micro_batches = range(dp_rank, global_batch_size // micro_batch_size, dp_size)
@@ -83,15 +83,16 @@ class BatchLoader:
         Steps are prepared ahead in one thread, which ends when the iterator is closed. Raises DataError, where the
         step that needs a damaged shard is due.
         """
-        firsts = self._iter_firsts(first_sample)
-        if not self._recipe.data.prefetch_steps:
-            yield from map(self._step, firsts)  # without end
+        while not self._row_config.data.prefetch_steps:
+            yield self._step(first_sample)
+            first_sample += self.step_length(first_sample)
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         try:
             prepared: deque[Future[list[Batch]]] = deque()
             while True:
-                while len(prepared) < self._recipe.data.prefetch_steps + 1:
-                    prepared.append(thread.submit(self._step, next(firsts)))
+                while len(prepared) < self._row_config.data.prefetch_steps + 1:
+                    prepared.append(thread.submit(self._step, first_sample))
+                    first_sample += self.step_length(first_sample)
                 yield prepared.popleft().result()
         finally:
             thread.shutdown(cancel_futures=True)
@@ -109,11 +110,6 @@ class BatchLoader:
         """Where all samples of the step that begins at a position of the stream come from, on every rank."""
         return [self._stream.origin(number) for number in self._samples(first_sample)]
 
-    def _iter_firsts(self, first_sample: int) -> Iterator[int]:
-        while True:
-            yield first_sample
-            first_sample += self.step_length(first_sample)
-
     def _samples(self, first_sample: int) -> Sequence[int]:
         """The numbers of a whole step's samples."""
         numbers: list[int] = []
@@ -126,9 +122,10 @@ class BatchLoader:
         return [*numbers, *range(first_sample, first_sample + self.global_batch_size - len(numbers))]
 
     def _step(self, first_sample: int) -> list[Batch]:
+        batches = []
         samples, size = self._samples(first_sample), self._micro_batch_size
-        return [self._batch(samples[number * size : (number + 1) * size]) for number in self._micro_batches]
-
-    def _batch(self, numbers: Sequence[int]) -> Batch:
-        samples = map(self._stream.sample, numbers)
-        return stack_samples([pack_sample(sample, self._recipe) for sample in samples], numbers[0])
+        for number in self._micro_batches:
+            numbers = samples[number * size : (number + 1) * size]
+            rows = [pack_sample(self._stream.sample(sample), self._row_config) for sample in numbers]
+            batches.append(stack_samples(rows, numbers[0]))
+        return batches

@@ -73,7 +73,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardSpan:
     """Tokens [begin, end) of the stream of shard `shard`."""
 
     shard: int
@@ -121,10 +121,10 @@ class SampleOrder:
         rank = bisect_right(before, shuffled) - 1
         return Place(epoch, order.shards[rank], shuffled - before[rank])
 
-    def parts(self, place: Place) -> list[Part]:
+    def parts(self, place: Place) -> list[ShardSpan]:
         """The tokens of a sample: of one shard, `seq_len` and one that the next window begins with."""
         begin = place.window * self._seq_len
-        return [Part(place.shard, begin, begin + self._seq_len + 1)]
+        return [ShardSpan(place.shard, begin, begin + self._seq_len + 1)]
 
     def coming_shards(self, number: int) -> tuple[list[int], int]:
         """The shards of the group that follows, and the sample from which on the answer is another one.
@@ -143,7 +143,7 @@ class SampleOrder:
             following = order.shards[first + size : first + 2 * size]
         else:
             following = self._epoch(epoch + 1).shards[:size]
-        return self._with_windows(following), epoch * self.num_windows + end
+        return [shard for shard in following if self._windows[shard]], epoch * self.num_windows + end
 
     def windows_of(self, shard: int) -> int:
         """How many samples of an epoch need a shard."""
@@ -152,9 +152,6 @@ class SampleOrder:
     def most_shards(self) -> int:
         """How many shards one window needs."""
         return 1
-
-    def _with_windows(self, shards: list[int]) -> list[int]:
-        return [shard for shard in shards if self._windows[shard]]
 
     def _build_epoch(self, epoch: int) -> _EpochWindows:
         shards = keyed_permutation(len(self._windows), wide_key("shards", self._seed, self._source, epoch))
@@ -217,7 +214,7 @@ class ContinuousOrder:
         rank = bisect_right(order.begins, window * self._seq_len) - 1
         return Place(number_of_epoch, order.shards[rank], window - self._first_window(order.begins[rank]))
 
-    def parts(self, place: Place) -> list[Part]:
+    def parts(self, place: Place) -> list[ShardSpan]:
         """The tokens of a sample, in their order: a window may hold the end of one shard and others whole."""
         epoch, order = place.epoch, self._epoch(place.epoch)
         rank = order.ranks[place.shard]
@@ -228,7 +225,7 @@ class ContinuousOrder:
             shard = order.shards[rank]
             end = min(position + missing, int(self._lengths[shard]))
             if end > position:
-                parts.append(Part(shard, position, end))
+                parts.append(ShardSpan(shard, position, end))
                 missing -= end - position
             if not missing:
                 return parts

@@ -56,7 +56,7 @@ def load_pieces(tokenizer: Path) -> PieceTable:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RowConfig:
     """Everything but the sample that a row of a batch depends on.
 
     Special tokens that the objective needs are filled in in `data`. `pieces` are those of the tokenizer; only `masked`
@@ -82,10 +82,10 @@ class Recipe:
         shortest = shortest_lengths(self.data)
         return IsPadded(shortest.main < self.lengths.main, shortest.encoder < self.lengths.encoder)
 
-    def draws(self, number: int) -> "Draws":
+    def draws(self, number: int) -> "SampleRandom":
         """The random numbers of one sample, by its global number."""
         key = wide_key("objective", self.seed, number)[:16]
-        return Draws(np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))))
+        return SampleRandom(np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))))
 
     @property
     def pad_id(self) -> int:
@@ -106,14 +106,14 @@ class Recipe:
         return np.array(sentinels, np.int64)
 
 
-def build_recipe(config: RunConfig, stream: SampleStream, tokenizer: Callable[[], Path]) -> Recipe:
+def build_row_config(config: RunConfig, stream: SampleStream, tokenizer: Callable[[], Path]) -> RowConfig:
     """That of a run in whose configuration special tokens are filled in already.
 
     `tokenizer` finds the run's tokenizer; it is asked where the objective needs its pieces. Raises as `load_pieces`
     does.
     """
     pieces = load_pieces(tokenizer()) if config.data.objective == "masked" else None
-    return Recipe(config.data, config.seed, stream.eos_id, config.model.family, pieces, stream.bos_ids)
+    return RowConfig(config.data, config.seed, stream.eos_id, config.model.family, pieces, stream.bos_ids)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class IsPadded:
     encoder: bool
 
 
-class Draws:
+class SampleRandom:
     """Uniform numbers and what is made of them here, so that a release of numpy that draws otherwise changes nothing.
 
     Only `random` of a counter-based generator is used: 53 bits of its output, in order.

@@ -145,7 +145,11 @@ class SourceReader:
     def window(self, number: int) -> Window:
         """Sample `number` of this source. Raises DataError where its shard is damaged and may not be skipped."""
         if self._config.read_ahead and number not in self._looked_at:
-            self._look_ahead(number)
+            shards, until = self.order.coming_shards(number)
+            self._looked_at = range(number, until)
+            for shard in shards:
+                if shard not in self._open and shard not in self._coming and shard not in self._blank:
+                    self._coming[shard] = self._ahead.submit(partial(self._opened, shard))
         place = self.order.place(number)
         tokens = self._no_tokens()
         starts: list[NDArray[np.int64]] = []
@@ -166,13 +170,6 @@ class SourceReader:
 
     def _no_tokens(self) -> NDArray[np.int64]:
         return np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
-
-    def _look_ahead(self, number: int) -> None:
-        shards, until = self.order.coming_shards(number)
-        self._looked_at = range(number, until)
-        for shard in shards:
-            if shard not in self._open and shard not in self._coming and shard not in self._blank:
-                self._coming[shard] = self._ahead.submit(partial(self._opened, shard))
 
     def _shard(self, number: int) -> ShardFile | None:
         """The opened shard, None where it is skipped; the least recently used one is closed where too many are open."""

@@ -79,8 +79,10 @@ class SentencePieceTokenizer:
         self.roles = _roles(self, said, self._id_of)
         own = {"eos": self._model.eos_id(), "bos": self._model.bos_id(), "pad": self._model.pad_id()}
         ids = {role: token for role, token in own.items() if token >= 0}  # -1: the model has none such
-        named = {"mask": _MASK_NAMES, "cls": _CLS_NAMES, "sep": _SEP_NAMES}
-        ids |= {role: token for role, names in named.items() if (token := self._first_of(names)) is not None}
+        for role, names in (("mask", _MASK_NAMES), ("cls", _CLS_NAMES), ("sep", _SEP_NAMES)):
+            known = [token for token in map(self.special_id, names) if token is not None]
+            if known:
+                ids[role] = known[0]
         ids = {role: token for role, token in ids.items() if role not in self.roles.absent} | dict(self.roles.ids)
         eos_id = ids.get("eos", own["eos"]) if self.roles.eos_id is None else self.roles.eos_id
         if eos_id < 0:
@@ -118,9 +120,6 @@ class SentencePieceTokenizer:
         token = self._model.piece_to_id(name)
         return token if self._model.id_to_piece(token) == name else None  # unknown names have the id of <unk>
 
-    def _first_of(self, names: Sequence[str]) -> int | None:
-        return next((token for token in map(self.special_id, names) if token is not None), None)
-
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
@@ -133,16 +132,14 @@ class SentencePieceTokenizer:
         if self._mark_ids is not None:
             for number, text in enumerate(texts):
                 if SPACE_MARK in text:
-                    batch[number] = self._encode_around_marks(text, self._mark_ids)
+                    # The parts between marks as sentencepiece encodes them, and the bytes of each mark between them.
+                    first, *others = self._model.encode(text.split(SPACE_MARK), return_type="numpy", num_threads=1)
+                    rest = (ids for part in others for ids in (self._mark_ids, part))
+                    batch[number] = np.concatenate([first, *rest])
         return batch
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(token) for token in ids])
-
-    def _encode_around_marks(self, text: str, mark_ids: NDArray[Any]) -> NDArray[Any]:
-        """The parts between marks as sentencepiece encodes them, and the bytes of each mark between them."""
-        first, *others = self._model.encode(text.split(SPACE_MARK), return_type="numpy", num_threads=1)
-        return np.concatenate([first, *(ids for part in others for ids in (mark_ids, part))])
 
     def _byte_ids_of_mark(self) -> NDArray[Any] | None:
         """The byte pieces of the mark, or None for a model that does not give a text back when it is joined by them."""

@@ -14,7 +14,6 @@ from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.checkpoint.writer import Contents, publish, size_bytes, start_checkpoint, write_rank_files
 from llmtrain.config.data import ObjectiveName, needed_tokens
-from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.reading.rendering import plain_yaml
 from llmtrain.data.storage.manifest import MANIFEST_BYTES
@@ -45,19 +44,14 @@ def export_checkpoint(
     `tokenizer` takes the place of the one beside the checkpoints. Raises as `find_checkpoint` and `write_export` do.
     """
     checkpoint = find_checkpoint(source)
-    weights, model = _rounded_weights(checkpoint, settings.dtype)
+    model = saved_architecture(checkpoint)
+    read = checkpoint_tensors(checkpoint, model, DTYPES[settings.dtype])
+    weights = TrainedWeights(read, lambda part, read_part: partial(logits_of, build_from(part, read_part)))
     tokens = TrainedTokens.of(checkpoint.about)
     text = model_tokenizer(tokenizer, find_tokenizer_of(checkpoint.path), model, tokens)
     named = named_tokens(text, saved_data(checkpoint))
     settings = replace(settings, facts=_facts(checkpoint), tokens=named)
     return checkpoint, write_export(out, model, weights, text, settings)
-
-
-def _rounded_weights(checkpoint: CheckpointReader, dtype: str) -> tuple[TrainedWeights, ModelConfig]:
-    """What an export takes of a checkpoint's model, its weights rounded to `dtype`, and the model's configuration."""
-    model = saved_architecture(checkpoint)
-    read = checkpoint_tensors(checkpoint, model, DTYPES[dtype])
-    return TrainedWeights(read, lambda part, read_part: partial(logits_of, build_from(part, read_part))), model
 
 
 def _facts(checkpoint: CheckpointReader) -> dict[str, str]:

@@ -167,7 +167,10 @@ def folder_tokenizer(folder: Path, model: ModelConfig) -> FolderTokenizer:
             tokenizer = load_tokenizer(path)
         except UnknownEndError as error:
             return FolderTokenizer(name, content, None, None, (*notes, f"no text can be made or read: {error}"))
-    notes += [*tokenizer.roles.notes, *_unsaid(tokenizer), *_not_kept(folder, name)]
+    if tokenizer.roles.eos_id is None and tokenizer.eos_id not in tokenizer.around[1]:
+        name_of_end = tokenizer.pieces[tokenizer.eos_id]
+        notes.append(f"no file says which token ends a text: {name_of_end} (id {tokenizer.eos_id}) is taken")
+    notes += [*tokenizer.roles.notes, *_not_kept(folder, name)]
     if (fault := _too_large(tokenizer, model)) is not None:
         notes.append(f"the tokenizer {fault} The ids above it cannot be used")
     bos_ids = tokenizer.around[0]
@@ -197,12 +200,6 @@ def _as_json(folder: Path, made: str | None) -> Iterator[Path | None]:
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, Path(place, path.name))
         Path(place, "tokenizer.json").write_text(made, "utf-8")
         yield Path(place, "tokenizer.json")
-
-
-def _unsaid(tokenizer: Tokenizer) -> Iterator[str]:
-    if tokenizer.roles.eos_id is None and tokenizer.eos_id not in tokenizer.around[1]:
-        name = tokenizer.pieces[tokenizer.eos_id]
-        yield f"no file says which token ends a text: {name} (id {tokenizer.eos_id}) is taken"
 
 
 def _not_kept(folder: Path, tokenizer: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,13 @@ PACKAGES = (
 
 def describe_environment() -> dict[str, Any]:
     """Versions, platform, processor, devices, and the commit of llmtrain's source where it lies in a git repository."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": versions,
         "commit": source_commit(Path(__file__)),
         "platform": platform.platform(),
         "cpu": {
@@ -72,16 +77,6 @@ def source_commit(file: Path) -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _cpu_model() -> str:

@@ -50,20 +50,14 @@ def flops_per_sample(config: ModelConfig, lengths: Lengths) -> float:
             continue
         of_memory = ".cross_attention.k." in name or ".cross_attention.v." in name
         positions = encoder if name.startswith("encoder.") or of_memory else main
-        products += positions * prod(shape) * _active_share(config, name)
+        share = config.moe.choices / config.moe.num_experts if config.moe and ".moe.experts." in name else 1.0
+        products += positions * prod(shape) * share
     scores = config.encoder_layers * encoder**2 + config.decoder_layers * main * (main + (encoder if both else 0))
     return 6.0 * products + 12.0 * config.num_heads * config.head_size * scores
 
 
 NO_PRODUCTS = ("embeddings.", "head.")
 """The head is counted as one whether it is tied or not."""
-
-
-def _active_share(config: ModelConfig, name: str) -> float:
-    """The share of a tensor that one token meets."""
-    if config.moe is None or ".moe.experts." not in name:
-        return 1.0
-    return config.moe.choices / config.moe.num_experts
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -139,7 +133,7 @@ class Monitor:
         self._trackers: list[Tracker] = [*trackers, *([console] if console else [])]
         self._console = console
         self._clock = clock
-        self._on_section = on_phase
+        self._on_phase = on_phase
         self._sample = sample
         self._step, self._has_stepped = plan.start_step, False
         self._tokens = plan.start_tokens
@@ -154,12 +148,12 @@ class Monitor:
     def phase(self, name: Literal["data", "evaluate", "checkpoint"]) -> Iterator[None]:
         """Time a part of the loop. Evaluation and checkpoints are no part of a step's time; waiting for data is."""
         began = self._clock()
-        self._on_section(name, self._step)
+        self._on_phase(name, self._step)
         try:
             yield
         finally:
             seconds = self._clock() - began
-            self._on_section("step" if self._has_stepped else "setup", self._step)
+            self._on_phase("step" if self._has_stepped else "setup", self._step)
             if name == "data":
                 self._interval.data_seconds += seconds
             else:
@@ -178,7 +172,7 @@ class Monitor:
         interval.step_seconds += now - self._step_began
         interval.skipped += result.skipped
         self._step, self._has_stepped = step, True
-        self._on_section("step", step)
+        self._on_phase("step", step)
         self._step_began = self._clock()  # who listens may have written a trace: that is no part of a step
         self._tokens += result.num_tokens
         if self._console:

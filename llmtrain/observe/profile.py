@@ -85,14 +85,11 @@ class Profiler:
             steps = f"{self._from_step:08d}-{step:08d}"
             path = self._stem.with_name(f"{self._stem.name}-steps-{steps}.json.gz")
             trace.export_chrome_trace(str(path))
-            path.with_name(path.name.removesuffix(".json.gz") + ".txt").write_text(_table(trace), "utf-8")
+            # The operations that took the most time of their own, on the device where there is one.
+            key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            table = trace.key_averages().table(sort_by=key, row_limit=TABLE_ROWS) + "\n"
+            path.with_name(path.name.removesuffix(".json.gz") + ".txt").write_text(table, "utf-8")
         except Exception as error:  # a trace is worth less than the run, whatever is wrong with it
             self._say(f"observe.profile: the trace cannot be written: {error}. Training goes on.")
             return
         self._say(f"traced steps {self._from_step} to {step}: {path}")
-
-
-def _table(trace: Any) -> str:
-    """The operations that took the most time of their own, on the device where there is one."""
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return trace.key_averages().table(sort_by=key, row_limit=TABLE_ROWS) + "\n"

@@ -95,7 +95,7 @@ class Health:
             return history, None
         return judge(history, step, result, self.config, self.least_scale)
 
-    def skipped(
+    def retry_skipped(
         self, step: int, result: StepResult, attempt: Callable[[], StepResult], origins: Sequence[SampleOrigin]
     ) -> StepResult:
         """Name the samples of a step that was skipped, and run it once more with `attempt` where that may help.
@@ -112,7 +112,10 @@ class Health:
             verdict = "persistent" if result.skipped else "transient"
         shards = list(_by_shard(origins))
         first, last = origins[0].number, origins[-1].number
-        message = _message(step, verdict, f"samples {first:,} to {last:,} of {_in_words(shards)}")
+        names = "; ".join(f"{each['source']}/{each['shard']} ({_ranges(each['samples'])})" for each in shards)
+        if len(names) > LONGEST_LIST:
+            names = f"{names[:LONGEST_LIST]}... (audit.jsonl has all)"
+        message = _message(step, verdict, f"samples {first:,} to {last:,} of {names}")
         self.say(message)
         if verdict in ("transient", "persistent"):
             self.report(f"{verdict}: {message}")
@@ -142,11 +145,6 @@ def _by_shard(origins: Sequence[SampleOrigin]) -> Iterable[dict[str, Any]]:
         found = list(group)
         samples, windows = [origin.number for origin in found], [origin.window for origin in found]
         yield {"source": str(source), "shard": shard, "samples": samples, "windows": windows}
-
-
-def _in_words(shards: Sequence[dict[str, Any]]) -> str:
-    text = "; ".join(f"{each['source']}/{each['shard']} ({_ranges(each['samples'])})" for each in shards)
-    return text if len(text) <= LONGEST_LIST else f"{text[:LONGEST_LIST]}... (audit.jsonl has all)"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -86,7 +86,7 @@ def train(
             attempt = partial(run.engine.train_step, step, micro_batches, lr)
             result = attempt()
             if result.skipped:
-                result = run.health.skipped(step, result, attempt, loader.step_origins(state.samples))
+                result = run.health.retry_skipped(step, result, attempt, loader.step_origins(state.samples))
             history, trouble = run.health.judge(state.history, step, result)
             moved = loader.step_length(state.samples)
             state = state.advanced(moved, result.num_tokens, budget.tokens_per_step, history, result.skipped)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmtrain.checkpoint.exchange import Exchange
+from llmtrain.checkpoint.agreement import RankStore
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.origin import require_state
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
@@ -38,16 +38,14 @@ def newest_kept(manager: CheckpointManager, skipped: Sequence[Window]) -> Checkp
 
     Those that one has left are set aside: the run was ended after it had decided to go back, and before it did.
     """
-    while (checkpoint := manager.newest_valid()) and _has_seen(checkpoint, skipped):
+    while checkpoint := manager.newest_valid():
+        require_state(checkpoint.path, checkpoint.state, checkpoint.about)
+        position = checkpoint.state.get("train", {}).get("samples", 0)
+        # A checkpoint was made with data that is now skipped where its position lies within a window.
+        if not any(first < position <= end for first, end in skipped):
+            break
         manager.set_aside_later_than(checkpoint.step - 1)
     return checkpoint
-
-
-def _has_seen(checkpoint: CheckpointReader, skipped: Sequence[Window]) -> bool:
-    """Whether a checkpoint was made with data that is now to be skipped: its position lies within a window."""
-    require_state(checkpoint.path, checkpoint.state, checkpoint.about)
-    position = checkpoint.state.get("train", {}).get("samples", 0)
-    return any(first < position <= end for first, end in skipped)
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,10 @@ class Rollbacks:
     config: HealthConfig
     manager: CheckpointManager
     run_dir: Path | None
-    ranks: Exchange | None
+    ranks: RankStore | None
     record: Record
     say: Callable[[str], object]
-    _num_talks: int = field(default=0, init=False)
+    _num_decisions: int = field(default=0, init=False)
 
     def wanted(self, trouble: Trouble | None, anybody: Callable[[bool], bool]) -> bool:
         """Whether rank 0 has seen trouble; the ranks meet here only where health.rollback is on."""
@@ -85,16 +83,16 @@ class Rollbacks:
         health.max_rollbacks times already.
         """
         self.manager.wait()
-        self._num_talks += 1
-        key = f"rollback {self._num_talks}"
+        self._num_decisions += 1
+        key = f"rollback {self._num_decisions}"
         if self._decides:
             assert trouble is not None, "rank 0 has called for it"
             said = self._decide(trouble, state)
             if self.ranks:
-                self.ranks.say(key, json.dumps(said))
+                self.ranks.put(key, json.dumps(said))
         else:
             assert self.ranks is not None
-            said = json.loads(self.ranks.hear(key))
+            said = json.loads(self.ranks.get(key))
         if "given_up" in said:
             raise NoProgressError(said["given_up"])
         if "checkpoint" not in said:

@@ -10,7 +10,7 @@ import torch
 
 from llmtrain.config.engines import ENGINES
 from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.row_config import build_recipe
+from llmtrain.data.row_config import build_row_config
 from llmtrain.engines.tensor_norms import measuring
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.runs.audit import StartedAttempt
@@ -81,6 +81,6 @@ def build_loader(
         "valid": (config.data.valid, resolved.valid),
     }[split]
     stream = build_stream(sources, config.data, config.seed, resolved.run_dir, once, manifests)
-    recipe = build_recipe(config, stream, lambda: resolved.tokenizer)
+    row_config = build_row_config(config, stream, lambda: resolved.tokenizer)
     sizes = (config.train.global_batch_size, config.train.micro_batch_size)
-    return BatchLoader(stream, recipe, *sizes, layout.coordinates(rank).data, layout.data)
+    return BatchLoader(stream, row_config, *sizes, layout.coordinates(rank).data, layout.data)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtrain.checkpoint.exchange import Exchange
+from llmtrain.checkpoint.agreement import RankStore
 from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
@@ -48,7 +48,7 @@ class Start:
     manager: CheckpointManager
     checkpoint: CheckpointReader | None
     skipped: tuple[Window, ...] = ()
-    ranks: Exchange | None = None
+    ranks: RankStore | None = None
 
     @property
     def state(self) -> TrainState:
@@ -59,7 +59,7 @@ class Start:
         return self.checkpoint.step if self.checkpoint and "train" in self.checkpoint.state else 0
 
 
-def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: Exchange | None = None) -> Start:
+def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: RankStore | None = None) -> Start:
     """Decide what the run continues from. Where there are several ranks, rank 0 does.
 
     Only the disk counts, whatever status.json or metrics.jsonl say. `checkpoint.resume` is none (refused where the
@@ -122,14 +122,14 @@ def describe_start(start: Start) -> dict[str, Any]:
     return {"checkpoint": str(start.checkpoint.path) if start.checkpoint else None, "skipped": start.skipped}
 
 
-def join_start(resolved: ResolvedRun, said: Mapping[str, Any], ranks: Exchange) -> Start:
+def join_start(resolved: ResolvedRun, said: Mapping[str, Any], ranks: RankStore) -> Start:
     """What rank 0 has decided and described. It has hashed the files: they are not hashed again."""
     reader = open_checkpoint(Path(said["checkpoint"]), verify=False) if said["checkpoint"] else None
     skipped = tuple((first, end) for first, end in said["skipped"])
     return Start(build_manager(resolved, ranks), reader, skipped, ranks)
 
 
-def build_manager(resolved: ResolvedRun, ranks: Exchange | None, folder: RunFolder | None = None) -> CheckpointManager:
+def build_manager(resolved: ResolvedRun, ranks: RankStore | None, folder: RunFolder | None = None) -> CheckpointManager:
     """The manager of a rank; the one that holds the run folder reports, and writes only while it holds it."""
     config = resolved.config
     about = {

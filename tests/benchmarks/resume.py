@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmtrain.config.data import DataConfig
 from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import RowConfig
 from tests.benchmarks.data_sets import write_random_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure
 
@@ -38,7 +38,7 @@ def first_batch(folder: Path, start: int, verify: str) -> Measurement:
     def run() -> float:
         started = time.perf_counter()
         stream = build_stream(data.train, data, seed=0)
-        loader = BatchLoader(stream, Recipe(data, 0, stream.eos_id), BATCH_SIZE, BATCH_SIZE)
+        loader = BatchLoader(stream, RowConfig(data, 0, stream.eos_id), BATCH_SIZE, BATCH_SIZE)
         next(loader.steps(first_sample=start))
         return 1e3 * (time.perf_counter() - started)
 

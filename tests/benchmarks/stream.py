@@ -17,7 +17,7 @@ from webdataset.writer import TarWriter
 
 from llmtrain.config.data import DataConfig
 from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import RowConfig
 from llmtrain.data.storage.manifest import read_manifest
 from tests.benchmarks.data_sets import random_documents, write_random_data_set
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_core
@@ -80,7 +80,7 @@ def our_batches(folder: Path, size: Size, verify: str) -> Iterator[Any]:
     """The loader as a run uses it, its thread included."""
     data = DataConfig.model_validate({"train": [{"path": str(folder)}], "seq_len": size.seq_len, "verify": verify})
     stream = build_stream(data.train, data, seed=0)
-    loader = BatchLoader(stream, Recipe(data, 0, stream.eos_id), size.batch_size, size.batch_size)
+    loader = BatchLoader(stream, RowConfig(data, 0, stream.eos_id), size.batch_size, size.batch_size)
     steps = loader.steps(first_sample=0)
     yield from islice(steps, read_manifest(folder).num_windows(size.seq_len) // size.batch_size)
     steps.close()

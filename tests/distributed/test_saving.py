@@ -13,7 +13,7 @@ import torch.distributed as dist
 # It is documented, but torch does not list it among its exports.
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
-from launch.rank.rendezvous import StoreExchange
+from launch.rank.rendezvous import TorchRankStore
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.config.schema import CheckpointConfig
@@ -22,10 +22,10 @@ from tests.support.collectives import Collectives
 from tests.support.ranks import run_ranks
 
 
-def exchange_of(store: Path, rank: int, world_size: int) -> StoreExchange:
+def exchange_of(store: Path, rank: int, world_size: int) -> TorchRankStore:
     texts = FileStore(str(store), world_size)
     texts.set_timeout(timedelta(seconds=30))
-    return StoreExchange(texts, rank, world_size, 30)
+    return TorchRankStore(texts, rank, world_size, 30)
 
 
 def gathered(rank: int, world_size: int) -> Iterator[Fragment]:

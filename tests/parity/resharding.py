@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from launch.rank.rendezvous import StoreExchange
+from launch.rank.rendezvous import TorchRankStore
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checks.parity.compare import Pieces, Tensors, assemble, pieces
@@ -157,7 +157,7 @@ def save_and_continue(rank: int, world_size: int, config: RunConfig, folder: Pat
     engine = build_engine(config)
     state, _, _ = train(engine, config, TrainState(), SAVED_STEP, rank)
     store = dist.FileStore(str(folder / "said"), world_size)  # pyright: ignore[reportPrivateImportUsage]  # documented
-    exchange = StoreExchange(store, rank, world_size, timeout_seconds=60)
+    exchange = TorchRankStore(store, rank, world_size, timeout_seconds=60)
     manager = CheckpointManager(folder / "checkpoints", CheckpointConfig(), "name: x\n", {}, ranks=exchange)
     saving = Saving(manager, SAVED_STEP, lambda: None)
     saving.save(state, engine, None)

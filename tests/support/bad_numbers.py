@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.rank.rendezvous import StoreExchange, anybody
+from launch.rank.rendezvous import TorchRankStore, anybody
 from llmtrain.checks.parity.compare import Pieces, pieces
 from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.config.schema import (
@@ -26,7 +26,7 @@ from llmtrain.config.schema import (
 )
 from llmtrain.data.objectives import table
 from llmtrain.data.objectives.causal import PackedSample
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import RowConfig
 from llmtrain.data.stream import Sample
 from llmtrain.errors import LlmtrainError
 from llmtrain.models import head
@@ -107,7 +107,7 @@ def run_rank(rank: int, world_size: int, config: RunConfig, fault: Fault) -> See
     """Begin or continue a run on one rank, as launch/rank/worker.py does, with a fault."""
     resolved, run_dir = resolve(config), config.run_dir
     store = dist.PrefixStore("said", dist.distributed_c10d._get_default_store())  # pyright: ignore
-    ranks = StoreExchange(store, rank, world_size, 60.0)
+    ranks = TorchRankStore(store, rank, world_size, 60.0)
     _break(fault.mutation)
     seen = Seen()
     folder = RunFolder(run_dir) if rank == 0 else None
@@ -115,9 +115,9 @@ def run_rank(rank: int, world_size: int, config: RunConfig, fault: Fault) -> See
     try:
         if folder:
             start = beginning.find_start(resolved, folder, ranks)
-            ranks.say("start", json.dumps(beginning.describe_start(start)))
+            ranks.put("start", json.dumps(beginning.describe_start(start)))
         else:
-            start = beginning.join_start(resolved, json.loads(ranks.hear("start")), ranks)
+            start = beginning.join_start(resolved, json.loads(ranks.get("start")), ranks)
         run = setup.setup(resolved, folder, start, torch.device("cpu"), rank)
         _spoil(fault, run, seen, run_dir)
         try:
@@ -184,8 +184,8 @@ def _spoil(fault: Fault, run: Run, seen: Seen, run_dir: Path) -> None:
 def _poison(numbers: set[int]) -> None:
     causal = table.OBJECTIVES["causal"]
 
-    def poisoned(sample: Sample, recipe: Recipe) -> PackedSample:
-        packed = causal(sample, recipe)
+    def poisoned(sample: Sample, row_config: RowConfig) -> PackedSample:
+        packed = causal(sample, row_config)
         if sample.number in numbers:
             packed.labels_S[:] = POISON
         return packed
@@ -198,7 +198,7 @@ def _break(mutation: str) -> None:
     if mutation == "windows are forgotten":
         beginning.skipped_windows = lambda run_dir: ()
     elif mutation == "checkpoints with skipped data count":
-        rollback._has_seen = lambda checkpoint, skipped: False
+        beginning.newest_kept = lambda manager, skipped: manager.newest_valid()
     elif mutation == "the second attempt draws anew":
         from llmtrain.engines import torch_engine
         from llmtrain.parallel.stateless_random import Draws

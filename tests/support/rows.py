@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from llmtrain.config.data import DataConfig
-from llmtrain.data.row_config import PieceTable, Recipe
+from llmtrain.data.row_config import PieceTable, RowConfig
 from llmtrain.data.stream import Sample
 
 EOS, PAD, MASK = 3, 0, 4
@@ -20,11 +20,11 @@ PIECES = PieceTable(
 """A third of the tokens begin a word."""
 
 
-def recipe_of(family: str, objective: str, seq_len: int, seed: int = 1, **keys: Any) -> Recipe:
+def row_config_of(family: str, objective: str, seq_len: int, seed: int = 1, **keys: Any) -> RowConfig:
     """`keys` are those of the section data, which may hold sections of objectives."""
     special = {"mask": MASK, "pad": PAD, "sentinels": list(range(FIRST_SENTINEL, FIRST_SENTINEL + 600))}
     tree = {"train": [{"path": "none"}], "objective": objective, "seq_len": seq_len, "special_tokens": special, **keys}
-    return Recipe(DataConfig.model_validate(tree), seed, EOS, family, PIECES)
+    return RowConfig(DataConfig.model_validate(tree), seed, EOS, family, PIECES)
 
 
 def sample_of(tokens: list[int] | np.ndarray, number: int = 0, blank: bool = False) -> Sample:

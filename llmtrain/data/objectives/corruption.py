@@ -9,59 +9,61 @@ from numpy.typing import NDArray
 from llmtrain.config.data import CorruptionConfig, DenoiserConfig
 from llmtrain.config.sequence_lengths import SpanCounts, prefix_bounds, span_counts
 from llmtrain.data.objectives.causal import PackedSample
-from llmtrain.data.row_config import Draws, Recipe
+from llmtrain.data.row_config import RowConfig, SampleRandom
 from llmtrain.data.stream import Sample
 from llmtrain.values.batch import IGNORED_LABEL, PADDING
 
 Tokens = NDArray[np.int64]
 
 
-def span_corruption(sample: Sample, recipe: Recipe) -> PackedSample:
+def span_corruption(sample: Sample, row_config: RowConfig) -> PackedSample:
     """Input: the window with a sentinel in place of each span. Target: each sentinel and its span. Both with an end."""
-    draws = recipe.draws(sample.number)
-    return encoder_decoder_row(*corrupted(sample.tokens[:-1], recipe.data.span_corruption, recipe, draws), recipe)
+    draws = row_config.draws(sample.number)
+    return encoder_decoder_row(
+        *corrupted(sample.tokens[:-1], row_config.data.span_corruption, row_config, draws), row_config
+    )
 
 
-def ul2(sample: Sample, recipe: Recipe) -> PackedSample:
+def ul2(sample: Sample, row_config: RowConfig) -> PackedSample:
     """One of the denoisers, drawn per sample with their weights (Tay et al. 2022), behind the token of its mode."""
-    window_W, draws = sample.tokens[:-1], recipe.draws(sample.number)
-    denoisers = recipe.data.ul2.denoisers
+    window_W, draws = sample.tokens[:-1], row_config.draws(sample.number)
+    denoisers = row_config.data.ul2.denoisers
     turns = np.cumsum([denoiser.weight for denoiser in denoisers])
     denoiser = denoisers[int(np.searchsorted(turns, draws.below(int(turns[-1])), side="right"))]
     if denoiser.kind == "prefix":
         kept = len(window_W) - span_counts(len(window_W), denoiser).tokens
-        sentinel, end = recipe.sentinels[:1], [recipe.eos_id]
+        sentinel, end = row_config.sentinels[:1], [row_config.eos_id]
         input_T = np.concatenate((window_W[:kept], sentinel, end))
         target_S = np.concatenate((sentinel, window_W[kept:], end))
     else:
-        input_T, target_S = corrupted(window_W, denoiser, recipe, draws)
+        input_T, target_S = corrupted(window_W, denoiser, row_config, draws)
     if denoiser.mode_token is not None:
-        input_T = np.concatenate((recipe.sentinels[denoiser.mode_token, None], input_T))
-    return encoder_decoder_row(input_T, target_S, recipe)
+        input_T = np.concatenate((row_config.sentinels[denoiser.mode_token, None], input_T))
+    return encoder_decoder_row(input_T, target_S, row_config)
 
 
-def split_at_prefix(sample: Sample, recipe: Recipe) -> PackedSample:
+def split_at_prefix(sample: Sample, row_config: RowConfig) -> PackedSample:
     """Input: a prefix of the window. Target: the rest. Both with an end."""
     window_W = sample.tokens[:-1]
-    length, end = prefix_length(sample, recipe), [recipe.eos_id]
+    length, end = prefix_length(sample, row_config), [row_config.eos_id]
     return encoder_decoder_row(
-        np.concatenate((window_W[:length], end)), np.concatenate((window_W[length:], end)), recipe
+        np.concatenate((window_W[:length], end)), np.concatenate((window_W[length:], end)), row_config
     )
 
 
-def prefix_length(sample: Sample, recipe: Recipe) -> int:
+def prefix_length(sample: Sample, row_config: RowConfig) -> int:
     """Uniform between the bounds that data.prefix gives."""
-    least, most = prefix_bounds(len(sample.tokens) - 1, recipe.data.prefix)
-    return least + recipe.draws(sample.number).below(most - least + 1)
+    least, most = prefix_bounds(len(sample.tokens) - 1, row_config.data.prefix)
+    return least + row_config.draws(sample.number).below(most - least + 1)
 
 
 def corrupted(
-    window_W: Tokens, corruption: CorruptionConfig | DenoiserConfig, recipe: Recipe, draws: Draws
+    window_W: Tokens, corruption: CorruptionConfig | DenoiserConfig, row_config: RowConfig, draws: SampleRandom
 ) -> tuple[Tokens, Tokens]:
     """Input and target of span corruption."""
     counts = span_counts(len(window_W), corruption)
     is_noise_W = noise_mask(len(window_W), counts, draws)
-    sentinels, end = recipe.sentinels[: counts.spans], [recipe.eos_id]
+    sentinels, end = row_config.sentinels[: counts.spans], [row_config.eos_id]
     first_W = np.concatenate(([False], is_noise_W[1:] & ~is_noise_W[:-1]))  # a window never begins with a span
     firsts = np.flatnonzero(first_W)
     input_W = window_W.copy()
@@ -72,7 +74,7 @@ def corrupted(
     return input_T, target_S
 
 
-def noise_mask(length: int, counts: SpanCounts, draws: Draws) -> NDArray[np.bool_]:
+def noise_mask(length: int, counts: SpanCounts, draws: SampleRandom) -> NDArray[np.bool_]:
     """T5's random_spans_noise_mask: [length], true where a token is taken out.
 
     Text and spans take turns, text first and a span last. Their numbers and the tokens in each kind are fixed; every
@@ -84,20 +86,20 @@ def noise_mask(length: int, counts: SpanCounts, draws: Draws) -> NDArray[np.bool
     return np.repeat(np.arange(2 * counts.spans) % 2 == 1, parts)
 
 
-def _partition(items: int, parts: int, draws: Draws) -> Tokens:
+def _partition(items: int, parts: int, draws: SampleRandom) -> Tokens:
     """[parts] of at least one, with the sum `items`."""
     cuts = np.sort(draws.order(items - 1)[: parts - 1]) + 1
     return np.diff(np.concatenate(([0], cuts, [items])))
 
 
-def encoder_decoder_row(input_T: Tokens, target_S: Tokens, recipe: Recipe) -> PackedSample:
+def encoder_decoder_row(input_T: Tokens, target_S: Tokens, row_config: RowConfig) -> PackedSample:
     """Both sides filled up to the lengths of the run. The decoder reads the target moved by one behind the pad token.
 
     Segments say what is padding; a run in which no sample needs any has none.
     """
-    lengths, pad = recipe.lengths, recipe.pad_id
+    lengths, pad = row_config.lengths, row_config.pad_id
     decoder_S = np.concatenate(([pad], target_S[:-1]))
-    padded = recipe.is_padded
+    padded = row_config.is_padded
     return PackedSample(
         tokens_S=_filled(decoder_S, lengths.main, pad),
         labels_S=_filled(target_S, lengths.main, IGNORED_LABEL),

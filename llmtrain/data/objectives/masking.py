@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmtrain.config.data import MaskedConfig
 from llmtrain.data.objectives.causal import PackedSample, document_numbers, sample_positions
-from llmtrain.data.row_config import Draws, PieceTable, Recipe
+from llmtrain.data.row_config import PieceTable, RowConfig, SampleRandom
 from llmtrain.data.stream import Sample
 from llmtrain.values.batch import IGNORED_LABEL
 
@@ -25,7 +25,7 @@ class Words:
     ends: NDArray[np.int64]
 
 
-def masked(sample: Sample, recipe: Recipe) -> PackedSample:
+def masked(sample: Sample, row_config: RowConfig) -> PackedSample:
     """The first seq_len tokens with some replaced; the original tokens of all chosen positions are the labels.
 
     As in BERT's own code, a sample has exactly round(probability x tokens) chosen tokens, special ones not counted, and
@@ -33,30 +33,30 @@ def masked(sample: Sample, recipe: Recipe) -> PackedSample:
     are treated alike (Joshi et al. 2020, section 3.1). Special tokens, ends of sequence among them, are never chosen
     and never put in.
     """
-    assert recipe.pieces is not None, "masked needs the tokenizer's pieces"
-    data, original_S = recipe.data, sample.tokens[:-1]
-    seq_len, draws = len(original_S), recipe.draws(sample.number)
-    usable_S = ~recipe.pieces.special[original_S]
-    chosen_C, unit_C = _chosen(original_S, usable_S, sample.document_starts, recipe, draws)
+    assert row_config.pieces is not None, "masked needs the tokenizer's pieces"
+    data, original_S = row_config.data, sample.tokens[:-1]
+    seq_len, draws = len(original_S), row_config.draws(sample.number)
+    usable_S = ~row_config.pieces.special[original_S]
+    chosen_C, unit_C = _chosen(original_S, usable_S, sample.document_starts, row_config, draws)
     tokens_S, labels_S = original_S.copy(), np.full(seq_len, IGNORED_LABEL, np.int64)
     labels_S[chosen_C] = original_S[chosen_C]
-    tokens_S[chosen_C] = _replaced(original_S[chosen_C], unit_C, recipe, draws)
+    tokens_S[chosen_C] = _replaced(original_S[chosen_C], unit_C, row_config, draws)
     segments_S = document_numbers(sample.document_starts, seq_len) if data.reset_attention else None
     return PackedSample(tokens_S, labels_S, sample_positions(sample.document_starts, data, seq_len), segments_S)
 
 
 def _chosen(
-    tokens_S: Tokens, usable_S: NDArray[np.bool_], document_starts: Tokens, recipe: Recipe, draws: Draws
+    tokens_S: Tokens, usable_S: NDArray[np.bool_], document_starts: Tokens, row_config: RowConfig, draws: SampleRandom
 ) -> tuple[Tokens, Tokens]:
     """Chosen positions, and for each the number of what it is replaced together with."""
-    assert recipe.pieces is not None
-    masked, usable = recipe.data.masked, np.flatnonzero(usable_S)
+    assert row_config.pieces is not None
+    masked, usable = row_config.data.masked, np.flatnonzero(usable_S)
     count = min(len(usable), max(1, round(masked.probability * len(usable))))
     if count == 0:
         return usable, usable
     if masked.unit == "token":
         return usable[draws.order(len(usable))[:count]], np.arange(count)
-    words = find_words(tokens_S, usable_S, document_starts, recipe.pieces)
+    words = find_words(tokens_S, usable_S, document_starts, row_config.pieces)
     if masked.unit == "word":
         chosen = _chosen_words(words, count, draws)
         return chosen, np.arange(len(chosen))
@@ -74,7 +74,7 @@ def find_words(tokens_S: Tokens, usable_S: NDArray[np.bool_], document_starts: T
     return Words(np.flatnonzero(begins_S), np.flatnonzero(usable_S & is_end_S) + 1)
 
 
-def _chosen_words(words: Words, count: int, draws: Draws) -> Tokens:
+def _chosen_words(words: Words, count: int, draws: SampleRandom) -> Tokens:
     """Whole words in random order, but none that would lead beyond `count` tokens, as in BERT's own code.
 
     Where all words are longer, it is the first `count` pieces of the word that was drawn first.
@@ -94,7 +94,7 @@ def _chosen_words(words: Words, count: int, draws: Draws) -> Tokens:
     return np.concatenate(parts)
 
 
-def _chosen_spans(words: Words, count: int, masked: MaskedConfig, draws: Draws) -> tuple[Tokens, Tokens]:
+def _chosen_spans(words: Words, count: int, masked: MaskedConfig, draws: SampleRandom) -> tuple[Tokens, Tokens]:
     """Spans of whole words until there are `count` tokens, where the last span is cut (SpanBERT's own code).
 
     Lengths in words are geometric, without those above max_span. A span begins with the word of a token drawn from
@@ -125,12 +125,12 @@ def _chosen_spans(words: Words, count: int, masked: MaskedConfig, draws: Draws) 
     return chosen, span_S[chosen]
 
 
-def _replaced(original_C: Tokens, unit_C: Tokens, recipe: Recipe, draws: Draws) -> Tokens:
+def _replaced(original_C: Tokens, unit_C: Tokens, row_config: RowConfig, draws: SampleRandom) -> Tokens:
     """What stands at the chosen positions: the mask, a random token that is not special, or what was there."""
-    assert recipe.pieces is not None
-    masked, count = recipe.data.masked, len(original_C)
+    assert row_config.pieces is not None
+    masked, count = row_config.data.masked, len(original_C)
     fate_C = draws.uniform(int(unit_C.max()) + 1)[unit_C] if count else np.zeros(0)
-    ordinary = np.flatnonzero(~recipe.pieces.special)
+    ordinary = np.flatnonzero(~row_config.pieces.special)
     random_C = ordinary[(draws.uniform(count) * len(ordinary)).astype(np.int64)]
     replaced_C = np.where(fate_C < masked.mask_share + masked.random_share, random_C, original_C)
-    return np.where(fate_C < masked.mask_share, recipe.mask_id, replaced_C)
+    return np.where(fate_C < masked.mask_share, row_config.mask_id, replaced_C)

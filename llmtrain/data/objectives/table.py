@@ -1,7 +1,7 @@
 """What a sample's tokens are to be predicted from: an objective turns a sample into one row of a batch.
 
-An objective is a pure function of the sample, its number and the run's recipe: the same on every rank, in every layout
-and after every resume.
+An objective is a pure function of the sample, its number and what the run's rows are made with: the same on every rank,
+in every layout and after every resume.
 """
 
 from collections.abc import Callable
@@ -12,23 +12,23 @@ import numpy as np
 from llmtrain.data.objectives.causal import PackedSample, causal_row, fim
 from llmtrain.data.objectives.corruption import prefix_length, span_corruption, split_at_prefix, ul2
 from llmtrain.data.objectives.masking import masked
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import RowConfig
 from llmtrain.data.stream import Sample
 from llmtrain.values.batch import IGNORED_LABEL
 
-Objective = Callable[[Sample, Recipe], PackedSample]
+Objective = Callable[[Sample, RowConfig], PackedSample]
 
 
-def causal(sample: Sample, recipe: Recipe) -> PackedSample:
+def causal(sample: Sample, row_config: RowConfig) -> PackedSample:
     """Each position predicts the next token of the stream."""
-    return causal_row(sample.tokens, sample.document_starts, recipe.data)
+    return causal_row(sample.tokens, sample.document_starts, row_config.data)
 
 
-def prefix(sample: Sample, recipe: Recipe) -> PackedSample:
+def prefix(sample: Sample, row_config: RowConfig) -> PackedSample:
     """A decoder sees the prefix from both sides, so only what follows it is predicted; an encoder reads it whole."""
-    if recipe.family == "encoder_decoder":
-        return split_at_prefix(sample, recipe)
-    row, length = causal(sample, recipe), prefix_length(sample, recipe)
+    if row_config.family == "encoder_decoder":
+        return split_at_prefix(sample, row_config)
+    row, length = causal(sample, row_config), prefix_length(sample, row_config)
     labels_S = row.labels_S.copy()
     labels_S[: length - 1] = IGNORED_LABEL  # the last position of the prefix predicts the first token behind it
     return replace(row, labels_S=labels_S, prefix=length)
@@ -44,7 +44,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def pack_sample(sample: Sample, recipe: Recipe) -> PackedSample:
+def pack_sample(sample: Sample, row_config: RowConfig) -> PackedSample:
     """A sample as the row of a batch that data.objective makes of it; a blank one has no targets."""
-    row = OBJECTIVES[recipe.data.objective](sample, recipe)
+    row = OBJECTIVES[row_config.data.objective](sample, row_config)
     return replace(row, labels_S=np.full_like(row.labels_S, IGNORED_LABEL)) if sample.blank else row

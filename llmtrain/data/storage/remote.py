@@ -233,12 +233,9 @@ class RemoteFolder:
         if isinstance(error, TimeoutError):
             return PassingFaultError(f"the server is silent for {self._config.timeout_seconds:g} seconds")
         # The text of other errors may hold the whole URL.
-        return PassingFaultError(f"{type(error).__name__}{_reason(error)}")
-
-
-def _reason(error: Exception) -> str:
-    system_error = getattr(error, "os_error", error)
-    return f", {system_error.strerror}" if isinstance(system_error, OSError) and system_error.strerror else ""
+        system_error = getattr(error, "os_error", error)
+        text = system_error.strerror if isinstance(system_error, OSError) else None
+        return PassingFaultError(f"{type(error).__name__}{f', {text}' if text else ''}")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Ranks of one process, as llmtrain.checkpoint.exchange.Exchange: threads that speak over a board."""
+"""Ranks of one process, as llmtrain.checkpoint.agreement.RankStore: threads that speak over a board."""
 
 import threading
 from dataclasses import dataclass, field
@@ -20,13 +20,13 @@ class Voice:
     rank: int
     world_size: int
 
-    def say(self, key: str, text: str) -> None:
+    def put(self, key: str, text: str) -> None:
         with self.board.changed:
             assert key not in self.board.texts
             self.board.texts[key] = text
             self.board.changed.notify_all()
 
-    def hear(self, key: str) -> str:
+    def get(self, key: str) -> str:
         with self.board.changed:
             assert self.board.changed.wait_for(lambda: key in self.board.texts, timeout=20)
             return self.board.texts[key]

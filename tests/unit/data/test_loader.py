@@ -7,7 +7,7 @@ import torch
 
 from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import RowConfig
 from llmtrain.errors import DataError
 from llmtrain.values.batch import Batch
 from tests.support.datasets import random_documents, write_dataset
@@ -26,7 +26,7 @@ def config(dataset: Path, prefetch_steps: int = 0) -> DataConfig:
 
 def loader(data: DataConfig, dp_rank: int = 0, dp_size: int = 1) -> BatchLoader:
     stream = build_stream(data.train, data, seed=1)
-    return BatchLoader(stream, Recipe(data, 1, stream.eos_id), 16, 2, dp_rank, dp_size)
+    return BatchLoader(stream, RowConfig(data, 1, stream.eos_id), 16, 2, dp_rank, dp_size)
 
 
 def take(
@@ -137,7 +137,7 @@ def test_the_same_samples_are_passed_over_in_every_layout_and_batch_size(dataset
     stream = build_stream(data.train, data, seed=1)
     firsts = set()
     for rank in range(dp_size):
-        steps = BatchLoader(stream, Recipe(data, 1, stream.eos_id), 8, 1, rank, dp_size).skipping([window]).steps(0)
+        steps = BatchLoader(stream, RowConfig(data, 1, stream.eos_id), 8, 1, rank, dp_size).skipping([window]).steps(0)
         firsts |= {batch.first_sample for micro_batches in islice(steps, 4) for batch in micro_batches}
     assert firsts == {*range(10), *range(30, 52)}
 

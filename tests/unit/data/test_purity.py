@@ -13,10 +13,10 @@ from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.objectives.table import OBJECTIVES, pack_sample
-from llmtrain.data.row_config import PieceTable, Recipe
+from llmtrain.data.row_config import PieceTable, RowConfig
 from llmtrain.values.batch import IGNORED_LABEL, TENSORS, Batch
 from tests.support.datasets import EOS_ID, VOCAB_SIZE, random_documents, write_dataset
-from tests.support.rows import random_sample, recipe_of
+from tests.support.rows import random_sample, row_config_of
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("decoder", "causal", {}),
@@ -44,19 +44,19 @@ def test_every_objective_is_tried() -> None:
 
 @pytest.mark.parametrize(("family", "objective", "keys"), CASES, ids=IDS)
 def test_rows_depend_on_seed_and_number_alone(family: str, objective: str, keys: dict[str, Any]) -> None:
-    recipe = recipe_of(family, objective, SEQ_LEN, **keys)
-    forth = {number: arrays(pack_sample(random_sample(number, SEQ_LEN), recipe)) for number in range(20)}
-    fresh = recipe_of(family, objective, SEQ_LEN, **keys)
+    row_config = row_config_of(family, objective, SEQ_LEN, **keys)
+    forth = {number: arrays(pack_sample(random_sample(number, SEQ_LEN), row_config)) for number in range(20)}
+    fresh = row_config_of(family, objective, SEQ_LEN, **keys)
     back = {number: arrays(pack_sample(random_sample(number, SEQ_LEN), fresh)) for number in reversed(range(20))}
     assert forth == back
     if objective == "causal":
         return
-    other = recipe_of(family, objective, SEQ_LEN, seed=2, **keys)
+    other = row_config_of(family, objective, SEQ_LEN, seed=2, **keys)
     seeded = [arrays(pack_sample(random_sample(number, SEQ_LEN), other)) for number in range(20)]
     assert sum(one != two for one, two in zip(forth.values(), seeded, strict=True)) > 5
     same_text = [np.random.default_rng(0).integers(7, 100, SEQ_LEN + 1)] * 20
     rows = [
-        arrays(pack_sample(type(sample)(number, text, *[*vars(sample).values()][2:]), recipe))
+        arrays(pack_sample(type(sample)(number, text, *[*vars(sample).values()][2:]), row_config))
         for number, text in enumerate(same_text)
         for sample in [random_sample(number, SEQ_LEN, eos_share=0)]
     ]
@@ -76,8 +76,8 @@ def loader(folder: Path, case: tuple[str, str, dict[str, Any]], dp_rank: int = 0
     tree = {"train": [{"path": str(folder)}], "objective": objective, "special_tokens": special, "seq_len": SEQ_LEN}
     data = DataConfig.model_validate({**tree, **keys})
     ids = np.arange(VOCAB_SIZE)
-    recipe = Recipe(data, 1, EOS_ID, family, PieceTable(ids < 4, ids % 3 == 0))
-    return BatchLoader(build_stream(data.train, data, seed=1), recipe, 8, 2, dp_rank, dp_size)
+    row_config = RowConfig(data, 1, EOS_ID, family, PieceTable(ids < 4, ids % 3 == 0))
+    return BatchLoader(build_stream(data.train, data, seed=1), row_config, 8, 2, dp_rank, dp_size)
 
 
 def take(loader: BatchLoader, first_sample: int = 0, steps: int = 2) -> list[list[Batch]]:
@@ -97,7 +97,7 @@ def test_batches_have_the_shapes_of_the_run_in_every_layout_and_after_a_resume(
     folder: Path, case: tuple[str, str, dict[str, Any]]
 ) -> None:
     whole = take(loader(folder, case), steps=3)
-    lengths = sample_lengths(case[0], loader(folder, case)._recipe.data)
+    lengths = sample_lengths(case[0], loader(folder, case)._row_config.data)
     for batch in whole[0]:
         assert batch.tokens_BS.shape == batch.labels_BS.shape == batch.positions_BS.shape == (2, lengths.main)
         assert batch.segments_BS is None or batch.segments_BS.shape == (2, lengths.main)
@@ -122,16 +122,16 @@ def test_a_blank_sample_has_no_targets(case: tuple[str, str, dict[str, Any]]) ->
     family, objective, keys = case
     sample = random_sample(3, SEQ_LEN, eos_share=1.0)
     blank = type(sample)(*[*vars(sample).values()][:-1], blank=True)
-    row = pack_sample(blank, recipe_of(family, objective, SEQ_LEN, **keys))
+    row = pack_sample(blank, row_config_of(family, objective, SEQ_LEN, **keys))
     assert (row.labels_S == IGNORED_LABEL).all()
 
 
 def test_a_prefix_is_given_and_the_rest_predicted() -> None:
-    recipe = recipe_of("decoder", "prefix", 16)
+    row_config = row_config_of("decoder", "prefix", 16)
     seen = set()
     for number in range(300):
         sample = random_sample(number, 16)
-        row = pack_sample(sample, recipe)
+        row = pack_sample(sample, row_config)
         assert row.prefix is not None and 4 <= row.prefix <= 12
         seen.add(row.prefix)
         assert row.tokens_S.tolist() == sample.tokens[:-1].tolist()

@@ -86,7 +86,7 @@ def failing(*arguments: object, **options: object) -> object:
     [
         lambda folder, patch: (folder / "profile").write_text("a file, where a folder is needed"),
         lambda folder, patch: patch.setattr(profile, "profile", failing),
-        lambda folder, patch: patch.setattr(profile, "_table", failing),
+        lambda folder, patch: patch.setattr(profile.profile, "key_averages", failing),
     ],
 )
 def test_a_trace_that_cannot_be_made_or_written_is_told_once(

@@ -12,7 +12,7 @@ import torch
 from llmtrain.config.data import SourceConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.loader import BatchLoader, build_stream
-from llmtrain.data.row_config import build_recipe
+from llmtrain.data.row_config import build_row_config
 from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.stream import samples_once
 from llmtrain.engines.torch_engine import TorchEngine
@@ -105,7 +105,7 @@ def test_every_layout_and_batch_size_measures_the_same(tmp_path: Path, sources: 
     def measured(batch: int, micro: int, dp_size: int) -> tuple[float, int]:
         loss_sum, tokens = 0.0, 0
         for rank in range(dp_size):
-            loader = BatchLoader(stream, build_recipe(config, stream, Path), batch, micro, rank, dp_size)
+            loader = BatchLoader(stream, build_row_config(config, stream, Path), batch, micro, rank, dp_size)
             loss, num_tokens = Evaluation(loader, 1, 1000).run(engine)
             loss_sum, tokens = loss_sum + loss * num_tokens, tokens + num_tokens
         return loss_sum / tokens, tokens

@@ -133,7 +133,7 @@ def test_a_skipped_step_is_run_again_where_that_may_help(
         attempts.append(second)
         return second
 
-    result = listener.health(**config).skipped(3, first, attempt, ORIGINS)
+    result = listener.health(**config).retry_skipped(3, first, attempt, ORIGINS)
     assert result == (second or first)
     assert len(attempts) == (second is not None)
     (event,) = listener.events
@@ -150,14 +150,14 @@ def test_a_skipped_step_is_run_again_where_that_may_help(
 
 def test_a_full_disk_does_not_stop_a_run_that_skips() -> None:
     listener = Listener(full=True)
-    assert listener.health().skipped(3, BAD, lambda: good(2.0), ORIGINS) == good(2.0)
+    assert listener.health().retry_skipped(3, BAD, lambda: good(2.0), ORIGINS) == good(2.0)
     assert "not in the audit log" in listener.said[-1]
 
 
 def test_many_samples_are_named_in_short() -> None:
     listener = Listener()
     origins = [SampleOrigin(n, "data", f"shard-{n % 97}.tar", n) for n in range(4096)]
-    listener.health(rerun=False).skipped(3, BAD, lambda: BAD, origins)
+    listener.health(rerun=False).retry_skipped(3, BAD, lambda: BAD, origins)
     assert len(listener.said[0]) < 600 and "audit.jsonl has all" in listener.said[0]
     assert sum(len(shard["samples"]) for shard in listener.events[0]["shards"]) == 4096
 

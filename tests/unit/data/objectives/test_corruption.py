@@ -13,9 +13,9 @@ from llmtrain.config.sequence_lengths import span_counts
 from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.objectives.corruption import noise_mask
 from llmtrain.data.objectives.table import pack_sample
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import RowConfig
 from llmtrain.values.batch import IGNORED_LABEL, PADDING
-from tests.support.rows import EOS, FIRST_SENTINEL, PAD, VOCAB_SIZE, random_sample, recipe_of, sample_of
+from tests.support.rows import EOS, FIRST_SENTINEL, PAD, VOCAB_SIZE, random_sample, row_config_of, sample_of
 
 windows = st.lists(st.integers(5, VOCAB_SIZE - 1) | st.just(EOS), min_size=3, max_size=60)
 
@@ -64,9 +64,9 @@ def test_input_and_target_give_the_window_back(
     tokens: list[int], number: int, density: float, mean_length: float
 ) -> None:
     corruption = {"density": density, "mean_length": mean_length}
-    recipe = recipe_of("encoder_decoder", "span_corruption", len(tokens) - 1, span_corruption=corruption)
-    row = pack_sample(sample_of(tokens, number), recipe)
-    counts = span_counts(len(tokens) - 1, recipe.data.span_corruption)
+    row_config = row_config_of("encoder_decoder", "span_corruption", len(tokens) - 1, span_corruption=corruption)
+    row = pack_sample(sample_of(tokens, number), row_config)
+    counts = span_counts(len(tokens) - 1, row_config.data.span_corruption)
     given, target = sides(row)
     assert rebuilt(given, target, counts.spans) == tokens[:-1]
     assert len(target) == counts.tokens + counts.spans + 1
@@ -101,7 +101,7 @@ def test_spans_are_distributed_as_published() -> None:
     corruption = CorruptionConfig()
     counts = span_counts(length, corruption)
     ours = np.array(
-        [noise_mask(length, counts, recipe_of("encoder_decoder", "causal", 8).draws(n)) for n in range(samples)]
+        [noise_mask(length, counts, row_config_of("encoder_decoder", "causal", 8).draws(n)) for n in range(samples)]
     )
     theirs = np.array([published_noise_mask(length, 0.15, 3.0, generator) for _ in range(samples)])
     assert set(ours.sum(1)) == set(theirs.sum(1)) == {17}
@@ -126,14 +126,14 @@ def span_lengths(masks: np.ndarray) -> np.ndarray:
 def test_partitions_have_equal_chances() -> None:
     """Of 2 spans in 5 noise tokens there are 4 partitions, and 4 of the 5 other tokens: 16 masks in all."""
     counts = span_counts(10, CorruptionConfig(density=0.5, mean_length=2.5))
-    draws = recipe_of("encoder_decoder", "causal", 8).draws(0)
+    draws = row_config_of("encoder_decoder", "causal", 8).draws(0)
     found = Counter(tuple(noise_mask(10, counts, draws)) for _ in range(8000))
     assert len(found) == 16 and all(abs(count - 500) < 110 for count in found.values())
 
 
 def test_a_worked_example() -> None:
-    recipe = recipe_of("encoder_decoder", "span_corruption", 12)
-    given, target = sides(pack_sample(sample_of([*range(10, 22), 99]), recipe))
+    row_config = row_config_of("encoder_decoder", "span_corruption", 12)
+    given, target = sides(pack_sample(sample_of([*range(10, 22), 99]), row_config))
     assert (given, target) == ([*range(10, 20), FIRST_SENTINEL, EOS], [FIRST_SENTINEL, 20, 21, EOS])
 
 
@@ -148,8 +148,8 @@ ul2_modes = {"denoisers": [
 @given(tokens=windows, number=st.integers(0, 10**9))
 @settings(deadline=None, max_examples=60)
 def test_ul2_gives_the_window_back_under_every_denoiser(tokens: list[int], number: int) -> None:
-    recipe = recipe_of("encoder_decoder", "ul2", len(tokens) - 1, ul2=ul2_modes)
-    given, target = sides(pack_sample(sample_of(tokens, number), recipe))
+    row_config = row_config_of("encoder_decoder", "ul2", len(tokens) - 1, ul2=ul2_modes)
+    given, target = sides(pack_sample(sample_of(tokens, number), row_config))
     modes = [token - FIRST_SENTINEL for token in given if token >= FIRST_SENTINEL + 97]
     if modes:
         assert given.pop(0) == FIRST_SENTINEL + modes[0]
@@ -161,17 +161,17 @@ def test_ul2_gives_the_window_back_under_every_denoiser(tokens: list[int], numbe
 
 
 def test_ul2_mixes_by_weight_and_by_number_alone() -> None:
-    recipe = recipe_of("encoder_decoder", "ul2", 40, ul2=ul2_modes)
-    found = Counter(mode_of(recipe, number) for number in range(4000))
+    row_config = row_config_of("encoder_decoder", "ul2", 40, ul2=ul2_modes)
+    found = Counter(mode_of(row_config, number) for number in range(4000))
     for mode, weight in {97: 3, 98: 1, 99: 2, None: 2}.items():
         assert found[mode] / 4000 == pytest.approx(weight / 8, abs=0.03)
-    assert [mode_of(recipe, n) for n in (7, 3, 5)] == [mode_of(recipe, n) for n in (3, 5, 7)][2:] + [
-        mode_of(recipe, n) for n in (3, 5)
+    assert [mode_of(row_config, n) for n in (7, 3, 5)] == [mode_of(row_config, n) for n in (3, 5, 7)][2:] + [
+        mode_of(row_config, n) for n in (3, 5)
     ]
 
 
-def mode_of(recipe: Recipe, number: int) -> int | None:
-    first = sides(pack_sample(random_sample(number, 40), recipe))[0][0]
+def mode_of(row_config: RowConfig, number: int) -> int | None:
+    first = sides(pack_sample(random_sample(number, 40), row_config))[0][0]
     return first - FIRST_SENTINEL if first >= FIRST_SENTINEL + 97 else None
 
 
@@ -179,8 +179,8 @@ def mode_of(recipe: Recipe, number: int) -> int | None:
 @settings(deadline=None, max_examples=60)
 def test_a_split_prefix_is_within_its_bounds(tokens: list[int], number: int, bounds: tuple[float, float]) -> None:
     keys = {"min_share": min(bounds), "max_share": max(bounds)}
-    recipe = recipe_of("encoder_decoder", "prefix", len(tokens) - 1, prefix=keys)
-    given, target = sides(pack_sample(sample_of(tokens, number), recipe))
+    row_config = row_config_of("encoder_decoder", "prefix", len(tokens) - 1, prefix=keys)
+    given, target = sides(pack_sample(sample_of(tokens, number), row_config))
     assert given[-1] == target[-1] == EOS and given[:-1] + target[:-1] == tokens[:-1]
     size, length = len(tokens) - 1, len(given) - 1
     assert 1 <= length <= size - 1
@@ -188,33 +188,33 @@ def test_a_split_prefix_is_within_its_bounds(tokens: list[int], number: int, bou
 
 
 def test_prefixes_have_all_lengths() -> None:
-    recipe = recipe_of("encoder_decoder", "prefix", 16)
-    lengths = Counter(len(sides(pack_sample(random_sample(n, 16), recipe))[0]) - 1 for n in range(900))
+    row_config = row_config_of("encoder_decoder", "prefix", 16)
+    lengths = Counter(len(sides(pack_sample(random_sample(n, 16), row_config))[0]) - 1 for n in range(900))
     assert sorted(lengths) == list(range(4, 13)) and min(lengths.values()) > 60
 
 
 @pytest.mark.parametrize(("objective", "keys"), [("span_corruption", {}), ("ul2", {"ul2": ul2_modes}), ("prefix", {})])
 @pytest.mark.parametrize("seq_len", [2, 3, 7, 64, 509])
 def test_every_row_has_the_lengths_of_the_run(objective: str, keys: dict[str, Any], seq_len: int) -> None:
-    recipe = recipe_of("encoder_decoder", objective, seq_len, **keys)
-    rows = [pack_sample(random_sample(number, seq_len), recipe) for number in range(20)]
+    row_config = row_config_of("encoder_decoder", objective, seq_len, **keys)
+    rows = [pack_sample(random_sample(number, seq_len), row_config) for number in range(20)]
     for row in rows:
         sides(row)
         assert row.encoder_tokens_T is not None
-        assert (len(row.tokens_S), len(row.encoder_tokens_T)) == (recipe.lengths.main, recipe.lengths.encoder)
+        assert (len(row.tokens_S), len(row.encoder_tokens_T)) == (row_config.lengths.main, row_config.lengths.encoder)
     assert len({(row.segments_S is None, row.encoder_segments_T is None) for row in rows}) == 1
 
 
 def test_a_run_without_padding_has_no_segments() -> None:
     """Of 134 tokens 20 are taken out, in 3 spans: 24 in the target and 118 in the input, which is filled up to 120."""
-    recipe = recipe_of("encoder_decoder", "span_corruption", 134, span_corruption={"mean_length": 7.0})
-    row = pack_sample(random_sample(0, 134), recipe)
+    row_config = row_config_of("encoder_decoder", "span_corruption", 134, span_corruption={"mean_length": 7.0})
+    row = pack_sample(random_sample(0, 134), row_config)
     assert row.segments_S is None and row.encoder_segments_T is not None
-    assert (recipe.lengths.main, recipe.lengths.encoder) == (24, 120)
+    assert (row_config.lengths.main, row_config.lengths.encoder) == (24, 120)
 
 
 def test_published_lengths() -> None:
     """T5: 512 inputs and 114 targets come from windows of 568 tokens (Raffel et al. 2020, section 3.1.4)."""
-    recipe = recipe_of("encoder_decoder", "span_corruption", 568)
-    given, target = sides(pack_sample(random_sample(0, 568), recipe))
+    row_config = row_config_of("encoder_decoder", "span_corruption", 568)
+    given, target = sides(pack_sample(random_sample(0, 568), row_config))
     assert (len(given), len(target)) == (512, 114)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.objectives.table import pack_sample
 from llmtrain.values.batch import IGNORED_LABEL
-from tests.support.rows import EOS, FIRST_SENTINEL, VOCAB_SIZE, random_sample, recipe_of, sample_of
+from tests.support.rows import EOS, FIRST_SENTINEL, VOCAB_SIZE, random_sample, row_config_of, sample_of
 
 PREFIX, MIDDLE, SUFFIX = range(FIRST_SENTINEL, FIRST_SENTINEL + 3)
 
@@ -53,9 +53,9 @@ def restored(part: list[int]) -> tuple[list[int], str, tuple[int, int]]:
 @given(tokens=windows, number=st.integers(0, 10**9), rate=st.floats(0, 1), spm=st.floats(0, 1))
 @settings(deadline=None, max_examples=150)
 def test_documents_come_back_but_for_three_tokens(tokens: list[int], number: int, rate: float, spm: float) -> None:
-    recipe = recipe_of("decoder", "fim", len(tokens) - 1, fim={"rate": rate, "suffix_first_share": spm})
+    row_config = row_config_of("decoder", "fim", len(tokens) - 1, fim={"rate": rate, "suffix_first_share": spm})
     sample = sample_of(tokens, number)
-    window = window_of(pack_sample(sample, recipe))
+    window = window_of(pack_sample(sample, row_config))
     assert sample.tokens.tolist() == tokens and len(window) == len(tokens)
     before, after = split(tokens), split(window)
     assert [len(part) for part in before] == [len(part) for part in after], "documents keep their places"
@@ -72,11 +72,11 @@ def test_documents_come_back_but_for_three_tokens(tokens: list[int], number: int
 
 def test_shares_and_cuts_are_the_paper_s() -> None:
     """Bavarian et al. 2022, section 3: half are cut, half of these SPM; both cuts uniform, so thirds on average."""
-    recipe = recipe_of("decoder", "fim", 63)
+    row_config = row_config_of("decoder", "fim", 63)
     kinds: Counter[str] = Counter()
     prefixes, middles = [], []
     for number in range(2000):
-        _, kind, (prefix, middle) = restored(window_of(pack_sample(random_sample(number, 63, eos_share=0), recipe)))
+        _, kind, (prefix, middle) = restored(window_of(pack_sample(random_sample(number, 63, eos_share=0), row_config)))
         kinds[kind] += 1
         if kind == "psm":
             prefixes.append(prefix)
@@ -90,15 +90,15 @@ def test_shares_and_cuts_are_the_paper_s() -> None:
 
 def test_a_document_does_not_depend_on_those_after_it() -> None:
     one, other = [*range(10, 40), EOS, *range(40, 60)], [*range(10, 40), EOS, *range(70, 90)]
-    recipe = recipe_of("decoder", "fim", 50, fim={"rate": 1.0})
-    rows = [window_of(pack_sample(sample_of(tokens, 5), recipe)) for tokens in (one, other)]
+    row_config = row_config_of("decoder", "fim", 50, fim={"rate": 1.0})
+    rows = [window_of(pack_sample(sample_of(tokens, 5), row_config)) for tokens in (one, other)]
     assert rows[0][:31] == rows[1][:31] and rows[0][:31] != one[:31]
 
 
 def test_documents_are_told_apart_where_they_were() -> None:
     tokens = [*range(10, 20), EOS, *range(20, 30)]
-    recipe = recipe_of("decoder", "fim", 20, fim={"rate": 1.0}, reset_attention=True, reset_positions=True)
-    row = pack_sample(sample_of(tokens), recipe)
+    row_config = row_config_of("decoder", "fim", 20, fim={"rate": 1.0}, reset_attention=True, reset_positions=True)
+    row = pack_sample(sample_of(tokens), row_config)
     assert row.segments_S is not None
     assert row.segments_S.tolist() == [0] * 11 + [1] * 9 and row.positions_S.tolist() == [*range(11), *range(9)]
     assert row.labels_S[10] == IGNORED_LABEL and (row.labels_S == IGNORED_LABEL).sum() == 1
@@ -107,11 +107,11 @@ def test_documents_are_told_apart_where_they_were() -> None:
 def test_worked_examples() -> None:
     tokens = [*range(10, 18), EOS]
     psm, spm = ({"rate": 1.0, "suffix_first_share": share} for share in (0.0, 1.0))
-    row = window_of(pack_sample(sample_of(tokens), recipe_of("decoder", "fim", 8, fim=psm)))
+    row = window_of(pack_sample(sample_of(tokens), row_config_of("decoder", "fim", 8, fim=psm)))
     cut = row.index(SUFFIX) - 1
     middle = row[row.index(MIDDLE) + 1 : -1]
     assert row == [PREFIX, *range(10, 10 + cut), SUFFIX, *range(10 + cut + len(middle), 15), MIDDLE, *middle, EOS]
-    row = window_of(pack_sample(sample_of(tokens), recipe_of("decoder", "fim", 8, fim=spm)))
+    row = window_of(pack_sample(sample_of(tokens), row_config_of("decoder", "fim", 8, fim=spm)))
     end = row.index(MIDDLE)
     assert row == [PREFIX, SUFFIX, *range(15 - (end - 2), 15), MIDDLE, *range(10, 15 - (end - 2)), EOS]
 
@@ -122,8 +122,8 @@ def test_what_begins_every_document_stays_in_front(tokens: list[int], number: in
     begin = 5
     parts = [[begin, *part] for part in split([token for token in tokens if token != begin])] or [[begin, EOS]]
     window = [token for part in parts for token in part]
-    recipe = recipe_of("decoder", "fim", max(1, len(window) - 1), fim={"rate": 1.0})
-    moved = window_of(pack_sample(sample_of(window, number), replace(recipe, bos_ids=(begin,))))
+    row_config = row_config_of("decoder", "fim", max(1, len(window) - 1), fim={"rate": 1.0})
+    moved = window_of(pack_sample(sample_of(window, number), replace(row_config, bos_ids=(begin,))))
     plain = [part[1:] for part in split(moved)]
     assert [part[0] for part in split(moved)] == [begin] * len(parts)
     for part, was in zip(plain, parts, strict=True):

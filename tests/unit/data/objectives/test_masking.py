@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.objectives.masking import find_words, masked
 from llmtrain.values.batch import IGNORED_LABEL
-from tests.support.rows import EOS, MASK, NUM_SPECIAL, PIECES, VOCAB_SIZE, random_sample, recipe_of, sample_of
+from tests.support.rows import EOS, MASK, NUM_SPECIAL, PIECES, VOCAB_SIZE, random_sample, row_config_of, sample_of
 
 UNITS = ("token", "word", "span")
 windows = st.lists(st.integers(0, VOCAB_SIZE - 1) | st.just(EOS), min_size=2, max_size=40)
@@ -43,8 +43,8 @@ def test_labels_are_the_hidden_tokens_and_nothing_else_changes(
     unit: str, tokens: list[int], number: int, probability: float
 ) -> None:
     sample = sample_of(tokens, number)
-    recipe = recipe_of("encoder", "masked", len(tokens) - 1, masked={"unit": unit, "probability": probability})
-    row = masked(sample, recipe)
+    row_config = row_config_of("encoder", "masked", len(tokens) - 1, masked={"unit": unit, "probability": probability})
+    row = masked(sample, row_config)
     window, chosen = np.array(tokens[:-1]), chosen_of(row)
     others = np.setdiff1d(np.arange(len(window)), chosen)
     assert row.labels_S[chosen].tolist() == window[chosen].tolist()
@@ -72,14 +72,14 @@ def test_words_equal_a_slow_reference() -> None:
 
 def test_eighty_ten_ten() -> None:
     """Devlin et al. 2019, section 3.1. Of the 10% random ones, one in 93 is the original by chance."""
-    recipe = recipe_of("encoder", "masked", 256)
+    row_config = row_config_of("encoder", "masked", 256)
     fates: Counter[str] = Counter()
     random_tokens: Counter[int] = Counter()
     places: Counter[int] = Counter()
     total = 0
     for number in range(400):
         sample = random_sample(number, 256)
-        row, window = masked(sample, recipe), sample.tokens[:-1]
+        row, window = masked(sample, row_config), sample.tokens[:-1]
         chosen = chosen_of(row)
         total += len(chosen)
         places.update((chosen // 32).tolist())
@@ -97,20 +97,20 @@ def test_eighty_ten_ten() -> None:
 
 def test_the_shares_are_keys() -> None:
     only_masks = {"mask_share": 1.0, "random_share": 0.0}
-    row = masked(random_sample(1, 64), recipe_of("encoder", "masked", 64, masked=only_masks))
+    row = masked(random_sample(1, 64), row_config_of("encoder", "masked", 64, masked=only_masks))
     assert (row.tokens_S[chosen_of(row)] == MASK).all()
     kept = {"mask_share": 0.0, "random_share": 0.0}
-    row = masked(random_sample(1, 64), recipe_of("encoder", "masked", 64, masked=kept))
+    row = masked(random_sample(1, 64), row_config_of("encoder", "masked", 64, masked=kept))
     assert row.tokens_S.tolist() == random_sample(1, 64).tokens[:-1].tolist()
 
 
 def test_whole_words_are_chosen_whole_and_alike() -> None:
-    recipe = recipe_of("encoder", "masked", 128, masked={"unit": "word"})
+    row_config = row_config_of("encoder", "masked", 128, masked={"unit": "word"})
     chosen_words: Counter[int] = Counter()
     total = 0
     for number in range(200):
         sample = random_sample(number, 128)
-        chosen = set(chosen_of(masked(sample, recipe)).tolist())
+        chosen = set(chosen_of(masked(sample, row_config)).tolist())
         total += len(chosen)
         for word in words_of(sample.tokens[:-1]):
             inside = chosen & set(word)
@@ -121,17 +121,17 @@ def test_whole_words_are_chosen_whole_and_alike() -> None:
 
 
 def test_a_word_longer_than_the_count_is_cut() -> None:
-    row = masked(sample_of([10] * 21), recipe_of("encoder", "masked", 20, masked={"unit": "word"}))
+    row = masked(sample_of([10] * 21), row_config_of("encoder", "masked", 20, masked={"unit": "word"}))
     assert chosen_of(row).tolist() == [0, 1, 2]
 
 
 def test_spans_have_truncated_geometric_lengths_and_one_fate() -> None:
     """Joshi et al. 2020, section 3.1: Geo(0.2) up to 10, mean 3.8 words. Every token is a word of its own here."""
-    recipe = recipe_of("encoder", "masked", 2000, masked={"unit": "span", "random_share": 0.2})
+    row_config = row_config_of("encoder", "masked", 2000, masked={"unit": "span", "random_share": 0.2})
     lengths: list[int] = []
     for number in range(60):
         tokens = np.random.default_rng(number).integers(3, 33, 2001) * 3
-        row = masked(sample_of(tokens, number), recipe)
+        row = masked(sample_of(tokens, number), row_config)
         chosen = chosen_of(row)
         assert len(chosen) == 300
         runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)
@@ -163,21 +163,21 @@ def simulated_mean_run(size: int, count: int) -> float:
 
 def test_spans_do_not_cross_documents() -> None:
     tokens = ([9, 12, EOS] * 30)[:61]
-    recipe = recipe_of("encoder", "masked", 60, masked={"unit": "span", "probability": 0.5, "max_span": 10})
+    row_config = row_config_of("encoder", "masked", 60, masked={"unit": "span", "probability": 0.5, "max_span": 10})
     for number in range(20):
-        row = masked(sample_of(tokens, number), recipe)
+        row = masked(sample_of(tokens, number), row_config)
         assert len(chosen_of(row)) == 20
         assert not set(chosen_of(row).tolist()) & set(range(2, 60, 3))
 
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_window_of_ends_alone_has_no_targets(unit: str) -> None:
-    row = masked(sample_of([EOS] * 9), recipe_of("encoder", "masked", 8, masked={"unit": unit}))
+    row = masked(sample_of([EOS] * 9), row_config_of("encoder", "masked", 8, masked={"unit": unit}))
     assert row.tokens_S.tolist() == [EOS] * 8 and not len(chosen_of(row))
 
 
 def test_documents_are_told_apart() -> None:
     sample = sample_of([10, 11, EOS, 12, 13, EOS, 14])
-    row = masked(sample, recipe_of("encoder", "masked", 6, reset_attention=True, reset_positions=True))
+    row = masked(sample, row_config_of("encoder", "masked", 6, reset_attention=True, reset_positions=True))
     assert row.segments_S is not None
     assert row.segments_S.tolist() == [0, 0, 0, 1, 1, 1] and row.positions_S.tolist() == [0, 1, 2, 0, 1, 2]

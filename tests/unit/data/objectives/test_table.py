@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from llmtrain.config.data import DataConfig, SourceConfig
 from llmtrain.data.objectives.causal import document_numbers, document_positions, stack_samples
 from llmtrain.data.objectives.table import causal
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import RowConfig
 from llmtrain.data.stream import Sample
 from llmtrain.values.batch import IGNORED_LABEL
 
@@ -14,15 +14,15 @@ def sample_of(tokens: list[int], starts: list[int]) -> Sample:
     return Sample(0, np.array(tokens), np.array(starts, np.int64), 0, 0, 0, 0)
 
 
-def recipe(reset_positions: bool = False, reset_attention: bool = False) -> Recipe:
+def row_config(reset_positions: bool = False, reset_attention: bool = False) -> RowConfig:
     data = DataConfig(
         train=(SourceConfig(path="none"),), reset_positions=reset_positions, reset_attention=reset_attention
     )
-    return Recipe(data, seed=1, eos_id=3)
+    return RowConfig(data, seed=1, eos_id=3)
 
 
 def test_plain_causal() -> None:
-    row = causal(sample_of([5, 6, 3, 7, 8], [3]), recipe())
+    row = causal(sample_of([5, 6, 3, 7, 8], [3]), row_config())
     assert row.tokens_S.tolist() == [5, 6, 3, 7]
     assert row.labels_S.tolist() == [6, 3, 7, 8]
     assert row.positions_S.tolist() == [0, 1, 2, 3]
@@ -30,7 +30,7 @@ def test_plain_causal() -> None:
 
 
 def test_reset_positions_count_from_each_document() -> None:
-    row = causal(sample_of([5, 6, 3, 7, 8, 3, 9], [3, 6]), recipe(reset_positions=True))
+    row = causal(sample_of([5, 6, 3, 7, 8, 3, 9], [3, 6]), row_config(reset_positions=True))
     assert row.positions_S.tolist() == [0, 1, 2, 0, 1, 2]
     assert row.labels_S.tolist() == [6, 3, 7, 8, 3, 9]
     assert row.segments_S is None
@@ -38,7 +38,7 @@ def test_reset_positions_count_from_each_document() -> None:
 
 def test_reset_attention_numbers_documents_and_ignores_their_first_tokens() -> None:
     sample = sample_of([5, 6, 3, 7, 8, 3, 9], [0, 3, 6])
-    row = causal(sample, recipe(reset_attention=True))
+    row = causal(sample, row_config(reset_attention=True))
     assert row.segments_S is not None
     assert row.segments_S.tolist() == [0, 0, 0, 1, 1, 1]
     assert row.labels_S.tolist() == [6, 3, IGNORED_LABEL, 8, 3, IGNORED_LABEL]
@@ -63,7 +63,7 @@ def test_positions_and_numbers_equal_a_slow_reference(starts: set[int], seq_len:
 
 
 def test_stacking() -> None:
-    rows = [causal(sample_of([n, 6, 3, 7, 8], [3]), recipe(reset_attention=True)) for n in range(4, 7)]
+    rows = [causal(sample_of([n, 6, 3, 7, 8], [3]), row_config(reset_attention=True)) for n in range(4, 7)]
     batch = stack_samples(rows, first_sample=40)
     assert (len(batch.tokens_BS), batch.first_sample, batch.num_valid_tokens) == (3, 40, 9)
     assert batch.tokens_BS[:, 0].tolist() == [4, 5, 6]

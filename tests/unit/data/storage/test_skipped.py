@@ -10,7 +10,7 @@ import pytest
 from llmtrain.config.data import DataConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.order import ContinuousOrder
-from llmtrain.data.row_config import Recipe
+from llmtrain.data.row_config import RowConfig
 from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShard, SkippedShards, SourceSamples
 from llmtrain.data.stream import Sample, SampleStream
@@ -169,7 +169,7 @@ def test_every_rank_decides_alike(run: Path) -> None:
 def test_blank_samples_have_no_targets_and_count_no_tokens(run: Path) -> None:
     data = config(run)
     opened = stream(run)
-    steps = BatchLoader(opened, Recipe(data, 1, opened.eos_id), 8, 4).steps(0)
+    steps = BatchLoader(opened, RowConfig(data, 1, opened.eos_id), 8, 4).steps(0)
     taken = samples(run)
     for step in range(3):
         for batch in next(steps):

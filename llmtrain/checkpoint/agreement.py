@@ -14,7 +14,7 @@ FAILED = "failed: "
 """Begins what a rank says in place of its text when it could not do its part."""
 
 
-class Exchange(Protocol):
+class RankStore(Protocol):
     """Small texts that ranks leave for each other under keys, each written once. One thread at a time may use it."""
 
     @property
@@ -22,48 +22,44 @@ class Exchange(Protocol):
     @property
     def world_size(self) -> int: ...
 
-    def say(self, key: str, text: str) -> None:
+    def put(self, key: str, text: str) -> None:
         """Leave a text under a key that nobody used before."""
         ...
 
-    def hear(self, key: str) -> str:
+    def get(self, key: str) -> str:
         """Wait for the text of a key. Raises LaunchError where nobody leaves one in time."""
         ...
 
 
 @dataclass(frozen=True)
-class SaveTalk:
+class SaveMessages:
     """What the ranks say of save `number`, counted alike on all of them. A single rank has nobody to talk to."""
 
-    ranks: Exchange | None
+    ranks: RankStore | None
     number: int
-
-    @property
-    def is_first(self) -> bool:
-        return self.ranks is None or self.ranks.rank == 0
 
     @property
     def rank(self) -> int:
         return 0 if self.ranks is None else self.ranks.rank
 
-    def say(self, topic: str, text: str) -> None:
+    def send(self, topic: str, text: str) -> None:
         """Rank 0 says it to all, another rank to rank 0."""
         if self.ranks is not None:
-            self.ranks.say(self._key(topic, self.ranks.rank), text)
+            self.ranks.put(self._key(topic, self.ranks.rank), text)
 
-    def say_failed(self, topic: str, error: BaseException) -> None:
-        self.say(topic, f"{FAILED}{str(error) or type(error).__name__}")
+    def send_failure(self, topic: str, error: BaseException) -> None:
+        self.send(topic, f"{FAILED}{str(error) or type(error).__name__}")
 
-    def hear_first(self, topic: str) -> str:
+    def receive_from_first(self, topic: str) -> str:
         """What rank 0 says. Raises SaveError where it has failed."""
         assert self.ranks is not None
-        return _unless_failed(self.ranks.hear(self._key(topic, 0)))
+        return _unless_failed(self.ranks.get(self._key(topic, 0)))
 
-    def hear_others(self, topic: str) -> list[str]:
+    def receive_from_others(self, topic: str) -> list[str]:
         """What all ranks but 0 say, once all have said it. Raises SaveError where one of them has failed."""
         if self.ranks is None:
             return []
-        texts = [self.ranks.hear(self._key(topic, rank)) for rank in range(1, self.ranks.world_size)]
+        texts = [self.ranks.get(self._key(topic, rank)) for rank in range(1, self.ranks.world_size)]
         return [_unless_failed(text) for text in texts]
 
     def _key(self, topic: str, rank: int) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llmtrain.config.reading.shown_values import bound_text, shown
+from llmtrain.config.reading.rendering import bound_text, shown
 from llmtrain.config.reading.suggestions import either, sections_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section

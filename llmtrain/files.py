@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
@@ -174,19 +174,13 @@ def parse_json(content: bytes | str, depth: int = JSON_DEPTH) -> Any:
         value = json.loads(content)
     except RecursionError:
         raise ValueError(f"lists or objects are nested more than {depth} deep") from None
-    level: list[Any] = [value]
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
-        level = [inner for outer in level for inner in _items(outer) if isinstance(inner, dict | list)]
+        children = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [inner for inside in children for inner in inside if isinstance(inner, dict | list)]
         if not level:
             return value
     raise ValueError(f"lists or objects are nested more than {depth} deep")
-
-
-def _items(value: Any) -> Iterable[Any]:
-    """What is in an object or a list; nothing for any other value."""
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 SEAL = "seal"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch.on_slurm.launcher import cpus_per_rank
 from llmtrain.config.reading.document import COMMAND_LINE
-from llmtrain.config.reading.shown_values import shown, text_without_credentials
+from llmtrain.config.reading.rendering import shown, text_without_credentials
 from llmtrain.config.rules.launch import uneven_nodes
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, LaunchError, Problem

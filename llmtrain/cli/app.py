@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from llmtrain.cli.interruption import raising
+from llmtrain.cli.__init__ import raising
 from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError, LlmtrainError, PathError
 from llmtrain.messages import show_messages
 
@@ -121,7 +121,7 @@ def refuse_keys_as_options(verb: Any, arguments: Sequence[str]) -> None:
         if not option.startswith("--") or option in options:
             continue
 
-        from llmtrain.config.reading.shown_values import shown
+        from llmtrain.config.reading.rendering import shown
         from llmtrain.config.reading.suggestions import all_keys, suggested_keys
 
         word = option.removeprefix("--").replace("-", "_")
@@ -142,7 +142,7 @@ def report_error(error: LlmtrainError) -> None:
 
     Whatever a library or a rule has put into the text, no URL keeps its credentials.
     """
-    from llmtrain.config.reading.shown_values import text_without_credentials
+    from llmtrain.config.reading.rendering import text_without_credentials
 
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     mark = typer.style("error:", fg="red", bold=True) if coloured else "error:"

@@ -115,7 +115,7 @@ def drill(
         raise ConfigError(f"--only {only}: no fault has that in its name: {'; '.join(f.name for f in FAULTS)}.")
     asked = load_run(config, overrides or []).config
     if kills:
-        _punish(asked, kills, mean_seconds, json)
+        _kill_at_random(asked, kills, mean_seconds, json)
     run = drill_config(asked)
     faults = [fault for fault in faults if fault.least_ranks <= run.launch.num_workers]
     typer.echo(f"{len(faults)} faults, after one run without: {run.output_dir}", err=True)
@@ -137,16 +137,16 @@ def drill(
     raise typer.Exit(1 if failed else 0)
 
 
-def _punish(config: "RunConfig", kills: int, mean_seconds: float, as_json: bool) -> NoReturn:
+def _kill_at_random(config: "RunConfig", kills: int, mean_seconds: float, as_json: bool) -> NoReturn:
     """The long drill. Ends the command."""
     from dataclasses import asdict
     from json import dumps
 
-    from llmtrain.checks.drill.random_kills import punish
+    from llmtrain.checks.drill.random_kills import kill_at_random
     from llmtrain.errors import EXIT_TOLD_TWICE
 
     try:
-        done = punish(config, kills, mean_seconds)
+        done = kill_at_random(config, kills, mean_seconds)
     except KeyboardInterrupt:
         typer.echo("told to stop: the kills so far say nothing", err=True)
         raise typer.Exit(EXIT_TOLD_TWICE) from None

@@ -54,7 +54,7 @@ def train(
         return
 
     from launch.rank.place import rank_from_environment
-    from llmtrain.config.rules.schedule import schedule_warnings
+    from llmtrain.config.rules.arithmetic import schedule_warnings
     from llmtrain.preflight.storage import load_run, storage_warnings
 
     place = rank_from_environment(os.environ)

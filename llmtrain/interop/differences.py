@@ -11,7 +11,7 @@ from typing import Any
 from llmtrain.config.attention import effective_keys
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import expert_ffn_size
-from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.reading.rendering import shown
 from llmtrain.interop.families.rotary import stretched_theta
 
 TRAINING_ONLY = (

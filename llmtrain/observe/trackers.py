@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from llmtrain.config.parameters import num_parameters
-from llmtrain.config.reading.shown_values import redacted
+from llmtrain.config.reading.rendering import redacted
 from llmtrain.config.schema import RunConfig
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.parallel.layout import Layout

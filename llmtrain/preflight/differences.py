@@ -13,7 +13,7 @@ from llmtrain.checkpoint.origin import Origin
 from llmtrain.config.data import DataConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import frozen_names, parameter_shapes
-from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.reading.rendering import shown
 from llmtrain.config.schema import OptimConfig, RunConfig, TrainConfig
 from llmtrain.data.storage.manifest import TOKENIZER_NAMES, Manifest, file_sha256
 from llmtrain.data.storage.remote import shown_path

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.data import DataConfig, SourceConfig, SpecialTokensConfig, WindowKind, needed_tokens
-from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.reading.rendering import shown
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import NUM_SENTINELS, Lengths, num_sentinels, sample_lengths
 from llmtrain.data.storage.folders import fetch_config, open_folder, run_settings, run_tokenizer
@@ -79,7 +79,9 @@ def resolve(config: RunConfig) -> ResolvedRun:
     """
     manifests: Manifests = {}
     train = read_manifests(config.data.train, config.data, manifests)
-    filled = config if is_filled(config) else fill_vocabulary(config, train[0])
+    special, needed = config.data.special_tokens, needed_tokens(config.model.family, config.data.objective)
+    is_filled = config.model.vocab_size is not None and all(getattr(special, name) is not None for name in needed)
+    filled = config if is_filled else fill_vocabulary(config, train[0])
     if isinstance(filled, list):
         raise ConfigError(filled)
     valid = read_manifests(config.data.valid, config.data, manifests)
@@ -141,13 +143,6 @@ def source_uses(resolved: ResolvedRun) -> list[SourceUse]:
                 taken = min(taken, samples_once(manifest, data.seq_len, windows))
             found.append(SourceUse(split, shown_path(source.path), source.weight, use, taken / use.samples))
     return found
-
-
-def is_filled(config: RunConfig) -> bool:
-    """True where neither the vocabulary's size nor a special token that the objective needs is left open."""
-    names = needed_tokens(config.model.family, config.data.objective)
-    given = all(getattr(config.data.special_tokens, name) is not None for name in names)
-    return config.model.vocab_size is not None and given
 
 
 def fill_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig | list[Problem]:

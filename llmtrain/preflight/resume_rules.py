@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llmtrain.checkpoint.folders import folder_of_checkpoints, is_checkpoint, nearest_checkpoint
 from llmtrain.checkpoint.origin import newest_origin
-from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.reading.rendering import shown
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.errors import Problem

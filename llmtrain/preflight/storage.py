@@ -106,10 +106,11 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     problems.extend(resume_problems(config))
     unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size")
     problems.extend(found for found in continuity_problems(config, manifests) if not found.key.startswith(unknown))
-    faults = _output_problems(config)
-    if not faults:
+    if fault := folder_fault(config.run_dir):
+        problems.append(Problem("output_dir", fault, config.output_dir, uses=("name",)))
+    else:
         _require_records(config)
-    problems.extend(faults or (_room_problems(config) if asks_room else ()))
+        problems.extend(_room_problems(config) if asks_room else ())
     if problems:
         return StorageCheck(problems)
     train, valid = (read_manifests(sources, config.data, read) for sources in (config.data.train, config.data.valid))
@@ -215,8 +216,14 @@ def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> It
     if first is not None:
         run_settings(config.data, first)
     if named is None:
-        if first is not None:
-            yield from _kept_tokenizer_problems(config, first)
+        # The right one is to be found beside the data.
+        try:
+            if first is not None:
+                run_tokenizer(config.data, first)
+        except (ConfigError, DataError) as error:
+            if isinstance(error, DataError) and scheme_of(config.data.train[0].path) is None:
+                raise
+            yield Problem("data.tokenizer", str(error))
         return
     path = Path(named)
     if path.is_file():
@@ -236,16 +243,6 @@ def _tokenizer_problems(config: RunConfig, manifests: dict[str, Manifest]) -> It
     yield Problem("data.tokenizer", f"{kind}. {looked_from(path)}{advice}", named)
 
 
-def _kept_tokenizer_problems(config: RunConfig, first: Manifest) -> Iterator[Problem]:
-    """A run that names no tokenizer finds the right one beside the data. Raises DataError where that one is damaged."""
-    try:
-        run_tokenizer(config.data, first)
-    except (ConfigError, DataError) as error:
-        if isinstance(error, DataError) and scheme_of(config.data.train[0].path) is None:
-            raise
-        yield Problem("data.tokenizer", str(error))
-
-
 def _require_records(config: RunConfig) -> None:
     """Raise DataError where a file is damaged that says which data the run passes over."""
     run_dir = config.run_dir
@@ -253,14 +250,6 @@ def _require_records(config: RunConfig) -> None:
         pass
     if config.data.on_corrupt == "skip":
         SkippedShards(run_dir / LEDGER_NAME, config.data.max_skipped)
-
-
-def _output_problems(config: RunConfig) -> list[Problem]:
-    """The run folder must be a folder that can be written, or one that can be made, and have the run's lock."""
-    fault = folder_fault(config.run_dir)
-    if fault is None:
-        return []
-    return [Problem("output_dir", fault, config.output_dir, uses=("name",))]
 
 
 def _room_problems(config: RunConfig) -> Iterator[Problem]:

@@ -170,7 +170,7 @@ def test_a_drill_ends_the_fault_in_progress_and_says_what_was_tried(folder: Path
     faults = len([fault for fault in FAULTS if "rank" in fault.name and fault.least_ranks == 1])
     assert process.stdout and '"fault": "rank killed in a step"' in process.stdout.readline()
     drill = folder / "runs" / "tiny-drill"
-    wait_until((drill / "rank-killed-while-a-checkpoint-is-written" / "struck").exists, process)
+    wait_until((drill / "rank-killed-while-a-checkpoint-is-written" / "injected").exists, process)
     said = interrupt(process, number).splitlines()[-1]
     assert process.returncode == 143
     assert said == (
@@ -182,5 +182,5 @@ def test_a_drill_ends_the_fault_in_progress_and_says_what_was_tried(folder: Path
 def test_a_drill_that_is_killed_takes_its_ranks_along(folder: Path) -> None:
     run = ("run.yaml", "name=killed", "launch.num_workers=1", "launch.max_stalled_attempts=3")
     process = start(folder, COMMAND, "drill", *run, "--only", "SIGSTOP")
-    wait_until((folder / "runs" / "killed-drill" / "rank-stopped--SIGSTOP-" / "struck").exists, process)
+    wait_until((folder / "runs" / "killed-drill" / "rank-stopped--SIGSTOP-" / "injected").exists, process)
     interrupt(process, signal.SIGKILL)

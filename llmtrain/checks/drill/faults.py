@@ -22,8 +22,8 @@ from llmtrain.train.loop import Run
 from llmtrain.values.batch import Batch
 from llmtrain.values.progress import StepResult
 
-STRUCK = "struck"
-"""The file in the run folder that says when a fault first struck, in seconds since the epoch."""
+INJECTED = "injected"
+"""The file in the run folder that says when a fault was first injected, in seconds since the epoch."""
 
 SMALLEST_FILE_BYTES = 64 << 10
 """The largest file on a disk that is called full: metrics and logs of a drill fit, tensors do not."""
@@ -38,7 +38,7 @@ POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class Victim:
+class Target:
     """What a fault finds: the run folder, and the process of the launcher."""
 
     run_dir: Path
@@ -62,7 +62,7 @@ class Fault:
     """
 
     name: str
-    strike: Callable[[Victim], object]
+    strike: Callable[[Target], object]
     where: Literal["step", "data", "publish"] = "step"
     on_first_rank: bool = False
     lasting: bool = False
@@ -75,67 +75,67 @@ class Fault:
     keys: Mapping[str, object] = field(default_factory=dict)
 
 
-def kill(victim: Victim) -> None:
+def kill(target: Target) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def stop(victim: Victim) -> None:
+def stop(target: Target) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def hang(victim: Victim) -> None:
+def hang(target: Target) -> None:
     time.sleep(HANG_SECONDS)
 
 
-def fail(victim: Victim) -> None:
+def fail(target: Target) -> None:
     raise RuntimeError("injected by a drill")
 
 
-def exhaust_memory(victim: Victim) -> None:
+def exhaust_memory(target: Target) -> None:
     """No more address space than this process has now."""
     size_bytes = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (size_bytes, size_bytes))
     torch.zeros(size_bytes, dtype=torch.uint8)
 
 
-def tell_to_stop(victim: Victim) -> None:
-    os.kill(victim.launcher, signal.SIGTERM)
+def tell_to_stop(target: Target) -> None:
+    os.kill(target.launcher, signal.SIGTERM)
 
 
-def tell_to_stop_in_a_slow_save(victim: Victim) -> None:
+def tell_to_stop_in_a_slow_save(target: Target) -> None:
     """The grace is over before the save is."""
-    tell_to_stop(victim)
-    hang(victim)
+    tell_to_stop(target)
+    hang(target)
 
 
-def damage_newest_checkpoint_and_die(victim: Victim) -> None:
+def damage_newest_checkpoint_and_die(target: Target) -> None:
     # The save before this step may still be written; the one before that is what the run goes back to.
-    while len(checkpoint_steps(victim.checkpoints)) < 2:
+    while len(checkpoint_steps(target.checkpoints)) < 2:
         time.sleep(POLL_SECONDS)
-    newest = victim.checkpoints / step_folder_name(checkpoint_steps(victim.checkpoints)[0])
+    newest = target.checkpoints / step_folder_name(checkpoint_steps(target.checkpoints)[0])
     largest = max(newest.iterdir(), key=lambda file: file.stat().st_size)
     with largest.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
-    kill(victim)
+    kill(target)
 
 
-def fill_disk(victim: Victim) -> None:
+def fill_disk(target: Target) -> None:
     """Files of this process cannot grow beyond a small size until a save has failed."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALLEST_FILE_BYTES, before[1]))
 
     def free_space() -> None:
-        while not any(iter_events(victim.run_dir, "save_failed")):
+        while not any(iter_events(target.run_dir, "save_failed")):
             time.sleep(POLL_SECONDS)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     threading.Thread(target=free_space, daemon=True).start()
 
 
-def nothing(victim: Victim) -> None:
+def nothing(target: Target) -> None:
     """The fault is in the steps themselves."""
 
 
@@ -175,21 +175,21 @@ FAULTS = (
 def inject(fault: Fault, config: RunConfig, step: int) -> Callable[[Run, Rank], Run]:
     """What puts a fault into a run at a step; one that strikes a save strikes the first after a checkpoint is there."""
     run_dir = config.run_dir
-    victim = Victim(run_dir, os.getpid())
-    struck = run_dir / STRUCK
-    victim_rank = 0 if fault.on_first_rank else config.launch.num_workers - 1
+    target = Target(run_dir, os.getpid())
+    injected = run_dir / INJECTED
+    target_rank = 0 if fault.on_first_rank else config.launch.num_workers - 1
 
     def change_run(run: Run, place: Rank) -> Run:
         # A learning rate is everybody's: the ranks would not hold the same weights otherwise.
-        spared = place.rank != victim_rank and fault.lr_factor == 1.0
-        if spared or (struck.exists() and not fault.lasting):
+        spared = place.rank != target_rank and fault.lr_factor == 1.0
+        if spared or (injected.exists() and not fault.lasting):
             return run
-        strike = _Once(fault, victim, struck)
+        strike = _Once(fault, target, injected)
         if fault.where == "publish":
-            return replace(run, saving=replace(run.saving, before_publish=_struck_publish(run, strike, victim)))
+            return replace(run, saving=replace(run.saving, before_publish=_faulty_publish(run, strike, target)))
         if fault.where == "data":
-            return replace(run, loader=cast(Any, _StruckLoader(run.loader, strike, step - run.state.step)))
-        return replace(run, engine=cast(Any, _StruckEngine(run.engine, strike, step, fault)))
+            return replace(run, loader=cast(Any, _FaultyLoader(run.loader, strike, step - run.state.step)))
+        return replace(run, engine=cast(Any, _FaultyEngine(run.engine, strike, step, fault)))
 
     return change_run
 
@@ -197,23 +197,23 @@ def inject(fault: Fault, config: RunConfig, step: int) -> Callable[[Run, Rank], 
 class _Once:
     """Lets a fault strike, once in this process; says whether it struck now."""
 
-    def __init__(self, fault: Fault, victim: Victim, struck: Path) -> None:
-        self._fault, self._victim, self._struck = fault, victim, struck
+    def __init__(self, fault: Fault, target: Target, injected: Path) -> None:
+        self._fault, self._target, self._injected = fault, target, injected
         self._done = False
 
     def __call__(self) -> bool:
         if self._done:
             return False
         self._done = True
-        if not self._struck.exists():
-            self._struck.write_text(repr(time.time()), "utf-8")
-        self._fault.strike(self._victim)
+        if not self._injected.exists():
+            self._injected.write_text(repr(time.time()), "utf-8")
+        self._fault.strike(self._target)
         return True
 
 
-def _struck_publish(run: Run, strike: Callable[[], bool], victim: Victim) -> Callable[[], object]:
+def _faulty_publish(run: Run, strike: Callable[[], bool], target: Target) -> Callable[[], object]:
     def before_publish() -> object:
-        if checkpoint_steps(victim.checkpoints):
+        if checkpoint_steps(target.checkpoints):
             strike()
         return run.saving.before_publish()
 
@@ -230,7 +230,7 @@ class _Stand:
         return getattr(self._part, name)
 
 
-class _StruckEngine(_Stand):
+class _FaultyEngine(_Stand):
     def __init__(self, part: Any, strike: Callable[[], bool], step: int, fault: Fault) -> None:
         super().__init__(part)
         self._strike, self._step, self._fault = strike, step, fault
@@ -247,7 +247,7 @@ class _StruckEngine(_Stand):
         return result
 
 
-class _StruckLoader(_Stand):
+class _FaultyLoader(_Stand):
     def __init__(self, part: Any, strike: Callable[[], bool], steps_ahead: int) -> None:
         super().__init__(part)
         self._strike, self._steps_ahead = strike, steps_ahead

@@ -33,7 +33,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
-class Punishment:
+class KillsOutcome:
     """What a run went through. `useful_share` is the time in steps that count over the time of the run (ETTR)."""
 
     exit_code: int
@@ -47,7 +47,7 @@ class Punishment:
     problems: list[str]
 
 
-def punish(config: RunConfig, kills: int, mean_seconds: float, seed: int = 0) -> Punishment:
+def kill_at_random(config: RunConfig, kills: int, mean_seconds: float, seed: int = 0) -> KillsOutcome:
     """Kill a random rank `kills` times, with pauses of half to one and a half times `mean_seconds` between kills."""
     paced = undisturbed(drill_config(config))
     rows = read_rows(paced.with_keys({"name": UNDISTURBED}).run_dir / METRICS_FILE)
@@ -57,10 +57,10 @@ def punish(config: RunConfig, kills: int, mean_seconds: float, seed: int = 0) ->
     long = paced.with_keys({"train.steps": steps, "checkpoint.every_steps": every})
     reference = in_fresh_folder(long, UNDISTURBED)
     run_quietly(reference)
-    run = in_fresh_folder(long, "punished")
+    run = in_fresh_folder(long, "killed")
     before = _held()
     began = time.monotonic()
-    with _punisher(kills, mean_seconds, seed) as killed:
+    with _killing(kills, mean_seconds, seed) as killed:
         code = run_quietly(run)
     measured = Measured(killed.value, time.monotonic() - began, sorted(_held() - before))
     return _judge(run, reference, code, measured)
@@ -68,14 +68,14 @@ def punish(config: RunConfig, kills: int, mean_seconds: float, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class Measured:
-    """What was seen from outside of a punished run."""
+    """What was seen from outside of a run whose ranks are killed."""
 
     kills: int
     seconds: float
     left: list[str]
 
 
-def _judge(run: RunConfig, reference: RunConfig, code: int, measured: Measured) -> Punishment:
+def _judge(run: RunConfig, reference: RunConfig, code: int, measured: Measured) -> KillsOutcome:
     folder, other = run.run_dir, reference.run_dir
     problems = [] if code == 0 else [f"ended with {code}, not 0"]
     same = code == 0 and final_tensors(folder) == final_tensors(other) and losses(folder) == losses(other)
@@ -84,7 +84,7 @@ def _judge(run: RunConfig, reference: RunConfig, code: int, measured: Measured) 
     problems += [f"left behind: {what}" for what in (*map(str, leftovers(folder)), *measured.left)]
     done = [row for row in iter_rows(folder / METRICS_FILE) if "loss" in row]
     counted = [row for row in read_rows(folder / METRICS_FILE) if "loss" in row]
-    return Punishment(
+    return KillsOutcome(
         exit_code=code,
         kills=measured.kills,
         restarts=len(list(iter_events(folder, "restarting"))),
@@ -98,19 +98,19 @@ def _judge(run: RunConfig, reference: RunConfig, code: int, measured: Measured) 
 
 
 @contextmanager
-def _punisher(kills: int, mean_seconds: float, seed: int) -> Iterator["Synchronized[int]"]:
+def _killing(kills: int, mean_seconds: float, seed: int) -> Iterator["Synchronized[int]"]:
     """A process that kills ranks, children of this one's children, and counts them, until the context ends."""
     count = multiprocessing.get_context("fork").Value("i", 0)
-    victim_of = os.getpid()
+    drill = os.getpid()
 
     def life() -> None:
-        die_with(victim_of)
+        die_with(drill)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a keyboard tells the drill
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         chance = random.Random(seed)
         while count.value < kills:
             time.sleep(mean_seconds * chance.uniform(0.5, 1.5))
-            launchers = [child for child in psutil.Process(victim_of).children() if child.pid != os.getpid()]
+            launchers = [child for child in psutil.Process(drill).children() if child.pid != os.getpid()]
             with suppress(psutil.NoSuchProcess):
                 ranks = [rank for launcher in launchers for rank in launcher.children()]
                 if not ranks:
@@ -119,7 +119,7 @@ def _punisher(kills: int, mean_seconds: float, seed: int) -> Iterator["Synchroni
                 count.value += 1
         os._exit(0)
 
-    process = multiprocessing.get_context("fork").Process(target=life, name="punisher", daemon=True)
+    process = multiprocessing.get_context("fork").Process(target=life, name="killer", daemon=True)
     process.start()
     try:
         yield count

@@ -23,7 +23,7 @@ from launch.local import launch
 from launch.supervision.attempt import import_for_ranks
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
 from llmtrain.checkpoint.manifest import load_manifest
-from llmtrain.checks.drill.faults import STRUCK, Fault, inject
+from llmtrain.checks.drill.faults import INJECTED, Fault, inject
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError, NoProgressError
 from llmtrain.preflight.resolve import resolve
@@ -193,9 +193,9 @@ def judge(fault: Fault, folder: Path, ends: list[tuple[int, float]], reference: 
     problems = []
     if codes != wanted[fault.expected]:
         problems.append(f"ended with {codes}, not {wanted[fault.expected]}")
-    if not (folder / STRUCK).exists():
+    if not (folder / INJECTED).exists():
         problems.append("the fault did not strike")
-    struck = float((folder / STRUCK).read_text()) if (folder / STRUCK).exists() else math.inf
+    struck = float((folder / INJECTED).read_text()) if (folder / INJECTED).exists() else math.inf
     same = None
     if codes[-1] == 0:
         same = final_tensors(folder) == final_tensors(reference)

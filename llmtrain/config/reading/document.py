@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.reading.rendering import shown
 from llmtrain.config.reading.suggestions import nearest
 from llmtrain.errors import Problem
 from llmtrain.files import read_bytes

@@ -20,7 +20,7 @@ from llmtrain.config.reading.document import (
     read_text,
     reason_of,
 )
-from llmtrain.config.reading.shown_values import LONGEST_SHOWN, SECRET_WORD, shown
+from llmtrain.config.reading.rendering import LONGEST_SHOWN, SECRET_WORD, shown
 from llmtrain.config.reading.suggestions import either
 from llmtrain.config.reading.validation import validate
 from llmtrain.config.rules.arithmetic import arithmetic_problems

@@ -1,18 +1,66 @@
-"""A configuration as text: the resolved YAML of a run, and the JSON schema of all keys for editors."""
+"""Configurations and single values as text, shortened and without secrets where they are kept or shown. Pure.
+
+Secrets stand in URLs, below keys and in environment variables; the names of keys and variables tell which these are.
+"""
 
 import io
+import json
+import re
+from fnmatch import fnmatchcase
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from llmtrain.config.reading.shown_values import redacted
+from llmtrain.config.reading.suggestions import all_keys
 from llmtrain.config.schema import RunConfig
+
+_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:/|(?:https?|s3|gs|hf):)/")
+"""What was taken for a path has lost a slash."""
+
+_URL_IN_TEXT = re.compile(_URL.pattern + r"[^\s'\"<>]+")
+
+HIDDEN = "(hidden)"
+
+SECRET_WORD = re.compile(r"(?i)(?:^|[_\-.])(?:token|secrets?|passwords?|passphrase|api[_\-]?keys?)(?:$|[_\-.])")
+
+CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+LONGEST_SHOWN = 80
+
+VARIABLE_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?")
+"""A variable's name, or the beginning of some with an asterisk."""
+
+MORE_SECRETS = re.compile(
+    r"(?i)(?:^|_)(?:access_key(?:_id)?|key|auth|authorization|credentials?|passwd|pwd|pass|pat|cookie|bearer|jwt|dsn)"
+    r"(?:$|_)|(?:token|secret|password|passwd|apikey)$"
+)
+"""Words that in a variable's name mean a secret, beside those that do so in a configuration's keys."""
+
+FIXED_VARIABLES = (
+    # A rank's place and its share of a machine.
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+    *("OMP_NUM_THREADS", "TORCHELASTIC_*", "RAY_*", "SLURM_*", "SBATCH_*", "LD_*"),
+    # Who the user is there, and folders of that machine.
+    *("HOME", "USER", "LOGNAME", "SHELL", "PWD", "OLDPWD", "TMPDIR", "HOSTNAME", "SSH_AUTH_SOCK"),
+)
 
 LEFT_OUT = (
     "# Users, passwords and queries of URLs are left out: take them from the file that the run was started with.\n"
 )
+
+
+class _Representer(SafeRepresenter):
+    """Writes text with line breaks or control characters in double quotes, where each has an escape."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Representer.add_representer(str, _Representer.represent_str)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -62,11 +110,73 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-class _Representer(SafeRepresenter):
-    """Writes text with line breaks or control characters in double quotes, where each has an escape."""
+def without_credentials(url: str) -> str:
+    """A URL to show: without user, password, query and fragment."""
+    parts = urlsplit(re.sub(":/(?=[^/])", "://", url, count=1))
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
-    def represent_str(self, data: str) -> ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+def text_without_credentials(text: str) -> str:
+    """A text to show: every URL that has credentials or a query loses them. One that is a URL is so as a whole."""
+    if _URL.match(text):
+        return _shown_url(text)
+    return _URL_IN_TEXT.sub(lambda match: _shown_url(match[0]), text)
 
 
-_Representer.add_representer(str, _Representer.represent_str)
+def _shown_url(url: str) -> str:
+    try:
+        shown = without_credentials(url)
+        return shown if any(mark in url for mark in "@?#") else url
+    except ValueError:  # no URL at all, such as one with half an IPv6 address
+        return HIDDEN
+
+
+def is_secret(name: str) -> bool:
+    """True where a key's name says that its value should not be written down. Keys of the schema never do."""
+    if any(name == key.rsplit(".", 1)[-1] for key in all_keys()):
+        return False
+    return SECRET_WORD.search(CAMEL_HUMP.sub("_", name)) is not None
+
+
+def shown(key: str, value: Any) -> str:
+    """A value as a user would write it in YAML, shortened; what looks like a secret is not repeated."""
+    if any(is_secret(part) for part in key.split(".")):
+        return HIDDEN
+    if isinstance(value, str):
+        value = text_without_credentials(value)
+        text = value if value.isprintable() else json.dumps(value)
+    elif isinstance(value, float):
+        text = number(value)
+    else:
+        text = json.dumps(redacted(value), ensure_ascii=False, default=str)
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
+
+
+def number(value: int | float) -> str:
+    """A number as YAML 1.2 writes it."""
+    text = repr(value)
+    return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}.get(text, text)
+
+
+def bound_text(value: int | float) -> str:
+    """A bound of the schema: whole numbers with all their digits, so that the text is one of them."""
+    return f"{value:g}" if isinstance(value, float) and abs(value) < 1e6 else number(value)
+
+
+def redacted(value: Any) -> Any:
+    """JSON-like settings without credentials: URLs lose them, values of keys that name a secret are replaced."""
+    if isinstance(value, dict):
+        return {key: HIDDEN if is_secret(str(key)) else redacted(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(child) for child in value]
+    return text_without_credentials(value) if isinstance(value, str) else value
+
+
+def is_secret_variable(name: str) -> bool:
+    """True where the name of a variable says that its value should not be written down."""
+    return SECRET_WORD.search(name) is not None or MORE_SECRETS.search(name) is not None
+
+
+def is_fixed_variable(name: str) -> bool:
+    """True where a variable belongs to one process or one machine."""
+    return any(fnmatchcase(name, pattern) for pattern in FIXED_VARIABLES)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from llmtrain.config.reading.document import dotted
-from llmtrain.config.reading.shown_values import bound_text, is_secret, shown
+from llmtrain.config.reading.rendering import bound_text, is_secret, shown
 from llmtrain.config.reading.suggestions import either, field_at, nearest, section_at, sections_of, suggested_keys
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from llmtrain.config.attention import KindSection, effective_keys, kind_of, kinds_of
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.reading.rendering import shown
 from llmtrain.config.reading.suggestions import either, nearest_divisors
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section

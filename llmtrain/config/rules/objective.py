@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from llmtrain.config.data import needed_tokens
-from llmtrain.config.reading.shown_values import shown
+from llmtrain.config.reading.rendering import shown
 from llmtrain.config.reading.suggestions import either, nearest_multiples
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section

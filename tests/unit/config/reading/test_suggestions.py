@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmtrain.config.reading.shown_values import is_secret, shown
+from llmtrain.config.reading.rendering import is_secret, shown
 from llmtrain.config.reading.suggestions import FAMILIAR_NAMES, all_keys, suggested_keys
 
 

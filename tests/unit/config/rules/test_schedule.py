@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config.rules.schedule import schedule_warnings
+from llmtrain.config.rules.arithmetic import schedule_warnings
 from llmtrain.optim.schedule import learning_rate
 from tests.unit.config.small_run import broken, run
 

@@ -6,7 +6,7 @@ A program that uses the packages as a library sees, redirects or silences the lo
 import logging
 import sys
 
-from llmtrain.config.reading.rendering import text_without_credentials
+from llmtrain.config.reading.credentials import text_without_credentials
 
 LOGGERS = ("llmtrain", "launch", "data_pipelines")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
-from llmtrain.config.reading.rendering import is_fixed_variable, is_secret_variable
+from llmtrain.config.reading.credentials import is_fixed_variable, is_secret_variable
 
 ALWAYS_PASSED = ("NCCL_*", "GLOO_*", "TORCH_*", "PYTORCH_*", "TORCHINDUCTOR_*", "TRITON_*", "CUDA_LAUNCH_BLOCKING")
 """Settings of communication and computation, which all ranks of a run must have alike."""

@@ -14,8 +14,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from launch.on_slurm.launcher import cpus_per_rank
+from llmtrain.config.reading.credentials import text_without_credentials
 from llmtrain.config.reading.document import COMMAND_LINE
-from llmtrain.config.reading.rendering import shown, text_without_credentials
+from llmtrain.config.reading.rendering import shown
 from llmtrain.config.rules.launch import uneven_nodes
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, LaunchError, Problem

@@ -142,7 +142,7 @@ def report_error(error: LlmtrainError) -> None:
 
     Whatever a library or a rule has put into the text, no URL keeps its credentials.
     """
-    from llmtrain.config.reading.rendering import text_without_credentials
+    from llmtrain.config.reading.credentials import text_without_credentials
 
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     mark = typer.style("error:", fg="red", bold=True) if coloured else "error:"

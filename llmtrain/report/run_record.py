@@ -8,8 +8,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from llmtrain.config.reading.credentials import text_without_credentials
 from llmtrain.config.reading.document import LONGEST_BYTES, load_plain
-from llmtrain.config.reading.rendering import redacted, text_without_credentials, without_secrets
+from llmtrain.config.reading.rendering import redacted, without_secrets
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import parse_json, read_bytes, unsealed, unsealed_text
 from llmtrain.observe.machine import ENVIRONMENT_FILE

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 import llmtrain
+from llmtrain.config.reading.credentials import SECRET_WORD
 from llmtrain.config.reading.document import (
     COMMAND_LINE,
     DEEPEST,
@@ -20,7 +21,7 @@ from llmtrain.config.reading.document import (
     read_text,
     reason_of,
 )
-from llmtrain.config.reading.rendering import LONGEST_SHOWN, SECRET_WORD, shown
+from llmtrain.config.reading.rendering import LONGEST_SHOWN, shown
 from llmtrain.config.reading.suggestions import either
 from llmtrain.config.reading.validation import validate
 from llmtrain.config.rules.arithmetic import arithmetic_problems

@@ -6,47 +6,20 @@ Secrets stand in URLs, below keys and in environment variables; the names of key
 import io
 import json
 import re
-from fnmatch import fnmatchcase
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from llmtrain.config.reading.credentials import HIDDEN, SECRET_WORD, text_without_credentials
 from llmtrain.config.reading.suggestions import all_keys
 from llmtrain.config.schema import RunConfig
-
-_URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:/|(?:https?|s3|gs|hf):)/")
-"""What was taken for a path has lost a slash."""
-
-_URL_IN_TEXT = re.compile(_URL.pattern + r"[^\s'\"<>]+")
-
-HIDDEN = "(hidden)"
-
-SECRET_WORD = re.compile(r"(?i)(?:^|[_\-.])(?:token|secrets?|passwords?|passphrase|api[_\-]?keys?)(?:$|[_\-.])")
 
 CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 LONGEST_SHOWN = 80
 
-VARIABLE_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?")
-"""A variable's name, or the beginning of some with an asterisk."""
-
-MORE_SECRETS = re.compile(
-    r"(?i)(?:^|_)(?:access_key(?:_id)?|key|auth|authorization|credentials?|passwd|pwd|pass|pat|cookie|bearer|jwt|dsn)"
-    r"(?:$|_)|(?:token|secret|password|passwd|apikey)$"
-)
-"""Words that in a variable's name mean a secret, beside those that do so in a configuration's keys."""
-
-FIXED_VARIABLES = (
-    # A rank's place and its share of a machine.
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
-    *("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
-    *("OMP_NUM_THREADS", "TORCHELASTIC_*", "RAY_*", "SLURM_*", "SBATCH_*", "LD_*"),
-    # Who the user is there, and folders of that machine.
-    *("HOME", "USER", "LOGNAME", "SHELL", "PWD", "OLDPWD", "TMPDIR", "HOSTNAME", "SSH_AUTH_SOCK"),
-)
 
 LEFT_OUT = (
     "# Users, passwords and queries of URLs are left out: take them from the file that the run was started with.\n"
@@ -110,27 +83,6 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def without_credentials(url: str) -> str:
-    """A URL to show: without user, password, query and fragment."""
-    parts = urlsplit(re.sub(":/(?=[^/])", "://", url, count=1))
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def text_without_credentials(text: str) -> str:
-    """A text to show: every URL that has credentials or a query loses them. One that is a URL is so as a whole."""
-    if _URL.match(text):
-        return _shown_url(text)
-    return _URL_IN_TEXT.sub(lambda match: _shown_url(match[0]), text)
-
-
-def _shown_url(url: str) -> str:
-    try:
-        shown = without_credentials(url)
-        return shown if any(mark in url for mark in "@?#") else url
-    except ValueError:  # no URL at all, such as one with half an IPv6 address
-        return HIDDEN
-
-
 def is_secret(name: str) -> bool:
     """True where a key's name says that its value should not be written down. Keys of the schema never do."""
     if any(name == key.rsplit(".", 1)[-1] for key in all_keys()):
@@ -170,13 +122,3 @@ def redacted(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redacted(child) for child in value]
     return text_without_credentials(value) if isinstance(value, str) else value
-
-
-def is_secret_variable(name: str) -> bool:
-    """True where the name of a variable says that its value should not be written down."""
-    return SECRET_WORD.search(name) is not None or MORE_SECRETS.search(name) is not None
-
-
-def is_fixed_variable(name: str) -> bool:
-    """True where a variable belongs to one process or one machine."""
-    return any(fnmatchcase(name, pattern) for pattern in FIXED_VARIABLES)

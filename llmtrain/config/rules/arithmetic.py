@@ -189,9 +189,6 @@ def profiled_ranks_exist(config: RunConfig, world_size: int) -> Found:
         yield Problem("observe.profile.ranks", message, absent, uses=("launch.num_workers",))
 
 
-Found = Iterator[Problem]
-
-
 def decay_follows_warmup(config: RunConfig) -> Found:
     """Where `optim.decay_steps` is the step at which the decay ends. With wsd it is a length, and fits anywhere."""
     optim = config.optim

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from llmtrain.config.reading.rendering import VARIABLE_PATTERN, is_fixed_variable, is_secret_variable
+from llmtrain.config.reading.credentials import VARIABLE_PATTERN, is_fixed_variable, is_secret_variable
 from llmtrain.config.reading.suggestions import either, nearest_divisors
 from llmtrain.config.rules.parallel import PARALLEL_RULES, WORLD_RULES
 from llmtrain.config.schema import RunConfig

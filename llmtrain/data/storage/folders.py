@@ -7,7 +7,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from llmtrain.config.data import DataConfig
-from llmtrain.config.reading.rendering import without_credentials
+from llmtrain.config.reading.credentials import without_credentials
 from llmtrain.data.storage.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAMES,

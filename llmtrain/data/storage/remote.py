@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from filelock import FileLock
 
-from llmtrain.config.reading.rendering import without_credentials
+from llmtrain.config.reading.credentials import without_credentials
 from llmtrain.data.storage.manifest import DamagedFileError, file_sha256
 from llmtrain.errors import DataError
 

@@ -1,6 +1,7 @@
 """Credentials in URLs and under telling names do not get out."""
 
-from llmtrain.config.reading.rendering import HIDDEN, redacted, shown, text_without_credentials, without_credentials
+from llmtrain.config.reading.credentials import HIDDEN, text_without_credentials, without_credentials
+from llmtrain.config.reading.rendering import redacted, shown
 
 
 def test_a_url_loses_user_password_query_and_fragment() -> None:

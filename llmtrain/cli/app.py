@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from llmtrain.cli.__init__ import raising
+from llmtrain.cli import raising
 from llmtrain.errors import EXIT_TOLD_TWICE, ConfigError, LlmtrainError, PathError
 from llmtrain.messages import show_messages
 

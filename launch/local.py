@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from launch.forking.rank_process import LocalRankSet, RankProcess, start_rank
 from launch.rank.cores import num_threads, set_threads
 from launch.rank.failure import Failure, failure_text
-from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal, exit_after_grace
+from launch.rank.signals import HeartbeatBoard, StopSignal, exit_after_grace
 from launch.supervision.attempt import ChangeRun, import_for_ranks, rank_work, sum_up, watch, watches_speed
 from launch.supervision.restarts import AttemptEnd, newest_step, supervise
 from launch.supervision.stragglers import Stragglers
@@ -34,21 +33,16 @@ def launch(resolved: ResolvedRun, change_run: ChangeRun | None = None) -> int:
     config = resolved.config
     set_threads(num_threads(config.launch, config.launch.num_workers))
     with StopSignal() as stop:
-        if config.launch.num_workers > 1 or is_supervised(config):
+        # A single rank as well gets a process of its own, which this one can start again. Elsewhere than on Linux a
+        # fork after the imports is not safe with every system library.
+        supervised = config.launch.max_stalled_attempts > 0 and sys.platform == "linux"
+        if config.launch.num_workers > 1 or supervised:
             return supervise(config, LocalAttempts(config, stop, change_run).run)
         # It imports torch: only once the configuration is known to be right.
-        from launch.rank.worker import run_worker, unchanged
+        from launch.rank.worker import run_worker
 
         exit_after_grace(stop, config.launch.grace_seconds)
-        return run_worker(resolved, stop, change_run=change_run or unchanged)
-
-
-def is_supervised(config: RunConfig) -> bool:
-    """True where a single rank gets a process of its own, which this one can start again.
-
-    Elsewhere than on Linux a fork after the imports is not safe with every system library.
-    """
-    return config.launch.max_stalled_attempts > 0 and sys.platform == "linux"
+        return run_worker(resolved, stop, change_run=change_run)
 
 
 def run_as_rank(resolved: ResolvedRun, place: Rank) -> int:
@@ -92,8 +86,11 @@ class LocalAttempts:
         listener = socket.create_server((LOOPBACK, 0))
         ranks: list[RankProcess] = []
         try:
-            for rank in range(self.config.launch.num_workers):
-                ranks.append(self._start(rank, number, listener, board))
+            world_size, (host, port) = self.config.launch.num_workers, listener.getsockname()
+            for rank in range(world_size):
+                place = Rank(rank, world_size, rank, world_size, host, port, attempt=number)
+                work = rank_work(self.config, self.stop, place, board, rank, self.change_run)
+                ranks.append(start_rank(place, self.stop, [listener], work))
             store = serve_store(listener)
             rank_set = LocalRankSet(ranks)
             look = Stragglers(self.config, board, rank_set.host).look if watches_speed(self.config) else lambda: None
@@ -103,10 +100,3 @@ class LocalAttempts:
             for rank in ranks:
                 rank.end()
         return sum_up(self.config, ending, board, self.stop)
-
-    def _start(self, rank: int, attempt: int, listener: socket.socket, board: HeartbeatBoard) -> RankProcess:
-        world_size = self.config.launch.num_workers
-        host, port = listener.getsockname()
-        place = Rank(rank, world_size, rank, world_size, host, port, attempt=attempt)
-        work = rank_work(self.config, self.stop, place, board, rank, self.change_run)
-        return start_rank(place, self.stop, [listener], work)

@@ -32,9 +32,8 @@ from typing import Any
 
 from launch.forking.rank_process import RankProcess, start_rank
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import HeartbeatBoard, Position
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal
+from launch.rank.signals import HeartbeatBoard, Position, StopSignal
 from launch.supervision.attempt import POLL_SECONDS, import_for_ranks, rank_work
 from launch.supervision.hangs import read_stacks, stopped_processes
 from llmtrain.config.schema import RunConfig

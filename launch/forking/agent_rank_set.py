@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 from launch.forking.agent import failure_from, own_terminal, position_from
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import HeartbeatBoard, WorkWindow
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal
+from launch.rank.signals import HeartbeatBoard, StopSignal, WorkWindow
 from launch.supervision.attempt import POLL_SECONDS, RankNews
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError

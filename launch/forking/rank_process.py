@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 
 from launch.rank.failure import Failure
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal
+from launch.rank.signals import StopSignal
 from launch.supervision.attempt import POLL_SECONDS, RankNews
 from launch.supervision.hangs import dump_on_signal, read_stacks, stopped_processes
 

@@ -20,9 +20,8 @@ from launch.forking.agent_rank_set import AgentRankSet
 from launch.on_ray.cluster import Cluster, ray_cluster
 from launch.on_ray.ranking import seat_ranks
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal
+from launch.rank.signals import HeartbeatBoard, StopSignal
 from launch.supervision.attempt import Ending, note_stop, sum_up, watch, watches_speed
 from launch.supervision.restarts import AttemptEnd, newest_step, supervise
 from launch.supervision.stragglers import Stragglers

@@ -22,7 +22,7 @@ from launch.on_ray.cluster import num_worker_cpus
 from launch.on_ray.host import NEWS, HostFacts, RankHost
 from launch.on_ray.ranking import legal_sizes
 from launch.rank.cores import record_of_user
-from launch.rank.stop import StopSignal
+from launch.rank.signals import StopSignal
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
 

@@ -13,8 +13,7 @@ from launch.forking.agent_rank_set import AgentRankSet
 from launch.on_slurm.step import SlurmAgents, Step, Task
 from launch.rank.cores import user_threads
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import HeartbeatBoard
-from launch.rank.stop import StopSignal
+from launch.rank.signals import HeartbeatBoard, StopSignal
 from launch.supervision.attempt import Ending, sum_up, watch, watches_speed
 from launch.supervision.restarts import AttemptEnd, newest_step, supervise
 from launch.supervision.stragglers import Stragglers

@@ -18,7 +18,7 @@ from queue import Empty, Queue
 from launch.forking.agent_rank_set import Message
 from launch.rank.cores import record_of_user
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal
+from launch.rank.signals import StopSignal
 from launch.supervision.attempt import POLL_SECONDS
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError

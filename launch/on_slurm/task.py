@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 
 from launch.forking.agent import RankAgent
 from launch.rank.place import ALONE, rank_from_environment
-from launch.rank.stop import SIGNALS
+from launch.rank.signals import SIGNALS
 from launch.supervision.attempt import import_for_ranks
 from llmtrain.messages import show_messages
 

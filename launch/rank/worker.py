@@ -16,10 +16,9 @@ import torch.distributed as dist
 
 from launch.rank.cores import num_threads
 from launch.rank.failure import OtherRankFailedError
-from launch.rank.heartbeat import Heartbeat
 from launch.rank.place import ALONE, Rank
 from launch.rank.rendezvous import anybody, connect, lone_store, open_group, open_rank_store
-from launch.rank.stop import StopSignal
+from launch.rank.signals import Heartbeat, StopSignal
 from llmtrain.checkpoint.agreement import RankStore
 from llmtrain.config.budget import Budget, Seen
 from llmtrain.config.engines import ENGINES
@@ -44,17 +43,12 @@ def unwatched(phase: Phase, step: int) -> None:
     """The heartbeat of a rank that nobody watches over."""
 
 
-def unchanged(run: Run, place: Rank) -> Run:
-    """The parts of a run as they are; a drill puts others in their place."""
-    return run
-
-
 def run_worker(
     resolved: ResolvedRun,
     stop: StopSignal,
     place: Rank = ALONE,
     heartbeat: Heartbeat = unwatched,
-    change_run: Callable[[Run, Rank], Run] = unchanged,
+    change_run: Callable[[Run, Rank], Run] | None = None,
 ) -> int:
     """Train, or continue, the run; returns the exit code.
 
@@ -104,12 +98,8 @@ class Attempt:
     folder: RunFolder | None
     place: Rank
     heartbeat: Heartbeat
-    change_run: Callable[[Run, Rank], Run]
+    change_run: Callable[[Run, Rank], Run] | None
     lock_token: str = ""
-
-    @property
-    def config(self) -> RunConfig:
-        return self.resolved.config
 
     @property
     def finished_before(self) -> bool:
@@ -117,7 +107,7 @@ class Attempt:
 
     @property
     def _total_steps(self) -> int:
-        return Budget.of(self.config).last_step(self.start.state.seen)
+        return Budget.of(self.resolved.config).last_step(self.start.state.seen)
 
     def run(self, stop_requested: Callable[[], bool], on_any_rank: Callable[[bool], bool] = bool) -> int:
         """Train to the end or until told to stop; returns the exit code. `on_any_rank`: is it set on any?"""
@@ -125,18 +115,19 @@ class Attempt:
             self._require_result()
             if self.folder:
                 # The answer of the command, and so on stdout.
-                print(f"{self.folder.path}: {nothing_left(self.config, self.start.state.seen)}")
+                print(f"{self.folder.path}: {nothing_left(self.resolved.config, self.start.state.seen)}")
             self._write_status("done", self.start.step, "finished before")
             return 0
         self._write_status("running", self.start.step, "starting")
         run = None
         try:
             run = setup(self.resolved, self.folder, self.start, self.device, self.place.rank, self.heartbeat)
-            status, state = train(self.change_run(run, self.place), stop_requested, on_any_rank)
+            changed = self.change_run(run, self.place) if self.change_run else run
+            status, state = train(changed, stop_requested, on_any_rank)
         except BaseException as error:
-            advise(error, self.config, self.device.type)
+            advise(error, self.resolved.config, self.device.type)
             # Where rank 0 has lost the run folder, that is why the others fail too.
-            if self.folder is None and was_taken_over(self.config.run_dir, self.lock_token):
+            if self.folder is None and was_taken_over(self.resolved.config.run_dir, self.lock_token):
                 raise OtherRankFailedError("rank 0 has lost the run folder", RunFolderInUseError.exit_code) from error
             if run:
                 run.monitor.close("failed")
@@ -155,13 +146,15 @@ class Attempt:
         if message and status == "done":
             run.monitor.say(f"warning: {message}")
         run.monitor.close(status)
-        self._write_status(status, state.step, message, total_steps=Budget.of(self.config).last_step(state.seen))
+        self._write_status(
+            status, state.step, message, total_steps=Budget.of(self.resolved.config).last_step(state.seen)
+        )
         return 0 if status == "done" else EXIT_PREEMPTED
 
     def _require_result(self) -> None:
         """Raise NoProgressError where a run has made all its steps and they came to nothing."""
         try:
-            limit = StallLimit(self.config.health.max_skipped_steps, self.config.train.precision)
+            limit = StallLimit(self.resolved.config.health.max_skipped_steps, self.resolved.config.train.precision)
             limit.require_result(self.start.state)
         except NoProgressError as error:
             self._write_status("stalled", self.start.step, str(error), str(error))

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from launch.rank.failure import Failure
-from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal
+from launch.rank.signals import HeartbeatBoard, StopSignal
 from launch.supervision.hangs import Suspect, find_suspects, is_stuck, limit_seconds, save_stacks
 from launch.supervision.restarts import AttemptEnd, newest_step
 from llmtrain.config.launch import LaunchConfig
@@ -183,7 +182,7 @@ def rank_work(
 
     It reads the data's manifests itself: they may have changed since the launcher did, or since the last attempt.
     """
-    from launch.rank.worker import run_worker, unchanged
+    from launch.rank.worker import run_worker
     from llmtrain.preflight.resolve import resolve
 
     def work() -> int:
@@ -193,7 +192,7 @@ def rank_work(
             from launch.supervision.work_meter import WorkMeter
 
             heartbeat = WorkMeter(heartbeat, partial(board.add_window, slot), partial(board.places_wanted, slot))
-        return run_worker(resolve(config), stop, place, heartbeat, change_run or unchanged)
+        return run_worker(resolve(config), stop, place, heartbeat, change_run)
 
     return work
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from launch.rank.heartbeat import Position
+from launch.rank.signals import Position
 from llmtrain.config.launch import WatchdogConfig
 from llmtrain.files import open_log
 from llmtrain.runs.rank_logs import LOGS

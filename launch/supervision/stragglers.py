@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 
-from launch.rank.heartbeat import NUM_WINDOWS, WINDOW_STEPS, WORK, HeartbeatBoard, Work, WorkWindow
+from launch.rank.signals import NUM_WINDOWS, WINDOW_STEPS, WORK, HeartbeatBoard, Work, WorkWindow
 from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.runs.audit import record

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch.distributed import Work as Collective
 
-from launch.rank.heartbeat import WINDOW_STEPS, Heartbeat, Work, WorkWindow
+from launch.rank.signals import WINDOW_STEPS, Heartbeat, Work, WorkWindow
 from llmtrain.values.progress import Phase
 
 LOOK_SECONDS = 0.02

@@ -11,10 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import declare_parameters, is_frozen
+from llmtrain.config.parameters import is_frozen
 from llmtrain.errors import CheckpointError
-from llmtrain.models.init import initial_tensor
 from llmtrain.optim.table import OptimizerRow
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
 
@@ -86,25 +84,6 @@ def read_range(source: FragmentSource, placement: Placement, kind: str, span: tu
     for box, place in iter_range_boxes(placement.box, *span):
         part = source.read(placement.name, kind, box)
         target[place : place + box.num_elements].copy_(part.flatten())
-
-
-class InitialWeights:
-    """The weights before the first step, as a source: each element a function of seed, name and global index."""
-
-    def __init__(self, config: ModelConfig, seed: int) -> None:
-        self._config = config
-        self._seed = seed
-        self._declared = declare_parameters(config)
-        self._last: tuple[str, Tensor] | None = None
-
-    def read(self, name: str, kind: str, box: Box) -> Tensor:
-        declared = self._declared[name]
-        if self._last is None or self._last[0] != name:  # boxes of one tensor are asked for one after the other
-            self._last = name, initial_tensor(declared, self._config, self._seed)
-        return self._last[1][box.slices_in(Box.whole(declared.shape))]
-
-    def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
-        return self._declared[name].shape
 
 
 @dataclass(frozen=True)

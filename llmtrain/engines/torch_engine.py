@@ -13,7 +13,6 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import (
     DTYPES,
-    InitialWeights,
     Master,
     Placement,
     fp32_master,
@@ -27,6 +26,7 @@ from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
 from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.head import Objective
+from llmtrain.models.init import InitialWeights
 from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model
 from llmtrain.optim.table import parameter_groups

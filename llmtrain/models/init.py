@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import Parameter
+from llmtrain.config.parameters import Parameter, declare_parameters
+from llmtrain.values.fragment import Box
 from llmtrain.values.keyed_hash import derived_key
 
 BLOCK_ELEMENTS = 65536
@@ -40,7 +41,15 @@ def distribution(parameter: Parameter, config: ModelConfig) -> Distribution:
     if parameter.draw in ("embedding", "head", "position_bias"):
         std = small_std(config) if config.init.scheme == "small_normal" else config.init.std
         return Distribution("normal", std, rows=rows)
-    kind, std = linear_distribution(parameter.shape[-2:], config)
+    match config.init.scheme:
+        case "small_normal":
+            kind, std = "normal", small_std(config)
+        case "xavier_normal":
+            kind, std = "normal", math.sqrt(2 / sum(parameter.shape[-2:]))
+        case "xavier_uniform":
+            kind, std = "uniform", math.sqrt(2 / sum(parameter.shape[-2:]))
+        case _:
+            kind, std = "normal", config.init.std
     if config.init.depth_scaled and parameter.draw == "residual":  # deviations shrink with depth (Radford et al. 2019)
         std /= math.sqrt(2 * config.num_layers)
     return Distribution(kind, std)
@@ -59,19 +68,6 @@ def t5_std(parameter: Parameter, config: ModelConfig) -> float:
     if parameter.draw == "query":
         return (config.hidden_size * config.head_size) ** -0.5
     return parameter.shape[-1] ** -0.5
-
-
-def linear_distribution(shape: tuple[int, ...], config: ModelConfig) -> tuple[str, float]:
-    """Kind and standard deviation for a matrix [out, in] under the configured scheme."""
-    match config.init.scheme:
-        case "small_normal":
-            return "normal", small_std(config)
-        case "xavier_normal":
-            return "normal", math.sqrt(2 / sum(shape))
-        case "xavier_uniform":
-            return "uniform", math.sqrt(2 / sum(shape))
-        case _:
-            return "normal", config.init.std
 
 
 def drawn_block(name: str, block: int, seed: int, rule: Distribution) -> np.ndarray:
@@ -98,3 +94,22 @@ def initial_tensor(parameter: Parameter, config: ModelConfig, seed: int) -> Tens
     if rule.rows is not None:
         tensor[rule.rows :] = 0
     return tensor
+
+
+class InitialWeights:
+    """The weights before the first step, as a source: each element a function of seed, name and global index."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._declared = declare_parameters(config)
+        self._last: tuple[str, Tensor] | None = None
+
+    def read(self, name: str, kind: str, box: Box) -> Tensor:
+        declared = self._declared[name]
+        if self._last is None or self._last[0] != name:  # boxes of one tensor are asked for one after the other
+            self._last = name, initial_tensor(declared, self._config, self._seed)
+        return self._last[1][box.slices_in(Box.whole(declared.shape))]
+
+    def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        return self._declared[name].shape

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.scoring import Visibility
-from llmtrain.models.experts.mixture import identity
 from llmtrain.models.head import MlmHead, Objective, head_cross_entropy
-from llmtrain.models.pointwise import build_norm
+from llmtrain.models.pointwise import build_norm, identity
 from llmtrain.models.positions import sinusoids
 from llmtrain.models.stack import LayerCaches, Pass, Reports, Side, Stack, with_memory
 from llmtrain.parallel.parts import WHOLE, SequenceParts
@@ -117,7 +116,10 @@ class Transformer(nn.Module):
             reports = {**reports, **more}
         if not self.ends:
             return (x_sBH if encoded_tBH is None else torch.cat((encoded_tBH, x_sBH))), reports
-        return self.before_head(x_sBH), reports
+        # What stands before the matrix of the head; under tensor parallelism its vocabulary needs the whole sequence.
+        x_sBH = x_sBH if self.mlm is None else self.mlm(x_sBH)
+        x_sBH = x_sBH * self.config.hidden_size**-0.5 if self.config.scaled_head else x_sBH
+        return self.enter(x_sBH), reports
 
     def _begin(
         self, inputs: ModelInputs, run: Pass, received: Tensor | None, memory_TBH: Tensor | None
@@ -168,12 +170,6 @@ class Transformer(nn.Module):
         tokens_BT, visible = inputs.encoder_tokens_BT, encoder_visibility(inputs.encoder_segments_BT)
         positions_BT = counted_positions(tokens_BT)[:, self._inside(tokens_BT)]
         return self.encoder(x_tBH, self.encoder.inputs(visible, positions_BT, x_tBH, self._own(run, tokens_BT)))
-
-    def before_head(self, x_SBH: Tensor) -> Tensor:
-        """The steps between the last layer and the matrix of the head."""
-        x_SBH = x_SBH if self.mlm is None else self.mlm(x_SBH)
-        x_SBH = x_SBH * self.config.hidden_size**-0.5 if self.config.scaled_head else x_SBH
-        return self.enter(x_SBH)
 
     def head_weight(self, rows: int) -> Tensor:
         """[rows, H]: this rank's rows of the head, without those that pad the vocabulary."""

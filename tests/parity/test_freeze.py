@@ -9,7 +9,7 @@ import torch
 from llmtrain.checks.parity.batches import probe_batches
 from llmtrain.config.parameters import declare_parameters, is_frozen
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.masters import InitialWeights
+from llmtrain.models.init import InitialWeights
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box

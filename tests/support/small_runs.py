@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal
-from launch.rank.worker import run_worker, unchanged
+from launch.rank.signals import StopSignal
+from launch.rank.worker import run_worker
 from llmtrain.config.schema import RunConfig
 from llmtrain.preflight.resolve import resolve
 from llmtrain.runs.metrics_file import read_rows
@@ -37,7 +37,7 @@ def small_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate({"name": "small", "output_dir": str(folder / "runs"), **merged})
 
 
-def train_here(config: RunConfig, change_run: ChangeRun = unchanged, stop: StopSignal | None = None) -> int:
+def train_here(config: RunConfig, change_run: ChangeRun | None = None, stop: StopSignal | None = None) -> int:
     """Train or continue a run; returns its exit code, or raises what ends it."""
     return run_worker(resolve(config), stop or StopSignal(), change_run=change_run)
 

@@ -78,6 +78,6 @@ def test_the_packages_print_only_in_commands() -> None:
     }
     assert printing == {
         "launch/on_ray/jobs.py",  # passes on what a job writes
-        "launch/rank/stop.py",  # in a signal handler, which must wait for no lock
+        "launch/rank/signals.py",  # in a signal handler, which must wait for no lock
         "launch/rank/worker.py",  # the answer of `train` to a finished run
     }

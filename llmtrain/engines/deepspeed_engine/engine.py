@@ -22,7 +22,6 @@ from llmtrain.engines.deepspeed_engine.zero1_2 import Partitions
 from llmtrain.engines.deepspeed_engine.zero3 import PartitionedWeights, held_weight
 from llmtrain.engines.masters import (
     DTYPES,
-    InitialWeights,
     Master,
     Placement,
     fp32_master,
@@ -32,6 +31,7 @@ from llmtrain.engines.masters import (
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.models.init import InitialWeights
 from llmtrain.optim.table import parameter_groups
 from llmtrain.parallel.cpu import stand_in_for_cuda
 from llmtrain.parallel.groups import build_groups

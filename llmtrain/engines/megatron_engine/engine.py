@@ -16,12 +16,13 @@ from llmtrain.config.parameters import Parameter, declare_parameters, is_frozen
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.engines.base import Scales
-from llmtrain.engines.masters import DTYPES, InitialWeights, Master, Placement, make_state, moments_of, sum_over_ranks
+from llmtrain.engines.masters import DTYPES, Master, Placement, make_state, moments_of, sum_over_ranks
 from llmtrain.engines.megatron_engine.optimizers import build_optimizers, iter_pairs, round_weights
 from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, transformer_config
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.models.init import InitialWeights
 from llmtrain.parallel.cpu import call_cuda_tensors, stand_in_for_cuda
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.layout import Chunk, plan_chunks

@@ -74,7 +74,8 @@ KERNELS: dict[KernelName, Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]] =
 def kernel_for(q_SBND: Tensor, k_TBND: Tensor, scoring: Scoring, on_gpu: bool) -> KernelName:
     """The fastest kernel that computes this: PyTorch's fused ones know no pattern and nothing between score and weight;
     FlexAttention knows both, on GPUs; the blockwise one knows everything, everywhere."""
-    if isinstance(scoring.pattern, Full) and scoring.plain:
+    added = (scoring.softcap, scoring.by_distance_NR, scoring.sinks_N, scoring.dropout)
+    if isinstance(scoring.pattern, Full) and all(part is None for part in added):
         return "fused"
     # A stride leaves something of every block of FlexAttention's, so that it would save nothing there.
     if on_gpu and not isinstance(scoring.pattern, Strided) and can_flex(q_SBND, k_TBND, scoring):

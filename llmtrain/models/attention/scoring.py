@@ -107,11 +107,6 @@ class Scoring:
     sinks_N: Tensor | None = None
     dropout: ProbabilityDropout | None = None
 
-    @property
-    def plain(self) -> bool:
-        """True where weights are the softmax of scaled scores and nothing more."""
-        return all(part is None for part in (self.softcap, self.by_distance_NR, self.sinks_N, self.dropout))
-
 
 def repeated_kv(x_TBND: Tensor, num_heads: int) -> Tensor:
     """Repeat key or value heads so that query head n finds head n // (num_heads / num_kv_heads)."""

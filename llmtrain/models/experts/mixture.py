@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import expert_ffn_size
 from llmtrain.models.experts.router import Router
-from llmtrain.models.pointwise import MLP, build_pointwise
+from llmtrain.models.pointwise import MLP, build_pointwise, identity
 from llmtrain.parallel.stateless_random import Draws
 
 
@@ -189,7 +189,3 @@ class MoE(nn.Module):
         if balance and torch.is_grad_enabled():
             out_SBH = WithLoss.apply(out_SBH, routing.loss, balance)
         return out_SBH, routing.report
-
-
-def identity(x: Tensor) -> Tensor:
-    return x

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal
+from launch.rank.signals import StopSignal
 from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name
 from llmtrain.checkpoint.manifest import load_manifest
 from llmtrain.config.schema import RunConfig

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from launch.rank.stop import StopSignal
-from launch.rank.worker import unchanged
+from launch.rank.signals import StopSignal
 from llmtrain.checkpoint.folders import checkpoint_steps
 from llmtrain.checkpoint.reader import open_checkpoint
 from llmtrain.checks.drill.faults import Fault, inject, nothing
@@ -41,7 +40,7 @@ def data(tmp_path: Path) -> None:
 
 def given_up(config: RunConfig, destroyed_at: int = 0) -> str:
     """What is said of a run that ends with 93, and what its folder says then."""
-    change_run = inject(DESTROYED, config, destroyed_at) if destroyed_at else unchanged
+    change_run = inject(DESTROYED, config, destroyed_at) if destroyed_at else None
     folder = config.run_dir
     before = list(iter_events(folder, DONE))
     with pytest.raises(NoProgressError) as error:

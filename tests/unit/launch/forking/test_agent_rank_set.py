@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.forking.agent_rank_set import SILENT, AgentRankSet, Message
-from launch.rank.heartbeat import HeartbeatBoard
 from launch.rank.place import Rank
-from launch.rank.stop import StopSignal
+from launch.rank.signals import HeartbeatBoard, StopSignal
 from launch.supervision.attempt import watch
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig

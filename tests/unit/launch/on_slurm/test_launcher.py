@@ -9,7 +9,7 @@ import pytest
 
 from launch.on_slurm.launcher import cpus_per_task, launch
 from launch.on_slurm.step import Step, srun_line
-from launch.rank.stop import StopSignal
+from launch.rank.signals import StopSignal
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError

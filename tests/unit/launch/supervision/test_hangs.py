@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.rank.heartbeat import HeartbeatBoard, Position
+from launch.rank.signals import HeartbeatBoard, Position
 from launch.supervision.hangs import (
     current_place,
     find_suspects,

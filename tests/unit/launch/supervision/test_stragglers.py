@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from launch.rank.heartbeat import NUM_WINDOWS, HeartbeatBoard, WorkWindow
+from launch.rank.signals import NUM_WINDOWS, HeartbeatBoard, WorkWindow
 from launch.supervision.attempt import watches_speed
 from launch.supervision.stragglers import LEAST_USUAL_WINDOWS, SLOW_WINDOWS, Judge, Straggler
 from tests.unit.config.small_run import run

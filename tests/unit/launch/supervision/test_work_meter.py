@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch.distributed import Work as Collective
 
-from launch.rank.heartbeat import WINDOW_STEPS, WorkWindow
+from launch.rank.signals import WINDOW_STEPS, WorkWindow
 from launch.supervision.work_meter import LOOK_SECONDS, STANDSTILL, Looks, WorkMeter, stacks_of
 from llmtrain.values.progress import Phase
 

@@ -83,10 +83,10 @@ class PathError(LlmtrainError):
 
     @staticmethod
     def of(error: BaseException | None) -> "PathError | None":
-        """What a system call on a path means to whoever named it; None where a path alone does not explain it.
+        """The fault of a path that a system call failed on; None where the path alone does not explain it.
 
-        A file that is not there is expected by whoever looks for it, and a fault of a device or a full one is no
-        fault of the name.
+        A file that is not there is expected by whoever looks for it. A broken or full device is not a fault of the
+        name.
         """
         if not isinstance(error, OSError) or error.errno not in _FAULTS_OF_PATHS:
             return None

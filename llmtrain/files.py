@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import IO, Any, Literal, overload
 
 JSON_BYTES = 16 << 20
-"""What a JSON file may have unless its reader says otherwise: parsed, `[{},{},...]` takes 25 times as much."""
+"""The size of a JSON file, unless its reader allows more: parsed, `[{},{},...]` takes 25 times as much."""
 
 LINE_BYTES = 8 << 20
-"""What a line of a file of lines may have: a row with the norms of a thousand layers has 200 kB."""
+"""The size of a line in a file of lines: a row with the norms of a thousand layers has 200 kB."""
 
 JSON_DEPTH = 32
 """How deep JSON may be nested: ours has 6 levels at most."""
@@ -127,6 +127,7 @@ def sync_folder(folder: Path) -> None:
     """Return once names that were made or changed in the folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        # A file's own fsync does not keep its name: that is in the folder.
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -249,7 +250,7 @@ _WORDS = (b"true", b"false", b"null")
 
 
 def _is_cut(text: bytes, error: json.JSONDecodeError) -> bool:
-    """Whether more text could have mended it: its end is missing. A line that was changed goes wrong before."""
+    """True where only the end of a line is missing. One that was changed goes wrong before its end."""
     if error.msg.startswith("Unterminated string"):
         return not text.endswith(b"}")
     rest = text[error.pos :]

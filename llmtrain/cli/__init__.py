@@ -50,6 +50,7 @@ def _end(number: int, frame: FrameType | None) -> None:
     if _raises:
         _raises = False
         raise KeyboardInterrupt
+    # Nothing has begun, so nothing is to be put in order: the interpreter's own end may wait for threads and imports.
     sys.stderr.write("interrupted\n")
     sys.stderr.flush()
     os._exit(EXIT_CODE)

@@ -22,7 +22,7 @@ from llmtrain.messages import show_messages
 
 @dataclass(frozen=True)
 class Verb:
-    """Where a verb's function, or its group of verbs, is found, and the line about it in `--help`."""
+    """The place of a verb's function, or of its group of verbs, and the line about it in `--help`."""
 
     module: str
     attribute: str

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WIDTH = 110
 MARKS = {"ok": ("ok", "green"), "limited": ("!", "yellow"), "missing": ("-", "yellow"), "broken": ("x", "red")}
-"""What stands before a finding, and its colour."""
+"""The mark before a finding, and its colour."""
 
 
 def doctor(

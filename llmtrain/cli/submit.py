@@ -96,7 +96,7 @@ def _to_ray(path: Path, overrides: list[str], address: str | None, action: str) 
 
 
 def _checked(path: Path, overrides: list[str]) -> "RunConfig":
-    """What was asked for, once everything is known to be right. Warns of what may stop the run on its way."""
+    """The configuration as it was asked for, once everything is right. Warns of what may stop the run on its way."""
     from llmtrain.config.rules.arithmetic import schedule_warnings
     from llmtrain.preflight.storage import load_run, storage_warnings
 

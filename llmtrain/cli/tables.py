@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LONGEST_LINE = 1000
-"""Lines are never broken: a column that is broken is no column for whoever reads with a program."""
+"""Lines are never broken: a program that reads columns could not put them together again."""
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:

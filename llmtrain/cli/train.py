@@ -22,7 +22,7 @@ OverridesArgument = Annotated[
 
 
 LAUNCHERS = {"local": "launch.local", "ray": "launch.on_ray.launcher", "slurm": "launch.on_slurm.launcher"}
-"""Where the function `launch` of each launch.backend is."""
+"""The module with the function `launch` of each launch.backend."""
 
 
 def train(
@@ -118,7 +118,7 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
 
 
 def _source(source: "SourceUse") -> tuple[str, str]:
-    """What an epoch of a source is, and how much of the source no epoch shows."""
+    """The size of an epoch of a source, and how much of the source no epoch shows."""
     name = {"train": "data", "valid": "validation"}[source.split]
     often = f"{source.epochs:,.3g} epochs" if name == "data" else f"{source.epochs:.1%} of it each time"
     use = source.use

@@ -88,7 +88,7 @@ def export(
 
 
 def _told(export: "Export", dtype: Precision) -> dict[str, Any]:
-    """What was written and what was proved."""
+    """The facts of an export: what was written, and what was proved."""
     proof = export.proof
     return {
         "family": export.family,

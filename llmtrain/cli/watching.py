@@ -62,7 +62,7 @@ def status(
 
 
 def _news(view: "RunView") -> dict[str, object]:
-    """What is worth another line: not that time has passed."""
+    """The facts whose change is worth another line: not that time has passed."""
     passing = ("seconds_left", "last_row_age_seconds", "checkpoint_age_seconds", "updated")
     return {key: value for key, value in asdict(view).items() if key not in passing}
 

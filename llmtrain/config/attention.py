@@ -76,7 +76,7 @@ class RopeScaling(Section):
 
 @dataclass(frozen=True)
 class Kind:
-    """What one kind reads of its section."""
+    """The keys that one kind reads of its section."""
 
     reads: tuple[str, ...] = ()
     """Keys that have an effect with this kind, beside those that have one with every kind."""

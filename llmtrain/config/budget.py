@@ -15,7 +15,7 @@ from llmtrain.config.schema import RunConfig, TrainConfig
 
 @dataclass(frozen=True)
 class Seen:
-    """What a run has behind it: steps, tokens of data, and how many of these its first step read (0: none yet)."""
+    """The past of a run: steps, tokens of data, and how many of these its first step read (0: none yet)."""
 
     step: int = 0
     data_tokens: int = 0
@@ -51,7 +51,7 @@ class Budget:
 
 
 def seen_by(train_state: Mapping[str, Any], config: Mapping[str, Any]) -> Seen:
-    """What a checkpoint's training state has behind it; `config` is the configuration that it was saved with.
+    """The past that a checkpoint's training state tells of; `config` is the configuration that it was saved with.
 
     Older states do not count tokens of data: then their position in the stream does, and the batch size is taken for
     the first step's.

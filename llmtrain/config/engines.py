@@ -1,4 +1,4 @@
-"""What each engine is and what it can do: one row each, which rules, launchers, checks and advice read. Pure."""
+"""The engines and their abilities: one row each, which rules, launchers, checks and advice read. Pure."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ class EngineRow:
     """One engine."""
 
     module: str
-    """Where its class is. It is imported only where the engine is in use: that takes seconds."""
+    """The module of its class. It is imported only where the engine is in use: that takes seconds."""
     class_name: str
     """The class, made from (config, device)."""
     axes: tuple[str, ...] = ()
@@ -24,7 +24,7 @@ class EngineRow:
     optimizers: tuple[str, ...] = ("adamw", "lion")
     """Values of `optim.name`."""
     needs_group: bool = True
-    """Whether it needs a process group where there is one rank only."""
+    """It needs a process group even where there is one rank only."""
     platforms: tuple[str, ...] = ()
     """Values of `sys.platform` that its package is made for; empty: all."""
     no_compile: str = ""
@@ -67,5 +67,5 @@ ENGINES: dict[str, EngineRow] = {
 
 
 def engines_that(can: Callable[[EngineRow], bool]) -> list[str]:
-    """Names of the engines whose row fulfils something."""
+    """Names of the engines that can do something, by their row."""
     return [name for name, row in ENGINES.items() if can(row)]

@@ -7,7 +7,7 @@ from pydantic import Field
 from llmtrain.config.section import AsTuple, Count, CountOrZero, Ranks, Seconds, Section, Text, Threads
 
 SLURM_WORD = r"^[A-Za-z0-9_.,:@+/*\[\]-]{1,200}$"
-"""What names of partitions, accounts, constraints and such are made of: nothing that a shell or Slurm interprets."""
+"""The characters of names of partitions, accounts and such: none that a shell or Slurm interprets."""
 
 SlurmWord = Annotated[str, Field(pattern=SLURM_WORD)]
 

@@ -154,7 +154,7 @@ class ModelConfig(Section):
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP multiplies two projections."""
+        """True where the MLP multiplies two projections."""
         return self.activation in ("swiglu", "geglu", "reglu")
 
     @property
@@ -179,12 +179,12 @@ class ModelConfig(Section):
         return self.encoder_layers + self.decoder_layers
 
     def has_experts(self, layer: int) -> bool:
-        """Whether layer number `layer` of its stack has experts in place of an MLP."""
+        """True where layer number `layer` of its stack has experts in place of an MLP."""
         return self.moe is not None and layer % self.moe.every_n_layers == 1 % self.moe.every_n_layers
 
     @property
     def has_plain_mlp(self) -> bool:
-        """Whether some layer of some stack has an MLP without experts."""
+        """True where some layer of some stack has an MLP without experts."""
         return not all(map(self.has_experts, (*range(self.encoder_layers), *range(self.decoder_layers))))
 
     @property

@@ -51,7 +51,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_frozen(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a parameter is not trained, by the patterns of `optim.freeze`."""
+    """True where a parameter is not trained, by the patterns of `optim.freeze`."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

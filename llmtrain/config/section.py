@@ -55,7 +55,7 @@ AsWhole = BeforeValidator(whole_number)
 """Stands behind the bounds of a type: before them, it would hide them from the JSON schema."""
 
 Count = Annotated[int, Field(ge=1, le=1_000_000), AsWhole]
-"""What is counted one by one: entries, attempts, steps that are prepared ahead."""
+"""A number of things that are counted one by one: entries, attempts, steps that are prepared ahead."""
 CountOrZero = Annotated[int, Field(ge=0, le=1_000_000), AsWhole]
 Steps = Annotated[int, Field(ge=1, le=10**9), AsWhole]
 StepsOrZero = Annotated[int, Field(ge=0, le=10**9), AsWhole]

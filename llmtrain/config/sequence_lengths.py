@@ -28,7 +28,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class SpanCounts:
-    """What span corruption takes out of a window: tokens, and spans that they lie in."""
+    """The tokens that span corruption takes out of a window, and the spans that they lie in."""
 
     tokens: int
     spans: int

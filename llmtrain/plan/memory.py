@@ -78,7 +78,7 @@ def held_bytes(config: RunConfig, layout: Layout) -> float:
 
 
 def activation_bytes(config: RunConfig, layout: Layout, lengths: Lengths, per_norm: int = 2) -> float:
-    """What all micro-batches under way keep for the backward pass on a rank of the first pipeline stage.
+    """Bytes that all micro-batches under way keep for the backward pass on a rank of the first pipeline stage.
 
     `per_norm` is how many tensors as wide as the residual a norm and its input take: 2 where one kernel does it.
     """
@@ -133,7 +133,7 @@ class Advice:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory has run out, of a device or of the machine, in whatever way a library says it."""
+    """True where memory has run out, of a device or of the machine, in whatever way a library says it."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, MemoryError):
@@ -154,7 +154,7 @@ def advise(error: BaseException, config: RunConfig, device_type: str) -> None:
 
 
 def advice_text(config: RunConfig, device_type: str) -> str:
-    """What would help, for a person."""
+    """The advice as lines for a person."""
     size = held_bytes(config, plan_layout(config.parallel, config.launch.num_workers))
     held = f"{size / 1e9:.1f} GB of each rank" if size >= 1e9 else f"{size / 1e6:.1f} MB of each rank"
     found = memory_advice(config, device_type)

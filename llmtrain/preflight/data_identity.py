@@ -25,7 +25,7 @@ FREE_DATA_KEYS = (
 
 
 def content_sha256(manifest: Manifest) -> str:
-    """What tells data sets apart: tokens, their documents and their order. Not where they lie, nor names of files."""
+    """A hash of what a data set holds: tokens, documents, their order. Neither its place nor names of files count."""
     meaning: tuple[Any, ...] = (manifest.tokenizer_sha256, manifest.vocab_size, manifest.dtype, manifest.eos_id)
     if manifest.bos_ids:
         meaning = (*meaning, manifest.bos_ids)
@@ -34,7 +34,7 @@ def content_sha256(manifest: Manifest) -> str:
 
 
 def data_record(config: RunConfig, manifests: Sequence[Manifest]) -> dict[str, Any]:
-    """What a checkpoint says about the data it was trained on, as JSON; `manifests` are those of data.train."""
+    """The record in a checkpoint of the data that it was trained on, as JSON. `manifests` are those of data.train."""
     sources = [
         {"path": shown_path(source.path), "weight": source.weight, "content_sha256": content_sha256(manifest)}
         for source, manifest in zip(config.data.train, manifests, strict=True)
@@ -58,12 +58,12 @@ def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str |
 
 
 def windows_of(data: Mapping[str, Any]) -> WindowKind:
-    """What data.windows means in a section as it was saved: before there was the key, samples lay in one shard."""
+    """The meaning of data.windows in a section as it was saved: before there was the key, samples lay in one shard."""
     return "per_shard" if data.get("windows", "per_shard") == "per_shard" else "continuous"
 
 
 def stream_keys(data: DataConfig) -> dict[str, Any]:
-    """What decides which sample a number means, beside the sources."""
+    """The keys that decide, beside the sources, which sample a number means."""
     elsewhere = ("train", "tokenizer", *FREE_DATA_KEYS)
     keys = {name: value for name, value in data.model_dump(mode="json").items() if name not in elsewhere}
     return {**keys, "windows": windows_of(keys)}

@@ -47,11 +47,11 @@ class Difference:
         "Set it back. The model's shape can never be allowed to change: that is a new run, under another name and "
         "with checkpoint.resume=auto."
     )
-    """What is told of one that cannot be allowed."""
+    """The advice where a difference cannot be allowed."""
 
 
 def resume_target(config: RunConfig) -> Path | None:
-    """What the run would continue: a checkpoint, or a folder whose newest valid one is meant; None for neither.
+    """The checkpoint that the run would continue, or a folder whose newest valid one is meant; None for neither.
 
     `checkpoint.resume` is auto, none, or the path of a checkpoint, of a run or of an import. A path inside this run
     goes back to it; one outside is where the run begins, until it has checkpoints of its own.
@@ -89,7 +89,7 @@ def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest]
 
 
 def noted_changes(origin: Origin, config: RunConfig) -> list[Difference]:
-    """What may change at any time and is worth a word: the optimizer and the batch size; of imports, the model."""
+    """Changes that are always allowed and worth a word: optimizer and batch size; for imported weights, the model."""
     if not origin.trained:
         return [item for item in _model_differences(origin, config, None) if not item.fixed]
     was = {**OptimConfig().model_dump(mode="json"), **origin.section("optim")}
@@ -100,7 +100,7 @@ def noted_changes(origin: Origin, config: RunConfig) -> list[Difference]:
 
 
 def is_elsewhere(config: RunConfig) -> bool:
-    """Whether the run would continue what is not its own: then another name changes nothing."""
+    """True where the run would continue a checkpoint that is not its own: another name would change nothing."""
     target = resume_target(config)
     return target is not None and not target.resolve().is_relative_to((config.run_dir).resolve())
 

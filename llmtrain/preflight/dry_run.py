@@ -1,4 +1,4 @@
-"""What a run will do and from where, as plain numbers: the answer of `llmtrain train --dry-run`.
+"""The outline of a run as plain numbers: where it begins and what it will do, for `llmtrain train --dry-run`.
 
 Opens only the small files of checkpoints, no tensor. Imports no torch.
 """
@@ -44,7 +44,7 @@ class Outline:
     run_folder: str
     parameters: int
     active_parameters: int
-    """Those that one token meets: of the experts, some."""
+    """The parameters that one token meets: of the experts, some."""
     vocab_size: int
     world_size: int
     data_parallel_size: int
@@ -69,7 +69,7 @@ class Outline:
 
 
 def damaged_checkpoints(config: RunConfig) -> list[str]:
-    """What is wrong with the checkpoints that a run would pass over for an older one, as their small files tell."""
+    """The faults of checkpoints that a run would pass over for an older one, as their small files tell."""
     target, damaged = resume_target(config), list[str]()
     if target is not None:
         newest_origin(target, damaged)

@@ -32,19 +32,19 @@ FIM_NAMES = (
     ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
     ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
 )
-"""What tokenizers call fim's sentinels."""
+"""Names that tokenizers have for the sentinels of fim."""
 
 SPECIAL_KEY = "data.special_tokens"
 
 Manifests = MutableMapping[str, Manifest]
-"""What was read already, by the path of the source. Some data sets have ten thousand shards, and a source may be named
-twice: a process reads each manifest once."""
+"""The manifests that were read already, by the path of the source. Some data sets have ten thousand shards, and a
+source may be named twice: a process reads each manifest once."""
 
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """What a run is made from. `config` has what the data decides filled in: the vocabulary's size, special tokens and
-    kind of windows; `asked` is what the user wrote. `train` and `valid` are the manifests of its sources, in order."""
+    """All that a run is made from. In `config` everything that the data decides is filled in: vocabulary size, special
+    tokens and kind of windows. `asked` is the user's. `train` and `valid` are manifests of the sources, in order."""
 
     config: RunConfig
     asked: RunConfig
@@ -57,7 +57,7 @@ class ResolvedRun:
 
     @cached_property
     def layout(self) -> Layout:
-        """That of launch.num_workers ranks."""
+        """The layout of launch.num_workers ranks."""
         return plan_layout(self.config.parallel, self.config.launch.num_workers)
 
     @cached_property
@@ -89,7 +89,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
 
 
 def read_manifests(sources: tuple[SourceConfig, ...], data: DataConfig, manifests: Manifests) -> tuple[Manifest, ...]:
-    """Those of the sources, in order. What `manifests` lacks is read, and then there. Raises DataError."""
+    """The manifests of the sources, in order. Those that `manifests` lacks are read and put there. Raises DataError."""
     for source in sources:
         if source.path not in manifests:
             manifests[source.path] = open_folder(source.path, fetch_config(data)).read_manifest()
@@ -112,8 +112,8 @@ def with_windows(config: RunConfig) -> RunConfig:
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a run makes of one source. `epochs`: how often it goes through it; an evaluation, how much of it it reads,
-    each time, and once at most."""
+    """The use that a run makes of one source. `epochs`: how often it goes through the source. An evaluation reads the
+    same part of it each time, and each sample once at most."""
 
     split: str
     path: str
@@ -127,7 +127,7 @@ class SourceUse:
 
 
 def source_uses(resolved: ResolvedRun) -> list[SourceUse]:
-    """What a run makes of each of its sources."""
+    """The use that a run makes of each of its sources."""
     config, data, windows = resolved.config, resolved.config.data, resolved.config.data.windows or "continuous"
     splits = (
         ("train", data.train, resolved.train, config.total_steps),
@@ -202,7 +202,7 @@ def _filled(config: RunConfig, tokenizer: "Tokenizer") -> tuple[SpecialTokensCon
 
 
 def _find_sentinels(config: RunConfig, tokenizer: "Tokenizer") -> tuple[int, ...]:
-    """Those that the tokenizer has, where they suffice, else ids above all others in use."""
+    """The sentinels of the tokenizer, where they suffice, else ids above all others in use."""
     count, special = num_sentinels(config.data), config.data.special_tokens
     if config.data.objective == "fim":
         families, wanted = FIM_NAMES, count

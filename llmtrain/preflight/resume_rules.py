@@ -1,4 +1,4 @@
-"""Which differences from a checkpoint a run may have that continues it, and how those are refused that it may not.
+"""The differences that a run may have from the checkpoint that it continues, and the refusal of all others.
 
 What a run computes follows from its model, its seed, its tokenizer and its stream of samples. Where one of them has
 changed, the run would be neither the old one nor a new one. Layout, engine, batch size, schedule and everything that
@@ -26,7 +26,7 @@ def refusals(found: Iterable[Difference], config: RunConfig) -> list[Problem]:
 
 
 def is_allowed(key: str, allowed: Sequence[str]) -> bool:
-    """Whether a key, or a section around it, is named."""
+    """True where a key, or a section around it, is named."""
     return any(key == name or key.startswith(f"{name}.") for name in allowed)
 
 
@@ -45,7 +45,7 @@ def _problem(item: Difference, config: RunConfig) -> Problem:
 
 
 def no_base(config: RunConfig) -> Problem:
-    """What is told where parameters are frozen and there is nothing that they could be loaded from."""
+    """The refusal of a run whose frozen parameters have no weights that they could be loaded from."""
     message = "has no weights to keep: the run begins from nothing. Set checkpoint.resume to an import, a run or a "
     message += "checkpoint, or optim.freeze=[]."
     return Problem("optim.freeze", message, ", ".join(config.optim.freeze), uses=("checkpoint.resume",))
@@ -69,7 +69,7 @@ def resume_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> list[Problem]:
-    """What differs from the checkpoint that the run would continue. Whether that one is whole is found out later."""
+    """The refused differences from the checkpoint that the run would continue, which may yet turn out to be damaged."""
     target = resume_target(config)
     origin = newest_origin(target) if target else None
     if origin is None:

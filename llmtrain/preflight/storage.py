@@ -1,4 +1,4 @@
-"""The last look before a run takes any device: is what the configuration names really on storage?
+"""The last look before a run takes any device, at everything on storage that its configuration names.
 
 Reads manifests only, no shard and no token. Imports no torch, so that a mistake is told within a second.
 """
@@ -53,7 +53,7 @@ SHARDS_HINT = "Write it with `llmtrain data shards INPUT... OUT --tokenizer MODE
 
 @dataclass(frozen=True)
 class StorageCheck:
-    """What was found on storage: problems, or where there are none the run with what it leaves to its data."""
+    """The problems that were found on storage, or where there are none the resolved run."""
 
     problems: list[Problem]
     run: ResolvedRun | None = None
@@ -98,17 +98,20 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
         problems.extend(_too_short(config, key, source, manifests[key]))
     problems.extend(_disagreements(config, manifests))
     problems.extend(_tokenizer_problems(config, manifests))
+    # Before the checkpoint and the disk are looked at: both need the vocabulary's size.
     filled = fill_vocabulary(config, manifests[FIRST]) if FIRST in manifests else []
     if isinstance(filled, RunConfig):
         config = filled
     elif not any(problem.key == found.key for problem in problems for found in filled):
         problems.extend(filled)
     problems.extend(resume_problems(config))
+    # A size that could not be filled in differs from the checkpoint's for that reason only.
     unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size")
     problems.extend(found for found in continuity_problems(config, manifests) if not found.key.startswith(unknown))
     if fault := folder_fault(config.run_dir):
         problems.append(Problem("output_dir", fault, config.output_dir, uses=("name",)))
     else:
+        # Records are read in a folder that can be a run's only: elsewhere the names may mean anything.
         _require_records(config)
         problems.extend(_room_problems(config) if asks_room else ())
     if problems:
@@ -118,7 +121,7 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
 
 
 def storage_warnings(config: RunConfig) -> list[str]:
-    """What may stop the run on its way. Needs model.vocab_size."""
+    """Warnings of what may stop the run on its way. Needs model.vocab_size."""
     room = _room(config)
     if room.free_bytes is None or room.free_bytes >= room.planned_bytes:
         return []

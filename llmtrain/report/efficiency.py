@@ -32,7 +32,7 @@ ENDS = ("restarting", "failed", "stalled")
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Where the time of a run went, in seconds, and what was done for nothing.
+    """The time of a run by its uses, in seconds, and the steps that were done for nothing.
 
     `down_seconds` is the time between the last row before a start and that start: hanging, stopped, queued. `starts`
     counts every start of the ranks, `extensions` those of a run that was done before. `lost_steps` were finished and do
@@ -97,7 +97,7 @@ class _Steps:
     lost_seconds: float = 0.0
 
     def go_back(self, step: int) -> None:
-        """What was done after `step` does not count."""
+        """The steps after `step` do not count."""
         while self.stretches and self.stretches[-1][1] > step:
             before, last, seconds = self.stretches.pop()
             kept = max(before, step)
@@ -131,6 +131,7 @@ def measure(rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any
     evaluating = saving = down = idle = 0.0
     extensions, is_done = 0, False
     began = ended = starts[0] if starts else None
+    # Rows come first among equal times (the sort is stable): an event ends what was recorded up to it.
     merged = sorted([*((row["time"], row) for row in timed), *happened], key=lambda pair: pair[0])
     for time, entry in merged:
         if entry.get("event") == STARTED:
@@ -169,7 +170,7 @@ def measure(rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any
 
 
 def run_efficiency(run_dir: Path) -> Efficiency:
-    """That of a run folder. Raises DataError where its metrics or its audit log are damaged, OSError."""
+    """The efficiency of the run in a folder. Raises DataError where its metrics or audit log are damaged, OSError."""
     metrics = run_dir / METRICS_FILE
     return measure(iter_rows(metrics) if metrics.exists() else (), iter_events(run_dir))
 

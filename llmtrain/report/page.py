@@ -80,7 +80,7 @@ this browser runs none. Their numbers are in metrics.jsonl.</p></noscript></sect
 
 
 def chart_data(records: list[RunRecord]) -> dict[str, Any]:
-    """What the page's script draws: per run a label, where it was resumed, and its curves; null is not finite."""
+    """The data of the page's script: per run a label, where it was resumed, and its curves; null is not finite."""
     labels = [record.name for record in records]
     runs = []
     for record in records:
@@ -104,7 +104,7 @@ def chart_data(records: list[RunRecord]) -> dict[str, Any]:
 
 
 def _places(record: RunRecord) -> dict[str, list[float]]:
-    """Where the run was after which step, in predicted tokens and in seconds within steps: to draw curves over."""
+    """Predicted tokens and seconds within steps after each step, for curves to be drawn over."""
     steps = [row["step"] for row in record.rows]
     tokens = [float(row.get("tokens", 0)) for row in record.rows]
     seconds = list(accumulate(record.step_seconds))

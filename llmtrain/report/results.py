@@ -38,7 +38,7 @@ TROUBLE = {"failed": "bad", "stalled": "bad", "restarting": "warn", "rollback": 
 
 
 def sentence(event: Mapping[str, Any]) -> str:
-    """What happened, in words."""
+    """An event of the audit log in words."""
     try:
         ranks = {"ranks": _count(int(event["workers"]), "rank")} if "workers" in event else {}
         return SENTENCES[event["event"]].format_map({**event, **ranks})
@@ -60,7 +60,7 @@ def time_section(records: list[RunRecord]) -> str:
 
 
 def timeline_section(records: list[RunRecord]) -> str:
-    """What the audit log tells, oldest first, folded where several runs are compared."""
+    """The events of the audit log, oldest first, folded where several runs are compared."""
     tables = [(record, _timeline(record)) for record in records if record.events]
     if not tables:
         return ""

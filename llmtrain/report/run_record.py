@@ -38,8 +38,8 @@ class CheckpointEntry:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder holds. `rows` are training rows, `evaluations` those with `valid_loss`; replaced ones are in
-    neither. `resumes` are the steps that rows say the run went back to, `events` its audit log.
+    """The content of a run folder. `rows` are training rows, `evaluations` those with `valid_loss`; replaced ones are
+    in neither. `resumes` are the steps that rows say the run went back to, `events` its audit log.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class RunRecord:
 
     @property
     def step_seconds(self) -> list[float]:
-        """Of each row, the time in the steps since the row before it; evaluation and checkpoints are no part of it."""
+        """The time that each row has for the steps since the row before it, without evaluation and checkpoints."""
         before = [0, *(row["step"] for row in self.rows)]
         pairs = zip(self.rows, before, strict=False)
         return [row.get("step_seconds", 0.0) * max(0, row["step"] - step) for row, step in pairs]

@@ -1,4 +1,4 @@
-"""What can be told of a run from outside, from its folder alone: how far it is, and whether its process still lives."""
+"""A run as it is seen from outside, from its folder alone: how far it is, and whether its process still lives."""
 
 import math
 import socket
@@ -21,7 +21,7 @@ from llmtrain.words import duration
 State = Literal[
     "starting", "running", "restarting", "done", "preempted", "failed", "stalled", "dead", "unknown", "damaged"
 ]
-"""What holds of a run: its recorded status, or `dead` where that says that it goes on and its process is gone,
+"""The state of a run: its recorded status, or `dead` where that says that it goes on and its process is gone,
 `starting` where nothing is recorded yet, `unknown` where nothing can be told, `damaged` where a file cannot be read."""
 
 OVER: tuple[State, ...] = ("done", "failed", "stalled", "dead", "unknown", "damaged")
@@ -77,12 +77,12 @@ def find_runs(path: Path) -> list[Path]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is one that `llmtrain train` writes to."""
+    """True where a folder is one that `llmtrain train` writes to."""
     return path.is_dir() and any((path / name).is_file() for name in (STATUS, METRICS_FILE, LOCK))
 
 
 def _is_open_run(path: Path) -> bool:
-    """Whether a folder beside others is a run that one may look at."""
+    """True where a folder beside others is a run that one may look at."""
     try:
         return is_run(path)
     except PermissionError:
@@ -90,7 +90,7 @@ def _is_open_run(path: Path) -> bool:
 
 
 def look(path: Path) -> RunView:
-    """What a run folder tells now. Raises LlmtrainError where what it holds cannot be understood."""
+    """The view of a run folder now. Raises LlmtrainError where a file in it cannot be understood."""
     name = path.resolve().name
     state: State
     status = read_status(path)
@@ -136,14 +136,14 @@ def look(path: Path) -> RunView:
 
 
 def holder_lives(lock: Path, owner: LockOwner) -> bool:
-    """Whether the process that holds a run folder lives: exactly on its own machine, elsewhere by its lease."""
+    """True where the process that holds a run folder lives: exactly on its own machine, elsewhere by its lease."""
     if owner.machine == this_machine() and owner.host == socket.gethostname():
         return process_start(owner.pid) in (owner.process_started, "")
     return _age(lock) < LEASE_SECONDS
 
 
 def _lives(path: Path, status: RunStatus, owner: LockOwner | None) -> bool | None:
-    """Whether somebody is at a run that is said to go on; None where that cannot be told, or where it has ended."""
+    """True where a run that is said to go on has a process; None where that cannot be told, or where it has ended."""
     if status.status not in ("running", "restarting"):
         return None
     if owner is not None:
@@ -208,7 +208,7 @@ def _number(value: Any) -> float | None:
 
 
 def iter_views(folders: Sequence[Path], again: bool) -> Iterator[list[RunView]]:
-    """What is seen of the runs, over and over. A process that is gone once may be one that is being replaced."""
+    """Views of the runs, over and over. A process that is gone once may be one that is being replaced."""
     before: set[str] = set()
     while True:
         views = [_look(folder) for folder in folders]

@@ -1,4 +1,4 @@
-"""The parts of the report that say what was asked for: model and sizes, data, configuration, environment."""
+"""The parts of the report about what was asked for: model and sizes, data, configuration, environment."""
 
 import re
 from html import escape
@@ -37,7 +37,7 @@ def model_section(records: list[RunRecord]) -> str:
 
 
 def sizes(config: RunConfig) -> dict[str, str]:
-    """What was trained, by label. Needs model.vocab_size."""
+    """Sizes of the model and of its training, by label. Needs model.vocab_size."""
     model, train = config.model, config.train
     parameters, active = num_parameters(model), num_active_parameters(model)
     heads = f"{model.num_heads:,} of size {model.head_size:,}"
@@ -82,7 +82,7 @@ def _config(record: RunRecord) -> RunConfig | None:
 
 
 def data_section(records: list[RunRecord]) -> str:
-    """What each run makes of its data, as its last start said it."""
+    """The use that each run makes of its data, as its last start recorded it."""
     rows = ""
     for record in records:
         started = next((event for event in reversed(record.events) if event["event"] == STARTED), {})
@@ -108,7 +108,7 @@ def data_section(records: list[RunRecord]) -> str:
 
 
 def _sources(data: object) -> list[dict[str, Any]]:
-    """What an event says of data sources; one that says it in another way is left out."""
+    """The data sources of an event; one in another form is left out."""
     texts, numbers = ("split", "path"), ("tokens", "samples", "unused_tokens", "epochs")
     return [
         source

@@ -42,6 +42,7 @@ def record(run_dir: Path, event: str, **facts: Any) -> None:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             file.write(b"\n")
         file.write(line)
+        # What is decided takes effect after this: a crash must not make it undecided again.
         file.flush()
         os.fsync(file.fileno())
 
@@ -72,7 +73,7 @@ def iter_events(run_dir: Path, *events: str) -> Iterator[dict[str, Any]]:
 
 
 def _fault(row: Any) -> str | None:
-    """What is wrong with a line of the log; None where it is an event."""
+    """The fault of a line of the log; None where it is an event."""
     if not isinstance(row, dict) or not isinstance(row.get("event"), str):
         return "no text `event`"
     try:

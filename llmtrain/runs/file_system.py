@@ -1,4 +1,4 @@
-"""What a run asks of the file system that it is to be written to: a folder that can be made, locks, and links."""
+"""The demands of a run on its file system: a folder that can be made, locks, and hard links."""
 
 import errno
 import fcntl
@@ -87,7 +87,7 @@ def require_place(out: Path) -> None:
 
 
 def no_links_text(folder: Path, error: OSError) -> str:
-    """What is wrong with a folder in which a hard link has failed."""
+    """The message about a folder in which a hard link has failed."""
     return (
         f"{folder} is on {file_system_text(folder)}, which has no hard links ({error.strerror}). A run's lock needs "
         f"them, so that two processes never write to one run. {ELSEWHERE}"
@@ -95,7 +95,7 @@ def no_links_text(folder: Path, error: OSError) -> str:
 
 
 def lock_file(descriptor: int, path: Path) -> None:
-    """Wait for an advisory lock on an open file. Raises OSError; where there are no such locks, with what to do."""
+    """Wait for an advisory lock on an open file. Raises OSError, with the advice where there are no such locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:

@@ -85,6 +85,7 @@ class RunFolder:
                 f"{error.filename or self.path}: the run folder cannot be used: {error.strerror}. "
                 "Set output_dir to a folder that can be written."
             ) from error
+        # Only the holder may clear up: files of other names belong to whoever waits for the lock.
         self._clear_unfinished()
         with suppress(LlmtrainError):  # a damaged status is replaced by the next one
             before = read_status(self.path)
@@ -104,6 +105,7 @@ class RunFolder:
         """Release the lock. A forked child changes nothing: the lock is its parent's."""
         if self._owner.pid != os.getpid() or self._closed.is_set():
             return
+        # The renewal ends first: it must not touch a lock that is another's by then.
         self._closed.set()
         self._renewal.join()
         atexit.unregister(self.close)
@@ -133,7 +135,7 @@ class RunFolder:
 
     @property
     def lock_token(self) -> str:
-        """What tells this owner from all others; for `was_taken_over` on the run's other ranks."""
+        """The token that tells this owner from all others, for `was_taken_over` on the run's other ranks."""
         return self._owner.token
 
     def record(self, event: str, **facts: Any) -> None:
@@ -247,7 +249,7 @@ class RunFolder:
 
 
 def was_taken_over(run_dir: Path, token: str) -> bool:
-    """Whether a run folder has another owner than the one with that token, which other ranks cannot ask."""
+    """True where a run folder has another owner than the one with that token, which other ranks cannot ask."""
     try:
         owner = read_owner(run_dir / LOCK)
     except OSError:
@@ -256,7 +258,7 @@ def was_taken_over(run_dir: Path, token: str) -> bool:
 
 
 def read_owner(lock: Path) -> LockOwner | None:
-    """Who holds the lock; None where it is gone or says nothing that can be understood."""
+    """The owner of the lock; None where the lock is gone or cannot be understood."""
     try:
         owner = LockOwner(**read_json(lock))
         _FIELDS.validate_json(json.dumps(asdict(owner)), strict=True)

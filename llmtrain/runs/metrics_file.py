@@ -28,7 +28,7 @@ BLOCK_BYTES = 1 << 20
 
 _TRAINING = frozenset(("loss", "time", "step_seconds", "tokens_per_second"))
 _MARKS = tuple(f'"{key}"'.encode() for key in ("valid_loss", RESUMED_FROM))
-"""What rows have that are looked for once there are enough training rows."""
+"""Keys of the rows that are looked for once there are enough training rows."""
 
 
 class JsonlTracker:
@@ -106,7 +106,7 @@ def rows_that_count(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Every row as written, replaced ones included; a last line without its end is left out.
 
-    Raises DataError for a damaged line and for what is no file that can be read.
+    Raises DataError for a damaged line, and where the path is not a file that can be read.
     """
     try:
         for number, line in enumerate(iter_lines(path), start=1):
@@ -203,11 +203,11 @@ class _Search:
         self._limit = last_step
         """Rows of later steps are replaced."""
         self._may_repeat = True
-        """Whether any row of this very step counts too; else, of an evaluation, the training row does."""
+        """Any row of this very step counts too; else, where an evaluation was seen, the training row does."""
         self._saw_evaluation = False
 
     def takes(self, block: bytes) -> bool:
-        """Whether a block may hold a row that is looked for."""
+        """True where a block may hold a row that is looked for."""
         return not self._has_training or any(mark in block for mark in _MARKS)
 
     def found_in(self, block: bytes) -> bool:
@@ -246,8 +246,8 @@ class _Search:
 
 
 def _iter_blocks_back(file: BufferedReader) -> Iterator[bytes]:
-    """The lines of a file in blocks, the last ones first. A last line without its end is left out, and of a line that
-    is longer than a row can be only its begin is told, which is no row."""
+    """The lines of a file in blocks, the last ones first. A last line without its end is left out, and a line longer
+    than any row is cut short, so that it cannot be taken for one."""
     position, rest, is_torn = file.seek(0, os.SEEK_END), b"", True
     while position > 0:
         begin = max(0, position - BLOCK_BYTES)

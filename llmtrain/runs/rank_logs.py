@@ -25,7 +25,7 @@ class Line:
 
 
 def log_path(run_dir: Path, rank: int) -> Path:
-    """Where a rank's log is, appended over attempts."""
+    """The log of a rank, appended over attempts."""
     return run_dir / LOGS / f"rank-{rank:05d}.log"
 
 
@@ -39,10 +39,10 @@ def rank_files(run_dir: Path) -> dict[int, Path]:
 def written_lines(
     files: Mapping[int, Path], num_lines: int | None = None, ends: Mapping[int, int] | None = None
 ) -> Iterator[Line]:
-    """What the logs hold: attempt by attempt in order of time, in each of them rank by rank.
+    """The lines of the logs: attempt by attempt in order of time, in each of them rank by rank.
 
-    With `num_lines`, the last ones of each rank; with `ends`, no more than so many bytes of each log. Bytes that are no
-    text are replaced.
+    With `num_lines`, the last ones of each rank; with `ends`, no more than so many bytes of each log. Bytes that are
+    not text are replaced.
     """
     parts: list[tuple[str, int, list[str]]] = []
     for rank, path in files.items():

@@ -25,15 +25,15 @@ NEXT_ACTIONS: dict[Status, str] = {
     "failed": "mend the cause, then start the same command again: it continues from the newest valid checkpoint",
     "stalled": "mend the cause first: started again as it is, it would fail at the same place",
 }
-"""What is to be done about a run, by its status; `step` is the last one that it has made."""
+"""The next thing to do about a run, by its status; `step` is the last one that it has made."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What `status.json` says. `updated` is an ISO time in UTC.
+    """The content of `status.json`. `updated` is an ISO time in UTC.
 
     `attempt` counts the starts by one launcher, from 0; `cause` is why the run, or its last attempt, has failed;
-    `verdict` is what was last found out about a step that was not as it should be.
+    `verdict` is the last judgement of a step that was not as it should be.
     """
 
     status: Status
@@ -53,7 +53,7 @@ _FIELDS = TypeAdapter(RunStatus)
 
 
 def read_status(path: Path) -> RunStatus | None:
-    """What the run folder's `status.json` says; None where there is none. Raises DataError for a damaged one."""
+    """The run folder's `status.json`; None where there is none. Raises DataError for a damaged one."""
     file = Path(path) / STATUS
     try:
         found = read_json(file)

@@ -1,4 +1,4 @@
-"""All of it: what is read here, and what is tried out in processes of its own, at the same time."""
+"""The whole examination: most is read here, while processes of their own try out engines and imports."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def examine(output_dir: Path, tell: Tell = lambda line: None) -> list[Finding]:
 
 
 def ask(*probe: str) -> Answer:
-    """What a probe answers; `error` in words where it breaks, dies or hangs."""
+    """The answer of a probe; `error` in words where it breaks, dies or hangs."""
     with Probe(*probe) as asked:
         return asked.answer()
 
@@ -169,7 +169,7 @@ def device_findings(answer: Answer, driver: str | None) -> Iterator[Finding]:
 
 
 def meeting_finding(name: str, answer: Answer) -> Finding:
-    """Whether two ranks on this machine can work together."""
+    """The finding about two ranks that meet on this machine."""
     if "error" not in answer:
         return Finding("devices", name, "ok", "two ranks met on this machine and added up")
     kind = "cpu" if name == "gloo" else "cuda"
@@ -178,7 +178,7 @@ def meeting_finding(name: str, answer: Answer) -> Finding:
 
 
 def engine_finding(name: str, answer: Answer) -> Finding:
-    """What an engine can do, what it cannot, and why."""
+    """The finding about an engine: its abilities, and the reasons for what is missing."""
     needed = name == DEFAULT_ENGINE
     see = f"{shlex.join(probe_command('engine', name))}   (shows all of it)"
     if "error" in answer:

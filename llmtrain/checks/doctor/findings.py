@@ -1,4 +1,4 @@
-"""What the doctor says of one thing, and what it says of packages. Imports none of them."""
+"""Findings of the doctor, and those about packages. Imports none of the packages."""
 
 import platform
 import shlex
@@ -21,7 +21,7 @@ Section = Literal["packages", "machine", "devices", "engines", "launchers", "rec
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one thing, in words; `mend` is the command that mends it, or says who can.
+    """One thing that was looked at, in words; `mend` is the command that mends it, or says who can.
 
     Nothing can be trained where something `needed` is missing or broken.
     """
@@ -35,7 +35,7 @@ class Finding:
 
 
 def can_train(findings: Iterable[Finding]) -> bool:
-    """Whether training is possible, on one rank with the torch engine at least."""
+    """True where training is possible, on one rank with the torch engine at least."""
     return not any(finding.needed and finding.state in ("missing", "broken") for finding in findings)
 
 
@@ -52,7 +52,7 @@ NEEDED = ("torch",)
 
 
 def requirements() -> list[Requirement]:
-    """What llmtrain needs on this platform, optional extras left out."""
+    """The packages that llmtrain needs on this platform, optional extras left out."""
     asked = map(Requirement, metadata.requires("llmtrain") or [])
     return [each for each in asked if each.marker is None or each.marker.evaluate({"extra": ""})]
 

@@ -102,7 +102,7 @@ def locked_memory_finding(limit: int) -> Finding:
 
 
 def clock_finding(synchronized: bool | None) -> Finding:
-    """Whether the clock is set by others, where the system tells."""
+    """The finding about the clock: a time server sets it, or nobody does."""
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     if synchronized is False:
         return Finding("machine", "clock", "limited", f"{now}, set by nobody", "timedatectl set-ntp true")
@@ -110,7 +110,7 @@ def clock_finding(synchronized: bool | None) -> Finding:
 
 
 def disk_finding(output_dir: Path) -> Finding:
-    """Whether runs can be written and locked there, how much room there is, and whether its clock is this machine's."""
+    """The finding about the disk of a run: it can be written and locked, has room, and has this machine's clock."""
     name, mend = "output folder", "write runs elsewhere: output_dir=FOLDER"
     fault = folder_fault(output_dir)
     if fault is not None:
@@ -118,6 +118,7 @@ def disk_finding(output_dir: Path) -> Finding:
     place = existing_folder(output_dir)
     try:
         with tempfile.TemporaryFile(dir=place) as file:
+            # Only what is on the disk shows a full one, and the clock of a file server.
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
@@ -136,13 +137,13 @@ def disk_finding(output_dir: Path) -> Finding:
 
 
 def clock_is_synchronized() -> bool | None:
-    """What systemd says; None where it says nothing."""
+    """The answer of systemd; None where it has none."""
     answer = output_of("timedatectl", "show", "--property=NTPSynchronized", "--value")
     return {"yes": True, "no": False}.get(answer or "")
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints; None where it is not here, fails, or does not answer."""
+    """The output of a command; None where it is not here, fails, or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -165,7 +166,7 @@ def service_findings(environment: Mapping[str, str], broken: Mapping[str, str]) 
 
 
 def ray_finding(environment: Mapping[str, str]) -> Finding:
-    """Which Ray a run would use, and where its token would come from."""
+    """The finding about Ray: the cluster that a run would use, and the place of its token."""
     address = environment.get("RAY_ADDRESS")
     where = f"the cluster at RAY_ADDRESS = {address}" if address else "a Ray of the run's own, or launch.ray_address"
     if environment.get("RAY_AUTH_TOKEN"):
@@ -180,7 +181,7 @@ def ray_finding(environment: Mapping[str, str]) -> Finding:
 
 
 def slurm_finding(environment: Mapping[str, str]) -> Finding:
-    """Whether jobs can be submitted from here, and whether this is one."""
+    """The finding about Slurm: jobs can be submitted from here, or this is one."""
     missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
     if missing:
         text = f"{' and '.join(missing)} not on the PATH: no jobs from here"
@@ -203,7 +204,7 @@ def slurm_finding(environment: Mapping[str, str]) -> Finding:
 
 
 def wandb_finding(environment: Mapping[str, str]) -> Finding:
-    """Whether runs can be sent, without asking the server."""
+    """The finding about Weights & Biases: runs can be sent there. The server is not asked."""
     server = environment.get("WANDB_BASE_URL") or WANDB_SERVER
     key = (
         "WANDB_API_KEY"

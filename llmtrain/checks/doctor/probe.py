@@ -25,13 +25,13 @@ MEETING_SECONDS = 30.0
 CHILD_SECONDS = 150
 
 Answer = dict[str, Any]
-"""What a probe says, as JSON."""
+"""The answer of a probe, as JSON."""
 
 
 def imports(*names: str) -> Answer:
-    """What importing each of these packages comes to: None, or the error in words.
+    """Imports each of these packages: None where that works, else the error in words.
 
-    Where it is another package that fails, `NAME breaks in` says which.
+    Where another package fails in it, `NAME breaks in` says which.
     """
     answers: dict[str, Any] = {}
     for name in names:
@@ -65,7 +65,7 @@ def trials(*engines: str) -> Iterator[Answer]:
 
 
 def devices() -> Answer:
-    """What PyTorch sees. No GPU is initialized by it, so that forked processes can use it."""
+    """The devices that PyTorch sees. No GPU is initialized by it, so that forked processes can use it."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
     import torch.distributed as dist
@@ -188,6 +188,7 @@ def _rank_of_two(rank: int, host: str, port: int, kind: str) -> Answer:
     device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
     open_group(connect(place, MEETING_SECONDS), place, device, MEETING_SECONDS)
     number = torch.tensor([rank + 1.0], device=device)
+    # The one collective of the probe; its result is waited for, because on a GPU its error comes no earlier.
     dist.all_reduce(number)
     if number.item() != 3.0:
         raise ArithmeticError(f"1 and 2 were added up to {number.item()}")
@@ -229,7 +230,7 @@ def finish(child: Child) -> Answer:
 
 
 def answer_of(work: Callable[[], Answer]) -> Answer:
-    """What something answers, or its error."""
+    """The answer of some work, or its error."""
     answer: Answer = {}
     error = error_of(lambda: answer.update(work()))
     return answer if error is None else {"error": error}
@@ -257,7 +258,7 @@ PROBES: dict[str, Callable[..., Answer | Iterator[Answer]]] = {
 def main(arguments: list[str]) -> None:
     """Run a probe, and end with 1 where it came to an error. Whoever has asked is gone: so is the probe."""
     output = os.dup(1)
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # libraries print to stdout, where answers are expected
     die_with(os.getppid())
 
     def say() -> None:
@@ -270,6 +271,7 @@ def main(arguments: list[str]) -> None:
         os.write(output, json.dumps({"error": error}).encode() + b"\n")
     sys.stdout.flush()
     sys.stderr.flush()
+    # The answer is out: threads and exit handlers of the libraries that were tried cannot change the exit code.
     os._exit(0 if error is None else 1)
 
 

@@ -39,7 +39,7 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class Target:
-    """What a fault finds: the run folder, and the process of the launcher."""
+    """The run that a fault strikes: its folder, and the process of its launcher."""
 
     run_dir: Path
     launcher: int
@@ -173,7 +173,7 @@ FAULTS = (
 
 
 def inject(fault: Fault, config: RunConfig, step: int) -> Callable[[Run, Rank], Run]:
-    """What puts a fault into a run at a step; one that strikes a save strikes the first after a checkpoint is there."""
+    """A change of a run that injects a fault at a step. One that strikes a save spares the very first."""
     run_dir = config.run_dir
     target = Target(run_dir, os.getpid())
     injected = run_dir / INJECTED

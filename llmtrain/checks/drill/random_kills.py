@@ -34,7 +34,8 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class KillsOutcome:
-    """What a run went through. `useful_share` is the time in steps that count over the time of the run (ETTR)."""
+    """The outcome of a run whose ranks were killed. `useful_share` is the time in steps that count over
+    the time of the run (ETTR)."""
 
     exit_code: int
     kills: int
@@ -68,7 +69,7 @@ def kill_at_random(config: RunConfig, kills: int, mean_seconds: float, seed: int
 
 @dataclass(frozen=True)
 class Measured:
-    """What was seen from outside of a run whose ranks are killed."""
+    """A run whose ranks are killed, seen from outside."""
 
     kills: int
     seconds: float
@@ -117,7 +118,7 @@ def _killing(kills: int, mean_seconds: float, seed: int) -> Iterator["Synchroniz
                     continue
                 chance.choice(ranks).kill()
                 count.value += 1
-        os._exit(0)
+        os._exit(0)  # a fork of the command, whose end is not its own
 
     process = multiprocessing.get_context("fork").Process(target=life, name="killer", daemon=True)
     process.start()
@@ -129,7 +130,7 @@ def _killing(kills: int, mean_seconds: float, seed: int) -> Iterator["Synchroniz
 
 
 def _held() -> set[str]:
-    """What this process and its children hold: processes, listening ports, shared memory."""
+    """All that this process and its children hold: processes, listening ports, shared memory."""
     here = psutil.Process()
     ports = [connection for connection in here.net_connections("inet") if connection.status == psutil.CONN_LISTEN]
     shared = map(str, SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else ()

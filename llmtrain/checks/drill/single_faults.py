@@ -49,7 +49,7 @@ REACTIONS = ("restarting", "stalled", "save_failed", "rollback", "straggler")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What followed a fault. Seconds count from the moment at which it struck; None where nothing of the kind happened.
+    """All that followed a fault. Seconds count from the moment at which it struck; None where there is no such moment.
 
     `detected_seconds` until it was noticed, `back_seconds` until the next step was finished after that.
     `problems` says what did not go as it must.
@@ -102,6 +102,7 @@ def run_quietly(config: RunConfig, fault: Fault | None = None) -> int:
     def life() -> None:
         os.setsid()
         die_with(drill)
+        # A fork of the command: what that does at its own end is not to be done here.
         os._exit(_launched(config, fault))
 
     process = multiprocessing.get_context("fork").Process(target=life, name="launcher")
@@ -131,6 +132,7 @@ def _launched(config: RunConfig, fault: Fault | None) -> int:
 
 def end_session(process: BaseProcess) -> None:
     """Kill a process and all that is in its session, ranks that are stopped too."""
+    # Before the kill: ranks whose launcher is gone are nobody's children any more.
     ranks = psutil.Process(process.pid).children(recursive=True)
     with suppress(ProcessLookupError):  # it may not have got so far as to have a session
         os.killpg(process.pid or 0, signal.SIGKILL)
@@ -144,6 +146,7 @@ def printed_to(path: Path) -> Iterator[None]:
     """Let what this process and its children print go to a file."""
     before = []
     with path.open("a", encoding="utf-8") as file:
+        # What is buffered belongs to the stream as it is now.
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         for number in (1, 2):
@@ -242,7 +245,7 @@ def steps_lost(folder: Path) -> int:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What no run may leave: half checkpoints and locks."""
+    """Half checkpoints and locks, which no run may leave."""
     inside = [*folder.glob(f"{CHECKPOINTS}/*"), *folder.glob("*.lock")]
     return [path for path in inside if path.name.startswith(("writing-", "removing-", "replaced-")) or path.is_file()]
 

@@ -25,7 +25,7 @@ from llmtrain.values.fragment import Box, Fragment, tiling_problem
 from llmtrain.values.progress import EvalResult, StepResult
 
 PRELOADED = ("llmtrain.checks.parity.compare", *(row.module for row in ENGINES.values()))
-"""What takes long to import."""
+"""Modules that take long to import."""
 
 Pieces = list[tuple[str, tuple[int, ...], Box, np.ndarray]]
 """(name, shape of the whole tensor, box, data) of fragments, fit to be sent between processes."""
@@ -70,6 +70,7 @@ def trace_rank(build: Callable[..., Any], config: RunConfig, num_steps: int, dat
 
 def pieces(fragments: Iterable[Fragment]) -> Pieces:
     """Copies of fragments."""
+    # The next step changes the tensors in place, and what is compared travels to another process.
     return [(f.name, f.global_shape, f.box, f.tensor.detach().cpu().float().numpy().copy()) for f in fragments]
 
 
@@ -100,7 +101,7 @@ def assemble_trace(ranks: Sequence[RankTrace]) -> Trace:
 
 @dataclass(frozen=True)
 class Levels:
-    """What may differ, relative: the parity levels of a precision.
+    """The parity levels of a precision: how far each number may differ, relative.
 
     Of a tensor, the norm of the difference over its own norm; a tensor whose norm is below `floor` of all tensors' must
     only stay below it (a key's bias has no true gradient: what is left of it is noise). Weights have a wider
@@ -185,7 +186,7 @@ def _made_steps(reference: Trace, other: Trace, verdict: Verdict) -> list[int]:
 
 
 def _size(error: float) -> float:
-    """What errors are ordered by: NaN, which is neither smaller nor larger, is worse than any number."""
+    """The key that errors are ordered by: NaN, which is neither smaller nor larger, is worse than any number."""
     return math.inf if math.isnan(error) else error
 
 

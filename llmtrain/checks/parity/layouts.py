@@ -1,4 +1,4 @@
-"""Which layouts to compare, and on what model: the user's, shrunk until a layout takes seconds."""
+"""The layouts to compare, and the user's model, shrunk until a layout takes seconds."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from llmtrain.errors import ConfigError
 
 SHRUNK_SEQ_LEN = 32
 SMOOTH = {"relu": "gelu", "reglu": "geglu"}
-"""What takes the place of activations whose slope jumps: where rounding puts a value on the other side of 0, gradients
+"""Smooth stand-ins for activations whose slope jumps: where rounding puts a value on the other side of 0, gradients
 differ for good, though every layout is right."""
 AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context", "ep": "expert"}
 PART = re.compile(r"(tp|pp|vp|cp|ep|dp|zero)([0-9]{1,3})|split([0-9]{1,3}(?:\.[0-9]{1,3}){0,63})|sp|overlap|offload")
@@ -78,7 +78,7 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
 
 
 def fitting_patterns(model: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Those of `optim.freeze` that fit a parameter of a shrunk model; none where they would leave nothing to train."""
+    """The patterns of `optim.freeze` that fit a shrunk model; none where they would leave nothing to train."""
     names = list(declare_parameters(model))
     fitting = tuple(pattern for pattern in patterns if any(is_frozen(name, [pattern]) for name in names))
     return () if all(is_frozen(name, fitting) for name in names) else fitting

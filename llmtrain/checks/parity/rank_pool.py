@@ -101,13 +101,13 @@ def preload() -> None:
 
 
 def _report_unasked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What is raised in the server before a rank begins. Where its orders end too early, who gave them is gone."""
+    """Print what is raised in the server before a rank begins, unless whoever gave the order is gone."""
     if not issubclass(kind, EOFError | ConnectionError | pickle.UnpicklingError):
         sys.__excepthook__(kind, error, trace)
 
 
 def _gather(pipes: list[Connection], timeout_seconds: float) -> list[Any]:
-    """What each rank says next. Raises RankError where one raised or was killed, or where some say nothing in time."""
+    """The next message of each rank. Raises RankError where one raised or was killed, or where some are late."""
     deadline = time.monotonic() + timeout_seconds
     results: dict[Connection, Any] = {}
     while len(results) < len(pipes):

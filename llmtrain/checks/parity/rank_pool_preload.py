@@ -1,4 +1,4 @@
-"""What a fork server imports first; see llmtrain/checks/parity/rank_pool.py."""
+"""Imported first by the fork server of llmtrain/checks/parity/rank_pool.py."""
 
 from llmtrain.checks.parity.rank_pool import preload
 

@@ -23,7 +23,7 @@ from llmtrain.errors import Problem
 from llmtrain.files import read_bytes
 
 COMMAND_LINE = "command line"
-"""Where a value stands that an override gave."""
+"""The place of a value that an override gave."""
 
 LONGEST_BYTES = 1 << 20
 DEEPEST = 32
@@ -81,7 +81,7 @@ def merge(lower: Node, upper: Node) -> Node:
 
 
 def read_document(file: Path, key: str, problems: list[Problem]) -> Node | None:
-    """The tree of one file, its keys to stand below the dotted `key`; None where the file is no YAML mapping."""
+    """The tree of one file, its keys to stand below the dotted `key`; None where the file is not a YAML mapping."""
     data = b""
     try:
         data = read_bytes(file, LONGEST_BYTES)
@@ -259,7 +259,7 @@ class _Builder:
         return result
 
     def _name(self, node: Any, key: str, where: str) -> str | None:
-        """The text of a mapping's key; None, with a problem, where it is no word."""
+        """The text of a mapping's key; None, with a problem, where it is not a word."""
         if isinstance(node, ScalarNode) and node.tag == TAG + "str" and node.value and "." not in node.value:
             return node.value
         text = str(node.value) if isinstance(node, ScalarNode) else "[...]"

@@ -42,7 +42,7 @@ SHIPPED = "llmtrain:"
 SHIPPED_FOLDER = Path(llmtrain.__file__).absolute().parent.parent / "configs"
 
 ENVIRONMENT = "WORLD_SIZE in the environment"
-"""Where the number of ranks stands that another launcher has started."""
+"""The place of the number of ranks where another launcher has started them."""
 
 Rules = Callable[[RunConfig], list[Problem]]
 
@@ -80,6 +80,8 @@ def load_config(
         root = _set(root, ["launch", "num_workers"], 0, number, reading.problems)
     locations = dict(iter_places(root))
     told = {problem.key for problem in reading.problems}
+    # The rules see a configuration whatever is wrong with it: faulty keys stand at their defaults there, and what rests
+    # on one of them is not believed. So one start tells the faults of all stages.
     checked = validate(plain(root), reading.unread | told)
     found = arithmetic_problems(checked.config, checked.config.launch.num_workers)
     if storage_rules is not None:

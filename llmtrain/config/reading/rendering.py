@@ -1,7 +1,4 @@
-"""Configurations and single values as text, shortened and without secrets where they are kept or shown. Pure.
-
-Secrets stand in URLs, below keys and in environment variables; the names of keys and variables tell which these are.
-"""
+"""Configurations and single values as text; shortened and without secrets where they are kept or shown. Pure."""
 
 import io
 import json
@@ -17,9 +14,7 @@ from llmtrain.config.reading.suggestions import all_keys
 from llmtrain.config.schema import RunConfig
 
 CAMEL_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
-
 LONGEST_SHOWN = 80
-
 
 LEFT_OUT = (
     "# Users, passwords and queries of URLs are left out: take them from the file that the run was started with.\n"

@@ -22,7 +22,7 @@ FAMILIAR_NAMES = {
     "world_size": "launch.num_workers",
     "gradient_clipping": "optim.grad_clip",
 }
-"""What other programs call some of our keys, where the spelling gives no hint."""
+"""Names that other programs have for some of our keys, where the spelling gives no hint."""
 
 SEARCH_WIDTH = 4096
 """Distance from a value within which legal values are looked for."""

@@ -26,7 +26,7 @@ STAND_INS: dict[str, Any] = {
     "train": [{"path": "(missing)"}],
     "steps": [1, 1],
 }
-"""What takes the place of a required value that is missing; sections become empty."""
+"""Values that take the place of required ones that are missing; sections become empty."""
 
 MOST_REPAIRS = 16
 """A repair can uncover at most one more level of missing keys; the schema is far less deep than this."""
@@ -116,7 +116,7 @@ def _holder(tree: Any, path: list[str | int]) -> Any:
 
 
 def _has(tree: Any, key: str) -> bool:
-    """Whether somebody wrote the key; then a misspelling elsewhere was not meant for it."""
+    """True where somebody wrote the key; then a misspelling elsewhere was not meant for it."""
     for part in key.split("."):
         if isinstance(tree, list) and part.isdecimal() and int(part) < len(tree):
             tree = tree[int(part)]
@@ -156,7 +156,7 @@ def _unknown(path: tuple[str | int, ...]) -> str:
 
 
 def _requirement(details: ErrorDetails) -> str:
-    """What is allowed."""
+    """The requirement that a value breaks."""
     kind, context = details["type"], details.get("ctx", {})
     field = field_at(details["loc"])
     if kind in ("model_type", "model_attributes_type") and field is not None:
@@ -177,7 +177,7 @@ def _requirement(details: ErrorDetails) -> str:
 
 
 def _advice(details: ErrorDetails) -> str:
-    """What to write instead, and the end of the sentence."""
+    """The advice about a wrong value, which ends the sentence."""
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     tries = _tries(kind, value, context, details)
     if tries:

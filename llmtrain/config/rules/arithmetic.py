@@ -190,7 +190,7 @@ def profiled_ranks_exist(config: RunConfig, world_size: int) -> Found:
 
 
 def decay_follows_warmup(config: RunConfig) -> Found:
-    """Where `optim.decay_steps` is the step at which the decay ends. With wsd it is a length, and fits anywhere."""
+    """`optim.decay_steps` is the step at which the decay ends. With wsd it is a length, and fits anywhere."""
     optim = config.optim
     if optim.decay_steps is not None and optim.schedule != "wsd" and optim.decay_steps <= optim.warmup_steps:
         message = f"must be greater than optim.warmup_steps = {optim.warmup_steps}. Try {2 * optim.warmup_steps}."

@@ -11,7 +11,7 @@ from llmtrain.errors import Problem
 Found = Iterator[Problem]
 
 SHARDED = ("no optimizer state, gradients or weights", "optimizer state only", "no weights")
-"""What the highest ZeRO stage of an engine shards."""
+"""In words, what the highest ZeRO stage of an engine shards."""
 
 
 def row_of(config: RunConfig) -> EngineRow:

@@ -85,7 +85,7 @@ def slurm_nodes_are_filled_evenly(config: RunConfig) -> Found:
 
 
 def uneven_nodes(config: RunConfig) -> Found:
-    """What is wrong with the machines of a job of this run, whoever starts its ranks."""
+    """The ranks of a job are spread over its machines evenly, whoever starts them."""
     nodes, ranks = config.launch.slurm.nodes, config.launch.num_workers
     if ranks % nodes:
         message = f"must divide launch.num_workers = {ranks}. Try {either(nearest_divisors(ranks, nodes))}."

@@ -22,7 +22,7 @@ FAMILIES = {
 """The families that can learn each objective."""
 
 LENGTH_KEYS = ("model.family", "data.objective", "data.span_corruption", "data.ul2", "data.prefix")
-"""What the lengths of sequences rest on beside data.seq_len."""
+"""The keys beside data.seq_len that the lengths of sequences follow from."""
 
 FARTHEST = 1024
 """How far from a wrong data.seq_len a right one is looked for."""
@@ -107,7 +107,7 @@ def samples_can_be_split(config: RunConfig) -> Found:
 
 
 def samples_fit_model(config: RunConfig) -> Found:
-    """The sequences that come of a sample are no longer than the model accepts."""
+    """The model accepts the sequences that come of a sample."""
     data, longest = config.data, config.model.max_seq_len
     needed = _longest(sample_lengths(config.model.family, data))
     if needed <= longest:

@@ -1,4 +1,4 @@
-"""What the axes of the mesh divide: heads, widths, layers, the sequence, the ranks, the batch. Pure."""
+"""Rules about the axes of the mesh, which divide heads, widths, layers, sequences, ranks and batches. Pure."""
 
 from collections.abc import Iterator
 from math import gcd

@@ -72,7 +72,7 @@ class Cutter:
 
 
 def _texts_of_pieces(tokenizer: Tokenizer) -> Iterator[str]:
-    """What each token stands for, as text; bytes that are no character alone are a character that no text has."""
+    """The text of each token; bytes that do not make a character alone become one that no text has."""
     if tokenizer.piece_style != "byte_level":
         yield from (piece.replace(SPACE_MARK, " ") for piece in tokenizer.pieces)
         return
@@ -97,7 +97,7 @@ class _Piece:
 def tokenized(
     documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, num_workers: int = 1
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Of each (tag, text) the tag and the ids, in the type that shards have; the same for every number of threads.
+    """The tag and the ids of each (tag, text), in the type that shards have; the same for every number of threads.
 
     Of a long text only itself and its ids are ever held.
     """

@@ -110,7 +110,7 @@ class ShardingConfig:
 
 
 def bos_ids_of(tokenizer: Tokenizer, bos: Literal["auto", "none"]) -> tuple[int, ...]:
-    """What every document is to begin with."""
+    """The ids that every document is to begin with."""
     if bos == "none":
         return ()
     return tokenizer.around[0] if tokenizer.roles.bos_ids is None else tokenizer.roles.bos_ids
@@ -125,7 +125,7 @@ def settings_of(tokenizer: Tokenizer, bos_ids: tuple[int, ...]) -> str | None:
 
 
 def sha256_of(settings: str | None) -> str:
-    """What a manifest says of a settings file."""
+    """The entry of a manifest for a settings file."""
     return "" if settings is None else hashlib.sha256(settings.encode()).hexdigest()
 
 
@@ -195,6 +195,7 @@ class ShardWriter:
         """Append a document as the member `key`.bin."""
         payload = ids.astype(self._dtype).tobytes()
         self._tar.write({"__key__": key, "bin": payload})
+        # `offset` is the TarFile's own, which is not documented: it stands behind the payload and its padding now.
         padded_bytes = -(-len(payload) // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
         self._payloads.append((self._tar.tarstream.offset - padded_bytes, len(payload)))
         self.num_tokens += len(ids)

@@ -235,7 +235,7 @@ def _members(path: Path) -> NDArray[np.uint64]:
 
 
 def _require_ids(path: Path, payloads: NDArray[np.uint64], dtype: np.dtype, vocab_size: int) -> None:
-    """Raise DataError where members are no ids of this type and vocabulary."""
+    """Raise DataError where members do not hold ids of this type and vocabulary."""
     odd = np.flatnonzero(payloads[:, 1] % dtype.itemsize)
     if odd.size:
         raise DataError(
@@ -261,7 +261,7 @@ def _index_shard(path: Path, documents: NDArray[np.uint64], dtype: np.dtype) -> 
 
 
 def _all_begin_with(path: Path, bos_ids: tuple[int, ...], dtype: np.dtype) -> bool:
-    """Whether every document of an indexed shard begins with these ids."""
+    """True if every document of an indexed shard begins with these ids."""
     places = read_index(path.with_suffix(".idx")).tolist()
     tokens, size = np.memmap(path, np.uint8, mode="r"), len(bos_ids) * dtype.itemsize
     starts = (tokens[offset : offset + min(size, length)].view(dtype) for offset, length in places)
@@ -283,5 +283,5 @@ def token_problems(path: Path, payloads: NDArray[np.uint64], dtype: np.dtype, vo
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether a folder is a data set."""
+    """True for the folder of a data set."""
     return (folder / MANIFEST_NAME).is_file()

@@ -1,7 +1,7 @@
 """Which files an input means: itself, every file below a folder, or what a pattern matches; each file once.
 
-Left out below a folder, and counted: what is hidden, what is no file, and a file or folder that was taken already, by
-whatever name. Links are followed.
+Left out below a folder, and counted: hidden entries, pipes and devices, and a file or folder that was taken already
+under another name. Links are followed.
 """
 
 import glob
@@ -24,14 +24,14 @@ LEFT_OUT = {
     "no_field": "of JSON without text under the key that --field names",
     "hidden": "hidden",
     "repeated": "that had been read under another name or input",
-    "not_file": "that are no files: pipes, devices, links to nothing",
+    "not_file": "that are not files: pipes, devices, links to nothing",
 }
 """Kinds of what is not read, in words behind their number."""
 
 
 @dataclass
 class ReadReport:
-    """What was read and what was left out, counted while documents are drawn."""
+    """Counts of documents that were read and of what was left out, kept while documents are drawn."""
 
     files: int = 0
     documents: int = 0
@@ -86,7 +86,7 @@ class _Search:
         self._seen: set[tuple[int, int]] = set()
 
     def files_of(self, name: str) -> list[InputFile] | None:
-        """The files that an input means and that none before it has meant; None where there is no such thing."""
+        """The files that an input means and that none before it has meant; None where nothing has that name."""
         path = Path(name)
         if os.path.lexists(name):
             return self._below(path) if path.is_dir() else self._new([path], True)
@@ -138,7 +138,7 @@ class _Search:
                 continue
             if not stat.S_ISREG(found.st_mode):
                 if named:
-                    raise ConfigError(f"{path}: is no file but a pipe, socket or device. Write it to a file first.")
+                    raise ConfigError(f"{path}: is not a file but a pipe, socket or device. Write it to a file first.")
                 self._report.leave_out("not_file", path)
             elif self._is_new(found):
                 yield path

@@ -45,7 +45,7 @@ def datasets_in(folder: Path) -> list[Path]:
     if not any(has_manifest(dataset) or any(dataset.glob("*.tar")) for dataset in found):
         near = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{MANIFEST_NAME}"))
         advice = f"Try {near[0]}." if near else "Name one written by `llmtrain data shards`."
-        raise ConfigError(f"{folder}: is no data set, it holds neither a {MANIFEST_NAME} nor a .tar file. {advice}")
+        raise ConfigError(f"{folder}: is not a data set: it holds neither a {MANIFEST_NAME} nor a .tar file. {advice}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a run's objective makes of a sample, as text: what the model reads, and what it is to predict."""
+"""A sample as a run's objective presents it, as text: the model's input and its targets."""
 
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from llmtrain.values.batch import IGNORED_LABEL
 from llmtrain.values.tokenizer import Tokenizer
 
 SKIPPED = "..."
-"""Stands for positions that are no targets."""
+"""Stands for positions without a target."""
 
 
 def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
@@ -36,7 +36,7 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
 
 
 def _names(data: DataConfig, tokenizer: Tokenizer) -> dict[int, str]:
-    """What special tokens are shown as."""
+    """The names under which special tokens are shown."""
     pieces = tokenizer.pieces
     names = {token: pieces[token] for token, special in enumerate(tokenizer.special) if special}
     sentinels = data.special_tokens.sentinels or ()
@@ -48,7 +48,7 @@ def _names(data: DataConfig, tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def _text(ids: list[int], tokenizer: Tokenizer, names: dict[int, str]) -> str:
-    """Special tokens by their names, one for each run of positions that are no targets, and the text between them."""
+    """Special tokens by their names, one for each run of positions without targets, and the text between them."""
     parts = []
     for is_text, group in groupby(ids, lambda token: token not in names):
         if is_text:

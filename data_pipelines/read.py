@@ -103,7 +103,7 @@ def _open_zstd(path: Path) -> IO[bytes]:
         ) from None
 
     class Whole(zstd.ZstdFile):
-        """Its own error is none of those above."""
+        """Raises EOFError, which the reader knows, in place of the library's own error."""
 
         def read(self, size: int | None = -1) -> bytes:
             try:
@@ -172,7 +172,7 @@ def _read_parts(opened: _Opened, report: ReadReport, separator: str) -> Iterator
 
 
 def _whole(opened: _Opened) -> bytes:
-    """What is left of a file. Raises DataError where that is too much for one document."""
+    """The rest of a file. Raises DataError where it is too long for one document."""
     content = opened.file.read(LONGEST_DOCUMENT + 1)
     if len(content) > LONGEST_DOCUMENT:
         raise _too_long(opened.path)

@@ -24,7 +24,7 @@ SPLITS = ("train", "valid")
 _PLACES = 2.0**64
 
 _HELD_CHARACTERS = 50_000_000
-"""Of the documents that are looked at before the first is handed on."""
+"""Characters of the documents that are looked at before the first is handed on."""
 
 
 def write_shards(

@@ -179,12 +179,12 @@ PROBES = {
 
 
 def lost_in_texts(tokenizer: Tokenizer) -> list[str]:
-    """What does not come back when texts are encoded and decoded; empty where everything does."""
+    """Names of what is lost when texts are encoded and decoded; empty where everything comes back."""
     return [what for what, text in PROBES.items() if tokenizer.decode(tokenizer.encode(text)) != text]
 
 
 def tokenizer_notes(tokenizer: Tokenizer) -> list[str]:
-    """What a user would wonder about later: text that does not come back, exports that will be refused."""
+    """Warnings for the user: text that does not come back, exports that will be refused."""
     notes = list(tokenizer.roles.notes)
     if lost := lost_in_texts(tokenizer):
         notes.append(

@@ -33,7 +33,7 @@ class RankStore(Protocol):
 
 @dataclass(frozen=True)
 class SaveMessages:
-    """What the ranks say of save `number`, counted alike on all of them. A single rank has nobody to talk to."""
+    """The messages of the ranks about save `number`, counted alike on all of them. A single rank sends none."""
 
     ranks: RankStore | None
     number: int
@@ -43,7 +43,7 @@ class SaveMessages:
         return 0 if self.ranks is None else self.ranks.rank
 
     def send(self, topic: str, text: str) -> None:
-        """Rank 0 says it to all, another rank to rank 0."""
+        """Rank 0 sends to all, another rank to rank 0."""
         if self.ranks is not None:
             self.ranks.put(self._key(topic, self.ranks.rank), text)
 
@@ -51,12 +51,12 @@ class SaveMessages:
         self.send(topic, f"{FAILED}{str(error) or type(error).__name__}")
 
     def receive_from_first(self, topic: str) -> str:
-        """What rank 0 says. Raises SaveError where it has failed."""
+        """The message of rank 0. Raises SaveError where it has failed."""
         assert self.ranks is not None
         return _unless_failed(self.ranks.get(self._key(topic, 0)))
 
     def receive_from_others(self, topic: str) -> list[str]:
-        """What all ranks but 0 say, once all have said it. Raises SaveError where one of them has failed."""
+        """The messages of all ranks but 0, once all are there. Raises SaveError where one of them has failed."""
         if self.ranks is None:
             return []
         texts = [self.ranks.get(self._key(topic, rank)) for rank in range(1, self.ranks.world_size)]

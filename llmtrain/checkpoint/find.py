@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 def checkpoint_folders(path: Path) -> list[Path]:
     """The checkpoints that a path means, oldest first: itself, or those of a run. Raises ConfigError for none."""
     if not path.is_dir():
-        raise ConfigError(f"{path}: is no folder. Give a run folder or a checkpoint folder.")
+        raise ConfigError(f"{path}: is not a folder. Give a run folder or a checkpoint folder.")
     if is_checkpoint(path):
         return [path]
     parent = folder_of_checkpoints(path)
@@ -71,8 +71,8 @@ def find_newest_valid(
 
     With `before_step`, of those before that step.
 
-    None only where there is no checkpoint at all. Raises CheckpointError where there are some and none is valid: a
-    run must not start again from nothing by itself. CheckpointUnusableError (a newer format, no permission) is
+    None only for a folder without checkpoints. Raises CheckpointError where there are some and none is valid: a run
+    must not start again from nothing by itself. CheckpointUnusableError (a newer format, no permission) is
     raised at once: such a checkpoint is not damaged.
     """
     damaged: list[tuple[Path, CheckpointError]] = []

@@ -42,7 +42,7 @@ def step_of_folder(name: str) -> int | None:
 
 
 def wrong_name(folder: Path, step: Any) -> str | None:
-    """What is wrong with the name of a checkpoint's folder: that of another step than the one that is in it."""
+    """The fault of a checkpoint's folder that has the name of another step; None for a right name."""
     named = step_of_folder(folder.name)
     if named is None or named == step:
         return None
@@ -58,7 +58,7 @@ def checkpoint_steps(checkpoints: Path) -> list[int]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path means one checkpoint, whole or damaged."""
+    """True for the path of one checkpoint, whole or damaged."""
     # The hash, not the manifest: data sets have a manifest.json too.
     return path.is_dir() and ((path / MANIFEST_HASH).is_file() or step_of_folder(path.resolve().name) is not None)
 
@@ -69,7 +69,7 @@ def folder_of_checkpoints(path: Path) -> Path | None:
 
 
 def nearest_checkpoint(path: Path) -> Path | None:
-    """What a path to a checkpoint may have meant: a run below it, or a checkpoint or a run beside or above it.
+    """The likely meaning of a wrong path: a run below it, or a checkpoint or a run beside or above it.
 
     None where that is not found, or where what is around the path may not be looked at.
     """
@@ -147,7 +147,7 @@ _WHAT_TO_DO = {
 
 @dataclass(frozen=True)
 class Room:
-    """What the checkpoints of a run still need in `folder`, and what is free there (None: nobody can say).
+    """The bytes that the checkpoints of a run still need in `folder`, and those that are free (None: not known).
 
     `needed_bytes` are for the saves that must work: one more, beside an older one that stays until it is whole.
     `planned_bytes` are for all that will lie side by side at the run's fullest moment.
@@ -181,7 +181,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def save_error(path: Path, needed: int, error: OSError) -> SaveError:
-    """What the file system's refusal means. `needed` is the size of what was to be written, 0 where nobody knows."""
+    """The error for a write that the file system refused. `needed` are the bytes to be written, 0 if not known."""
     free = free_bytes(path)
     sizes = f" Needed: {bytes_text(needed)}." if needed else ""
     sizes += f" Free: {bytes_text(free)}." if free is not None else ""

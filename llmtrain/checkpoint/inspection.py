@@ -1,4 +1,4 @@
-"""What `llmtrain checkpoint` tells: how large a checkpoint is, whether it is whole, and how two of them differ."""
+"""The facts that `llmtrain checkpoint` shows: size and soundness of a checkpoint, differences between two."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def verified(path: Path) -> tuple[CheckpointManifest | None, list[str]]:
 
 
 def num_padding_elements(reader: CheckpointReader, tensors: Sequence[TensorInfo]) -> int:
-    """Elements of the rows that pad the vocabulary: they lie in the tensors, and are no parameters of the model."""
+    """Elements of the rows that pad the vocabulary: they lie in the tensors, and the model does not use them."""
     section = origin_of(reader.path, reader.state, reader.config_text, reader.about).section("model")
     try:
         model = ModelConfig.model_validate(section)
@@ -65,8 +65,9 @@ def num_padding_elements(reader: CheckpointReader, tensors: Sequence[TensorInfo]
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """What became of one kind of a tensor. `result` is equal, different, or says why they cannot be compared; `max_abs`
-    is the largest difference of different ones."""
+    """Two checkpoints' data of one kind of a tensor, compared.
+
+    `result` is equal, different, or the reason why they cannot be compared; `max_abs` is the largest difference."""
 
     name: str
     kind: str
@@ -88,5 +89,5 @@ def tensor_differences(first: CheckpointReader, second: CheckpointReader) -> Ite
             a, b = (reader.read(name, kind, Box.whole(one.shape)).reshape(-1) for reader in (first, second))
             result = "equal" if torch.equal(a.view(torch.uint8), b.view(torch.uint8)) else "different"
             if result == "different":
-                max_abs = (a.double() - b.double()).abs().max().item()
+                max_abs = (a.double() - b.double()).abs().max().item()  # on the CPU: waits for no device
         yield TensorDifference(name, kind, max_abs, result)

@@ -41,7 +41,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Reports:
-    """Who hears of what happens to checkpoints: a person, and the run's audit log.
+    """The listeners to what happens to checkpoints: a person, and the run's audit log.
 
     `warn` takes a text. `record` takes the name of an event and its facts as keywords; where it raises OSError,
     training goes on. `ensure_held` is asked before anything is changed; it raises RunFolderInUseError where the run is
@@ -165,7 +165,7 @@ class CheckpointManager:
             raise failure
 
     def _settle(self, step: int, result: Callable[[], object]) -> None:
-        """Take the result of a save. Only what the file system did not take is no reason to end."""
+        """Take the result of a save. Training may go on where the file system refused it; other errors end the run."""
         try:
             result()
         except SaveError as error:
@@ -190,7 +190,7 @@ class CheckpointManager:
             return
 
         def before_rename() -> None:
-            self.reports.ensure_held()
+            self.reports.ensure_held()  # the last look before the rename, as writing may have taken minutes
             before_publish()
             # Not after it: a run that dies in between must not continue from what it has left.
             self.set_aside_later_than(contents.step)
@@ -204,6 +204,7 @@ class CheckpointManager:
             self.reports.ensure_held()  # another owner may be writing to a folder of this name
             shutil.rmtree(writing, ignore_errors=True)
             raise
+        # Before old ones are removed: the other ranks need not wait for that.
         messages.send("outcome", "")
         self._metrics[contents.step] = contents.about["metric"]
         self._remove_old()
@@ -225,6 +226,7 @@ class CheckpointManager:
         try:
             own = write_rank_files(writing, 0, fragments)
         except SaveError:
+            # The others may still be writing into the folder that is removed next.
             with suppress(SaveError):
                 messages.receive_from_others("part")
             raise
@@ -288,7 +290,7 @@ class CheckpointManager:
         return target
 
     def _warn(self, text: str) -> None:
-        """Tell a person. A full disk may not take a line of a log either: that is no reason to end."""
+        """Tell a person. A full disk may not take a line of a log either: training goes on."""
         with suppress(OSError):
             self.reports.warn(text)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, as data: `manifest.json` and the names around it.
+"""The content of a checkpoint folder as data: `manifest.json` and the names around it.
 
 checkpoints/step-00000050/
     rank-00000.safetensors   fragments that one rank held; more of them in rank-00000-1.safetensors, ...
@@ -57,7 +57,7 @@ class FileEntry(_Entry):
 
 
 class FragmentEntry(_Entry):
-    """Where one box of a tensor lies: in `file`, under `key`."""
+    """The place of one box of a tensor: `key` in `file`."""
 
     offsets: tuple[NonNegativeInt, ...]
     shape: tuple[NonNegativeInt, ...]
@@ -81,7 +81,7 @@ FileName = Annotated[str, Field(pattern=PLAIN_NAME)]
 
 
 class ManifestPart(_Entry):
-    """What one rank wrote: its files, and by name and kind the tensors that it holds fragments of."""
+    """The files that one rank wrote, and by name and kind the tensors that it holds fragments of."""
 
     files: dict[FileName, FileEntry]
     tensors: dict[str, dict[str, TensorEntry]]
@@ -102,7 +102,7 @@ class CheckpointManifest(ManifestPart):
                     yield tensor, fragment
 
     def problems(self) -> list[str]:
-        """What contradicts itself: unknown types, unlisted files, tensors that are not held exactly once."""
+        """Contradictions: unknown types, unlisted files, tensors that are not held exactly once."""
         found = []
         for name, kinds in self.tensors.items():
             for kind, tensor in kinds.items():
@@ -183,7 +183,7 @@ def load_manifest(folder: Path) -> CheckpointManifest:
         return CheckpointManifest.model_validate_json(content)
     except (ValueError, AttributeError, RecursionError) as error:
         reason = fault_text(error) if isinstance(error, ValidationError) else str(error)
-        raise CheckpointError(f"{path}: is no manifest of a checkpoint: {reason}") from error
+        raise CheckpointError(f"{path}: is not a manifest of a checkpoint: {reason}") from error
 
 
 def _read(path: Path) -> bytes:
@@ -196,7 +196,7 @@ def _read(path: Path) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that is there but gives no bytes. Missing permission is no damage."""
+    """The error for a file that is there but gives no bytes. Missing permission is not damage."""
     kind = (
         CheckpointError
         if error.errno in (errno.EIO, errno.EISDIR, errno.EINVAL, errno.EFBIG, errno.ELOOP)

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained with and how far, by its small files alone. Imports no torch: preflight asks for it."""
+"""The configuration and position that a checkpoint comes from, by its small files alone. Imports no torch."""
 
 import hashlib
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ def updates_of(engine: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from. `config` is the resolved configuration of the run that saved it, as plain data.
+    """The source of a checkpoint. `config` is the resolved configuration of the run that saved it, as plain data.
 
     `trained` is False for imported weights, which have an architecture but no training behind them. `about` is what
     the manifest says beside that, `state` what it holds beside tensors.
@@ -125,7 +125,7 @@ def origin_of(path: Path, state: Mapping[str, Any], config_text: str, about: Map
     except ValueError as error:
         raise CheckpointError(f"{path / CONFIG}: is no YAML: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path / CONFIG}: is no configuration of a run")
+        raise CheckpointError(f"{path / CONFIG}: is not a configuration of a run")
     return Origin(path, "train" in state, config, about, state)
 
 

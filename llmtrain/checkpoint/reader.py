@@ -115,11 +115,11 @@ class CheckpointReader:
         return entry.global_shape
 
     def _is_frozen(self, name: str) -> bool:
-        """Of a parameter that it has nothing of, the base has the weight."""
+        """True where the base has the weight, as the checkpoint itself holds nothing of this parameter."""
         return name not in self._manifest.tensors
 
     def base_of(self, frozen: Collection[str]) -> dict[str, str] | None:
-        """What a checkpoint says that leaves these parameters where this one has them; None where there are none."""
+        """The entry in the manifest of a checkpoint that leaves frozen parameters in this one; None without any."""
         if not frozen:
             return None
         if self.base is not None and all(map(self._is_frozen, frozen)):
@@ -166,6 +166,7 @@ class CheckpointReader:
     def _read_stored(self, name: str, key: str, box: Box, target: Tensor) -> None:
         try:
             if name not in self._open_files:
+                # The one that was opened first goes: to open it again costs a header.
                 if len(self._open_files) == MAX_OPEN_FILES:
                     self._open_files.pop(next(iter(self._open_files)))
                 self._open_files[name] = StoredTensors(self.path / name, self._scratch)
@@ -183,7 +184,7 @@ def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(f"{path}: is no folder. Give a checkpoint such as RUN/checkpoints/step-00000050.")
+        raise ConfigError(f"{path}: is not a folder. Give a checkpoint such as RUN/checkpoints/step-00000050.")
     manifest = load_manifest(path)
     if problems := checkpoint_problems(path, manifest, verify):
         more = [f"... and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
@@ -247,6 +248,7 @@ def checkpoint_problems(folder: Path, manifest: CheckpointManifest, verify: bool
         else:
             sound.append(name)
     problems += _hash_problems(folder, manifest, sound, verify)
+    # Headers of damaged files would only say the same again.
     return problems or _header_problems(folder, manifest)
 
 
@@ -283,7 +285,7 @@ def _header_problems(folder: Path, manifest: CheckpointManifest) -> list[str]:
         try:
             stored = StoredTensors(folder / name, Scratch()).tensors
         except (ValueError, RecursionError) as error:
-            problems.append(f"{folder / name}: is no valid safetensors file: {error}")
+            problems.append(f"{folder / name}: is not a valid safetensors file: {error}")
             continue
         except OSError as error:
             raise unreadable(folder / name, error) from error

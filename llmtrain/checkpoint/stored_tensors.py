@@ -36,7 +36,7 @@ WILL_NEED = getattr(os, "POSIX_FADV_WILLNEED", 0)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in its file: row-major from byte `start`. `dtype` is safetensors' name of the type."""
+    """The place of a tensor in its file: row-major from byte `start`. `dtype` is safetensors' name of the type."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,11 +78,11 @@ class StoredTensors:
     """An open safetensors file."""
 
     def __init__(self, path: Path, scratch: Scratch) -> None:
-        """Raises OSError where the file cannot be opened, ValueError where it is no safetensors file."""
+        """Raises OSError where the file cannot be opened, ValueError where it is not a safetensors file."""
         self.path = path
         self._scratch = scratch
         self._descriptor = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
+        weakref.finalize(self, os.close, self._descriptor)  # readers drop files without closing them
         _advise(self._descriptor, 0, 0, IN_ANY_ORDER)
         self.tensors = self._read_header()
         """By key; the dtype is safetensors' name."""
@@ -116,7 +116,7 @@ class StoredTensors:
         """
         stored = self.tensors[key]
         assert target.dtype == DTYPES[stored.dtype] and tuple(target.shape) == box.shape
-        if target.is_contiguous():
+        if target.is_contiguous():  # a system call fills one stretch of memory
             return self._read_dense(stored, box, target)
         # Rows that go to separate places come through memory of their own, some at a time.
         rows = max(1, SCRATCH_BYTES // max(1, prod(box.shape[1:]) * target.itemsize))

@@ -36,7 +36,7 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 LENGTH_BYTES = 8
 PAGE_BYTES = 4096
-"""What a disk reads at least."""
+"""The least that a disk reads."""
 
 CHUNK_BYTES = 8 << 20
 CHUNKS_AHEAD = 4
@@ -48,7 +48,7 @@ DISK_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """What the manifest says of a file."""
+    """Size and hash of a file, for the manifest."""
 
     size_bytes: int
     sha256: str
@@ -84,6 +84,7 @@ def iter_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> I
     """The bytes of the file in order, as views of the tensors' own memory where that is contiguous and on the CPU."""
     yield memoryview(tensor_file_header(tensors, metadata))
     for key in in_file_order(tensors):
+        # The host waits for a device here, one tensor at a time; with async_save all of them are copies on the CPU.
         flat = tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         data = flat.numpy().data
         for start in range(0, len(data), CHUNK_BYTES):

@@ -75,7 +75,7 @@ SMALL_FILE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds beside tensors. `state` and `about` are JSON, `config_text` the resolved YAML."""
+    """The parts of a checkpoint beside tensors. `state` and `about` are JSON, `config_text` the resolved YAML."""
 
     step: int
     state: dict[str, Any]
@@ -173,6 +173,7 @@ def publish(
         )
         _write_small(folder / MANIFEST, manifest)
         _write_small(folder / MANIFEST_HASH, manifest_hash_line(manifest))
+        # The files' names are on the disk before the rename shows them: a crash must not leave a part of a checkpoint.
         sync_folder(folder)
         before_publish()
         return _put_in_place(folder, folder.parent / step_folder_name(contents.step))
@@ -184,7 +185,7 @@ def publish(
 def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint so that no moment shows a part of it under its own name. Raises OSError."""
     doomed = free_name(folder.parent, f"removing-{folder.name}")
-    folder.rename(doomed)
+    folder.rename(doomed)  # at once, where removing file by file would leave a damaged checkpoint if it is killed
     shutil.rmtree(doomed)
 
 
@@ -223,6 +224,7 @@ def free_name(parent: Path, name: str) -> Path:
 
 def _put_in_place(folder: Path, target: Path) -> Path:
     replaced = target.with_name(f"replaced-{target.name}")
+    # A copy that an earlier replacement left: the one in place is whole, so it is not needed.
     if target.exists() and replaced.exists():
         remove_checkpoint(replaced)
     replace_folder(folder, target, replaced)

@@ -95,7 +95,7 @@ class BatchLoader:
                     first_sample += self.step_length(first_sample)
                 yield prepared.popleft().result()
         finally:
-            thread.shutdown(cancel_futures=True)
+            thread.shutdown(cancel_futures=True)  # waits for the step in hand: it holds files of the stream
 
     @property
     def steps_once(self) -> int:
@@ -107,7 +107,7 @@ class BatchLoader:
         return self._samples(first_sample)[-1] + 1 - first_sample
 
     def step_origins(self, first_sample: int) -> list[SampleOrigin]:
-        """Where all samples of the step that begins at a position of the stream come from, on every rank."""
+        """The origins of all samples, on every rank, of the step that begins at a position of the stream."""
         return [self._stream.origin(number) for number in self._samples(first_sample)]
 
     def _samples(self, first_sample: int) -> Sequence[int]:

@@ -65,7 +65,7 @@ def keyed_permutation(size: int, key: bytes) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample lies: window `window` of shard `shard`, in pass `epoch` over the source."""
+    """The place of a sample: window `window` of shard `shard`, in pass `epoch` over the source."""
 
     epoch: int
     shard: int
@@ -184,14 +184,18 @@ class _Group:
 
 
 class ContinuousOrder:
-    """The order of the windows of one source. Sample n belongs to the epoch that its window begins in."""
+    """The order of the windows of one source. Sample n belongs to the epoch that its window begins in.
+
+    Numbers of four kinds meet here. Samples n and windows v count from 0 over all epochs, tokens from the begin of the
+    endless stream. A rank is a shard's place in one epoch's order, a shard is its number in the manifest.
+    """
 
     def __init__(self, lengths: Sequence[int], seq_len: int, seed: int, source: int, group_size: int) -> None:
         """`lengths` counts the tokens of each shard's stream; windows are shuffled in groups of `group_size` shards."""
         self._epoch_tokens = sum(lengths)
         assert self._epoch_tokens > seq_len
         self.num_windows = self._epoch_tokens // seq_len
-        """Of one epoch, rounded down: epochs need not end where windows do."""
+        """Windows of one epoch, rounded down: epochs need not end where windows do."""
         self.whole_windows = (self._epoch_tokens - 1) // seq_len
         """The first samples, which hold tokens of the first epoch alone: all that begin in it but the last, if that
         one reaches into the next."""
@@ -272,6 +276,7 @@ class ContinuousOrder:
 
     def _build_epoch(self, epoch: int) -> _EpochStream:
         shards = keyed_permutation(len(self._lengths), wide_key("shards", self._seed, self._source, epoch))
+        # Python's integers: the endless stream may grow beyond 64 bits.
         begins = epoch * self._epoch_tokens + np.concatenate(([0], np.cumsum(self._lengths[shards]))).astype(object)
         return _EpochStream(shards.tolist(), np.argsort(shards).tolist(), begins.tolist())
 

@@ -1,4 +1,4 @@
-"""What the rows of a run are made with: its objective's parameters, special tokens, pieces, and random numbers."""
+"""The inputs of a run's rows beside samples: parameters of the objective, special tokens, pieces, random numbers."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class PieceTable:
 
 
 def word_begins(pieces: Iterable[str], style: str) -> NDArray[np.bool_]:
-    """Whether each piece begins a word, in one of the styles sentencepiece, byte_level and wordpiece.
+    """[pieces], true where a piece begins a word; `style` is sentencepiece, byte_level or wordpiece.
 
     White space begins a word and belongs to it, new lines too. `<0x0A>` stands for a byte.
     """
@@ -69,16 +69,16 @@ class RowConfig:
     family: str = "decoder"
     pieces: PieceTable | None = None
     bos_ids: tuple[int, ...] = ()
-    """What every document begins with."""
+    """The ids that every document begins with."""
 
     @cached_property
     def lengths(self) -> Lengths:
-        """Of every row, padding included."""
+        """The lengths of every row, padding included."""
         return sample_lengths(self.family, self.data)
 
     @cached_property
     def is_padded(self) -> "IsPadded":
-        """What depends on the configuration alone, so that all batches of a run are of one kind."""
+        """It depends on the configuration alone, so that all batches of a run are of one kind."""
         shortest = shortest_lengths(self.data)
         return IsPadded(shortest.main < self.lengths.main, shortest.encoder < self.lengths.encoder)
 
@@ -107,7 +107,7 @@ class RowConfig:
 
 
 def build_row_config(config: RunConfig, stream: SampleStream, tokenizer: Callable[[], Path]) -> RowConfig:
-    """That of a run in whose configuration special tokens are filled in already.
+    """The row configuration of a run whose special tokens are filled in already.
 
     `tokenizer` finds the run's tokenizer; it is asked where the objective needs its pieces. Raises as `load_pieces`
     does.
@@ -118,7 +118,7 @@ def build_row_config(config: RunConfig, stream: SampleStream, tokenizer: Callabl
 
 @dataclass(frozen=True)
 class IsPadded:
-    """Whether samples may be shorter than their rows."""
+    """True where samples may be shorter than their rows."""
 
     main: bool
     encoder: bool

@@ -80,7 +80,7 @@ class Source:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """What the stream is made with, beside its sources.
+    """The settings of a stream, beside its sources.
 
     With `read_ahead` a thread opens, hashes and fetches shards before they are needed.
     """
@@ -116,7 +116,7 @@ class SourceReader:
         skipped: SkippedShards | None,
         ahead: ReadAhead[ShardFile],
     ) -> None:
-        """Without `skipped`, damage is an error. Raises DataError where there is no whole sample, or too few are left.
+        """Without `skipped`, damage is an error. Raises DataError without a whole sample, and where too few are left.
 
         `index` is the source's number in the mixture.
         """
@@ -178,6 +178,7 @@ class SourceReader:
             return self._open[number]
         if number in self._blank:
             return None
+        # Before a shard is opened: all ranks must go without a shard that one of them has found damaged.
         if self._skipped and self._skipped.refresh():
             self._require_agreement(self._skipped)
         if self._skipped and self._keys[number] in self._skipped:

@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class SampleOrigin:
-    """Where a sample comes from, for reports: its global number, data set, shard file and window of that shard."""
+    """The origin of a sample, for reports: its global number, data set, shard file and window of that shard."""
 
     number: int
     source: str
@@ -103,7 +103,7 @@ class SampleStream:
 
     @property
     def bos_ids(self) -> tuple[int, ...]:
-        """What every document begins with."""
+        """The ids that every document begins with."""
         return self._readers[0].source.manifest.bos_ids
 
     def sample(self, number: int) -> Sample:
@@ -126,7 +126,7 @@ class SampleStream:
         return 1 + max(last)
 
     def origin(self, number: int) -> SampleOrigin:
-        """Where sample `number` comes from; found without opening its shard."""
+        """The origin of sample `number`, found without opening its shard."""
         source, number_in_source = self._schedule.source_of(number)
         reader = self._readers[source]
         place = reader.order.place(number_in_source)
@@ -166,7 +166,7 @@ def load_sources(
 
 @dataclass(frozen=True)
 class DataUse:
-    """Of one data set: `tokens`, ends of sequence included, samples of one epoch, and what no epoch ever shows.
+    """Counts of one data set: its `tokens`, ends of sequence included, samples of one epoch, tokens in no epoch.
 
     `unused_tokens` lie at the ends of shards, or in data too short for one sample. Epochs of continuous windows end
     inside of samples.
@@ -186,7 +186,7 @@ class DataUse:
 
 
 def data_use(manifest: Manifest, seq_len: int, windows: WindowKind) -> DataUse:
-    """What samples of `seq_len` tokens make of a data set."""
+    """The use that samples of `seq_len` tokens make of a data set."""
     tokens = manifest.stream_tokens
     if windows == "continuous":
         return DataUse(tokens, tokens / seq_len, 0) if tokens > seq_len else DataUse(tokens, 0, tokens)

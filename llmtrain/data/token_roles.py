@@ -1,4 +1,4 @@
-"""What is known of a tokenizer beside its own file: which tokens end, begin and fill texts, and what its folder said.
+"""Facts about a tokenizer beside its own file: the tokens that end, begin and fill texts, and its folder's settings.
 
 A tokenizer.json does not say which token ends a text. A folder in Hugging Face's format says so in the files beside
 it; what they say is kept in one file, `tokenizer_settings.json`, that travels with the tokenizer into data sets, run
@@ -32,7 +32,7 @@ Lookup = Callable[[str], int | None]
 
 @dataclass(frozen=True)
 class TrainedTokens:
-    """What a checkpoint says of the tokenizer that its model was trained with; None where it does not say.
+    """A checkpoint's record of the tokenizer that its model was trained with; None where it has none.
 
     `has_settings`: a settings file lay beside it.
     """
@@ -63,7 +63,7 @@ class TrainedTokens:
 
 
 def roles_beside(tokenizer: Path, sha256: str, lookup: Lookup, vocab_size: int) -> TokenRoles:
-    """What the files beside a tokenizer say: its settings file, or else those of a folder in Hugging Face's format.
+    """Roles from the files beside a tokenizer: its settings file, else those of a folder in Hugging Face's format.
 
     Raises DataError where one of them is damaged, or is another tokenizer's.
     """
@@ -109,7 +109,7 @@ def _declared(files: dict[str, Any], lookup: Lookup, vocab_size: int) -> TokenRo
         said = list(_said(files, role, lookup))
         usable = [token for _, _, token in said if token is not None and _is_id(token, vocab_size)]
         notes += [
-            f"{where}: {role}_token = {value!r} is no token of the tokenizer: not used"
+            f"{where}: {role}_token = {value!r} is not a token of the tokenizer: not used"
             for where, value, token in said
             if token is not None and not _is_id(token, vocab_size)
         ]
@@ -122,7 +122,7 @@ def _declared(files: dict[str, Any], lookup: Lookup, vocab_size: int) -> TokenRo
         named = _listed(files.get(name, {}).get("eos_token_id"))
         ends += [token for token in named if _is_id(token, vocab_size)]
         if len(named) > 1 and (beyond := [token for token in named if not _is_id(token, vocab_size)]):
-            notes.append(f"{name}: eos_token_id {beyond} are no tokens of the tokenizer: nothing ends there")
+            notes.append(f"{name}: eos_token_id {beyond} are not tokens of the tokenizer: nothing ends there")
     generation_ends = _listed(files.get(GENERATION, {}).get("eos_token_id"))
     if ends and generation_ends and ends[0] not in generation_ends:
         notes.append(

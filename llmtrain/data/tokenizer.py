@@ -30,8 +30,8 @@ _HF_SPECIALS = {
     "cls": _CLS_NAMES,
     "sep": _SEP_NAMES,
 }
-"""Where neither the files beside a tokenizer.json nor what it puts around a text say which token ends one, the first
-of these names among its added tokens is taken. An ordinary piece of that name is no such token."""
+"""Names by role. The first one among the added tokens is taken where neither the files beside a tokenizer.json nor the
+ids that it puts around a text name a token. Ordinary pieces of these names do not count."""
 
 
 class UnknownEndError(DataError):
@@ -54,7 +54,7 @@ def load_tokenizer(path: str | Path, said: Path | TokenRoles | None = None) -> T
 
 
 def tokenizer_content(path: Path) -> bytes:
-    """What is in a tokenizer's file. Raises ConfigError where there is none, DataError where it cannot be read."""
+    """The bytes of a tokenizer's file. Raises ConfigError where it is missing, DataError where it cannot be read."""
     try:
         return read_bytes(path, LONGEST_TOKENIZER)
     except FileNotFoundError:
@@ -67,7 +67,7 @@ class SentencePieceTokenizer:
     """A sentencepiece model. Those that `llmtrain data tokenizer` trains give back every text unchanged."""
 
     def __init__(self, path: Path, said: Path | TokenRoles | None = None) -> None:
-        """Raises DataError where the file is no sentencepiece model or has no end of sequence."""
+        """Raises DataError where the file is not a sentencepiece model or has no end of sequence."""
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(tokenizer_content(path))
@@ -155,7 +155,7 @@ class HuggingFaceTokenizer:
     """A tokenizer.json, run by the `tokenizers` library."""
 
     def __init__(self, path: Path, said: Path | TokenRoles | None = None) -> None:
-        """Raises DataError where the file is no tokenizer, or where nothing says which token ends a text."""
+        """Raises DataError where the file is not a tokenizer, or where nothing says which token ends a text."""
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_content(path))
         except DataError:
@@ -233,7 +233,7 @@ class HuggingFaceTokenizer:
         return next((added[name] for name in _HF_SPECIALS[role] if name in added), None)
 
     def _unsaid_end(self, behind: tuple[int, ...], ids: Mapping[str, int]) -> int:
-        """What ends documents where no file beside says so: what the tokenizer puts behind a text, or a known name."""
+        """The end of documents where no file beside names it: the id behind a text, or a token of a known name."""
         found = behind[0] if len(behind) == 1 else ids.get("eos", ids.get("sep"))
         if found is None:
             names = ", ".join(_HF_SPECIALS["eos"])
@@ -245,7 +245,7 @@ class HuggingFaceTokenizer:
         return found
 
     def _put_around(self) -> Around:
-        """What its post-processor puts before and behind a text."""
+        """The ids that its post-processor puts before and behind a text."""
         plain, whole = self._tokenizer.encode("a", add_special_tokens=False).ids, self._tokenizer.encode("a").ids
         if not plain:
             return (), ()
@@ -264,8 +264,10 @@ def _roles(tokenizer: Tokenizer, said: Path | TokenRoles | None, lookup: Lookup)
 
 
 def _around_by_flags(roles: TokenRoles, bos_id: int | None, eos_id: int) -> Around | None:
-    """What a tokenizer_config.json makes a tokenizer put around a text; as in transformers its flags, where there are
-    any, take the place of the post-processor in tokenizer.json."""
+    """The ids around a text by the flags of a tokenizer_config.json; None where it has none of them.
+
+    As in transformers, the flags take the place of the post-processor in tokenizer.json.
+    """
     flags = roles.files.get(TOKENIZER_CONFIG, {})
     if "add_bos_token" not in flags and "add_eos_token" not in flags:
         return None

@@ -91,6 +91,7 @@ def iter_tokens(
     for start in range(len(prompt), length):
         positions_BS = torch.arange(start - tokens_BS.shape[1], start, device=device)[None]
         hidden_SBH, _ = model(ModelInputs(tokens_BS, positions_BS), caches=caches, memory_TBH=memory_TBH)
+        # The host waits for each token: it may be the last one, and it is the next input.
         token = choose(model.logits(hidden_SBH[-1:])[0, -1], sampling, generator)
         yield token
         tokens_BS = torch.tensor([[token]], device=device)
@@ -105,7 +106,7 @@ def _require_length(prompt: Sequence[int], end: int, bound: str, number: int) ->
 
 @dataclass(frozen=True)
 class Filling:
-    """What an encoder would put in place of one mask: tokens with their probabilities, the likeliest first."""
+    """An encoder's tokens for one mask with their probabilities, the likeliest first."""
 
     position: int
     tokens: list[tuple[int, float]]
@@ -119,6 +120,7 @@ def fill_masks(model: Transformer, tokens: Sequence[int], mask_id: int, count: i
         raise ConfigError("The prompt has no mask to fill.")
     tokens_BS = torch.tensor([list(tokens)], device=next(model.parameters()).device)
     hidden_SBH, _ = model(ModelInputs(tokens_BS, counted_positions(tokens_BS)))
+    # The host waits for the device at the first mask below.
     best_SK = model.logits(hidden_SBH)[0].softmax(-1).topk(min(count, model.config.vocabulary))
     return [
         Filling(at, list(zip(best_SK.indices[at].tolist(), best_SK.values[at].tolist(), strict=True)))

@@ -55,7 +55,7 @@ def export_checkpoint(
 
 
 def _facts(checkpoint: CheckpointReader) -> dict[str, str]:
-    """What the model card says about training. Data sets are named by the hash of their manifest, not by a path."""
+    """The model card's facts about training. Data sets are named by the hash of their manifest, not by a path."""
     config = saved_config(checkpoint)
     progress = checkpoint.state.get("train", {})
     facts = {"Run": str(config.get("name", "imported")), "Training steps": f"{checkpoint.step:,}"}
@@ -72,7 +72,7 @@ def _facts(checkpoint: CheckpointReader) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Imported:
-    """What was read, the tokenizer that was found with it, and the checkpoint that it has become."""
+    """The folder that was read, the tokenizer found in it, and the checkpoint that was written."""
 
     folder: HuggingFaceFolder
     tokenizer: FolderTokenizer
@@ -137,7 +137,7 @@ def _iter_fragments(folder: HuggingFaceFolder) -> Iterator[Fragment]:
 
 
 def _config_yaml(folder: HuggingFaceFolder, tokenizer: Tokenizer | None) -> str:
-    """What a run's configuration can rest on: the model, and what to train such a model on next."""
+    """The base for a run's configuration: the model, and the objective that suits it."""
     config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
     objectives: dict[str, ObjectiveName] = {"encoder": "masked", "encoder_decoder": "span_corruption"}
     if objective := objectives.get(folder.model.family):

@@ -45,7 +45,7 @@ class TrainedModel:
     tokenizer_path: Path | None
     data: Mapping[str, Any] = field(default_factory=dict)
     tokens: TrainedTokens = field(default_factory=TrainedTokens)
-    """What a checkpoint says of that tokenizer."""
+    """The checkpoint's record of that tokenizer."""
 
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where none was found."""
@@ -150,7 +150,7 @@ def build_trained(config: ModelConfig, source: FragmentSource, device: torch.dev
 
 
 def _load_router_biases(model: Transformer, source: FragmentSource, device: torch.device) -> None:
-    """What training without an auxiliary loss has added for the choice of experts: stored in steps of its rate."""
+    """Set the routing biases of training without an auxiliary loss; they are stored in steps of its rate."""
     moe = model.config.moe
     if moe is None or not moe.bias_update_rate:
         return

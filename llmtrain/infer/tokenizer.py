@@ -135,7 +135,7 @@ class FolderTokenizer:
     notes: tuple[str, ...]
 
     def about(self) -> dict[str, Any]:
-        """What the imported checkpoint says of it."""
+        """The imported checkpoint's record of it."""
         if self.tokenizer is None:
             return {}
         return {"data": TrainedTokens(self.tokenizer.sha256, has_settings=True).to_json()}
@@ -149,7 +149,7 @@ class FolderTokenizer:
 
 
 def folder_tokenizer(folder: Path, model: ModelConfig) -> FolderTokenizer:
-    """What a folder in Hugging Face's format says about its tokens. Raises DataError where a file is damaged.
+    """The tokenizer of a folder in Hugging Face's format. Raises DataError where a file is damaged.
 
     Where it has no tokenizer.json, transformers makes one of the files that it has.
     """
@@ -203,7 +203,7 @@ def _as_json(folder: Path, made: str | None) -> Iterator[Path | None]:
 
 
 def _not_kept(folder: Path, tokenizer: str) -> Iterator[str]:
-    """Files of the folder that an export will not have; what is no part of a model is not spoken of."""
+    """Files of the folder that an export will not have; files that do not belong to a model are passed over."""
     known = {path for pattern in _KNOWN_FILES for path in folder.glob(pattern)}
     files = {path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")} - known
     names = sorted(path.name for path in files if path.name not in (*JSON_FILES, tokenizer, "README.md"))
@@ -212,7 +212,7 @@ def _not_kept(folder: Path, tokenizer: str) -> Iterator[str]:
 
 
 def decoder_start(tokenizer: Tokenizer) -> int | None:
-    """What the folder's decoder begins with, where it says so."""
+    """The id that the folder's decoder begins with, where a file names it."""
     for name in (MODEL_CONFIG, GENERATION):
         files: Mapping[str, Any] = tokenizer.roles.files.get(name, {})
         token = files.get("decoder_start_token_id")

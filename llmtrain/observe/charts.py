@@ -29,14 +29,14 @@ CHART_NAMES = {
 }
 
 CHART_GROUPS = {"valid_": "valid/", "system_": "system/"}
-"""What columns that begin so are called instead."""
+"""Groups of the charts of columns that begin so."""
 
 NO_METRICS = ("step", "time", RESUMED_FROM)
 """Columns that say where a row belongs."""
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """Every number of a row by its chart's name; what is no number is left out."""
+    """Every number of a row by its chart's name; other values are left out."""
     return {
         chart_name(key): float(value)
         for key, value in row.items()
@@ -45,7 +45,7 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 def chart_name(key: str) -> str:
-    """Where a column is shown. One that nobody has foreseen keeps the group in its name, or joins those of training."""
+    """The chart of a column. An unknown one keeps the group in its name, or joins those of training."""
     if key in CHART_NAMES:
         return CHART_NAMES[key]
     for start, group in CHART_GROUPS.items():

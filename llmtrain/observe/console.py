@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere; all of it on stderr."""
+"""The progress that a person sees: a bar on a terminal, plain lines elsewhere, all of it on stderr."""
 
 import time
 from collections.abc import Callable

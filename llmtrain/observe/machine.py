@@ -137,7 +137,7 @@ _COUNTERS: tuple[tuple[Callable[[], object], dict[str, str]], ...] = (
     (psutil.net_io_counters, {"network_sent_bytes": "bytes_sent", "network_received_bytes": "bytes_recv"}),
     (psutil.disk_io_counters, {"disk_read_bytes": "read_bytes", "disk_written_bytes": "write_bytes"}),
 )
-"""Who counts bytes since the machine was started, and under which names."""
+"""Counters of bytes since the machine was started, and the names of their columns."""
 
 _GPU_QUESTIONS: tuple[tuple[str, Callable[[torch.device], float]], ...] = (
     ("system_gpu_utilization_percent", torch.cuda.utilization),
@@ -160,7 +160,7 @@ def _traffic() -> dict[str, float]:
 
 
 def _gpu_columns(device: torch.device) -> dict[str, float]:
-    """Of this rank's GPU. Some of it needs NVIDIA's management library for Python, and leave to ask it."""
+    """The columns of this rank's GPU. Some need NVIDIA's management library for Python and the right to ask it."""
     columns = {
         "device_allocated_bytes": float(torch.cuda.memory_allocated(device)),
         "device_reserved_bytes": float(torch.cuda.memory_reserved(device)),

@@ -1,4 +1,4 @@
-"""What the loop tells of a run, timed, averaged and handed to every tracker; and what a token costs in arithmetic."""
+"""The loop's reports, timed, averaged and handed to every tracker; and the arithmetic that a token costs."""
 
 import math
 import resource
@@ -77,7 +77,7 @@ Status = Literal["done", "preempted", "failed"]
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Where a run begins and ends, and what a token costs.
+    """The begin and end of a run, and the cost of a token.
 
     `start_step` and `start_tokens` are the state that the run continues from. `peak_flops` is that of all devices
     together, in operations per second; None where it is not known. `attempt` counts the starts of the run, from 1.
@@ -97,7 +97,7 @@ class RunPlan:
 
 @dataclass
 class _Interval:
-    """What has added up since the last recorded row."""
+    """Sums since the last recorded row."""
 
     steps: int = 0
     tokens: int = 0
@@ -146,7 +146,7 @@ class Monitor:
 
     @contextmanager
     def phase(self, name: Literal["data", "evaluate", "checkpoint"]) -> Iterator[None]:
-        """Time a part of the loop. Evaluation and checkpoints are no part of a step's time; waiting for data is."""
+        """Time a part of the loop. A step's time includes waiting for data, not evaluation and checkpoints."""
         began = self._clock()
         self._on_phase(name, self._step)
         try:
@@ -165,7 +165,7 @@ class Monitor:
 
     def step(self, step: int, lr: float, result: StepResult) -> None:
         """Record that step `step` (from 1) is done."""
-        now = self._clock()
+        now = self._clock()  # first: what is counted below is not part of the step
         interval = self._interval
         interval.steps += 1
         interval.tokens += result.num_tokens if self._plan.tokens_per_step is None else self._plan.tokens_per_step
@@ -173,7 +173,7 @@ class Monitor:
         interval.skipped += result.skipped
         self._step, self._has_stepped = step, True
         self._on_phase("step", step)
-        self._step_began = self._clock()  # who listens may have written a trace: that is no part of a step
+        self._step_began = self._clock()  # who listens may have written a trace: it is not part of a step
         self._tokens += result.num_tokens
         if self._console:
             self._console.advance(step)

@@ -124,6 +124,7 @@ def build_trackers(
     `console` hears of what goes wrong. `final_checkpoint` is asked at the end where observe.wandb_artifacts wants it.
     Only the rank that records calls this. Raises OSError where metrics.jsonl cannot be opened.
     """
+    # The file comes first: charts may fail, and what a resume needs is written before them.
     trackers: list[Tracker] = [JsonlTracker(run_dir / METRICS_FILE, attempt.step)]
     if config.observe.tensorboard:
 
@@ -156,7 +157,7 @@ def build_trackers(
 
 
 def describe_run(config: RunConfig, layout: Layout, attempt: StartedAttempt) -> dict[str, Any]:
-    """What the configuration does not say of an attempt."""
+    """Facts about an attempt beside its configuration."""
     return {
         "llmtrain_version": metadata.version("llmtrain"),
         "torch_version": metadata.version("torch"),

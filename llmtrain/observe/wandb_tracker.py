@@ -26,7 +26,7 @@ ONLINE_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class WandbRun:
-    """What identifies an attempt: all attempts of a run share a group, its name. `run_id` is the run folder's own."""
+    """The identity of an attempt. All attempts of a run share a group, its name. `run_id` is the run folder's own."""
 
     name: str
     project: str
@@ -37,14 +37,14 @@ class WandbRun:
 
     @property
     def title(self) -> str:
-        """What the attempt is called."""
+        """The name of the attempt."""
         if self.attempt == 1 and not self.resume_step:
             return self.name
         return f"{self.name} attempt {self.attempt} from step {self.resume_step}"
 
     @property
     def id(self) -> str:
-        """What no other attempt has, of this run or of another one with its name."""
+        """Unique among the attempts of this run and of other runs with its name."""
         return "-".join(part for part in (self.name, self.run_id, f"{self.attempt:03d}") if part)
 
 
@@ -109,7 +109,7 @@ class WandbTracker:
 
 @contextmanager
 def _ends_cleanly() -> Iterator[None]:
-    """Where W&B fails, its own process may be gone: end what is left, or it complains when this process ends."""
+    """End what is left of W&B where it fails: its own process may be gone, and it complains when this one ends."""
     try:
         yield
     except Exception:
@@ -144,6 +144,7 @@ def _start(run: WandbRun, run_dir: Path, config: Mapping[str, Any], mode: Litera
         save_code=False,
         disable_code=True,
         disable_git=True,
+        # W&B's private names: nothing public keeps machine, statistics and packages at home.
         x_disable_meta=True,
         x_disable_machine_info=True,
         x_disable_stats=True,

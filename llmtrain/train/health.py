@@ -1,4 +1,4 @@
-"""What is done about bad numbers: a step without finite gradients is run once more and named, a loss is judged.
+"""The answer to bad numbers: a step without finite gradients is run once more and named, a loss is judged.
 
 A run whose steps change nothing has not trained, however many there are: it is given up.
 """
@@ -26,8 +26,8 @@ LONGEST_LIST = 300
 """Characters of samples and shards that a message has room for; the audit log has all."""
 
 Verdict = Literal["transient", "persistent", "loss_scale", "not_rerun"]
-"""Of a step whose gradient was not finite: finite when it was run again; not finite again; a loss scale that was too
-high, as fp16 finds out by trying; or not known, as health.rerun is off."""
+"""Causes of a gradient that was not finite. transient: it was finite when the step ran again. persistent: it was not.
+loss_scale: the scale was too high, which fp16 finds out by trying. not_rerun: not known, as health.rerun is off."""
 
 Record = Callable[..., object]
 """Takes the name of an event and its facts as keywords. Raises OSError."""
@@ -71,7 +71,7 @@ def judge(
 
 
 def is_scale_too_high(result: StepResult, least_scale: float) -> bool:
-    """Whether a skipped step is one of fp16's trials: its loss is finite, and its loss scale can still be lowered."""
+    """True for one of fp16's trials: the skipped step's loss is finite, and the loss scale can still be lowered."""
     return math.isfinite(result.loss) and result.metrics.get("loss_scale", 0.0) > least_scale
 
 
@@ -183,7 +183,7 @@ class StallLimit:
             raise NoProgressError(f"{skipped_text(state)}. {self._advice(state)} {more}.")
 
     def _advice(self, state: TrainState) -> str:
-        """What may be mended; what is known of each step stands in the audit log."""
+        """Ways to mend it; the audit log has the facts of each step."""
         scale = ", a lower optim.loss_scale.initial, or train.precision=bf16" if self.precision == "fp16" else ""
         back = "begin anew under another name"
         if state.skipped_in_row < state.step:

@@ -31,7 +31,7 @@ class Evaluation:
     before_saves: bool = False
 
     def due(self, step: int, saved: bool) -> bool:
-        """Whether a step is evaluated; `saved` says that it is saved whether or not the run is told to stop.
+        """True for a step to evaluate; `saved`: it is saved whether or not the run is told to stop.
 
         A save because of a signal is not evaluated: there is no time, and a run that nobody stops would not have it.
         """
@@ -51,7 +51,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run needs, built by train/setup.py. `state` is where it begins or continues."""
+    """The parts of a run, built by train/setup.py. `state` is where it begins or continues."""
 
     loader: BatchLoader
     engine: Engine
@@ -85,6 +85,7 @@ def train(
             lr = learning_rate(place, run.config.optim, length)
             attempt = partial(run.engine.train_step, step, micro_batches, lr)
             result = attempt()
+            # The loss is on the host now: the engine's step has waited for the device.
             if result.skipped:
                 result = run.health.retry_skipped(step, result, attempt, loader.step_origins(state.samples))
             history, trouble = run.health.judge(state.history, step, result)
@@ -92,17 +93,19 @@ def train(
             state = state.advanced(moved, result.num_tokens, budget.tokens_per_step, history, result.skipped)
             monitor.step(step, lr, result)
 
+            # Every rank asks at every step: `anybody` is a collective, and only rank 0 has the loss to judge.
             if run.rollbacks.wanted(trouble, anybody):
                 with monitor.phase("checkpoint"):
                     back = run.rollbacks.go_back(trouble, state, run.engine)
                 if back:
-                    steps.close()
+                    steps.close()  # it has prepared steps of the data that is skipped now
                     state, loader = back.state, loader.skipping([back.skipped])
                     steps = loader.steps(first_sample=state.samples)
                     monitor.went_back(state.step, state.tokens)
                     continue
             stall_limit.require_progress(state)
 
+            # Evaluated before it is saved: the manifest of a checkpoint has its validation loss.
             saved = run.saving.due(step) or step == budget.last_step(state.seen)
             valid_loss = None
             if run.evaluation.due(step, saved):
@@ -110,12 +113,13 @@ def train(
                     valid_loss, num_tokens = run.evaluation.run(run.engine)
                 monitor.evaluated(step, valid_loss, num_tokens)
 
-            stopping = stop_requested()
+            stopping = stop_requested()  # after the step on every rank: all of them stop behind the same one
             if saved or stopping:
                 with monitor.phase("checkpoint"):
                     run.saving.save(state, run.engine, valid_loss)
     finally:
         steps.close()
+    # After a good end only: the error of a run must not hide behind one of its last save.
     run.saving.finish()
     if state.step < budget.last_step(state.seen):
         return "preempted", state

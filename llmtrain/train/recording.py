@@ -1,4 +1,4 @@
-"""Who records a run: its monitor with its trackers, its status, and a profiler where one is wanted."""
+"""The recording of a run: its monitor with its trackers, its status, and a profiler where one is wanted."""
 
 import time
 from collections.abc import Callable
@@ -28,7 +28,7 @@ SECONDS_BETWEEN_WRITES = 1.0
 class ProgressTracker:
     """Writes the step of each row into the run folder's status, at most once a second. The worker writes the end.
 
-    It is the first of a run's trackers: where the folder is another process's by now, none of them writes any more.
+    It is the first of a run's trackers: where the folder has another owner by now, the others write nothing either.
     """
 
     def __init__(self, folder: RunFolder, total_steps: int) -> None:
@@ -44,7 +44,7 @@ class ProgressTracker:
             self._written_at = time.monotonic()
 
     def flush(self) -> None:
-        """What is written is there."""
+        """Nothing to wait for: a status is written at once."""
         self._folder.ensure_held()
 
     def close(self, status: str) -> None:
@@ -60,7 +60,7 @@ def build_monitor(
     attempt: StartedAttempt,
     on_phase: Callable[[Phase, int], None],
 ) -> Monitor:
-    """What records the run from `state` on, into `folder`; without a folder it times and records nothing."""
+    """The monitor of a run from `state` on, recording into `folder`; without a folder it times and records nothing."""
     config = resolved.config
     last_step = Budget.of(config).last_step(state.seen)
     plan = RunPlan(
@@ -94,7 +94,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 def profiled(
     config: RunConfig, rank: int, on_phase: Callable[[Phase, int], None], say: Callable[[str], None]
 ) -> Callable[[Phase, int], None]:
-    """Who hears of a rank's phases: behind a profiler, where the configuration wants one on this rank."""
+    """The listener to a rank's phases: behind a profiler, where the configuration wants one on this rank."""
     wanted = config.observe.profile
     if wanted is None or rank not in wanted.ranks:
         return on_phase

@@ -69,7 +69,7 @@ class Rollbacks:
     _num_decisions: int = field(default=0, init=False)
 
     def wanted(self, trouble: Trouble | None, anybody: Callable[[bool], bool]) -> bool:
-        """Whether rank 0 has seen trouble; the ranks meet here only where health.rollback is on."""
+        """True where rank 0 has seen trouble; the ranks meet here only where health.rollback is on."""
         return self.config.rollback and anybody(trouble is not None and self._decides)
 
     @property
@@ -79,11 +79,12 @@ class Rollbacks:
     def go_back(self, trouble: Trouble | None, state: TrainState, engine: Engine) -> GoneBack | None:
         """Restore the last good checkpoint.
 
-        None where there is no checkpoint to go back to. Raises NoProgressError where the run has gone back
+        None without a checkpoint to go back to. Raises NoProgressError where the run has gone back
         health.max_rollbacks times already.
         """
+        # What is being written is to be judged with the rest; a save and a restore must not touch one engine at once.
         self.manager.wait()
-        self._num_decisions += 1
+        self._num_decisions += 1  # on all ranks alike: keys of the store are used once
         key = f"rollback {self._num_decisions}"
         if self._decides:
             assert trouble is not None, "rank 0 has called for it"
@@ -97,12 +98,12 @@ class Rollbacks:
             raise NoProgressError(said["given_up"])
         if "checkpoint" not in said:
             return None
-        # Rank 0 has hashed the files.
+        # All ranks restore, as weights may lie on several; rank 0 has hashed the files.
         restored = restore(open_checkpoint(Path(said["checkpoint"]), verify=False), engine)
         return GoneBack(restored, (restored.samples, state.samples))
 
     def _decide(self, trouble: Trouble, state: TrainState) -> dict[str, Any]:
-        """What all ranks are to do, recorded and said."""
+        """The decision for all ranks, recorded and said."""
         assert self.run_dir is not None
         place = f"step {state.step:,}: {trouble.reason}"
         done = sum(1 for _ in iter_events(self.run_dir, ROLLBACK))
@@ -147,7 +148,7 @@ class Rollbacks:
         return None
 
     def _record(self, event: str, **facts: Any) -> bool:
-        """Whether an event is in the audit log. What is not there would not be repeated after a resume."""
+        """True once an event is in the audit log: what is not there would not be repeated after a resume."""
         try:
             self.record(event, **facts)
         except OSError as error:

@@ -45,16 +45,18 @@ def setup(
     Rank 0 holds the lock of the run folder and records the run; the others have no `folder`. The vocabulary size is
     known, and where there are several ranks, torch.distributed is initialized. `on_phase` hears where this rank is.
     """
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("highest")  # whatever a library has set: TF32 is not fp32
     config = resolved.config
+    # Before the engine is built: an attempt that fails while it builds is one, and its folder says what it was.
     attempt = record_start(resolved, folder, start) if folder else StartedAttempt()
     engine = engine_class(config.engine.name)(config, device)
     state = restore(start.checkpoint, engine) if start.checkpoint else start.state
+    # After the restoring: what measures stands around the engine, and holds nothing that is saved.
     engine = measuring(engine, config.model, config.observe.layer_norms_every_steps)
     # The monitor is made with whoever hears of phases, and tells what they have to say.
     on_phase = profiled(config, rank, on_phase, lambda text: (monitor.say if folder else _logger.info)(text))
     monitor = build_monitor(resolved, folder, state, device, attempt, on_phase)
-    start.manager.reports.warn = monitor.say
+    start.manager.reports.warn = monitor.say  # lines above the progress bar from here on, not through it
     saving = Saving(start.manager, config.checkpoint.every_steps, monitor.flush)
     evaluation = Evaluation(
         build_loader(resolved, "valid", rank, once=True) if config.data.valid else None,

@@ -40,7 +40,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: the checkpoint that it continues (None: from nothing), and who manages the next ones.
+    """The start of a run: the checkpoint that it continues (None: from nothing), and the manager of the next ones.
 
     `skipped` are the windows of data that the run passes over. `ranks` is absent where there is one.
     """
@@ -118,12 +118,12 @@ def require_continuity(resolved: ResolvedRun, folder: RunFolder, checkpoint: Che
 
 
 def describe_start(start: Start) -> dict[str, Any]:
-    """What the other ranks need to know of what rank 0 has decided, as JSON."""
+    """The decision of rank 0 for the other ranks, as JSON."""
     return {"checkpoint": str(start.checkpoint.path) if start.checkpoint else None, "skipped": start.skipped}
 
 
 def join_start(resolved: ResolvedRun, said: Mapping[str, Any], ranks: RankStore) -> Start:
-    """What rank 0 has decided and described. It has hashed the files: they are not hashed again."""
+    """The start that rank 0 has decided and described. It has hashed the files: they are not hashed again."""
     reader = open_checkpoint(Path(said["checkpoint"]), verify=False) if said["checkpoint"] else None
     skipped = tuple((first, end) for first, end in said["skipped"])
     return Start(build_manager(resolved, ranks), reader, skipped, ranks)
@@ -147,7 +147,7 @@ def build_manager(resolved: ResolvedRun, ranks: RankStore | None, folder: RunFol
 
 def record_start(resolved: ResolvedRun, folder: RunFolder, start: Start) -> StartedAttempt:
     """Write the files of a run, and that an attempt begins. Raises RunFolderInUseError where the folder is not held."""
-    folder.ensure_held()
+    folder.ensure_held()  # a run that waited long for its ranks may have lost its folder meanwhile
     save_run_files(resolved, folder.path, start.checkpoint.path if start.checkpoint else None)
     data = [source.to_json() for source in source_uses(resolved)]
     return begin_attempt(folder.path, start.step, resolved.config.launch.num_workers, data)
@@ -177,7 +177,7 @@ def save_run_files(resolved: ResolvedRun, path: Path, checkpoint: Path | None = 
 
 
 def trained_roles(data: DataConfig, manifest: Manifest, checkpoint: Path | None) -> TokenRoles | None:
-    """What is known of a run's tokenizer, with the end and begin that its documents have; None where nothing is.
+    """The roles of a run's tokens, with the end and begin that its documents have; None where nothing names them.
 
     Raises DataError where a file that says it is damaged.
     """

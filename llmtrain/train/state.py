@@ -13,7 +13,7 @@ from llmtrain.engines.base import Engine
 
 @dataclass(frozen=True)
 class LossHistory:
-    """What a loss is judged by: the losses of the last good steps, oldest first, and the strikes in a row up to now.
+    """The losses of the last good steps, oldest first, and the strikes in a row up to now: a loss is judged by them.
 
     A plain value that is saved with the state of the run, so that after a resume every judgement is the same.
     """
@@ -42,7 +42,7 @@ class TrainState:
 
     @property
     def seen(self) -> Seen:
-        """What the budget and the schedule go by."""
+        """The position that the budget and the schedule go by."""
         return Seen(self.step, self.data_tokens, self.first_step_tokens)
 
     def advanced(
@@ -86,7 +86,7 @@ class Saving:
     before_publish: Callable[[], object]
 
     def due(self, step: int) -> bool:
-        """Whether a step is saved. Asked at every step: a save that has failed behind training is told of here."""
+        """True for a step to save. Asked at every step: a save that has failed behind training is told of here."""
         self.manager.poll()
         return self.every_steps > 0 and step % self.every_steps == 0
 
@@ -101,7 +101,7 @@ class Saving:
 
 
 def saved_state(checkpoint: CheckpointReader | None) -> TrainState:
-    """Where a run stands that continues a checkpoint: at its beginning with none, or with imported weights."""
+    """The state of a run that continues a checkpoint; its beginning without one, and with imported weights."""
     if checkpoint is None or "train" not in checkpoint.state:
         return TrainState()
     origin = origin_of(checkpoint.path, checkpoint.state, checkpoint.config_text, checkpoint.about)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
-"""A position with this label is no target: it adds neither to the loss nor to the count of valid tokens."""
+"""A position with this label is not a target: it adds neither to the loss nor to the count of valid tokens."""
 
 
 PADDING = -1
@@ -28,7 +28,7 @@ TENSORS = (
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model reads: token ids, and who sees whom.
+    """The input of a model: token ids, and who sees whom.
 
     `positions_BS` counts from 0 in every sample, or in every document where the configuration says so. `segments_BS`
     numbers the documents of a sample, PADDING for what is none; it is None where attention runs across documents and

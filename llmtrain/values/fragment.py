@@ -30,7 +30,7 @@ class Box:
         return prod(self.shape)
 
     def overlap(self, other: "Box") -> "Box | None":
-        """What the two boxes share; None where they share no element."""
+        """The box of the elements in both; None where they share none."""
         offsets = tuple(map(max, self.offsets, other.offsets))
         ends = tuple(map(min, self.ends, other.ends))
         if any(end <= offset for offset, end in zip(offsets, ends, strict=True)):
@@ -91,7 +91,7 @@ class Fragment:
 
 
 class FragmentSource(Protocol):
-    """Where an engine asks for the boxes that it needs."""
+    """The source that an engine asks for the boxes that it needs."""
 
     def read(self, name: str, kind: str, box: Box) -> Tensor:
         """The data of a box, on the CPU, with the box's shape. Raises CheckpointError where it is not there."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 MASK_64 = (1 << 64) - 1
 FIRST_FACTOR, SECOND_FACTOR = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-"""Of SplitMix64's finalizer (Steele, Lea and Flood 2014)."""
+"""Factors of SplitMix64's finalizer (Steele, Lea and Flood 2014)."""
 
 
 def derived_key(*parts: int | str) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. On rank 0 `loss` is that of the whole step.
+    """The result of one optimizer step. On rank 0 `loss` is that of the whole step.
 
     `loss` is the main objective only: summed over the step's valid target tokens and divided by their number.
     `grad_norm` is the global norm before clipping. `skipped` says that a gradient was not finite and that neither
@@ -38,4 +38,4 @@ RESUMED_FROM = "resumed_from"
 
 Phase = Literal["setup", "data", "step", "evaluate", "checkpoint"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-"""Where a run spends its time. Its first step belongs to the setup: compilers and allocators work in it."""
+"""The phases of a run's time. Its first step belongs to the setup: compilers and allocators work in it."""

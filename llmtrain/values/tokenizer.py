@@ -69,7 +69,7 @@ class Tokenizer(Protocol):
     sep_id: int | None
     piece_style: PieceStyle
     roles: TokenRoles
-    """What is said beside the tokenizer's file."""
+    """The roles that are named beside the tokenizer's file."""
     around: Around
     """Ids that the tokenizer itself puts before and behind a text."""
 
@@ -94,7 +94,7 @@ class Tokenizer(Protocol):
         ...
 
     def special_id(self, name: str) -> int | None:
-        """The id of a special token by its name, None where there is none such."""
+        """The id of a special token by its name, None where it is not one of them."""
         ...
 
     def encode(self, text: str) -> list[int]:

@@ -1,1 +1,1 @@
-"""What a model learns from a window of tokens, one module per objective."""
+"""Objectives: the task that a window of tokens becomes."""

@@ -34,7 +34,7 @@ def causal_row(tokens: NDArray[np.int64], document_starts: NDArray[np.int64], da
     """The row of seq_len + 1 tokens of which each position predicts the next.
 
     With data.reset_attention no position may see the document before its own, so the first token of a document
-    cannot be predicted from anything and is no target.
+    cannot be predicted from anything and is not a target.
     """
     seq_len = len(tokens) - 1
     labels_S = tokens[1:]
@@ -64,7 +64,7 @@ def document_numbers(document_starts: NDArray[np.int64], seq_len: int) -> NDArra
 
 
 def _bounds(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
-    """Where the parts of a sample begin, and its end; the first part may belong to a document begun before."""
+    """The begins of the parts of a sample, and its end; the first part may belong to a document begun before."""
     inside = document_starts[(document_starts > 0) & (document_starts < seq_len)]
     return np.concatenate(([0], inside, [seq_len]))
 
@@ -91,6 +91,7 @@ def _tensor_or_none(rows: Sequence[NDArray[np.int64] | None]) -> torch.Tensor | 
 
 
 def _tensor(rows: Sequence[NDArray[np.int64]]) -> torch.Tensor:
+    # Pinned memory lets `Batch.to` copy without waiting for the device.
     tensor = torch.from_numpy(np.stack(rows))
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 

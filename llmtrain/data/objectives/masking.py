@@ -108,6 +108,7 @@ def _chosen_spans(words: Words, count: int, masked: MaskedConfig, draws: SampleR
     free_S = np.zeros(size, bool)
     for begin, end in zip(words.begins, words.ends, strict=True):
         free_S[begin:end] = True
+    # Numbers of three kinds: places in the sample (free, inside, taken), words, and the spans that tokens belong to.
     number, room = 0, count
     while room:
         length = int(np.searchsorted(bounds[:-1], draws.uniform(1)[0], side="right")) + 1
@@ -126,7 +127,7 @@ def _chosen_spans(words: Words, count: int, masked: MaskedConfig, draws: SampleR
 
 
 def _replaced(original_C: Tokens, unit_C: Tokens, row_config: RowConfig, draws: SampleRandom) -> Tokens:
-    """What stands at the chosen positions: the mask, a random token that is not special, or what was there."""
+    """The tokens at the chosen positions: the mask, a random one that is not special, or the original."""
     assert row_config.pieces is not None
     masked, count = row_config.data.masked, len(original_C)
     fate_C = draws.uniform(int(unit_C.max()) + 1)[unit_C] if count else np.zeros(0)

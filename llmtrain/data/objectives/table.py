@@ -1,4 +1,4 @@
-"""What a sample's tokens are to be predicted from: an objective turns a sample into one row of a batch.
+"""The table of objectives: each turns a sample into one row of a batch.
 
 An objective is a pure function of the sample, its number and what the run's rows are made with: the same on every rank,
 in every layout and after every resume.

@@ -1,4 +1,4 @@
-"""Where a data set lies: a folder of a file system, or a URL. Imports no torch."""
+"""The place of a data set: a folder of a file system, or a URL. Imports no torch."""
 
 import os
 from functools import partial
@@ -91,11 +91,11 @@ def open_folder(path: str | Path, fetch: FetchConfig | None = None) -> DataFolde
 
 
 def scheme_fault(path: str) -> str | None:
-    """What is wrong with the scheme of a path; None where it is one of SCHEMES, or the path is none of a URL."""
+    """The fault in the scheme of a path; None for one of SCHEMES, and for a path that is not a URL."""
     scheme = scheme_of(path)
     if scheme is None or (scheme in SCHEMES and "://" in path and "::" not in path):
         return None
-    written = f"{scheme}: is no scheme" if scheme not in SCHEMES else "is no URL"
+    written = f"{scheme}: is not a scheme" if scheme not in SCHEMES else "is not a URL"
     allowed = ", ".join(f"{name}://" for name in SCHEMES)
     return f"{written} that data is fetched with. Allowed are {allowed} and paths of folders, written without a scheme."
 

@@ -36,7 +36,7 @@ from llmtrain.words import fault_text
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAMES = ("tokenizer.model", "tokenizer.json")
-"""What the tokenizer is called that is kept in a data set's folder, or beside it."""
+"""Names of the tokenizer that is kept in a data set's folder, or beside it."""
 LONGEST_TOKENIZER = 256 << 20
 SCHEMA_VERSION = 2
 UNSEALED_VERSION = 1
@@ -48,9 +48,9 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _INDEX_MAGIC = b"LLMTINDX"
 _INDEX_VERSION = 1
 NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EFBIG)
-"""What tells that something else stands in a file's place. Other errors of the system may pass."""
+"""Errors that tell of something else in a file's place. Other errors of the system may pass."""
 LONGEST_INDEX = 256 << 20
-"""Of a sidecar: sixteen million documents in one shard. No tokenizer is longer either."""
+"""Bytes of a sidecar with sixteen million documents. No tokenizer is longer either."""
 _INDEX_HEADER = struct.Struct("<8sQ")  # magic, version; then offset and size of each payload, uint64, little-endian
 
 Verify = Literal["off", "first", "always"]
@@ -60,7 +60,7 @@ class DamagedFileError(DataError):
     """A file is missing, or is not what the manifest says: a fact that every rank finds alike.
 
     `actual` is what was found instead, in few words; `reason` is missing, size, sha256 or index. A file that cannot be
-    read for the moment is none of these and raises DataError.
+    read for the moment raises DataError instead.
     """
 
     def __init__(self, message: str, reason: str, actual: str) -> None:
@@ -89,7 +89,7 @@ KNOWN_KEYS = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class ShardEntry:
-    """What the manifest says of one shard. `samples` counts documents; `tokens` leaves out the ends of sequence."""
+    """The manifest's entry for one shard. `samples` counts documents; `tokens` leaves out the ends of sequence."""
 
     file: FileName
     bytes: Count
@@ -111,7 +111,7 @@ class ShardEntry:
 
 @dataclass(frozen=True, config=KNOWN_KEYS)
 class Manifest:
-    """What a data set consists of, and the tokenizer that its ids belong to.
+    """The parts of a data set, and the tokenizer that its ids belong to.
 
     The keys with a default are left out of the file where they have it: data sets of before have none of them.
     """
@@ -126,9 +126,9 @@ class Manifest:
     bos_ids: tuple[Count, ...] = ()
     """Stored before the tokens of every document, and counted among them."""
     settings_sha256: StrictStr = ""
-    """Of the tokenizer_settings.json that lies beside the tokenizer."""
+    """Hash of the tokenizer_settings.json that lies beside the tokenizer."""
     lossy: StrictBool = False
-    """Whether the tokenizer does not give texts back as they were, such as without their line breaks."""
+    """True where the tokenizer does not give texts back as they were, such as without their line breaks."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

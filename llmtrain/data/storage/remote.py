@@ -75,7 +75,7 @@ def pause_seconds(attempt: int) -> float:
 
 
 SCHEMES = ("https", "http", "s3", "gs", "hf")
-"""What a data set may be fetched with. Nothing else is: some libraries run a command for `pipe:`."""
+"""Schemes that a data set may be fetched with, and no others: some libraries run a command for `pipe:`."""
 
 EXTRAS = {"s3": "llmtrain[s3]", "gs": "llmtrain[gs]"}
 
@@ -90,7 +90,7 @@ _LATER = (408, 425, 429)
 
 @dataclass(frozen=True)
 class FetchConfig:
-    """Where fetched files are kept, how often a fetch is tried, and the longest silence in seconds."""
+    """The folder of fetched files, the number of attempts, and the longest silence in seconds."""
 
     cache_dir: Path
     attempts: int
@@ -211,7 +211,7 @@ class RemoteFolder:
         return self._file_system
 
     def _fault(self, name: str, error: Exception) -> Exception:
-        """What an error of the library means: gone, refused, or worth another try."""
+        """Our own error for one of the library: gone, refused, or worth another try."""
         location = self.location(name)
         if isinstance(error, FileNotFoundError):
             message = f"{location}: there is no such file (404). Check the address, or copy the data set again."
@@ -240,14 +240,14 @@ class RemoteFolder:
 
 @dataclass(frozen=True)
 class _Download:
-    """What a fetched file has to be."""
+    """The file that is expected."""
 
     location: str
     sha256: str
     size_bytes: int | None
 
     def is_in(self, path: Path, check: bool) -> bool:
-        """Whether a file is this one already: by its name and size, with `check` by its content too."""
+        """True where a file is this one already: by its name and size, with `check` by its content too."""
         if not path.is_file() or (self.size_bytes is not None and path.stat().st_size != self.size_bytes):
             return False
         return not check or file_sha256(path) == self.sha256

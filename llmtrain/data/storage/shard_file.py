@@ -14,12 +14,12 @@ from llmtrain.files import open_regular
 
 TAR_BLOCK_BYTES = 512
 _CHECKSUM = slice(148, 156)
-"""Of a tar header; the checksum counts its own bytes as spaces."""
+"""The place of the checksum in a tar header; it counts its own bytes as spaces."""
 
 
 @dataclass(frozen=True)
 class ShardPaths:
-    """Where a shard and its sidecar lie."""
+    """The paths of a shard and its sidecar."""
 
     tar: Path
     index: Path
@@ -138,7 +138,7 @@ def _check_shard(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, has
 
 
 def place_of_cut(payloads: NDArray[np.int64], size_bytes: int) -> str:
-    """What byte `size_bytes` of a whole shard would be, from the [documents, 2] offsets and sizes of its payloads."""
+    """The part of a whole shard that has byte `size_bytes`, by [documents, 2] offsets and sizes of its payloads."""
     ends = payloads[:, 0] + payloads[:, 1]
     number = int(np.searchsorted(ends, size_bytes, side="right"))  # the first document that is not there whole
     if number == len(payloads):
@@ -164,7 +164,7 @@ def place_of_flip(path: Path, payloads: NDArray[np.int64]) -> str:
 
 
 def _is_header(block: bytes, size: int) -> bool:
-    """Whether a block is a tar header with a right checksum, of a member with so many bytes."""
+    """True for a tar header with a right checksum, of a member with so many bytes."""
     written = block[_CHECKSUM].strip(b" \0")
     total = sum(block) - sum(block[_CHECKSUM]) + 8 * ord(" ")
     try:

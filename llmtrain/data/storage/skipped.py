@@ -28,7 +28,7 @@ class SkippedShard:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What makes it this shard, wherever the data set was moved to: its name and the hash that it should have."""
+        """The shard's identity wherever the data set was moved to: its name and the hash that it should have."""
         return shard_key(self.path, self.sha256)
 
 
@@ -95,7 +95,7 @@ class SkippedShards:
         try:
             with open_regular(self.path, "ab+") as file:
                 lock_descriptor(file.fileno())
-                self.refresh()
+                self.refresh()  # under the lock: another rank may have added this shard while we waited for it
                 if shard.key in self._shards:
                     return
                 self._require_share([*self._shards.values(), shard], source)

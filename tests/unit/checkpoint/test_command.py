@@ -120,6 +120,6 @@ def test_diff_sees_one_changed_bit_and_no_layout(tmp_path: Path) -> None:
 
 def test_paths_that_hold_no_checkpoint_are_usage_errors(tmp_path: Path) -> None:
     for verb in ("list", "inspect", "verify"):
-        for path, words in [(tmp_path / "missing", "is no folder"), (tmp_path, "holds no checkpoint")]:
+        for path, words in [(tmp_path / "missing", "is not a folder"), (tmp_path, "holds no checkpoint")]:
             with pytest.raises(ConfigError, match=words):
                 run(verb, path)

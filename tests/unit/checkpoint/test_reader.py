@@ -97,7 +97,7 @@ def test_a_box_that_is_not_there_is_refused(tmp_path: Path, name: str, kind: str
 
 
 def test_a_path_that_does_not_exist_is_a_usage_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is no folder"):
+    with pytest.raises(ConfigError, match="is not a folder"):
         open_checkpoint(tmp_path / "step-00000001")
 
 
@@ -128,7 +128,7 @@ COUNTS = "tensors__counts__buffer__"
         ({COUNTS + "dtype": "PICKLE"}, "dtype PICKLE"),
         ({COUNTS + "global_shape": [1 << 60]}, "hold 4 of"),
         ({COUNTS + "global_shape": [2, 2]}, "not inside"),
-        ({COUNTS + "global_shape": [-4]}, "no manifest of a checkpoint"),
+        ({COUNTS + "global_shape": [-4]}, "not a manifest of a checkpoint"),
         ({COUNTS + "fragments__0__file": "rank-00001.safetensors"}, "not listed among the files"),
         ({COUNTS + "fragments__0__file": "state.json"}, "is no .safetensors file"),
         ({COUNTS + "fragments__0__key": "other"}, "absent"),
@@ -160,7 +160,7 @@ def test_a_manifest_that_is_no_manifest_is_refused(tmp_path: Path, content: byte
     path = save(tmp_path, 7)
     (path / "manifest.json").write_bytes(content)
     (path / "manifest.json.sha256").write_bytes(manifest_hash_line(content))
-    with pytest.raises(CheckpointError, match="is no manifest of a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a manifest of a checkpoint"):
         open_checkpoint(path)
 
 

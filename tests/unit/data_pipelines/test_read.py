@@ -216,7 +216,7 @@ def test_links_are_followed_and_each_file_counts_once(tmp_path: Path) -> None:
     assert again == documents
     assert report.left_out["repeated"] == 4 + 3 + 1
     assert "that had been read under another name or input" in report.summary()
-    with pytest.raises(ConfigError, match="is no file but a pipe"):
+    with pytest.raises(ConfigError, match="is not a file but a pipe"):
         read(tmp_path / "in" / "pipe")
 
 

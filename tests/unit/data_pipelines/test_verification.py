@@ -257,8 +257,8 @@ def test_folders_that_hold_splits(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_shards_is_no_data_set(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is no data set.*Name one"):
+    with pytest.raises(ConfigError, match=r"is not a data set.*Name one"):
         datasets_in(tmp_path)
     write_dataset(tmp_path / "shards" / "train", [random_documents(3)])
-    with pytest.raises(ConfigError, match=r"is no data set.*Try .*shards/train\."):
+    with pytest.raises(ConfigError, match=r"is not a data set.*Try .*shards/train\."):
         datasets_in(tmp_path)

@@ -85,7 +85,6 @@ def train(
             lr = learning_rate(place, run.config.optim, length)
             attempt = partial(run.engine.train_step, step, micro_batches, lr)
             result = attempt()
-            # The loss is on the host now: the engine's step has waited for the device.
             if result.skipped:
                 result = run.health.retry_skipped(step, result, attempt, loader.step_origins(state.samples))
             history, trouble = run.health.judge(state.history, step, result)

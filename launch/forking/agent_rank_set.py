@@ -47,7 +47,7 @@ class RankAgents(Protocol):
         ...
 
     def address(self, rank: int) -> str:
-        """Where the other machines reach its machine."""
+        """The address at which other machines reach its machine."""
         ...
 
 
@@ -84,6 +84,7 @@ class AgentRankSet:
         if self._stop.requested:
             self.save_and_end()
         self._pass_on_wishes()
+        # What was heard while an answer was waited for comes first: nobody would say it again.
         if not self._news:
             self._listen(POLL_SECONDS)
         found, self._news = self._news, []

@@ -18,7 +18,8 @@ from llmtrain.config.rules.launch import HEAD, NO_HEAD
 from llmtrain.errors import ConfigError, LaunchError
 
 CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
-"""What Ray's clients ask a head as well. The empty request is a valid one; it needs the token like all others."""
+"""The question that Ray's own clients ask a head. Private, but answered without any of Ray's classes: the empty request
+is valid, and needs the token like all others."""
 
 NO_PROXY = (("grpc.enable_http_proxy", 0),)
 REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
@@ -30,7 +31,7 @@ Answer = Literal["answers", "refuses", "silent"]
 
 
 def ask_head(address: str, token: str | None = None, timeout_seconds: float = ASK_SECONDS) -> Answer:
-    """What the head at `host:port` does with a request: it answers, wants another token, or there is no Ray."""
+    """The head's answer to a request at `host:port`: it answers, wants another token, or there is no Ray."""
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     with grpc.insecure_channel(address, options=NO_PROXY) as channel:
         try:

@@ -73,7 +73,7 @@ def _remove_abandoned(parent: Path) -> None:
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 100 << 20
-"""What ranks say to their launcher is small. Ray takes no less than 75 MiB."""
+"""Room for what ranks say to their launcher, which is small. Ray takes no less than 75 MiB."""
 
 SILENCE_SECONDS = 15.0
 """A head that has not answered for so long counts as dead: a restart of a head with storage of its own takes less."""
@@ -198,7 +198,7 @@ def _existing_ray(address: str, launch: LaunchConfig) -> Iterator[Cluster]:
 
 
 def _address_on_this_machine() -> str:
-    """That of the Ray that runs here. Ray itself is asked, in a process of its own: see above."""
+    """The address of the Ray that runs here. Ray itself is asked, in a process of its own: see above."""
     code = "from ray._private.services import canonicalize_bootstrap_address as find; print(find('auto') or '')"
     # Its address is wanted as it stands: 127.0.0.1 is not another name of this machine's address on the network.
     environ = {**os.environ, KNOWN_BY_LOOPBACK: "0"}
@@ -214,7 +214,7 @@ def _address_on_this_machine() -> str:
 
 @contextmanager
 def _connected(**options: Any) -> Iterator[Any]:
-    """What `ray.init` returns. In the end disconnects, and waits for the processes that it had started."""
+    """The context of `ray.init`. In the end disconnects, and waits for the processes that it had started."""
     import ray
     from ray._private import worker
 

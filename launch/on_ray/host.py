@@ -21,7 +21,8 @@ NEWS = "news"
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Where a worker is. `node` is the cluster's name of its machine; `address` is that machine's in the cluster."""
+    """The place of a worker. `node` is the cluster's name of its machine; `address` is that machine's in the
+    cluster."""
 
     node: str
     hostname: str
@@ -38,6 +39,7 @@ class RankHost:
         here, there = socket.socketpair()
         self._agent = Connection(here.detach())
         line = [sys.executable, "-m", "launch.forking.agent", str(there.fileno()), engine]
+        # Not forked from this process: it has the threads of Ray's client, which no fork survives.
         try:
             subprocess.Popen(
                 line,
@@ -55,7 +57,7 @@ class RankHost:
         there.close()
 
     def ready(self) -> HostFacts:
-        """Where this worker is, once all that a rank needs is imported. Raises LaunchError where that fails."""
+        """The place of this worker, once all that a rank needs is imported. Raises LaunchError where that fails."""
         said = {} if self._problem else self._hear()
         if said.get("say") != "ready":
             raise LaunchError(self._problem or said.get("text") or "the process that is to fork ranks has ended")
@@ -75,7 +77,7 @@ class RankHost:
 
     @ray.method(concurrency_group=NEWS)
     def news(self, seconds: float) -> list[Message]:
-        """What the agent has said since the last call, as soon as there is something, at most `seconds` later."""
+        """The agent's messages since the last call, as soon as there is one, at most `seconds` later."""
         said = []
         if self._agent.poll(seconds):
             said.append(self._hear())

@@ -84,7 +84,7 @@ def plan_job(config: RunConfig, folder: Path, environ: Mapping[str, str]) -> Job
 
 
 def entrypoint() -> str:
-    """What Ray gives to a shell. Nothing in it is from the configuration.
+    """The command that Ray gives to a shell. Nothing in it is from the configuration.
 
     The command is the one that the cluster's PATH has, or else this one. `exec` lets signals reach it.
     """
@@ -180,7 +180,7 @@ class JobServer:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """What Ray's client and its HTTP libraries raise, as LaunchError."""
+        """Turn the errors of Ray's client and its HTTP libraries into LaunchError."""
         import aiohttp
         import requests
         from ray.exceptions import AuthenticationError

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from launch.on_ray.workers import Member
 
 LOOK_SECONDS = 2.0
-"""How often the cluster is asked whether its head lives, and whether there is room for more ranks."""
+"""Time between two questions to the cluster: whether its head lives, and has room for more ranks."""
 
 SILENT_SECONDS = 30.0
 """A cluster that has kept such a question waiting for so long is lost."""
@@ -65,7 +65,7 @@ class Lookout:
         self._alive = True
         self._thread = threading.Thread(target=self._look_often, name="lookout", daemon=True)
         self.has_room = False
-        """Whether there is room for more ranks than there are."""
+        """True where there is room for more ranks than there are."""
 
     def __enter__(self) -> "Lookout":
         self._thread.start()
@@ -83,7 +83,7 @@ class Lookout:
         from ray.exceptions import RayError
 
         while not self._ended.wait(LOOK_SECONDS):
-            self._asked = time.monotonic()
+            self._asked = time.monotonic()  # before the question, which may never return
             self._alive = self._cluster.is_alive()
             if self._alive and not self.has_room:
                 # A question that fails is asked again; that the head is gone is found out by itself.
@@ -127,6 +127,8 @@ class RayAttempts:
         with Lookout(self._cluster, self._placement, len(members)) as lookout:
             ending = self._ending(config, members, number, board, lookout)
         end = sum_up(config, ending, board, self._stop)
+        # The lookout has ranks saved and ended, which looks like a preemption: which of the two it was is told apart
+        # here.
         stopped_for_it = lookout.cluster_is_lost and end.exit_code == EXIT_PREEMPTED
         if stopped_for_it or (end.failures and not self._cluster.answers()):
             return self._without_head(end.step)
@@ -165,7 +167,7 @@ class RayAttempts:
     def _look(
         self, config: RunConfig, board: HeartbeatBoard, rank_set: AgentRankSet, lookout: Lookout
     ) -> Callable[[], None]:
-        """What is looked after while the ranks train: slow ones, more room, a cluster that is gone."""
+        """The look at ranks while they train: slow ones, more room, a cluster that is gone."""
         stragglers = Stragglers(config, board, rank_set.host) if watches_speed(config) else None
 
         def look() -> None:

@@ -29,7 +29,7 @@ from llmtrain.errors import LaunchError
 _logger = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 5.0
-"""How long a run that may have fewer ranks waits for more before it begins."""
+"""Time that a run that may have fewer ranks waits for more before it begins."""
 
 POLL_SECONDS = 0.05
 
@@ -67,7 +67,7 @@ class Replica:
 
     @property
     def name(self) -> str:
-        """What Ray calls its placement group."""
+        """The name of its placement group at Ray."""
         return self._group.id.hex()
 
     def is_ready(self) -> bool:
@@ -204,7 +204,7 @@ class RankPlacement:
         return next((size for size in self._sizes if size <= most), None)
 
     def _resources(self) -> str:
-        """What is wanted and what the cluster has, in words."""
+        """The resources that are wanted, and those of the cluster, in words."""
         total, free = ray.cluster_resources(), ray.available_resources()
         each = " and ".join(f"{amount:g} {name}" for name, amount in self._bundle.items())
         has = " and ".join(f"{total.get(name, 0):g} {name} ({free.get(name, 0):g} free)" for name in self._bundle)

@@ -23,12 +23,12 @@ from llmtrain.errors import ConfigError, LaunchError, Problem
 from llmtrain.runs.rank_logs import LOGS
 
 BODY_MARK = "# ---- what the job does ----\n"
-"""Where the body of a file in slurm/ begins. Above it are lines to edit by hand."""
+"""The line at which the body of a file in slurm/ begins. Above it are lines to edit by hand."""
 
 BODIES = {"slurm": "train.sbatch", "ray": "train_on_ray.sbatch"}
 
 PLAIN = re.compile(r"[A-Za-z0-9_.,:@+/=%-]+")
-"""What sbatch takes in a header as it is."""
+"""Characters that sbatch takes in a header as they are."""
 
 UNPRINTED = re.compile("[\x00-\x1f\x7f\udc80-\udcff]")
 """Control characters, and bytes of names that are not UTF-8."""
@@ -70,7 +70,7 @@ def _secrets_in(overrides: Sequence[str]) -> Iterator[Problem]:
 
 
 def body(config: RunConfig) -> str:
-    """What the job does, as it stands in slurm/. On Ray where the configuration asks for it, by srun otherwise."""
+    """The body of the script, from slurm/: on Ray where the configuration asks for it, by srun otherwise."""
     name = BODIES["ray" if config.launch.backend == "ray" else "slurm"]
     return files("slurm").joinpath(name).read_text("utf-8").partition(BODY_MARK)[2]
 

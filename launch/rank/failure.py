@@ -1,4 +1,4 @@
-"""Why ranks failed, as they say themselves, and as a person reads it: the cause in full, then a line per rank."""
+"""Failures of ranks, as they tell them and as a person reads them: the cause in full, then a line per rank."""
 
 import json
 import signal

@@ -115,7 +115,7 @@ class HeartbeatBoard:
         _COUNT.pack_into(self._memory, rank * _RANK_BYTES + _COUNT_AT, number + 1)
 
     def num_windows(self) -> int:
-        """How many windows every rank has added."""
+        """The number of windows that every rank has added."""
         return min(self._count(rank) for rank in range(self.world_size))
 
     def windows(self, number: int) -> list[WorkWindow]:

@@ -63,7 +63,7 @@ class RankSet(Protocol):
 
 @dataclass(frozen=True)
 class Ending:
-    """How the ranks have ended: failures, ranks that had to be ended, and what hung ranks were doing, by rank.
+    """The end of the ranks: failures, ranks that had to be ended, and the stacks of hung ranks, by rank.
 
     `exit_code` is the highest of those that ended. `out_of_time` says that they were told to stop and took longer than
     their grace.
@@ -101,7 +101,7 @@ def watch(
                 failures[news.rank] = failure
         look()
         now = time.monotonic()
-        if failures and deadline is None:
+        if failures and deadline is None:  # from the first failure on, however many follow
             deadline = now + GRACE_SECONDS
         if stop.requested and limits.grace_seconds > 0:
             stop_by = stop_by or now + limits.grace_seconds
@@ -117,6 +117,7 @@ def watch(
 
 def _hung(rank_set: RankSet, running: Collection[int], board: HeartbeatBoard, limits: LaunchConfig) -> Ending:
     """Find out which rank the others wait for, and what all of them are doing."""
+    # Positions first, then stacks: asking for stacks takes a second, in which a rank may still move.
     positions = board.positions()
     helpless = rank_set.helpless(running)
     stacks = rank_set.stacks(running)

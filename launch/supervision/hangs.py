@@ -71,6 +71,7 @@ def find_suspects(
     def suspects(ranks: Sequence[int], reason: str) -> list[Suspect]:
         return [Suspect(rank, positions[rank], reason, current_place(stacks.get(rank, ""))) for rank in ranks]
 
+    # Each sign excludes the ones after it: a rank that is behind makes all others wait, whatever their stacks say.
     if helpless:
         return [suspect for rank, reason in helpless.items() for suspect in suspects([rank], reason)]
     furthest = max(position.step for position in positions.values())
@@ -114,7 +115,7 @@ def dump_on_signal(descriptor: int) -> None:
 def read_stacks(ranks: Mapping[int, tuple[int, int]]) -> dict[int, str]:
     """Tell ranks to dump their stacks and read them. Each has a process and the descriptor of its pipe."""
     for process, descriptor in ranks.values():
-        os.set_blocking(descriptor, False)
+        os.set_blocking(descriptor, False)  # a stopped rank writes nothing, and must not stop its launcher
         os.kill(process, DUMP_SIGNAL)
     stacks = dict.fromkeys(ranks, b"")
     deadline = time.monotonic() + DUMP_SECONDS

@@ -24,7 +24,7 @@ EXIT_NO_PROGRESS = NoProgressError.exit_code
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """How an attempt ended, as its launcher saw it.
+    """The end of an attempt, as its launcher saw it.
 
     `saved_step` is the newest checkpoint's afterwards, `step` the last step that any rank finished. `worked` says that
     this attempt finished a step. `stopped` are ranks that had to be ended; `told_to_stop` says that the end was wanted,
@@ -48,7 +48,7 @@ class AttemptEnd:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do next: start all ranks again, or end with an exit code."""
+    """The next action: start all ranks again, or end with an exit code."""
 
     action: Literal["restart", "stop"]
     exit_code: int = 0
@@ -82,6 +82,8 @@ def decide(
 def _after_failure(attempts: Sequence[AttemptEnd], max_stalled_attempts: int, saved_before: int) -> Decision:
     """The decision where nobody has told the run to stop."""
     cause = attempts[-1].cause
+    # The order matters: a fault that a person must mend ends the run however far it got, and killed ranks are started
+    # again although no step was finished, because whoever killed them may kill before the first one.
     if cause.lasting or not cause.is_defect:
         return Decision("stop", cause.exit_code, "starting again would not mend it")
     if max_stalled_attempts == 0:
@@ -114,7 +116,7 @@ def num_stalled(attempts: Sequence[AttemptEnd], saved_before: int = 0) -> int:
     """The number of last attempts that have ended without a checkpoint newer than any before."""
     newest, stalled = saved_before, 0
     for attempt in attempts:
-        if not attempt.resized or attempt.failures:
+        if not attempt.resized or attempt.failures:  # growing or shrinking is not a failure to get on
             stalled = 0 if attempt.saved_step > newest else stalled + 1
         newest = max(newest, attempt.saved_step)
     return stalled

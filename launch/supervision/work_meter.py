@@ -1,4 +1,4 @@
-"""How much a rank works, and where. Off where observe.straggler_score is 0.
+"""Meters of a rank's work, and of the places where it works. Off where observe.straggler_score is 0.
 
 The ranks of a step need the same time for it, however fast they are: who is done early waits for the others. What tells
 them apart is the time in which they do not wait, so the waiting is measured. Only where a rank is found slow are its
@@ -73,7 +73,7 @@ class Looks:
                 now, ran = time.monotonic(), time.process_time()
                 file.seek(0)
                 file.truncate()
-                phase = self._phase()
+                phase = self._phase()  # before the dump: afterwards the thread may have gone on to the next one
                 faulthandler.dump_traceback(file)
                 file.seek(0)
                 if phase is None:
@@ -81,12 +81,13 @@ class Looks:
                 stopped = now - before > STANDSTILL_SECONDS and ran - ran_before < (now - before) / 2
                 place = STANDSTILL if stopped else self._place(file.read().decode("utf-8", "replace"))
                 if place:
+                    # A standstill counts for all the samples that it has kept from being taken.
                     looks = round((now - before) / LOOK_SECONDS) if stopped else 1
                     with self._lock:
                         self._counts.setdefault(phase, Counter())[place] += looks
 
     def _place(self, dump: str) -> str:
-        """Where the main thread is; empty where it waits."""
+        """The place of the main thread; empty where it waits."""
         stacks = stacks_of(dump)
         frames = stacks.get(self._main, [])
         if not frames or frames[0][0] == self._waiting_file:
@@ -133,7 +134,7 @@ class WorkMeter:
 
     def __call__(self, phase: Phase, step: int) -> None:
         self._heartbeat(phase, step)
-        now = time.perf_counter() - self._waited
+        now = time.perf_counter() - self._waited  # a clock that stands still while this rank waits for others
         if self._began:
             self._work[self._began[0]] += now - self._began[1]
         # A step begins when its batches are there: what is called a step before that are the gaps between steps.

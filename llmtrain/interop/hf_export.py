@@ -51,7 +51,7 @@ class TrainedWeights:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """How weights are stored and proved, and facts for the model card by their label."""
+    """Settings for storing and proving weights, and facts for the model card by their label."""
 
     dtype: str = "float32"
     max_shard_bytes: int = 5_000_000_000
@@ -123,6 +123,7 @@ def write_export(
         dtype = DTYPES[settings.dtype]
         theirs = iter_theirs(family.tables_for(model)[0], model, weights.read)
         write_weights(writing, ((name, tensor.to(dtype)) for name, tensor in theirs), settings.max_shard_bytes)
+        # Proved under a name that nobody looks for: a folder with the export's name is always a proved one.
         proof = _prove(writing, source)
         write_record(writing, (tokenizer.sha256, *tokenizer.roles.equal_sha256))
         facts = {"Architecture": family.title, **settings.facts, "Weights": settings.dtype}

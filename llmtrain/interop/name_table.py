@@ -121,6 +121,7 @@ def _of_row(row: Row, layer: int, model: ModelConfig, shapes: dict[str, tuple[in
             name = f"{theirs.replace(EXPERT, str(expert))}.weight"
             yield Pairing(tuple(modules), name, row.shape, expert, stack=row.stack, layer=layer)
         return
+    # A fused row's modules have biases together or not at all, so the first one decides.
     for suffix in ("weight", "bias"):
         ours = tuple(f"{module}.{suffix}" for module in modules)
         if ours[0] in shapes:

@@ -56,7 +56,7 @@ HARD_TEXTS = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a model and its export are apart, and on how much they were compared."""
+    """The distance between a model and its export, and the size of the comparison."""
 
     max_difference: float
     """Largest difference of two logits, in fp32."""

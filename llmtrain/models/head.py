@@ -45,7 +45,8 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """How the loss is computed: gradients are multiplied by `scale`, and `chunk_tokens` tokens are done at a time."""
+    """The computation of the loss: gradients are multiplied by `scale`, and `chunk_tokens` tokens are done at a
+    time."""
 
     scale: float
     chunk_tokens: int

@@ -73,6 +73,7 @@ def t5_std(parameter: Parameter, config: ModelConfig) -> float:
 def drawn_block(name: str, block: int, seed: int, rule: Distribution) -> np.ndarray:
     """Block number `block` of a tensor, always whole: [65536] fp32."""
     key = derived_key(seed, "initialization", name) & (2**64 - 1)
+    # numpy's Philox, not torch's: its stream does not depend on the device.
     generator = np.random.Generator(np.random.Philox(key=[key, block]))
     if rule.kind == "normal":
         values = generator.standard_normal(BLOCK_ELEMENTS, dtype=np.float32)

@@ -79,7 +79,7 @@ def yarn_kept(size: int, base: float, scaling: RopeScaling) -> Tensor:
 
 
 def score_factor(scaling: RopeScaling) -> float:
-    """What cosines and sines are multiplied by: YaRN sharpens scores (Peng et al. 2023, section 3.4)."""
+    """The factor of cosines and sines: YaRN sharpens scores (Peng et al. 2023, section 3.4)."""
     if scaling.kind != "yarn":
         return 1.0
     return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0

@@ -22,7 +22,7 @@ from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
 Side = Literal["encoder", "decoder"]
 
 Reports = dict[str, Tensor]
-"""What the routers of layers with experts have counted, by the layer's global name; see `RouterReport`."""
+"""The counts of the routers, by their layer's global name; see `RouterReport`."""
 
 
 class Layer(nn.Module):
@@ -142,7 +142,8 @@ class Stack(nn.Module):
 
 @dataclass(frozen=True)
 class Pass:
-    """How a model is run: its draws (None: no dropout, no noise), and the factor of the balancing losses' gradients."""
+    """The settings of a forward pass: its draws (None: no dropout, no noise), and the factor of the balancing losses'
+    gradients."""
 
     draws: Draws | None = None
     balance: float = 0.0

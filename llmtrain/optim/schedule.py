@@ -1,4 +1,4 @@
-"""What changes from step to step: the learning rate, and the loss scale of fp16. Pure arithmetic."""
+"""Schedules over the steps of a run: the learning rate, and the loss scale of fp16. Pure arithmetic."""
 
 import math
 from collections.abc import Callable, Mapping

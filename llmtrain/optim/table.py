@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class OptimizerRow:
-    """What an optimizer is.
+    """The facts about an optimizer.
 
     `moments` are the names of its fp32 tensors per weight, as torch's optimizer state has them. `counts_updates` says
     that its state has the number of updates as well, `step`. `scope` is element where a weight's update follows from

@@ -101,4 +101,5 @@ def call_cuda_tensors(parameters: Iterable[nn.Parameter]) -> None:
         return
     for parameter in parameters:
         name = parameter.type().replace("torch.", "torch.cuda.")
+        # On the instance, with the name bound now: the loop's variable will be another parameter's.
         parameter.type = lambda name=name: name  # type: ignore[method-assign]

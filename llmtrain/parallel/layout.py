@@ -61,6 +61,7 @@ class Layout:
 
     def expert_place(self, place: Coordinates) -> tuple[int, int]:
         """A rank's place on the expert axis, and among those that hold the same experts."""
+        # Neighbours hold different experts, so that tokens are exchanged between neighbours.
         replica, expert = divmod(place.data * self.context + place.context, self.expert)
         return expert, replica
 
@@ -133,4 +134,5 @@ def plan_stages(layout: Layout, num_layers: int, split: Sequence[int] | None) ->
         Chunk(range(end - size, end), first=c == 0, last=c == pieces - 1)
         for c, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True))
     ]
+    # Dealt round: the interleaved schedule wants a rank's chunks a whole pipeline apart.
     return [chunks[rank :: layout.pipeline] for rank in range(layout.pipeline)]

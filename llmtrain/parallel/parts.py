@@ -20,7 +20,7 @@ class SequenceParts:
     groups: tuple[ProcessGroup, ...] = ()
 
     def own(self, length: int) -> slice:
-        """Where this rank's part lies in a sequence of `length`."""
+        """The slice of this rank's part in a sequence of `length`."""
         size = length // self.count
         return slice(self.place * size, (self.place + 1) * size)
 

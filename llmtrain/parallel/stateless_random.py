@@ -70,6 +70,7 @@ class Draws:
 
     def bits(self, site: Tensor | int, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
         """32 random bits per element, as int64."""
+        # Mixed before the index comes in as well: keys of neighbouring layers, and indices, are neighbours themselves.
         key = mixed(self.key + site)
         index = torch.zeros((), dtype=torch.int64, device=self.key.device)
         stride = 1
@@ -77,7 +78,7 @@ class Draws:
             start, step = spans[dim].start, spans[dim].step
             place = torch.arange(start, start + shape[dim] * step, step, device=self.key.device)
             index = index + (place * stride).view(-1, *[1] * (len(shape) - 1 - dim))
-            stride *= spans[dim].length
+            stride *= spans[dim].length  # of the whole tensor: the index is the same whoever holds the element
         return (mixed(key ^ index) >> 32) & 0xFFFFFFFF
 
 

@@ -54,7 +54,7 @@ class TensorRegion:
         return reduce_from_tensor_model_parallel_region(x_SBH, group=self.group)
 
     def config(self) -> ModelParallelConfig:
-        """What megatron-core's modules want to know. Weights are made by whoever builds the model, on any device."""
+        """The configuration of megatron-core's modules. Weights are made by whoever builds the model, on any device."""
         return ModelParallelConfig(
             tensor_model_parallel_size=self.size,
             sequence_parallel=self.sequence,

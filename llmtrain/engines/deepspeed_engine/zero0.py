@@ -64,7 +64,7 @@ class Replicated:
         """`masters`: what the optimizer steps. `groups`: the ranks that hold the same part of each parameter."""
         engine.enable_backward_allreduce = False  # it would reduce the parameters' gradients, not the masters'
         self._row = row
-        self._optimizer = engine.basic_optimizer
+        self._optimizer = engine.basic_optimizer  # stage 0 has no optimizer of DeepSpeed's around it
         self._places = places
         self._masters = masters
         self._groups = groups

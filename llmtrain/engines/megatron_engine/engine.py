@@ -31,7 +31,7 @@ from llmtrain.parallel.tensor import mark_parameter
 from llmtrain.values.batch import Batch
 
 WORD = "embeddings.word.weight"
-"""Where it is the head as well, it lies on two stages, whose gradients megatron-core sums."""
+"""The word embedding. Tied to the head it lies on two stages, whose gradients megatron-core sums."""
 
 MicroBatch = tuple[int, Batch]
 """A micro-batch with its number in the step, over all ranks."""

@@ -59,6 +59,7 @@ def rope_fields(config: Any) -> tuple[dict[str, Any], list[str]]:
         (rope.get("partial_rotary_factor", 1.0) == 1.0, "partial_rotary_factor other than 1"),
         (kind != "yarn" or rope.get("truncate", True), "truncate false in yarn"),
     )
+    # transformers' classes have a theta of their own where the file says none.
     theta = float(rope.get("rope_theta") or getattr(config, "default_theta", 10000.0))
     fields = {"position": "rope", "rope_theta": theta, "rope_scaling": _scaling(kind, rope, config)}
     return fields, [reason for holds, reason in checks if not holds]

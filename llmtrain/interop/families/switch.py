@@ -23,7 +23,7 @@ TABLE = (_WORD, *layer_rows("encoder", _MLP), *layer_rows("decoder", _MLP), *END
 
 
 def limits(model: ModelConfig) -> list[str]:
-    """What Switch's configuration has no form without."""
+    """Reasons against a model: Switch's configuration has no form for it."""
     return [] if model.moe else ["model.moe = null, Switch Transformers has experts"]
 
 

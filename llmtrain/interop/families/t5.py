@@ -49,7 +49,7 @@ GATED_TABLE = (WORD, *layer_rows("encoder", _GATED_MLP), *layer_rows("decoder", 
 
 
 def limits(model: ModelConfig) -> list[str]:
-    """What T5's configuration has no key for, although it could be written down."""
+    """Reasons against a model that T5's configuration could be written for, but has no key to say."""
     if model.tie_embeddings or not model.scaled_head:
         return []
     return ["model.scaled_head = true with model.tie_embeddings = false, T5 scales tied heads only"]

@@ -24,6 +24,8 @@ class KeyValueCache:
     def extend(self, k_SBND: Tensor, v_SBND: Tensor) -> tuple[Tensor, Tensor]:
         """Append and return everything seen so far."""
         if self.keys is None or self.values is None:
+            # Room for all at once: growing would copy everything at each position. Shapes are known with the first
+            # keys.
             room = (self.max_seq_len, *k_SBND.shape[1:])
             self.keys, self.values = k_SBND.new_empty(room), v_SBND.new_empty(room)
         end = self.length + k_SBND.shape[0]

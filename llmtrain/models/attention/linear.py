@@ -86,6 +86,8 @@ def scan(
         part = slice(start, start + CHUNK)
         documents_BC = None if documents_BS is None else documents_BS[:, part]
         q_BNCD, k_BNCD, v_BNCE = q[:, :, part], k[:, :, part], v[:, :, part]
+        # Within the chunk as a masked product; all earlier chunks have left their sums f(k) v in the state:
+        #   out_s = f(q_s) (state + sum over t <= s of the chunk f(k_t) v_t).
         weights = (q_BNCD @ k_BNCD.mT).tril(0 if itself else -1)
         if documents_BC is not None:
             weights = weights * (documents_BC[:, None, :, None] == documents_BC[:, None, None, :])

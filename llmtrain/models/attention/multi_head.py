@@ -169,7 +169,7 @@ class Attention(nn.Module):
         return kernel(q_SBND, k_TBND, v_TBND, scoring)
 
     def scoring(self, q_SBND: Tensor, k_TBND: Tensor, inputs: AttentionInputs) -> Scoring:
-        """How this layer weighs, with the weights of the heads at hand."""
+        """The scoring of this layer, with the weights of the heads at hand."""
         by_distance = sinks = dropout = None
         if inputs.bias is not None and not self.cross:
             by_distance = scores_by_distance(inputs.bias, q_SBND, k_TBND.shape[0], self.first_head)

@@ -32,7 +32,7 @@ class Extent:
     num_queries: int
     num_keys: int
     looks_ahead: bool
-    """Whether keys behind a query's own position can be visible at all."""
+    """True where keys behind a query's own position can be visible at all."""
     block: int = field(default_factory=lambda: QUERY_BLOCK)
     """Queries that are taken together."""
 
@@ -127,6 +127,8 @@ class Strided:
         """The near ones in blocks; then the positions of one remainder, among which only the own is near."""
         for first, last in extent.blocks(extent.block):
             yield from extent.piece(first, last, (first - self.stride + 1, last + self.stride - 1), self.near)
+        # Queries of one remainder are a stride apart: `block` of them reach over `span` positions, and meet only keys
+        # of the same remainder. So the piece is dense, though the positions are not.
         span = extent.block * self.stride
         for start in range(extent.offset, extent.num_keys, span):
             for first in range(start, min(start + self.stride, extent.num_keys)):
@@ -155,6 +157,8 @@ class Longformer:
     def pieces(self, extent: Extent) -> Iterator[Piece]:
         for first, last in extent.blocks(extent.block, cut_at=self.num_global):
             start = first - self.window + 1
+            # Three kinds of rows: global queries see all; near the beginning window and global keys overlap, so they
+            # are one piece with a rule; further on they are two, or the keys between them would be computed.
             if first < self.num_global:
                 yield from extent.piece(first, last, (0, extent.num_keys))
             elif start <= self.num_global:
@@ -198,6 +202,7 @@ def drawn_blocks(block: int, num_global: int, num_random: int) -> frozenset[int]
     """`num_random` of the blocks num_global..block - 2, or all of them: Floyd's sampling, with hashes as its draws."""
     candidates = max(0, block - 1 - num_global)
     drawn: set[int] = set()
+    # Floyd: each draw is among one more candidate; one that is taken already gives way to the newest, which cannot be.
     for last in range(max(0, candidates - num_random), candidates):
         pick = derived_key("bigbird", block, last) % (last + 1)
         drawn.add(last if pick in drawn else pick)

@@ -1,4 +1,4 @@
-"""How scores become weights, and which keys a query sees at all: one value for one call of a kernel.
+"""The scoring of one call of a kernel: how scores become weights, and which keys a query sees at all.
 
 Shape suffixes: B micro-batch, S queries, T keys, N heads, R distances.
 """
@@ -119,5 +119,6 @@ def scores_by_distance(bias: PositionBias, queries: Tensor, num_keys: int, first
     The last query stands at the position of the last key, so distances run from 1 - T to S - 1.
     """
     num_queries, num_heads = queries.shape[0], queries.shape[2]
+    # Scores depend on the distance alone: one query at 0, and keys at all distances that occur, give each score once.
     away = torch.arange(1 - num_keys, num_queries, device=queries.device)
     return bias.scores(torch.zeros(1, dtype=away.dtype, device=away.device), away, first_head, num_heads)[:, 0]

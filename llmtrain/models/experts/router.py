@@ -43,7 +43,7 @@ class RouterReport(NamedTuple):
     aux_loss: float
     z_loss: float
     load_E: Tensor
-    """How often each expert was wanted."""
+    """The number of times that each expert was wanted."""
 
     @staticmethod
     def of(sums: Tensor) -> "RouterReport":

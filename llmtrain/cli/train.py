@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from llmtrain.preflight.dry_run import Outline
+    from llmtrain.preflight.dry_run import DryRun
     from llmtrain.preflight.resolve import SourceUse
 
 
@@ -65,12 +65,12 @@ def train(
     for warning in schedule_warnings(run) + (storage_warnings(run) if ranks is None else []):
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
-        from llmtrain.preflight.dry_run import damaged_checkpoints, find_continuation, plan_outline
+        from llmtrain.preflight.dry_run import damaged_checkpoints, find_continuation, plan_dry_run
 
         for fault in damaged_checkpoints(run):
             typer.echo(f"warning: {fault}. It is passed over for an older one, if there is one.", err=True)
-        outline = plan_outline(resolved, find_continuation(run))
-        _print_outline(outline, as_json)
+        plan = plan_dry_run(resolved, find_continuation(run))
+        _print_dry_run(plan, as_json)
         return
 
     if place:
@@ -80,7 +80,7 @@ def train(
     raise typer.Exit(import_module(LAUNCHERS[run.launch.backend]).launch(resolved))
 
 
-def _print_outline(outline: "Outline", as_json: bool) -> None:
+def _print_dry_run(plan: "DryRun", as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
@@ -89,31 +89,31 @@ def _print_outline(outline: "Outline", as_json: bool) -> None:
     from llmtrain.words import short_bytes
 
     if as_json:
-        typer.echo(json.dumps(asdict(outline), indent=2))
+        typer.echo(json.dumps(asdict(plan), indent=2))
         return
-    evaluate, checkpoint = outline.evaluate_every_steps, outline.checkpoint_every_steps
-    active = outline.active_parameters
-    met = f" (a token meets {active:,})" if active < outline.parameters else ""
+    evaluate, checkpoint = plan.evaluate_every_steps, plan.checkpoint_every_steps
+    active = plan.active_parameters
+    met = f" (a token meets {active:,})" if active < plan.parameters else ""
     lines = {
-        "run folder": outline.run_folder,
-        "starts": _start(outline),
-        "model": f"{outline.parameters:,} parameters{met}, {outline.vocab_size:,} tokens in the vocabulary",
-        "precision": outline.precision,
-        "engine": f"{outline.engine}, ZeRO stage {outline.zero_stage}" if outline.zero_stage else outline.engine,
-        "ranks": f"{outline.world_size:,} = {_axes(outline)}",
-        "batch": f"{outline.global_batch_size:,} sequences = {_count(outline.data_parallel_size, 'data rank')} x "
-        f"{_count(outline.micro_batches_per_rank, 'micro-batch', 'es')} x {outline.micro_batch_size}, "
-        f"of {outline.seq_len:,} tokens each",
-        "steps": f"{outline.steps:,} of {outline.tokens_per_step:,} tokens, {outline.tokens:,} tokens in all",
+        "run folder": plan.run_folder,
+        "starts": _start(plan),
+        "model": f"{plan.parameters:,} parameters{met}, {plan.vocab_size:,} tokens in the vocabulary",
+        "precision": plan.precision,
+        "engine": f"{plan.engine}, ZeRO stage {plan.zero_stage}" if plan.zero_stage else plan.engine,
+        "ranks": f"{plan.world_size:,} = {_axes(plan)}",
+        "batch": f"{plan.global_batch_size:,} sequences = {_count(plan.data_parallel_size, 'data rank')} x "
+        f"{_count(plan.micro_batches_per_rank, 'micro-batch', 'es')} x {plan.micro_batch_size}, "
+        f"of {plan.seq_len:,} tokens each",
+        "steps": f"{plan.steps:,} of {plan.tokens_per_step:,} tokens, {plan.tokens:,} tokens in all",
         "evaluation": f"every {_count(evaluate, 'step')}" if evaluate else "never",
         "checkpoints": (f"every {_count(checkpoint, 'step')} and " if checkpoint else "")
-        + f"at the end, {short_bytes(outline.checkpoint_bytes)} each",
-        "memory": f"about {_memory(outline)}",
+        + f"at the end, {short_bytes(plan.checkpoint_bytes)} each",
+        "memory": f"about {_memory(plan)}",
     }
-    for name, text in [*lines.items(), *map(_source, outline.sources)]:
+    for name, text in [*lines.items(), *map(_source, plan.sources)]:
         typer.echo(f"{name:<12} {text}")
-    if outline.world_size > 1:
-        for table in layout_tables(outline.layout):
+    if plan.world_size > 1:
+        for table in layout_tables(plan.layout):
             typer.echo(f"\n{aligned(*table)}")
 
 
@@ -125,24 +125,24 @@ def _source(source: "SourceUse") -> tuple[str, str]:
     return name, f"{source.path}: {use.tokens:,} tokens = {use.samples:,.0f} samples; {use.unused_text}; {often}"
 
 
-def _start(outline: "Outline") -> str:
+def _start(plan: "DryRun") -> str:
     """At the first step, or where it goes on: what a second start of the same command does."""
-    continues = outline.continues
+    continues = plan.continues
     if continues is None:
         return "at step 1, from new weights"
     if continues.step == 0:
         return f"at step 1, with the weights of {continues.checkpoint}"
-    if continues.step >= outline.steps:
+    if continues.step >= plan.steps:
         step = f"{continues.step:,}"
         return f"nothing is left to do: {continues.checkpoint} is at step {step}. More than {step} steps go on"
     whose = "" if continues.is_own else " of another run"
     return f"at step {continues.step + 1:,}: continues {continues.checkpoint}{whose}"
 
 
-def _memory(outline: "Outline") -> str:
+def _memory(plan: "DryRun") -> str:
     from llmtrain.words import short_bytes
 
-    memory = outline.memory
+    memory = plan.memory
     parts = {
         "weights, gradients and moments": memory.held,
         "activations": memory.activations,
@@ -150,12 +150,12 @@ def _memory(outline: "Outline") -> str:
     }
     text = " + ".join(f"{short_bytes(size)} {name}" for name, size in parts.items())
     whole = short_bytes(sum(parts.values()))
-    return f"{whole}{' per rank' if outline.world_size > 1 else ''} = {text}; beside it Python and PyTorch"
+    return f"{whole}{' per rank' if plan.world_size > 1 else ''} = {text}; beside it Python and PyTorch"
 
 
-def _axes(outline: "Outline") -> str:
+def _axes(plan: "DryRun") -> str:
     """The mesh, the slowest axis first."""
-    layout = outline.layout
+    layout = plan.layout
     text = " x ".join(f"{axis} {size:,}" for axis, size in reversed(layout.sizes.items()))
     text += f", {layout.virtual_pipeline} chunks per stage" if layout.virtual_pipeline > 1 else ""
     text += f", experts over {layout.expert} ranks" if layout.expert > 1 else ""

@@ -1,4 +1,4 @@
-"""The outline of a run as plain numbers: where it begins and what it will do, for `llmtrain train --dry-run`.
+"""The dry run: where a run would begin and what it would do, as plain numbers, for `llmtrain train --dry-run`.
 
 Opens only the small files of checkpoints, no tensor. Imports no torch.
 """
@@ -37,7 +37,7 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Outline:
+class DryRun:
     """Sizes and layout of a run. An interval of 0 means never; the last step is always saved."""
 
     name: str
@@ -95,7 +95,7 @@ def find_continuation(config: RunConfig) -> Continuation | None:
     return Continuation(str(origin.path), seen.step, is_own, seen.data_tokens, last_step)
 
 
-def plan_outline(resolved: ResolvedRun, continues: Continuation | None = None) -> Outline:
+def plan_dry_run(resolved: ResolvedRun, continues: Continuation | None = None) -> DryRun:
     """The sizes of a run that keeps the arithmetic rules, and what it makes of its data."""
     config, train, layout = resolved.config, resolved.config.train, resolved.layout
     tokens_per_step = train.global_batch_size * config.data.seq_len
@@ -104,7 +104,7 @@ def plan_outline(resolved: ResolvedRun, continues: Continuation | None = None) -
     declared = declare_parameters(config.model).items()
     # With the padding of the vocabulary: checkpoints hold it.
     trained = sum(prod(parameter.shape) for name, parameter in declared if not is_frozen(name, config.optim.freeze))
-    return Outline(
+    return DryRun(
         name=config.name,
         run_folder=str(resolved.run_dir),
         parameters=num_parameters(config.model),

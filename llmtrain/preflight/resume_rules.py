@@ -68,7 +68,7 @@ def resume_problems(config: RunConfig) -> Iterator[Problem]:
     yield Problem("checkpoint.resume", f"{fault} {advice}", resume)
 
 
-def continuity_problems(config: RunConfig, manifests: dict[str, Manifest]) -> list[Problem]:
+def difference_problems(config: RunConfig, manifests: dict[str, Manifest]) -> list[Problem]:
     """The refused differences from the checkpoint that the run would continue, which may yet turn out to be damaged."""
     target = resume_target(config)
     origin = newest_origin(target) if target else None

@@ -40,7 +40,7 @@ from llmtrain.preflight.resolve import (
     read_manifests,
     with_windows,
 )
-from llmtrain.preflight.resume_rules import continuity_problems, resume_problems
+from llmtrain.preflight.resume_rules import difference_problems, resume_problems
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.file_system import folder_fault
 from llmtrain.words import bytes_text, looked_from
@@ -107,7 +107,7 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     problems.extend(resume_problems(config))
     # A size that could not be filled in differs from the checkpoint's for that reason only.
     unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size")
-    problems.extend(found for found in continuity_problems(config, manifests) if not found.key.startswith(unknown))
+    problems.extend(found for found in difference_problems(config, manifests) if not found.key.startswith(unknown))
     if fault := folder_fault(config.run_dir):
         problems.append(Problem("output_dir", fault, config.output_dir, uses=("name",)))
     else:
@@ -162,7 +162,7 @@ def _local_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manife
     if not (folder / MANIFEST_NAME).is_file():
         below = sorted(entry.parent.name for entry in folder.glob(f"*/{MANIFEST_NAME}"))
         hint = f"Try {folder / below[0]}." if below else SHARDS_HINT
-        return Problem(key, f"the folder has no {MANIFEST_NAME}, so it is no data set. {hint}", source.path)
+        return Problem(key, f"the folder has no {MANIFEST_NAME}, so it is not a data set. {hint}", source.path)
     return read_manifest(folder)
 
 

@@ -5,7 +5,7 @@ The ratio (ETTR) is: seconds in steps that count / seconds from the run's first 
 - A **step that counts** is one whose row was not replaced by a later one. Steps that were done and then left behind,
   because the run started again from an older checkpoint or rolled back, are **lost**.
 - **Seconds in a step** are its `step_seconds`: waiting for its batch, computing, and the wait for the loss. Evaluation
-  and the stall of a checkpoint are no part of it.
+  and the stall of a checkpoint do not belong to it.
 - **The first start** is the first `started` event, or where a run folder has none, the start of the first recorded
   step; **the last row** is one of training or evaluation. All between them counts: starting up, hanging, being stopped,
   waiting in a queue until somebody starts the run again. But not the time after the run was done, until somebody asked

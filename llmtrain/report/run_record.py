@@ -93,7 +93,7 @@ def load_run(path: Path) -> RunRecord:
     """Read a run folder; it may lack all but its metrics. Raises ConfigError where it is none, DataError for damage."""
     metrics = path / METRICS_FILE
     if not metrics.is_file():
-        missing = f"has no {METRICS_FILE}" if path.is_dir() else "is no folder"
+        missing = f"has no {METRICS_FILE}" if path.is_dir() else "is not a folder"
         raise ConfigError(
             f"{path}: not a run folder: it {missing}. Give the folder that `llmtrain train` wrote: <output_dir>/<name>."
         )
@@ -209,7 +209,7 @@ def _configuration(path: Path) -> tuple[str, dict[str, Any]]:
     except ValueError as error:
         raise _damaged(path, str(error)) from None
     if not isinstance(data, dict):
-        raise _damaged(path, "it is no configuration of a run")
+        raise _damaged(path, "it is not the configuration of a run")
     return text, data
 
 

@@ -71,7 +71,7 @@ def find_runs(path: Path) -> list[Path]:
         return [path]
     runs = sorted(entry for entry in path.iterdir() if _is_open_run(entry)) if path.is_dir() else []
     if not runs:
-        missing = "no run is in it" if path.is_dir() else "it is no folder"
+        missing = "no run is in it" if path.is_dir() else "it is not a folder"
         raise ConfigError(f"{path}: {missing}. Give the folder of a run, <output_dir>/<name>, or one that holds runs.")
     return runs
 

@@ -81,7 +81,7 @@ def require_place(out: Path) -> None:
     """Raise ConfigError where no folder of that name can be made, before anything is read."""
     above = next(path for path in out.absolute().parents if path.exists() or path.is_symlink())
     if not above.is_dir():
-        raise ConfigError(f"{out}: cannot be made, for {above} is no folder. Choose another place.")
+        raise ConfigError(f"{out}: cannot be made, for {above} is not a folder. Choose another place.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(f"{out}: cannot be made, for nothing can be written to {above}. Choose another place.")
 

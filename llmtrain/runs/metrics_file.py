@@ -135,9 +135,9 @@ def parse_row(line: bytes) -> dict[str, Any]:
     row = {key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
     for key, value in row.items():
         if isinstance(value, str | dict | list) or value is None:
-            raise ValueError(f"`{key}` is no number")
+            raise ValueError(f"`{key}` is not a number")
         if (key == "time" or key.endswith("_seconds")) and not abs(value) <= MOST:
-            raise ValueError(f"`{key}` is no time")
+            raise ValueError(f"`{key}` is not a time")
         if isinstance(value, int) and abs(value) > MOST:
             raise ValueError(f"`{key}` has more digits than any number of a run")
     return row

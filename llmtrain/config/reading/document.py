@@ -95,7 +95,7 @@ def read_document(file: Path, key: str, problems: list[Problem]) -> Node | None:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         problems.append(
-            Problem(f"{file}:{line}", f"byte {data[error.start]:#04x} is no UTF-8. Save the file as UTF-8.")
+            Problem(f"{file}:{line}", f"byte {data[error.start]:#04x} is not UTF-8. Save the file as UTF-8.")
         )
         return None
     node = read_text(text, key, problems, lambda line: f"{file}:{line}")
@@ -230,7 +230,7 @@ class _Builder:
                 if node.value.lstrip("+-").replace("_", "").isdigit():  # Python reads no more digits than 4,300
                     self.problems.append(Problem(key, "has more digits than any number here.", where=where))
                     return None
-                message = f"is no {node.tag.removeprefix(TAG)}. Remove the tag."
+                message = f"is not of the type {node.tag.removeprefix(TAG)}. Remove the tag."
                 self.problems.append(Problem(key, message, shown(key, node.value), where))
                 return None
         self._refuse_tag(node, key, where)

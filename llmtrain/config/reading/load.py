@@ -198,7 +198,7 @@ class _Reading:
             self.problems.append(Problem(name, str(error), shown(name, entry.value), entry.where))
             return None
         except (OSError, ValueError) as error:
-            fault = f"is no file that can be read: {reason_of(error)}."
+            fault = f"cannot be read as a file: {reason_of(error)}."
             self.problems.append(Problem(name, fault, shown(name, entry.value), entry.where))
             return None
         before = len(self.problems)

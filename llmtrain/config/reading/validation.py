@@ -102,7 +102,7 @@ def _repair(tree: dict[str, Any], details: ErrorDetails) -> str:
     if details["type"] == "missing" and isinstance(path[-1], str):
         _holder(tree, path)[path[-1]] = {} if section_at(path) and len(path) == 1 else STAND_INS[path[-1]]
         return dotted(*path)
-    # Entries of a list keep their numbers, so a list goes as a whole when an entry is no section.
+    # Entries of a list keep their numbers, so a list goes as a whole when an entry is not a section.
     while isinstance(path[-1], int):
         path.pop()
     _holder(tree, path).pop(path[-1], None)

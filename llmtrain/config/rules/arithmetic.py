@@ -138,7 +138,7 @@ def allowed_changes_are_keys(config: RunConfig) -> Found:
         if not any(key == general or key.startswith(f"{general}.") for key in all_keys()):
             guesses = suggested_keys(name.split(".")) or nearest(name, all_keys())
             advice = f"Did you mean {either(guesses)}?" if guesses else "Write keys or sections, such as [seed]."
-            yield Problem(f"checkpoint.allow_change.{number}", f"is no key. {advice}", name)
+            yield Problem(f"checkpoint.allow_change.{number}", f"is not a key. {advice}", name)
 
 
 def norms_have_rows(config: RunConfig) -> Found:

@@ -50,7 +50,7 @@ def fewest_workers_can_train(config: RunConfig) -> Found:
         legal = [size for size in range(replica, launch.num_workers + 1, replica) if _is_legal(config, size)]
         tries = either(sorted(sorted(legal, key=lambda size: abs(size - least))[:3]))
         message = (
-            f"is no number of ranks for this run: it must be a multiple of {replica} (parallel.tensor x pipeline x "
+            f"does not fit this run: it must be a multiple of {replica} (parallel.tensor x pipeline x "
             f"context) that divides train.global_batch_size = {config.train.global_batch_size} into whole "
             f"micro-batches. Try {tries}."
         )

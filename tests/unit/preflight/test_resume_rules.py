@@ -313,7 +313,7 @@ def test_an_architecture_of_another_version(capsys: pytest.CaptureFixture[str]) 
 def test_allowing_an_unknown_key_is_a_mistake(name: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, err = check(capsys, f"checkpoint.allow_change=[seed, {name}]", "seed=7")
     assert code == 2
-    assert f"checkpoint.allow_change.1 = {name} (command line): is no key. {advice}" in err
+    assert f"checkpoint.allow_change.1 = {name} (command line): is not a key. {advice}" in err
     assert err.endswith("1 problem in run.yaml; nothing was started.\n")
 
 

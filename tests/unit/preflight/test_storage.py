@@ -14,7 +14,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.manifest import ShardEntry, file_sha256, read_manifest, write_manifest
 from llmtrain.data.stream import DataUse
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.preflight.dry_run import plan_outline
+from llmtrain.preflight.dry_run import plan_dry_run
 from llmtrain.preflight.resolve import resolve, source_uses
 from llmtrain.preflight.storage import check_storage, load_run, storage_warnings
 from tests.support.http_folder import serve
@@ -142,7 +142,7 @@ def test_vocab_size_comes_from_the_manifest(folder: Path) -> None:
 
 
 def test_outline(folder: Path) -> None:
-    outline = plan_outline(resolve(run("train.global_batch_size=16", "launch.num_workers=2")))
+    outline = plan_dry_run(resolve(run("train.global_batch_size=16", "launch.num_workers=2")))
     assert (outline.data_parallel_size, outline.micro_batches_per_rank) == (2, 2)
     assert outline.tokens == 10 * 16 * 64
     assert outline.run_folder == "runs/small"
@@ -164,7 +164,7 @@ def test_what_a_run_makes_of_its_data(folder: Path) -> None:
 
 def test_the_outline_tells_sizes_that_are_those_of_the_files(folder: Path) -> None:
     """Weights and moments, with the rows that pad the vocabulary, as they lie in a checkpoint."""
-    outline = plan_outline(resolve(run()))
+    outline = plan_dry_run(resolve(run()))
     padding = (384 - 300) * 64
     assert outline.checkpoint_bytes == 12 * (outline.parameters + padding)
     assert outline.memory.held == 16 * outline.parameters

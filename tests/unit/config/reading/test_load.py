@@ -104,7 +104,7 @@ def test_only_the_first_of_two_equal_keys_counts(tmp_path: Path) -> None:
 def test_a_file_that_is_no_utf8(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_bytes(b"name: a\nseed: \xff\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml:2: byte 0xff is no UTF-8"):
+    with pytest.raises(ConfigError, match=r"run\.yaml:2: byte 0xff is not UTF-8"):
         load_config(file)
 
 

@@ -39,13 +39,13 @@ PLACE_BYTES = 120
 # One machine word each, aligned: no reader ever sees half of one.
 _RECORD = struct.Struct("=dqqq")
 _COUNT = struct.Struct("=q")
-_LOOKS = struct.Struct("=q")
+_WANTED = struct.Struct("=q")
 _WINDOW = struct.Struct(f"=qdd{PLACE_BYTES}s{PLACE_BYTES}s")
 # Twice as many as can be read: a reader is never at the window that is being written.
 _SLOTS = 2 * NUM_WINDOWS
 _COUNT_AT = _RECORD.size
-_LOOKS_AT = _COUNT_AT + _COUNT.size
-_WINDOWS_AT = _LOOKS_AT + _LOOKS.size
+_WANTED_AT = _COUNT_AT + _COUNT.size
+_WINDOWS_AT = _WANTED_AT + _WANTED.size
 _RANK_BYTES = _WINDOWS_AT + _SLOTS * _WINDOW.size
 
 
@@ -130,10 +130,10 @@ class HeartbeatBoard:
 
     def want_places(self, rank: int, wanted: bool) -> None:
         """Ask a rank to find out where it spends its time, from its next step on, or no more."""
-        _LOOKS.pack_into(self._memory, rank * _RANK_BYTES + _LOOKS_AT, wanted)
+        _WANTED.pack_into(self._memory, rank * _RANK_BYTES + _WANTED_AT, wanted)
 
     def places_wanted(self, rank: int) -> bool:
-        return bool(_LOOKS.unpack_from(self._memory, rank * _RANK_BYTES + _LOOKS_AT)[0])
+        return bool(_WANTED.unpack_from(self._memory, rank * _RANK_BYTES + _WANTED_AT)[0])
 
     def _count(self, rank: int) -> int:
         return _COUNT.unpack_from(self._memory, rank * _RANK_BYTES + _COUNT_AT)[0]

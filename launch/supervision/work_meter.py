@@ -20,7 +20,7 @@ from torch.distributed import Work as Collective
 from launch.rank.signals import WINDOW_STEPS, Heartbeat, Work, WorkWindow
 from llmtrain.values.progress import Phase
 
-LOOK_SECONDS = 0.02
+SAMPLE_SECONDS = 0.02
 """Time between two samples of the stacks."""
 
 STANDSTILL = "nowhere: its process was stopped, or got no processor"
@@ -37,8 +37,8 @@ Frame = tuple[str, str, str]
 """File, line and function."""
 
 
-class Looks:
-    """Looks at the main thread from now on, and counts in which line it is, by phase.
+class StackSampler:
+    """Samples the main thread's stack from now on, and counts in which line it is, by phase.
 
     Stacks are written by faulthandler, which reads them as they are: Python's own frames of a thread that runs on
     (sys._current_frames) have crashed CPython 3.11.
@@ -53,7 +53,7 @@ class Looks:
         self._counts: dict[Work, Counter[str]] = {}
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        threading.Thread(target=self._look_often, daemon=True, name="looks").start()
+        threading.Thread(target=self._sample_often, daemon=True, name="stack-sampler").start()
 
     def places(self) -> dict[Work, str]:
         """The place where it was most often since the last call, by phase: `function (file:line)`."""
@@ -62,13 +62,13 @@ class Looks:
         return {phase: places.most_common(1)[0][0] for phase, places in counts.items()}
 
     def end(self) -> None:
-        """Look no more."""
+        """Sample no more."""
         self._ended.set()
 
-    def _look_often(self) -> None:
+    def _sample_often(self) -> None:
         with tempfile.TemporaryFile() as file:
             now, ran = time.monotonic(), time.process_time()
-            while not self._ended.wait(LOOK_SECONDS):
+            while not self._ended.wait(SAMPLE_SECONDS):
                 before, ran_before = now, ran
                 now, ran = time.monotonic(), time.process_time()
                 file.seek(0)
@@ -82,9 +82,9 @@ class Looks:
                 place = STANDSTILL if stopped else self._place(file.read().decode("utf-8", "replace"))
                 if place:
                     # A standstill counts for all the samples that it has kept from being taken.
-                    looks = round((now - before) / LOOK_SECONDS) if stopped else 1
+                    samples = round((now - before) / SAMPLE_SECONDS) if stopped else 1
                     with self._lock:
-                        self._counts.setdefault(phase, Counter())[place] += looks
+                        self._counts.setdefault(phase, Counter())[place] += samples
 
     def _place(self, dump: str) -> str:
         """The place of the main thread; empty where it waits."""
@@ -119,11 +119,11 @@ class WorkMeter:
     """
 
     def __init__(
-        self, heartbeat: Heartbeat, publish: Callable[[WorkWindow], None], look_wanted: Callable[[], bool]
+        self, heartbeat: Heartbeat, publish: Callable[[WorkWindow], None], places_wanted: Callable[[], bool]
     ) -> None:
         self._heartbeat, self._publish = heartbeat, publish
-        self._look_wanted = look_wanted
-        self._looks: Looks | None = None
+        self._places_wanted = places_wanted
+        self._sampler: StackSampler | None = None
         self._phase: Phase = "setup"
         self._step: int | None = None
         self._num_steps = -1  # finished ones, after the first
@@ -149,13 +149,13 @@ class WorkMeter:
         self._num_steps += 1
         if self._num_steps % WINDOW_STEPS == 0:
             if self._num_steps:
-                self._publish(WorkWindow(step, self._work, self._looks.places() if self._looks else {}))
+                self._publish(WorkWindow(step, self._work, self._sampler.places() if self._sampler else {}))
             self._work = {"data": 0.0, "step": 0.0}
-        if self._look_wanted() and not self._looks:
-            self._looks = Looks(self._at_work, __file__, PREPARING)
-        elif self._looks and not self._look_wanted():
-            self._looks.end()
-            self._looks = None
+        if self._places_wanted() and not self._sampler:
+            self._sampler = StackSampler(self._at_work, __file__, PREPARING)
+        elif self._sampler and not self._places_wanted():
+            self._sampler.end()
+            self._sampler = None
 
     def _at_work(self) -> Work | None:
         """The phase that counts now. Asked by another thread."""

@@ -19,14 +19,14 @@ class SequenceParts:
     count: int = 1
     groups: tuple[ProcessGroup, ...] = ()
 
-    def own(self, length: int) -> slice:
+    def local_slice(self, length: int) -> slice:
         """The slice of this rank's part in a sequence of `length`."""
         size = length // self.count
         return slice(self.place * size, (self.place + 1) * size)
 
-    def block(self, length: int, size: int) -> slice:
+    def block_slice(self, length: int, size: int) -> slice:
         """The run of `size` that this rank's part lies in: what it holds inside of a block."""
-        start = self.own(length).start // size * size
+        start = self.local_slice(length).start // size * size
         return slice(start, start + size)
 
     def gather(self, x_s: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class MoE(nn.Module):
         # The router has seen this rank's own tokens (s). Inside of the block a rank has the tokens of all its tensor
         # ranks, and their weights, whose gradients are parts as well. The choice covers the whole micro-batch (S).
         inner_SBH, weights_SBE = self.enter(x_SBH), self.enter(routing.weights_sBE)
-        inside = self.router.parts.block(routing.chosen_SBE.shape[0], inner_SBH.shape[0])
+        inside = self.router.parts.block_slice(routing.chosen_SBE.shape[0], inner_SBH.shape[0])
         pairs = Pairs.of(routing.chosen_SBE[inside].flatten(0, 1))
         counts_E = torch.bincount(pairs.expert_P, minlength=weights_SBE.shape[-1])
         # Rows travel to the ranks of their experts, are done there, and come back in the order of the pairs. Every rank

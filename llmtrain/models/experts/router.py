@@ -82,7 +82,7 @@ class Router(nn.Module):
         # s: this rank's own tokens. S: those of the whole micro-batch, among which capacity and ties are decided.
         # The choice has no gradient, so the gathered probabilities need none: weights are taken from the own ones.
         whole_SBE = self.parts.gather(probabilities_sBE)
-        own = self.parts.own(whole_SBE.shape[0])
+        own = self.parts.local_slice(whole_SBE.shape[0])
         valid_SB = torch.ones_like(whole_SBE[..., 0], dtype=torch.bool) if valid_BS is None else valid_BS.T
         wanted_SBE, kept_SBE = self.choose(whole_SBE, valid_SB, trains=draws is not None)
         weights_sBE = torch.where(kept_SBE[own], probabilities_sBE, 0.0)

@@ -8,7 +8,7 @@ import pytest
 from torch.distributed import Work as Collective
 
 from launch.rank.signals import WINDOW_STEPS, WorkWindow
-from launch.supervision.work_meter import LOOK_SECONDS, STANDSTILL, Looks, WorkMeter, stacks_of
+from launch.supervision.work_meter import SAMPLE_SECONDS, STANDSTILL, StackSampler, WorkMeter, stacks_of
 from llmtrain.values.progress import Phase
 
 DUMP = """\
@@ -17,7 +17,7 @@ Thread 0x00007f0000000001 (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 629 in wait
 
 Current thread 0x00007f0000000002 (most recent call first):
-  File "/src/launch/supervision/work_meter.py", line 80 in _look_often
+  File "/src/launch/supervision/work_meter.py", line 80 in _sample_often
 """
 
 
@@ -84,35 +84,35 @@ def test_what_other_threads_wait_for_is_no_waiting(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_line_that_takes_longest_is_found() -> None:
-    looks = Looks(lambda: "step", "/nowhere.py", "preparing")
+    sampler = StackSampler(lambda: "step", "/nowhere.py", "preparing")
     slowly()
-    looks.end()
-    place = looks.places()["step"]
+    sampler.end()
+    place = sampler.places()["step"]
     assert place.startswith("slowly (test_work_meter.py:")
-    assert looks.places() == {}
+    assert sampler.places() == {}
 
 
 def test_a_main_thread_that_waits_is_at_no_place() -> None:
-    looks = Looks(lambda: "step", __file__, "preparing")
+    sampler = StackSampler(lambda: "step", __file__, "preparing")
     slowly()
-    looks.end()
-    assert set(looks.places().values()) <= {STANDSTILL}, "a busy machine may have taken the processor away"
+    sampler.end()
+    assert set(sampler.places().values()) <= {STANDSTILL}, "a busy machine may have taken the processor away"
 
 
 def test_of_a_wait_for_another_thread_the_place_is_where_that_is() -> None:
-    looks = Looks(lambda: "data", "/nowhere.py", "preparing")
+    sampler = StackSampler(lambda: "data", "/nowhere.py", "preparing")
     thread = threading.Thread(target=slowly, name="preparing_0")
     thread.start()
     thread.join()
-    looks.end()
-    assert looks.places()["data"].startswith("slowly (test_work_meter.py:")
+    sampler.end()
+    assert sampler.places()["data"].startswith("slowly (test_work_meter.py:")
 
 
 def slowly() -> None:
-    time.sleep(20 * LOOK_SECONDS)
+    time.sleep(20 * SAMPLE_SECONDS)
 
 
 def test_stacks_are_told_apart() -> None:
     stacks = stacks_of(DUMP)
     assert stacks[0x7F0000000001][1] == ("/usr/lib/python3.11/threading.py", "629", "wait")
-    assert stacks[0x7F0000000002] == [("/src/launch/supervision/work_meter.py", "80", "_look_often")]
+    assert stacks[0x7F0000000002] == [("/src/launch/supervision/work_meter.py", "80", "_sample_often")]

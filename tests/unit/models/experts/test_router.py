@@ -181,7 +181,7 @@ class TwoParts(SequenceParts):
         object.__setattr__(self, "whole", whole)
 
     def gather(self, x_s: Tensor) -> Tensor:
-        torch.testing.assert_close(x_s.detach(), self.whole[self.own(len(self.whole))])  # type: ignore[attr-defined]
+        torch.testing.assert_close(x_s.detach(), self.whole[self.local_slice(len(self.whole))])  # type: ignore[attr-defined]
         return self.whole  # type: ignore[attr-defined]
 
 

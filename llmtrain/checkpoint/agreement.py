@@ -45,6 +45,7 @@ class SaveMessages:
     def send(self, topic: str, text: str) -> None:
         """Rank 0 sends to all, another rank to rank 0."""
         if self.ranks is not None:
+            # The store keeps every text: the number of the save keeps this one apart from those of earlier saves.
             self.ranks.put(self._key(topic, self.ranks.rank), text)
 
     def send_failure(self, topic: str, error: BaseException) -> None:
@@ -59,6 +60,7 @@ class SaveMessages:
         """The messages of all ranks but 0, once all are there. Raises SaveError where one of them has failed."""
         if self.ranks is None:
             return []
+        # All are waited for before any is judged: a rank that still writes must not lose its folder.
         texts = [self.ranks.get(self._key(topic, rank)) for rank in range(1, self.ranks.world_size)]
         return [_unless_failed(text) for text in texts]
 

@@ -83,7 +83,7 @@ def find_newest_valid(
         try:
             return open_checkpoint(path), damaged
         except CheckpointUnusableError:
-            raise
+            raise  # to go on from an older one would throw away training that is whole
         except CheckpointError as error:
             warn(f"{error}\nIt is passed over for an older one.")
             damaged.append((path, error))

@@ -134,6 +134,7 @@ def merge_parts(parts: Iterable[ManifestPart], step: int, about: dict[str, Any])
                 if known and (known.dtype, known.global_shape) != (tensor.dtype, tensor.global_shape):
                     raise ValueError(f"ranks disagree on {kind} of {name}: {known.dtype} {known.global_shape}, "
                                      f"{tensor.dtype} {tensor.global_shape}")  # fmt: skip
+                # In the order of ranks, so that the same run gives the same bytes.
                 fragments = (known.fragments if known else ()) + tensor.fragments
                 tensors[name][kind] = TensorEntry(
                     dtype=tensor.dtype, global_shape=tensor.global_shape, fragments=fragments

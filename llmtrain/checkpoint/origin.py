@@ -123,7 +123,7 @@ def origin_of(path: Path, state: Mapping[str, Any], config_text: str, about: Map
     try:
         config = load_plain(config_text)
     except ValueError as error:
-        raise CheckpointError(f"{path / CONFIG}: is no YAML: {error}") from error
+        raise CheckpointError(f"{path / CONFIG}: is not YAML: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / CONFIG}: is not a configuration of a run")
     return Origin(path, "train" in state, config, about, state)
@@ -135,6 +135,7 @@ def read_origin(path: Path) -> Origin:
     Raises CheckpointError where they are damaged. Whether the tensors are whole, only opening the checkpoint tells.
     """
     try:
+        # Hashed before it is parsed, as everything below: what a crash has torn may parse, and say something else.
         content = read_bytes(path / MANIFEST, LONGEST_MANIFEST)
         told = read_text(path / MANIFEST_HASH).split()[:1]
         if [hashlib.sha256(content).hexdigest()] != told:

@@ -97,22 +97,33 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     The tensors must not change meanwhile. Raises OSError (a full disk, a missing folder, an existing file) and
     KeyError for a dtype that is not in DTYPE_NAMES.
     """
+    digest = hashlib.sha256()
+    chunks: queue.Queue[memoryview | None] = queue.Queue(CHUNKS_AHEAD)
+
+    def hash_chunks() -> None:
+        while (chunk := chunks.get()) is not None:
+            digest.update(chunk)
+
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    # A thread hashes while this one writes: both release the interpreter's lock.
+    thread = threading.Thread(target=hash_chunks, name="checkpoint-hash", daemon=True)
+    thread.start()
     try:
-        with _BackgroundHash() as digest:
-            size = given = 0
-            for chunk in iter_chunks(tensors, metadata):
-                digest.take(chunk)
-                write_all(descriptor, chunk)
-                size += len(chunk)
-                if size - given >= DISK_BYTES:
-                    # Linux starts the writing of what it is told to forget, and forgets only what is on the disk.
-                    if hasattr(os, "posix_fadvise"):  # not on every platform
-                        os.posix_fadvise(descriptor, given, size - given, os.POSIX_FADV_DONTNEED)
-                    given = size
-            # The hash still has chunks to read: the disk works through the same time.
-            os.fsync(descriptor)
+        size = given = 0
+        for chunk in iter_chunks(tensors, metadata):
+            chunks.put(chunk)
+            write_all(descriptor, chunk)
+            size += len(chunk)
+            if size - given >= DISK_BYTES:
+                # Linux starts the writing of what it is told to forget, and forgets only what is on the disk.
+                if hasattr(os, "posix_fadvise"):  # not on every platform
+                    os.posix_fadvise(descriptor, given, size - given, os.POSIX_FADV_DONTNEED)
+                given = size
+        # The hash still has chunks to read: the disk works through the same time.
+        os.fsync(descriptor)
     finally:
+        chunks.put(None)
+        thread.join()
         os.close(descriptor)
     return WrittenFile(size, digest.hexdigest())
 
@@ -121,31 +132,3 @@ def write_all(descriptor: int, data: memoryview) -> None:
     """Write every byte: the system may take fewer than it was given."""
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-class _BackgroundHash:
-    """sha256 in a second thread; hashing and writing both release the interpreter lock."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._chunks: queue.Queue[memoryview | None] = queue.Queue(CHUNKS_AHEAD)
-        self._thread = threading.Thread(target=self._run, name="checkpoint-hash", daemon=True)
-
-    def _run(self) -> None:
-        while (chunk := self._chunks.get()) is not None:
-            self._digest.update(chunk)
-
-    def __enter__(self) -> "_BackgroundHash":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._chunks.put(None)
-        self._thread.join()
-
-    def take(self, chunk: memoryview) -> None:
-        self._chunks.put(chunk)
-
-    def hexdigest(self) -> str:
-        """The hash of all chunks. Call after the `with` block."""
-        return self._digest.hexdigest()

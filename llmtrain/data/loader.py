@@ -86,6 +86,7 @@ class BatchLoader:
         while not self._row_config.data.prefetch_steps:
             yield self._step(first_sample)
             first_sample += self.step_length(first_sample)
+        # One worker: steps are prepared in order, and a source's open shards are not made for two threads.
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         try:
             prepared: deque[Future[list[Batch]]] = deque()

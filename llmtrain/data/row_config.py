@@ -84,6 +84,7 @@ class RowConfig:
 
     def draws(self, number: int) -> "SampleRandom":
         """The random numbers of one sample, by its global number."""
+        # Counter-based, keyed by the sample: nothing depends on the samples that were drawn before.
         key = wide_key("objective", self.seed, number)[:16]
         return SampleRandom(np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))))
 

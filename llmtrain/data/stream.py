@@ -94,6 +94,7 @@ class SampleStream:
         self.seq_len = config.seq_len
         self._once = config.once
         self._schedule = MixtureSchedule([source.weight for source in sources])
+        # One thread for all sources: they share a disk or a network, and one must not starve the others.
         ahead: ReadAhead[ShardFile] = ReadAhead()
         self._readers = [SourceReader(source, index, config, skipped, ahead) for index, source in enumerate(sources)]
 

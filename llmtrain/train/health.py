@@ -55,6 +55,7 @@ def judge(
             return LossHistory(history.losses), None
         strikes = history.strikes + 1
         trouble = None
+        # Not only at the first: a run that could not go back then is asked again after as many more.
         if strikes % health.max_strikes == 0:
             reason = f"{strikes} steps in a row were skipped: their gradients are not finite"
             trouble = Trouble(reason, step - strikes + 1)
@@ -108,13 +109,14 @@ class Health:
             if is_scale_too_high(result, self.least_scale):
                 verdict = "loss_scale"
         elif self.config.rerun:
-            result = attempt()
+            result = attempt()  # on every rank: a step holds collectives
             verdict = "persistent" if result.skipped else "transient"
         shards = list(_by_shard(origins))
         first, last = origins[0].number, origins[-1].number
         names = "; ".join(f"{each['source']}/{each['shard']} ({_ranges(each['samples'])})" for each in shards)
         if len(names) > LONGEST_LIST:
             names = f"{names[:LONGEST_LIST]}... (audit.jsonl has all)"
+        # Said before it is recorded: the disk may fail, and a person should know.
         message = _message(step, verdict, f"samples {first:,} to {last:,} of {names}")
         self.say(message)
         if verdict in ("transient", "persistent"):

@@ -77,10 +77,12 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: RankStore | None
             )
         rest_on_base(manager, None, resolved.config)
         return Start(manager, None, skipped, ranks)
+    # Own checkpoints that a rollback left are not the newest, even if the run was killed before it set them aside.
     own = folder.path / CHECKPOINTS
     checkpoint = newest_kept(manager, skipped) if target == own else find_checkpoint(target)
     start = Start(manager, checkpoint, skipped, ranks)
     if start.checkpoint:
+        # First: the comparison relies on a position that is one.
         require_state(start.checkpoint.path, start.checkpoint.state, start.checkpoint.about)
         require_continuity(resolved, folder, start.checkpoint)
     rest_on_base(manager, start.checkpoint, resolved.config)

@@ -119,6 +119,6 @@ def restore(checkpoint: CheckpointReader, engine: Engine) -> TrainState:
         engine.load_weights(checkpoint)
     else:
         require_state(checkpoint.path, checkpoint.state, checkpoint.about, engine_too=True)
-        engine.load(checkpoint)
+        engine.load(checkpoint)  # tensors first, then the counts that belong to them
         engine.load_state(checkpoint.state["engine"])
     return saved_state(checkpoint)

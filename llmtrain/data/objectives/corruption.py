@@ -70,6 +70,7 @@ def corrupted(
     input_W[firsts] = sentinels
     input_T = np.concatenate((input_W[~is_noise_W | first_W], end))
     noise = window_W[is_noise_W]
+    # A span's first token, at place w of the window, is token cumsum[w] - 1 of the noise: its sentinel goes before it.
     target_S = np.concatenate((np.insert(noise, np.cumsum(is_noise_W)[firsts] - 1, sentinels), end))
     return input_T, target_S
 

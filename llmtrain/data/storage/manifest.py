@@ -212,7 +212,7 @@ def parse_manifest(content: bytes, location: str) -> Manifest:
         if (SEAL in raw) != (version == SCHEMA_VERSION):
             raise ValueError(f"schema_version = {version}: {'has no' if version == SCHEMA_VERSION else 'has a'} {SEAL}")
         manifest = _MANIFEST.validate_python({key: value for key, value in raw.items() if key != SEAL})
-        unsealed(raw)
+        unsealed(raw)  # after the form, whose errors name keys: a seal only says that something differs
     except ValueError as error:
         fault = fault_text(error) if isinstance(error, ValidationError) else str(error)
         raise DataError(f"{location}: {fault}. Write the shards again, or copy the file again.") from None

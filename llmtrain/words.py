@@ -24,6 +24,11 @@ def short_number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """1 shard, 1,200 shards; `plural` is what the noun then ends with."""
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
 def bytes_text(size: int) -> str:
     """1.23 GB (1,234,567,890 bytes)."""
     return f"{short_bytes(size)} ({size:,} bytes)" if size >= 1000 else short_bytes(size)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.words import counted
 
 if TYPE_CHECKING:
     from data_pipelines.inputs import ReadReport
@@ -118,8 +119,8 @@ def shards(
     _say(report.summary())
     for name, manifest in manifests.items():
         _say(
-            f"wrote {out / name}: {_count(manifest.num_documents, 'document')}, {manifest.num_tokens:,} tokens, "
-            f"{_count(len(manifest.shards), 'shard')}"
+            f"wrote {out / name}: {counted(manifest.num_documents, 'document')}, {manifest.num_tokens:,} tokens, "
+            f"{counted(len(manifest.shards), 'shard')}"
         )
 
 
@@ -147,14 +148,14 @@ def index(
                     f"--dtype {dtype.value}: {dataset} has a manifest, which says it. Delete manifest.json to index "
                     "the folder anew."
                 )
-            _say(f"{dataset}: rebuilt {_count(rebuild_sidecars(dataset), 'sidecar')}; the manifest is unchanged")
+            _say(f"{dataset}: rebuilt {counted(rebuild_sidecars(dataset), 'sidecar')}; the manifest is unchanged")
         else:
             found = load_tokenizer(tokenizer or find_tokenizer(dataset))
             manifest, ended = index_folder(dataset, found, dtype.value if dtype else None)
             ends = f", of which {ended:,} bring their own end of sequence: no second one follows them" if ended else ""
             _say(
-                f"{dataset}: indexed {_count(len(manifest.shards), 'shard')} of {manifest.dtype}, "
-                f"{_count(manifest.num_documents, 'document')}{ends}"
+                f"{dataset}: indexed {counted(len(manifest.shards), 'shard')} of {manifest.dtype}, "
+                f"{counted(manifest.num_documents, 'document')}{ends}"
             )
 
 
@@ -176,11 +177,11 @@ def inspect(
         quantiles = ", ".join(f"{value:,}" for value in summary.length_quantiles.values())
         typer.echo(
             f"{summary.path}\n"
-            f"  {_count(summary.shards, 'shard')}, {summary.size_bytes / 1e6:,.1f} MB, {summary.dtype}, "
+            f"  {counted(summary.shards, 'shard')}, {summary.size_bytes / 1e6:,.1f} MB, {summary.dtype}, "
             f"vocabulary {summary.vocab_size:,}, tokenizer {summary.tokenizer_sha256[:12]}\n"
             f"  documents {f'begin with {begin} and ' if begin else ''}end with {summary.eos_id}"
             f"{'; the tokenizer does not give every text back as it was' if summary.lossy else ''}\n"
-            f"  {_count(summary.documents, 'document')}, {summary.tokens:,} tokens, "
+            f"  {counted(summary.documents, 'document')}, {summary.tokens:,} tokens, "
             f"{summary.mean_length:,.1f} per document (min, 10%, median, 90%, max: {quantiles})\n"
             f"  {summary.samples:,} samples of {summary.seq_len:,} tokens per epoch; "
             f"{'too little for one sample' if summary.unused_tokens else 'no token is left out'}\n"
@@ -196,7 +197,7 @@ def verify(folder: Dataset) -> None:
     problems: list[str] = []
     for dataset in datasets_in(folder):
         found = verify_dataset(dataset)
-        _say(f"{dataset}: {_count(len(found), 'problem') if found else 'whole'}")
+        _say(f"{dataset}: {counted(len(found), 'problem') if found else 'whole'}")
         problems += found
     if problems:
         raise DataError("\n".join(problems))
@@ -248,10 +249,6 @@ def _read_options(field: str, separator: str | None) -> "ReadOptions":
     if separator == "":
         raise typer.BadParameter("must not be empty", param_hint="--separator")
     return ReadOptions(field, separator.replace("\\n", "\n") if separator else None)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _say(line: str) -> None:

@@ -86,7 +86,7 @@ def _print_dry_run(plan: "DryRun", as_json: bool) -> None:
 
     from llmtrain.cli.tables import aligned
     from llmtrain.plan.layout_text import layout_tables
-    from llmtrain.words import short_bytes
+    from llmtrain.words import counted, short_bytes
 
     if as_json:
         typer.echo(json.dumps(asdict(plan), indent=2))
@@ -101,12 +101,12 @@ def _print_dry_run(plan: "DryRun", as_json: bool) -> None:
         "precision": plan.precision,
         "engine": f"{plan.engine}, ZeRO stage {plan.zero_stage}" if plan.zero_stage else plan.engine,
         "ranks": f"{plan.world_size:,} = {_axes(plan)}",
-        "batch": f"{plan.global_batch_size:,} sequences = {_count(plan.data_parallel_size, 'data rank')} x "
-        f"{_count(plan.micro_batches_per_rank, 'micro-batch', 'es')} x {plan.micro_batch_size}, "
+        "batch": f"{plan.global_batch_size:,} sequences = {counted(plan.data_parallel_size, 'data rank')} x "
+        f"{counted(plan.micro_batches_per_rank, 'micro-batch', 'es')} x {plan.micro_batch_size}, "
         f"of {plan.seq_len:,} tokens each",
         "steps": f"{plan.steps:,} of {plan.tokens_per_step:,} tokens, {plan.tokens:,} tokens in all",
-        "evaluation": f"every {_count(evaluate, 'step')}" if evaluate else "never",
-        "checkpoints": (f"every {_count(checkpoint, 'step')} and " if checkpoint else "")
+        "evaluation": f"every {counted(evaluate, 'step')}" if evaluate else "never",
+        "checkpoints": (f"every {counted(checkpoint, 'step')} and " if checkpoint else "")
         + f"at the end, {short_bytes(plan.checkpoint_bytes)} each",
         "memory": f"about {_memory(plan)}",
     }
@@ -160,10 +160,6 @@ def _axes(plan: "DryRun") -> str:
     text += f", {layout.virtual_pipeline} chunks per stage" if layout.virtual_pipeline > 1 else ""
     text += f", experts over {layout.expert} ranks" if layout.expert > 1 else ""
     return text + (", sequence parallel" if layout.sequence else "")
-
-
-def _count(number: int, noun: str, plural: str = "s") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def schema() -> None:

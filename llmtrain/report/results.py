@@ -9,7 +9,7 @@ from typing import Any
 from llmtrain.report.efficiency import DONE, Efficiency, event_time
 from llmtrain.report.run_record import RunRecord, flat
 from llmtrain.runs.audit import STARTED
-from llmtrain.words import duration, short_number
+from llmtrain.words import counted, duration, short_number
 
 _ABSENT = "–"
 
@@ -40,7 +40,7 @@ TROUBLE = {"failed": "bad", "stalled": "bad", "restarting": "warn", "rollback": 
 def sentence(event: Mapping[str, Any]) -> str:
     """An event of the audit log in words."""
     try:
-        ranks = {"ranks": _count(int(event["workers"]), "rank")} if "workers" in event else {}
+        ranks = {"ranks": counted(int(event["workers"]), "rank")} if "workers" in event else {}
         return SENTENCES[event["event"]].format_map({**event, **ranks})
     except (KeyError, TypeError, ValueError):
         facts = (f"{name} {value}" for name, value in event.items() if name not in ("time", "event"))
@@ -67,7 +67,7 @@ def timeline_section(records: list[RunRecord]) -> str:
     if len(records) == 1:
         return f'<section><h2>What happened (UTC)</h2><div class="scroll tall">{tables[0][1]}</div></section>'
     folds = "".join(
-        f"<details><summary>{escape(record.name)}<small>{_count(len(record.events), 'event')}</small></summary>"
+        f"<details><summary>{escape(record.name)}<small>{counted(len(record.events), 'event')}</small></summary>"
         f'<div class="scroll tall">{table}</div></details>'
         for record, table in tables
     )
@@ -102,10 +102,6 @@ def _bar(record: RunRecord) -> str:
         f'<div class="bar" role="img" aria-label="{escape(title)}">{pieces}</div>'
         f'<ul class="legend">{legend}</ul></div>'
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _timeline(record: RunRecord) -> str:

@@ -74,13 +74,9 @@ def num_active_parameters(model: ModelConfig) -> int:
     """The parameters that one token meets: of the experts, top_k of each layer."""
     if model.moe is None:
         return num_parameters(model)
-    experts = num_expert_parameters(model)
+    # All but the shared ones, which every token meets.
+    experts = sum(prod(parameter.shape) for parameter in _model_parameters(model) if parameter.expert)
     return num_parameters(model) - experts + experts * model.moe.choices // model.moe.num_experts
-
-
-def num_expert_parameters(model: ModelConfig) -> int:
-    """The parameters of all experts but the shared ones: what expert ranks spread."""
-    return sum(prod(parameter.shape) for parameter in _model_parameters(model) if parameter.expert)
 
 
 def expert_ffn_size(model: ModelConfig) -> int:

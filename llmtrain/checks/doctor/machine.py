@@ -44,7 +44,8 @@ def machine_findings(output_dir: Path) -> Iterator[Finding]:
     yield limit_finding("open files", resource.getrlimit(resource.RLIMIT_NOFILE)[0], LEAST_OPEN_FILES, "-n")
     yield limit_finding("processes", resource.getrlimit(resource.RLIMIT_NPROC)[0], LEAST_PROCESSES, "-u")
     yield locked_memory_finding(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
-    yield clock_finding(clock_is_synchronized())
+    synchronized = output_of("timedatectl", "show", "--property=NTPSynchronized", "--value")  # systemd's word
+    yield clock_finding({"yes": True, "no": False}.get(synchronized or ""))
     yield disk_finding(output_dir)
 
 
@@ -134,12 +135,6 @@ def disk_finding(output_dir: Path) -> Finding:
         text += f"; its clock differs from this machine's by {ahead:+.0f} s"
         return Finding("machine", name, "limited", text, "timedatectl set-ntp true   (here, and on the file server)")
     return Finding("machine", name, "ok", text)
-
-
-def clock_is_synchronized() -> bool | None:
-    """The answer of systemd; None where it has none."""
-    answer = output_of("timedatectl", "show", "--property=NTPSynchronized", "--value")
-    return {"yes": True, "no": False}.get(answer or "")
 
 
 def output_of(*command: str) -> str | None:

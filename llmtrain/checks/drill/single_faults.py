@@ -213,6 +213,7 @@ def judge(fault: Fault, folder: Path, ends: list[tuple[int, float]], reference: 
     problems += [f"left behind: {path.name}" for path in leftovers(folder)]
     detected, back = reaction(folder, struck, [time for _, time in ends])
     status = read_status(folder)
+    cause = next((event["cause"] for event in iter_events(folder) if "cause" in event), "")
     return Outcome(
         fault=fault.name,
         exit_codes=codes,
@@ -220,7 +221,7 @@ def judge(fault: Fault, folder: Path, ends: list[tuple[int, float]], reference: 
         back_seconds=back,
         steps_lost=steps_lost(folder),
         same_weights=same,
-        cause=cause_of(folder) or (status.cause if status else ""),
+        cause=cause or (status.cause if status else ""),
         problems=problems,
     )
 
@@ -262,8 +263,3 @@ def reaction(folder: Path, struck: float, ends: Sequence[float]) -> tuple[float 
     detected = next((time for time in noticed if time >= struck - 0.01), None)
     after = next((time for time in rows if time > (detected or struck)), None)
     return (detected - struck if detected else None), (after - struck if after else None)
-
-
-def cause_of(folder: Path) -> str:
-    """The first cause that the audit log names."""
-    return next((event["cause"] for event in iter_events(folder) if "cause" in event), "")

@@ -142,8 +142,7 @@ class CheckpointManager:
             self._settle(step, lambda: self._write(messages, contents, held, before_publish))
             return
         copies = self._host_copy.take(fragments)
-        if self._writer is None:
-            self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writer = self._writer or ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running = (step, self._writer.submit(self._write, messages, contents, copies, before_publish))
 
     def poll(self) -> None:
@@ -237,9 +236,10 @@ class CheckpointManager:
         messages.send("need", str(size_bytes(fragments)))
         messages.receive_from_first("folder")
         try:
-            part = ManifestPart(files={}, tensors={})
-            if fragments:
-                part = write_rank_files(self._folder / writing_folder_name(step), messages.rank, fragments)
+            writing = self._folder / writing_folder_name(step)
+            part = (
+                write_rank_files(writing, messages.rank, fragments) if fragments else ManifestPart(files={}, tensors={})
+            )
         except BaseException as error:
             messages.send_failure("part", error)
             raise

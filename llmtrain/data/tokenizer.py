@@ -216,9 +216,10 @@ class HuggingFaceTokenizer:
         texts = list(texts)
         try:
             if num_threads == 1:  # one at a time: an encoding is a hundred times as large as its ids
-                return [_ids(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-            # The library shares a batch among all cores.
-            return [_ids(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+                found = (self._tokenizer.encode(text, add_special_tokens=False) for text in texts)
+            else:  # the library shares a batch among all cores
+                found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, np.uint32) for encoding in found]
         except (TypeError, UnicodeEncodeError):
             raise _surrogate_error(texts) from None
 
@@ -249,10 +250,10 @@ class HuggingFaceTokenizer:
         plain, whole = self._tokenizer.encode("a", add_special_tokens=False).ids, self._tokenizer.encode("a").ids
         if not plain:
             return (), ()
-        starts = range(len(whole) - len(plain) + 1)
-        found = (start for start in starts if whole[start : start + len(plain)] == plain)
-        start = next(found, None)
-        return ((), ()) if start is None else (tuple(whole[:start]), tuple(whole[start + len(plain) :]))
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+        return (), ()
 
 
 def _roles(tokenizer: Tokenizer, said: Path | TokenRoles | None, lookup: Lookup) -> TokenRoles:
@@ -292,10 +293,6 @@ def _piece_style(tokenizer: Mapping[str, Any]) -> PieceStyle:
         return "wordpiece"
     is_byte_level = "ByteLevel" in json.dumps([tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")])
     return "byte_level" if is_byte_level else "sentencepiece"
-
-
-def _ids(encoding: tokenizers.Encoding) -> NDArray[Any]:
-    return np.array(encoding.ids, np.uint32)
 
 
 def _surrogate_error(texts: Sequence[str]) -> DataError:

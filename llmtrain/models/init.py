@@ -6,6 +6,8 @@ and cuts: the weights are the same bits in every layout.
 """
 
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,9 @@ from llmtrain.values.fragment import Box
 from llmtrain.values.keyed_hash import derived_key
 
 BLOCK_ELEMENTS = 65536
+
+STRIP_ELEMENTS = 64 * BLOCK_ELEMENTS
+"""Elements of whole rows that are drawn at a time where only a part of each is kept: 16 MiB."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +75,80 @@ def t5_std(parameter: Parameter, config: ModelConfig) -> float:
     return parameter.shape[-1] ** -0.5
 
 
-def drawn_block(name: str, block: int, seed: int, rule: Distribution) -> np.ndarray:
-    """Block number `block` of a tensor, always whole: [65536] fp32."""
-    key = derived_key(seed, "initialization", name) & (2**64 - 1)
+def draw_block(target: np.ndarray, key: int, block: int, rule: Distribution) -> None:
+    """Fill [65536] fp32 with block number `block` of the tensor of this key."""
     # numpy's Philox, not torch's: its stream does not depend on the device.
     generator = np.random.Generator(np.random.Philox(key=[key, block]))
+    # Both draw with the interpreter's lock released, so that threads draw at the same time.
     if rule.kind == "normal":
-        values = generator.standard_normal(BLOCK_ELEMENTS, dtype=np.float32)
-        return values * np.float32(rule.std)
-    return (generator.random(BLOCK_ELEMENTS, dtype=np.float32) * 2 - 1) * np.float32(rule.std * math.sqrt(3))
+        generator.standard_normal(dtype=np.float32, out=target)
+        target *= np.float32(rule.std)
+    else:
+        generator.random(dtype=np.float32, out=target)
+        target *= 2
+        target -= 1
+        target *= np.float32(rule.std * math.sqrt(3))
 
 
-def initial_tensor(parameter: Parameter, config: ModelConfig, seed: int) -> Tensor:
-    """The whole initial tensor in fp32 on the CPU."""
-    rule, shape = distribution(parameter, config), parameter.shape
+def draw_range(target: np.ndarray, start: int, key: int, rule: Distribution) -> None:
+    """Fill a flat array with the elements from `start` on. A block is drawn whole, and where it lies if it fits."""
+    stop = start + len(target)
+
+    def draw(block: int) -> None:
+        first, last = block * BLOCK_ELEMENTS, (block + 1) * BLOCK_ELEMENTS
+        if start <= first and last <= stop:
+            draw_block(target[first - start : last - start], key, block, rule)
+        else:
+            drawn = np.empty(BLOCK_ELEMENTS, dtype=np.float32)
+            draw_block(drawn, key, block, rule)
+            begin, end = max(start, first), min(stop, last)
+            target[begin - start : end - start] = drawn[begin - first : end - first]
+
+    blocks = range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS))
+    threads = min(len(blocks), torch.get_num_threads())
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(draw, blocks))
+    else:
+        for block in blocks:
+            draw(block)
+
+
+def row_runs(values: np.ndarray, box: Box, shape: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of a box that follow each other in the whole tensor: the number of the first, and [rows, columns]."""
+    *outer, rows = (1, *box.shape[:-1])
+    *offsets, first = (0, *box.offsets[:-1])
+    sizes = (1, *shape[:-1])
+    for place in np.ndindex(*outer):
+        number = 0
+        for size, offset in zip(sizes, (*(o + p for o, p in zip(offsets, place, strict=True)), first), strict=True):
+            number = number * size + offset
+        yield number, values.reshape(*outer, rows, -1)[place]
+
+
+def initial_tensor(parameter: Parameter, config: ModelConfig, seed: int, box: Box | None = None) -> Tensor:
+    """The initial tensor, or a box of it, in fp32 on the CPU. Blocks that the box does not touch are not drawn."""
+    rule, box = distribution(parameter, config), box or Box.whole(parameter.shape)
     if rule.kind == "constant":
-        return torch.full(shape, rule.value)
-    size = math.prod(shape)
-    values = np.empty(size, dtype=np.float32)
-    for start in range(0, size, BLOCK_ELEMENTS):
-        block = drawn_block(parameter.name, start // BLOCK_ELEMENTS, seed, rule)
-        values[start : start + BLOCK_ELEMENTS] = block[: size - start]
-    tensor = torch.from_numpy(values).view(shape)
+        return torch.full(box.shape, rule.value)
+    key = derived_key(seed, "initialization", parameter.name) & (2**64 - 1)
+    values = np.empty(box.shape, dtype=np.float32)
+    width = parameter.shape[-1]
+    first, columns = box.offsets[-1], box.shape[-1]
+    # A part of each row: many rows lie in one block, so they are drawn whole, so many at a time, and cut.
+    most = max(1, STRIP_ELEMENTS // width) if columns < width else box.num_elements
+    for row, rows in row_runs(values, box, parameter.shape):
+        for begin in range(0, len(rows), most):
+            part = rows[begin : begin + most]
+            if columns == width or len(part) == 1:
+                draw_range(part.reshape(-1), (row + begin) * width + first, key, rule)
+            else:
+                drawn = np.empty((len(part), width), dtype=np.float32)
+                draw_range(drawn.reshape(-1), (row + begin) * width, key, rule)
+                part[:] = drawn[:, first : first + columns]
+    tensor = torch.from_numpy(values)
     if rule.rows is not None:
-        tensor[rule.rows :] = 0
+        tensor[max(0, rule.rows - box.offsets[0]) :] = 0
     return tensor
 
 
@@ -104,13 +159,9 @@ class InitialWeights:
         self._config = config
         self._seed = seed
         self._declared = declare_parameters(config)
-        self._last: tuple[str, Tensor] | None = None
 
     def read(self, name: str, kind: str, box: Box) -> Tensor:
-        declared = self._declared[name]
-        if self._last is None or self._last[0] != name:  # boxes of one tensor are asked for one after the other
-            self._last = name, initial_tensor(declared, self._config, self._seed)
-        return self._last[1][box.slices_in(Box.whole(declared.shape))]
+        return initial_tensor(self._declared[name], self._config, self._seed, box)
 
     def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
         return self._declared[name].shape

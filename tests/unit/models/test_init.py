@@ -1,12 +1,17 @@
 import math
+import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from llmtrain.config.parameters import Parameter, declare_parameters
-from llmtrain.models.init import BLOCK_ELEMENTS, distribution, drawn_block, initial_tensor
+from llmtrain.models import init
+from llmtrain.models.init import BLOCK_ELEMENTS, distribution, draw_block, initial_tensor
 from llmtrain.models.transformer import build_model
+from llmtrain.values.fragment import Box
+from llmtrain.values.keyed_hash import derived_key
 from tests.support.samples import tiny_model
 from tests.support.weights import materialize
 
@@ -33,11 +38,55 @@ def test_a_tensor_is_its_blocks_in_order() -> None:
     config, shape = tiny_model(), (3, 50_000)
     flat = initial_tensor(declared(UP, shape), config, 7).flatten()
     rule = distribution(declared(UP, shape), config)
+    key = derived_key(7, "initialization", UP) & (2**64 - 1)
     for block in range(3):
-        expected = torch.from_numpy(drawn_block(UP, block, 7, rule))
+        drawn = np.empty(BLOCK_ELEMENTS, dtype=np.float32)
+        draw_block(drawn, key, block, rule)
+        expected = torch.from_numpy(drawn)
         part = flat[block * BLOCK_ELEMENTS : (block + 1) * BLOCK_ELEMENTS]
         assert torch.equal(part, expected[: len(part)])
     assert not torch.equal(flat[:1000], flat[BLOCK_ELEMENTS : BLOCK_ELEMENTS + 1000])
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("shape", [(200_000,), (300, 700), (5, 40, 333), (2, 3, 70_000)], ids=str)
+def test_a_part_has_the_bits_of_the_whole(
+    shape: tuple[int, ...], num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any box, drawn by any number of threads; strips of rows few or many at a time."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    monkeypatch.setattr(init, "STRIP_ELEMENTS", 100_000)
+    config, parameter, chance = tiny_model(), declared(UP, shape), random.Random(0)
+    whole = initial_tensor(parameter, config, 7)
+    for _ in range(10):
+        offsets = tuple(chance.randrange(size) for size in shape)
+        box = Box(offsets, tuple(chance.randint(1, size - at) for size, at in zip(shape, offsets, strict=True)))
+        assert torch.equal(initial_tensor(parameter, config, 7, box), whole[box.slices_in(Box.whole(shape))]), box
+
+
+def test_a_part_of_a_vocabulary_has_its_padding() -> None:
+    parameter, config = declare_parameters(tiny_model())["embeddings.word.weight"], tiny_model()
+    whole = initial_tensor(parameter, config, 3)
+    for first, rows in ((0, 192), (192, 192), (320, 64)):
+        box = Box((first, 3), (rows, 7))
+        assert torch.equal(initial_tensor(parameter, config, 3, box), whole[first : first + rows, 3:10])
+
+
+def test_only_blocks_that_a_part_touches_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = init.draw_block
+    monkeypatch.setattr(
+        init, "draw_block", lambda target, key, block, rule: (drawn.append(block), draw(target, key, block, rule))
+    )
+    parameter = declared(UP, (4096, 1024))  # 64 blocks, each 64 rows
+    initial_tensor(parameter, tiny_model(), 0, Box((1024, 0), (1024, 1024)))  # a rank's rows, of four ranks
+    assert sorted(drawn) == list(range(16, 32))
+    drawn.clear()
+    initial_tensor(parameter, tiny_model(), 0, Box((100, 7), (1, 500)))  # in one row
+    assert drawn == [1]
+    drawn.clear()
+    initial_tensor(parameter, tiny_model(), 0, Box((64, 256), (128, 256)))  # columns: each block once
+    assert sorted(drawn) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launch.rank.cores import num_threads
+from launch.rank.device import choose_device, settled
 from launch.rank.failure import OtherRankFailedError
 from launch.rank.place import ALONE, Rank
 from launch.rank.rendezvous import anybody, connect, lone_store, open_group, open_rank_store
@@ -22,9 +23,8 @@ from launch.rank.signals import Heartbeat, StopSignal
 from llmtrain.checkpoint.agreement import RankStore
 from llmtrain.config.budget import Budget, Seen
 from llmtrain.config.engines import ENGINES
-from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import EXIT_PREEMPTED, ConfigError, LlmtrainError, NoProgressError, RunFolderInUseError
+from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError, NoProgressError, RunFolderInUseError
 from llmtrain.files import open_log
 from llmtrain.messages import show_messages
 from llmtrain.plan.memory import advise
@@ -62,6 +62,7 @@ def run_worker(
     device = choose_device(config.launch, place)
     run_dir, timeout_seconds = resolved.run_dir, config.launch.timeout_seconds
     with ExitStack() as held:
+        held.enter_context(settled(config, device))
         if place.world_size == 1:
             folder = held.enter_context(RunFolder(run_dir, place.attempt, place.launch_id))
             attempt = Attempt(resolved, device, find_start(resolved, folder), folder, place, heartbeat, change_run)
@@ -200,24 +201,6 @@ def agree_on_start(
         raise
     ranks.put("start", json.dumps({**describe_start(start), "lock_token": folder.lock_token}))
     return folder, start, folder.lock_token
-
-
-def choose_device(config: LaunchConfig, place: Rank) -> torch.device:
-    """The device of this rank. Raises ConfigError where a GPU is asked for and absent, or ranks outnumber GPUs."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "launch.device = cuda: PyTorch finds no GPU here. Set launch.device=cpu, or check `nvidia-smi`."
-        )
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if place.device is not None:
-        return torch.device("cuda", place.device)
-    if place.local_world_size > torch.cuda.device_count():
-        raise ConfigError(
-            f"launch.num_workers: {place.local_world_size} ranks on {socket.gethostname()}, which has "
-            f"{torch.cuda.device_count()} GPUs. Start as many ranks as there are GPUs, or set launch.device=cpu."
-        )
-    return torch.device("cuda", place.local_rank)
 
 
 @contextmanager

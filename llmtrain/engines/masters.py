@@ -194,8 +194,10 @@ def fp32_master(parameter: nn.Parameter) -> Tensor:
     # low-precision one, and it is freed before the next parameter's is there.
     def accumulate(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            grad = parameter.grad.float()
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad.add_(parameter.grad)  # widened element by element: no fp32 copy of it is made
             parameter.grad = None
 
     parameter.register_post_accumulate_grad_hook(accumulate)

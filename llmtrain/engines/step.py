@@ -4,6 +4,7 @@ An engine says how to run, reduce, step and gather. What follows from that is th
 compute the same numbers: the count of tokens, scales, norm, clipping, and whether a step changes anything.
 """
 
+import gc
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,10 @@ from llmtrain.parallel.layout import plan_layout
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment, FragmentSource
 from llmtrain.values.progress import EvalResult, StepResult
+
+COLLECT_EVERY_STEPS = 50
+"""A run's ranks turn Python's garbage collector off and collect here, all at the same step: at other times each of them
+would wait for the one whose collector is running."""
 
 
 class SteppingEngine(ABC):
@@ -121,6 +126,8 @@ class SteppingEngine(ABC):
         if self.loss_scale:
             metrics["loss_scale"] = loss_scale
             self.loss_scale.update(finite)
+        if step % COLLECT_EVERY_STEPS == 0:
+            gc.collect(1)  # the young: what was there before the run is not looked through again
         return StepResult(loss, grad_norm, num_tokens, skipped=not finite, metrics=metrics)
 
     @torch.no_grad()

@@ -124,6 +124,7 @@ class TorchEngine(SteppingEngine):
     @torch.no_grad()
     def round_weights(self) -> None:
         """Low-precision weights are the masters, rounded; in fp32 they are the masters."""
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                self.parameters[name].copy_(master)
+        if self.config.train.precision != "fp32":
+            weights: list[Tensor] = [self.parameters[name] for name in self.masters]
+            # All tensors in few kernels; torch has no public name for it.
+            torch._foreach_copy_(weights, [*self.masters.values()])  # pyright: ignore[reportPrivateImportUsage]

@@ -95,8 +95,8 @@ def meeting(kind: str) -> Answer:
 def engine(name: str) -> Answer:
     """One tiny step with each precision, ZeRO stage and offload that the rules allow; what they forbid, and why."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    from launch.rank.device import choose_device
     from launch.rank.place import ALONE
-    from launch.rank.worker import choose_device
     from llmtrain.config.launch import LaunchConfig
     from llmtrain.train.setup import engine_class
 

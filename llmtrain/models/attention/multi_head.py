@@ -42,12 +42,15 @@ class AttentionInputs:
 def fused_attention(q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, scoring: Scoring) -> Tensor:
     """softmax(scale q k^T) v, [S, B, N, D]; no mask is made where all, or all earlier, keys are seen."""
     visible, (num_queries, num_keys) = scoring.visible, (q_SBND.shape[0], k_TBND.shape[0])
-    k, v = repeated_kv(k_TBND, q_SBND.shape[2]), repeated_kv(v_TBND, q_SBND.shape[2])
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k, v))
     ordered = visible.causal and visible.prefix_B is None
-    if visible.keys_BT is None and (not visible.causal or (ordered and num_queries in (1, num_keys))):
+    maskless = visible.keys_BT is None and (not visible.causal or (ordered and num_queries in (1, num_keys)))
+    # On a GPU the kernels without a mask find the head of a group by themselves: keys and values are not copied.
+    grouped = maskless and q_SBND.is_cuda and q_SBND.shape[2] != k_TBND.shape[2]
+    k, v = (x if grouped else repeated_kv(x, q_SBND.shape[2]) for x in (k_TBND, v_TBND))
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBND, k, v))
+    if maskless:
         is_causal = visible.causal and num_queries > 1
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scoring.scale)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scoring.scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3)
     mask_BST = visible.allowed(num_queries, num_keys, q.device)
     assert mask_BST is not None, "something is left out"
@@ -73,12 +76,18 @@ KERNELS: dict[KernelName, Callable[[Tensor, Tensor, Tensor, Scoring], Tensor]] =
 
 def kernel_for(q_SBND: Tensor, k_TBND: Tensor, scoring: Scoring, on_gpu: bool) -> KernelName:
     """The fastest kernel that computes this: PyTorch's fused ones know no pattern and nothing between score and weight;
-    FlexAttention knows both, on GPUs; the blockwise one knows everything, everywhere."""
+    FlexAttention knows both, on GPUs; the blockwise one knows everything, everywhere.
+
+    Documents, padding and prefixes are a mask [S, T] to the fused ones. On a GPU that costs them the kernels that skip
+    what is masked, so FlexAttention, which knows them as a rule, takes over there.
+    """
+    can_be_flex = on_gpu and can_flex(q_SBND, k_TBND, scoring)
     added = (scoring.softcap, scoring.by_distance_NR, scoring.sinks_N, scoring.dropout)
-    if isinstance(scoring.pattern, Full) and all(part is None for part in added):
+    masked = scoring.visible.keys_BT is not None or scoring.visible.prefix_B is not None
+    if isinstance(scoring.pattern, Full) and all(part is None for part in added) and not (masked and can_be_flex):
         return "fused"
     # A stride leaves something of every block of FlexAttention's, so that it would save nothing there.
-    if on_gpu and not isinstance(scoring.pattern, Strided) and can_flex(q_SBND, k_TBND, scoring):
+    if can_be_flex and not isinstance(scoring.pattern, Strided):
         return "flex"
     return "blockwise"
 

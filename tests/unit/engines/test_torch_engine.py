@@ -1,10 +1,12 @@
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.errors import CheckpointError
@@ -214,3 +216,46 @@ def test_compiled_layers_give_the_same_numbers() -> None:
         a, b = plain.train_step(step, batch, 1e-3), compiled.train_step(step, batch, 1e-3)
         assert b.loss == pytest.approx(a.loss, rel=1e-5)
         assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-4)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches the device: one kernel each, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_bf16_gradients_are_added_to_fp32_ones_without_a_copy() -> None:
+    ours = engine(train={"precision": "bf16"})
+    parameter, master = next(iter(ours.parameters.values())), next(iter(ours.masters.values()))
+    grads = [torch.randn(parameter.shape).bfloat16() for _ in range(3)]
+    with Operations() as counted:
+        for grad in grads:
+            parameter.grad = None
+            (parameter * grad).sum().backward()
+    assert torch.equal(master.grad, sum((grad.float() for grad in grads[1:]), grads[0].float()))
+    assert counted.names["_to_copy"] == 1, "of the first alone"
+
+
+def test_all_weights_are_rounded_together() -> None:
+    ours = engine(train={"precision": "bf16"})
+    for master in ours.masters.values():
+        master.mul_(1.7)
+    with Operations() as counted:
+        ours.round_weights()
+    assert counted.names == {"_foreach_copy_": 1}
+    assert all(torch.equal(ours.parameters[name], master.bfloat16()) for name, master in ours.masters.items())
+
+
+def test_garbage_is_collected_at_every_fiftieth_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected = []
+    monkeypatch.setattr("gc.collect", lambda generation=2: collected.append(generation))
+    ours = engine()
+    for step in (49, 50, 51, 100):
+        ours.train_step(step, [random_batch(seed=1)], 1e-3)
+    assert collected == [1, 1]

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtrain.config.attention import AttentionConfig
-from llmtrain.models.attention.multi_head import Attention, AttentionInputs, kernel_for
-from llmtrain.models.attention.scoring import Visibility
+from llmtrain.models.attention.multi_head import Attention, AttentionInputs, fused_attention, kernel_for
+from llmtrain.models.attention.patterns import Full
+from llmtrain.models.attention.scoring import Scoring, Visibility
 from llmtrain.models.positions import RelativeBias, build_position_bias, rotary_angles
 from llmtrain.parallel.stateless_random import Draws
 from tests.support.samples import tiny_model
@@ -243,11 +245,28 @@ def test_the_fastest_kernel_that_computes_it_is_chosen() -> None:
 
     for device in ("cpu", "cuda"):
         assert chosen(Case("full"), device=device) == "fused"
-        assert chosen(Case("full"), "documents", device) == "fused"
         assert chosen(Case("full", dropout=0.1), device=device) == "blockwise"
         assert chosen(Case("strided"), device=device) == "blockwise"
         assert chosen(Case("sliding_window", position="t5_relative"), device=device) == "blockwise"
+    for restriction in ("documents", "padding", "prefix"):  # a mask [S, T] would cost the fused kernels' speed
+        assert chosen(Case("full"), restriction) == "fused"
+        assert chosen(Case("full"), restriction, "cuda") == "flex"
     for case in (Case("sliding_window"), Case("bigbird"), Case("longformer"), Case("full", softcap=1.0, sinks=True)):
         assert (chosen(case), chosen(case, device="cuda")) == ("blockwise", "flex")
         assert chosen(Case(case.kind, position="alibi", dropout=0.1), device="cuda") == "blockwise"
     assert chosen(Case("full", position="alibi"), device="cuda") == "flex"
+
+
+def test_on_a_gpu_keys_and_values_of_groups_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((k.shape[1], v.shape[1], options.get("enable_gqa", False)))
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    with FakeTensorMode():
+        for device in ("cpu", "cuda"):
+            q, k = (torch.empty(LENGTH, BATCH, heads, 16, device=device) for heads in (8, 2))
+            fused_attention(q, k, k, Scoring(Full(), Visibility(), 0.25))
+    assert seen == [(8, 8, False), (2, 2, True)]

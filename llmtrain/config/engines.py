@@ -36,6 +36,10 @@ class EngineRow:
     whole_expert_stages: tuple[int, ...] = ()
     """ZeRO stages that cannot be with experts that are spread over ranks."""
 
+    def compiles(self, tensor: int) -> bool:
+        """True where layers can be compiled with so many tensor ranks, which bring linears that are not torch's."""
+        return not self.no_compile and ("tensor" not in self.axes or tensor == 1)
+
 
 ENGINES: dict[str, EngineRow] = {
     "torch": EngineRow(

@@ -35,6 +35,11 @@ from llmtrain.config.section import (
 RUN_NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 
 
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 1024, 8192
+GPU_LOGITS_BYTES = 2 << 30
+"""Of a chunk's logits in fp32, on a GPU."""
+
+
 class TrainConfig(Section):
     """How long, how large, how precise."""
 
@@ -56,10 +61,25 @@ class TrainConfig(Section):
         description="Activations computed again in the backward pass: none, the attention kernel and MLP "
         "activation, or whole layers.",
     )
-    compile: bool = Field(default=False, description="Compile the layers with torch.compile.")
-    loss_chunk_tokens: Length = Field(
-        default=1024, description="Tokens per chunk of the output head and cross-entropy."
+    compile: bool | None = Field(
+        default=None,
+        description="Compile the layers with torch.compile; null: on a GPU, where engine and layout can.",
     )
+    loss_chunk_tokens: Length | None = Field(
+        default=None,
+        description="Tokens per chunk of the output head and cross-entropy; null: 1024 on a CPU, and on a GPU as many "
+        "as have 2 GiB of logits, 8192 at most.",
+    )
+
+    def chunk_tokens(self, rows: int, on_gpu: bool) -> int:
+        """Tokens per chunk where a rank's head has so many rows. A GPU needs large chunks to be busy: each of them
+        passes over the head's gradient once more."""
+        if self.loss_chunk_tokens is not None:
+            return self.loss_chunk_tokens
+        if not on_gpu:
+            return CPU_CHUNK_TOKENS
+        fitting = max(1, GPU_LOGITS_BYTES // (4 * rows))
+        return min(GPU_CHUNK_TOKENS, 1 << (fitting.bit_length() - 1))
 
 
 class LossScaleConfig(Section):

@@ -10,7 +10,6 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import Placement, freeze, split_box
 from llmtrain.models.attention.multi_head import Attention
-from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.head import Objective
 from llmtrain.models.positions import RelativeBias
@@ -121,9 +120,9 @@ class Stage(nn.Module):
     from `received`. Between chunks an encoder-decoder passes one tensor: the decoder's positions behind the encoder's.
     """
 
-    def __init__(self, config: RunConfig, groups: Groups, chunk: Chunk) -> None:
+    def __init__(self, config: RunConfig, groups: Groups, chunk: Chunk, chunk_tokens: int) -> None:
         super().__init__()
-        self.chunk_tokens = config.train.loss_chunk_tokens
+        self.chunk_tokens = chunk_tokens
         self.groups, self.chunk = groups, chunk
         self.received: Tensor | None = None
         region = TensorRegion(groups.tensor, groups.layout.sequence) if groups.layout.tensor > 1 else None
@@ -138,8 +137,6 @@ class Stage(nn.Module):
         self.model.parts, self.model.attention_parts = groups.sequence_parts(), groups.layout.context
         cut(self.model, chunk)  # after the splitting, which reads sizes and names of the whole model
         freeze(dict(self.model.named_parameters()), config.optim.freeze)
-        if config.train.compile:
-            compile_layers(layer for stack in self.model.stacks for layer in stack.layers.values())
         self.vocabulary = VocabularyPart(0, config.model.vocabulary)
         if region is not None:
             padded, size = config.model.padded_vocab_size, config.model.vocabulary

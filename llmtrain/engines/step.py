@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.checkpoint.origin import updates_of
+from llmtrain.config.engines import ENGINES
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import GradientInspector, Scales
 from llmtrain.engines.masters import (
@@ -54,6 +55,10 @@ class SteppingEngine(ABC):
         self.place = self.layout.coordinates(self.rank)
         # Gradients underflow in fp16 alone.
         self.loss_scale = LossScale(config.optim.loss_scale) if config.train.precision == "fp16" else None
+        on_gpu = device.type == "cuda"
+        asked, able = config.train.compile, ENGINES[config.engine.name].compiles(config.parallel.tensor)
+        self.compiles = (on_gpu and able) if asked is None else asked
+        self.chunk_tokens = config.train.chunk_tokens(config.model.padded_vocab_size // self.layout.tensor, on_gpu)
         self.num_updates = 0
         self.inspect_gradients: GradientInspector | None = None
 

@@ -61,7 +61,7 @@ class TorchEngine(SteppingEngine):
         make_state(self.optimizer, self.row, self.masters.values())
         self.routers = Routers(config.model, iter_moe(self.model.stacks), device)
         self.load_weights(InitialWeights(config.model, config.seed))
-        if config.train.compile:
+        if self.compiles:
             compile_layers(layer for stack in self.model.stacks for layer in stack.layers.values())
 
     @property
@@ -94,7 +94,7 @@ class TorchEngine(SteppingEngine):
         if self.model.training != (step is not None):  # setting the mode visits every module
             self.model.train(step is not None)
         whole = VocabularyPart(0, self.config.model.vocabulary)
-        head = Objective(scales.loss, self.config.train.loss_chunk_tokens, whole)
+        head = Objective(scales.loss, self.chunk_tokens, whole)
         loss_sum = torch.zeros((), device=self.device)  # read once per step, by `_loss_and_norm`
         for number, batch in enumerate(micro_batches):
             global_number = self.place.data + number * self.layout.data

@@ -49,9 +49,15 @@ class MemoryPlan:
     logits: int
 
 
+def chunk_tokens(config: RunConfig, on_gpu: bool) -> int:
+    """Tokens of a chunk of the output layer."""
+    return config.train.chunk_tokens(config.model.padded_vocab_size // config.parallel.tensor, on_gpu)
+
+
 def plan_memory(config: RunConfig, layout: Layout, lengths: Lengths) -> MemoryPlan:
     """The estimate for a rank of the first pipeline stage, which holds the most. Needs model.vocab_size."""
-    tokens = min(config.train.loss_chunk_tokens, config.train.micro_batch_size * lengths.main // layout.context)
+    chunk = chunk_tokens(config, on_gpu=config.launch.device != "cpu")  # a plan may be for another machine than this
+    tokens = min(chunk, config.train.micro_batch_size * lengths.main // layout.context)
     return MemoryPlan(
         round(held_bytes(config, layout)),
         round(activation_bytes(config, layout, lengths)),
@@ -173,7 +179,7 @@ def advice_text(config: RunConfig, device_type: str) -> str:
 def memory_advice(config: RunConfig, device_type: str) -> list[Advice]:
     """Settings that would help on `device_type` (cpu or cuda), each legal by itself, the cheapest in speed first."""
     return [
-        *_smaller_chunks(config),
+        *_smaller_chunks(config, device_type == "cuda"),
         *(_one(config, HALVES, [{"train.precision": "bf16"}]) if config.train.precision == "fp32" else ()),
         *_zero(config, 1, "shards the moments over the data-parallel ranks, at no cost"),
         *_smaller_micro_batches(config),
@@ -205,8 +211,9 @@ def _one(config: RunConfig, effect: str, options: Iterable[Settings]) -> Iterato
         yield Advice(settings, effect)
 
 
-def _smaller_chunks(config: RunConfig) -> Iterator[Advice]:
-    tokens = min(config.train.loss_chunk_tokens, config.train.micro_batch_size * config.data.seq_len)
+def _smaller_chunks(config: RunConfig, on_gpu: bool) -> Iterator[Advice]:
+    chunk = chunk_tokens(config, on_gpu)
+    tokens = min(chunk, config.train.micro_batch_size * config.data.seq_len)
     smaller = max(SMALLEST_CHUNK_TOKENS, tokens // 4)
     saved = (tokens - smaller) * config.model.padded_vocab_size // config.parallel.tensor * 4
     if saved >= WORTHWHILE_BYTES:

@@ -64,7 +64,7 @@ class DeepSpeedEngine(SteppingEngine):
 
     def _build_stage(self) -> Stage:
         (chunk,) = plan_chunks(self.layout, self.config.model.total_layers, None, 0)
-        stage = Stage(self.config, self.groups, chunk)
+        stage = Stage(self.config, self.groups, chunk, self.chunk_tokens)
         # The type first, on the meta device: the weights never take their fp32 room.
         stage.to(DTYPES[self.config.train.precision])
         if self.config.engine.zero_stage == 3:

@@ -22,6 +22,7 @@ from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, trans
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.init import InitialWeights
 from llmtrain.parallel.cpu import call_cuda_tensors, stand_in_for_cuda
 from llmtrain.parallel.groups import build_groups
@@ -65,7 +66,9 @@ class MegatronEngine(SteppingEngine):
         self.load_weights(InitialWeights(config.model, config.seed))
 
     def _build_chunk(self, number: int, chunk: Chunk) -> DistributedDataParallel:
-        stage = Stage(self.config, self.groups, chunk)
+        stage = Stage(self.config, self.groups, chunk, self.chunk_tokens)
+        if self.compiles:
+            compile_layers(layer for stack in stage.model.stacks for layer in stack.layers.values())
         stage.to_empty(device=self.device)
         stage.to(DTYPES[self.config.train.precision])
         tied = self.config.model.tie_embeddings and not is_frozen(WORD, self.config.optim.freeze)

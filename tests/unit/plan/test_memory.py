@@ -122,7 +122,11 @@ def test_the_plan_of_a_known_model() -> None:
     config = large(train={"precision": "bf16", "micro_batch_size": 1})
     plan = plan_memory(config, Layout(), sample_lengths(config.model.family, config.data))
     assert plan.held == pytest.approx(18 * 6.17e9, rel=0.01)
-    assert plan.logits == 1024 * 128_256 * 8
+    assert plan.logits == 4096 * 128_256 * 8, "on a GPU 2 GiB of them in fp32"
+    on_cpu = plan_memory(
+        config.with_keys({"launch.device": "cpu"}), Layout(), sample_lengths(config.model.family, config.data)
+    )
+    assert on_cpu.logits == 1024 * 128_256 * 8
     assert plan.activations == 2 * 32 * 8192 * (8 * 4096 + 4 * config.model.ffn_size)
 
 

@@ -35,7 +35,7 @@ def lines(config: RunConfig, device: str = "cuda") -> list[str]:
 
 def test_everything_that_one_engine_cannot_do_names_the_engine_that_can() -> None:
     assert lines(large(launch={"num_workers": 8})) == [
-        "train.loss_chunk_tokens=256",
+        "train.loss_chunk_tokens=1024",
         "train.precision=bf16",
         "engine.name=megatron engine.zero_stage=1",
         "train.micro_batch_size=2",

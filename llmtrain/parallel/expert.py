@@ -19,7 +19,7 @@ class ExpertExchange:
 
     group: ProcessGroup
 
-    def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, list[int], Callable[[Tensor], Tensor]]:
+    def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """Rows for this rank's experts, expert by expert, how many each has, and the way back for as many rows.
 
         Rows are given expert by expert. The host waits for the numbers of rows.
@@ -30,20 +30,20 @@ class ExpertExchange:
         # The numbers of rows first: nobody can make room for rows that he does not know of.
         dist.all_to_all_single(received_re, sent_re.contiguous(), group=self.group)
         # The host waits: the exchange takes the sizes of its parts as numbers of the host.
-        sent, received = sent_re.sum(1).tolist(), received_re.sum(1).tolist()
+        sent, received = torch.stack((sent_re.sum(1), received_re.sum(1))).tolist()
         rows_RH = all_to_all(self.group, x_PH, received, sent)
         # They lie by sender and then by expert; wanted is by expert and then by sender.
-        order_R = order_by_expert(received_re)
+        order_R = order_by_expert(received_re, sum(received))
         back_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
 
         def back(done_RH: Tensor) -> Tensor:
             return all_to_all(self.group, done_RH[back_R], sent, received)
 
-        return rows_RH[order_R], received_re.sum(0).tolist(), back
+        return rows_RH[order_R], received_re.sum(0), back
 
 
-def order_by_expert(counts_re: Tensor) -> Tensor:
+def order_by_expert(counts_re: Tensor, num_rows: int) -> Tensor:
     """[R]: where each row stands now, in the order expert, sender. `counts_re` are rows by sender and expert."""
     num_experts = counts_re.shape[1]
     expert_R = torch.arange(num_experts, device=counts_re.device).repeat(counts_re.shape[0])
-    return expert_R.repeat_interleave(counts_re.flatten()).sort(stable=True).indices
+    return expert_R.repeat_interleave(counts_re.flatten(), output_size=num_rows).sort(stable=True).indices

@@ -142,7 +142,7 @@ def forget_the_way_back() -> None:
     from llmtrain.parallel import expert
 
     order: Any = expert.order_by_expert
-    expert.order_by_expert = lambda counts: order(counts).sort().values
+    expert.order_by_expert = lambda counts, num_rows: order(counts, num_rows).sort().values
 
 
 def drop_sum_of_partial_gradients() -> None:

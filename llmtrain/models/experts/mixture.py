@@ -7,7 +7,7 @@ A token has up to four numbers on its way: its place in the whole micro-batch (t
 outside of blocks, among the N tokens inside of the block, and, once per chosen expert, among the P rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,11 +33,18 @@ class Pairs(NamedTuple):
     num_tokens: int
 
     @staticmethod
-    def of(chosen_NE: Tensor) -> "Pairs":
-        """All pairs that are chosen. The host waits for their number: it is the size of the tensors that follow."""
-        expert_P, token_P = chosen_NE.T.nonzero(as_tuple=True)
+    def of(chosen_NE: Tensor, per_token: int | None) -> "Pairs":
+        """All pairs that are chosen, `per_token` of each token.
+
+        Without that number the host waits for theirs: it is the size of the tensors that follow.
+        """
+        if per_token is None:
+            slots = max(1, int(chosen_NE.sum(1).max()))
+            expert_P, token_P = chosen_NE.T.nonzero(as_tuple=True)
+        else:
+            slots = per_token
+            expert_P, token_P = torch.nonzero_static(chosen_NE.T, size=slots * len(chosen_NE)).unbind(1)
         place_NE = chosen_NE.cumsum(1) - 1
-        slots = max(1, int(chosen_NE.sum(1).max()))
         return Pairs(token_P, expert_P, place_NE[token_P, expert_P], slots, chosen_NE.shape[0])
 
     def gathered(self, x_NH: Tensor) -> Tensor:
@@ -99,7 +106,7 @@ class WithLoss(torch.autograd.Function):
 class TokenDispatcher(Protocol):
     """Brings rows to the ranks that hold their experts, and back."""
 
-    def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, list[int], Callable[[Tensor], Tensor]]:
+    def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """Rows for this rank's experts, expert by expert, how many each has, and the way back for as many rows."""
         ...
 
@@ -107,8 +114,8 @@ class TokenDispatcher(Protocol):
 class LocalExperts:
     """All experts are here."""
 
-    def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, list[int], Callable[[Tensor], Tensor]]:
-        return x_PH, counts_E.tolist(), lambda rows: rows  # the host waits: rows are split by numbers of the host
+    def to_experts(self, x_PH: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        return x_PH, counts_E, lambda rows: rows
 
 
 class Experts(nn.Module):
@@ -124,8 +131,10 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
 
-    def forward(self, x_PH: Tensor, counts: Sequence[int]) -> Tensor:
-        """Rows lie expert by expert, `counts` of each."""
+    def forward(self, x_PH: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows lie expert by expert, `counts_E` of each."""
+        # On the CPU, and in fp32, the host waits: rows are split by numbers of the host.
+        counts = counts_E.cumsum(0).to(torch.int32) if runs_grouped(x_PH) else counts_E.tolist()
         up = grouped_linear(x_PH, self.up, counts)
         gate = None if self.gate is None else grouped_linear(x_PH, self.gate, counts)
         if self.recompute_activation and self.training:
@@ -138,12 +147,19 @@ class Experts(nn.Module):
         return self.pointwise(up) if gate is None else self.pointwise(gate) * up
 
 
-def grouped_linear(x_PH: Tensor, weight_EFH: Tensor, counts: Sequence[int]) -> Tensor:
-    """[P, F]: rows times the transposed weight of their expert. An expert without rows has a gradient of zeros."""
-    if x_PH.is_cuda and x_PH.dtype == torch.bfloat16:
-        ends = torch.tensor(counts, device=x_PH.device).cumsum(0).to(torch.int32)
-        return F.grouped_mm(x_PH, weight_EFH.transpose(1, 2), offs=ends)
-    parts = x_PH.split(list(counts))
+def runs_grouped(x_PH: Tensor) -> bool:
+    """True where one kernel multiplies the rows of all experts: it is there for bf16 on GPUs."""
+    return x_PH.is_cuda and x_PH.dtype == torch.bfloat16
+
+
+def grouped_linear(x_PH: Tensor, weight_EFH: Tensor, counts: Tensor | list[int]) -> Tensor:
+    """[P, F]: rows times the transposed weight of their expert. An expert without rows has a gradient of zeros.
+
+    `counts` are the ends of the experts' rows on the device, for the one kernel, or their numbers on the host.
+    """
+    if isinstance(counts, Tensor):
+        return F.grouped_mm(x_PH, weight_EFH.transpose(1, 2), offs=counts)
+    parts = x_PH.split(counts)
     return torch.cat([part @ weight.T for part, weight in zip(parts, weight_EFH, strict=True)])
 
 
@@ -175,11 +191,11 @@ class MoE(nn.Module):
         # ranks, and their weights, whose gradients are parts as well. The choice covers the whole micro-batch (S).
         inner_SBH, weights_SBE = self.enter(x_SBH), self.enter(routing.weights_sBE)
         inside = self.router.parts.block_slice(routing.chosen_SBE.shape[0], inner_SBH.shape[0])
-        pairs = Pairs.of(routing.chosen_SBE[inside].flatten(0, 1))
-        counts_E = torch.bincount(pairs.expert_P, minlength=weights_SBE.shape[-1])
+        chosen_NE = routing.chosen_SBE[inside].flatten(0, 1)
+        pairs = Pairs.of(chosen_NE, routing.per_token)
         # Rows travel to the ranks of their experts, are done there, and come back in the order of the pairs. Every rank
         # calls its experts, with no rows too: the others wait in the same exchange.
-        rows, counts, back = self.dispatcher.to_experts(Gather.apply(inner_SBH.flatten(0, 1), pairs), counts_E)
+        rows, counts, back = self.dispatcher.to_experts(Gather.apply(inner_SBH.flatten(0, 1), pairs), chosen_NE.sum(0))
         done_PH = back(self.experts(rows, counts))
         weights_P = weights_SBE.flatten(0, 1)[pairs.token_P, pairs.expert_P]
         weighted_PH = done_PH * weights_P[:, None].to(done_PH.dtype)

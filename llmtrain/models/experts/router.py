@@ -25,12 +25,14 @@ class Routing(NamedTuple):
     `weights_sBE` are this rank's factors of the experts' outputs, differentiable, 0 where an expert is not chosen.
     `chosen_SBE` says for the whole micro-batch which expert does which token. `loss` is this rank's part of the
     balancing losses, weighted by their coefficients. `report` has this rank's sums, detached, see `RouterReport`.
+    `per_token` is the number of experts of every token; None where that differs.
     """
 
     weights_sBE: Tensor
     chosen_SBE: Tensor
     loss: Tensor
     report: Tensor
+    per_token: int | None
 
 
 class RouterReport(NamedTuple):
@@ -94,7 +96,10 @@ class Router(nn.Module):
         dropped = (wanted_SBE & ~kept_SBE)[own].sum()
         entropy = -(probabilities_sBE * logits_sBE.log_softmax(-1) * valid_sB1).sum()
         scalars = torch.stack((valid_sB1.sum().float(), dropped.float(), entropy, *losses)).detach()
-        return Routing(weights_sBE, kept_SBE, loss, torch.cat((scalars, wanted_SBE[own].sum((0, 1)).float())))
+        report = torch.cat((scalars, wanted_SBE[own].sum((0, 1)).float()))
+        dropless = self.moe.router != "expert_choice" and (draws is None or self.moe.capacity_factor is None)
+        per_token = self.moe.choices if dropless and valid_BS is None else None
+        return Routing(weights_sBE, kept_SBE, loss, report, per_token)
 
     def jittered(self, x_sBH: Tensor, draws: Draws | None) -> Tensor:
         """In training, the input times uniform numbers within 1 +- jitter (Fedus et al. 2021, section 2.4)."""

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from llmtrain.models.experts.mixture import MoE, Pairs, grouped_linear
 from llmtrain.parallel.stateless_random import Draws
@@ -105,11 +106,54 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
 
 def test_pairs_lie_by_expert_and_sum_by_token() -> None:
     chosen = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1], [1, 0, 0]], dtype=torch.bool)
-    pairs = Pairs.of(chosen)
+    pairs = Pairs.of(chosen, None)
     assert pairs.expert_P.tolist() == [0, 0, 1, 1, 2]
     assert pairs.token_P.tolist() == [0, 3, 0, 2, 2]
     rows = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
     assert pairs.summed(rows).flatten().tolist() == [5.0, 0.0, 24.0, 2.0]
+
+
+def test_pairs_are_the_same_where_their_number_is_known() -> None:
+    best = torch.rand(20, 6, generator=torch.Generator().manual_seed(1)).argsort(-1)[:, :2]
+    chosen = torch.zeros(20, 6, dtype=torch.bool).scatter_(1, best, True)
+    counted, known = Pairs.of(chosen, None), Pairs.of(chosen, 2)
+    assert all(torch.equal(a, b) for a, b in zip(counted[:3], known[:3], strict=True))
+    assert counted[3:] == known[3:]
+
+
+@pytest.mark.parametrize("moe", [{"router": "top_k", "top_k": 2}, {"router": "switch"}], ids=str)
+def test_nobody_waits_for_a_device_where_no_choice_is_dropped(
+    moe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor without content: whoever asks for a number of it fails. Forward and backward, as on a GPU in bf16."""
+    monkeypatch.setattr("llmtrain.models.experts.mixture.runs_grouped", lambda x_PH: True)
+
+    def forward_and_backward(moe: dict[str, Any], valid_BS: torch.Tensor | None = None) -> None:
+        layer = MoE(tiny_model(moe={"num_experts": 4, "ffn_hidden_size": 16, **moe}), "site").train()
+        for module in layer.modules():  # `to` cannot change the type of a tensor without content
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, dtype=torch.bfloat16)))
+        x_SBH = torch.empty(8, 2, 32, dtype=torch.bfloat16, requires_grad=True)
+        out_SBH, _ = layer(x_SBH, valid_BS, Draws(torch.zeros((), dtype=torch.int64)), 0.5)
+        (out_SBH * torch.empty_like(out_SBH)).sum().backward()
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        forward_and_backward(moe)
+        for waits in ({**moe, "capacity_factor": 1.0}, moe):
+            valid_BS = torch.empty(2, 8, dtype=torch.bool) if waits is moe else None
+            with pytest.raises(DataDependentOutputException):
+                forward_and_backward(waits, valid_BS)
+
+
+def test_one_kernel_for_all_experts_equals_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = built({"ffn_hidden_size": 16}).bfloat16().train()
+    results = []
+    for grouped in (False, True):
+        monkeypatch.setattr("llmtrain.models.experts.mixture.runs_grouped", lambda x_PH, grouped=grouped: grouped)
+        x_SBH = hidden().bfloat16().detach().requires_grad_()
+        results.append(gradients(layer, x_SBH, layer(x_SBH, None, DRAWS, 0.0)[0]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=1e-2)
 
 
 def test_recomputed_activations_give_the_same_bits() -> None:

@@ -1,6 +1,6 @@
 """The routers of a run's layers with experts: their counts of a step, and the biases that follow from the counts."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ class Routers:
         self._names = [f"{side}.layers.{n}" for side, count in stacks for n in range(count) if model.has_experts(n)]
         self._place = {name: number for number, name in enumerate(self._names)}
         num_experts = self._moe.num_experts if self._moe else 0
-        self._sums = torch.zeros(len(self._names), NUM_SCALARS + num_experts, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(len(self._names), NUM_SCALARS + num_experts, dtype=torch.float64, device=device)
+        """By layer, what this rank has counted in a step; once summed, what all ranks have."""
         self._here = {name: moe.router for name, moe in here}
         self._biased = bool(self._moe and self._moe.bias_update_rate)
         self._biases = torch.zeros(len(self._names), num_experts, dtype=torch.int64, device=device)
@@ -34,18 +35,17 @@ class Routers:
     def add(self, reports: Mapping[str, Tensor]) -> None:
         """The reports of one micro-batch's layers on this rank."""
         for name, report in reports.items():
-            self._sums[self._place[name]] += report
+            self.sums[self._place[name]] += report
 
     def forget(self) -> None:
         """Begin to count anew."""
-        self._sums.zero_()
+        self.sums.zero_()
 
-    def step_metrics(self, num_micro_batches: int, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The figures of a step of so many micro-batches over all ranks; `total` sums over ranks. The host waits."""
+    def step_metrics(self, sums: Tensor, num_micro_batches: int) -> dict[str, float]:
+        """The figures of a step, from the sums of all ranks, on the host, over so many micro-batches."""
         if not self._names:
             return {}
-        self._sums = total(self._sums)
-        reports = [RouterReport.of(sums) for sums in self._sums.cpu()]  # one wait for all layers
+        reports = [RouterReport.of(layer_sums) for layer_sums in sums]
         metrics: dict[str, float] = {}
         for name, report in zip(self._names, reports, strict=True):
             metrics |= {f"moe/{name}/{key}": value for key, value in layer_figures(report, num_micro_batches).items()}
@@ -56,7 +56,7 @@ class Routers:
     def rebalance(self) -> None:
         """Move each expert's bias towards an equal load, by the loads of the step (Wang et al. 2024, algorithm 1)."""
         if self._biased:
-            loads = self._sums[:, NUM_SCALARS:]
+            loads = self.sums[:, NUM_SCALARS:]
             # Whole numbers of steps: a resumed run adds up to the same bits.
             self._biases += (loads.mean(1, keepdim=True) - loads).sign().long()
             self._hand_out()

@@ -116,12 +116,12 @@ class SteppingEngine(ABC):
         loss_sum = self.run(micro_batches, step, scales)
         self.reduce()
         unscale = self.averaged_over / loss_scale
-        loss, grad_norm = self._loss_and_norm(loss_sum / max(1, num_tokens), unscale)
+        loss, grad_norm, routed = self._totals(loss_sum / max(1, num_tokens), unscale)
         if self.inspect_gradients:  # before the update, which scales them in place
             self.inspect_gradients(self._gradient_fragments(unscale))
         # Both are sums over all ranks, so every rank decides alike without another word.
         finite = math.isfinite(grad_norm) and math.isfinite(loss)
-        metrics = self.routers.step_metrics(num_micro_batches, self._total)
+        metrics = self.routers.step_metrics(routed, num_micro_batches)
         if finite:
             clip = self.config.optim.grad_clip
             self._update((min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) * unscale, lr)
@@ -152,25 +152,23 @@ class SteppingEngine(ABC):
         dist.all_reduce(total, group=self.data_group)
         return int(total)
 
-    def _total(self, sums: Tensor) -> Tensor:
-        """Sums over all ranks; tensor ranks that hold the same tokens have counted each of them."""
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        return sums if self.layout.sequence else sums / self.layout.tensor
-
     @torch.no_grad()
-    def _loss_and_norm(self, loss: Tensor, unscale: float) -> tuple[float, float]:
-        """The loss of the whole step and the norm of its gradient, from the parts of all ranks."""
+    def _totals(self, loss: Tensor, unscale: float) -> tuple[float, float, Tensor]:
+        """The loss of the whole step, the norm of its gradient, and the routers' sums, from the parts of all ranks."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device)
         for masters in self.resident():
             grads = gradients_of(master for master in masters if master.owned)
             squares += torch.nn.utils.get_total_norm(grads).double().square().to(self.device)
-        # Loss and norm in one collective. Tensor ranks have the same loss, and each its own part of the norm.
-        totals = torch.stack((loss.double() / self.layout.tensor, squares))
+        # All in one collective. Tensor ranks have the same loss, and each its own part of the norm.
+        totals = torch.cat((torch.stack((loss.double() / self.layout.tensor, squares)), self.routers.sums.flatten()))
         if dist.is_initialized():
             dist.all_reduce(totals)
-        loss_total, squares_total = totals.tolist()  # the host waits here, for all that the device has to do
-        return loss_total, math.sqrt(squares_total) * unscale
+        if not self.layout.sequence:
+            totals[2:] /= self.layout.tensor  # each tensor rank has counted every token
+        self.routers.sums.copy_(totals[2:].view_as(self.routers.sums))
+        host = totals.cpu()  # the host waits here, for all that the device has to do
+        loss_total, squares_total = host[:2].tolist()
+        return loss_total, math.sqrt(squares_total) * unscale, host[2:].view_as(self.routers.sums)
 
     @torch.no_grad()
     def _update(self, factor: float, lr: float) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtrain.engines.torch_engine import TorchEngine
@@ -259,3 +260,44 @@ def test_garbage_is_collected_at_every_fiftieth_step(monkeypatch: pytest.MonkeyP
     for step in (49, 50, 51, 100):
         ours.train_step(step, [random_batch(seed=1)], 1e-3)
     assert collected == [1, 1]
+
+
+class Waits(TorchFunctionMode):
+    """Counts the calls for which the host waits for the device. What was fetched once lies on the host."""
+
+    CALLS = ("item", "tolist", "cpu", "numpy", "nonzero", "bincount", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        on_host = any(getattr(arg, "on_host", False) for arg in args if isinstance(arg, torch.Tensor))
+        if func.__name__ in self.CALLS and not on_host:
+            self.found.append(func.__name__)
+            if func.__name__ == "cpu":
+                out = out.clone()
+                out.on_host = True
+        elif on_host:
+            for part in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(part, torch.Tensor):
+                    part.on_host = True
+        return out
+
+
+@pytest.mark.parametrize("moe", [None, {"num_experts": 4, "ffn_hidden_size": 16}], ids=["dense", "experts"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_host_waits_once_in_a_step(precision: str, moe: dict[str, Any] | None, monkeypatch: Any) -> None:
+    monkeypatch.setattr("llmtrain.models.experts.mixture.runs_grouped", lambda x_PH: x_PH.dtype == torch.bfloat16)
+    ours = engine({"moe": moe} if moe else {}, train={"precision": precision})
+    micro_batches = [random_batch(seed=1), random_batch(seed=2)]
+    tokens = sum(batch.num_valid_tokens for batch in micro_batches)
+    monkeypatch.setattr(Batch, "num_valid_tokens", tokens // 2)  # counted by the host, in tensors of the host
+    ours.train_step(1, micro_batches, 1e-3)
+    with Waits() as waits:
+        result = ours.train_step(2, micro_batches, 1e-3)
+    assert math.isfinite(result.loss)
+    layers = 2 * 2 if moe and precision == "fp32" else 0  # no kernel for all experts: a wait for each layer and batch
+    assert waits.found.count("cpu") == 1
+    assert len(waits.found) == 1 + layers, waits.found

@@ -3,8 +3,10 @@
 Norms compute their statistics in fp32 whatever the type of the activations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,44 @@ def build_pointwise(config: ModelConfig) -> Callable[[Tensor], Tensor]:
     return partial(function, approximate=config.gelu_approximate) if function is F.gelu else function
 
 
+def keeps_less(x: Tensor) -> bool:
+    """True where the product of a gated activation is computed again in the backward pass, whatever `train.recompute`
+    says: on a GPU that is a pass over memory beside two matrix products, on a CPU it is noticeable."""
+    # Compiled, a layer chooses by itself what it computes again.
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+@contextmanager
+def computed_again(product: Tensor, compute: Callable[[], Tensor]) -> Iterator[None]:
+    """What is done here with `product` keeps for the backward pass how it is computed, in place of itself."""
+    memory = product.untyped_storage().data_ptr()
+
+    def pack(kept: Tensor) -> Any:
+        if kept.untyped_storage().data_ptr() != memory:
+            return kept
+        return kept.size(), kept.stride(), kept.storage_offset()  # a linear keeps a view of it
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else compute().as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def activated(
+    activate: Callable[..., Tensor], project: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], recompute: bool
+) -> Tensor:
+    """project(activate(*inputs)). `recompute`: of the activation, the inputs are kept and not what it keeps itself."""
+    less = keeps_less(inputs[0])
+    if not (less or recompute):
+        return project(activate(*inputs))
+    inner = checkpoint(activate, *inputs, use_reentrant=False, preserve_rng_state=False)
+    if not less:
+        return project(inner)
+    with computed_again(inner, lambda: activate(*(x.detach() for x in inputs))):
+        return project(inner)
+
+
 class MLP(nn.Module):
     """down(f(up(x))), or down(f(gate(x)) * up(x)) where the activation is gated."""
 
@@ -74,15 +114,10 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
-        up = self.up(x_SBH)
-        gate = None if self.gate is None else self.gate(x_SBH)
-        if self.recompute_activation and self.training:
-            inner = checkpoint(self.activate, up, gate, use_reentrant=False, preserve_rng_state=False)
-        else:
-            inner = self.activate(up, gate)
-        return self.down(inner)
+        inputs = [self.up(x_SBH)] if self.gate is None else [self.up(x_SBH), self.gate(x_SBH)]
+        return activated(self.activate, self.down, inputs, self.recompute_activation and self.training)
 
-    def activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
+    def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         return self.pointwise(up) if gate is None else self.pointwise(gate) * up
 
 

@@ -39,6 +39,13 @@ class PipelineChunk(nn.Module):
         return self.stage(*arguments)
 
 
+def message_settings(interleaved: bool, on_gpu: bool) -> dict[str, Any]:
+    """How stages talk. On GPUs an interleaved schedule sends while it computes, one message at a time; without one a
+    stage has nothing to compute meanwhile, and messages go in batches. On gloo neither: the interleaved schedule with
+    batches mixes messages up without a word."""
+    return {"overlap_p2p_comm": on_gpu and interleaved, "batch_p2p_comm": on_gpu and not interleaved}
+
+
 def transformer_config(config: RunConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
     """The keys of a run that megatron-core reads. Loss and gradients are sums that we have normalized ourselves."""
     virtual, moe = layout.virtual_pipeline, config.model.moe
@@ -64,9 +71,7 @@ def transformer_config(config: RunConfig, layout: Layout, dtype: torch.dtype) ->
         sequence_parallel=layout.sequence,
         calculate_per_token_loss=True,  # else it divides by micro-batches and ranks once more
         deallocate_pipeline_outputs=torch.cuda.is_available(),
-        # On gloo the interleaved schedule with batched messages mixes them up without a word.
-        batch_p2p_comm=torch.cuda.is_available(),
-        overlap_p2p_comm=False,
+        **message_settings(virtual > 1, torch.cuda.is_available()),
         # Fused kernels that need CUDA or Transformer Engine: our modules do not call them.
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,

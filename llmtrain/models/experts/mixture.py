@@ -13,12 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import expert_ffn_size
 from llmtrain.models.experts.router import Router
-from llmtrain.models.pointwise import MLP, build_pointwise, identity
+from llmtrain.models.pointwise import MLP, activated, build_pointwise, identity
 from llmtrain.parallel.stateless_random import Draws
 
 
@@ -135,15 +134,11 @@ class Experts(nn.Module):
         """Rows lie expert by expert, `counts_E` of each."""
         # On the CPU, and in fp32, the host waits: rows are split by numbers of the host.
         counts = counts_E.cumsum(0).to(torch.int32) if runs_grouped(x_PH) else counts_E.tolist()
-        up = grouped_linear(x_PH, self.up, counts)
-        gate = None if self.gate is None else grouped_linear(x_PH, self.gate, counts)
-        if self.recompute_activation and self.training:
-            inner = checkpoint(self.activate, up, gate, use_reentrant=False, preserve_rng_state=False)
-        else:
-            inner = self.activate(up, gate)
-        return grouped_linear(inner, self.down, counts)
+        inputs = [grouped_linear(x_PH, weight, counts) for weight in (self.up, self.gate) if weight is not None]
+        recompute = self.recompute_activation and self.training
+        return activated(self.activate, lambda inner: grouped_linear(inner, self.down, counts), inputs, recompute)
 
-    def activate(self, up: Tensor, gate: Tensor | None) -> Tensor:
+    def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         return self.pointwise(up) if gate is None else self.pointwise(gate) * up
 
 

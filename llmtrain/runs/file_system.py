@@ -125,3 +125,15 @@ def file_system_text(folder: Path) -> str:
 def _shortened(path: Path) -> str:
     text = str(path)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+FileVersion = tuple[int, ...]
+
+
+def file_version(path: Path) -> FileVersion | None:
+    """What changes where a file is replaced or written to; None where there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -24,12 +24,13 @@ from pydantic import TypeAdapter
 from llmtrain.errors import DataError, LlmtrainError, RunFolderInUseError
 from llmtrain.files import read_json, sealed
 from llmtrain.runs import audit
-from llmtrain.runs.file_system import UNSUPPORTED, lock_file, no_links_text
+from llmtrain.runs.file_system import UNSUPPORTED, FileVersion, file_version, lock_file, no_links_text
 from llmtrain.runs.status import NEXT_ACTIONS, STATUS, Pid, RunStatus, Status, read_status
 
 LOCK = "run.lock"
 RENEW_SECONDS = 10.0
 LEASE_SECONDS = 60.0
+READ_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class RunFolder:
         self._attempt = attempt
         self.verdict = ""
         self._lock = self.path / LOCK
+        self._read_version: FileVersion | None = None
+        """That of the lock when it was read last, and was this process's, at the time `_read_at`."""
+        self._read_at = 0.0
         self._owner = LockOwner(
             socket.gethostname(),
             this_machine(),
@@ -115,9 +119,14 @@ class RunFolder:
     def ensure_held(self) -> None:
         """Raise RunFolderInUseError where the lock was lost: this machine was suspended for longer than the lease.
 
-        To be asked before anything in the folder is changed: what another process has written since must stay.
+        To be asked before anything in the folder is changed: what another process has written since must stay. Rows
+        are written many times a second: a lock that is the same file as when it was read is not read again. A file
+        system of the network may say so of a file that is another by now, and so it is read every READ_SECONDS.
         """
         try:
+            seen, now = file_version(self._lock), time.monotonic()
+            if seen is not None and seen == self._read_version and now - self._read_at < READ_SECONDS:
+                return
             owner = read_owner(self._lock)
         except OSError:  # that the lock cannot be read for a moment is no sign of another owner
             return
@@ -132,6 +141,7 @@ class RunFolder:
                 f"gave no sign of life for more than {LEASE_SECONDS:.0f} seconds. Stopped without writing: the other "
                 "process has the run now."
             )
+        self._read_version, self._read_at = seen, now  # of before it was read: a change since then shows next time
 
     @property
     def lock_token(self) -> str:

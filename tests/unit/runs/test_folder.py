@@ -63,6 +63,33 @@ def test_a_second_writer_is_refused_and_told_who_holds_it(tmp_path: Path) -> Non
     assert list((tmp_path / "runs" / "a").iterdir()) == []
 
 
+def test_a_lock_that_is_the_same_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row asks, many times a second; another process's lock is noticed by the next question all the same."""
+    reads = []
+    read, now = folder.read_owner, 0.0
+    monkeypatch.setattr(folder, "read_owner", lambda lock: (reads.append(lock), read(lock))[1])
+    monkeypatch.setattr(folder.time, "monotonic", lambda: now)
+    with RunFolder(tmp_path) as owner:
+        reads.clear()
+        for _ in range(5):
+            owner.ensure_held()
+        assert len(reads) == 1
+        now += folder.READ_SECONDS  # a file system of the network may show an old file
+        owner.ensure_held()
+        os.utime(tmp_path / LOCK)  # a renewal
+        owner.ensure_held()
+        owner.ensure_held()
+        assert len(reads) == 3
+        other = tmp_path / "other"
+        other.write_bytes((tmp_path / LOCK).read_bytes())
+        other.replace(tmp_path / LOCK)
+        edit_lock(tmp_path, token="other")
+        with pytest.raises(RunFolderInUseError, match="taken over by process"):
+            owner.ensure_held()
+        with pytest.raises(RunFolderInUseError, match="taken over by process"):
+            owner.ensure_held()
+
+
 def test_a_dead_owner_is_replaced_at_once(tmp_path: Path) -> None:
     abandoned(tmp_path, pid=dead_process())
     with RunFolder(tmp_path) as owner:

@@ -86,7 +86,7 @@ def read_range(source: FragmentSource, placement: Placement, kind: str, span: tu
         target[place : place + box.num_elements].copy_(part.flatten())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Master:
     """Elements [start, stop) of this rank's part of a parameter, flattened: fp32 weight, moments, gradient.
 

@@ -59,6 +59,17 @@ class TorchEngine(SteppingEngine):
         groups = parameter_groups(self.masters.values(), config.optim.weight_decay)
         self.optimizer = self.row.build(groups, config.optim)
         make_state(self.optimizer, self.row, self.masters.values())
+        # Made once: a step asks for them twice, and all but the gradients stays the same.
+        self._resident = [
+            Master(
+                self.placements[name],
+                (0, master.numel()),
+                master.detach(),
+                moments_of(self.optimizer, self.row, master),
+                owned=self.rank == 0,  # every rank holds the same
+            )
+            for name, master in self.masters.items()
+        ]
         self.routers = Routers(config.model, iter_moe(self.model.stacks), device)
         self.load_weights(InitialWeights(config.model, config.seed))
         if self.compiles:
@@ -73,17 +84,9 @@ class TorchEngine(SteppingEngine):
         return (self.optimizer,)
 
     def resident(self, write: bool = False) -> Iterator[list[Master]]:
-        yield [
-            Master(
-                self.placements[name],
-                (0, master.numel()),
-                master.detach(),
-                moments_of(self.optimizer, self.row, master),
-                master.grad,
-                owned=self.rank == 0,  # every rank holds the same
-            )
-            for name, master in self.masters.items()
-        ]
+        for master, weight in zip(self._resident, self.masters.values(), strict=True):
+            master.grad = weight.grad
+        yield self._resident
 
     def frozen(self) -> Iterator[Master]:
         for name in self.parameters.keys() - self.masters.keys():
@@ -120,6 +123,8 @@ class TorchEngine(SteppingEngine):
 
     def drop(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+        for master in self._resident:
+            master.grad = None  # or its memory would stay
 
     @torch.no_grad()
     def round_weights(self) -> None:

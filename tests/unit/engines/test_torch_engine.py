@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -251,6 +252,21 @@ def test_all_weights_are_rounded_together() -> None:
         ours.round_weights()
     assert counted.names == {"_foreach_copy_": 1}
     assert all(torch.equal(ours.parameters[name], master.bfloat16()) for name, master in ours.masters.items())
+
+
+def test_gradients_are_gone_after_a_step() -> None:
+    ours: Any = engine()
+    grads: list[StorageWeakRef] = []
+    update = ours.update
+
+    def note_and_update() -> None:
+        grads.extend(StorageWeakRef(master.grad.untyped_storage()) for master in next(ours.resident()))
+        update()
+
+    ours.update = note_and_update
+    ours.train_step(1, [random_batch(seed=1)], 1e-3)
+    assert len(grads) == len(ours.masters)
+    assert all(grad.expired() for grad in grads)
 
 
 def test_garbage_is_collected_at_every_fiftieth_step(monkeypatch: pytest.MonkeyPatch) -> None:

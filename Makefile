@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install readers quickstart test test-all check bench docs clean
+.PHONY: help install readers quickstart test test-all check bench gpu docs clean
 
 help:
 	@echo "make quickstart   train a small model on real text, sample from it, export it (a few minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make readers      llama.cpp and CTranslate2 for make test-all (llama.cpp compiles for minutes)"
 	@echo "make check        ruff, basedpyright, import-linter"
 	@echo "make bench        benchmarks beside peers"
+	@echo "make gpu          checks and speeds of a GPU, eight minutes; without one in tiny sizes"
 	@echo "make docs         write the generated reference pages"
 	@echo "make install      only set up .venv"
 
@@ -102,6 +103,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
+
+# On a machine with a GPU eight minutes; elsewhere the same in tiny sizes.
+gpu: $(STAMP)
+	$(BIN)/python -m tests.gpu --out gpu.json
 
 docs: $(STAMP)
 	$(BIN)/python -m docs.generate

@@ -6,7 +6,7 @@ Norms compute their statistics in fp32 whatever the type of the activations.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +64,13 @@ def build_pointwise(config: ModelConfig) -> Callable[[Tensor], Tensor]:
     return partial(function, approximate=config.gelu_approximate) if function is F.gelu else function
 
 
+Recompute = Literal["none", "selective", "full"]
+"""What is computed again in the backward pass: nothing, activations and attention kernels, or whole layers."""
+
+
 def keeps_less(x: Tensor) -> bool:
-    """True where the product of a gated activation is computed again in the backward pass, whatever `train.recompute`
-    says: on a GPU that is a pass over memory beside two matrix products, on a CPU it is noticeable."""
-    # Compiled, a layer chooses by itself what it computes again.
+    """True where the product of an activation is computed again even so: on a GPU that is a pass over memory beside two
+    matrix products, on a CPU it is noticeable. A compiled layer chooses by itself what it computes again."""
     return x.is_cuda and not torch.compiler.is_compiling()
 
 
@@ -89,11 +92,12 @@ def computed_again(product: Tensor, compute: Callable[[], Tensor]) -> Iterator[N
 
 
 def activated(
-    activate: Callable[..., Tensor], project: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], recompute: bool
+    activate: Callable[..., Tensor], project: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], recompute: Recompute
 ) -> Tensor:
-    """project(activate(*inputs)). `recompute`: of the activation, the inputs are kept and not what it keeps itself."""
-    less = keeps_less(inputs[0])
-    if not (less or recompute):
+    """project(activate(*inputs)). Unless it keeps all, the activation keeps its inputs and nothing else."""
+    # Whole layers that are computed again keep nothing now: what is noted here would outlive their first pass.
+    less = recompute != "full" and keeps_less(inputs[0])
+    if not (less or recompute == "selective"):
         return project(activate(*inputs))
     inner = checkpoint(activate, *inputs, use_reentrant=False, preserve_rng_state=False)
     if not less:
@@ -105,17 +109,17 @@ def activated(
 class MLP(nn.Module):
     """down(f(up(x))), or down(f(gate(x)) * up(x)) where the activation is gated."""
 
-    def __init__(self, config: ModelConfig, recompute_activation: bool = False) -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute = "none") -> None:
         super().__init__()
         self.pointwise = build_pointwise(config)
-        self.recompute_activation = recompute_activation
+        self.recompute: Recompute = recompute
         self.gate = nn.Linear(config.hidden_size, config.ffn_size, bias=config.bias) if config.gated else None
         self.up = nn.Linear(config.hidden_size, config.ffn_size, bias=config.bias)
         self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         inputs = [self.up(x_SBH)] if self.gate is None else [self.up(x_SBH), self.gate(x_SBH)]
-        return activated(self.activate, self.down, inputs, self.recompute_activation and self.training)
+        return activated(self.activate, self.down, inputs, self.recompute if self.training else "none")
 
     def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         return self.pointwise(up) if gate is None else self.pointwise(gate) * up

@@ -15,7 +15,7 @@ from llmtrain.models.attention.caches import KeyValueCache, MemoryCache, StateCa
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
 from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.experts.mixture import MoE
-from llmtrain.models.pointwise import MLP, build_norm
+from llmtrain.models.pointwise import MLP, Recompute, build_norm
 from llmtrain.models.positions import build_position_bias, rotary_angles
 from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
 
@@ -29,7 +29,7 @@ class Layer(nn.Module):
     """Attention, in a decoder behind an encoder also cross-attention, and an MLP or experts, each added to the
     residual; the norm stands before the block or after the sum."""
 
-    def __init__(self, config: ModelConfig, side: Side, number: int, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, side: Side, number: int, recompute: Recompute = "none") -> None:
         super().__init__()
         site, selective = f"{side}.{number}", recompute == "selective"
         self.pre_norm = config.norm_position == "pre"
@@ -45,9 +45,9 @@ class Layer(nn.Module):
         self.mlp_norm = build_norm(config)
         self.mlp, self.moe = None, None
         if config.has_experts(number):
-            self.moe = MoE(config, f"{site}.moe", recompute_activation=selective)
+            self.moe = MoE(config, f"{site}.moe", recompute=recompute)
         else:
-            self.mlp = MLP(config, recompute_activation=selective)
+            self.mlp = MLP(config, recompute=recompute)
 
     def forward(
         self, x_SBH: Tensor, inputs: "LayerInputs", cache: "LayerCaches | None" = None
@@ -108,7 +108,7 @@ class Stack(nn.Module):
     """Layers by their global number, the norm that follows the last one where norms stand before blocks, and the
     position bias that the layers share."""
 
-    def __init__(self, config: ModelConfig, side: Side, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, side: Side, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config, self.side = config, side
         self.recompute_layers = recompute == "full"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.head import MlmHead, Objective, head_cross_entropy
-from llmtrain.models.pointwise import build_norm, identity
+from llmtrain.models.pointwise import Recompute, build_norm, identity
 from llmtrain.models.positions import sinusoids
 from llmtrain.models.stack import LayerCaches, Pass, Reports, Side, Stack, with_memory
 from llmtrain.parallel.parts import WHOLE, SequenceParts
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
     `attention_parts` into how many attention sees it split, and `enter` brings a part to where all of it is needed.
     """
 
-    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute = "none") -> None:
         super().__init__()
         self.config = config
         self.starts = self.ends = True
@@ -210,7 +210,7 @@ def counted_positions(tokens_BT: Tensor) -> Tensor:
     return torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape)
 
 
-def build_model(config: ModelConfig, recompute: str = "none") -> Transformer:
+def build_model(config: ModelConfig, recompute: Recompute = "none") -> Transformer:
     """The model on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
         return Transformer(config, recompute)

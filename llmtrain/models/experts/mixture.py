@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import expert_ffn_size
 from llmtrain.models.experts.router import Router
-from llmtrain.models.pointwise import MLP, activated, build_pointwise, identity
+from llmtrain.models.pointwise import MLP, Recompute, activated, build_pointwise, identity
 from llmtrain.parallel.stateless_random import Draws
 
 
@@ -120,12 +120,12 @@ class LocalExperts:
 class Experts(nn.Module):
     """MLPs of equal shape, stacked: weights are [expert, out, in]."""
 
-    def __init__(self, config: ModelConfig, recompute_activation: bool = False) -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute = "none") -> None:
         super().__init__()
         assert config.moe is not None
         shape = (config.moe.num_experts, expert_ffn_size(config), config.hidden_size)
         self.pointwise = build_pointwise(config)
-        self.recompute_activation = recompute_activation
+        self.recompute: Recompute = recompute
         self.gate = nn.Parameter(torch.empty(shape)) if config.gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
@@ -135,7 +135,7 @@ class Experts(nn.Module):
         # On the CPU, and in fp32, the host waits: rows are split by numbers of the host.
         counts = counts_E.cumsum(0).to(torch.int32) if runs_grouped(x_PH) else counts_E.tolist()
         inputs = [grouped_linear(x_PH, weight, counts) for weight in (self.up, self.gate) if weight is not None]
-        recompute = self.recompute_activation and self.training
+        recompute = self.recompute if self.training else "none"
         return activated(self.activate, lambda inner: grouped_linear(inner, self.down, counts), inputs, recompute)
 
     def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -161,11 +161,11 @@ def grouped_linear(x_PH: Tensor, weight_EFH: Tensor, counts: Tensor | list[int])
 class MoE(nn.Module):
     """The chosen experts' outputs, weighted and summed, and those of the shared ones, which every token meets."""
 
-    def __init__(self, config: ModelConfig, site: str, recompute_activation: bool = False) -> None:
+    def __init__(self, config: ModelConfig, site: str, recompute: Recompute = "none") -> None:
         super().__init__()
         assert config.moe is not None
         self.router = Router(config, site)
-        self.experts = Experts(config, recompute_activation)
+        self.experts = Experts(config, recompute)
         self.dispatcher: TokenDispatcher = LocalExperts()
         self.enter: Callable[[Tensor], Tensor] = identity
         """Into the region where tensor ranks split the experts: the whole sequence of this context rank."""
@@ -175,7 +175,7 @@ class MoE(nn.Module):
         self.shared = None
         if shared:
             plain = config.with_keys({"ffn_hidden_size": shared, "bias": False})
-            self.shared = MLP(plain, recompute_activation)
+            self.shared = MLP(plain, recompute)
 
     def forward(
         self, x_SBH: Tensor, valid_BS: Tensor | None, draws: Draws | None, balance: float

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtrain.models.pointwise import MLP
+from llmtrain.models.pointwise import MLP, Recompute
 from tests.support.live_bytes import LiveBytes
 from tests.support.samples import tiny_model
 
@@ -51,14 +51,14 @@ def test_default_inner_width() -> None:
     assert tiny_model(hidden_size=4096, activation="swiglu").ffn_size == 10944
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_on_a_gpu_less_is_kept_and_the_bits_are_the_same(
-    activation: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
+    activation: str, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the inner width the outputs of the linears alone: 2 f gated, f otherwise, in place of 4 f and 2 f."""
     config = tiny_model(ffn_hidden_size=80, activation=activation)
-    mlp = MLP(config, recompute_activation=recompute).train()
+    mlp = MLP(config, recompute=recompute).train()
     for parameter in mlp.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(5))
     results, widths = [], []
@@ -72,4 +72,5 @@ def test_on_a_gpu_less_is_kept_and_the_bits_are_the_same(
         results.append([out, *torch.autograd.grad((out * weights).sum(), [x, *mlp.parameters()])])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     gated = activation == "swiglu"
-    assert widths == [(3 if recompute else 4) if gated else 2, 2 if gated else 1]
+    kept = (3 if recompute == "selective" else 4) if gated else 2
+    assert widths == [kept, kept if recompute == "full" else 2 if gated else 1], "whole layers keep nothing anyway"

@@ -158,7 +158,7 @@ def test_one_kernel_for_all_experts_equals_one_for_each(monkeypatch: pytest.Monk
 
 def test_recomputed_activations_give_the_same_bits() -> None:
     config = tiny_model(moe={"num_experts": 4})
-    plain, again = MoE(config, "site"), MoE(config, "site", recompute_activation=True)
+    plain, again = MoE(config, "site"), MoE(config, "site", recompute="selective")
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(5))
     again.load_state_dict(plain.state_dict())

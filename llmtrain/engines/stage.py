@@ -125,7 +125,10 @@ class Stage(nn.Module):
         self.chunk_tokens = chunk_tokens
         self.groups, self.chunk = groups, chunk
         self.received: Tensor | None = None
-        region = TensorRegion(groups.tensor, groups.layout.sequence) if groups.layout.tensor > 1 else None
+        region = None
+        if groups.layout.tensor > 1:
+            full = config.train.recompute == "full"
+            region = TensorRegion(groups.tensor, groups.layout.sequence, keeps_whole=full)
         self.model = build_model(config.model, config.train.recompute)
         self.declared = declare_parameters(config.model)
         with torch.device("meta"):

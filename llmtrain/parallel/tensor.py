@@ -6,6 +6,7 @@ forward, one reduction backward.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -30,12 +31,55 @@ def no_init(weight: Tensor) -> None:
     """Weights are drawn by models/init.py, not here."""
 
 
+def regathers(x: Tensor) -> bool:
+    """True where a block keeps its part of the sequence and gathers the others again in the backward pass: on a GPU,
+    where that hides behind products. Through gloo a gather costs more than what it saves."""
+    return x.is_cuda
+
+
+class GatheredAgain:
+    """What the column linears of one block keep of their common input: this rank's part, and how to gather the rest.
+
+    The first of them to go backward gathers, the last one lets go.
+    """
+
+    def __init__(self, part_sBH: Tensor, whole_SBH: Tensor, group: ProcessGroup) -> None:
+        self.part_sBH, self.group = part_sBH.detach(), group
+        self.memory = whole_SBH.untyped_storage().data_ptr()
+        self.users = self.waiting = 0
+        self.whole_SBH: Tensor | None = None
+
+    def pack(self, kept: Tensor) -> Any:
+        if kept.untyped_storage().data_ptr() != self.memory:
+            return kept
+        self.users = self.waiting = self.users + 1
+        return kept.size(), kept.stride(), kept.storage_offset()
+
+    def unpack(self, kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        if self.whole_SBH is None:
+            # Every rank goes backward through the same blocks in the same order: all of them are here.
+            self.whole_SBH = gather_from_sequence_parallel_region(self.part_sBH, group=self.group)
+        assert self.whole_SBH is not None
+        whole_SBH = self.whole_SBH.as_strided(*kept)
+        self.waiting -= 1
+        if self.waiting == 0:
+            self.whole_SBH, self.waiting = None, self.users
+        return whole_SBH
+
+
 @dataclass(frozen=True)
 class TensorRegion:
-    """The tensor ranks that share each layer. `sequence` splits the activations outside of blocks over them too."""
+    """The tensor ranks that share each layer. `sequence` splits the activations outside of blocks over them too.
+
+    `keeps_whole`: blocks keep the gathered sequence even where they would gather it again. Whole layers that are
+    computed again keep nothing now: what is noted for a second gather would outlive their first pass.
+    """
 
     group: ProcessGroup
     sequence: bool
+    keeps_whole: bool = False
 
     @property
     def size(self) -> int:
@@ -44,7 +88,10 @@ class TensorRegion:
     def enter(self, x_SBH: Tensor) -> Tensor:
         """Into a region: the whole sequence on every rank; gradients of the ranks are summed on the way back."""
         if self.sequence:
-            return gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=True, group=self.group)
+            whole_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=True, group=self.group)
+            if not self.keeps_whole and regathers(x_SBH):
+                whole_SBH.gathered_again = GatheredAgain(x_SBH, whole_SBH, self.group)
+            return whole_SBH
         return copy_to_tensor_model_parallel_region(x_SBH, group=self.group)
 
     def leave(self, x_SBH: Tensor) -> Tensor:
@@ -76,7 +123,11 @@ class ColumnLinear(ColumnParallelLinear):
         )  # fmt: skip
 
     def forward(self, x_SBH: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # as nn.Linear's
-        return super().forward(x_SBH)[0]
+        again: GatheredAgain | None = getattr(x_SBH, "gathered_again", None)
+        if again is None:
+            return super().forward(x_SBH)[0]
+        with torch.autograd.graph.saved_tensors_hooks(again.pack, again.unpack):
+            return super().forward(x_SBH)[0]
 
 
 class RowLinear(RowParallelLinear):

@@ -8,7 +8,7 @@ import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmtrain.config.engines import ENGINES, engines_that
@@ -56,11 +56,12 @@ def chunk_tokens(config: RunConfig, on_gpu: bool) -> int:
 
 def plan_memory(config: RunConfig, layout: Layout, lengths: Lengths) -> MemoryPlan:
     """The estimate for a rank of the first pipeline stage, which holds the most. Needs model.vocab_size."""
-    chunk = chunk_tokens(config, on_gpu=config.launch.device != "cpu")  # a plan may be for another machine than this
+    on_gpu = config.launch.device != "cpu"  # a plan may be for another machine than this
+    chunk = chunk_tokens(config, on_gpu)
     tokens = min(chunk, config.train.micro_batch_size * lengths.main // layout.context)
     return MemoryPlan(
         round(held_bytes(config, layout)),
-        round(activation_bytes(config, layout, lengths)),
+        round(activation_bytes(config, layout, lengths, Kernels.of(on_gpu))),
         tokens * config.model.padded_vocab_size // layout.tensor * LOGITS_BYTES,
     )
 
@@ -83,41 +84,61 @@ def held_bytes(config: RunConfig, layout: Layout) -> float:
     return held / (layout.tensor * layout.pipeline)
 
 
-def activation_bytes(config: RunConfig, layout: Layout, lengths: Lengths, per_norm: int = 2) -> float:
-    """Bytes that all micro-batches under way keep for the backward pass on a rank of the first pipeline stage.
+@dataclass(frozen=True)
+class Kernels:
+    """What the kernels of a device keep.
 
     `per_norm` is how many tensors as wide as the residual a norm and its input take: 2 where one kernel does it.
+    `repeats_keys`: keys and values are kept as often as there are queries. `keeps_product`: of an activation its result
+    is kept, and what it is made of where it is gated, beside its inputs.
     """
+
+    per_norm: int = 2
+    repeats_keys: bool = False
+    keeps_product: bool = False
+
+    @staticmethod
+    def of(on_gpu: bool) -> "Kernels":
+        return Kernels() if on_gpu else Kernels(repeats_keys=True, keeps_product=True)
+
+
+def activation_bytes(config: RunConfig, layout: Layout, lengths: Lengths, kernels: Kernels) -> float:
+    """Bytes that all micro-batches under way keep for the backward pass on a rank of the first pipeline stage."""
     model, train = config.model, config.train
     num_bytes = 4 if train.precision == "fp32" else 2
     encoded = lengths.encoder or lengths.main  # of an encoder alone, the sample
-    kept = encoded * model.encoder_layers * _layer_elements(config, layout, False, per_norm)
-    kept += lengths.main * model.decoder_layers * _layer_elements(config, layout, True, per_norm)
+    kept = encoded * model.encoder_layers * _layer_elements(config, layout, False, kernels)
+    kept += lengths.main * model.decoder_layers * _layer_elements(config, layout, True, kernels)
     if train.recompute == "full":  # one layer at a time is there in whole
         plain = config.with_keys({"train.recompute": "none"})
-        kept += max(lengths.main, lengths.encoder) * _layer_elements(plain, layout, True, per_norm) * layout.pipeline
+        # While it is there, it keeps the product too: see models/pointwise.py.
+        whole = _layer_elements(plain, layout, True, replace(kernels, keeps_product=True))
+        kept += max(lengths.main, lengths.encoder) * whole * layout.pipeline
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.data)
     under_way = min(layout.pipeline, micro_batches)
     return kept / layout.pipeline * under_way * train.micro_batch_size * num_bytes / layout.context
 
 
-def _layer_elements(config: RunConfig, layout: Layout, is_decoder: bool, per_norm: int) -> float:
+def _layer_elements(config: RunConfig, layout: Layout, is_decoder: bool, kernels: Kernels) -> float:
     """Numbers that a layer keeps of each token: inputs of norms and of matrix products, queries, keys and values."""
     model, selective = config.model, config.train.recompute == "selective"
     hidden = model.hidden_size / (layout.tensor if layout.sequence else 1)
     if config.train.recompute == "full":
         return hidden
-    keys = model.kv_heads if selective else model.num_heads  # the kernel has them repeated
-    attention = per_norm * hidden + 2 * (model.num_heads + keys) * model.head_size / layout.tensor
+    keys = model.num_heads if kernels.repeats_keys and not selective else model.kv_heads
+    attention = kernels.per_norm * hidden + 2 * (model.num_heads + keys) * model.head_size / layout.tensor
     crosses = model.family == "encoder_decoder" and is_decoder
-    return attention * (2 if crosses else 1) + per_norm * hidden + _mlp_elements(model, selective) / layout.tensor
+    mlp = _mlp_elements(model, selective, kernels.keeps_product) / layout.tensor
+    return attention * (2 if crosses else 1) + kernels.per_norm * hidden + mlp
 
 
-def _mlp_elements(model: ModelConfig, selective: bool) -> float:
+def _mlp_elements(model: ModelConfig, selective: bool, keeps_product: bool) -> float:
     """Of an average layer: the inputs of the activation, unless they are all that is needed, and of the last matrix."""
     tensors = 4 if model.gated else 1 if model.activation == "relu" else 2
     if selective:
         tensors = 3 if model.gated else 2
+    if not keeps_product:
+        tensors = 2 if model.gated else 1
     if model.moe is None:
         return tensors * model.ffn_size
     layers = [layer for layer in range(model.decoder_layers or model.encoder_layers) if model.has_experts(layer)]

@@ -12,9 +12,10 @@ from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.parallel.stateless_random import Draws
-from llmtrain.plan.memory import activation_bytes, held_bytes, plan_memory
+from llmtrain.plan.memory import Kernels, activation_bytes, held_bytes, plan_memory
 from llmtrain.values.batch import ModelInputs
 from llmtrain.words import short_bytes
+from tests.support.live_bytes import LiveBytes
 from tests.support.weights import materialize
 from tests.unit.config.small_run import run
 from tests.unit.plan.test_memory_advice import large
@@ -40,6 +41,9 @@ def config_of(model: dict[str, object], **train: object) -> RunConfig:
     )
 
 
+ON_CPU = Kernels.of(on_gpu=False)
+
+
 def kept_bytes(config: RunConfig, encoder_length: int = 0) -> int:
     """Bytes that a forward pass keeps for the backward pass, weights left out, each piece of memory once."""
     model = build_model(config.model, config.train.recompute)
@@ -63,40 +67,61 @@ def kept_bytes(config: RunConfig, encoder_length: int = 0) -> int:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_on_a_gpu_the_product_of_an_activation_is_not_kept(
+    model: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is still there of all that the forward pass of the layers has made; keys are repeated as on a CPU."""
+    monkeypatch.setattr("llmtrain.models.pointwise.keeps_less", lambda x: True)
+    config = config_of(MODELS[model], recompute=recompute)
+    transformer = build_model(config.model, config.train.recompute)
+    materialize(transformer, config.seed, torch.device("cpu"))
+    tokens, positions = torch.randint(0, 256, (BATCH, LENGTH)), torch.arange(LENGTH).expand(BATCH, LENGTH)
+    with LiveBytes() as live:
+        hidden, _ = transformer.train()(ModelInputs(tokens, positions, None, None, None, None), Pass())
+    kernels = Kernels(3 if config.model.norm == "rmsnorm" else 2, repeats_keys=True, keeps_product=False)
+    estimate = activation_bytes(config, Layout(), Lengths(LENGTH), kernels)
+    assert live.num_bytes - hidden.nbytes == pytest.approx(estimate, rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("model", MODELS)
 def test_activations_are_what_pytorch_keeps(model: str, recompute: str) -> None:
     """On a CPU an RMSNorm keeps a third tensor; embeddings and the last norm add less than a layer's tenth."""
     config = config_of(MODELS[model], recompute=recompute)
     encoder = 2 * LENGTH if config.model.family == "encoder_decoder" else 0
     per_norm = 3 if config.model.norm == "rmsnorm" else 2
-    estimate = activation_bytes(config, Layout(), Lengths(LENGTH, encoder), per_norm)
+    kernels = Kernels(per_norm, repeats_keys=True, keeps_product=True)
+    estimate = activation_bytes(config, Layout(), Lengths(LENGTH, encoder), kernels)
     assert kept_bytes(config, encoder) == pytest.approx(estimate, rel=0.1)
 
 
 def test_lower_precision_halves_activations() -> None:
     half = config_of(MODELS["gpt2"], precision="bf16")
-    estimate = activation_bytes(half, Layout(), Lengths(LENGTH))
-    assert estimate == activation_bytes(config_of(MODELS["gpt2"]), Layout(), Lengths(LENGTH)) / 2
+    estimate = activation_bytes(half, Layout(), Lengths(LENGTH), ON_CPU)
+    assert estimate == activation_bytes(config_of(MODELS["gpt2"]), Layout(), Lengths(LENGTH), ON_CPU) / 2
     assert kept_bytes(half) == pytest.approx(estimate, rel=0.1)
 
 
 def test_recomputed_layers_keep_their_inputs_and_one_layer() -> None:
     config = config_of(MODELS["gpt2"], recompute="full")
     one_layer = BATCH * LENGTH * 128 * 4 * 16  # of a plain layer, in fp32: 16 tensors as wide as the residual
-    estimate = activation_bytes(config, Layout(), Lengths(LENGTH))
+    estimate = activation_bytes(config, Layout(), Lengths(LENGTH), ON_CPU)
     assert kept_bytes(config) == pytest.approx(estimate - one_layer, rel=0.3)
 
 
 def test_axes_divide_activations() -> None:
     config, lengths = config_of(MODELS["gpt2"]), Lengths(LENGTH)
-    alone = activation_bytes(config, Layout(), lengths)
-    assert activation_bytes(config, Layout(context=2), lengths) == alone / 2
-    assert activation_bytes(config, Layout(tensor=2, sequence=True), lengths) == alone / 2
+    alone = activation_bytes(config, Layout(), lengths, ON_CPU)
+    assert activation_bytes(config, Layout(context=2), lengths, ON_CPU) == alone / 2
+    assert activation_bytes(config, Layout(tensor=2, sequence=True), lengths, ON_CPU) == alone / 2
     # of 16 tensors as wide as the residual, the inputs and outputs of two norms stay whole
-    assert activation_bytes(config, Layout(tensor=2), lengths) == pytest.approx(alone * (4 + 12 / 2) / 16)
+    assert activation_bytes(config, Layout(tensor=2), lengths, ON_CPU) == pytest.approx(alone * (4 + 12 / 2) / 16)
     many = config_of(MODELS["gpt2"], global_batch_size=8 * BATCH)
-    assert activation_bytes(many, Layout(pipeline=2), lengths) == alone, "as many micro-batches as stages are under way"
-    assert activation_bytes(config, Layout(pipeline=2), lengths) == alone / 2
+    assert activation_bytes(many, Layout(pipeline=2), lengths, ON_CPU) == alone, (
+        "as many micro-batches as stages are under way"
+    )
+    assert activation_bytes(config, Layout(pipeline=2), lengths, ON_CPU) == alone / 2
 
 
 def test_what_a_rank_holds() -> None:
@@ -127,7 +152,9 @@ def test_the_plan_of_a_known_model() -> None:
         config.with_keys({"launch.device": "cpu"}), Layout(), sample_lengths(config.model.family, config.data)
     )
     assert on_cpu.logits == 1024 * 128_256 * 8
-    assert plan.activations == 2 * 32 * 8192 * (8 * 4096 + 4 * config.model.ffn_size)
+    groups = 2 * config.model.kv_heads * config.model.head_size  # keys and values
+    assert plan.activations == 2 * 32 * 8192 * (6 * 4096 + groups + 2 * config.model.ffn_size), "on a GPU"
+    assert on_cpu.activations == 2 * 32 * 8192 * (8 * 4096 + 4 * config.model.ffn_size)
 
 
 def documented_layouts() -> list[list[str]]:

@@ -55,6 +55,9 @@ def set_variables(config: RunConfig, device: torch.device, environment: MutableM
         # With one queue to the device, a collective starts in the order of its launch, and is not held up by kernels
         # that were launched after it.
         environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if config.train.deterministic:
+        # cuBLAS chooses among workspaces as streams come by; with one of a fixed size it sums in one order.
+        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
 @contextmanager
@@ -68,6 +71,10 @@ def settled(config: RunConfig, device: torch.device) -> Iterator[None]:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # libraries allocate on the current device
             held.enter_context(sdpa_kernel(ATTENTION_BACKENDS, set_priority=True))
+            # Kernels that add up in the order in which their parts are done, as the backward passes of attention do,
+            # give way to others; what has no other raises an error.
+            held.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            torch.use_deterministic_algorithms(config.train.deterministic)
         gc.disable()
         held.callback(gc.enable)
         yield

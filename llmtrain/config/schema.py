@@ -65,6 +65,10 @@ class TrainConfig(Section):
         default=None,
         description="Compile the layers with torch.compile; null: on a GPU, where engine and layout can.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="The same bits in every run of a layout, on a GPU at a cost in speed; on a CPU it is always so.",
+    )
     loss_chunk_tokens: Length | None = Field(
         default=None,
         description="Tokens per chunk of the output head and cross-entropy; null: 1024 on a CPU, and on a GPU as many "

@@ -46,3 +46,15 @@ def test_the_fastest_attention_comes_first_and_only_in_a_run(monkeypatch: pytest
         order = torch._C._get_sdp_priority_order()
         assert order[: len(ATTENTION_BACKENDS)] == [int(backend) for backend in ATTENTION_BACKENDS]
     assert torch._C._get_sdp_priority_order() == before
+
+
+def test_a_run_that_is_to_be_deterministic_allows_no_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for variable in ("PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.setenv(variable, "")
+    with settled(run(), GPU):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with settled(run(train={"deterministic": True}), GPU):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()

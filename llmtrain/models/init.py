@@ -6,6 +6,7 @@ and cuts: the weights are the same bits in every layout.
 """
 
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ def draw_range(target: np.ndarray, start: int, key: int, rule: Distribution) -> 
             target[begin - start : end - start] = drawn[begin - first : end - first]
 
     blocks = range(start // BLOCK_ELEMENTS, -(-stop // BLOCK_ELEMENTS))
-    threads = min(len(blocks), torch.get_num_threads())
+    # A run may be told of any number of threads: more than there are cores would only cost memory here.
+    threads = min(len(blocks), torch.get_num_threads(), os.cpu_count() or 1)
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(draw, blocks))

@@ -55,6 +55,7 @@ def test_a_part_has_the_bits_of_the_whole(
 ) -> None:
     """Any box, drawn by any number of threads; strips of rows few or many at a time."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
     monkeypatch.setattr(init, "STRIP_ELEMENTS", 100_000)
     config, parameter, chance = tiny_model(), declared(UP, shape), random.Random(0)
     whole = initial_tensor(parameter, config, 7)
@@ -62,6 +63,17 @@ def test_a_part_has_the_bits_of_the_whole(
         offsets = tuple(chance.randrange(size) for size in shape)
         box = Box(offsets, tuple(chance.randint(1, size - at) for size, at in zip(shape, offsets, strict=True)))
         assert torch.equal(initial_tensor(parameter, config, 7, box), whole[box.slices_in(Box.whole(shape))]), box
+
+
+def test_there_are_no_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """launch.threads_per_worker may be any number."""
+    started: list[int] = []
+    pool = init.ThreadPoolExecutor
+    monkeypatch.setattr(init, "ThreadPoolExecutor", lambda threads: (started.append(threads), pool(threads))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4096)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    initial_tensor(declared(UP, (1024, 1024)), tiny_model(), 7)  # 16 blocks
+    assert started == [3]
 
 
 def test_a_part_of_a_vocabulary_has_its_padding() -> None:

@@ -1,8 +1,9 @@
-"""The device of a rank: which one it is, and how PyTorch is to use it."""
+"""The device of a rank: which one it is, and how PyTorch is to use it; and the threads that compute on a CPU."""
 
 import gc
 import os
 import socket
+import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from launch.rank.place import Rank
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.schema import RunConfig
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, Problem
 
 ATTENTION_BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -42,6 +43,22 @@ def choose_device(config: LaunchConfig, place: Rank) -> torch.device:
             f"{torch.cuda.device_count()} GPUs. Start as many ranks as there are GPUs, or set launch.device=cpu."
         )
     return torch.device("cuda", place.local_rank)
+
+
+def start_threads(number: int) -> None:
+    """Let PyTorch compute with so many threads, which take their memory at once. Raises ConfigError where that leaves
+    this process no room for one of Python's."""
+    torch.set_num_threads(number)
+    try:
+        trial = threading.Thread(target=int)
+        trial.start()
+        trial.join()
+    except RuntimeError as error:
+        message = (
+            f"takes all threads or all memory that this process may have ({error}). Try {os.cpu_count() or 1}, or "
+            "raise the limits (ulimit -u, ulimit -v)."
+        )
+        raise ConfigError([Problem("launch.threads_per_worker", message, number)]) from error
 
 
 def set_variables(config: RunConfig, device: torch.device, environment: MutableMapping[str, str]) -> None:

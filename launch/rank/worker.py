@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launch.rank.cores import num_threads
-from launch.rank.device import choose_device, settled
+from launch.rank.device import choose_device, settled, start_threads
 from launch.rank.failure import OtherRankFailedError
 from launch.rank.place import ALONE, Rank
 from launch.rank.rendezvous import anybody, connect, lone_store, open_group, open_rank_store
@@ -58,7 +58,7 @@ def run_worker(
     """
     config = resolved.config
     assert config.launch.num_workers == place.world_size
-    torch.set_num_threads(num_threads(config.launch, place.local_world_size))
+    start_threads(num_threads(config.launch, place.local_world_size))
     device = choose_device(config.launch, place)
     run_dir, timeout_seconds = resolved.run_dir, config.launch.timeout_seconds
     with ExitStack() as held:

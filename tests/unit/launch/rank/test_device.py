@@ -2,11 +2,13 @@
 
 import gc
 import os
+import threading
 
 import pytest
 import torch
 
-from launch.rank.device import ATTENTION_BACKENDS, set_variables, settled
+from launch.rank.device import ATTENTION_BACKENDS, set_variables, settled, start_threads
+from llmtrain.errors import ConfigError
 from tests.unit.config.small_run import run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -58,3 +60,17 @@ def test_a_run_that_is_to_be_deterministic_allows_no_other_kernels(monkeypatch: 
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_threads_that_leave_no_room_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = torch.get_num_threads()
+    start_threads(before)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(ConfigError) as caught:
+        start_threads(before)
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("launch.threads_per_worker", before)
+    assert f"Try {os.cpu_count()}" in problem.message

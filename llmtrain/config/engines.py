@@ -29,8 +29,6 @@ class EngineRow:
     """Values of `sys.platform` that its package is made for; empty: all."""
     no_compile: str = ""
     """Why `train.compile` is not possible; empty: it is."""
-    no_overlap: str = ""
-    """Why `parallel.overlap_grad_reduce` is not possible; empty: it is."""
     gpu_fp16_stages: tuple[int, ...] = ()
     """ZeRO stages whose fp16 needs a GPU."""
     whole_expert_stages: tuple[int, ...] = ()
@@ -46,7 +44,6 @@ ENGINES: dict[str, EngineRow] = {
         module="llmtrain.engines.torch_engine",
         class_name="TorchEngine",
         needs_group=False,
-        no_overlap="reduces gradients after the backward pass",
     ),
     "megatron": EngineRow(
         module="llmtrain.engines.megatron_engine",

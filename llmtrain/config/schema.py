@@ -145,7 +145,9 @@ class ParallelConfig(Section):
     pipeline_split: Annotated[Annotated[tuple[CountOrZero, ...], Field(max_length=10_000)] | None, AsTuple] = Field(
         default=None, description="Layers of each pipeline chunk in model order; absent: as equal as can be."
     )
-    overlap_grad_reduce: bool = Field(default=False, description="Reduce gradients while the backward pass goes on.")
+    overlap_grad_reduce: bool | None = Field(
+        default=None, description="Reduce gradients while the backward pass goes on; null: on a GPU."
+    )
 
     @property
     def replica_size(self) -> int:

@@ -58,6 +58,8 @@ class SteppingEngine(ABC):
         on_gpu = device.type == "cuda"
         asked, able = config.train.compile, ENGINES[config.engine.name].compiles(config.parallel.tensor)
         self.compiles = (on_gpu and able) if asked is None else asked
+        overlap = config.parallel.overlap_grad_reduce
+        self.overlaps = on_gpu if overlap is None else overlap
         self.chunk_tokens = config.train.chunk_tokens(config.model.padded_vocab_size // self.layout.tensor, on_gpu)
         self.num_updates = 0
         self.inspect_gradients: GradientInspector | None = None

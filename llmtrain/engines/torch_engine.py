@@ -4,6 +4,7 @@ Several ranks share the batch and nothing else: each holds the whole model, and 
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from llmtrain.engines.masters import (
     moments_of,
     sum_over_ranks,
 )
+from llmtrain.engines.overlapped_sum import OverlappedSum
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
 from llmtrain.models.compiled_graphs import compile_layers
@@ -70,6 +72,13 @@ class TorchEngine(SteppingEngine):
             )
             for name, master in self.masters.items()
         ]
+        self.summing = None
+        if self.overlaps and self.data_group is not None:
+            self.summing = OverlappedSum(self.masters.values(), self.data_group)
+            for name, parameter in trained.items():
+                report = partial(report_gradient, self.summing, self.masters[name])
+                # After the hook of `fp32_master`, which completes the master's gradient.
+                parameter.register_post_accumulate_grad_hook(report)
         self.routers = Routers(config.model, iter_moe(self.model.stacks), device)
         self.load_weights(InitialWeights(config.model, config.seed))
         if self.compiles:
@@ -106,13 +115,17 @@ class TorchEngine(SteppingEngine):
             hidden_SBH, reports = self.model(batch, Pass(draws, scales.balance))
             objective, batch_loss_sum = self.model.loss(hidden_SBH, batch.labels_BS, head)
             if step is not None:
+                if self.summing and number == len(micro_batches) - 1:
+                    self.summing.begin()
                 objective.backward()
                 self.routers.add(reports)
             loss_sum += batch_loss_sum
         return loss_sum
 
     def reduce(self) -> None:
-        if self.data_group is not None:
+        if self.summing is not None:
+            self.summing.finish()
+        elif self.data_group is not None:
             # Once per step, after the last micro-batch: gradients of a step travel once, as fp32 sums.
             sum_over_ranks(gradients_of(next(self.resident())), self.data_group)
 
@@ -133,3 +146,8 @@ class TorchEngine(SteppingEngine):
             weights: list[Tensor] = [self.parameters[name] for name in self.masters]
             # All tensors in few kernels; torch has no public name for it.
             torch._foreach_copy_(weights, [*self.masters.values()])  # pyright: ignore[reportPrivateImportUsage]
+
+
+def report_gradient(summing: OverlappedSum, master: Tensor, parameter: Tensor) -> None:
+    """A hook on the parameter that a master belongs to, called when a backward pass is through with it."""
+    summing.ready(master)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain.engines import torch_engine
+from llmtrain.engines import overlapped_sum, torch_engine
+from llmtrain.engines.overlapped_sum import OverlappedSum
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.values.batch import IGNORED_LABEL, Batch
 from tests.support.ranks import run_ranks
@@ -39,12 +40,15 @@ def micro_batches(rank: int, world_size: int) -> list[Batch]:
     return batches
 
 
-def train(rank: int, world_size: int, precision: str, spoil: str = "") -> History:
+def train(rank: int, world_size: int, precision: str, spoil: str = "", overlap: bool = False) -> History:
     """Train the tiny model, with dropout; `spoil` breaks one thing."""
     if spoil == "gradients stay local":
         torch_engine.sum_over_ranks = lambda tensors, group: torch.distributed.all_reduce(tensors[-1])  # type: ignore[assignment]
+    if spoil == "a bucket is left out":
+        overlapped_sum.OverlappedSum._start = lambda self: setattr(self, "_next", self._next + 1)  # type: ignore[method-assign]
     optim: dict[str, Any] = {"lr": 1e-2}
-    engine = TorchEngine(tiny_run(tiny_model(dropout=0.1), {"precision": precision}, optim), torch.device("cpu"))
+    config = tiny_run(tiny_model(dropout=0.1), {"precision": precision}, optim)
+    engine = TorchEngine(config.with_keys({"parallel.overlap_grad_reduce": overlap}), torch.device("cpu"))
     if spoil == "draws by local number":
         engine.place, engine.layout = replace(engine.place, data=0), replace(engine.layout, data=1)
     if spoil == "tokens counted locally":
@@ -98,6 +102,39 @@ def test_several_ranks_give_the_numbers_of_one(world_size: int, one: History) ->
     assert [history.num_fragments for history in ranks] == [one.num_fragments] + [0] * (world_size - 1)
 
 
+def overlapped(rank: int, world_size: int, precision: str, bucket_elements: int) -> tuple[History, list[bool]]:
+    """A run whose gradients are summed meanwhile, and of each sum whether the last backward pass was still going on."""
+    overlapped_sum.BUCKET_ELEMENTS = bucket_elements
+    meanwhile: list[bool] = []
+    start, finish, waiting = OverlappedSum._start, OverlappedSum.finish, [False]
+
+    def noted_start(self: OverlappedSum) -> None:
+        meanwhile.append(not waiting[0])
+        start(self)
+
+    def noted_finish(self: OverlappedSum) -> None:
+        waiting[0] = True
+        finish(self)
+        waiting[0] = False
+
+    OverlappedSum._start, OverlappedSum.finish = noted_start, noted_finish  # type: ignore[method-assign]
+    return train(rank, world_size, precision, overlap=True), meanwhile
+
+
+@pytest.mark.parametrize("bucket_elements", [1 << 24, 3000])
+@pytest.mark.parametrize(("precision", "world_size"), [("fp32", 2), ("fp32", 4), ("bf16", 2)])
+def test_sums_meanwhile_are_those_afterwards(precision: str, world_size: int, bucket_elements: int) -> None:
+    """Every bucket's sum begins before the backward pass ends. Of two ranks the bits are the same."""
+    after = run_ranks(train, world_size, precision)[0]
+    for meanwhile, early in run_ranks(overlapped, world_size, precision, bucket_elements):
+        assert all(early)
+        assert len(early) == STEPS if bucket_elements > 1 << 20 else len(early) > 3 * STEPS
+        assert differences(after, meanwhile) == []
+        if world_size == 2:
+            assert meanwhile.losses == after.losses
+            assert equal(meanwhile.last_weights, after.last_weights)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision_follows_one_process(precision: str) -> None:
     one, two = run_ranks(train, 1, precision)[0], run_ranks(train, 2, precision)[0]
@@ -109,9 +146,10 @@ def test_low_precision_follows_one_process(precision: str) -> None:
     ("spoil", "caught"),
     [
         ("gradients stay local", "gradient norms"),
+        ("a bucket is left out", "gradient norms"),
         ("draws by local number", "loss at step 1"),
         ("tokens counted locally", "tokens"),
     ],
 )
 def test_what_breaks_parity_is_caught(spoil: str, caught: str, one: History) -> None:
-    assert caught in differences(one, run_ranks(train, 2, "fp32", spoil)[0])
+    assert caught in differences(one, run_ranks(train, 2, "fp32", spoil, spoil == "a bucket is left out")[0])

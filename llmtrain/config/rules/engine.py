@@ -49,14 +49,6 @@ def engine_has_axes(config: RunConfig) -> Found:
         yield Problem(f"parallel.{axis}", message, size, uses=uses)
 
 
-def engine_overlaps(config: RunConfig) -> Found:
-    why = row_of(config).no_overlap
-    if config.parallel.overlap_grad_reduce and why:
-        fix = or_engine(lambda other: not other.no_overlap)
-        message = f"engine.name = {config.engine.name} {why}. Try false{fix}."
-        yield Problem("parallel.overlap_grad_reduce", message, "true", uses=("engine.name",))
-
-
 def engine_has_zero_stage(config: RunConfig) -> Found:
     row, stage, pipeline = row_of(config), config.engine.zero_stage, config.parallel.pipeline
     if stage in row.zero_stages:
@@ -150,7 +142,6 @@ ENGINE_RULES = (
     engine_takes_optimizer,
     engine_is_on_this_platform,
     engine_has_axes,
-    engine_overlaps,
     engine_has_zero_stage,
     experts_stay_whole,
     offload_has_a_place,

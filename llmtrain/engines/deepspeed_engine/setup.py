@@ -138,9 +138,10 @@ def deepspeed_config(config: RunConfig, device: torch.device) -> dict[str, Any]:
 
 def zero_keys(config: RunConfig, device: torch.device) -> dict[str, Any]:
     """The section about ZeRO and offload."""
+    overlap = config.parallel.overlap_grad_reduce
     keys: dict[str, Any] = {
         "stage": config.engine.zero_stage,
-        "overlap_comm": config.parallel.overlap_grad_reduce,
+        "overlap_comm": device.type == "cuda" if overlap is None else overlap,
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,

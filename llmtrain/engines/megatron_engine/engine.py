@@ -92,7 +92,7 @@ class MegatronEngine(SteppingEngine):
         call_cuda_tensors(stage.parameters())  # before the optimizers, which sort parameters by type names
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=self.config.parallel.overlap_grad_reduce,
+            overlap_grad_reduce=self.overlaps,
             use_distributed_optimizer=self.config.engine.zero_stage == 1,
         )
         # Buckets overlap reductions with the backward pass, which ends with the first chunk's gradients: the later

@@ -53,8 +53,6 @@ def test_rules_allow_what_the_row_does_not_explain_away(name: str) -> None:
     row = ENGINES[name]
     compiled = broken(run(engine={"name": name}, train={"compile": True}))
     assert ("train.compile" in compiled) == bool(row.no_compile)
-    overlapped = broken(run(engine={"name": name}, parallel={"overlap_grad_reduce": True}))
-    assert ("parallel.overlap_grad_reduce" in overlapped) == bool(row.no_overlap)
 
 
 def test_engines_are_suggested_in_the_order_of_the_table() -> None:

@@ -19,7 +19,6 @@ NVME = {**DEEPSPEED, "zero_stage": 3, "offload": "nvme", "nvme_path": "/tmp/x"}
         ({"parallel": {"tensor": 2}}, "parallel.tensor", "Try 1, or engine.name=megatron or deepspeed."),
         ({"parallel": {"context": 2}}, "parallel.context", "splits the batch only. Try 1, or engine.name="),
         ({"parallel": {"pipeline": 2}}, "parallel.pipeline", "Try 1, or engine.name=megatron."),
-        ({"parallel": {"overlap_grad_reduce": True}}, "parallel.overlap_grad_reduce", "Try false"),
         ({"engine": {"zero_stage": 1}}, "engine.zero_stage", "Try 0, or engine.name=megatron or deepspeed."),
         ({"engine": {"zero_stage": 2}}, "engine.zero_stage", "Try 0, or engine.name=deepspeed."),
         ({"engine": {"offload": "cpu"}}, "engine.offload", "Try none, or engine.name=deepspeed."),

@@ -15,7 +15,9 @@ SUPERVISED = "launch.max_stalled_attempts=3"
 
 
 def drill(workspace: Path, *arguments: str) -> dict[str, Any]:
-    done = llmtrain("drill", "run.yaml", SUPERVISED, "--json", *arguments, folder=workspace)
+    # Saves are waited for, so that it is known how many steps a fault costs: those of this run take a few milliseconds.
+    waits = "checkpoint.async_save=false"
+    done = llmtrain("drill", "run.yaml", SUPERVISED, waits, "--json", *arguments, folder=workspace)
     assert done.returncode == 0, done.stdout + done.stderr
     return {outcome["fault"]: outcome for outcome in map(json.loads, done.stdout.splitlines())}
 

@@ -107,7 +107,7 @@ class TorchEngine(SteppingEngine):
             self.model.train(step is not None)
         whole = VocabularyPart(0, self.config.model.vocabulary)
         head = Objective(scales.loss, self.chunk_tokens, whole)
-        loss_sum = torch.zeros((), device=self.device)  # read once per step, by `_loss_and_norm`
+        loss_sum = torch.zeros((), device=self.device)  # read once per step, by `_totals`
         for number, batch in enumerate(micro_batches):
             global_number = self.place.data + number * self.layout.data
             draws = None if step is None else Draws.of_micro_batch(self.config.seed, step, global_number, self.device)

@@ -5,8 +5,6 @@ Weights & Biases and TensorBoard group charts by the first part of their names; 
 
 from pathlib import Path
 
-from torch.utils.tensorboard.writer import SummaryWriter
-
 from llmtrain.values.progress import RESUMED_FROM, Row
 
 CHART_NAMES = {
@@ -58,6 +56,9 @@ class TensorBoardTracker:
     """Writes every number of a row as a scalar. What lies after `resume_step` from an earlier attempt is hidden."""
 
     def __init__(self, log_dir: Path, resume_step: int = 0) -> None:
+        # Here, so that Weights & Biases has its charts' names where TensorBoard cannot be imported.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
         self._writer = SummaryWriter(str(log_dir), purge_step=resume_step + 1)
 
     def log(self, row: Row) -> None:

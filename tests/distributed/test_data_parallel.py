@@ -45,7 +45,7 @@ def train(rank: int, world_size: int, precision: str, spoil: str = "", overlap: 
     if spoil == "gradients stay local":
         torch_engine.sum_over_ranks = lambda tensors, group: torch.distributed.all_reduce(tensors[-1])  # type: ignore[assignment]
     if spoil == "a bucket is left out":
-        overlapped_sum.OverlappedSum._start = lambda self: setattr(self, "_next", self._next + 1)  # type: ignore[method-assign]
+        overlapped_sum.OverlappedSum._start = lambda self: setattr(self, "_next", self._next + 1)  # type: ignore[method-assign]  # on purpose
     optim: dict[str, Any] = {"lr": 1e-2}
     config = tiny_run(tiny_model(dropout=0.1), {"precision": precision}, optim)
     engine = TorchEngine(config.with_keys({"parallel.overlap_grad_reduce": overlap}), torch.device("cpu"))
@@ -117,7 +117,7 @@ def overlapped(rank: int, world_size: int, precision: str, bucket_elements: int)
         finish(self)
         waiting[0] = False
 
-    OverlappedSum._start, OverlappedSum.finish = noted_start, noted_finish  # type: ignore[method-assign]
+    OverlappedSum._start, OverlappedSum.finish = noted_start, noted_finish  # type: ignore[method-assign]  # only noted
     return train(rank, world_size, precision, overlap=True), meanwhile
 
 

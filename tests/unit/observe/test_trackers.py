@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -310,3 +311,9 @@ def test_only_the_file_is_written_where_the_rest_is_off(tmp_path: Path):
     assert len(trackers) == 1
     trackers[0].close("done")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_names_of_charts_need_no_tensorboard() -> None:
+    """Weights & Biases shows the same charts, and must not go down with TensorBoard."""
+    code = "import sys, llmtrain.observe.charts; sys.exit(any('tensorboard' in name for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=300, check=False).returncode == 0

@@ -27,6 +27,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError, NoProgressError, RunFolderInUseError
 from llmtrain.files import open_log
 from llmtrain.messages import show_messages
+from llmtrain.models.float8 import require_float8
 from llmtrain.plan.memory import advise
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.report.efficiency import DONE, run_efficiency
@@ -60,6 +61,8 @@ def run_worker(
     assert config.launch.num_workers == place.world_size
     start_threads(num_threads(config.launch, place.local_world_size))
     device = choose_device(config.launch, place)
+    if config.train.precision == "fp8":
+        require_float8(device)
     run_dir, timeout_seconds = resolved.run_dir, config.launch.timeout_seconds
     with ExitStack() as held:
         held.enter_context(settled(config, device))

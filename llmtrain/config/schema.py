@@ -52,9 +52,10 @@ class TrainConfig(Section):
     )
     global_batch_size: Batch = Field(default=16, description="Sequences per step over all ranks.")
     micro_batch_size: Batch = Field(default=4, description="Sequences per forward pass of one rank.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
         default="fp32",
-        description="bf16 and fp16: weights and activations in that type, fp32 master weights and gradients.",
+        description="bf16 and fp16: weights and activations in that type, fp32 master weights and gradients. fp8: as "
+        "bf16, with the products of the layers' linears in float8, on a GPU.",
     )
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",

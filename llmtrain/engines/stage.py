@@ -11,6 +11,7 @@ from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import Placement, freeze, split_box
 from llmtrain.models.attention.multi_head import Attention
 from llmtrain.models.experts.mixture import MoE
+from llmtrain.models.float8 import multiply_in_float8
 from llmtrain.models.head import Objective
 from llmtrain.models.positions import RelativeBias
 from llmtrain.models.stack import Pass, Reports, Stack
@@ -139,6 +140,8 @@ class Stage(nn.Module):
                 self.model.enter = region.enter
         self.model.parts, self.model.attention_parts = groups.sequence_parts(), groups.layout.context
         cut(self.model, chunk)  # after the splitting, which reads sizes and names of the whole model
+        if config.train.precision == "fp8":
+            multiply_in_float8(self.model)
         freeze(dict(self.model.named_parameters()), config.optim.freeze)
         self.vocabulary = VocabularyPart(0, config.model.vocabulary)
         if region is not None:

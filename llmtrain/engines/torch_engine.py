@@ -27,6 +27,7 @@ from llmtrain.engines.overlapped_sum import OverlappedSum
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
 from llmtrain.models.compiled_graphs import compile_layers
+from llmtrain.models.float8 import multiply_in_float8
 from llmtrain.models.head import Objective
 from llmtrain.models.init import InitialWeights
 from llmtrain.models.stack import Pass
@@ -48,6 +49,8 @@ class TorchEngine(SteppingEngine):
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.model = build_model(config.model, config.train.recompute)
+        if config.train.precision == "fp8":
+            multiply_in_float8(self.model)
         # The type first, on the meta device: the weights never take their fp32 room.
         self.model.to(DTYPES[config.train.precision]).to_empty(device=device)
         self.parameters = dict(self.model.named_parameters())

@@ -14,6 +14,7 @@ ROOMS = {
     "wandb": ("llmtrain/observe/wandb_tracker.py",),
     "webdataset": ("llmtrain/data/", "data_pipelines/"),
     "transformers": ("llmtrain/interop/",),
+    "torchao": ("llmtrain/models/float8.py",),
 }
 """Where a guest may be imported: a file, or a folder with everything below it."""
 

@@ -39,6 +39,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+SIZES_OF_FP8 = {"head_dim": 16, "ffn_hidden_size": 96}
+"""Every product of them is one of multiples of 16."""
+
+
 class Kept:
     """A source that holds fragments in memory."""
 
@@ -59,6 +63,8 @@ def section(machine: Machine) -> Iterator[Finding]:
         for precision, bound in (("fp32", 1e-5), ("bf16", 3e-2)):
             title = f"{STEPS} steps, {name}, {precision}, beside fp32 on the CPU"
             checks[title] = partial(losses, title, machine, model, precision, bound)
+    title = f"{STEPS} steps, llama, fp8, beside fp32 on the CPU"
+    checks[title] = partial(losses, title, machine, SIZES_OF_FP8, "fp8", 5e-2)
     for case in CASES:
         checks[f"flex {case}"] = partial(attention, machine, case)
     checks |= {

@@ -72,6 +72,14 @@ SIZES = (
 )  # fmt: skip
 
 
+KINDS_OF_STEP: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False},
+    "compiled": {"compile": True},
+    "compiled, fp8": {"compile": True, "precision": "fp8"},
+}
+"""Keys of `train` by name."""
+
+
 def random_batch(config: RunConfig, size: int, number: int) -> Batch:
     length = config.data.seq_len
     tokens = torch.randint(config.model.vocabulary, (size, length + 1), generator=torch.Generator().manual_seed(number))
@@ -83,13 +91,13 @@ def whole_steps(machine: Machine) -> Iterator[Finding]:
     """Tokens per second, MFU and memory of the torch engine, compiled and not, beside a bare loop."""
     for size in SIZES:
         work: dict[str, Callable[[], Finding]] = {}
-        for compiled in (False, True):
-            if compiled and not machine.on_gpu:
-                yield Finding(f"{size.name}, compiled", "left out", note="compiling for the CPU takes a minute")
+        for title, train in KINDS_OF_STEP.items():
+            if not machine.on_gpu and (train["compile"] or "precision" in train):
+                note = "compiling for the CPU takes a minute, and it has no products in float8"
+                yield Finding(f"{size.name}, {title}", "left out", note=note)
                 continue
-            title = f"{size.name}, {'compiled' if compiled else 'eager'}"
-            config = size.config(machine, {"train": {"compile": compiled}})
-            work[title] = partial(engine_step, machine, title, config)
+            title = f"{size.name}, {title}"
+            work[title] = partial(engine_step, machine, title, size.config(machine, {"train": train}))
         if find_spec("transformers"):
             title = f"{size.name}, Hugging Face in a bare loop"
             work[title] = partial(peer_step, machine, title, size.config(machine))

@@ -1,5 +1,6 @@
 """The megatron engine in every layout against one process."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,32 @@ def test_low_precision_stays_within_its_bounds(precision: str, layout: str, zero
     config = parity_run("llama", precision)
     other = config.with_keys({"engine": {"name": "megatron", "zero_stage": zero_stage}, "parallel": parallel})
     assert verdict(config, other, ranks, num_steps=5, levels=LOW_PRECISION).problems == []
+
+
+SIZES_OF_FP8 = {"model.num_kv_heads": 4, "model.head_dim": 8, "model.ffn_hidden_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine"),
+    [
+        ("dp2", {"name": "megatron", "zero_stage": 1}),
+        ("dp2+pp2", {"name": "megatron"}),
+        pytest.param("pp2+vp2", {"name": "megatron"}, marks=pytest.mark.whole_grid),
+        ("dp2", {"name": "deepspeed", "zero_stage": 2}),
+        pytest.param("dp2", {"name": "deepspeed"}, marks=pytest.mark.whole_grid),
+        pytest.param("dp2", {"name": "torch"}, marks=pytest.mark.whole_grid),
+    ],
+)
+def test_products_in_float8_are_the_same_in_every_layout(layout: str, engine: dict[str, Any]) -> None:
+    """The first loss to the last bits: a layout that rounded other values, or none, would be seen there."""
+    ranks, parallel = LAYOUTS[layout]
+    config = parity_run("dropout", "fp8").with_keys(SIZES_OF_FP8)
+    other = config.with_keys({"engine": engine, "parallel": parallel})
+    levels = replace(LOW_PRECISION, first_loss=1e-7)
+    assert verdict(config, other, ranks, num_steps=5, levels=levels).problems == []
+    if layout == "dp2+pp2":
+        bf16 = other.with_keys({"train.precision": "bf16"})
+        assert "loss" in verdict(config, bf16, ranks, num_steps=5, levels=levels).problems[0]
 
 
 @pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.whole_grid)])

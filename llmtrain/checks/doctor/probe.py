@@ -18,7 +18,7 @@ from launch.forking.rank_process import die_with
 from llmtrain.config.engines import ENGINES
 from llmtrain.interop.installation import broken_package
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 ZERO_STAGES = (0, 1, 2, 3)
 AXES = ("tensor", "pipeline", "context")
 MEETING_SECONDS = 30.0
@@ -151,8 +151,9 @@ def _config(name: str, device: str, changes: dict[str, Any], workers: int = 1) -
 def _refusal(config: Any) -> str | None:
     """Why the rules do not allow a configuration."""
     from llmtrain.config.rules.engine import ENGINE_RULES
+    from llmtrain.config.rules.precision import PRECISION_RULES
 
-    return next((problem.message for rule in ENGINE_RULES for problem in rule(config)), None)
+    return next((problem.message for rule in (*ENGINE_RULES, *PRECISION_RULES) for problem in rule(config)), None)
 
 
 def _one_step(build: Callable[..., Any], config: Any, device: Any) -> Answer:
@@ -160,8 +161,11 @@ def _one_step(build: Callable[..., Any], config: Any, device: Any) -> Answer:
 
     from launch.rank.place import ALONE
     from launch.rank.rendezvous import lone_store, open_group
+    from llmtrain.models.float8 import require_float8
     from llmtrain.values.batch import Batch
 
+    if config.train.precision == "fp8":
+        require_float8(device)
     if ENGINES[config.engine.name].needs_group:
         open_group(lone_store(), ALONE, device, MEETING_SECONDS)
     tokens = torch.arange(config.data.seq_len + 1).expand(1, -1)

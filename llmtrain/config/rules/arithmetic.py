@@ -24,6 +24,7 @@ from llmtrain.config.rules.launch import LAUNCH_RULES
 from llmtrain.config.rules.model import MODEL_RULES
 from llmtrain.config.rules.objective import OBJECTIVE_RULES
 from llmtrain.config.rules.parallel import PARALLEL_RULES, WORLD_RULES
+from llmtrain.config.rules.precision import PRECISION_RULES
 from llmtrain.config.schema import OptimConfig, RunConfig
 from llmtrain.errors import Problem
 
@@ -271,6 +272,7 @@ RULES = (
     allowed_changes_are_keys,
     *MODEL_RULES,
     *ENGINE_RULES,
+    *PRECISION_RULES,
     *PARALLEL_RULES,
     *LAUNCH_RULES,
     norms_have_rows,

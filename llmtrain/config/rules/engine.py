@@ -103,17 +103,6 @@ def offload_has_a_place(config: RunConfig) -> Found:
         yield Problem("engine.offload", message, engine.offload, uses=("engine.nvme_path",))
 
 
-def fp16_has_a_gpu(config: RunConfig) -> Found:
-    stage = config.engine.zero_stage
-    if config.train.precision != "fp16" or stage not in row_of(config).gpu_fp16_stages:
-        return
-    if config.launch.device == "cpu":
-        fix = or_engine(lambda other: stage in other.zero_stages and stage not in other.gpu_fp16_stages)
-        message = f"engine.name = {config.engine.name} has no fp16 on the CPU. Try train.precision=bf16{fix}."
-        uses = ("engine.name", "engine.zero_stage", "train.precision")
-        yield Problem("launch.device", message, "cpu", uses=uses)
-
-
 def compile_needs_torch_linears(config: RunConfig) -> Found:
     if config.train.compile and "tensor" in row_of(config).axes and config.parallel.tensor > 1:
         message = (
@@ -145,7 +134,6 @@ ENGINE_RULES = (
     engine_has_zero_stage,
     experts_stay_whole,
     offload_has_a_place,
-    fp16_has_a_gpu,
     compile_needs_torch_linears,
     engine_compiles,
 )

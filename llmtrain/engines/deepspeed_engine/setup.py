@@ -129,7 +129,7 @@ def deepspeed_config(config: RunConfig, device: torch.device) -> dict[str, Any]:
     }
     if config.engine.zero_stage < 3:
         keys["gradient_allreduce_op"] = "sum"
-    if config.engine.zero_stage > 0 and config.train.precision == "bf16":
+    if config.engine.zero_stage > 0 and DTYPES[config.train.precision] == torch.bfloat16:
         keys["bf16"] = {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": False}
     if config.engine.zero_stage > 0 and config.train.precision == "fp16":
         keys["fp16"] = {"enabled": True, "loss_scale": 1.0}
@@ -165,7 +165,7 @@ def computes_no_norm(config: RunConfig) -> bool:
     It insists on one under offload, in stage 3, and in its optimizer for bf16 in stage 1.
     """
     engine = config.engine
-    bf16_optimizer = engine.zero_stage == 1 and config.train.precision == "bf16"
+    bf16_optimizer = engine.zero_stage == 1 and DTYPES[config.train.precision] == torch.bfloat16
     return engine.zero_stage in (1, 2) and engine.offload == "none" and not bf16_optimizer
 
 

@@ -102,7 +102,7 @@ CASES = [
     ),
     Case(
         "wrong word",
-        ("train.precision = bf61 (run.yaml:14)", "must be fp32, bf16 or fp16. Try bf16."),
+        ("train.precision = bf61 (run.yaml:14)", "must be fp32, bf16, fp16 or fp8. Try bf16."),
         append="  precision: bf61\n",
     ),
     Case(

@@ -151,25 +151,22 @@ class SourceReader:
                 if shard not in self._open and shard not in self._coming and shard not in self._blank:
                     self._coming[shard] = self._ahead.submit(partial(self._opened, shard))
         place = self.order.place(number)
-        tokens = self._no_tokens()
+        tokens = np.empty(self._config.seq_len + 1, np.int64)
         starts: list[NDArray[np.int64]] = []
         filled = 0
         for part in self.order.parts(place):
             shard = self._shard(part.shard)
             if shard is None:
                 return self.blank_window(number)
-            found, begins = shard.span(part.begin, part.end)
-            tokens[filled : filled + len(found)] = found
-            starts.append(begins + filled)
-            filled += len(found)
-        return Window(place, tokens, np.concatenate(starts), blank=False)
+            end = filled + part.end - part.begin
+            starts.append(shard.read_into(tokens[filled:end], part.begin) + filled)
+            filled = end
+        return Window(place, tokens, starts[0] if len(starts) == 1 else np.concatenate(starts), blank=False)
 
     def blank_window(self, number: int) -> Window:
         """Sample `number` without what it holds; no shard is opened for it."""
-        return Window(self.order.place(number), self._no_tokens(), np.empty(0, np.int64), blank=True)
-
-    def _no_tokens(self) -> NDArray[np.int64]:
-        return np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
+        nothing = np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
+        return Window(self.order.place(number), nothing, np.empty(0, np.int64), blank=True)
 
     def _shard(self, number: int) -> ShardFile | None:
         """The opened shard, None where it is skipped; the least recently used one is closed where too many are open."""

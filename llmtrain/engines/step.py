@@ -60,6 +60,8 @@ class SteppingEngine(ABC):
         self.compiles = (on_gpu and able) if asked is None else asked
         overlap = config.parallel.overlap_grad_reduce
         self.overlaps = on_gpu if overlap is None else overlap
+        # One pass over the gradients fewer, and other last bits: on a CPU numbers stay what they were.
+        self.clips_in_update = on_gpu and self.row.divides
         self.chunk_tokens = config.train.chunk_tokens(config.model.padded_vocab_size // self.layout.tensor, on_gpu)
         self.num_updates = 0
         self.inspect_gradients: GradientInspector | None = None
@@ -174,12 +176,16 @@ class SteppingEngine(ABC):
 
     @torch.no_grad()
     def _update(self, factor: float, lr: float) -> None:
-        if factor != 1.0:
+        clips_in_update = self.clips_in_update and factor != 1.0
+        # Filled on the device: a copy from the host would be waited for.
+        divisor = torch.full((), 1 / factor, device=self.device) if clips_in_update else None
+        if factor != 1.0 and not clips_in_update:
             for masters in self.resident(write=True):
                 grads = gradients_of(masters)
                 if grads:  # torch refuses an empty list, and has no public name for many products at once
                     torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
         for optimizer in self.optimizers:
+            optimizer.grad_scale = divisor  # pyright: ignore[reportAttributeAccessIssue]  # read by torch's fused AdamW
             for group in optimizer.param_groups:
                 group["lr"] = lr
         self.update()

@@ -29,7 +29,8 @@ class MlmHead(nn.Module):
 
 
 class ChunkGradients(NamedTuple):
-    """The places for a chunk's gradients: its rows of the hidden states, and fp32 sums for the weight and the bias."""
+    """The places for a chunk's gradients: its rows of the hidden states, and sums for the weight and the bias, in fp32
+    where there are several chunks to sum."""
 
     hidden_CH: Tensor
     weight_VH: Tensor | None
@@ -96,7 +97,9 @@ class HeadCrossEntropy(torch.autograd.Function):
         d_hidden_TH = torch.empty_like(hidden_TH) if with_gradients else None
         d_weight_VH, d_bias_V = None, None
         if ctx.needs_input_grad[1]:
-            d_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+            # The sum of one chunk alone is rounded once in either type, and is half as large in the weight's.
+            one_chunk = hidden_TH.shape[0] <= objective.chunk_tokens
+            d_weight_VH = torch.zeros_like(weight_VH, dtype=None if one_chunk else torch.float32)
         if bias_V is not None and ctx.needs_input_grad[4]:
             d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)

@@ -29,14 +29,16 @@ class OptimizerRow:
     """The facts about an optimizer.
 
     `moments` are the names of its fp32 tensors per weight, as torch's optimizer state has them. `counts_updates` says
-    that its state has the number of updates as well, `step`. `scope` is element where a weight's update follows from
-    its own gradient alone, so that any part of a tensor may be stepped anywhere; matrix where it takes whole matrices.
-    `moment_shape` gives the shape of a moment from its name and the weight's shape.
+    that its state has the number of updates as well, `step`; `divides` says that its step divides gradients by the
+    tensor `grad_scale`, its attribute, in the pass over them that it makes anyway. `scope` is element where a weight's
+    update follows from its own gradient alone, so that any part of a tensor may be stepped anywhere; matrix where it
+    takes whole matrices. `moment_shape` gives the shape of a moment from its name and the weight's shape.
     """
 
     build: Callable[[Groups, OptimConfig], Optimizer]
     moments: tuple[str, ...]
     counts_updates: bool
+    divides: bool = False
     scope: Literal["element", "matrix"] = "element"
     moment_shape: Callable[[str, Shape], Shape] = lambda moment, shape: shape
 
@@ -74,7 +76,7 @@ def build_lion(groups: Groups, optim: OptimConfig) -> Optimizer:
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerRow(build_adamw, ("exp_avg", "exp_avg_sq"), counts_updates=True),
+    "adamw": OptimizerRow(build_adamw, ("exp_avg", "exp_avg_sq"), counts_updates=True, divides=True),
     "lion": OptimizerRow(build_lion, ("exp_avg",), counts_updates=False),
 }
 """By optim.name. A test holds the names to those of the schema and of the table of engines."""

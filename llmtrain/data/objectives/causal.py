@@ -5,6 +5,7 @@ Shape suffixes: B micro-batch, S sequence, T the encoder's sequence in an encode
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -48,7 +49,15 @@ def causal_row(tokens: NDArray[np.int64], document_starts: NDArray[np.int64], da
 
 def sample_positions(document_starts: NDArray[np.int64], data: DataConfig, seq_len: int) -> NDArray[np.int64]:
     """Positions [seq_len] as data.reset_positions wants them."""
-    return document_positions(document_starts, seq_len) if data.reset_positions else np.arange(seq_len)
+    return document_positions(document_starts, seq_len) if data.reset_positions else counted(seq_len)
+
+
+@lru_cache(maxsize=4)
+def counted(seq_len: int) -> NDArray[np.int64]:
+    """Positions [seq_len] of a sample that is one: the same array for all, which nobody may write to."""
+    positions = np.arange(seq_len)
+    positions.setflags(write=False)
+    return positions
 
 
 def document_positions(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
@@ -71,10 +80,12 @@ def _bounds(document_starts: NDArray[np.int64], seq_len: int) -> NDArray[np.int6
 
 def stack_samples(rows: Sequence[PackedSample], first_sample: int) -> Batch:
     """A micro-batch of int64 tensors, in pinned memory where there is a GPU to copy it to."""
+    positions = [row.positions_S for row in rows]
+    first = positions[0]  # where it is the one that counts through, those of all rows of all batches are
     return Batch(
         tokens_BS=_tensor([row.tokens_S for row in rows]),
         labels_BS=_tensor([row.labels_S for row in rows]),
-        positions_BS=_tensor([row.positions_S for row in rows]),
+        positions_BS=counted_rows(len(rows), len(first)) if first is counted(len(first)) else _tensor(positions),
         segments_BS=_tensor_or_none([row.segments_S for row in rows]),
         first_sample=first_sample,
         prefix_B=_tensor_or_none([None if row.prefix is None else np.array(row.prefix) for row in rows]),
@@ -90,10 +101,19 @@ def _tensor_or_none(rows: Sequence[NDArray[np.int64] | None]) -> torch.Tensor | 
     return _tensor(present) if present else None
 
 
+@lru_cache(maxsize=4)
+def counted_rows(num_rows: int, seq_len: int) -> torch.Tensor:
+    """`counted` as the positions [B, S] of a batch: the same tensor for all, as nobody writes to a batch."""
+    return _tensor([counted(seq_len)] * num_rows)
+
+
 def _tensor(rows: Sequence[NDArray[np.int64]]) -> torch.Tensor:
     # Pinned memory lets `Batch.to` copy without waiting for the device.
-    tensor = torch.from_numpy(np.stack(rows))
-    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    tensor = torch.empty((len(rows), *rows[0].shape), dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    stacked = tensor.numpy()
+    for number, row in enumerate(rows):
+        stacked[number] = row
+    return tensor
 
 
 Tokens = NDArray[np.int64]

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from llmtrain.config.data import CorruptionConfig, DenoiserConfig
 from llmtrain.config.sequence_lengths import SpanCounts, prefix_bounds, span_counts
-from llmtrain.data.objectives.causal import PackedSample
+from llmtrain.data.objectives.causal import PackedSample, counted
 from llmtrain.data.row_config import RowConfig, SampleRandom
 from llmtrain.data.stream import Sample
 from llmtrain.values.batch import IGNORED_LABEL, PADDING
@@ -104,7 +104,7 @@ def encoder_decoder_row(input_T: Tokens, target_S: Tokens, row_config: RowConfig
     return PackedSample(
         tokens_S=_filled(decoder_S, lengths.main, pad),
         labels_S=_filled(target_S, lengths.main, IGNORED_LABEL),
-        positions_S=np.arange(lengths.main),
+        positions_S=counted(lengths.main),
         segments_S=_filled(np.zeros_like(decoder_S), lengths.main, PADDING) if padded.main else None,
         encoder_tokens_T=_filled(input_T, lengths.encoder, pad),
         encoder_segments_T=_filled(np.zeros_like(input_T), lengths.encoder, PADDING) if padded.encoder else None,

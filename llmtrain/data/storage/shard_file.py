@@ -63,27 +63,30 @@ class ShardFile:
         first = int(self._first[number])
         return self._tokens[first : first + int(self.lengths[number])]
 
-    def span(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens [begin, end) of the stream, one at least, and the positions in them where documents begin.
+    def read_into(self, tokens: NDArray[np.int64], begin: int) -> NDArray[np.int64]:
+        """Fill `tokens`, which has room for one at least, with those of the stream from token `begin` on; returns the
+        positions in it where documents begin.
 
         A document without tokens begins at its own end of sequence. Raises IndexError past the stream's end, and
         DataError for an id that the vocabulary does not have: the file was spoiled, and no hash has told.
         """
+        length = len(tokens)
+        end = begin + length
         if not 0 <= begin < end <= self._starts[-1]:
             raise IndexError(f"tokens {begin} to {end}: the shard's stream has {self._starts[-1]} tokens")
-        length = end - begin
-        first, last = np.searchsorted(self._starts, (begin + 1, end)).tolist()
+        first, last = self._starts.searchsorted((begin + 1, end)).tolist()
         first -= 1  # the document, or its end of sequence, that the first token belongs to
         bounds = self._starts[first : last + 1] - begin
         starts = bounds[:-1]
         sources = (self._first[first:last] - starts).tolist()  # where position 0 would lie in the file
-        tokens = np.full(length, self._eos_id, np.int64)
         for source, (start, next_start) in zip(sources, pairwise(bounds.tolist()), strict=True):
             low, high = max(start, 0), min(next_start - 1, length)
             tokens[low:high] = self._tokens[source + low : source + high]
+            if high < length:
+                tokens[high] = self._eos_id
         if tokens.max() >= self._vocab_size:
             self._raise_unknown_id(tokens, first, begin)
-        return tokens, starts[starts >= 0]
+        return starts if bounds[0] == 0 else starts[1:]
 
     def _raise_unknown_id(self, tokens: NDArray[np.int64], first: int, begin: int) -> None:
         """Name the first id that is none, and its byte; `first` is the document that the tokens begin in."""

@@ -254,6 +254,19 @@ def test_all_weights_are_rounded_together() -> None:
     assert all(torch.equal(ours.parameters[name], master.bfloat16()) for name, master in ours.masters.items())
 
 
+def test_clipping_in_the_update_is_no_pass_of_its_own() -> None:
+    """On a GPU. tests/parity/test_optimizers.py compares the numbers."""
+    passes = []
+    for in_update in (False, True):
+        ours = engine(lr=1e-2, grad_clip=0.1)
+        assert not ours.clips_in_update, "on a CPU the bits stay what they were"
+        ours.clips_in_update = in_update
+        with Operations() as operations:
+            assert ours.train_step(1, unequal_batches(), 1e-2).grad_norm > 0.1
+        passes.append(operations.names["_foreach_mul_"])
+    assert passes == [1, 0]
+
+
 def test_gradients_are_gone_after_a_step() -> None:
     ours: Any = engine()
     grads: list[StorageWeakRef] = []

@@ -71,3 +71,30 @@ def test_fp16_gradients_are_scaled_before_they_are_rounded() -> None:
     loss = F.cross_entropy(exact_hidden @ exact_weight.T, labels, reduction="sum")
     exact = torch.autograd.grad(loss, exact_weight)[0]
     torch.testing.assert_close(grad, exact, rtol=0.02, atol=1e-8)
+
+
+def test_one_chunk_makes_no_fp32_sum_and_the_same_bits() -> None:
+    """The second chunk here has no targets: the fp32 sum that it makes necessary is of one chunk and of zeros."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sums(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.found += isinstance(out, torch.Tensor) and out.shape == (96, 8) and out.dtype == torch.float32
+            return out
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 8).bfloat16(), torch.randn(96, 8).bfloat16()
+    labels = torch.randint(0, 96, (64,))
+    labels[32:] = -100
+    grads, counts = [], []
+    for tokens in (32, 64):
+        rows, matrix = hidden[:tokens].clone().requires_grad_(), weight.clone().requires_grad_()
+        with Sums() as sums:
+            head_cross_entropy(rows, matrix, labels[:tokens], objective_of(0.5, 32, 96))[0].backward()
+        grads.append(matrix.grad)
+        counts.append(sums.found)
+    assert counts[0] == 0 < counts[1]
+    assert torch.equal(grads[0], grads[1])

@@ -62,6 +62,8 @@ class SteppingEngine(ABC):
         self.overlaps = on_gpu if overlap is None else overlap
         # One pass over the gradients fewer, and other last bits: on a CPU numbers stay what they were.
         self.clips_in_update = on_gpu and self.row.divides
+        # As above. ZeRO 3 has no weights in memory before they are needed.
+        self.joins_projections = on_gpu and config.engine.zero_stage < 3
         self.chunk_tokens = config.train.chunk_tokens(config.model.padded_vocab_size // self.layout.tensor, on_gpu)
         self.num_updates = 0
         self.inspect_gradients: GradientInspector | None = None

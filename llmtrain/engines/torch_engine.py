@@ -26,6 +26,7 @@ from llmtrain.engines.masters import (
 from llmtrain.engines.overlapped_sum import OverlappedSum
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.float8 import multiply_in_float8
 from llmtrain.models.head import Objective
@@ -53,6 +54,8 @@ class TorchEngine(SteppingEngine):
             multiply_in_float8(self.model)
         # The type first, on the meta device: the weights never take their fp32 room.
         self.model.to(DTYPES[config.train.precision]).to_empty(device=device)
+        if self.joins_projections:
+            join_projections(self.model, move=True)
         self.parameters = dict(self.model.named_parameters())
         freeze(self.parameters, config.optim.freeze)
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}

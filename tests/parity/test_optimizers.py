@@ -84,39 +84,3 @@ def test_another_update_is_caught(mutation: Callable[[], None], engine: str) -> 
     config = optimized("lion")
     other = config.with_keys({"engine": {"name": engine, "zero_stage": 1}, "parallel": {}})
     assert any("after the last step" in problem for problem in verdict(config, other, 2, mutation=mutation).problems)
-
-
-def clip_in_update() -> None:
-    """As on a GPU: the update divides gradients by their norm over the limit; nothing else passes over them."""
-    from llmtrain.engines.step import SteppingEngine
-
-    build: Any = SteppingEngine.__init__
-
-    def built(self: Any, *arguments: Any) -> None:
-        build(self, *arguments)
-        self.clips_in_update = True
-
-    SteppingEngine.__init__ = built  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize(
-    ("engine", "layout", "zero_stage"),
-    [
-        ("torch", "dp2", 0),
-        ("megatron", "tp2+pp2", 1),
-        pytest.param("megatron", "pp2+vp2", 0, marks=pytest.mark.whole_grid),
-        *((("deepspeed", "dp2", stage)) for stage in (1, 3)),
-        *(pytest.param("deepspeed", "dp2", stage, marks=pytest.mark.whole_grid) for stage in (0, 2)),
-    ],
-)
-def test_clipping_in_the_update_is_clipping_before_it(engine: str, layout: str, zero_stage: int) -> None:
-    ranks, parallel = test_megatron.LAYOUTS[layout]
-    config = parity_run("llama").with_keys({"optim.grad_clip": 0.1})
-    other = config.with_keys({"engine": {"name": engine, "zero_stage": zero_stage}, "parallel": parallel})
-    assert verdict(config, other, ranks, mutation=clip_in_update).problems == []
-
-
-def test_an_update_that_divides_nothing_is_caught() -> None:
-    config = optimized("lion", **{"optim.grad_clip": 0.1})
-    other = config.with_keys({"engine": {"name": "megatron"}, "parallel": {}})
-    assert any("after the last step" in each for each in verdict(config, other, 2, mutation=clip_in_update).problems)

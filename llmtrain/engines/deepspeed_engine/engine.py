@@ -31,6 +31,7 @@ from llmtrain.engines.masters import (
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.init import InitialWeights
 from llmtrain.optim.table import parameter_groups
 from llmtrain.parallel.cpu import stand_in_for_cuda
@@ -61,6 +62,8 @@ class DeepSpeedEngine(SteppingEngine):
         self.routers = Routers(config.model, iter_moe(stage.model.stacks), device)
         self.averaged_over = self.sharding.averaged_over
         self.load_weights(InitialWeights(config.model, config.seed))
+        if self.joins_projections:  # last: ZeRO has moved the weights into its buffers
+            join_projections(stage, move=False)
 
     def _build_stage(self) -> Stage:
         (chunk,) = plan_chunks(self.layout, self.config.model.total_layers, None, 0)
@@ -71,6 +74,8 @@ class DeepSpeedEngine(SteppingEngine):
             materialize_partitioned(stage, self.config, self.groups, self.device)
         else:
             stage.to_empty(device=self.device)
+            if self.joins_projections:
+                join_projections(stage, move=True)
         # From here on: a tensor that gets memory is a new parameter, without the marks of the old one.
         for parameter, placement in stage.named_placements():
             dim = self.declared[placement.name].split if self.layout.tensor > 1 else None

@@ -22,6 +22,7 @@ from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, trans
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.init import InitialWeights
 from llmtrain.parallel.cpu import call_cuda_tensors, stand_in_for_cuda
@@ -64,6 +65,11 @@ class MegatronEngine(SteppingEngine):
         stages = [cast(PipelineChunk, chunk.module).stage for chunk in self.chunks]
         self.routers = Routers(config.model, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
         self.load_weights(InitialWeights(config.model, config.seed))
+        if (
+            self.joins_projections
+        ):  # last: ZeRO has moved the weights into its buffers, where they lie the other way round
+            for stage in stages:
+                join_projections(stage, move=False)
 
     def _build_chunk(self, number: int, chunk: Chunk) -> DistributedDataParallel:
         stage = Stage(self.config, self.groups, chunk, self.chunk_tokens)
@@ -71,6 +77,8 @@ class MegatronEngine(SteppingEngine):
             compile_layers(layer for stack in stage.model.stacks for layer in stack.layers.values())
         stage.to_empty(device=self.device)
         stage.to(DTYPES[self.config.train.precision])
+        if self.joins_projections:
+            join_projections(stage, move=True)
         tied = self.config.model.tie_embeddings and not is_frozen(WORD, self.config.optim.freeze)
         module = PipelineChunk(stage, self.megatron_config, tied, number)
         # Marks before DDP: by `allreduce` it chooses the buffer, and so the group, of each gradient.

@@ -18,6 +18,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.blockwise import blockwise_attention
 from llmtrain.models.attention.caches import KeyValueCache, LayerCache, MemoryCache, StateCache
 from llmtrain.models.attention.flex_kernel import can_flex, flex_kernel
+from llmtrain.models.attention.joint_product import find_joint, joint_outputs, put_side_by_side
 from llmtrain.models.attention.linear import decode, linear_attention
 from llmtrain.models.attention.patterns import PATTERNS, Full, Strided
 from llmtrain.models.attention.scoring import ProbabilityDropout, Scoring, Visibility, repeated_kv, scores_by_distance
@@ -118,6 +119,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.hidden_size, config.kv_heads * self.head_dim, bias=config.bias)
         self.v = nn.Linear(config.hidden_size, config.kv_heads * self.head_dim, bias=config.bias)
         self.out = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
+        self.joint: tuple[Tensor, list[int]] | None = None
+        """The weights of q, k and v as one, where engines let them be multiplied together: see joint_product.py."""
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         has_sinks = config.attention.sinks and not cross
@@ -131,11 +134,13 @@ class Attention(nn.Module):
         memory_TBH: Tensor | None = None,
     ) -> Tensor:
         """[S, B, H]. Cross-attention needs the memory, but where its cache has seen it."""
-        q = self.heads_of(self.q, x_SBH, self.q_norm)
         if self.cross:
+            q = self.heads_of(self.q(x_SBH), self.q_norm)
             k, v = self.keys_and_values_of_memory(memory_TBH, cache)
         else:
-            k, v = self.keys_and_values(x_SBH)
+            linears = (self.q, self.k, self.v)
+            outputs = joint_outputs(x_SBH, *self.joint, linears) if self.joint else [each(x_SBH) for each in linears]
+            q, k, v = map(self.heads_of, outputs, (self.q_norm, self.k_norm, None))
             if inputs.rotary is not None:
                 q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
         if isinstance(cache, StateCache):
@@ -150,18 +155,15 @@ class Attention(nn.Module):
             out = self.attend(q, k, v, inputs)
         return self.out(out.flatten(-2))
 
-    def heads_of(self, linear: nn.Linear, x_SBH: Tensor, norm: RMSNorm | None) -> Tensor:
-        """[S, B, N, D]."""
-        heads = linear(x_SBH).unflatten(-1, (-1, self.head_dim))
+    def heads_of(self, output: Tensor, norm: RMSNorm | None) -> Tensor:
+        """[S, B, N, D] of what a linear has put out."""
+        heads = output.unflatten(-1, (-1, self.head_dim))
         return heads if norm is None else norm(heads)
-
-    def keys_and_values(self, x_TBH: Tensor) -> tuple[Tensor, Tensor]:
-        return self.heads_of(self.k, x_TBH, self.k_norm), self.heads_of(self.v, x_TBH, None)
 
     def keys_and_values_of_memory(self, memory_TBH: Tensor | None, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
         def computed() -> tuple[Tensor, Tensor]:
             assert memory_TBH is not None, "cross-attention needs a memory"
-            return self.keys_and_values(memory_TBH)
+            return self.heads_of(self.k(memory_TBH), self.k_norm), self.heads_of(self.v(memory_TBH), None)
 
         return cache.kept(computed) if isinstance(cache, MemoryCache) else computed()
 
@@ -189,3 +191,16 @@ class Attention(nn.Module):
             heads = Span(self.first_head, self.num_heads)
             dropout = ProbabilityDropout(self.dropout, self.dropout_site, inputs.draws, heads)
         return Scoring(self.pattern, inputs.visible, self.scale, self.softcap, by_distance, sinks, dropout)
+
+
+def join_projections(model: nn.Module, move: bool) -> None:
+    """Let self-attention make queries, keys and values in one product, where their weights lie side by side.
+
+    With `move`, what lies elsewhere is put there first. Weights must not be moved by others afterwards.
+    """
+    for module in model.modules():
+        if isinstance(module, Attention) and not module.cross:
+            linears = (module.q, module.k, module.v)
+            if move:
+                put_side_by_side(linears)
+            module.joint = find_joint(linears)

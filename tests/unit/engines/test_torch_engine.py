@@ -255,7 +255,7 @@ def test_all_weights_are_rounded_together() -> None:
 
 
 def test_clipping_in_the_update_is_no_pass_of_its_own() -> None:
-    """On a GPU. tests/parity/test_optimizers.py compares the numbers."""
+    """On a GPU. tests/parity/test_gpu_choices.py compares the numbers."""
     passes = []
     for in_update in (False, True):
         ours = engine(lr=1e-2, grad_clip=0.1)

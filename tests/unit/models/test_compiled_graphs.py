@@ -12,6 +12,7 @@ import torch._inductor.config as inductor_config
 from torch import nn
 from torch._dynamo.utils import counters
 
+from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.compiled_graphs import CACHE_VARIABLE, compile_layers
 from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model
@@ -57,7 +58,7 @@ FEW, MANY = 3, 12
 """Layers. PyTorch gives up compiling a function after its eighth graph."""
 
 
-def graphs(num_layers: int, recompute: str = "none", **changes: Any) -> dict[str, int]:
+def graphs(num_layers: int, recompute: str = "none", joint: bool = False, **changes: Any) -> dict[str, int]:
     """How many graphs all layers of a model with dropout take in two steps, and how often the compiler gave up."""
     torch._dynamo.reset()
     counters.clear()
@@ -66,6 +67,8 @@ def graphs(num_layers: int, recompute: str = "none", **changes: Any) -> dict[str
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
+    if joint:
+        join_projections(model, move=True)
     for layer in (layer for stack in model.stacks for layer in stack.layers.values()):
         layer.compile(backend="eager")
     for step in (1, 2):
@@ -78,6 +81,11 @@ def graphs(num_layers: int, recompute: str = "none", **changes: Any) -> dict[str
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_layers_with_dropout_share_one_graph(recompute: str) -> None:
     assert graphs(MANY, recompute) == {"graphs": 1, "given up": 0}
+
+
+def test_layers_with_joint_products_share_one_graph() -> None:
+    """As on a GPU: each layer has a matrix that is none of its parameters, over the memory of three that are."""
+    assert graphs(MANY, joint=True) == {"graphs": 1, "given up": 0}
 
 
 def test_attention_dropout_takes_no_more_graphs_in_more_layers() -> None:

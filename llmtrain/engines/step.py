@@ -161,20 +161,26 @@ class SteppingEngine(ABC):
     @torch.no_grad()
     def _totals(self, loss: Tensor, unscale: float) -> tuple[float, float, Tensor]:
         """The loss of the whole step, the norm of its gradient, and the routers' sums, from the parts of all ranks."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.device)
-        for masters in self.resident():
-            grads = gradients_of(master for master in masters if master.owned)
-            squares += torch.nn.utils.get_total_norm(grads).double().square().to(self.device)
+        norms = [
+            torch.nn.utils.get_total_norm(gradients_of(master for master in masters if master.owned))
+            for masters in self.resident()
+        ]
+        squares = sum(norm.double().square().to(self.device) for norm in norms)
+        assert isinstance(squares, Tensor), "every rank has masters, or an empty list of them"
         # All in one collective. Tensor ranks have the same loss, and each its own part of the norm.
-        totals = torch.cat((torch.stack((loss.double() / self.layout.tensor, squares)), self.routers.sums.flatten()))
+        totals = torch.stack((loss.double() / self.layout.tensor, squares))
+        sums = self.routers.sums
+        if sums.numel():
+            totals = torch.cat((totals, sums.flatten()))
         if dist.is_initialized():
             dist.all_reduce(totals)
-        if not self.layout.sequence:
-            totals[2:] /= self.layout.tensor  # each tensor rank has counted every token
-        self.routers.sums.copy_(totals[2:].view_as(self.routers.sums))
+        if sums.numel():
+            if not self.layout.sequence:
+                totals[2:] /= self.layout.tensor  # each tensor rank has counted every token
+            sums.copy_(totals[2:].view_as(sums))
         host = totals.cpu()  # the host waits here, for all that the device has to do
         loss_total, squares_total = host[:2].tolist()
-        return loss_total, math.sqrt(squares_total) * unscale, host[2:].view_as(self.routers.sums)
+        return loss_total, math.sqrt(squares_total) * unscale, host[2:].view_as(sums)
 
     @torch.no_grad()
     def _update(self, factor: float, lr: float) -> None:

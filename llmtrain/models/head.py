@@ -30,11 +30,12 @@ class MlmHead(nn.Module):
 
 class ChunkGradients(NamedTuple):
     """The places for a chunk's gradients: its rows of the hidden states, and sums for the weight and the bias, in fp32
-    where there are several chunks to sum."""
+    where there are several chunks to sum. In that of the weight the first chunk finds nothing yet."""
 
     hidden_CH: Tensor
     weight_VH: Tensor | None
     bias_V: Tensor | None
+    first: bool
 
 
 class Head(NamedTuple):
@@ -60,30 +61,27 @@ def chunk_loss(
     """Sum of -log softmax(h W^T + b)[label] over the chunk's targets, in fp32; adds `scale` times its gradients."""
     valid_C, targets_C = labels_C >= 0, labels_C.clamp(min=0)
     weight_VH = head.weight_VH
-    logits_CV = (hidden_CH @ weight_VH.T).float()
+    logits_CV = hidden_CH @ weight_VH.T
     if head.bias_V is not None:
-        logits_CV += head.bias_V.float()
-    sum_C, log_sum_C, target_logit_C = objective.part.exponentials(logits_CV, targets_C)
-    if grads is not None:
-        # d loss / d logit = scale * (softmax - 1 at the label). The logits are exponentials by now: over their sum they
-        # are the softmax, and the 1 is taken off on the rank that holds the label's row.
-        scale_C = valid_C * objective.scale
-        logits_CV.mul_((scale_C / sum_C)[:, None])
-        if objective.part.rows:
-            row_C, here_C = objective.part.local(targets_C)
-            logits_CV.scatter_add_(1, row_C[:, None], -(here_C * scale_C)[:, None])
+        logits_CV = logits_CV.float() + head.bias_V.float()
+    scale_C = None if grads is None else valid_C * objective.scale
+    loss_C, d_logits_CV = objective.part.cross_entropy(logits_CV, targets_C, scale_C)
+    if grads is not None and d_logits_CV is not None:
+        del logits_CV  # as large as their gradient
         if grads.bias_V is not None:
-            grads.bias_V.add_(logits_CV.sum(0))
-        d_logits_CV = logits_CV.to(hidden_CH.dtype)
+            grads.bias_V.add_(d_logits_CV.sum(0))
+        d_logits_CV = d_logits_CV.to(hidden_CH.dtype)
         # d h = d logits W, and d W = sum over the chunks of d logits^T h.
         torch.mm(d_logits_CV, weight_VH, out=grads.hidden_CH)
         if grads.weight_VH is None:  # frozen
             pass
         elif grads.weight_VH.dtype == hidden_CH.dtype:
-            grads.weight_VH.addmm_(d_logits_CV.T, hidden_CH)
+            grads.weight_VH.addmm_(d_logits_CV.T, hidden_CH, beta=0 if grads.first else 1)
+        elif grads.first:
+            grads.weight_VH.copy_(d_logits_CV.T @ hidden_CH)
         else:
             grads.weight_VH.add_(d_logits_CV.T @ hidden_CH)
-    return ((log_sum_C - target_logit_C) * valid_C).sum()
+    return (loss_C * valid_C).sum()
 
 
 class HeadCrossEntropy(torch.autograd.Function):
@@ -99,7 +97,7 @@ class HeadCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # The sum of one chunk alone is rounded once in either type, and is half as large in the weight's.
             one_chunk = hidden_TH.shape[0] <= objective.chunk_tokens
-            d_weight_VH = torch.zeros_like(weight_VH, dtype=None if one_chunk else torch.float32)
+            d_weight_VH = torch.empty_like(weight_VH, dtype=None if one_chunk else torch.float32)
         if bias_V is not None and ctx.needs_input_grad[4]:
             d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
@@ -107,7 +105,7 @@ class HeadCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + objective.chunk_tokens)
             grads = None
             if d_hidden_TH is not None:
-                grads = ChunkGradients(d_hidden_TH[chunk], d_weight_VH, d_bias_V)
+                grads = ChunkGradients(d_hidden_TH[chunk], d_weight_VH, d_bias_V, first=start == 0)
             loss_sum += chunk_loss(hidden_TH[chunk], Head(weight_VH, bias_V), labels_T[chunk], objective, grads)
         if d_hidden_TH is not None:
             weight_grad = None if d_weight_VH is None else d_weight_VH.to(weight_VH.dtype)

@@ -1,6 +1,6 @@
 """The parts of the sequence and of the vocabulary that a rank holds, and the collectives that join them.
 
-Shape suffixes: s this rank's part of the sequence, S the whole; C tokens of a chunk, V vocabulary.
+Shape suffixes: s this rank's part of the sequence, S the whole; C tokens of a chunk, V vocabulary, R ranks of a group.
 """
 
 from dataclasses import dataclass
@@ -44,6 +44,12 @@ WHOLE = SequenceParts()
 """One rank holds everything."""
 
 
+def makes_one_pass(logits_CV: Tensor) -> bool:
+    """True where PyTorch's log-softmax reads logits of any type once and writes fp32 ones: on a GPU. On a CPU memory
+    that is new costs more than passes over what is there."""
+    return logits_CV.is_cuda
+
+
 @dataclass(frozen=True)
 class VocabularyPart:
     """Rows [first, first + rows) of the head are on this rank; `group` holds the other parts (None: there are none).
@@ -62,30 +68,57 @@ class VocabularyPart:
         first = group.rank() * held
         return VocabularyPart(first, min(held, max(0, vocab_size - first)), group)
 
-    def exponentials(self, logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Turns logits into exp(logit - peak) in place; returns their sum, log(sum(exp(logit))) and the labels' logits.
+    def cross_entropy(
+        self, logits_CV: Tensor, labels_C: Tensor, scale_C: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(-log softmax(logits)[label], [C], and `scale_C` times its gradient by the logits), both in fp32.
 
-        [C] each, fp32. The peak and the sums are over the whole vocabulary. Dividing by the sum makes probabilities,
-        which spares a second exponential.
+        d loss / d logit = softmax - 1 at the label. The softmax is over the whole vocabulary; without `scale_C` there
+        is no gradient. The logits may be overwritten.
         """
-        row_C, here_C = self.local(labels_C)
+        if self.group is not None:
+            return self._split_cross_entropy(logits_CV.float(), labels_C, scale_C, self.group)
+        label_C1 = labels_C[:, None]
+        if makes_one_pass(logits_CV):
+            log_CV = torch.log_softmax(logits_CV, -1, dtype=torch.float32)
+            loss_C = -log_CV.gather(1, label_C1)[:, 0]
+            if scale_C is None:
+                return loss_C, None
+            return loss_C, log_CV.exp_().mul_(scale_C[:, None]).scatter_add_(1, label_C1, -scale_C[:, None])
+        logits_CV = logits_CV.float()
+        peak_C1, target_C1 = logits_CV.amax(-1, keepdim=True), logits_CV.gather(1, label_C1)
+        sum_C1 = logits_CV.sub_(peak_C1).exp_().sum(-1, keepdim=True)
+        loss_C = (peak_C1 + sum_C1.log() - target_C1)[:, 0]
+        if scale_C is None:
+            return loss_C, None
+        # The logits are exponentials by now: over their sum they are the softmax.
+        return loss_C, logits_CV.mul_(scale_C[:, None] / sum_C1).scatter_add_(1, label_C1, -scale_C[:, None])
+
+    def _split_cross_entropy(
+        self, logits_CV: Tensor, labels_C: Tensor, scale_C: Tensor | None, group: ProcessGroup
+    ) -> tuple[Tensor, Tensor | None]:
+        local_C = labels_C - self.first
+        here_C = (local_C >= 0) & (local_C < self.rows)
+        row_C = local_C.clamp(0, max(0, self.rows - 1))  # legal in either case
         peak_C = logits_CV.new_full((len(labels_C),), float("-inf"))
         target_C = torch.zeros_like(peak_C)
         if self.rows:
             peak_C = logits_CV.amax(-1)
-            target_C = logits_CV.gather(1, row_C[:, None])[:, 0] * here_C
-        if self.group is not None:
-            # The peak of the whole row, before any exponential: sums of parts with other peaks would not add up.
-            dist.all_reduce(peak_C, dist.ReduceOp.MAX, self.group)
+            target_C = logits_CV.gather(1, row_C[:, None])[:, 0] * here_C  # the other ranks have 0
         sum_C = logits_CV.sub_(peak_C[:, None]).exp_().sum(-1)
-        if self.group is not None:
-            sums_2C = torch.stack((sum_C, target_C))
-            dist.all_reduce(sums_2C, group=self.group)  # one rank has the label's logit, the others add 0
-            sum_C, target_C = sums_2C.unbind()
-        return sum_C, peak_C + sum_C.log(), target_C
-
-    def local(self, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-        """(row on this rank, whether the label is on this rank); the row is legal in either case."""
-        local_C = labels_C - self.first
-        here_C = (local_C >= 0) & (local_C < self.rows)
-        return local_C.clamp(0, max(0, self.rows - 1)), here_C
+        # One collective: sums that were made below peaks of their own are brought below the highest afterwards. All
+        # ranks add the parts up in the same order, and have the same loss.
+        own_3C = torch.stack((peak_C, sum_C, target_C))
+        parts = own_3C.new_empty(3 * group.size(), len(labels_C))
+        dist.all_gather_into_tensor(parts, own_3C, group=group)
+        peaks_RC, sums_RC, targets_RC = parts.unflatten(0, (-1, 3)).unbind(1)
+        highest_C = peaks_RC.amax(0)
+        total_C = (sums_RC * (peaks_RC - highest_C).exp()).sum(0)
+        loss_C = highest_C + total_C.log() - targets_RC.sum(0)
+        if scale_C is None:
+            return loss_C, None
+        # The logits are exponentials by now: over the sum of all below the same peak they are the softmax.
+        logits_CV.mul_((scale_C * (peak_C - highest_C).exp() / total_C)[:, None])
+        if self.rows:
+            logits_CV.scatter_add_(1, row_C[:, None], -(here_C * scale_C)[:, None])
+        return loss_C, logits_CV

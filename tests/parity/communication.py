@@ -57,9 +57,8 @@ def block_calls(config: RunConfig, layout: Layout, stage: int) -> Calls:
         crossings = micro_batches * (4 * layers + first + last)
         for name in ("all_gather", "reduce_scatter") if layout.sequence else ("all_reduce",):
             calls[name, hidden_bytes(config, layout)] += crossings
-        if last:  # cross-entropy: the largest logit, then the sum of exponentials and the label's logit
-            calls["all_reduce", tokens * FP32_BYTES] += micro_batches
-            calls["all_reduce", tokens * FP32_BYTES * 2] += micro_batches
+        if last:  # cross-entropy: each rank's largest logit, sum of exponentials and label's logit
+            calls["all_gather", tokens * FP32_BYTES * 3 * layout.tensor] += micro_batches
     # Sequence: parameters used on a part of the sequence have partial gradients.
     if layout.sequence:
         declared = declare_parameters(model)

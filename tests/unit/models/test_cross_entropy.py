@@ -98,3 +98,15 @@ def test_one_chunk_makes_no_fp32_sum_and_the_same_bits() -> None:
         counts.append(sums.found)
     assert counts[0] == 0 < counts[1]
     assert torch.equal(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_passes_of_a_gpu_and_those_of_a_cpu_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for one_pass in (False, True):
+        monkeypatch.setattr("llmtrain.parallel.parts.makes_one_pass", lambda logits, chosen=one_pass: chosen)
+        hidden, weight, labels = case(dtype)
+        objective, loss_sum = head_cross_entropy(hidden, weight, labels, objective_of(0.25, 8, 11))
+        results.append((loss_sum, *torch.autograd.grad(objective, (hidden, weight))))
+    for cpu, gpu in zip(*results, strict=True):
+        torch.testing.assert_close(cpu, gpu)

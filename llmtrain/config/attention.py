@@ -84,6 +84,10 @@ class Kind:
     """Keys of `reads` that must be given, each with a value to try for samples of a length."""
     small: Mapping[str, int] = field(default_factory=dict)
     """Sizes for `llmtrain parity`: so small that the pattern leaves something out of its short samples."""
+    no_ring: str = ""
+    """Why keys and values cannot go round the context ranks in blocks; empty: they can."""
+    widens: bool = False
+    """In causal attention, late positions see more keys than early ones, so that they are more work."""
 
 
 def quarter(seq_len: int) -> int:
@@ -91,12 +95,12 @@ def quarter(seq_len: int) -> int:
 
 
 ATTENTION_KINDS: dict[str, Kind] = {
-    "full": Kind(),
+    "full": Kind(widens=True),
     "sliding_window": Kind(("window",), {"window": quarter}, {"window": 8}),
-    "strided": Kind(("stride",), {"stride": isqrt}, {"stride": 4}),
+    "strided": Kind(("stride",), {"stride": isqrt}, {"stride": 4}, widens=True),
     "bigbird": Kind(("block_size", "num_global", "num_random"), small={"block_size": 4}),
     "longformer": Kind(("window", "num_global"), {"window": quarter}, {"window": 8}),
-    "linear": Kind(),
+    "linear": Kind(no_ring="has no softmax, whose parts could be joined"),
 }
 """A row per `AttentionKind`. Rules, parity, exports and patterns read it."""
 

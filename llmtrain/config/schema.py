@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from llmtrain.config.attention import kind_of
 from llmtrain.config.data import DataConfig
 from llmtrain.config.engines import DEFAULT_ENGINE, EngineName
 from llmtrain.config.launch import LaunchConfig
@@ -31,6 +32,8 @@ from llmtrain.config.section import (
     StepsOrZero,
     Text,
 )
+
+ContextExchange = Literal["heads", "ring"]
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 
@@ -139,6 +142,12 @@ class ParallelConfig(Section):
     pipeline: Ranks = Field(default=1, description="Ranks that split the layers.")
     virtual_pipeline: Layers = Field(default=1, description="Model chunks per pipeline rank.")
     context: Ranks = Field(default=1, description="Ranks that split the sequence in attention.")
+    context_exchange: ContextExchange | None = Field(
+        default=None,
+        description="How context ranks attend to each other's positions. heads: each trades its part of the sequence "
+        "for the whole of some heads. ring: keys and values go round the ranks in blocks, for any number of heads. "
+        "null: heads where the ranks divide them, else ring.",
+    )
     expert: Ranks = Field(default=1, description="Ranks that split the experts.")
     sequence: bool = Field(
         default=False, description="Split activations outside attention and MLP over the tensor ranks."
@@ -295,6 +304,22 @@ class RunConfig(Section):
     health: HealthConfig = Field(default_factory=HealthConfig)
     observe: ObserveConfig = Field(default_factory=ObserveConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
+
+    @property
+    def context_exchange(self) -> ContextExchange:
+        """How context ranks exchange what attention needs, resolved."""
+        chosen, heads, parallel = self.parallel.context_exchange, self.model.num_heads, self.parallel
+        if chosen is not None:
+            return chosen
+        undivided = heads % parallel.tensor == 0 and heads // parallel.tensor % parallel.context != 0
+        return "ring" if undivided and not kind_of(self.model.attention).no_ring else "heads"
+
+    @property
+    def balances_context(self) -> bool:
+        """True where context ranks hold a run from the beginning and one from the end of the sequence each."""
+        causal = self.model.family != "encoder"
+        rings = self.parallel.context > 1 and self.context_exchange == "ring"
+        return rings and causal and kind_of(self.model.attention).widens
 
     @property
     def run_dir(self) -> Path:

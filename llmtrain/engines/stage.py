@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.config.parameters import Parameter, declare_parameters
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import ContextExchange, RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import Placement, freeze, split_box
 from llmtrain.models.attention.multi_head import Attention
@@ -21,6 +21,7 @@ from llmtrain.parallel.expert import ExpertExchange
 from llmtrain.parallel.groups import Groups
 from llmtrain.parallel.layout import Chunk
 from llmtrain.parallel.parts import VocabularyPart
+from llmtrain.parallel.ring import Ring
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.parallel.tensor import TensorRegion, split_modules
 from llmtrain.values.batch import Batch
@@ -32,11 +33,14 @@ def split_stacks(
     """Split all weights over the ranks but linears and embeddings. Call with the meta device as the default."""
     for module in whole.modules():
         if isinstance(module, Attention):
-            place_heads(module, groups)
+            module.first_head = module.tensor_first_head = groups.place.tensor * (
+                module.num_heads // groups.layout.tensor
+            )
         elif isinstance(module, RelativeBias):
             module.first_head = groups.place.tensor * (whole.config.num_heads // groups.layout.tensor)
         elif isinstance(module, MoE):
             place_experts(module, groups, region)
+            module.router.parts = whole.parts
     for name, parameter in list(whole.named_parameters()):
         dim = declared[name].split if groups.layout.tensor > 1 else None
         owner, _, leaf = name.rpartition(".")
@@ -45,19 +49,21 @@ def split_stacks(
             setattr(module, leaf, nn.Parameter(shrunk(parameter, dim, groups.layout.tensor)))
 
 
-def place_heads(attention: Attention, groups: Groups) -> None:
-    """Tell an attention which heads it computes, and let it trade the sequence for heads among the context ranks."""
-    tensor_heads = attention.num_heads // groups.layout.tensor
-    context_heads = tensor_heads // groups.layout.context
-    attention.tensor_first_head = groups.place.tensor * tensor_heads
-    attention.first_head = attention.tensor_first_head + groups.place.context * context_heads
-    if groups.layout.context > 1:
-        attention.attend = spread_over_context(attention.attend, groups.context)
+def join_context(whole: Transformer, groups: Groups, exchange: ContextExchange) -> None:
+    """Let attention see what the other context ranks hold of the sequence. Call when heads are split."""
+    for attention in whole.modules():
+        if not isinstance(attention, Attention):
+            continue
+        if exchange == "ring":
+            attention.ring = Ring(groups.context, whole.parts.balanced)
+        else:
+            heads = attention.num_heads // groups.layout.tensor // groups.layout.context
+            attention.first_head += groups.place.context * heads
+            attention.attend = spread_over_context(attention.attend, groups.context)
 
 
 def place_experts(moe: MoE, groups: Groups, region: TensorRegion | None) -> None:
     """Leave a rank its experts, and let tokens travel to those of others."""
-    moe.router.parts = groups.sequence_parts()
     if region is not None:
         moe.enter, moe.leave = region.enter, region.leave
     if groups.layout.expert > 1:
@@ -131,6 +137,7 @@ class Stage(nn.Module):
             full = config.train.recompute == "full"
             region = TensorRegion(groups.tensor, groups.layout.sequence, keeps_whole=full)
         self.model = build_model(config.model, config.train.recompute)
+        self.model.parts = groups.sequence_parts(config.balances_context)
         self.declared = declare_parameters(config.model)
         with torch.device("meta"):
             # Before megatron-core's modules come in: what is left then is known by the classes of torch.
@@ -138,7 +145,8 @@ class Stage(nn.Module):
             if region is not None:
                 split_modules(self.model, self.declared, region)
                 self.model.enter = region.enter
-        self.model.parts, self.model.attention_parts = groups.sequence_parts(), groups.layout.context
+        if groups.layout.context > 1:
+            join_context(self.model, groups, config.context_exchange)
         cut(self.model, chunk)  # after the splitting, which reads sizes and names of the whole model
         if config.train.precision == "fp8":
             multiply_in_float8(self.model)

@@ -16,7 +16,7 @@ from llmtrain.models.pointwise import Recompute, build_norm, identity
 from llmtrain.models.positions import sinusoids
 from llmtrain.models.stack import LayerCaches, Pass, Reports, Side, Stack, with_memory
 from llmtrain.parallel.parts import WHOLE, SequenceParts
-from llmtrain.parallel.stateless_random import Draws, Span, dropout_hidden, site_key
+from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
 from llmtrain.values.batch import ModelInputs
 
 
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
     A pipeline stage is the same class with absent ends: without `starts` it goes on from what the stage before has
     returned, without `ends` it returns what the next one goes on from, and layers, stacks and modules of the other
     stages are not there. Inputs are whole on every rank: where ranks hold parts of the sequence, `parts` says which,
-    `attention_parts` into how many attention sees it split, and `enter` brings a part to where all of it is needed.
+    and `enter` brings a part to where all that blocks see of it is needed.
     """
 
     def __init__(self, config: ModelConfig, recompute: Recompute = "none") -> None:
@@ -64,7 +64,6 @@ class Transformer(nn.Module):
         self.config = config
         self.starts = self.ends = True
         self.parts: SequenceParts = WHOLE
-        self.attention_parts = 1
         self.enter: Callable[[Tensor], Tensor] = identity
         self.embeddings: Embeddings | None = Embeddings(config)
         self.encoder = Stack(config, "encoder", recompute) if config.encoder_layers else None
@@ -107,9 +106,9 @@ class Transformer(nn.Module):
             encoded_tBH, reports = self._encode(inputs, run, encoded_tBH)
         stack = self.encoder if self.main_side == "encoder" else self.decoder
         if stack is not None:
-            inside = self._block_slice(inputs.tokens_BS)  # attention sees more than this rank's part
+            inside_Bs = self._inside(inputs.positions_BS)  # attention sees more than this rank's part
             visible, local_run = main_visibility(self.config, inputs), self._local_pass(run, inputs.tokens_BS)
-            shared = stack.inputs(visible, inputs.positions_BS[:, inside], x_sBH, local_run)
+            shared = stack.inputs(visible, inside_Bs, x_sBH, local_run)
             if encoded_tBH is not None and stack.layers:
                 shared = with_memory(shared, self.enter(encoded_tBH), inputs.encoder_segments_BT)
             x_sBH, more = stack(x_sBH, shared, caches)
@@ -134,8 +133,8 @@ class Transformer(nn.Module):
             return None, received
         assert inputs.encoder_tokens_BT is not None, "batches of an encoder-decoder have the encoder's tokens"
         # Stages pass one tensor: this rank's encoder positions, and behind them its decoder positions.
-        own = self.parts.local_slice(inputs.encoder_tokens_BT.shape[1])
-        return received[: own.stop - own.start], received[own.stop - own.start :]
+        own = self.parts.own(inputs.encoder_tokens_BT.shape[1])
+        return received[: own.size], received[own.size :]
 
     def _embed_source(self, inputs: ModelInputs, run: Pass) -> Tensor:
         assert inputs.encoder_tokens_BT is not None, "batches of an encoder-decoder have the encoder's tokens"
@@ -145,21 +144,19 @@ class Transformer(nn.Module):
     def _embed(self, tokens_BS: Tensor, positions_BS: Tensor, run: Pass, side: Side) -> Tensor:
         assert self.embeddings is not None, "a model that starts has them"
         # The word embedding of tensor ranks scatters its own output; what is added to it has to be the same part.
-        own = self.parts.local_slice(tokens_BS.shape[1])
-        draws = self._local_pass(run, tokens_BS).draws
-        return self.embeddings(tokens_BS[:, self._block_slice(tokens_BS)], positions_BS[:, own], draws, side)
+        own_Bs = self.parts.own(tokens_BS.shape[1]).of(positions_BS, 1)
+        return self.embeddings(self._inside(tokens_BS), own_Bs, self._local_pass(run, tokens_BS).draws, side)
 
     def _local_pass(self, run: Pass, tokens_BS: Tensor) -> Pass:
         """The pass as this rank's part of a sequence sees it: its draws are those of that part."""
         if run.draws is None or self.parts.count == 1:
             return run
-        length = tokens_BS.shape[1]
-        return replace(run, draws=run.draws.with_sequence(Span(self.parts.local_slice(length).start, length)))
+        return replace(run, draws=run.draws.with_sequence(self.parts.own(tokens_BS.shape[1])))
 
-    def _block_slice(self, tokens_BS: Tensor) -> slice:
+    def _inside(self, x_BS: Tensor) -> Tensor:
         """This rank's part of a sequence inside of blocks: all of it, but for context parallel."""
-        length = tokens_BS.shape[1]
-        return self.parts.block_slice(length, length // self.attention_parts)
+        inside = self.parts.inside(x_BS.shape[1])
+        return inside.of(x_BS, 1)
 
     def encode(self, inputs: ModelInputs, run: Pass) -> tuple[Tensor, Reports]:
         """The output of an encoder-decoder's encoder, [T, B, H], and what its routers have counted."""
@@ -168,7 +165,7 @@ class Transformer(nn.Module):
     def _encode(self, inputs: ModelInputs, run: Pass, x_tBH: Tensor | None) -> tuple[Tensor, Reports]:
         assert self.encoder is not None and inputs.encoder_tokens_BT is not None and x_tBH is not None
         tokens_BT, visible = inputs.encoder_tokens_BT, encoder_visibility(inputs.encoder_segments_BT)
-        positions_BT = counted_positions(tokens_BT)[:, self._block_slice(tokens_BT)]
+        positions_BT = self._inside(counted_positions(tokens_BT))
         return self.encoder(x_tBH, self.encoder.inputs(visible, positions_BT, x_tBH, self._local_pass(run, tokens_BT)))
 
     def head_weight(self, rows: int) -> Tensor:
@@ -191,7 +188,7 @@ class Transformer(nn.Module):
         """(scaled loss to call backward on, detached sum of the loss over this rank's part of the targets)."""
         rows = objective.part.rows
         bias_V = None if self.mlm is None else self.mlm.bias[:rows]
-        labels_T = labels_BS[:, self._block_slice(labels_BS)].T.flatten()
+        labels_T = self._inside(labels_BS).T.flatten()
         return head_cross_entropy(hidden_SBH.flatten(0, 1), self.head_weight(rows), labels_T, objective, bias_V)
 
 

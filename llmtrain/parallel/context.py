@@ -1,4 +1,6 @@
-"""Context parallelism: the sequence is split everywhere but in the attention kernel, where the heads are.
+"""Context parallelism by heads: the sequence is split everywhere but in the attention kernel, where the heads are.
+
+The other way, in which the sequence stays split there too, is ring.py.
 
 Before the kernel each rank trades its part of the sequence, all heads, for the whole sequence of some heads; after it,
 back (the idea of DeepSpeed-Ulysses, Jacobs et al. 2023).

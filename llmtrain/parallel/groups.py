@@ -26,15 +26,15 @@ class Groups:
     expert_data: ProcessGroup
     """Ranks that hold the same part of the same experts."""
 
-    def sequence_parts(self) -> SequenceParts:
-        """The part of the sequence that this rank holds outside of blocks."""
+    def sequence_parts(self, balanced: bool) -> SequenceParts:
+        """The part of the sequence that this rank holds. `balanced`: context ranks hold two runs of it each."""
         layout, place = self.layout, self.place
         number, groups = place.context, ()
         if layout.sequence:
             number, groups = number * layout.tensor + place.tensor, (self.tensor,)
         if layout.context > 1:
             groups = (*groups, self.context)
-        return SequenceParts(number, layout.sequence_parts, groups)
+        return SequenceParts(number, layout.sequence_parts, groups, layout.context, balanced)
 
 
 def build_groups(layout: Layout) -> Groups:

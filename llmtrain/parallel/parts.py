@@ -12,22 +12,76 @@ from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
+class HeldPositions:
+    """The positions of a sequence of `length` that a rank holds: runs of neighbours, in ascending order."""
+
+    runs: tuple[range, ...]
+    length: int
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.runs))
+
+    def places(self, size: int, device: torch.device) -> Tensor:
+        """[size] positions in the whole sequence."""
+        assert size == self.size, (size, self)
+        return torch.cat([torch.arange(run.start, run.stop, device=device) for run in self.runs])
+
+    def of(self, whole: Tensor, dim: int = 0) -> Tensor:
+        """These positions of a whole sequence, which lies along `dim`; a view where they are one run."""
+        runs = [whole.narrow(dim, run.start, len(run)) for run in self.runs]
+        return runs[0] if len(runs) == 1 else torch.cat(runs, dim)
+
+    def part(self, place: int, count: int) -> "HeldPositions":
+        """The `place`-th of `count` equal parts of what is held."""
+        size, before, found = self.size // count, 0, []
+        for run in self.runs:
+            start, stop = max(0, place * size - before), min(len(run), (place + 1) * size - before)
+            found += [run[start:stop]] if start < stop else []
+            before += len(run)
+        return HeldPositions(tuple(found), self.length)
+
+
+def cut_sequence(length: int, place: int, count: int, balanced: bool) -> HeldPositions:
+    """Part `place` of `count` equal ones: one run, or `balanced`, one from the beginning and one from the end.
+
+    In causal attention late positions see more than early ones. A rank that holds the `place`-th run counted from
+    either end has as much to compute as each of the others (Dubey et al. 2024, The Llama 3 Herd of Models, section
+    3.3.2; Brandon et al. 2023, Striped Attention, have stripes for the same purpose).
+    """
+    size = length // count
+    if not balanced:
+        return HeldPositions((range(place * size, (place + 1) * size),), length)
+    late = size // 2
+    early = size - late
+    first, last = range(place * early, (place + 1) * early), range(length - (place + 1) * late, length - place * late)
+    if first.stop == last.start:
+        return HeldPositions((range(first.start, last.stop),), length)
+    return HeldPositions(tuple(run for run in (first, last) if run), length)
+
+
+@dataclass(frozen=True)
 class SequenceParts:
-    """This rank's part: number `place` of `count` equal ones. `groups` hold the others, neighbours first."""
+    """This rank's part: number `place` of `count` equal ones. `groups` hold the others, neighbours first.
+
+    Inside of blocks, where tensor ranks hold the same, there are `blocks` parts: those of the context ranks. `balanced`
+    is how these are cut.
+    """
 
     place: int = 0
     count: int = 1
     groups: tuple[ProcessGroup, ...] = ()
+    blocks: int = 1
+    balanced: bool = False
 
-    def local_slice(self, length: int) -> slice:
-        """The slice of this rank's part in a sequence of `length`."""
-        size = length // self.count
-        return slice(self.place * size, (self.place + 1) * size)
+    def inside(self, length: int) -> HeldPositions:
+        """What this rank holds inside of a block, of a sequence of `length`."""
+        return self._block(length, self.place // (self.count // self.blocks))
 
-    def block_slice(self, length: int, size: int) -> slice:
-        """The run of `size` that this rank's part lies in: what it holds inside of a block."""
-        start = self.local_slice(length).start // size * size
-        return slice(start, start + size)
+    def own(self, length: int) -> HeldPositions:
+        """What this rank holds outside of blocks."""
+        parts = self.count // self.blocks
+        return self.inside(length).part(self.place % parts, parts)
 
     def gather(self, x_s: Tensor) -> Tensor:
         """The whole sequence, along the first dimension, from all parts. Gradients do not pass."""
@@ -37,7 +91,15 @@ class SequenceParts:
             parts = whole.new_empty(whole.shape[0] * group.size(), *whole.shape[1:])
             dist.all_gather_into_tensor(parts, whole.contiguous(), group=group)
             whole = parts
-        return whole
+        if not self.balanced:
+            return whole
+        length = whole.shape[0]
+        blocks = [self._block(length, block) for block in range(self.blocks)]
+        places = torch.cat([block.places(block.size, whole.device) for block in blocks])
+        return torch.empty_like(whole).index_copy_(0, places, whole)
+
+    def _block(self, length: int, block: int) -> HeldPositions:
+        return cut_sequence(length, block, self.blocks, self.balanced)
 
 
 WHOLE = SequenceParts()

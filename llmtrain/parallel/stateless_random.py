@@ -7,6 +7,7 @@ state to save.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ class Span:
     length: int
     step: int = 1
 
+    def places(self, size: int, device: torch.device) -> Tensor:
+        """[size] places in the whole dimension."""
+        return torch.arange(self.start, self.start + size * self.step, self.step, device=device)
+
+
+class Places(Protocol):
+    """The part of one dimension that is at hand, be it a Span or not."""
+
+    @property
+    def length(self) -> int: ...
+
+    def places(self, size: int, device: torch.device) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -50,33 +64,34 @@ class Draws:
     """
 
     key: Tensor
-    sequence: Span | None = None
+    sequence: Places | None = None
 
     @staticmethod
     def of_micro_batch(seed: int, step: int, micro_batch: int, device: torch.device) -> "Draws":
         """Draws of micro-batch number `micro_batch` of step `step`, both counted over the whole run and all ranks."""
         return Draws(torch.tensor(derived_key(seed, "draws", step, micro_batch), device=device))
 
-    def with_sequence(self, sequence: Span) -> "Draws":
+    def with_sequence(self, sequence: Places) -> "Draws":
         return replace(self, sequence=sequence)
 
-    def keep_mask(self, site: Tensor | int, probability: float, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def keep_mask(
+        self, site: Tensor | int, probability: float, shape: Sequence[int], spans: Sequence[Places]
+    ) -> Tensor:
         """True where an element is kept. `spans` places each dimension of `shape` in the whole tensor."""
         return self.bits(site, shape, spans) >= int(probability * 2**32)
 
-    def uniform(self, site: Tensor | int, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def uniform(self, site: Tensor | int, shape: Sequence[int], spans: Sequence[Places]) -> Tensor:
         """Numbers in [0, 1), in fp32."""
         return (self.bits(site, shape, spans) >> 8).float() * 2**-24
 
-    def bits(self, site: Tensor | int, shape: Sequence[int], spans: Sequence[Span]) -> Tensor:
+    def bits(self, site: Tensor | int, shape: Sequence[int], spans: Sequence[Places]) -> Tensor:
         """32 random bits per element, as int64."""
         # Mixed before the index comes in as well: keys of neighbouring layers, and indices, are neighbours themselves.
         key = mixed(self.key + site)
         index = torch.zeros((), dtype=torch.int64, device=self.key.device)
         stride = 1
         for dim in reversed(range(len(shape))):
-            start, step = spans[dim].start, spans[dim].step
-            place = torch.arange(start, start + shape[dim] * step, step, device=self.key.device)
+            place = spans[dim].places(shape[dim], self.key.device)
             index = index + (place * stride).view(-1, *[1] * (len(shape) - 1 - dim))
             stride *= spans[dim].length  # of the whole tensor: the index is the same whoever holds the element
         return (mixed(key ^ index) >> 32) & 0xFFFFFFFF
@@ -86,7 +101,7 @@ def dropout_hidden(x_SBH: Tensor, probability: float, site: Tensor | int, draws:
     """Dropout on activations whose sequence may be split over ranks. Without draws (evaluation) it does nothing."""
     if draws is None or probability == 0.0:
         return x_SBH
-    spans = [Span(0, size) for size in x_SBH.shape]
+    spans: list[Places] = [Span(0, size) for size in x_SBH.shape]
     if draws.sequence is not None:
         spans[0] = draws.sequence
     keep = draws.keep_mask(site, probability, x_SBH.shape, spans)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 from llmtrain.config.engines import ENGINES, engines_that
@@ -125,11 +126,19 @@ def _layer_elements(config: RunConfig, layout: Layout, is_decoder: bool, kernels
     hidden = model.hidden_size / (layout.tensor if layout.sequence else 1)
     if config.train.recompute == "full":
         return hidden
-    keys = model.num_heads if kernels.repeats_keys and not selective else model.kv_heads
+    keys = _kept_key_heads(config, layout, repeated=kernels.repeats_keys and not selective)
     attention = kernels.per_norm * hidden + 2 * (model.num_heads + keys) * model.head_size / layout.tensor
     crosses = model.family == "encoder_decoder" and is_decoder
     mlp = _mlp_elements(model, selective, kernels.keeps_product) / layout.tensor
     return attention * (2 if crosses else 1) + kernels.per_norm * hidden + mlp
+
+
+def _kept_key_heads(config: RunConfig, layout: Layout, repeated: bool) -> int:
+    """Of all tensor ranks; `repeated`: kernels keep as many as there are queries."""
+    model, own = config.model, config.model.kv_heads // layout.tensor
+    if config.context_exchange == "ring":
+        return model.kv_heads  # blocks are kept as they were sent
+    return model.num_heads if repeated else lcm(own, layout.context) * layout.tensor  # at least one for each rank
 
 
 def _mlp_elements(model: ModelConfig, selective: bool, keeps_product: bool) -> float:

@@ -65,6 +65,8 @@ class DryRun:
     checkpoint_bytes: int
     memory: MemoryPlan
     continues: Continuation | None
+    context_exchange: str | None
+    """How context ranks attend to each other's positions; None where there is one."""
     layout: LayoutOutline
 
 
@@ -129,5 +131,6 @@ def plan_dry_run(resolved: ResolvedRun, continues: Continuation | None = None) -
         checkpoint_bytes=row_of(config.optim).stored_bytes * trained,
         memory=plan_memory(config, layout, resolved.lengths),
         continues=continues,
+        context_exchange=config.context_exchange if layout.context > 1 else None,
         layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),
     )

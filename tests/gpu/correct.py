@@ -8,9 +8,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.models.attention import flex_kernel
+from llmtrain.models.attention.fused_blocks import flash, flash_gradients
+from llmtrain.models.attention.ring import summed_heads
 from llmtrain.models.experts import mixture
 from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model
@@ -68,6 +71,7 @@ def section(machine: Machine) -> Iterator[Finding]:
     for case in CASES:
         checks[f"flex {case}"] = partial(attention, machine, case)
     checks |= {
+        "blocks of a ring": partial(blocks, machine),
         "one product for all experts": partial(experts, machine),
         "a step that is not finite": partial(skipped, machine),
         "saved and loaded": partial(saved_and_loaded, machine),
@@ -105,6 +109,36 @@ def attention(machine: Machine, case: Case) -> Finding:
     pairs = zip(results[:half], results[half:], strict=True)
     error = max(difference(ours, theirs) for ours, theirs in pairs)
     return checked(f"flex {case}", error, 2e-2 if machine.on_gpu else 1e-4)
+
+
+def blocks(machine: Machine) -> Finding:
+    """Flash attention to keys in two blocks, joined by their log-sums, beside both at once in fp64; fewer key heads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 8, 128, 64), (2, 2, 256, 64), (2, 2, 256, 64), (2, 8, 128, 64))
+    given = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    q, k, v = (x.double().requires_grad_() for x in given[:3])
+    # Queries are the last half of the positions: they see the first block, and of the second what is not behind them.
+    seen = torch.ones(128, 256, dtype=torch.bool).tril(128)
+    theirs = scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    expected = [theirs.detach(), *torch.autograd.grad(theirs, (q, k, v), given[3].double())]
+    q, k, v, grad_out = (x.to(machine.device) for x in given)
+    if not machine.on_gpu:
+        k, v = (x.repeat_interleave(4, dim=1) for x in (k, v))
+    parts = [(slice(0, 128), False), (slice(128, 256), True)]
+    found = [flash(q, k[:, :, keys], v[:, :, keys], is_causal, 0.125) for keys, is_causal in parts]
+    log_sum = torch.logaddexp(found[0][1], found[1][1])
+    out = sum(torch.exp(part_sum - log_sum)[..., None] * part for part, part_sum in found)
+    assert isinstance(out, Tensor)
+    out = out.bfloat16()
+    grads = [
+        flash_gradients(grad_out, (q, k[:, :, keys], v[:, :, keys], out, log_sum), is_causal, 0.125)
+        for keys, is_causal in parts
+    ]
+    grad_q = grads[0][0].float() + grads[1][0].float()
+    grad_k, grad_v = (summed_heads(torch.cat([part[n] for part in grads], 2), 2).permute(1, 2, 0, 3) for n in (1, 2))
+    pairs = zip((out, grad_q, grad_k, grad_v), expected, strict=True)
+    error = max(difference(ours.cpu(), reference) for ours, reference in pairs)
+    return checked("blocks of a ring, joined, beside all keys at once", error, 2e-2)
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

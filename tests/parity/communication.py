@@ -65,9 +65,13 @@ def block_calls(config: RunConfig, layout: Layout, stage: int) -> Calls:
         whole = sum(size for name, size in held_parameters(config, layout, stage) if declared[name].split is None)
         calls["all_reduce", whole * FP32_BYTES] += 1
 
-    # Context: queries and outputs, keys and values, each forward and backward.
-    if layout.context > 1:
-        head_bytes = tokens * model.head_size * FP32_BYTES
+    # Context: queries and outputs, keys and values, each forward and backward; or blocks of keys and values forward and
+    # again backward, and their gradients.
+    head_bytes = tokens * model.head_size * FP32_BYTES
+    if layout.context > 1 and config.context_exchange == "ring":
+        block = 2 * head_bytes * model.kv_heads // layout.tensor
+        calls["send", block] += 3 * (layout.context - 1) * layers * micro_batches
+    elif layout.context > 1:
         # Key heads that the ranks cannot share out are repeated first.
         dealt = lcm(model.kv_heads // layout.tensor, layout.context)
         calls["all_to_all", head_bytes * model.num_heads // layout.tensor] += 4 * layers * micro_batches

@@ -122,6 +122,7 @@ def draw_layout(draw: random.Random, name: str, alone: RunConfig, engine: str) -
         "pipeline_split": draw_split(draw, pipeline * virtual, alone.model.total_layers),
     }
     offload = draw.choice(("none", "none", "none", "cpu"))
+    parallel["context_exchange"] = draw.choice((None, None, "ring")) if context > 1 else None
     settings = {"name": engine, "zero_stage": draw.randrange(4), "offload": offload}
     recompute = draw.choice(("none", "none", "selective", "full"))
     run = alone.with_keys({"train.recompute": recompute})

@@ -110,6 +110,7 @@ def draw_layout(draw: random.Random, model: str, engine: str, precision: str) ->
         parallel = {
             "tensor": tensor, "context": context, "pipeline": pipeline, "expert": expert,
             "virtual_pipeline": draw.choice((1, 2)), "sequence": draw.random() < 0.5,
+            "context_exchange": draw.choice((None, "ring")) if context > 1 else None,
         }  # fmt: skip
         settings = {"name": engine, "zero_stage": draw.randrange(4), "offload": draw.choice(("none", "none", "cpu"))}
         candidate = build_candidate(run, settings, parallel, data)

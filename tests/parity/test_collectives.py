@@ -93,6 +93,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("megatron", {"tensor": 2, "sequence": True}, 1),
     ("megatron", {"pipeline": 2}, 0),
     ("megatron", {"context": 2}, 1),
+    ("megatron", {"context": 4, "context_exchange": "ring"}, 1),
     ("megatron", {"context": 2, "tensor": 2, "sequence": True}, 1),
     ("megatron", {"pipeline": 2, "tensor": 2, "sequence": True}, 1),
 ]

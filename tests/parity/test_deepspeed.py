@@ -15,6 +15,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"tensor": 2}),
     "tp2+sp": (2, {"tensor": 2, "sequence": True}),
     "cp2": (2, {"context": 2}),
+    "cp2+ring": (2, {"context": 2, "context_exchange": "ring"}),
     "dp2+tp2": (4, {"tensor": 2}),
     "dp2+tp2+sp": (4, {"tensor": 2, "sequence": True}),
     "cp2+tp2+sp": (4, {"context": 2, "tensor": 2, "sequence": True}),
@@ -26,7 +27,7 @@ GRID = [(layout, model, zero) for layout in LAYOUTS for model in ("llama", "drop
 PAIRWISE = {
     ("dp2", "llama", 0), ("dp2", "gpt", 2), ("dp4", "llama", 3), ("dp4", "dropout", 1), ("tp2", "llama", 1),
     ("tp2+sp", "gpt", 0), ("cp2", "dropout", 2), ("cp2", "gpt", 3), ("dp2+tp2", "llama", 2),
-    ("dp2+tp2+sp", "dropout", 3), ("cp2+tp2+sp", "gpt", 1),
+    ("dp2+tp2+sp", "dropout", 3), ("cp2+tp2+sp", "gpt", 1), ("cp2+ring", "dropout", 3),
 }  # fmt: skip
 """Every layout and every model, each with several stages; the whole grid runs in `make test-all`."""
 

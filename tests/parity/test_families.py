@@ -18,16 +18,47 @@ FAMILIES = ("bert", "t5", "switch_t5", "top_1", "top_2", "shared")
 MEGATRON = (
     "dp2", "tp2", "tp2+sp", "pp2", "pp2+vp2", "cp2", "dp2+ep2", "cp2+ep2", "dp4+ep2", "dp4+ep4", "dp2+tp2+ep2",
     "dp2+tp2+sp+ep2", "dp2+pp2+ep2", "dp2+cp2+ep2", "dp2+pp2", "dp2+cp2", "tp2+pp2+vp2", "tp2+sp+pp2+vp2", "cp2+tp2+sp",
+    "cp2+ring", "dp2+cp2+ep2+ring", "cp2+tp2+sp+ring",
 )  # fmt: skip
-DEEPSPEED = ("dp2", "tp2", "tp2+sp", "cp2", "dp2+ep2", "dp4+ep2", "dp2+tp2+ep2", "dp2+tp2+sp+ep2", "cp2+ep2")
+DEEPSPEED = (
+    "dp2",
+    "tp2",
+    "tp2+sp",
+    "cp2",
+    "dp2+ep2",
+    "dp4+ep2",
+    "dp2+tp2+ep2",
+    "dp2+tp2+sp+ep2",
+    "cp2+ep2",
+    "cp2+ep2+ring",
+)
 
 SHORT = {
-    "bert": ("megatron:tp2+sp", "megatron:pp2+zero1", "megatron:cp2", "deepspeed:dp2+zero3"),
-    "t5": ("megatron:tp2+sp+pp2+vp2+zero1", "megatron:pp2", "megatron:cp2", "deepspeed:tp2+zero2", "torch:dp2"),
+    "bert": ("megatron:tp2+sp", "megatron:pp2+zero1", "megatron:cp2", "deepspeed:dp2+zero3", "megatron:cp2+ring"),
+    "t5": (
+        "megatron:tp2+sp+pp2+vp2+zero1",
+        "megatron:pp2",
+        "megatron:cp2",
+        "deepspeed:tp2+zero2",
+        "torch:dp2",
+        "megatron:cp2+tp2+sp+ring",
+    ),
     "switch_t5": ("megatron:dp2+pp2+ep2+zero1", "megatron:tp2+sp", "megatron:cp2+ep2", "deepspeed:dp2+ep2+zero2"),
-    "top_1": ("megatron:dp4+ep2+zero1", "megatron:dp2+tp2+ep2", "deepspeed:dp2+ep2", "deepspeed:cp2+zero1"),
+    "top_1": (
+        "megatron:dp4+ep2+zero1",
+        "megatron:dp2+tp2+ep2",
+        "deepspeed:dp2+ep2",
+        "deepspeed:cp2+zero1",
+        "megatron:cp2+ring",
+    ),
     "top_2": ("megatron:dp2+tp2+sp+ep2+zero1", "megatron:tp2", "deepspeed:dp2+tp2+ep2+zero2", "deepspeed:dp2+zero3"),
-    "shared": ("megatron:dp2+pp2+ep2+zero1", "megatron:dp2+cp2+ep2", "deepspeed:tp2+sp+zero1", "torch:dp2"),
+    "shared": (
+        "megatron:dp2+pp2+ep2+zero1",
+        "megatron:dp2+cp2+ep2",
+        "deepspeed:tp2+sp+zero1",
+        "torch:dp2",
+        "megatron:dp2+cp2+ep2+ring",
+    ),
 }
 """Run in `make test`: every family on every axis and engine; the whole grid runs in `make test-all`."""
 
@@ -81,6 +112,7 @@ def test_the_short_selection_is_legal_and_meets_every_engine_axis_and_stage() ->
         "pp2",
         "vp2",
         "cp2",
+        "ring",
         "ep2",
         "sp",
         "zero1",
@@ -119,12 +151,14 @@ def reduce_experts_over_all_replicas() -> None:
 def balance_by_one_part_of_the_sequence() -> None:
     """Shares of the experts are those of this rank's own tokens."""
     from llmtrain.models.experts.router import Router
+    from llmtrain.parallel.parts import HeldPositions
 
     original: Any = Router.balance_losses
 
-    def own_part(self: Router, logits: Any, probabilities: Any, wanted: Any, valid: Any, own: slice) -> Any:
-        part = wanted.clone()
-        part[: own.start], part[own.stop :] = False, False
+    def own_part(self: Router, logits: Any, probabilities: Any, wanted: Any, valid: Any, own: HeldPositions) -> Any:
+        part = wanted.new_zeros(wanted.shape)
+        for run in own.runs:
+            part[run.start : run.stop] = wanted[run.start : run.stop]
         return original(self, logits, probabilities, part, valid, own)
 
     Router.balance_losses = own_part

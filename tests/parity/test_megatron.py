@@ -16,6 +16,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"pipeline": 2}),
     "pp2+vp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "cp2": (2, {"context": 2}),
+    "cp4+ring": (4, {"context": 4, "context_exchange": "ring"}),
     "tp2+pp2": (4, {"tensor": 2, "pipeline": 2}),
     "tp2+sp+pp2+vp2": (4, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2}),
     "dp2+tp2": (4, {"tensor": 2}),
@@ -23,6 +24,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2+pp2": (4, {"pipeline": 2}),
     "cp2+tp2": (4, {"context": 2, "tensor": 2}),
     "cp2+tp2+sp": (4, {"context": 2, "tensor": 2, "sequence": True}),
+    "cp2+tp2+sp+ring": (4, {"context": 2, "tensor": 2, "sequence": True, "context_exchange": "ring"}),
+    "cp2+pp2+ring": (4, {"context": 2, "pipeline": 2, "context_exchange": "ring"}),
 }
 """Ranks and parallel section by name."""
 
@@ -32,7 +35,8 @@ PAIRWISE = {
     ("dp2", "llama", 0), ("dp2", "dropout", 1), ("tp2", "gpt", 0), ("tp2+sp", "dropout", 1), ("pp2", "llama", 1),
     ("pp2+vp2", "dropout", 0), ("cp2", "dropout", 1), ("cp2", "llama", 0), ("tp2+pp2", "gpt", 1),
     ("tp2+sp+pp2+vp2", "dropout", 1), ("dp2+tp2", "llama", 1), ("dp2+tp2+sp", "gpt", 0), ("dp2+pp2", "gpt", 1),
-    ("cp2+tp2", "gpt", 0), ("cp2+tp2+sp", "dropout", 1),
+    ("cp2+tp2", "gpt", 0), ("cp2+tp2+sp", "dropout", 1), ("cp4+ring", "gpt", 1),
+    ("cp2+tp2+sp+ring", "dropout", 1), ("cp2+pp2+ring", "llama", 0),
 }  # fmt: skip
 """Every layout, every model with both stages; the whole grid runs in `make test-all`."""
 

@@ -45,16 +45,19 @@ def test_draws_are_repeatable_and_meet_every_axis() -> None:
     assert cases[7] == draw_case(1, 7) != draw_case(2, 7)
     met = Counter[str]()
     for case in cases:
-        parallel, engine, run = case.layout.parallel, case.layout.engine, case.alone
+        layout, run = case.layout, case.alone
+        parallel, engine = layout.parallel, layout.engine
         axes = ("tensor", "context", "pipeline", "virtual_pipeline", "expert")
         split = parallel.pipeline_split
         met.update(axis for axis in axes if getattr(parallel, axis) > 1)
         met.update((f"{engine.name} {engine.zero_stage}", run.train.precision, case.layout.train.recompute))
         met.update((run.model.family, "experts" if run.model.moe else "dense", f"offload {engine.offload}"))
+        met.update([layout.context_exchange] * (parallel.context > 1))
         met.update(["split"] * bool(split) + ["empty chunk"] * (0 in (split or ())))
         met.update(["sequence"] * parallel.sequence + ["tied" if run.model.tie_embeddings else "untied"])
     expected = [
         *("tensor", "context", "pipeline", "virtual_pipeline", "expert", "sequence", "split", "empty chunk"),
+        *("heads", "ring"),
         *("fp32", "bf16", "fp16", "none", "selective", "full", "offload cpu", "tied", "untied"),
         *("decoder", "encoder", "encoder_decoder", "experts", "dense"),
         *("torch 0", "megatron 0", "megatron 1", "deepspeed 0", "deepspeed 1", "deepspeed 2", "deepspeed 3"),

@@ -19,10 +19,12 @@ SMOOTH = {"relu": "gelu", "reglu": "geglu"}
 """Smooth stand-ins for activations whose slope jumps: where rounding puts a value on the other side of 0, gradients
 differ for good, though every layout is right."""
 AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context", "ep": "expert"}
-PART = re.compile(r"(tp|pp|vp|cp|ep|dp|zero)([0-9]{1,3})|split([0-9]{1,3}(?:\.[0-9]{1,3}){0,63})|sp|overlap|offload")
+PART = re.compile(
+    r"(tp|pp|vp|cp|ep|dp|zero)([0-9]{1,3})|split([0-9]{1,3}(?:\.[0-9]{1,3}){0,63})|sp|heads|ring|overlap|offload"
+)
 MOST_RANKS = 64
 FORM = (
-    "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 cp2 ep2 dp2 sp zero1 split3.1 overlap offload, as in "
+    "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 cp2 ep2 dp2 sp heads ring zero1 split3.1 overlap offload, as in "
     "megatron:tp2+sp+zero1."
 )
 
@@ -98,6 +100,8 @@ def parse_candidate(text: str, config: RunConfig) -> Candidate:
             raise ConfigError(f"--layouts {text}: {FORM}")
         if part == "sp":
             parallel["sequence"] = True
+        elif part in ("heads", "ring"):
+            parallel["context_exchange"] = part
         elif part == "overlap":
             parallel["overlap_grad_reduce"] = True
         elif part.startswith("split"):
@@ -125,6 +129,8 @@ def own_candidate(whole: RunConfig, small: RunConfig, max_ranks: int) -> Candida
     replicas = max(1, whole.launch.num_workers // whole.parallel.replica_size)
     split = shrunk_split(whole.parallel.pipeline_split, small.model.total_layers)
     parallel = {**whole.parallel.model_dump(), "pipeline_split": split}
+    if whole.parallel.context > 1 and whole.context_exchange == "ring":
+        parallel["context_exchange"] = "ring"  # a shrunk model has other heads, which might be dealt out
     engine = {**whole.engine.model_dump(), "offload": "none" if whole.engine.offload == "none" else "cpu"}
     for data in range(min(replicas, max_ranks), 0, -1):
         candidate = build_candidate(small, engine, parallel, data)
@@ -154,13 +160,19 @@ def iter_candidates(config: RunConfig, max_ranks: int) -> Iterator[Candidate]:
         if tensor * context * pipeline * data > max_ranks:
             continue
         expert_sizes = sizes if config.model.moe else (1,)
+        exchanges = (None, "ring") if context > 1 else (None,)
+        axes = {"tensor": tensor, "context": context, "pipeline": pipeline}
         stages = ENGINES[engine].zero_stages
-        for virtual, expert, sequence, zero_stage in product((1, 2), expert_sizes, (False, True), stages):
+        further = product((1, 2), expert_sizes, (False, True), exchanges, stages)
+        for virtual, expert, sequence, exchange, zero_stage in further:
             parallel = {
-                "tensor": tensor, "context": context, "pipeline": pipeline, "virtual_pipeline": virtual,
-                "expert": expert, "sequence": sequence,
+                **axes, "virtual_pipeline": virtual, "expert": expert, "sequence": sequence,
+                "context_exchange": exchange,
             }  # fmt: skip
             candidate = build_candidate(config, {"name": engine, "zero_stage": zero_stage}, parallel, data)
+            unsaid = candidate.config.with_keys({"parallel.context_exchange": None})
+            if exchange and unsaid.context_exchange == exchange:
+                continue  # the same as without saying so
             if not arithmetic_problems(candidate.config, candidate.world_size):
                 found.append(candidate)
     yield from sorted(found, key=lambda candidate: candidate.world_size)
@@ -180,6 +192,7 @@ def short_name(parallel: ParallelConfig, engine: EngineConfig, data: int) -> str
     sizes = {"dp": data, **{short: getattr(parallel, axis) for short, axis in AXES.items()}}
     parts = [f"{short}{size}" for short, size in sizes.items() if size > 1]
     parts += ["sp"] if parallel.sequence else []
+    parts += [parallel.context_exchange] if parallel.context_exchange else []
     parts += [f"split{'.'.join(map(str, parallel.pipeline_split))}"] if parallel.pipeline_split else []
     parts += ["overlap"] if parallel.overlap_grad_reduce else []
     parts += [f"zero{engine.zero_stage}"] if engine.zero_stage else []

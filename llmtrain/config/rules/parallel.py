@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from math import gcd
 
+from llmtrain.config.attention import kind_of
 from llmtrain.config.model import VOCAB_MULTIPLE
 from llmtrain.config.reading.suggestions import either, nearest_divisors, nearest_multiples
 from llmtrain.config.rules.objective import axes_divide_sequences
@@ -42,11 +43,30 @@ def tensor_divides_layers(config: RunConfig) -> Found:
 
 def context_divides_heads(config: RunConfig) -> Found:
     heads, tensor, context = config.model.num_heads, config.parallel.tensor, config.parallel.context
-    if heads % tensor == 0 and heads // tensor % context:
+    if config.context_exchange == "heads" and heads % tensor == 0 and heads // tensor % context:
         of_rank = f"model.num_heads / parallel.tensor = {heads} / {tensor} = {heads // tensor}"
         tries = either(nearest_divisors(heads // tensor, context))
-        message = f"each rank attends with some of the heads: must divide {of_rank}. Try {tries}."
-        yield Problem("parallel.context", message, context, uses=("model.num_heads", "parallel.tensor"))
+        no_ring = kind_of(config.model.attention).no_ring
+        other = "" if no_ring else ", or parallel.context_exchange=ring"
+        message = f"each rank attends with some of the heads: must divide {of_rank}. Try {tries}{other}."
+        uses = ("model.num_heads", "parallel.tensor", "parallel.context_exchange", "model.attention.kind")
+        yield Problem("parallel.context", message, context, uses=uses)
+
+
+def exchange_needs_context(config: RunConfig) -> Found:
+    exchange = config.parallel.context_exchange
+    if exchange is not None and config.parallel.context == 1:
+        message = "needs parallel.context greater than 1. Try null."
+        yield Problem("parallel.context_exchange", message, exchange, uses=("parallel.context",))
+
+
+def ring_joins_softmaxes(config: RunConfig) -> Found:
+    """Parts of a softmax over some of the keys each can be joined by their sums; other weights need all at once."""
+    kind, exchange = config.model.attention.kind, config.parallel.context_exchange
+    no_ring = kind_of(config.model.attention).no_ring
+    if exchange == "ring" and config.parallel.context > 1 and no_ring:
+        message = f"model.attention.kind = {kind} {no_ring}. Try heads."
+        yield Problem("parallel.context_exchange", message, exchange, uses=("model.attention.kind",))
 
 
 def sequence_needs_tensor(config: RunConfig) -> Found:
@@ -186,6 +206,8 @@ def _round(config: RunConfig) -> int:
 PARALLEL_RULES = (
     tensor_divides_layers,
     context_divides_heads,
+    exchange_needs_context,
+    ring_joins_softmaxes,
     sequence_needs_tensor,
     axes_divide_sequences,
     chunks_need_pipeline,

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from llmtrain.models.attention.patterns import Extent, Piece
 from llmtrain.models.attention.scoring import Scoring, both, repeated_kv
+from llmtrain.models.attention.tiles import Tile, tiles
 from llmtrain.models.compiled_graphs import outside_of_graphs
+from llmtrain.parallel.parts import HeldPositions
 from llmtrain.parallel.stateless_random import Span
 
 NOTHING = float("-inf")
@@ -34,26 +36,34 @@ def blockwise_attention(q_SBND: Tensor, k_TBND: Tensor, v_TBND: Tensor, scoring:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One call: the scoring, the weights that belong to it (as autograd hands them over), and the sizes."""
+    """Some of the queries of a sequence and some of the keys: the scoring, the weights that belong to it (as autograd
+    hands them over), and which queries and keys of the whole these are."""
 
     scoring: Scoring
     by_distance_NR: Tensor | None
     sinks_N: Tensor | None
     extent: Extent
-    t_T: Tensor
-    """Positions of the keys; the queries stand at the last ones."""
+    """Of the whole."""
+    queries: HeldPositions
+    """Numbers of queries, not positions: with a cache the first query stands behind what was decoded before."""
+    keys: HeldPositions
+    device: torch.device
 
     @staticmethod
     def of(scoring: Scoring, q: Tensor, k: Tensor, by_distance_NR: Tensor | None, sinks_N: Tensor | None) -> "Work":
+        """All queries and keys."""
         extent = Extent(q.shape[2], k.shape[2], scoring.visible.looks_ahead)
-        return Work(scoring, by_distance_NR, sinks_N, extent, torch.arange(k.shape[2], device=k.device))
+        queries, keys = (HeldPositions((range(x.shape[2]),), x.shape[2]) for x in (q, k))
+        return Work(scoring, by_distance_NR, sinks_N, extent, queries, keys, q.device)
 
-    def pieces(self) -> Iterator[Piece]:
-        return self.scoring.pattern.pieces(self.extent)
+    def tiles(self) -> Iterator[Tile]:
+        return tiles(self.scoring.pattern, self.extent, self.queries, self.keys)
 
     def positions(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """The positions of the piece's queries and keys."""
-        return self.t_T[self.extent.offset :][piece.queries], self.t_T[piece.keys]
+        queries, keys, offset = piece.queries, piece.keys, self.extent.offset
+        s = torch.arange(queries.start + offset, queries.stop + offset, queries.step or 1, device=self.device)
+        return s, torch.arange(keys.start, keys.stop, keys.step or 1, device=self.device)
 
     def behind(self, piece: Piece) -> bool:
         """True where no key lies ahead of any query."""
@@ -102,9 +112,10 @@ class Blockwise(torch.autograd.Function):
     def forward(ctx: Any, scoring: Scoring, *tensors: Any) -> Tensor:
         q, k, v, by_distance, sinks = tensors
         work = Work.of(scoring, q, k, by_distance, sinks)
-        out_BNSD, log_sum_BNS = attended(work, q, k, v)
+        wide_BNSD, log_sum_BNS = attended(work, q, k, v)
+        out_BNSD = wide_BNSD.to(q.dtype)
         ctx.scoring = scoring
-        ctx.save_for_backward(q, k, v, by_distance, sinks, out_BNSD, log_sum_BNS)
+        ctx.save_for_backward(q, k, v, by_distance, sinks, out_BNSD, finite(log_sum_BNS))
         return out_BNSD
 
     @staticmethod
@@ -112,11 +123,15 @@ class Blockwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, by_distance, sinks, out, log_sum = ctx.saved_tensors
         work = Work.of(ctx.scoring, q, k, by_distance, sinks)
-        return None, *gradients(work, (q, k, v), (out, log_sum), grads[0])
+        delta_BNS = weighted(out, grads[0])
+        *of_qkv, of_distances = gradients(work, (q, k, v), (log_sum, delta_BNS), grads[0])
+        of_qkv = (gradient.to(q.dtype) for gradient in of_qkv)
+        return None, *of_qkv, of_distances, None if sinks is None else gradient_of_sinks(sinks, log_sum, delta_BNS)
 
 
 def attended(work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """(out [B, N, S, D], log of the sum of exponentiated scores [B, N, S], 0 where nothing is seen)."""
+    """(out [B, N, s, D], log of the sum of exponentiated scores [B, N, s], -inf where nothing is seen), in fp32 at
+    least."""
     dtype = wide(q.dtype)
     out_BNSD = torch.zeros(q.shape, dtype=dtype, device=q.device)
     sum_BNS = torch.zeros(q.shape[:3], dtype=dtype, device=q.device)
@@ -127,27 +142,36 @@ def attended(work: Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         sum_BNS += 1
     # With peak m, sum l and output o of the keys so far, and scores x of a piece:
     #   m' = max(m, max x),  l' = l e^(m - m') + sum e^(x - m'),  o' = o e^(m - m') + e^(x - m') v;  in the end o / l.
-    for piece in work.pieces():
-        rows = (slice(None), slice(None), piece.queries)
-        scores, _ = work.scores(piece, q[rows], k[:, :, piece.keys])
+    for piece, queries, keys in work.tiles():
+        rows = (slice(None), slice(None), queries)
+        scores, _ = work.scores(piece, q[rows], k[:, :, keys])
         peak = torch.maximum(peak_BNS[rows], scores.amax(-1))
         shift = peak.masked_fill(peak == NOTHING, 0.0)  # a query that has seen nothing yet: -inf - -inf is no number
         weights = torch.exp(scores - shift[..., None])
         fade = torch.exp(peak_BNS[rows] - shift)
         sum_BNS[rows] = sum_BNS[rows] * fade + weights.sum(-1)
         kept = work.kept(piece, weights.shape)
-        added = (weights if kept is None else weights * kept).to(v.dtype) @ v[:, :, piece.keys]
+        added = (weights if kept is None else weights * kept).to(v.dtype) @ v[:, :, keys]
         out_BNSD[rows] = out_BNSD[rows] * fade[..., None] + added
         peak_BNS[rows] = peak
     seen = sum_BNS > 0
-    out = out_BNSD / torch.where(seen, sum_BNS, 1.0)[..., None]
-    return out.to(q.dtype), torch.where(seen, peak_BNS + sum_BNS.log(), 0.0)
+    return out_BNSD / torch.where(seen, sum_BNS, 1.0)[..., None], peak_BNS + sum_BNS.log()
+
+
+def finite(log_sum_BNS: Tensor) -> Tensor:
+    """0 where nothing is seen, so that scores of -inf can be set off against it."""
+    return log_sum_BNS.masked_fill(log_sum_BNS == NOTHING, 0.0)
+
+
+def weighted(out: Tensor, grad_out: Tensor) -> Tensor:
+    """[B, N, S]: the sum of O dO over the size of a head, which is that of P dP over the keys."""
+    return (grad_out.to(wide(out.dtype)) * out.to(wide(out.dtype))).sum(-1)
 
 
 def gradients(
     work: Work, qkv: tuple[Tensor, Tensor, Tensor], results: tuple[Tensor, Tensor], grad_out: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k, v, the scores by distance, and the sinks.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of q, k, v and the scores by distance, in fp32 at least; `results` are log_sum and delta.
 
     With scores x, probabilities P = exp(x - log_sum), dropout's factors K, and O = (P K) V:
 
@@ -155,17 +179,16 @@ def gradients(
         dx = P (dP - delta)        of capped scores x = c tanh(u): du = dx (1 - tanh^2 u)
         dQ = scale du K_           dK_ = scale du^T Q         (K_: the keys)
 
-    A sink has a probability and no value, so dP = 0 for it: d sink = -sum exp(sink - log_sum) delta.
+    log_sum and delta are over all keys, so that these hold for any part of them too.
     """
-    (q, k, v), (out, log_sum_BNS) = qkv, results
+    (q, k, v), (log_sum_BNS, delta_BNS) = qkv, results
     dtype = wide(q.dtype)
     grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in qkv)
     by_distance = work.by_distance_NR
     grad_by_distance = torch.zeros_like(by_distance) if by_distance is not None and by_distance.requires_grad else None
-    delta_BNS = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
     # The scores are computed again: kept, they would be the square of the sequence.
-    for piece in work.pieces():
-        rows, columns = (slice(None), slice(None), piece.queries), (slice(None), slice(None), piece.keys)
+    for piece, queries, keys in work.tiles():
+        rows, columns = (slice(None), slice(None), queries), (slice(None), slice(None), keys)
         scores, bent = work.scores(piece, q[rows], k[columns])
         probabilities = torch.exp(scores - log_sum_BNS[rows][..., None])
         kept = work.kept(piece, probabilities.shape)
@@ -181,11 +204,13 @@ def gradients(
         grad_scores = (grad_scores * work.scoring.scale).to(q.dtype)
         grad_q[rows] += grad_scores @ k[columns]
         grad_k[columns] += grad_scores.mT @ q[rows]
-    grad_sinks = None
-    if work.sinks_N is not None:
-        taken_BNS = torch.exp(work.sinks_N[:, None] - log_sum_BNS)
-        grad_sinks = -(taken_BNS * delta_BNS).sum((0, 2)).to(work.sinks_N.dtype)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_by_distance, grad_sinks
+    return grad_q, grad_k, grad_v, grad_by_distance
+
+
+def gradient_of_sinks(sinks_N: Tensor, log_sum_BNS: Tensor, delta_BNS: Tensor) -> Tensor:
+    """A sink has a probability and no value, so dP = 0 for it: d sink = -sum exp(sink - log_sum) delta."""
+    taken_BNS = torch.exp(sinks_N[:, None] - log_sum_BNS)
+    return -(taken_BNS * delta_BNS).sum((0, 2)).to(sinks_N.dtype)
 
 
 def columns_of(piece: Piece, extent: Extent) -> slice:

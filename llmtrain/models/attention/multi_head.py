@@ -20,10 +20,12 @@ from llmtrain.models.attention.caches import KeyValueCache, LayerCache, MemoryCa
 from llmtrain.models.attention.flex_kernel import can_flex, flex_kernel
 from llmtrain.models.attention.joint_product import find_joint, joint_outputs, put_side_by_side
 from llmtrain.models.attention.linear import decode, linear_attention
-from llmtrain.models.attention.patterns import PATTERNS, Full, Strided
+from llmtrain.models.attention.patterns import PATTERNS, Extent, Full, Strided
+from llmtrain.models.attention.ring import ring_attention
 from llmtrain.models.attention.scoring import ProbabilityDropout, Scoring, Visibility, repeated_kv, scores_by_distance
 from llmtrain.models.pointwise import RMSNorm
 from llmtrain.models.positions import PositionBias, Rotary, at_least_fp32, rotate
+from llmtrain.parallel.ring import Ring
 from llmtrain.parallel.stateless_random import Draws, Span, site_key
 
 
@@ -115,6 +117,8 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         self.dropout_site = site_key(site, "probabilities")
         self.recompute_kernel = recompute_kernel
+        self.ring: Ring | None = None
+        """The ranks that hold the other parts of the sequence, where keys and values travel between them."""
         self.q = nn.Linear(config.hidden_size, config.num_heads * self.head_dim, bias=config.bias)
         self.k = nn.Linear(config.hidden_size, config.kv_heads * self.head_dim, bias=config.bias)
         self.v = nn.Linear(config.hidden_size, config.kv_heads * self.head_dim, bias=config.bias)
@@ -148,7 +152,8 @@ class Attention(nn.Module):
             return self.out(out.flatten(-2))
         if isinstance(cache, KeyValueCache):
             k, v = cache.extend(k, v)
-        if self.recompute_kernel and self.training:
+        # A ring keeps little more than what goes into it, and would have to go round again.
+        if self.recompute_kernel and self.training and self.ring is None:
             # Draws are hashes: no random state needs to be kept for the second pass.
             out = checkpoint(self.attend, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -176,20 +181,25 @@ class Attention(nn.Module):
         if self.kind == "linear":
             return linear_attention(q_SBND, *self.repeated(q_SBND, k_TBND, v_TBND), inputs.visible)
         scoring = self.scoring(q_SBND, k_TBND, inputs)
+        if self.ring is not None:
+            return ring_attention(q_SBND, k_TBND, v_TBND, scoring, self.ring)
         kernel = KERNELS[kernel_for(q_SBND, k_TBND, scoring, q_SBND.is_cuda)]
         return kernel(q_SBND, k_TBND, v_TBND, scoring)
 
     def scoring(self, q_SBND: Tensor, k_TBND: Tensor, inputs: AttentionInputs) -> Scoring:
-        """The scoring of this layer, with the weights of the heads at hand."""
+        """The scoring of this layer for the whole sequence, with the weights of the heads at hand."""
+        ranks = 1 if self.ring is None else self.ring.size
+        heads = range(self.first_head, self.first_head + q_SBND.shape[2])
         by_distance = sinks = dropout = None
         if inputs.bias is not None and not self.cross:
-            by_distance = scores_by_distance(inputs.bias, q_SBND, k_TBND.shape[0], self.first_head)
+            extent = Extent(q_SBND.shape[0] * ranks, k_TBND.shape[0] * ranks, inputs.visible.looks_ahead)
+            by_distance = scores_by_distance(inputs.bias, extent, heads, q_SBND.device)
         if self.sinks is not None:
-            start = self.first_head - self.tensor_first_head
-            sinks = at_least_fp32(self.sinks[start : start + q_SBND.shape[2]])
+            start = heads.start - self.tensor_first_head
+            sinks = at_least_fp32(self.sinks[start : start + len(heads)])
         if self.dropout > 0 and inputs.draws is not None:
-            heads = Span(self.first_head, self.num_heads)
-            dropout = ProbabilityDropout(self.dropout, self.dropout_site, inputs.draws, heads)
+            span = Span(heads.start, self.num_heads)
+            dropout = ProbabilityDropout(self.dropout, self.dropout_site, inputs.draws, span)
         return Scoring(self.pattern, inputs.visible, self.scale, self.softcap, by_distance, sinks, dropout)
 
 

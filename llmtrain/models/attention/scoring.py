@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.models.attention.patterns import Pattern
+from llmtrain.models.attention.patterns import Extent, Pattern
 from llmtrain.models.positions import PositionBias
 from llmtrain.parallel.stateless_random import Draws, Span
 
@@ -113,12 +113,11 @@ def repeated_kv(x_TBND: Tensor, num_heads: int) -> Tensor:
     return x_TBND if x_TBND.shape[2] == num_heads else x_TBND.repeat_interleave(num_heads // x_TBND.shape[2], dim=2)
 
 
-def scores_by_distance(bias: PositionBias, queries: Tensor, num_keys: int, first_head: int) -> Tensor:
-    """[N, R] for queries [S, B, N, D]: what stands in the square of S x T as often as it is long, only once.
+def scores_by_distance(bias: PositionBias, extent: Extent, heads: range, device: torch.device) -> Tensor:
+    """[N, R] for some of the global heads: what stands in the square of S x T as often as it is long, only once.
 
     The last query stands at the position of the last key, so distances run from 1 - T to S - 1.
     """
-    num_queries, num_heads = queries.shape[0], queries.shape[2]
     # Scores depend on the distance alone: one query at 0, and keys at all distances that occur, give each score once.
-    away = torch.arange(1 - num_keys, num_queries, device=queries.device)
-    return bias.scores(torch.zeros(1, dtype=away.dtype, device=away.device), away, first_head, num_heads)[:, 0]
+    away = torch.arange(1 - extent.num_keys, extent.num_queries, device=device)
+    return bias.scores(torch.zeros(1, dtype=away.dtype, device=device), away, heads.start, len(heads))[:, 0]

@@ -185,8 +185,8 @@ class MoE(nn.Module):
         # The router has seen this rank's own tokens (s). Inside of the block a rank has the tokens of all its tensor
         # ranks, and their weights, whose gradients are parts as well. The choice covers the whole micro-batch (S).
         inner_SBH, weights_SBE = self.enter(x_SBH), self.enter(routing.weights_sBE)
-        inside = self.router.parts.block_slice(routing.chosen_SBE.shape[0], inner_SBH.shape[0])
-        chosen_NE = routing.chosen_SBE[inside].flatten(0, 1)
+        inside = self.router.parts.inside(routing.chosen_SBE.shape[0])
+        chosen_NE = inside.of(routing.chosen_SBE).flatten(0, 1)
         pairs = Pairs.of(chosen_NE, routing.per_token)
         # Rows travel to the ranks of their experts, are done there, and come back in the order of the pairs. Every rank
         # calls its experts, with no rows too: the others wait in the same exchange.

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig, MoeConfig
-from llmtrain.parallel.parts import WHOLE, SequenceParts
-from llmtrain.parallel.stateless_random import Draws, Span, site_key
+from llmtrain.parallel.parts import WHOLE, HeldPositions, SequenceParts
+from llmtrain.parallel.stateless_random import Draws, Places, Span, site_key
 
 
 class Routing(NamedTuple):
@@ -84,19 +84,19 @@ class Router(nn.Module):
         # s: this rank's own tokens. S: those of the whole micro-batch, among which capacity and ties are decided.
         # The choice has no gradient, so the gathered probabilities need none: weights are taken from the own ones.
         whole_SBE = self.parts.gather(probabilities_sBE)
-        own = self.parts.local_slice(whole_SBE.shape[0])
+        own = self.parts.own(whole_SBE.shape[0])
         valid_SB = torch.ones_like(whole_SBE[..., 0], dtype=torch.bool) if valid_BS is None else valid_BS.T
         wanted_SBE, kept_SBE = self.choose(whole_SBE, valid_SB, trains=draws is not None)
-        weights_sBE = torch.where(kept_SBE[own], probabilities_sBE, 0.0)
+        weights_sBE = torch.where(own.of(kept_SBE), probabilities_sBE, 0.0)
         if self.moe.router == "top_k" and self.moe.normalize_weights:
-            total_sB1 = torch.where(wanted_SBE[own], probabilities_sBE, 0.0).sum(-1, keepdim=True)
+            total_sB1 = torch.where(own.of(wanted_SBE), probabilities_sBE, 0.0).sum(-1, keepdim=True)
             weights_sBE = weights_sBE / total_sB1.clamp(min=torch.finfo(torch.float32).tiny)
         loss, losses = self.balance_losses(logits_sBE, probabilities_sBE, wanted_SBE, valid_SB, own)
-        valid_sB1 = valid_SB[own][..., None]
-        dropped = (wanted_SBE & ~kept_SBE)[own].sum()
+        valid_sB1 = own.of(valid_SB)[..., None]
+        dropped = own.of(wanted_SBE & ~kept_SBE).sum()
         entropy = -(probabilities_sBE * logits_sBE.log_softmax(-1) * valid_sB1).sum()
         scalars = torch.stack((valid_sB1.sum().float(), dropped.float(), entropy, *losses)).detach()
-        report = torch.cat((scalars, wanted_SBE[own].sum((0, 1)).float()))
+        report = torch.cat((scalars, own.of(wanted_SBE).sum((0, 1)).float()))
         dropless = self.moe.router != "expert_choice" and (draws is None or self.moe.capacity_factor is None)
         per_token = self.moe.choices if dropless and valid_BS is None else None
         return Routing(weights_sBE, kept_SBE, loss, report, per_token)
@@ -105,7 +105,7 @@ class Router(nn.Module):
         """In training, the input times uniform numbers within 1 +- jitter (Fedus et al. 2021, section 2.4)."""
         if draws is None or not self.moe.jitter:
             return x_sBH
-        spans = [Span(0, size) for size in x_sBH.shape]
+        spans: list[Places] = [Span(0, size) for size in x_sBH.shape]
         if draws.sequence is not None:
             spans[0] = draws.sequence
         return x_sBH * (1 + self.moe.jitter * (2 * draws.uniform(self.jitter_site, x_sBH.shape, spans) - 1))
@@ -129,7 +129,7 @@ class Router(nn.Module):
         return wanted_BSE.transpose(0, 1), kept_BSE.transpose(0, 1)
 
     def balance_losses(
-        self, logits_sBE: Tensor, probabilities_sBE: Tensor, wanted_SBE: Tensor, valid_SB: Tensor, own: slice
+        self, logits_sBE: Tensor, probabilities_sBE: Tensor, wanted_SBE: Tensor, valid_SB: Tensor, own: HeldPositions
     ) -> tuple[Tensor, list[Tensor]]:
         """This rank's part of the weighted sum, and of the load-balancing and the z-loss; they sum over the ranks.
 
@@ -140,7 +140,7 @@ class Router(nn.Module):
         num_tokens = valid_SB.sum().clamp(min=1)
         wanted_E = wanted_SBE.sum((0, 1)).float()
         share_E = wanted_E / wanted_E.sum().clamp(min=1)  # counts: gradients flow through P_e alone
-        valid_sB = valid_SB[own]
+        valid_sB = own.of(valid_SB)
         mean_E = (probabilities_sBE * valid_sB[..., None]).sum((0, 1)) / num_tokens
         aux_loss = len(share_E) * (share_E * mean_E).sum()
         z_loss = (logits_sBE.logsumexp(-1).square() * valid_sB).sum() / num_tokens

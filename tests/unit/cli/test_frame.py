@@ -233,6 +233,9 @@ def test_dry_run_draws_a_world_that_is_not_there(
     text = capsys.readouterr().out
     assert "16,384 = pipeline 2 x data 2,048 x context 1 x tensor 4, sequence parallel" in text
     assert "1, head" in text and "8192-16383" in text
+    ring = ("parallel.context=2", "parallel.context_exchange=ring")
+    assert call("train", "run.yaml", *BIG, *ring, "--dry-run", "--ranks", "16384") == 0
+    assert "x context 2 x tensor 4, context by ring, sequence parallel" in capsys.readouterr().out
     assert call("train", "run.yaml", *BIG, "--dry-run", "--ranks", "8", "--json") == 0
     layout = json.loads(capsys.readouterr().out)["layout"]
     assert layout["sizes"] == {"tensor": 4, "context": 1, "data": 1, "pipeline": 2}

@@ -157,6 +157,20 @@ def test_the_plan_of_a_known_model() -> None:
     assert on_cpu.activations == 2 * 32 * 8192 * (8 * 4096 + 4 * config.model.ffn_size)
 
 
+@pytest.mark.parametrize(("context", "exchange", "kept"), [(4, "heads", 8), (16, "heads", 16), (16, "ring", 8)])
+def test_fewer_key_heads_than_context_ranks_are_kept_repeated_by_heads(context: int, exchange: str, kept: int) -> None:
+    """Of 8 key heads on a GPU; on a CPU kernels repeat them for each query head, but not those of a ring."""
+    parallel = {"context": context, "context_exchange": exchange}
+    config = large(engine={"name": "megatron"}, parallel=parallel, train={"precision": "bf16", "micro_batch_size": 1})
+    layout, lengths = Layout(context=context), sample_lengths(config.model.family, config.data)
+    elements = 4 * 4096 + 2 * 4096 + 2 * kept * config.model.head_size + 2 * config.model.ffn_size
+    tokens = 32 * 8192 // context
+    assert activation_bytes(config, layout, lengths, Kernels.of(on_gpu=True)) == 2 * tokens * elements
+    on_cpu = activation_bytes(config, layout, lengths, Kernels(repeats_keys=True))
+    heads = kept if exchange == "ring" else 32
+    assert on_cpu == 2 * tokens * (elements + 2 * (heads - kept) * config.model.head_size)
+
+
 def documented_layouts() -> list[list[str]]:
     """Cells of the table of layouts in docs/layouts.md: settings, ranks, and three sizes."""
     text = (ROOT / "docs" / "layouts.md").read_text("utf-8").partition("### Llama 8B")[2]

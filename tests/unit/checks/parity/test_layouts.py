@@ -48,6 +48,7 @@ def test_every_candidate_is_legal_and_its_name_reads_back() -> None:
     names = [candidate.name for candidate in candidates]
     assert len(set(names)) == len(names)
     wanted = {"torch:dp1", "torch:dp2", "megatron:tp2", "megatron:tp2+sp+zero1", "megatron:pp2+vp2", "megatron:cp2"}
+    wanted |= {"megatron:cp2+ring", "deepspeed:cp2+ring+zero3"}
     assert wanted <= set(names)
     for candidate in candidates:
         again = parse_candidate(candidate.name, small)
@@ -103,6 +104,17 @@ def test_the_own_layout_keeps_every_key_and_its_name_reads_back() -> None:
     assert own.name == "megatron:dp2+pp2+split4.0+overlap+zero1"
     read = parse_candidate(own.name, small)
     assert (read.config.parallel, read.config.engine) == (own.config.parallel, own.config.engine)
+
+
+@pytest.mark.parametrize(("heads", "exchange"), [(3, "ring"), (8, None)])
+def test_an_own_ring_stays_one_on_heads_that_could_be_dealt_out(heads: int, exchange: str | None) -> None:
+    whole = run(
+        model={"num_heads": heads, "num_kv_heads": 1, "hidden_size": 96}, engine={"name": "megatron"},
+        parallel={"context": 2}, launch={"num_workers": 2},
+    )  # fmt: skip
+    own = own_candidate(whole, shrink(whole, "fp32"), max_ranks=2)
+    assert own is not None and own.config.parallel.context_exchange == exchange
+    assert own.name == f"megatron:cp2{'' if exchange is None else '+ring'}"
 
 
 def test_an_own_layout_that_takes_too_many_ranks_is_none() -> None:

@@ -46,8 +46,31 @@ def wide(**sections: Any) -> dict[str, str]:
             "parallel.tensor",
             "must divide model.ffn_hidden_size = 130. Try 1 or 2.",
         ),
-        ({"parallel": {"context": 3}}, "parallel.context", "4 / 1 = 4. Try 1, 2 or 4."),
-        ({"parallel": {"tensor": 2, "context": 4}}, "parallel.context", "4 / 2 = 2. Try 1 or 2."),
+        (
+            {"parallel": {"context": 3, "context_exchange": "heads"}},
+            "parallel.context",
+            "4 / 1 = 4. Try 1, 2 or 4, or parallel.context_exchange=ring.",
+        ),
+        (
+            {"parallel": {"tensor": 2, "context": 4, "context_exchange": "heads"}},
+            "parallel.context",
+            "4 / 2 = 2. Try 1 or 2, or",
+        ),
+        (
+            {"model": {"attention": {"kind": "linear"}}, "parallel": {"tensor": 2, "context": 4}},
+            "parallel.context",
+            "4 / 2 = 2. Try 1 or 2.",
+        ),
+        (
+            {"model": {"attention": {"kind": "linear"}}, "parallel": {"context": 2, "context_exchange": "ring"}},
+            "parallel.context_exchange",
+            "model.attention.kind = linear has no softmax, whose parts could be joined. Try heads.",
+        ),
+        (
+            {"parallel": {"context_exchange": "ring"}},
+            "parallel.context_exchange",
+            "needs parallel.context greater than 1. Try null.",
+        ),
         ({"parallel": {"sequence": True}}, "parallel.sequence", "Try false."),
         (
             {"data": {"seq_len": 65}, "parallel": {"context": 2}},
@@ -108,6 +131,9 @@ def test_rule_is_broken(sections: dict[str, Any], key: str, says: str) -> None:
     [
         {"parallel": {"tensor": 2, "sequence": True, "context": 2}},
         {"model": {"num_kv_heads": 1}, "parallel": {"context": 4}},
+        {"parallel": {"tensor": 2, "context": 4}},
+        {"data": {"seq_len": 63}, "parallel": {"context": 3}},
+        {"model": {"attention": {"kind": "linear"}}, "parallel": {"context": 2, "context_exchange": "heads"}},
         {"model": {"ffn_hidden_size": 130, "moe": {"ffn_hidden_size": 64}}, "parallel": {"tensor": 4}},
         {"parallel": {"pipeline": 4}, "train": {"global_batch_size": 4}},
         {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
@@ -119,6 +145,29 @@ def test_rule_is_broken(sections: dict[str, Any], key: str, says: str) -> None:
 )
 def test_rules_allow(sections: dict[str, Any]) -> None:
     assert wide(**sections) == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "exchange", "balanced"),
+    [
+        ({}, {"context": 2}, "heads", False),
+        ({}, {"context": 3}, "ring", True),
+        ({}, {"tensor": 2, "context": 4}, "ring", True),
+        ({}, {"context": 2, "context_exchange": "ring"}, "ring", True),
+        ({}, {"context": 3, "context_exchange": "heads"}, "heads", False),
+        ({"attention": {"kind": "linear"}}, {"context": 3}, "heads", False),
+        ({"attention": {"kind": "sliding_window", "window": 8}}, {"context": 3}, "ring", False),
+        ({"attention": {"kind": "strided", "stride": 8}}, {"context": 3}, "ring", True),
+        ({"family": "encoder"}, {"context": 3}, "ring", False),
+        ({"family": "encoder_decoder", "num_encoder_layers": 4}, {"context": 3}, "ring", True),
+        ({}, {}, "heads", False),
+    ],
+)
+def test_heads_are_dealt_out_where_they_can_be_and_causal_rings_are_balanced(
+    model: dict[str, Any], parallel: dict[str, Any], exchange: str, balanced: bool
+) -> None:
+    config = run(engine=MEGATRON, model=model, parallel=parallel)
+    assert (config.context_exchange, config.balances_context) == (exchange, balanced)
 
 
 def test_axes_must_divide_the_world() -> None:
@@ -168,7 +217,7 @@ def test_what_breaks_no_rule_can_be_laid_out() -> None:
         assert all(chunk.layers for chunk in chunks)
         for size in (model.num_heads, model.kv_heads, model.ffn_size, 128):
             assert size % tensor == 0
-        assert model.num_heads % (tensor * context) == 0
+        assert config.context_exchange == "ring" or model.num_heads % (tensor * context) == 0
         assert config.data.seq_len % layout.sequence_parts == 0
         micro_batches, rest = divmod(96, config.train.micro_batch_size * data)
         assert rest == 0 and (virtual == 1 or micro_batches % pipeline == 0)

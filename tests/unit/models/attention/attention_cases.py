@@ -88,22 +88,38 @@ class Case:
         )
 
 
-def compared(case: Case) -> tuple[list[Tensor], list[Tensor]]:
-    """Output and all gradients of our attention, and of the reference."""
+@dataclass(frozen=True)
+class Built:
+    """An attention with all that it needs; `qkv` and `weights` are what gradients are wanted of."""
+
+    attention: Attention
+    inputs: AttentionInputs
+    qkv: list[Tensor]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        sinks, bias = self.attention.sinks, self.inputs.bias
+        return [*([] if sinks is None else [sinks]), *(bias.parameters() if isinstance(bias, RelativeBias) else [])]
+
+
+def build(case: Case) -> Built:
     config = case.config
     attention = weighed(Attention(config, SITE).double())
     bias = build_position_bias(config, case.causal)
     if isinstance(bias, RelativeBias):
         bias.double().weight.data.normal_(generator=torch.Generator().manual_seed(5))
-    visible = visibility(case.causal, case.restriction)
     draws = Draws.of_micro_batch(0, 1, 0, torch.device("cpu")) if case.dropout else None
-    qkv = random_qkv(case.kv_heads)
-    wanted = [
-        *qkv,
-        *([attention.sinks] if case.sinks else []),
-        *(bias.parameters() if isinstance(bias, RelativeBias) else []),
-    ]
-    ours = attention.attend(*qkv, AttentionInputs(None, visible, bias, draws))
+    inputs = AttentionInputs(None, visibility(case.causal, case.restriction), bias, draws)
+    return Built(attention, inputs, random_qkv(case.kv_heads))
+
+
+def compared(case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """Output and all gradients of our attention, and of the reference."""
+    case_built = build(case)
+    attention, inputs, qkv = case_built.attention, case_built.inputs, case_built.qkv
+    visible, bias, draws = inputs.visible, inputs.bias, inputs.draws
+    wanted = [*qkv, *case_built.weights]
+    ours = attention.attend(*qkv, inputs)
     places = torch.arange(LENGTH)
     kept = None
     if draws is not None:
@@ -114,7 +130,7 @@ def compared(case: Case) -> tuple[list[Tensor], list[Tensor]]:
         kept = keep / (1 - case.dropout)
     theirs = softmax_attention(
         (qkv[0], qkv[1], qkv[2]),
-        dense_mask(config.attention, visible, BATCH, LENGTH, LENGTH),
+        dense_mask(case.config.attention, visible, BATCH, LENGTH, LENGTH),
         scale=case.scale or 8**-0.5,
         softcap=case.softcap,
         bias_NST=None if bias is None else bias.scores(places, places, 0, 4),

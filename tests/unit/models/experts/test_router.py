@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmtrain.config.model import MoeConfig
 from llmtrain.models.experts.router import NUM_SCALARS, Router, RouterReport, capacity, experts_choose, tokens_choose
-from llmtrain.parallel.parts import SequenceParts
+from llmtrain.parallel.parts import WHOLE, SequenceParts
 from llmtrain.parallel.stateless_random import Draws, Span
 from tests.support.samples import tiny_model
 
@@ -136,7 +136,7 @@ def test_an_equal_load_has_a_loss_of_one() -> None:
     built = router(router="top_k", top_k=1)
     table = torch.eye(4).repeat(6, 1).view(8, 3, 4)
     everybody = torch.ones(8, 3, dtype=torch.bool)
-    _, (aux, _) = built.balance_losses(table.log(), torch.full((8, 3, 4), 0.25), table.bool(), everybody, slice(0, 8))
+    _, (aux, _) = built.balance_losses(table.log(), torch.full((8, 3, 4), 0.25), table.bool(), everybody, WHOLE.own(8))
     assert aux.item() == pytest.approx(1.0)
 
 
@@ -181,7 +181,7 @@ class TwoParts(SequenceParts):
         object.__setattr__(self, "whole", whole)
 
     def gather(self, x_s: Tensor) -> Tensor:
-        torch.testing.assert_close(x_s.detach(), self.whole[self.local_slice(len(self.whole))])  # type: ignore[attr-defined]
+        torch.testing.assert_close(x_s.detach(), self.own(len(self.whole)).of(self.whole))  # type: ignore[attr-defined]
         return self.whole  # type: ignore[attr-defined]
 
 

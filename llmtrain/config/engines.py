@@ -31,6 +31,8 @@ class EngineRow:
     """Why `train.compile` is not possible; empty: it is."""
     gpu_fp16_stages: tuple[int, ...] = ()
     """ZeRO stages whose fp16 needs a GPU."""
+    no_overlap_stages: tuple[int, ...] = ()
+    """ZeRO stages whose gradients are summed after the backward pass alone."""
     no_fp8_stages: tuple[int, ...] = ()
     """ZeRO stages that gather weights for a product which, in float8, keeps what it was given."""
     whole_expert_stages: tuple[int, ...] = ()
@@ -63,6 +65,7 @@ ENGINES: dict[str, EngineRow] = {
         platforms=("linux",),
         no_compile="ZeRO's hooks inside of layers are not compiled",
         gpu_fp16_stages=(1, 2, 3),
+        no_overlap_stages=(0,),
         no_fp8_stages=(3,),
         whole_expert_stages=(3,),
     ),

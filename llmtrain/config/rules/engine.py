@@ -103,6 +103,18 @@ def offload_has_a_place(config: RunConfig) -> Found:
         yield Problem("engine.offload", message, engine.offload, uses=("engine.nvme_path",))
 
 
+def overlap_has_a_stage(config: RunConfig) -> Found:
+    row, stage = row_of(config), config.engine.zero_stage
+    if config.parallel.overlap_grad_reduce and stage in row.no_overlap_stages:
+        others = either(sorted({*row.zero_stages} - {*row.no_overlap_stages}))
+        fix = or_engine(lambda other: stage in other.zero_stages and stage not in other.no_overlap_stages)
+        message = (
+            f"engine.name = {config.engine.name} sums gradients after the backward pass where engine.zero_stage = "
+            f"{stage}. Try false, engine.zero_stage {others}{fix}."
+        )
+        yield Problem("parallel.overlap_grad_reduce", message, "true", uses=("engine.name", "engine.zero_stage"))
+
+
 def compile_needs_torch_linears(config: RunConfig) -> Found:
     if config.train.compile and "tensor" in row_of(config).axes and config.parallel.tensor > 1:
         message = (
@@ -134,6 +146,7 @@ ENGINE_RULES = (
     engine_has_zero_stage,
     experts_stay_whole,
     offload_has_a_place,
+    overlap_has_a_stage,
     compile_needs_torch_linears,
     engine_compiles,
 )

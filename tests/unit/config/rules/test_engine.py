@@ -53,6 +53,11 @@ NVME = {**DEEPSPEED, "zero_stage": 3, "offload": "nvme", "nvme_path": "/tmp/x"}
             "engine.name = deepspeed has no fp16 on the CPU. Try train.precision=bf16, or engine.name=megatron.",
         ),
         (
+            {"engine": DEEPSPEED, "parallel": {"overlap_grad_reduce": True}},
+            "parallel.overlap_grad_reduce",
+            "Try false, engine.zero_stage 1, 2 or 3, or engine.name=torch or megatron.",
+        ),
+        (
             {"engine": MEGATRON, "train": {"compile": True}, "parallel": {"tensor": 2}},
             "train.compile",
             "Try false, or parallel.tensor=1.",
@@ -79,6 +84,7 @@ def test_what_an_engine_lacks(sections: dict[str, Any], key: str, says: str) -> 
         {"engine": {**DEEPSPEED, "zero_stage": 3}, "parallel": {"tensor": 2}},
         {"engine": {**DEEPSPEED, "zero_stage": 1, "offload": "cpu"}, "parallel": {"context": 2}},
         {"engine": NVME},
+        {"engine": {**DEEPSPEED, "zero_stage": 1}, "parallel": {"overlap_grad_reduce": True}},
         {"engine": {**DEEPSPEED, "zero_stage": 2}, "train": {"precision": "fp16"}},
     ],
 )

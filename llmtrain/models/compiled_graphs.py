@@ -8,6 +8,7 @@ The compiler takes seconds to import: nothing here does so before something is c
 
 import os
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,13 @@ def outside_of_graphs(function: Callable[..., Any], *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         return torch.compiler.disable(function)(*arguments)
     return function(*arguments)
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is compiled by itself, for the sizes at hand, where layers are not compiled."""
+    guard_compiled_graphs()
+    return torch.compile(function, dynamic=False)
 
 
 def guard_compiled_graphs() -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.models.compiled_graphs import compiled
+from llmtrain.parallel.stateless_random import Draws, dropout_hidden
 
 
 class RMSNorm(nn.Module):
@@ -123,6 +125,20 @@ class MLP(nn.Module):
 
     def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         return self.pointwise(up) if gate is None else self.pointwise(gate) * up
+
+
+def is_fused(x: Tensor) -> bool:
+    """True where the twenty operations on integers of a dropout are to be one kernel: on a GPU each of them would pass
+    over eight bytes for every element. A compiled layer makes them one by itself."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def dropped(x_SBH: Tensor, probability: float, site: Tensor, draws: Draws | None) -> Tensor:
+    """`dropout_hidden`, as one kernel where that is faster; the same elements either way."""
+    if draws is None or probability == 0.0:
+        return x_SBH
+    drop = compiled(dropout_hidden) if is_fused(x_SBH) else dropout_hidden
+    return drop(x_SBH, probability, site, draws)
 
 
 def identity(x: Tensor) -> Tensor:

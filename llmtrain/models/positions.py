@@ -22,9 +22,18 @@ class Rotary:
     sin: Tensor
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what the device has to do: from memory that is pinned.
+
+    A compiled graph has it as a constant.
+    """
+    waits = device.type != "cuda" or torch.compiler.is_compiling()
+    return x.to(device) if waits else x.pin_memory().to(device, non_blocking=True)
+
+
 def rotary_angles(config: ModelConfig, positions_BS: Tensor, dtype: torch.dtype) -> Rotary:
     """Angles position * theta^(-2i/D) (Su et al. 2021, section 3.2.2), stretched as configured, computed in fp32."""
-    frequencies = rotary_frequencies(config).to(positions_BS.device)
+    frequencies = sent(rotary_frequencies(config), positions_BS.device)
     angles = positions_BS.T[:, :, None, None].float() * frequencies
     factor = 1.0 if config.rope_scaling is None else score_factor(config.rope_scaling)
     return Rotary((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
@@ -128,7 +137,7 @@ class Alibi:
     def scores(self, q_positions_S: Tensor, k_positions_T: Tensor, first_head: int, num_heads: int) -> Tensor:
         slopes = torch.tensor(alibi_slopes(self.num_heads)[first_head : first_head + num_heads])
         away_ST = distances(q_positions_S, k_positions_T).abs().float()
-        return -slopes.to(away_ST.device)[:, None, None] * away_ST
+        return -sent(slopes, away_ST.device)[:, None, None] * away_ST
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

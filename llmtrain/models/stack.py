@@ -15,9 +15,9 @@ from llmtrain.models.attention.caches import KeyValueCache, MemoryCache, StateCa
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
 from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.experts.mixture import MoE
-from llmtrain.models.pointwise import MLP, Recompute, build_norm
+from llmtrain.models.pointwise import MLP, Recompute, build_norm, dropped
 from llmtrain.models.positions import build_position_bias, rotary_angles
-from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
+from llmtrain.parallel.stateless_random import Draws, site_key
 
 Side = Literal["encoder", "decoder"]
 
@@ -72,7 +72,7 @@ class Layer(nn.Module):
         return norm(x_SBH) if self.pre_norm else x_SBH
 
     def _added(self, norm: nn.Module, x_SBH: Tensor, y_SBH: Tensor, site: Tensor, draws: Draws | None) -> Tensor:
-        x_SBH = x_SBH + dropout_hidden(y_SBH, self.dropout, site, draws)
+        x_SBH = x_SBH + dropped(y_SBH, self.dropout, site, draws)
         return x_SBH if self.pre_norm else norm(x_SBH)
 
 

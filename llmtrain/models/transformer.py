@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.head import MlmHead, Objective, head_cross_entropy
-from llmtrain.models.pointwise import Recompute, build_norm, identity
+from llmtrain.models.pointwise import Recompute, build_norm, dropped, identity
 from llmtrain.models.positions import sinusoids
 from llmtrain.models.stack import LayerCaches, Pass, Reports, Side, Stack, with_memory
 from llmtrain.parallel.parts import WHOLE, SequenceParts
-from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
+from llmtrain.parallel.stateless_random import Draws, site_key
 from llmtrain.values.batch import ModelInputs
 
 
@@ -47,7 +47,7 @@ class Embeddings(nn.Module):
         # Else the activations would stay transposed through all layers, and gloo sends contiguous memory only.
         x_SBH = x_SBH.contiguous()
         x_SBH = x_SBH if self.norm is None else self.norm(x_SBH)
-        return dropout_hidden(x_SBH, self.dropout, self.dropout_sites[side], draws)
+        return dropped(x_SBH, self.dropout, self.dropout_sites[side], draws)
 
 
 class Transformer(nn.Module):

@@ -69,7 +69,8 @@ class Draws:
     @staticmethod
     def of_micro_batch(seed: int, step: int, micro_batch: int, device: torch.device) -> "Draws":
         """Draws of micro-batch number `micro_batch` of step `step`, both counted over the whole run and all ranks."""
-        return Draws(torch.tensor(derived_key(seed, "draws", step, micro_batch), device=device))
+        # Filled on the device: a copy from the host would be waited for.
+        return Draws(torch.full((), derived_key(seed, "draws", step, micro_batch), device=device))
 
     def with_sequence(self, sequence: Places) -> "Draws":
         return replace(self, sequence=sequence)
@@ -97,10 +98,8 @@ class Draws:
         return (mixed(key ^ index) >> 32) & 0xFFFFFFFF
 
 
-def dropout_hidden(x_SBH: Tensor, probability: float, site: Tensor | int, draws: Draws | None) -> Tensor:
-    """Dropout on activations whose sequence may be split over ranks. Without draws (evaluation) it does nothing."""
-    if draws is None or probability == 0.0:
-        return x_SBH
+def dropout_hidden(x_SBH: Tensor, probability: float, site: Tensor | int, draws: Draws) -> Tensor:
+    """Dropout on activations whose sequence may be split over ranks."""
     spans: list[Places] = [Span(0, size) for size in x_SBH.shape]
     if draws.sequence is not None:
         spans[0] = draws.sequence

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llmtrain.models.attention.patterns import Extent, Pattern
 from llmtrain.models.attention.scoring import Scoring, Visibility
-from llmtrain.models.compiled_graphs import guard_compiled_graphs, outside_of_graphs
+from llmtrain.models.compiled_graphs import compiled, outside_of_graphs
+from llmtrain.models.positions import sent
 
 BLOCK = 128
 SMALLEST_HEAD = 16
@@ -27,8 +28,7 @@ def compiled_flex_attention() -> Any:
     """Its kernels, compiled for the sizes at hand. The import takes seconds, so it waits for the first use."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    guard_compiled_graphs()
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(flex_attention)
 
 
 def can_flex(q_SBND: Tensor, k_SBND: Tensor, scoring: Scoring) -> bool:
@@ -83,7 +83,7 @@ def block_mask(pattern: Pattern, visible: Visibility, seq_len: int, device: torc
 
     key = (pattern, seq_len)
     if key not in visible.made:
-        blocks_BPQ = touched_blocks(pattern, seq_len, visible.looks_ahead, BLOCK).to(device)[None]
+        blocks_BPQ = sent(touched_blocks(pattern, seq_len, visible.looks_ahead, BLOCK), device)[None]
         if visible.keys_BT is not None:
             blocks_BPQ = blocks_BPQ & blocks_with_company(visible, visible.keys_BT)
         visible.made[key] = BlockMask.from_kv_blocks(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.attention import AttentionConfig, AttentionKind, required_size
+from llmtrain.models.positions import sent
 from llmtrain.values.keyed_hash import derived_key
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -185,7 +186,7 @@ class BigBird:
         return drawn_blocks(block, self.num_global, self.num_random)
 
     def rule(self, num_positions: int, device: torch.device) -> Rule:
-        table = block_table(self, -(-num_positions // self.block_size)).to(device)
+        table = sent(block_table(self, -(-num_positions // self.block_size)), device)
         return lambda s, t: table[s // self.block_size, t // self.block_size]
 
     def pieces(self, extent: Extent) -> Iterator[Piece]:

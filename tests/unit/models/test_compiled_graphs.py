@@ -14,9 +14,10 @@ from torch._dynamo.utils import counters
 
 from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.compiled_graphs import CACHE_VARIABLE, compile_layers
+from llmtrain.models.pointwise import dropped
 from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model
-from llmtrain.parallel.stateless_random import Draws
+from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
 from tests.support.samples import random_batch, tiny_model
 
 JITTERED = {"num_experts": 4, "router": "switch", "capacity_factor": 1.0, "jitter": 0.01, "every_n_layers": 1}
@@ -97,3 +98,27 @@ def test_attention_dropout_takes_no_more_graphs_in_more_layers() -> None:
 def test_the_compiler_does_not_give_up_layers_with_experts() -> None:
     """How many graphs they take depends on how many tokens each expert gets."""
     assert graphs(MANY, moe=JITTERED)["given up"] == 0
+
+
+def test_a_dropout_is_one_graph_for_all_sites_and_steps_and_the_same_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU where layers are not compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    built = torch.compile(dropout_hidden, backend="aot_eager", dynamic=False)
+    monkeypatch.setattr("llmtrain.models.pointwise.compiled", lambda function: built)
+    x = torch.randn(8, 2, 16)
+    for step in (1, 2):
+        for site in ("attention", "mlp"):
+            draws = Draws.of_micro_batch(1, step, 0, torch.device("cpu"))
+            results, grads = [], []
+            for fused in (False, True):
+                monkeypatch.setattr("llmtrain.models.pointwise.is_fused", lambda x, chosen=fused: chosen)
+                leaf = x.clone().requires_grad_()
+                results.append(dropped(leaf, 0.5, site_key(site), draws))
+                results[-1].sum().backward()
+                grads.append(leaf.grad)
+            assert torch.equal(*results)
+            assert torch.equal(*grads)
+            assert 0.2 < (results[0] == 0).float().mean() < 0.8
+    assert counters["stats"]["unique_graphs"] == 1
+    assert dropped(x, 0.5, site_key("mlp"), None) is x

@@ -3,6 +3,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
@@ -10,6 +12,8 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from llmtrain.config.attention import RopeScaling
 from llmtrain.config.model import ModelConfig
+from llmtrain.models import positions
+from llmtrain.models.attention import patterns
 from llmtrain.models.positions import (
     Alibi,
     RelativeBias,
@@ -18,8 +22,10 @@ from llmtrain.models.positions import (
     rotary_angles,
     rotary_frequencies,
     rotate,
+    sent,
     sinusoids,
 )
+from llmtrain.parallel.stateless_random import Draws
 from tests.support.samples import tiny_model
 
 
@@ -199,3 +205,38 @@ def test_scores_by_position_depend_on_the_distance_alone() -> None:
     for bias in (learned, Alibi(4)):
         near = bias.scores(torch.arange(5), torch.arange(7), 0, 4)
         assert torch.equal(near, bias.scores(torch.arange(5) + 90, torch.arange(7) + 90, 0, 4))
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Counts copies from the CPU to another device for which the host waits."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func.overloadpacket.__name__ == "_to_copy" and args[0].device != options.get("device", args[0].device):
+            self.found += not options.get("non_blocking", False)
+        return func(*args, **options)
+
+
+def test_nothing_about_positions_and_draws_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the host would wait in every micro-batch, and the next one would begin late."""
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    on_gpu: list[torch.device] = []
+
+    def to_both(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        on_gpu.append(sent(x, gpu).device)
+        return x
+
+    with monkeypatch.context() as patched, FakeTensorMode(allow_non_fake_inputs=True), BlockingCopies() as copies:
+        patched.setattr(torch.Tensor, "pin_memory", lambda x: x)  # there is no GPU to pin it for
+        for module in (positions, patterns):
+            patched.setattr(module, "sent", to_both)
+        rotary_angles(tiny_model(), torch.arange(8).expand(2, -1), torch.float32)
+        Alibi(4).scores(torch.arange(8), torch.arange(8), 0, 4)
+        patterns.BigBird(4, 1, 1).rule(8, cpu)
+        assert on_gpu == [gpu] * 3
+        assert Draws.of_micro_batch(1, 2, 3, gpu).key.device == gpu
+        assert copies.found == 0
+        torch.empty(3).to(gpu)
+    assert copies.found == 1, "it would be seen"

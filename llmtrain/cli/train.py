@@ -158,6 +158,7 @@ def _axes(plan: "DryRun") -> str:
     layout = plan.layout
     text = " x ".join(f"{axis} {size:,}" for axis, size in reversed(layout.sizes.items()))
     text += f", {layout.virtual_pipeline} chunks per stage" if layout.virtual_pipeline > 1 else ""
+    text += ", zero-bubble schedule" if layout.pipeline_schedule == "zero_bubble" else ""
     text += f", context by {plan.context_exchange}" if plan.context_exchange else ""
     text += f", experts over {layout.expert} ranks" if layout.expert > 1 else ""
     return text + (", sequence parallel" if layout.sequence else "")

@@ -135,12 +135,20 @@ class OptimConfig(Section):
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
 
 
+PipelineSchedule = Literal["zero_bubble"]
+
+
 class ParallelConfig(Section):
     """Sizes of the mesh axes. Data parallel is what is left of the world size."""
 
     tensor: Ranks = Field(default=1, description="Ranks that split each layer.")
     pipeline: Ranks = Field(default=1, description="Ranks that split the layers.")
     virtual_pipeline: Layers = Field(default=1, description="Model chunks per pipeline rank.")
+    pipeline_schedule: PipelineSchedule | None = Field(
+        default=None,
+        description="Order of a pipeline's forward and backward passes. null: 1F1B, interleaved with virtual_pipeline "
+        "above 1. zero_bubble: ZB-H1 (Qi et al. 2023), which computes weight gradients while 1F1B would wait.",
+    )
     context: Ranks = Field(default=1, description="Ranks that split the sequence in attention.")
     context_exchange: ContextExchange | None = Field(
         default=None,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 
-from llmtrain.config.schema import ParallelConfig
+from llmtrain.config.schema import ParallelConfig, PipelineSchedule
 
 AXES = ("tensor", "context", "data", "pipeline")
 """Mesh axes, the fastest first."""
@@ -35,6 +35,7 @@ class Layout:
     sequence: bool = False
     expert: int = 1
     """Expert ranks lie within the data and context axes: neighbours there hold different experts."""
+    pipeline_schedule: PipelineSchedule | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -105,6 +106,7 @@ def plan_layout(parallel: ParallelConfig, world_size: int) -> Layout:
         virtual_pipeline=parallel.virtual_pipeline,
         sequence=parallel.sequence,
         expert=parallel.expert,
+        pipeline_schedule=parallel.pipeline_schedule,
     )
 
 

@@ -47,6 +47,7 @@ class LayoutOutline:
 
     sizes: dict[str, int]
     virtual_pipeline: int
+    pipeline_schedule: str | None
     sequence: bool
     expert: int
     axes: list[AxisGroups]
@@ -59,6 +60,7 @@ def plan_layout_outline(layout: Layout, num_layers: int, split: Sequence[int] | 
     return LayoutOutline(
         sizes=dict(zip(AXES, layout.sizes, strict=True)),
         virtual_pipeline=layout.virtual_pipeline,
+        pipeline_schedule=layout.pipeline_schedule,
         sequence=layout.sequence,
         expert=layout.expert,
         axes=_axis_groups(layout),

@@ -20,6 +20,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.optim.table import row_of
 from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.plan.deferred import deferred_elements
 
 LOGITS_BYTES = 8
 """Of each logit in a chunk of the output layer: its value and its gradient in fp32."""
@@ -104,7 +105,8 @@ class Kernels:
 
 
 def activation_bytes(config: RunConfig, layout: Layout, lengths: Lengths, kernels: Kernels) -> float:
-    """Bytes that all micro-batches under way keep for the backward pass on a rank of the first pipeline stage."""
+    """Bytes that all micro-batches under way keep for the backward pass on a rank of the first pipeline stage; under
+    the zero-bubble schedule on a rank of the last one, where that is more."""
     model, train = config.model, config.train
     num_bytes = 4 if train.precision == "fp32" else 2
     encoded = lengths.encoder or lengths.main  # of an encoder alone, the sample
@@ -117,6 +119,9 @@ def activation_bytes(config: RunConfig, layout: Layout, lengths: Lengths, kernel
         kept += max(lengths.main, lengths.encoder) * whole * layout.pipeline
     micro_batches = train.global_batch_size // (train.micro_batch_size * layout.data)
     under_way = min(layout.pipeline, micro_batches)
+    if layout.pipeline_schedule == "zero_bubble":
+        # Of so many micro-batches the first stage keeps all, and the last one what their weight gradients are made of.
+        kept = max(kept, deferred_elements(config, layout, lengths))
     return kept / layout.pipeline * under_way * train.micro_batch_size * num_bytes / layout.context
 
 

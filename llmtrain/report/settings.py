@@ -66,6 +66,7 @@ def _layout(config: RunConfig) -> str:
     layout = plan_layout(config.parallel, config.launch.num_workers)
     axes = {"data": layout.data, "tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context}
     used = [f"{axis} {size:,}" for axis, size in {**axes, "expert": layout.expert}.items() if size > 1]
+    used += ["zero-bubble schedule"] if layout.pipeline_schedule == "zero_bubble" else []
     used += [f"context by {config.context_exchange}"] if layout.context > 1 else []
     used += ["sequence parallel"] if layout.sequence else []
     used += [f"ZeRO stage {config.engine.zero_stage}"] if config.engine.zero_stage else []

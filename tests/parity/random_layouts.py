@@ -125,6 +125,8 @@ def draw_layout(draw: random.Random, name: str, alone: RunConfig, engine: str) -
     parallel["context_exchange"] = draw.choice((None, None, "ring")) if context > 1 else None
     settings = {"name": engine, "zero_stage": draw.randrange(4), "offload": offload}
     recompute = draw.choice(("none", "none", "selective", "full"))
+    if pipeline > 1 and virtual == 1 and draw.random() < 0.5:
+        parallel["pipeline_schedule"] = "zero_bubble"
     run = alone.with_keys({"train.recompute": recompute})
     candidate = build_candidate(run, settings, parallel, data)
     shown = short_name(candidate.config.parallel, candidate.config.engine, data)

@@ -96,6 +96,7 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("megatron", {"context": 4, "context_exchange": "ring"}, 1),
     ("megatron", {"context": 2, "tensor": 2, "sequence": True}, 1),
     ("megatron", {"pipeline": 2, "tensor": 2, "sequence": True}, 1),
+    ("megatron", {"pipeline": 2, "tensor": 2, "sequence": True, "pipeline_schedule": "zero_bubble"}, 1),
 ]
 
 

@@ -53,11 +53,12 @@ def test_draws_are_repeatable_and_meet_every_axis() -> None:
         met.update((f"{engine.name} {engine.zero_stage}", run.train.precision, case.layout.train.recompute))
         met.update((run.model.family, "experts" if run.model.moe else "dense", f"offload {engine.offload}"))
         met.update([layout.context_exchange] * (parallel.context > 1))
+        met.update(["zero bubble"] * (parallel.pipeline_schedule == "zero_bubble"))
         met.update(["split"] * bool(split) + ["empty chunk"] * (0 in (split or ())))
         met.update(["sequence"] * parallel.sequence + ["tied" if run.model.tie_embeddings else "untied"])
     expected = [
         *("tensor", "context", "pipeline", "virtual_pipeline", "expert", "sequence", "split", "empty chunk"),
-        *("heads", "ring"),
+        *("heads", "ring", "zero bubble"),
         *("fp32", "bf16", "fp16", "none", "selective", "full", "offload cpu", "tied", "untied"),
         *("decoder", "encoder", "encoder_decoder", "experts", "dense"),
         *("torch 0", "megatron 0", "megatron 1", "deepspeed 0", "deepspeed 1", "deepspeed 2", "deepspeed 3"),

@@ -36,7 +36,7 @@ from tests.support.datasets import VOCAB_SIZE, random_documents, write_dataset
 from tests.support.ranks import run_ranks
 from tests.support.tokenizers import train_sentencepiece
 
-PAIRS = draw_pairs(60, seed=7028)
+PAIRS = draw_pairs(60, seed=7034)
 FAMILY_PAIRS = draw_family_pairs(45, seed=7017, models=("bert", "switch_t5", "top_2", "t5", "shared"))
 IN_SHORT = 12
 SHORT = ((PAIRS, IN_SHORT), (FAMILY_PAIRS, 2))
@@ -103,6 +103,7 @@ def kinds(pair: Pair) -> set[str]:
         marks = {
             "uneven stages, tied embeddings": parallel.pipeline_split and config.model.tie_embeddings,
             "interleaved stages": parallel.virtual_pipeline > 1,
+            "zero bubble": parallel.pipeline_schedule == "zero_bubble",
             "sequence parallel": parallel.sequence,
             "context parallel": parallel.context > 1,
             "ring": parallel.context > 1 and config.context_exchange == "ring",
@@ -123,7 +124,7 @@ def test_the_short_selection_leaves_nothing_out() -> None:
     wanted = {
         "uneven stages, tied embeddings", "interleaved stages", "sequence parallel", "context parallel", "offload",
         "megatron ZeRO 1", "deepspeed ZeRO 3", "grouped queries", "untied embeddings", "data parallel grows",
-        "data parallel shrinks", "fp32 to bf16", "bf16 to fp32", "ring",
+        "data parallel shrinks", "fp32 to bf16", "bf16 to fp32", "ring", "zero bubble",
     }  # fmt: skip
     assert wanted <= set.union(*map(kinds, PAIRS[:IN_SHORT]))
 
@@ -149,6 +150,25 @@ def test_a_checkpoint_of_lion_continues_in_another_layout(pair: Pair, dataset: P
     np.testing.assert_allclose(after, before, rtol=LOSS_FP32)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("zero_bubble", "zero_bubble"),
+        *(pytest.param(*pair, marks=pytest.mark.whole_grid) for pair in (("zero_bubble", None), (None, "zero_bubble"))),
+    ],
+)
+def test_a_zero_bubble_run_continues_bit_for_bit(
+    before: str | None, after: str | None, dataset: Path, tmp_path: Path
+) -> None:
+    """In the schedule that it had, and in the other, which adds the same numbers in the same order."""
+    stages = layout("megatron", ranks=2, pipeline=2)
+    source, target = (stages.with_keys({"parallel.pipeline_schedule": schedule}) for schedule in (before, after))
+    pair = Pair("llama", source, target)
+    saved, loaded = run_pair(pair, dataset, tmp_path, SHORT_STEPS)
+    assert differences(saved, loaded, pair) == []
+    assert [outcome.results for outcome in saved] == [outcome.results for outcome in loaded]
+
+
 def test_a_moment_left_out_is_named(dataset: Path, tmp_path: Path) -> None:
     pair = with_optimizer(Pair("llama", layout("torch"), layout("megatron", ranks=2, tensor=2, zero_stage=1)), "lion")
     problems = differences(*run_pair(pair, dataset, tmp_path, mutation=forget_moments), pair)
@@ -165,6 +185,7 @@ def layout(engine: str, **wanted: int) -> RunConfig:
         and config.parallel.pipeline == wanted.get("pipeline", 1)
         and config.engine.zero_stage == wanted.get("zero_stage", 0)
         and config.parallel.context == config.parallel.virtual_pipeline == 1
+        and config.parallel.pipeline_schedule is None
         and not (config.parallel.sequence or config.parallel.pipeline_split or config.engine.offload != "none")
     )
     return found

@@ -20,11 +20,13 @@ SMOOTH = {"relu": "gelu", "reglu": "geglu"}
 differ for good, though every layout is right."""
 AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context", "ep": "expert"}
 PART = re.compile(
-    r"(tp|pp|vp|cp|ep|dp|zero)([0-9]{1,3})|split([0-9]{1,3}(?:\.[0-9]{1,3}){0,63})|sp|heads|ring|overlap|offload"
+    r"(tp|pp|vp|cp|ep|dp|zero)([0-9]{1,3})|split([0-9]{1,3}(?:\.[0-9]{1,3}){0,63})|sp|zb|heads|ring|overlap|offload"
 )
+ORDERS = ((1, None), (2, None), (1, "zero_bubble"))
+"""Chunks per stage with the schedule."""
 MOST_RANKS = 64
 FORM = (
-    "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 cp2 ep2 dp2 sp heads ring zero1 split3.1 overlap offload, as in "
+    "write [ENGINE:]PART+PART..., parts tp2 pp2 vp2 zb cp2 ep2 dp2 sp heads ring zero1 split3.1 overlap offload, as in "
     "megatron:tp2+sp+zero1."
 )
 
@@ -102,6 +104,8 @@ def parse_candidate(text: str, config: RunConfig) -> Candidate:
             parallel["sequence"] = True
         elif part in ("heads", "ring"):
             parallel["context_exchange"] = part
+        elif part == "zb":
+            parallel["pipeline_schedule"] = "zero_bubble"
         elif part == "overlap":
             parallel["overlap_grad_reduce"] = True
         elif part.startswith("split"):
@@ -163,11 +167,11 @@ def iter_candidates(config: RunConfig, max_ranks: int) -> Iterator[Candidate]:
         exchanges = (None, "ring") if context > 1 else (None,)
         axes = {"tensor": tensor, "context": context, "pipeline": pipeline}
         stages = ENGINES[engine].zero_stages
-        further = product((1, 2), expert_sizes, (False, True), exchanges, stages)
-        for virtual, expert, sequence, exchange, zero_stage in further:
+        further = product(ORDERS, expert_sizes, (False, True), exchanges, stages)
+        for (virtual, schedule), expert, sequence, exchange, zero_stage in further:
             parallel = {
-                **axes, "virtual_pipeline": virtual, "expert": expert, "sequence": sequence,
-                "context_exchange": exchange,
+                **axes, "virtual_pipeline": virtual, "pipeline_schedule": schedule, "expert": expert,
+                "sequence": sequence, "context_exchange": exchange,
             }  # fmt: skip
             candidate = build_candidate(config, {"name": engine, "zero_stage": zero_stage}, parallel, data)
             unsaid = candidate.config.with_keys({"parallel.context_exchange": None})
@@ -191,6 +195,7 @@ def short_name(parallel: ParallelConfig, engine: EngineConfig, data: int) -> str
     """The text that `parse_candidate` reads."""
     sizes = {"dp": data, **{short: getattr(parallel, axis) for short, axis in AXES.items()}}
     parts = [f"{short}{size}" for short, size in sizes.items() if size > 1]
+    parts += ["zb"] if parallel.pipeline_schedule == "zero_bubble" else []
     parts += ["sp"] if parallel.sequence else []
     parts += [parallel.context_exchange] if parallel.context_exchange else []
     parts += [f"split{'.'.join(map(str, parallel.pipeline_split))}"] if parallel.pipeline_split else []

@@ -82,6 +82,22 @@ def chunks_need_pipeline(config: RunConfig) -> Found:
         yield Problem("parallel.virtual_pipeline", message, parallel.virtual_pipeline, uses=("parallel.pipeline",))
 
 
+def schedule_has_stages(config: RunConfig) -> Found:
+    parallel = config.parallel
+    if parallel.pipeline_schedule is None:
+        return
+    if parallel.pipeline == 1:
+        message = "orders the work of pipeline stages, and parallel.pipeline = 1. Try null, or parallel.pipeline=2."
+        yield Problem("parallel.pipeline_schedule", message, parallel.pipeline_schedule, uses=("parallel.pipeline",))
+    elif parallel.virtual_pipeline > 1:
+        message = (
+            f"orders one chunk per stage, and parallel.virtual_pipeline = {parallel.virtual_pipeline}. "
+            "Try null, or parallel.virtual_pipeline=1."
+        )
+        uses = ("parallel.virtual_pipeline",)
+        yield Problem("parallel.pipeline_schedule", message, parallel.pipeline_schedule, uses=uses)
+
+
 def pipeline_has_layers(config: RunConfig) -> Found:
     """Every chunk has a layer, where no split says otherwise."""
     parallel, layers = config.parallel, config.model.total_layers
@@ -211,6 +227,7 @@ PARALLEL_RULES = (
     sequence_needs_tensor,
     axes_divide_sequences,
     chunks_need_pipeline,
+    schedule_has_stages,
     pipeline_has_layers,
     split_names_every_layer,
 )

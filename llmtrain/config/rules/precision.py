@@ -49,6 +49,12 @@ def fp8_has_a_layout(config: RunConfig) -> Found:
             f"{parallel.context} cuts it. Try bf16, or parallel.context=1."
         )
         yield Problem("train.precision", message, "fp8", uses=("parallel.context",))
+    if parallel.pipeline_schedule == "zero_bubble":
+        message = (
+            "has linears that compute the gradients of input and weight in one, which parallel.pipeline_schedule = "
+            "zero_bubble needs apart. Try bf16, or parallel.pipeline_schedule=null."
+        )
+        yield Problem("train.precision", message, "fp8", uses=("parallel.pipeline_schedule",))
     if stage in row_of(config).no_fp8_stages:
         others = either(sorted({*row_of(config).zero_stages} - {*row_of(config).no_fp8_stages}, reverse=True))
         message = (

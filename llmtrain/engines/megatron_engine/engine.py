@@ -19,12 +19,14 @@ from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import DTYPES, Master, Placement, make_state, moments_of, sum_over_ranks
 from llmtrain.engines.megatron_engine.optimizers import build_optimizers, iter_pairs, round_weights
 from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, transformer_config
+from llmtrain.engines.megatron_engine.zero_bubble import ZeroBubble, defer_weight_gradients
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.stage import Stage
 from llmtrain.engines.step import SteppingEngine
 from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.init import InitialWeights
+from llmtrain.models.weight_gradients import WeightGradients
 from llmtrain.parallel.cpu import call_cuda_tensors, stand_in_for_cuda
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.layout import Chunk, plan_chunks
@@ -53,6 +55,7 @@ class MegatronEngine(SteppingEngine):
         self.megatron_config = transformer_config(config, self.layout, DTYPES[config.train.precision])
         self.megatron_config.finalize_model_grads_func = self._finalize
         self.lengths = sample_lengths(config.model.family, config.data)
+        self.weight_gradients = WeightGradients() if self.layout.pipeline_schedule == "zero_bubble" else None
         self.declared = declare_parameters(config.model)
         self.placements: dict[nn.Parameter, Placement] = {}
         split, place = config.parallel.pipeline_split, self.groups.place.pipeline
@@ -62,6 +65,10 @@ class MegatronEngine(SteppingEngine):
         self.pairs = [(each.optimizer, *pair) for each in self.megatron_optimizers for pair in iter_pairs(each)]
         for optimizer, _, main, _ in self.pairs:
             make_state(optimizer, self.row, [main])
+        self.zero_bubble: ZeroBubble | None = None
+        if self.weight_gradients is not None:
+            (chunk,) = self.chunks
+            self.zero_bubble = ZeroBubble(chunk, self.weight_gradients, self.groups, *self._message_lengths)
         stages = [cast(PipelineChunk, chunk.module).stage for chunk in self.chunks]
         self.routers = Routers(config.model, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
         self.load_weights(InitialWeights(config.model, config.seed))
@@ -73,6 +80,8 @@ class MegatronEngine(SteppingEngine):
 
     def _build_chunk(self, number: int, chunk: Chunk) -> DistributedDataParallel:
         stage = Stage(self.config, self.groups, chunk, self.chunk_tokens)
+        if self.weight_gradients is not None:
+            defer_weight_gradients(stage, self.weight_gradients)
         if self.compiles:
             compile_layers(layer for stack in stage.model.stacks for layer in stack.layers.values())
         stage.to_empty(device=self.device)
@@ -106,6 +115,11 @@ class MegatronEngine(SteppingEngine):
         # Buckets overlap reductions with the backward pass, which ends with the first chunk's gradients: the later
         # chunks' reductions are done by then.
         return DistributedDataParallel(self.megatron_config, ddp, module, disable_bucketing=number > 0)
+
+    @property
+    def _message_lengths(self) -> tuple[int, int]:
+        """Positions and samples of what stages send; an encoder-decoder sends both sequences."""
+        return self.lengths.encoder + self.lengths.main, self.config.train.micro_batch_size
 
     @property
     def data_group(self) -> dist.ProcessGroup:
@@ -143,15 +157,20 @@ class MegatronEngine(SteppingEngine):
                 chunk.zero_grad_buffer()  # DDP adds to its buffers, and no optimizer's `zero_grad` knows of them
         first, stride = self.groups.place.data, self.layout.data
         numbered = [(first + stride * i, batch.to(self.device)) for i, batch in enumerate(micro_batches)]
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, step, scales),
-            data_iterator=[iter(numbered) for _ in self.chunks] if len(self.chunks) > 1 else iter(numbered),
-            model=[*self.chunks] if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=self.lengths.encoder + self.lengths.main,
-            micro_batch_size=self.config.train.micro_batch_size,
-            forward_only=step is None,
-        )
+        forward = partial(self._forward, step, scales)
+        if self.zero_bubble is not None and step is not None:
+            reports = self.zero_bubble.run(forward, iter(numbered), len(numbered))
+        else:
+            seq_length, micro_batch_size = self._message_lengths
+            reports = get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=[iter(numbered) for _ in self.chunks] if len(self.chunks) > 1 else iter(numbered),
+                model=[*self.chunks] if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(numbered),
+                seq_length=seq_length,
+                micro_batch_size=micro_batch_size,
+                forward_only=step is None,
+            )
         return sum(reports, torch.zeros((), device=self.device))
 
     def _forward(

@@ -7,7 +7,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import ParallelConfig, RunConfig
 from llmtrain.engines.stage import Stage, StageOutput
 from llmtrain.parallel.layout import Layout
 
@@ -39,11 +39,13 @@ class PipelineChunk(nn.Module):
         return self.stage(*arguments)
 
 
-def message_settings(interleaved: bool, on_gpu: bool) -> dict[str, Any]:
+def message_settings(parallel: ParallelConfig, on_gpu: bool) -> dict[str, Any]:
     """How stages talk. On GPUs an interleaved schedule sends while it computes, one message at a time; without one a
     stage has nothing to compute meanwhile, and messages go in batches. On gloo neither: the interleaved schedule with
-    batches mixes messages up without a word."""
-    return {"overlap_p2p_comm": on_gpu and interleaved, "batch_p2p_comm": on_gpu and not interleaved}
+    batches mixes messages up without a word. The zero-bubble one sends while it computes without being told, which
+    batches could not."""
+    interleaved, apart = parallel.virtual_pipeline > 1, parallel.pipeline_schedule == "zero_bubble"
+    return {"overlap_p2p_comm": on_gpu and interleaved, "batch_p2p_comm": on_gpu and not (interleaved or apart)}
 
 
 def transformer_config(config: RunConfig, layout: Layout, dtype: torch.dtype) -> TransformerConfig:
@@ -71,7 +73,7 @@ def transformer_config(config: RunConfig, layout: Layout, dtype: torch.dtype) ->
         sequence_parallel=layout.sequence,
         calculate_per_token_loss=True,  # else it divides by micro-batches and ranks once more
         deallocate_pipeline_outputs=torch.cuda.is_available(),
-        **message_settings(virtual > 1, torch.cuda.is_available()),
+        **message_settings(config.parallel, torch.cuda.is_available()),
         # Fused kernels that need CUDA or Transformer Engine: our modules do not call them.
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,

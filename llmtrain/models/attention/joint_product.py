@@ -7,7 +7,7 @@ those of megatron-core's ZeRO 1 that have biases, which lie between them.
 Shape suffixes: S sequence, B micro-batch, H hidden, O outputs of one linear, W outputs of all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,7 +73,13 @@ def find_joint(linears: Sequence[nn.Module]) -> tuple[Tensor, list[int]] | None:
     return first.as_strided((sum(map(len, weights)), inner), (inner, 1)), order
 
 
-def joint_outputs(x_SBH: Tensor, joint_WH: Tensor, order: Sequence[int], linears: Sequence[nn.Linear]) -> list[Tensor]:
+def joint_outputs(
+    x_SBH: Tensor,
+    joint_WH: Tensor,
+    order: Sequence[int],
+    linears: Sequence[nn.Linear],
+    product: Callable[..., tuple[Tensor, ...]] = JointProduct.apply,
+) -> list[Tensor]:
     """The output of each linear, in their order."""
     placed = [linears[number] for number in order]
     if not torch.compiler.is_compiling():
@@ -81,5 +87,5 @@ def joint_outputs(x_SBH: Tensor, joint_WH: Tensor, order: Sequence[int], linears
         assert not moved, "weights have moved since they were found side by side"
     biases = [linear.bias for linear in placed if linear.bias is not None]
     rows = [linear.out_features for linear in placed]
-    parts = JointProduct.apply(x_SBH, joint_WH, rows, *(linear.weight for linear in placed), *biases)
+    parts = product(x_SBH, joint_WH, rows, *(linear.weight for linear in placed), *biases)
     return [parts[order.index(number)] for number in range(len(linears))]

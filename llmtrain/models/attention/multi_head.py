@@ -18,7 +18,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.blockwise import blockwise_attention
 from llmtrain.models.attention.caches import KeyValueCache, LayerCache, MemoryCache, StateCache
 from llmtrain.models.attention.flex_kernel import can_flex, flex_kernel
-from llmtrain.models.attention.joint_product import find_joint, joint_outputs, put_side_by_side
+from llmtrain.models.attention.joint_product import JointProduct, find_joint, joint_outputs, put_side_by_side
 from llmtrain.models.attention.linear import decode, linear_attention
 from llmtrain.models.attention.patterns import PATTERNS, Extent, Full, Strided
 from llmtrain.models.attention.ring import ring_attention
@@ -125,6 +125,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
         self.joint: tuple[Tensor, list[int]] | None = None
         """The weights of q, k and v as one, where engines let them be multiplied together: see joint_product.py."""
+        self.joint_product: Callable[..., tuple[Tensor, ...]] = JointProduct.apply
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         has_sinks = config.attention.sinks and not cross
@@ -143,7 +144,10 @@ class Attention(nn.Module):
             k, v = self.keys_and_values_of_memory(memory_TBH, cache)
         else:
             linears = (self.q, self.k, self.v)
-            outputs = joint_outputs(x_SBH, *self.joint, linears) if self.joint else [each(x_SBH) for each in linears]
+            if self.joint:
+                outputs = joint_outputs(x_SBH, *self.joint, linears, self.joint_product)
+            else:
+                outputs = [each(x_SBH) for each in linears]
             q, k, v = map(self.heads_of, outputs, (self.q_norm, self.k_norm, None))
             if inputs.rotary is not None:
                 q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)

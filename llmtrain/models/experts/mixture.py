@@ -129,14 +129,15 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(shape)) if config.gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+        self.product: Callable[[Tensor, Tensor, Tensor | list[int]], Tensor] = grouped_linear
 
     def forward(self, x_PH: Tensor, counts_E: Tensor) -> Tensor:
         """Rows lie expert by expert, `counts_E` of each."""
         # On the CPU, and in fp32, the host waits: rows are split by numbers of the host.
         counts = counts_E.cumsum(0).to(torch.int32) if runs_grouped(x_PH) else counts_E.tolist()
-        inputs = [grouped_linear(x_PH, weight, counts) for weight in (self.up, self.gate) if weight is not None]
+        inputs = [self.product(x_PH, weight, counts) for weight in (self.up, self.gate) if weight is not None]
         recompute = self.recompute if self.training else "none"
-        return activated(self.activate, lambda inner: grouped_linear(inner, self.down, counts), inputs, recompute)
+        return activated(self.activate, lambda inner: self.product(inner, self.down, counts), inputs, recompute)
 
     def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         return self.pointwise(up) if gate is None else self.pointwise(gate) * up
@@ -156,6 +157,14 @@ def grouped_linear(x_PH: Tensor, weight_EFH: Tensor, counts: Tensor | list[int])
         return F.grouped_mm(x_PH, weight_EFH.transpose(1, 2), offs=counts)
     parts = x_PH.split(counts)
     return torch.cat([part @ weight.T for part, weight in zip(parts, weight_EFH, strict=True)])
+
+
+def grouped_weight_gradient(d_PF: Tensor, x_PH: Tensor, counts: Tensor | list[int]) -> Tensor:
+    """[E, F, H]: what autograd computes for the weights of `grouped_linear`, of each expert d y^T x over its rows."""
+    if isinstance(counts, Tensor):
+        return F.grouped_mm(d_PF.T, x_PH, offs=counts)
+    parts = zip(d_PF.split(counts), x_PH.split(counts), strict=True)
+    return torch.stack([d_part.T @ x_part for d_part, x_part in parts])
 
 
 class MoE(nn.Module):

@@ -236,6 +236,9 @@ def test_dry_run_draws_a_world_that_is_not_there(
     ring = ("parallel.context=2", "parallel.context_exchange=ring")
     assert call("train", "run.yaml", *BIG, *ring, "--dry-run", "--ranks", "16384") == 0
     assert "x context 2 x tensor 4, context by ring, sequence parallel" in capsys.readouterr().out
+    zero_bubble = "parallel.pipeline_schedule=zero_bubble"
+    assert call("train", "run.yaml", *BIG, zero_bubble, "--dry-run", "--ranks", "8") == 0
+    assert "pipeline 2 x data 1 x context 1 x tensor 4, zero-bubble schedule, sequence" in capsys.readouterr().out
     assert call("train", "run.yaml", *BIG, "--dry-run", "--ranks", "8", "--json") == 0
     layout = json.loads(capsys.readouterr().out)["layout"]
     assert layout["sizes"] == {"tensor": 4, "context": 1, "data": 1, "pipeline": 2}

@@ -1,6 +1,7 @@
 """What a dry run says of memory is what PyTorch keeps."""
 
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 import torch
@@ -8,10 +9,13 @@ import torch
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths, sample_lengths
+from llmtrain.engines.megatron_engine.zero_bubble import defer_weight_gradients
 from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model
+from llmtrain.models.weight_gradients import WeightGradients
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.parallel.stateless_random import Draws
+from llmtrain.plan.deferred import deferred_elements
 from llmtrain.plan.memory import Kernels, activation_bytes, held_bytes, plan_memory
 from llmtrain.values.batch import ModelInputs
 from llmtrain.words import short_bytes
@@ -94,6 +98,46 @@ def test_activations_are_what_pytorch_keeps(model: str, recompute: str) -> None:
     kernels = Kernels(per_norm, repeats_keys=True, keeps_product=True)
     estimate = activation_bytes(config, Layout(), Lengths(LENGTH, encoder), kernels)
     assert kept_bytes(config, encoder) == pytest.approx(estimate, rel=0.1)
+
+
+def deferred_bytes(config: RunConfig, encoder_length: int = 0) -> int:
+    """Bytes of the factors that a backward pass leaves behind, each piece of memory once."""
+    model = build_model(config.model, config.train.recompute)
+    materialize(model, config.seed, torch.device("cpu"))
+    held, factors = WeightGradients(), dict[int, torch.UntypedStorage]()
+
+    def add(weights: list[torch.nn.Parameter], compute: FunctionType) -> None:
+        for cell in compute.__closure__ or ():
+            if isinstance(cell.cell_contents, torch.Tensor):
+                storage = cell.cell_contents.untyped_storage()
+                factors[storage.data_ptr()] = storage
+
+    held.add = add  # type: ignore[method-assign,assignment]
+    defer_weight_gradients(model, held)
+    tokens, positions = torch.randint(0, 256, (BATCH, LENGTH)), torch.arange(LENGTH).expand(BATCH, LENGTH)
+    encoder = torch.randint(0, 256, (BATCH, encoder_length)) if encoder_length else None
+    hidden, _ = model.train()(ModelInputs(tokens, positions, None, None, encoder, None), Pass())
+    hidden.square().sum().backward()
+    return sum(storage.nbytes() for storage in factors.values())
+
+
+@pytest.mark.parametrize(("model", "recompute"), [*((model, "none") for model in MODELS), ("llama", "full")])
+def test_what_weight_gradients_wait_with_is_what_is_planned(model: str, recompute: str) -> None:
+    config = config_of(MODELS[model], recompute=recompute)
+    encoder = 2 * LENGTH if config.model.family == "encoder_decoder" else 0
+    estimate = deferred_elements(config, Layout(), Lengths(LENGTH, encoder)) * BATCH * 4
+    assert deferred_bytes(config, encoder) == pytest.approx(estimate, rel=0.1)
+
+
+def test_the_zero_bubble_schedule_needs_as_much_as_1f1b_or_what_weight_gradients_wait_with() -> None:
+    lengths, layout = Lengths(LENGTH), Layout(pipeline=2, pipeline_schedule="zero_bubble")
+    plain = config_of(MODELS["gpt2"], global_batch_size=8 * BATCH)
+    assert activation_bytes(plain, layout, lengths, ON_CPU) == activation_bytes(
+        plain, Layout(pipeline=2), lengths, ON_CPU
+    )
+    full = plain.with_keys({"train.recompute": "full"})
+    assert activation_bytes(full, Layout(pipeline=2), lengths, ON_CPU) < activation_bytes(full, layout, lengths, ON_CPU)
+    assert activation_bytes(full, layout, lengths, ON_CPU) == deferred_elements(full, layout, lengths) * BATCH * 4
 
 
 def test_lower_precision_halves_activations() -> None:

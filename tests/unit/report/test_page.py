@@ -133,9 +133,9 @@ def test_the_page_tells_what_was_trained(tmp_path: Path):
     assert "Model and sizes" not in Elements(render([load_run(run)])).text, "nothing is known of this model"
     config = small_run(
         model={"num_layers": 2, "num_kv_heads": 2, "vocab_size": 300, "moe": {"num_experts": 4, "top_k": 1}},
-        parallel={"tensor": 2},
+        parallel={"tensor": 2, "pipeline": 2, "pipeline_schedule": "zero_bubble"},
         engine={"name": "megatron", "zero_stage": 1},
-        launch={"num_workers": 4},
+        launch={"num_workers": 8},
     )
     (run / "config.yaml").write_text(to_yaml(config))
     text = " ".join(Elements(render([load_run(run)])).text.split())
@@ -147,7 +147,7 @@ def test_the_page_tells_what_was_trained(tmp_path: Path):
         "4 of size 16, 2 for keys and values",
         f"width {config.model.ffn_size}, swiglu",
         "8 samples of 64 tokens = 512 tokens a step",
-        "4 ranks, engine megatron, data 2, tensor 2, ZeRO stage 1",
+        "8 ranks, engine megatron, data 2, tensor 2, pipeline 2, zero-bubble schedule, ZeRO stage 1",
     ):
         assert part in text
 

@@ -49,6 +49,7 @@ def test_every_candidate_is_legal_and_its_name_reads_back() -> None:
     assert len(set(names)) == len(names)
     wanted = {"torch:dp1", "torch:dp2", "megatron:tp2", "megatron:tp2+sp+zero1", "megatron:pp2+vp2", "megatron:cp2"}
     wanted |= {"megatron:cp2+ring", "deepspeed:cp2+ring+zero3"}
+    wanted |= {"megatron:pp2+zb", "megatron:pp2+zb+zero1"}
     assert wanted <= set(names)
     for candidate in candidates:
         again = parse_candidate(candidate.name, small)

@@ -88,6 +88,16 @@ def wide(**sections: Any) -> dict[str, str]:
             "Try parallel.context=1.",
         ),
         ({"parallel": {"virtual_pipeline": 2}}, "parallel.virtual_pipeline", "needs parallel.pipeline"),
+        (
+            {"parallel": {"pipeline_schedule": "zero_bubble"}},
+            "parallel.pipeline_schedule",
+            "orders the work of pipeline stages, and parallel.pipeline = 1. Try null, or parallel.pipeline=2.",
+        ),
+        (
+            {"parallel": {"pipeline": 2, "virtual_pipeline": 2, "pipeline_schedule": "zero_bubble"}},
+            "parallel.pipeline_schedule",
+            "one chunk per stage, and parallel.virtual_pipeline = 2. Try null, or parallel.virtual_pipeline=1.",
+        ),
         ({"parallel": {"pipeline": 5}}, "parallel.pipeline", "at most model.num_layers = 4. Try 4."),
         (
             {"parallel": {"pipeline": 2, "virtual_pipeline": 3}},
@@ -137,6 +147,7 @@ def test_rule_is_broken(sections: dict[str, Any], key: str, says: str) -> None:
         {"model": {"ffn_hidden_size": 130, "moe": {"ffn_hidden_size": 64}}, "parallel": {"tensor": 4}},
         {"parallel": {"pipeline": 4}, "train": {"global_batch_size": 4}},
         {"parallel": {"pipeline": 2, "virtual_pipeline": 2}},
+        {"parallel": {"pipeline": 4, "pipeline_schedule": "zero_bubble"}, "train": {"global_batch_size": 4}},
         {"parallel": {"pipeline": 3, "pipeline_split": [0, 4, 0]}},
         {"parallel": {"pipeline": 2, "virtual_pipeline": 2, "pipeline_split": [0, 2, 2, 0]}},
         {"parallel": {"pipeline": 6, "pipeline_split": [0, 1, 1, 1, 1, 0]}},

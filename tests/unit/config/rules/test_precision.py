@@ -23,6 +23,11 @@ def fp8(**sections: Any) -> dict[str, str]:
         ({"launch": {"device": "cpu"}}, "train.precision", "needs a GPU, and launch.device = cpu. Try bf16."),
         ({"engine": MEGATRON, "parallel": {"tensor": 2}}, "train.precision", "Try bf16, or parallel.tensor=1."),
         ({"engine": MEGATRON, "parallel": {"context": 2}}, "train.precision", "Try bf16, or parallel.context=1."),
+        (
+            {"engine": MEGATRON, "parallel": {"pipeline": 2, "pipeline_schedule": "zero_bubble"}},
+            "train.precision",
+            "zero_bubble needs apart. Try bf16, or parallel.pipeline_schedule=null.",
+        ),
         ({"engine": {**DEEPSPEED, "zero_stage": 3}}, "train.precision", "Try bf16, or engine.zero_stage 2, 1 or 0."),
         ({"model": {"hidden_size": 68}}, "model.hidden_size", "product of 68: train.precision = fp8 needs multiples"),
         ({"model": {"head_dim": 4}}, "model.num_kv_heads", "product of 8: train.precision = fp8 needs multiples of 16"),

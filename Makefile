@@ -67,6 +67,10 @@ INTO = $(BIN)/pip install --quiet --upgrade --no-deps --target
 $(READERS)/transformers/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'transformers>=4.57,<4.58' 'tokenizers>=0.22,<0.23' 'huggingface_hub>=0.34,<1' && touch $@
 
+# Not beside the project's own packages: transformers imports it where it finds it, whether or not anything needs it.
+$(READERS)/torchao/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'torchao>=0.18' && touch $@
+
 $(READERS)/ctranslate2/.installed: | $(STAMP)
 	$(INTO) $(@D) 'ctranslate2>=4.6'
 	touch $@
@@ -85,11 +89,11 @@ $(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
 	touch $@
 
 # Where one cannot be had (no compiler, no network), its tests are skipped and say so.
-readers: $(READERS)/transformers/.installed
+readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed
 	-$(MAKE) $(READERS)/ctranslate2/.installed
 	-$(MAKE) $(READERS)/llama_cpp/.installed
 
-test: $(STAMP) $(READERS)/transformers/.installed
+test: $(STAMP) $(READERS)/transformers/.installed $(READERS)/torchao/.installed
 	$(PYTEST) -m 'not whole_grid'
 
 test-all: $(STAMP) readers

@@ -1,6 +1,7 @@
 """The script for a GPU: whole and tiny on the CPU, so that only the hardware is new; on a GPU its checks, as tests."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,16 +13,18 @@ import torch
 from tests.gpu import correct
 from tests.gpu.__main__ import SECTIONS
 from tests.gpu.session import Finding, Machine, Report, checked
+from tests.support.readers import TORCHAO
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no GPU here")
 TINY = Machine(torch.device("cpu"), tiny=True)
-NOT_ON_CPUS = ("compiled", "flex", "waits", "cudnn", "efficient")
+NOT_ON_CPUS = ("compiled", "flex", "waits", "cudnn", "efficient", *(() if TORCHAO.is_dir() else ("fp8",)))
 
 
 def test_all_of_it_runs_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "tests.gpu", "--tiny", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(TORCHAO)}  # for products in float8, where it is installed
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, env=environment)
     found = json.loads(out.read_text())
     assert done.returncode == 0, done.stdout
     assert list(found["sections"]) == list(SECTIONS)

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
-from llmtrain.checks.parity.compare import LOW_PRECISION, assemble_trace, worst_tensor
+from llmtrain.checks.parity.compare import LOW_PRECISION, assemble_trace, compare, worst_tensor
+from llmtrain.config.schema import RunConfig
 from tests.parity.cases import parity_run, reference, short_and_whole, traced_rank, verdict
 from tests.support.ranks import run_ranks
+from tests.support.readers import require_torchao, use_torchao
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {}),
@@ -74,14 +76,20 @@ SIZES_OF_FP8 = {"model.num_kv_heads": 4, "model.head_dim": 8, "model.ffn_hidden_
 )
 def test_products_in_float8_are_the_same_in_every_layout(layout: str, engine: dict[str, Any]) -> None:
     """The first loss to the last bits: a layout that rounded other values, or none, would be seen there."""
-    ranks, parallel = LAYOUTS[layout]
+    require_torchao()
+    num_steps, (ranks, parallel) = 5, LAYOUTS[layout]
     config = parity_run("dropout", "fp8").with_keys(SIZES_OF_FP8)
-    other = config.with_keys({"engine": engine, "parallel": parallel})
+    reference = assemble_trace(run_ranks(traced_rank, 1, config, num_steps, use_torchao))
     levels = replace(LOW_PRECISION, first_loss=1e-7)
-    assert verdict(config, other, ranks, num_steps=5, levels=levels).problems == []
+
+    def found(other: RunConfig) -> list[str]:
+        traces = run_ranks(traced_rank, ranks, other, num_steps, use_torchao, timeout_seconds=120)
+        return compare(reference, assemble_trace(traces), levels).problems
+
+    other = config.with_keys({"engine": engine, "parallel": parallel})
+    assert found(other) == []
     if layout == "dp2+pp2":
-        bf16 = other.with_keys({"train.precision": "bf16"})
-        assert "loss" in verdict(config, bf16, ranks, num_steps=5, levels=levels).problems[0]
+        assert "loss" in found(other.with_keys({"train.precision": "bf16"}))[0]
 
 
 @pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.whole_grid)])

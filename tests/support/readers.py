@@ -29,6 +29,20 @@ def require_reader(name: str) -> None:
         )
 
 
+TORCHAO = READERS / "torchao"
+
+
+def require_torchao() -> None:
+    """Skip a test where torchao is not installed."""
+    if not (TORCHAO / ".installed").is_file():
+        pytest.skip(f"torchao is not installed in {TORCHAO}: make readers")
+
+
+def use_torchao() -> None:
+    """Let this process import torchao. For ranks alone: whatever imports transformers would import it, too."""
+    sys.path.append(str(TORCHAO))
+
+
 def read_by(name: str, folders: Sequence[Path], job: dict[str, Any]) -> dict[Path, dict[str, Any]]:
     """What a reader makes of each folder: one process reads all."""
     require_reader(name)

@@ -1,5 +1,9 @@
-"""Products in float8: which linears make them, of which values; on the CPU the values are rounded as on a GPU."""
+"""Products in float8: which linears make them, of which values; on the CPU the values are rounded as on a GPU.
 
+What needs torchao runs in a process of its own: see tests/support/readers.py.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +14,8 @@ from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.errors import ConfigError
 from llmtrain.models.float8 import multiply_in_float8, require_float8
 from llmtrain.models.transformer import Transformer, build_model
+from tests.support.ranks import run_ranks
+from tests.support.readers import require_torchao, use_torchao
 from tests.support.samples import random_batch, tiny_model, tiny_run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -26,7 +32,7 @@ def in_float8(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
 
 
-def test_linears_of_layers_and_no_others() -> None:
+def linears_of_layers_and_no_others() -> None:
     parts = ("attention.q", "attention.k", "attention.v", "attention.out", "mlp.gate", "mlp.up", "mlp.down")
     layers = {f"decoder.layers.{n}.{part}" for n in (0, 1) for part in parts}
     assert in_float8(converted(tie_embeddings=False)) == layers
@@ -36,7 +42,7 @@ def test_linears_of_layers_and_no_others() -> None:
     assert {name.split(".")[0] for name in in_float8(encoder)} == {"encoder"}, "not the head's"
 
 
-def test_parameters_stay_the_same_objects() -> None:
+def parameters_stay_the_same_objects() -> None:
     built = build_model(tiny_model(**SIZES))
     before = dict(built.named_parameters())
     multiply_in_float8(built)
@@ -51,7 +57,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return ((x.double() * scale).float().to(dtype).double() / scale).float()
 
 
-def test_a_product_is_that_of_rounded_values_forward_and_backward() -> None:
+def a_product_is_that_of_rounded_values_forward_and_backward() -> None:
     torch.manual_seed(0)
     layers = nn.ModuleDict({"0": nn.Linear(32, 48, bias=False).bfloat16()})
     weight = layers["0"].weight
@@ -79,11 +85,30 @@ def losses(precision: str, steps: int = 20) -> list[float]:
     return [engine.train_step(step, [random_batch(seed=step % 2)], 1e-2).loss for step in range(1, steps + 1)]
 
 
-def test_training_learns_as_in_bf16() -> None:
+def training_learns_as_in_bf16() -> None:
     ours, bf16 = losses("fp8"), losses("bf16")
     assert ours[-1] < 0.8 * ours[0]
     assert all(abs(a - b) < 0.05 * b for a, b in zip(ours, bf16, strict=True))
     assert ours != bf16, "the products are others"
+
+
+def checked_apart(rank: int, world_size: int, check: Callable[[], None]) -> None:
+    use_torchao()
+    check()
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        linears_of_layers_and_no_others,
+        parameters_stay_the_same_objects,
+        a_product_is_that_of_rounded_values_forward_and_backward,
+        training_learns_as_in_bf16,
+    ],
+)
+def test_with_torchao(check: Callable[[], None]) -> None:
+    require_torchao()
+    run_ranks(checked_apart, 1, check)
 
 
 @pytest.mark.parametrize(

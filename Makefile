@@ -109,8 +109,8 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
 
 # On a machine with a GPU eight minutes; elsewhere the same in tiny sizes.
-gpu: $(STAMP)
-	$(BIN)/python -m tests.gpu --out gpu.json
+gpu: $(STAMP) $(READERS)/torchao/.installed
+	PYTHONPATH=$(READERS)/torchao $(BIN)/python -m tests.gpu --out gpu.json
 
 docs: $(STAMP)
 	$(BIN)/python -m docs.generate

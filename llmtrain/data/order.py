@@ -207,7 +207,7 @@ class ContinuousOrder:
         # Neighbouring samples share their epoch and group; two of each, because a boundary may lie between them.
         self._epoch = lru_cache(maxsize=2)(self._build_epoch)
         self._bijection = lru_cache(maxsize=2)(self._build_bijection)
-        self._last = (0, self._epoch(0), _Group(0, 0, 0))
+        self._last: tuple[int, _EpochStream, _Group] | None = None
 
     def place(self, number: int) -> Place:
         """The place of sample `number` (from 0, without end): which of the windows that begin in a shard it is."""
@@ -268,10 +268,10 @@ class ContinuousOrder:
 
     def _locate(self, number: int) -> tuple[int, _EpochStream, _Group]:
         """The epoch of a sample, and the group of shards that its window begins in."""
-        group = self._last[-1]
-        if not group.first <= number < group.end:  # neighbouring samples mostly share it
-            self._last = self._located(number)
-        return self._last
+        last = self._last
+        if last is None or not last[-1].first <= number < last[-1].end:  # neighbouring samples mostly share it
+            self._last = last = self._located(number)
+        return last
 
     def _located(self, number: int) -> tuple[int, _EpochStream, _Group]:
         number_of_epoch = number * self._seq_len // self._epoch_tokens

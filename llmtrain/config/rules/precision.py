@@ -73,8 +73,9 @@ def fp8_has_sizes(config: RunConfig) -> Found:
         "model.hidden_size": model.hidden_size,
         "model.num_heads": model.num_heads * model.head_size,
         "model.num_kv_heads": model.kv_heads * model.head_size,
-        "model.ffn_hidden_size": model.ffn_size,
     }
+    if not all(model.has_experts(layer) for layer in range(max(model.encoder_layers, model.decoder_layers))):
+        sizes["model.ffn_hidden_size"] = model.ffn_size
     for key, size in sizes.items():
         if size % FLOAT8_MULTIPLE:
             message = f"makes a product of {size}: train.precision = fp8 needs multiples of {FLOAT8_MULTIPLE}"

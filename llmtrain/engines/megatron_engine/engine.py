@@ -72,9 +72,8 @@ class MegatronEngine(SteppingEngine):
         stages = [cast(PipelineChunk, chunk.module).stage for chunk in self.chunks]
         self.routers = Routers(config.model, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
         self.load_weights(InitialWeights(config.model, config.seed))
-        if (
-            self.joins_projections
-        ):  # last: ZeRO has moved the weights into its buffers, where they lie the other way round
+        if self.joins_projections:
+            # Last: ZeRO has moved the weights into its buffers, where they lie the other way round.
             for stage in stages:
                 join_projections(stage, move=False)
 

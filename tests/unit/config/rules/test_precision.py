@@ -51,6 +51,7 @@ def test_what_it_does_not_go_with(sections: dict[str, Any], key: str, says: str)
         {"engine": {**MEGATRON, "zero_stage": 1}, "parallel": {"pipeline": 2}},
         {"engine": {**DEEPSPEED, "zero_stage": 2}},
         {"train": {"recompute": "full"}},
+        {"model": {"ffn_hidden_size": 100, "moe": {"num_experts": 4}}},
     ],
 )
 def test_what_it_goes_with(sections: dict[str, Any]) -> None:

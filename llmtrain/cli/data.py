@@ -13,8 +13,8 @@ from llmtrain.errors import ConfigError, DataError
 from llmtrain.words import counted
 
 if TYPE_CHECKING:
-    from data_pipelines.inputs import ReadReport
-    from data_pipelines.read import ReadOptions
+    from data_pipelines.reading.inputs import ReadReport
+    from data_pipelines.reading.records import ReadOptions
 
 app = typer.Typer(help="Make, look at and check data sets.", no_args_is_help=True)
 
@@ -70,8 +70,8 @@ def tokenizer(
     separator: Separator = None,
 ) -> None:
     """Train a sentencepiece tokenizer that gives every text back unchanged."""
-    from data_pipelines.inputs import ReadReport
-    from data_pipelines.read import iter_documents
+    from data_pipelines.reading.inputs import ReadReport
+    from data_pipelines.reading.documents import iter_documents
     from data_pipelines.tokenizer import train_tokenizer
 
     report = ReadReport()
@@ -103,8 +103,8 @@ def shards(
 ) -> None:
     """Turn text into tokenized WebDataset shards with manifest, index and a train/valid split."""
     from data_pipelines.dataset_writer import ShardingConfig
-    from data_pipelines.inputs import ReadReport
-    from data_pipelines.read import iter_documents
+    from data_pipelines.reading.inputs import ReadReport
+    from data_pipelines.reading.documents import iter_documents
     from data_pipelines.sharding import write_shards
     from data_pipelines.tokenizer import tokenizer_notes
     from llmtrain.data.tokenizer import load_tokenizer
@@ -244,7 +244,7 @@ def show(
 
 
 def _read_options(field: str, separator: str | None) -> "ReadOptions":
-    from data_pipelines.read import ReadOptions
+    from data_pipelines.reading.records import ReadOptions
 
     if separator == "":
         raise typer.BadParameter("must not be empty", param_hint="--separator")

@@ -1,13 +1,12 @@
-"""Reading a run's configuration: a YAML file, the files it rests on, and overrides, with every problem at once."""
+"""Reading a configuration: a YAML file, the files it rests on, and overrides, with every problem at once."""
 
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Generic
 
-import llmtrain
 from llmtrain.config.reading.credentials import SECRET_WORD
 from llmtrain.config.reading.document import (
     COMMAND_LINE,
@@ -22,8 +21,8 @@ from llmtrain.config.reading.document import (
     reason_of,
 )
 from llmtrain.config.reading.rendering import LONGEST_SHOWN, shown
-from llmtrain.config.reading.suggestions import either
-from llmtrain.config.reading.validation import validate
+from llmtrain.config.reading.shipped import SHIPPED, shipped_file
+from llmtrain.config.reading.validation import Root, validate
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, Problem
@@ -37,10 +36,6 @@ MOST_FILES = 100
 """Files of one configuration, each counted as often as something rests on it: ten files can name each other a billion
 times without a circle."""
 
-SHIPPED = "llmtrain:"
-"""Begins the name of a file in `configs/`. That folder lies beside the package, in the repository and in a wheel."""
-SHIPPED_FOLDER = Path(llmtrain.__file__).absolute().parent.parent / "configs"
-
 ENVIRONMENT = "WORLD_SIZE in the environment"
 """The place of the number of ranks where another launcher has started them."""
 
@@ -48,16 +43,16 @@ Rules = Callable[[RunConfig], list[Problem]]
 
 
 @dataclass(frozen=True)
-class LoadedConfig:
+class LoadedConfig(Generic[Root]):
     """A valid configuration, and for each dotted key that somebody wrote, `file:line` or "command line"."""
 
-    config: RunConfig
+    config: Root
     locations: Mapping[str, str]
 
 
 def load_config(
     path: Path, overrides: Sequence[str] = (), storage_rules: Rules | None = None, world_size: int | None = None
-) -> LoadedConfig:
+) -> LoadedConfig[RunConfig]:
     """Read a run's configuration and check it: schema, arithmetic and, where given, storage.
 
     `path` may name a file that the package ships: `llmtrain:runs/quickstart.yaml`.
@@ -65,6 +60,30 @@ def load_config(
     started the ranks already: it takes the place of launch.num_workers. Raises ConfigError with every problem of all
     stages; its note says how many there are.
     """
+
+    def with_ranks(root: Node, problems: list[Problem]) -> Node:
+        if world_size is None:
+            return root
+        return _set(root, ["launch", "num_workers"], 0, Node(world_size, ENVIRONMENT), problems)
+
+    def rules(config: RunConfig) -> list[Problem]:
+        found = arithmetic_problems(config, config.launch.num_workers)
+        return found if storage_rules is None else found + storage_rules(config)
+
+    return load_file(path, overrides, Schema(RunConfig, rules, with_ranks))
+
+
+@dataclass(frozen=True)
+class Schema(Generic[Root]):
+    """What a file can hold: the class of the whole, the rules between its keys, and a last change to its tree."""
+
+    root: type[Root]
+    rules: Callable[[Root], list[Problem]]
+    changed: Callable[[Node, list[Problem]], Node] = lambda root, problems: root
+
+
+def load_file(path: Path, overrides: Sequence[str], schema: Schema[Root]) -> LoadedConfig[Root]:
+    """Read a file with its bases and overrides, and check it. Raises ConfigError with every problem."""
     reading = _Reading()
     try:
         file = shipped_file(str(path)) if str(path).startswith(SHIPPED) else path
@@ -73,22 +92,19 @@ def load_config(
     root = reading.file(file, "", ())
     if root is None:
         raise _error(path, reading.problems)
+    root = schema.changed(root, reading.problems)
     for text in overrides:
         root = _overridden(root, text, reading.problems)
-    if world_size is not None:
-        number = Node(world_size, ENVIRONMENT)
-        root = _set(root, ["launch", "num_workers"], 0, number, reading.problems)
+    root = schema.changed(root, reading.problems)
     locations = dict(iter_places(root))
     told = {problem.key for problem in reading.problems}
     # The rules see a configuration whatever is wrong with it: faulty keys stand at their defaults there, and what rests
     # on one of them is not believed. So one start tells the faults of all stages.
-    checked = validate(plain(root), reading.unread | told)
-    found = arithmetic_problems(checked.config, checked.config.launch.num_workers)
-    if storage_rules is not None:
-        found += storage_rules(checked.config)
-    schema = [problem for problem in checked.problems if problem.key not in told]
+    checked = validate(plain(root), schema.root, reading.unread | told)
+    found = schema.rules(checked.config)
+    wrong = [problem for problem in checked.problems if problem.key not in told]
     rules = _first_causes([problem for problem in found if checked.is_sound(problem)])
-    problems = reading.problems + [_placed(problem, locations, path) for problem in schema + rules]
+    problems = reading.problems + [_placed(problem, locations, path) for problem in wrong + rules]
     if problems:
         raise _error(path, problems)
     return LoadedConfig(checked.config, locations)
@@ -263,25 +279,3 @@ def _set(node: Node, parts: list[str], depth: int, value: Node, problems: list[P
     before = children.get(part, Node(None, COMMAND_LINE))
     after = _set(before, parts, depth + 1, value, problems)
     return node if after is before else Node({**children, part: after}, node.where)
-
-
-def shipped_names() -> list[str]:
-    """Every name that can be written."""
-    return [
-        f"{SHIPPED}{file.relative_to(SHIPPED_FOLDER).as_posix()}" for file in sorted(SHIPPED_FOLDER.glob("*/*.yaml"))
-    ]
-
-
-def shipped_file(name: str) -> Path:
-    """The file that a name means. Raises ConfigError, with the names most like it, where there is none."""
-    names = shipped_names()
-    if name in names:
-        return SHIPPED_FOLDER / name.removeprefix(SHIPPED)
-    if not names:
-        raise ConfigError(f"the files that llmtrain ships are not in {SHIPPED_FOLDER}. Install llmtrain again.")
-    # Whoever forgets the folder or the ending means the file all the same.
-    stems = get_close_matches(PurePosixPath(name).stem, {PurePosixPath(known).stem for known in names}, 3)
-    near = [known for stem in stems for known in names if PurePosixPath(known).stem == stem]
-    near.sort(key=lambda known: known.partition("/")[0] != name.partition("/")[0])
-    hint = f"Did you mean {either(near)}?" if near else f"There are {', '.join(names)}."
-    raise ConfigError(f"llmtrain ships no such file. {hint}")

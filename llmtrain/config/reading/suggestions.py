@@ -40,9 +40,9 @@ def sections_of(annotation: Any) -> tuple[type[Section], bool] | None:
     return None
 
 
-def field_at(path: Sequence[str | int]) -> FieldInfo | None:
+def field_at(path: Sequence[str | int], root: type[Section] = RunConfig) -> FieldInfo | None:
     """The schema's field at a path; None where the schema has none."""
-    section: type[Section] | None = RunConfig
+    section: type[Section] | None = root
     field = None
     for part in path:
         if isinstance(part, int):
@@ -55,11 +55,11 @@ def field_at(path: Sequence[str | int]) -> FieldInfo | None:
     return field
 
 
-def section_at(path: Sequence[str | int]) -> type[Section] | None:
-    """The section class at a path (empty: the run); None where there is none."""
+def section_at(path: Sequence[str | int], root: type[Section] = RunConfig) -> type[Section] | None:
+    """The section class at a path (empty: the whole file); None where there is none."""
     if not path:
-        return RunConfig
-    field = field_at(path)
+        return root
+    field = field_at(path, root)
     found = sections_of(field.annotation) if field else None
     return found[0] if found else None
 
@@ -82,24 +82,25 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> list[s
     return [by_form[form] for form in get_close_matches(word.casefold().replace("-", "_"), by_form, 1, cutoff)]
 
 
-def suggested_keys(path: Sequence[str | int]) -> list[str]:
+def suggested_keys(path: Sequence[str | int], root: type[Section] = RunConfig) -> list[str]:
     """Legal dotted keys that an unknown one may have meant, best first.
 
     Names known from elsewhere come first, then the same name in another section, then similar names nearby,
     then similar names anywhere.
     """
     name = str(path[-1])
-    if name in FAMILIAR_NAMES:
+    known = all_keys(root)
+    if FAMILIAR_NAMES.get(name) in known:
         return [FAMILIAR_NAMES[name]]
-    elsewhere = [key for key in all_keys() if key.rsplit(".", 1)[-1] == name]
+    elsewhere = [key for key in known if key.rsplit(".", 1)[-1] == name]
     if elsewhere:
         return elsewhere[:3]
-    parent = section_at(path[:-1])
+    parent = section_at(path[:-1], root)
     prefix = "".join(f"{part}." for part in path[:-1])
     nearby = [prefix + found for found in nearest(name, parent.model_fields if parent else ())]
     if nearby:
         return nearby
-    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(all_keys())}
+    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
     return [leaves[found] for found in nearest(name, leaves, cutoff=0.75)]
 
 

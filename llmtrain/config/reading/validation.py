@@ -1,6 +1,6 @@
-"""From a tree of plain values to a RunConfig, with every fault of the schema said in the user's words.
+"""From a tree of plain values to a configuration, with every fault of the schema said in the user's words.
 
-A tree with faults still gives a RunConfig: what is wrong is left out and stands at its default, so that the rules
+A tree with faults still gives one: what is wrong is left out and stands at its default, so that the rules
 can say in the same breath what else is wrong. What rests on something left out is not to be believed; those keys
 are returned beside the config.
 """
@@ -9,21 +9,26 @@ import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from llmtrain.config.reading.document import dotted
 from llmtrain.config.reading.rendering import bound_text, is_secret, shown
 from llmtrain.config.reading.suggestions import either, field_at, nearest, section_at, sections_of, suggested_keys
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.section import Section
 from llmtrain.errors import Problem
+
+Root = TypeVar("Root", bound=Section)
+"""The class of a whole file."""
 
 STAND_INS: dict[str, Any] = {
     "name": "unnamed",
     "path": "(missing)",
     "train": [{"path": "(missing)"}],
+    "read": [{"path": "(missing)"}],
     "steps": [1, 1],
 }
 """Values that take the place of required ones that are missing; sections become empty."""
@@ -52,10 +57,10 @@ BOUND_NAMES = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "l
 
 
 @dataclass(frozen=True)
-class Validation:
+class Validation(Generic[Root]):
     """`doubtful` holds the dotted keys whose value in `config` is not what the user meant."""
 
-    config: RunConfig
+    config: Root
     problems: list[Problem]
     doubtful: frozenset[str]
 
@@ -65,19 +70,19 @@ class Validation:
         return not any(_within(key, doubt) or _within(doubt, key) for key in keys for doubt in self.doubtful)
 
 
-def validate(tree: dict[str, Any], unread: Iterable[str] = ()) -> Validation:
+def validate(tree: dict[str, Any], root: type[Root], unread: Iterable[str] = ()) -> Validation[Root]:
     """Check a tree against the schema. `unread` names sections of which a part could not be read at all."""
     tree = copy.deepcopy(tree)
     doubtful = set(unread)
     problems: list[Problem] = []
     for attempt in range(MOST_REPAIRS):
         try:
-            return Validation(RunConfig.model_validate(tree), problems, frozenset(doubtful))
+            return Validation(root.model_validate(tree), problems, frozenset(doubtful))
         except ValidationError as error:
             errors = error.errors(include_url=False)
         for details in errors:
             if details["type"] == "extra_forbidden":
-                doubtful.update(key for key in suggested_keys(details["loc"]) if not _has(tree, key))
+                doubtful.update(key for key in suggested_keys(details["loc"], root) if not _has(tree, key))
         if attempt == 0:
             # A key is also missing where it is misspelt or in a file that cannot be read: that is reported already.
             follows = [
@@ -85,22 +90,22 @@ def validate(tree: dict[str, Any], unread: Iterable[str] = ()) -> Validation:
                 and any(_within(".".join(map(str, details["loc"])), key) for key in doubtful)
                 for details in errors
             ]
-            problems = [_problem(details) for details, known in zip(errors, follows, strict=True) if not known]
+            problems = [_problem(details, root) for details, known in zip(errors, follows, strict=True) if not known]
         for details in errors:
-            doubtful.add(_repair(tree, details))
+            doubtful.add(_repair(tree, details, root))
     raise AssertionError(f"the schema cannot be satisfied by taking out what is wrong: {tree}")
 
 
 def _within(key: str, other: str) -> bool:
-    """True where a key is another one or lies within it. The empty key is the whole run."""
+    """True where a key is another one or lies within it. The empty key is the whole file."""
     return key == other or not other or key.startswith(f"{other}.")
 
 
-def _repair(tree: dict[str, Any], details: ErrorDetails) -> str:
+def _repair(tree: dict[str, Any], details: ErrorDetails, root: type[Section]) -> str:
     """Take the offending value out of the tree, or put a stand-in where one is missing; returns the dotted key."""
     path = list(details["loc"])
     if details["type"] == "missing" and isinstance(path[-1], str):
-        _holder(tree, path)[path[-1]] = {} if section_at(path) and len(path) == 1 else STAND_INS[path[-1]]
+        _holder(tree, path)[path[-1]] = {} if section_at(path, root) and len(path) == 1 else STAND_INS[path[-1]]
         return dotted(*path)
     # Entries of a list keep their numbers, so a list goes as a whole when an entry is not a section.
     while isinstance(path[-1], int):
@@ -127,19 +132,20 @@ def _has(tree: Any, key: str) -> bool:
     return True
 
 
-def _problem(details: ErrorDetails) -> Problem:
+def _problem(details: ErrorDetails, root: type[Section]) -> Problem:
     path = details["loc"]
     key = dotted(*path)
     value = None if details["type"] == "missing" else shown(key, details["input"])
     if details["type"] == "extra_forbidden":
-        return Problem(key, _unknown(path), value)
+        return Problem(key, _unknown(path, root), value)
     if details["type"] == "missing":
-        field = field_at(path)
+        field = field_at(path, root)
         return Problem(key, f"is required. {field.description if field and field.description else ''}".rstrip())
-    return Problem(key, _requirement(details) + _advice(details), value)
+    field = field_at(path, root)
+    return Problem(key, _requirement(details, field) + _advice(details, field), value)
 
 
-def _unknown(path: tuple[str | int, ...]) -> str:
+def _unknown(path: tuple[str | int, ...], root: type[Section]) -> str:
     name = str(path[-1])
     if is_secret(name):
         return (
@@ -147,18 +153,17 @@ def _unknown(path: tuple[str | int, ...]) -> str:
         )
     if name == "base":
         return "`base` belongs into a file: the command line sets single keys."
-    guesses = suggested_keys(path)
+    guesses = suggested_keys(path, root)
     if guesses:
         return f"unknown key. Did you mean {either(guesses)}?"
-    section = section_at(path[:-1])
+    section = section_at(path[:-1], root)
     known = f" Known here: {', '.join(section.model_fields)}." if section else ""
     return f"unknown key.{known}"
 
 
-def _requirement(details: ErrorDetails) -> str:
+def _requirement(details: ErrorDetails, field: FieldInfo | None) -> str:
     """The requirement that a value breaks."""
     kind, context = details["type"], details.get("ctx", {})
-    field = field_at(details["loc"])
     if kind in ("model_type", "model_attributes_type") and field is not None:
         found = sections_of(field.annotation)
         return TYPE_NAMES[kind] + (f": {', '.join(found[0].model_fields)}" if found else "")
@@ -176,13 +181,12 @@ def _requirement(details: ErrorDetails) -> str:
     return str(context["error"]) if kind == "value_error" else details["msg"]
 
 
-def _advice(details: ErrorDetails) -> str:
+def _advice(details: ErrorDetails, field: FieldInfo | None) -> str:
     """The advice about a wrong value, which ends the sentence."""
     kind, value, context = details["type"], details["input"], details.get("ctx", {})
     tries = _tries(kind, value, context, details)
     if tries:
         return f". Try {either(tries)}."
-    field = field_at(details["loc"])
     default = None if field is None or isinstance(details["loc"][-1], int) else field.default
     if isinstance(default, (int, float, str)):
         return f". The default is {shown('', default)}."

@@ -191,51 +191,55 @@ class RemoteFolder:
                     yield chunk
         # Each library has errors of its own, without a common base.
         except Exception as error:
-            raise self._fault(name, error) from None
+            raise fault_of(self.location(name), error, self._config.timeout_seconds) from None
 
     def _connected(self) -> Any:
         if self._file_system is None:
-            import fsspec
-
-            scheme, seconds = self._parts.scheme.lower(), self._config.timeout_seconds
-            options: dict[str, Any] = {}
-            if scheme in ("http", "https"):
-                import aiohttp
-
-                timeout = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
-                # The environment may name a proxy.
-                options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
-            elif scheme == "s3":
-                options = {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds}}
-            self._file_system = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+            self._file_system = file_system(self._parts.scheme.lower(), self._config.timeout_seconds)
         return self._file_system
 
-    def _fault(self, name: str, error: Exception) -> Exception:
-        """Our own error for one of the library: gone, refused, or worth another try."""
-        location = self.location(name)
-        if isinstance(error, FileNotFoundError):
-            message = f"{location}: there is no such file (404). Check the address, or copy the data set again."
-            return DamagedFileError(message, "missing", "404")
-        if isinstance(error, ImportError):
-            extra = EXTRAS.get(self._parts.scheme.lower(), "huggingface_hub")
-            return DataError(f"{location}: needs a library that is not installed. Try `pip install '{extra}'`.")
-        response = getattr(error, "response", None)
-        status = (
-            getattr(error, "status", None) or getattr(error, "code", None) or getattr(response, "status_code", None)
-        )
-        if isinstance(error, PermissionError) or (
-            isinstance(status, int) and 400 <= status < 500 and status not in _LATER
-        ):
-            answer = f"the server answers {status}" if status else "access is denied"
-            return DataError(f"{location}: {answer}. Check the address and the rights of this account.")
-        if isinstance(status, int):
-            return PassingFaultError(f"the server answers {status}")
-        if isinstance(error, TimeoutError):
-            return PassingFaultError(f"the server is silent for {self._config.timeout_seconds:g} seconds")
-        # The text of other errors may hold the whole URL.
-        system_error = getattr(error, "os_error", error)
-        text = system_error.strerror if isinstance(system_error, OSError) else None
-        return PassingFaultError(f"{type(error).__name__}{f', {text}' if text else ''}")
+
+def file_system(scheme: str, timeout_seconds: float) -> Any:
+    """fsspec's file system of one of SCHEMES, whose servers may be silent for so long. Raises the library's errors."""
+    import fsspec
+
+    options: dict[str, Any] = {}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=timeout_seconds, sock_read=timeout_seconds)
+        # The environment may name a proxy.
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    elif scheme == "s3":
+        options = {"config_kwargs": {"connect_timeout": timeout_seconds, "read_timeout": timeout_seconds}}
+    return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
+
+
+def fault_of(location: str, error: Exception, timeout_seconds: float) -> Exception:
+    """Our own error for one of a library's, at a URL as it may be shown: gone, refused, or worth another try."""
+    if isinstance(error, FileNotFoundError):
+        message = f"{location}: there is no such file (404). Check the address, or copy the data set again."
+        return DamagedFileError(message, "missing", "404")
+    if isinstance(error, ImportError):
+        extra = EXTRAS.get(scheme_of(location) or "", "huggingface_hub")
+        return DataError(f"{location}: needs a library that is not installed. Try `pip install '{extra}'`.")
+    response = getattr(error, "response", None)
+    status = (
+        getattr(error, "status", None) or getattr(error, "code", None) or getattr(response, "status_code", None)
+    )
+    if isinstance(error, PermissionError) or (
+        isinstance(status, int) and 400 <= status < 500 and status not in _LATER
+    ):
+        answer = f"the server answers {status}" if status else "access is denied"
+        return DataError(f"{location}: {answer}. Check the address and the rights of this account.")
+    if isinstance(status, int):
+        return PassingFaultError(f"the server answers {status}")
+    if isinstance(error, TimeoutError):
+        return PassingFaultError(f"the server is silent for {timeout_seconds:g} seconds")
+    # The text of other errors may hold the whole URL.
+    system_error = getattr(error, "os_error", error)
+    text = system_error.strerror if isinstance(system_error, OSError) else None
+    return PassingFaultError(f"{type(error).__name__}{f', {text}' if text else ''}")
 
 
 @dataclass(frozen=True)

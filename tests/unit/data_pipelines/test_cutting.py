@@ -104,8 +104,8 @@ def test_a_vocabulary_whose_tokens_cross_words_is_not_cut_there(folder: Path, mo
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from data_pipelines.inputs import ReadReport
-from data_pipelines.read import iter_documents
+from data_pipelines.reading.inputs import ReadReport
+from data_pipelines.reading.documents import iter_documents
 from data_pipelines.dataset_writer import ShardingConfig
 from data_pipelines.sharding import write_shards
 from llmtrain.data.tokenizer import load_tokenizer

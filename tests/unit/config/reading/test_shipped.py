@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.config.reading import load
-from llmtrain.config.reading.load import SHIPPED_FOLDER, load_config, shipped_names
+from llmtrain.config.reading import shipped
+from llmtrain.config.reading.load import load_config
+from llmtrain.config.reading.shipped import SHIPPED_FOLDER, shipped_names
 from llmtrain.errors import ConfigError
 from tests.support.run_files import GOOD_RUN
 
@@ -61,7 +62,7 @@ def test_a_wrong_name_is_told_with_those_that_are_near(tmp_path: Path, name: str
 
 
 def test_an_installation_without_them_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "SHIPPED_FOLDER", tmp_path)
+    monkeypatch.setattr(shipped, "SHIPPED_FOLDER", tmp_path)
     with pytest.raises(ConfigError, match=f"not in {tmp_path}. Install llmtrain again"):
         load_config(run_on(tmp_path, "llmtrain:models/llama-8b.yaml"))
 

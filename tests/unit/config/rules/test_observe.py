@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from llmtrain.config.reading.validation import validate
+from llmtrain.config.schema import RunConfig
 from tests.unit.config.small_run import BASE, broken, run
 
 URL = {"data": {"train": [{"path": "https://user:secret@example.org/shards"}]}}
@@ -67,7 +68,7 @@ def test_rules_allow(sections: dict[str, Any]) -> None:
 )
 def test_a_window_that_is_none_is_refused(profile: dict[str, Any], key: str, says: str) -> None:
     problems = {
-        problem.key: problem.message for problem in validate({**BASE, "observe": {"profile": profile}}).problems
+        problem.key: problem.message for problem in validate({**BASE, "observe": {"profile": profile}}, RunConfig).problems
     }
     assert list(problems) == [key]
     assert says in problems[key]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.inputs import ReadReport
-from data_pipelines.read import ReadOptions, iter_documents
+from data_pipelines.reading.inputs import ReadReport
+from data_pipelines.reading.documents import iter_documents
+from data_pipelines.reading.records import ReadOptions
 from llmtrain.errors import ConfigError, DataError
 
 
@@ -146,13 +147,11 @@ def test_json_that_holds_no_texts_is_never_a_document(tmp_path: Path, content: s
 
 def test_archives_are_never_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar:
-        tar.add(tmp_path / "a.txt", "a.txt")
-    (tmp_path / "c.tar").write_bytes(gzip.decompress((tmp_path / "b.tar.gz").read_bytes()))
-    (tmp_path / "d.PARQUET").write_bytes(b"PAR1")
+    for name in ("b.zip", "c.tgz", "d.npy", "e.parquet.gz"):
+        (tmp_path / name).write_bytes(b"PK\3\4")
     documents, report = read(tmp_path)
-    assert documents == ["text"] and report.left_out == {"archive": 3}
-    for name in ("b.tar.gz", "c.tar", "d.PARQUET"):
+    assert documents == ["text"] and report.left_out == {"archive": 4}
+    for name in ("b.zip", "c.tgz", "d.npy", "e.parquet.gz"):
         with pytest.raises(ConfigError, match=f"{name}: is an archive"):
             read(tmp_path / name)
 
@@ -233,11 +232,11 @@ def test_a_separator_cuts_a_text_file_into_documents(tmp_path: Path, monkeypatch
     (tmp_path / "lines.jsonl").write_text('{"text": "kept <|end|> whole"}\n')
     expected = ["one\n", "\nzw\u00f6lf", " three\r\n"]
     for block_bytes in (1 << 20, 1, 2, 3, 7):
-        monkeypatch.setattr("data_pipelines.read._BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("data_pipelines.reading.opened.BLOCK_BYTES", block_bytes)
         documents, report = read(path, separator="<|end|>")
         assert (documents, report.left_out) == (expected, {"empty": 1})
     assert read(tmp_path, separator="<|end|>")[0] == [*expected, "kept <|end|> whole"]
-    monkeypatch.setattr("data_pipelines.read._BLOCK_BYTES", 14)
+    monkeypatch.setattr("data_pipelines.reading.opened.BLOCK_BYTES", 14)
     path.write_bytes(b"one<|end|>two\n\xff")
     with pytest.raises(DataError, match="not UTF-8 text behind its part 1"):
         read(path, separator="<|end|>")
@@ -255,6 +254,6 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypa
         return real(folder)
 
     real = os.scandir
-    monkeypatch.setattr("data_pipelines.inputs.os.scandir", scandir)
+    monkeypatch.setattr("data_pipelines.reading.inputs.os.scandir", scandir)
     with pytest.raises(DataError, match="closed: cannot be listed"):
         read(tmp_path)

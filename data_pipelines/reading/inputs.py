@@ -1,27 +1,44 @@
 """Which files an input means: itself, every file below a folder, or what a pattern matches; each file once.
 
 Left out below a folder, and counted: hidden entries, pipes and devices, and a file or folder that was taken already
-under another name. Links are followed.
+under another name. Links are followed. A URL means a file, or with s3, gs and hf what lies below it or it matches.
 """
 
 import glob
 import os
 import stat
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
+from llmtrain.config.reading.credentials import without_credentials
+from llmtrain.data.storage.remote import SCHEMES, fault_of, file_system, retried, scheme_of
 from llmtrain.errors import ConfigError, DataError
+
+Result = TypeVar("Result")
 
 NAMED_EXAMPLES = 2
 """How many of the things of one kind that were left out a summary names."""
+
+_ATTEMPTS = 5
+_SILENCE_SECONDS = 60.0
+_VERSION_KEYS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "blob_id")
+"""What servers say of a file's version, the surest first."""
 
 LEFT_OUT = {
     "empty": "empty",
     "not_text": "that are not UTF-8 text",
     "archive": "that are archives or tables: unpack them, or write them as .jsonl",
     "no_field": "of JSON without text under the key that --field names",
+    "not_json": "lines that are not JSON objects",
+    "too_long": "that are too long",
+    "not_page": "of archives that are no pages of text",
+    "unsafe_name": "of archives that are links or have names that lead out of them",
+    "damaged": "that are damaged, from the damage on",
     "hidden": "hidden",
     "repeated": "that had been read under another name or input",
     "not_file": "that are not files: pipes, devices, links to nothing",
@@ -38,6 +55,15 @@ class ReadReport:
     text_bytes: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+
+    forgiving: bool = False
+    """What is broken is left out, and not an error."""
+
+    def refuse(self, kind: str, where: object, error: DataError) -> None:
+        """Raise the error for something broken, or count it."""
+        if not self.forgiving:
+            raise error
+        self.leave_out(kind, where)
 
     def leave_out(self, kind: str, where: object) -> None:
         """Count something of a kind of LEFT_OUT."""
@@ -57,10 +83,42 @@ class ReadReport:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read. `named`: the user wrote its name or a pattern of it, so that it is not passed over in silence."""
+    """A file to read, by its path or URL. `named`: the user wrote its name or a pattern of it, so that it is not passed
+    over in silence."""
 
-    path: Path
+    location: str
     named: bool
+
+    @property
+    def is_remote(self) -> bool:
+        return scheme_of(self.location) in SCHEMES
+
+    @property
+    def name(self) -> str:
+        """The location, to show."""
+        return without_credentials(self.location) if self.is_remote else self.location
+
+    @contextmanager
+    def on_disk(self) -> Iterator[Path]:
+        """The file on this machine; of a remote one a copy, as long as it is needed. Raises OSError, DataError."""
+        if not self.is_remote:
+            yield Path(self.location)
+            return
+        # The ending says what is in it, here as there.
+        with tempfile.NamedTemporaryFile(suffix=PurePosixPath(self.name).name) as copy:
+            _asked(self.name, lambda files: files.get_file(self.location, copy.name))
+            yield Path(copy.name)
+
+    def state(self) -> tuple[int, str]:
+        """Size and version: another version may have another content. Raises as `on_disk`."""
+        if not self.is_remote:
+            found = Path(self.location).stat()
+            return found.st_size, str(found.st_mtime_ns)
+        info = _asked(self.name, lambda found: found.info(self.location))
+        version = next((str(info[key]) for key in _VERSION_KEYS if info.get(key)), "")
+        if not info.get("size"):
+            raise DataError(f"{self.name}: the server does not say how large it is. Copy it here first.")
+        return int(info["size"]), version
 
 
 def find_files(inputs: Sequence[str | Path], report: ReadReport) -> list[InputFile]:
@@ -87,6 +145,8 @@ class _Search:
 
     def files_of(self, name: str) -> list[InputFile] | None:
         """The files that an input means and that none before it has meant; None where nothing has that name."""
+        if (scheme := scheme_of(name)) is not None and "://" in name:
+            return self._remote(name, scheme)
         path = Path(name)
         if os.path.lexists(name):
             return self._below(path) if path.is_dir() else self._new([path], True)
@@ -95,6 +155,19 @@ class _Search:
             matches = [match for match in matches if not match.is_dir()]
         found = [file for path in matches for file in (self._below(path) if path.is_dir() else self._new([path], True))]
         return found if matches else None
+
+    def _remote(self, url: str, scheme: str) -> list[InputFile] | None:
+        """The files that a URL means, sorted by name."""
+        if scheme not in SCHEMES:
+            raise ConfigError(f"{without_credentials(url)}: {scheme}: is not read; {', '.join(SCHEMES)} are.")
+        if scheme in ("http", "https"):
+            return [InputFile(url, True)]
+        shown = without_credentials(url)
+        if glob.has_magic(url):
+            found = _asked(shown, lambda files: sorted(files.glob(url)))
+            return [InputFile(f"{scheme}://{path}", True) for path in found] or None
+        found = _asked(shown, lambda files: sorted(files.find(url)))
+        return [InputFile(f"{scheme}://{path}", f"{scheme}://{path}" == url) for path in found] or None
 
     def _below(self, folder: Path) -> list[InputFile]:
         """Real folders before linked ones, so that a link never takes the place of what it points to."""
@@ -113,7 +186,7 @@ class _Search:
                     (links if entry.is_symlink() else folders).append(Path(entry.path))
                 else:
                     paths.append(Path(entry.path))
-        return sorted(self._new(sorted(paths, key=_links_last), False), key=lambda file: file.path)
+        return sorted(self._new(sorted(paths, key=_links_last), False), key=lambda file: Path(file.location))
 
     def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
         try:
@@ -123,7 +196,7 @@ class _Search:
             raise DataError(f"{folder}: cannot be listed ({error.strerror}). Repair it or leave it out.") from None
 
     def _new(self, paths: Sequence[Path], named: bool) -> list[InputFile]:
-        return [InputFile(path, named) for path in self._iter_new(paths, named)]
+        return [InputFile(str(path), named) for path in self._iter_new(paths, named)]
 
     def _iter_new(self, paths: Sequence[Path], named: bool) -> Iterator[Path]:
         for path in paths:
@@ -151,6 +224,19 @@ class _Search:
             return False
         self._seen.add(identity)
         return True
+
+
+def _asked(shown: str, question: Callable[[Any], Result]) -> Result:
+    """What a file system behind a URL answers, asked again while its faults may pass. Raises DataError."""
+
+    def once() -> Result:
+        try:
+            return question(file_system(scheme_of(shown) or "", _SILENCE_SECONDS))
+        # Each library has errors of its own, without a common base.
+        except Exception as error:
+            raise fault_of(shown, error, _SILENCE_SECONDS) from None
+
+    return retried(once, _ATTEMPTS, shown)
 
 
 def _links_last(path: Path) -> tuple[bool, Path]:

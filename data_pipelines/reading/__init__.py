@@ -1,0 +1,1 @@
+"""From files as they lie about to documents."""

@@ -9,7 +9,7 @@ Tokenizers of which it does not hold, such as those that put a space before ever
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from llmtrain.data.storage.manifest import DTYPES, dtype_name
 from llmtrain.data.tokenizer import SPACE_MARK
 from llmtrain.values.tokenizer import Tokenizer
+
+Tag = TypeVar("Tag")
 
 LONGEST_PIECE = 1 << 16
 """Characters. Longer texts are cut, into pieces of half that length at least."""
@@ -86,17 +88,17 @@ def _texts_of_pieces(tokenizer: Tokenizer) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Piece(Generic[Tag]):
     """A part of a document, which `tag` says something of; the last one ends it."""
 
-    tag: str
+    tag: Tag
     text: str
     last: bool
 
 
 def tokenized(
-    documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, num_workers: int = 1
-) -> Iterator[tuple[str, NDArray[Any]]]:
+    documents: Iterable[tuple[Tag, str]], tokenizer: Tokenizer, num_workers: int = 1
+) -> Iterator[tuple[Tag, NDArray[Any]]]:
     """The tag and the ids of each (tag, text), in the type that shards have; the same for every number of threads.
 
     Of a long text only itself and its ids are ever held.
@@ -112,7 +114,7 @@ def tokenized(
                 parts = []
 
 
-def _iter_pieces(documents: Iterable[tuple[str, str]], cutter: Cutter) -> Iterator[_Piece]:
+def _iter_pieces(documents: Iterable[tuple[Tag, str]], cutter: Cutter) -> Iterator[_Piece[Tag]]:
     for tag, text in documents:
         parts = cutter.pieces(text)
         part = next(parts)
@@ -122,9 +124,9 @@ def _iter_pieces(documents: Iterable[tuple[str, str]], cutter: Cutter) -> Iterat
         yield _Piece(tag, part, True)
 
 
-def _batches(pieces: Iterable[_Piece], most_characters: int) -> Iterator[list[_Piece]]:
+def _batches(pieces: Iterable[_Piece[Tag]], most_characters: int) -> Iterator[list[_Piece[Tag]]]:
     """Pieces in lists large enough to share among threads."""
-    batch: list[_Piece] = []
+    batch: list[_Piece[Tag]] = []
     characters = 0
     for piece in pieces:
         batch.append(piece)

@@ -107,9 +107,7 @@ def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator
     held: deque[tuple[int, str]] = deque()
     found: set[str] = set()
     characters = 0
-    # A document's place between 0 and 2^64 follows from its content, so that a copy of it never lands in another split.
-    digests = ((hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest(), text) for text in documents)
-    rest = ((int.from_bytes(digest, "little"), text) for digest, text in digests)
+    rest = ((place_of(text), text) for text in documents)
     for place, text in rest:
         held.append((place, text))
         found.add(_split(place, bound))
@@ -119,7 +117,7 @@ def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator
     else:
         if valid_fraction and held:
             places = [place for place, _ in held]
-            bound = min(max(bound, min(places) + 1), max(places))
+            bound = bound_between(min(places), max(places), bound)
         counts = Counter(_split(place, bound) for place, _ in held)
         require_all({split: counts[split] for split in splits_of(valid_fraction)}, valid_fraction)
     while held:
@@ -127,6 +125,16 @@ def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator
         yield _split(place, bound), text
     for place, text in rest:
         yield _split(place, bound), text
+
+
+def place_of(text: str) -> int:
+    """A document's place below 2^64, which follows from its text: a copy of it never lands in another split."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"split").digest(), "little")
+
+
+def bound_between(lowest: int, highest: int, bound: float) -> float:
+    """The bound between the splits, moved as little as gives both a document, from the places of all documents."""
+    return min(max(bound, lowest + 1), highest)
 
 
 def _split(place: int, bound: float) -> str:

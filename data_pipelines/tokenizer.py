@@ -1,7 +1,6 @@
 """The tokenizer of a data set: trained so that it gives every text back unchanged, or asked whether it does."""
 
 import io
-import os
 import re
 import signal
 import threading
@@ -15,6 +14,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
 from llmtrain.data.tokenizer import SPACE_MARK, SentencePieceTokenizer
 from llmtrain.errors import ConfigError
+from llmtrain.files import replace_file
 from llmtrain.interop.text.tokenizer_json import export_obstacles
 from llmtrain.values.tokenizer import Tokenizer
 
@@ -31,10 +31,12 @@ _NOT_LEARNED = re.compile(f"[\0\u2585{SPACE_MARK}]")
 _LIMIT = re.compile(r"value <= (\d+)|required_chars\. \d+ vs (\d+)")
 
 
-def train_tokenizer(documents: Iterable[str], out: Path, vocab_size: int, kind: Kind = "bpe") -> SentencePieceTokenizer:
+def train_tokenizer(
+    documents: Iterable[str], out: Path, vocab_size: int, kind: Kind = "bpe", control_pieces: int = 0
+) -> SentencePieceTokenizer:
     """Train a tokenizer on documents and write it to `out`, which ends with .model.
 
-    The same documents in the same order give the same file. Raises ConfigError where the vocabulary size does not
+    `control_pieces` are pieces that no text gives, for later use, such as in a chat template. The same documents in the same order give the same file. Raises ConfigError where the vocabulary size does not
     suit the text.
     """
     if out.suffix != ".model":
@@ -48,17 +50,50 @@ def train_tokenizer(documents: Iterable[str], out: Path, vocab_size: int, kind: 
                 model_writer=model,
                 model_type=kind,
                 vocab_size=vocab_size,
-                **_settings(),
+                **_settings(control_pieces),
             )
     except RuntimeError as error:
         if source.error is not None:
             raise source.error from None
         raise _training_error(error, source.count, vocab_size) from None
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.write_bytes(with_rounded_scores(model.getvalue()) if kind == "unigram" else model.getvalue())
-    temporary.replace(out)
+    replace_file(out, with_rounded_scores(model.getvalue()) if kind == "unigram" else model.getvalue())
     return SentencePieceTokenizer(out)
+
+
+def train_byte_tokenizer(documents: Iterable[str], out: Path, vocab_size: int, control_pieces: int = 0) -> None:
+    """Train a tokenizer of merged bytes (Radford et al. 2019, section 2.2) and write it to `out`, a tokenizer.json.
+
+    Raises ConfigError where the vocabulary size does not suit the text.
+    """
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    special = [*SPECIAL_PIECES.values(), *MASK_PIECES, *reserved_pieces(control_pieces)]
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    library.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    source = _Chunks(documents)
+    with _ended_by_signals():
+        library.train_from_iterator(iter(source), trainer)
+    if not source.count:
+        raise ConfigError("the inputs hold no text to train a tokenizer on. Name files with text.")
+    if (found := library.get_vocab_size()) != vocab_size:
+        raise ConfigError(
+            f"a vocabulary of {vocab_size}: the text yields {found} tokens. Try {found}, or give more text."
+        )
+    replace_file(out, library.to_str().encode())
+
+
+def reserved_pieces(number: int) -> list[str]:
+    """Pieces that no text gives and that mean nothing yet."""
+    return [f"<|reserved_{index}|>" for index in range(number)]
 
 
 @contextmanager
@@ -93,7 +128,7 @@ def with_rounded_scores(model: bytes, steps_per_unit: int = 16) -> bytes:
     return proto.SerializeToString()
 
 
-def _settings() -> dict[str, Any]:
+def _settings(control_pieces: int) -> dict[str, Any]:
     """The settings without which `decode(encode(text)) == text` does not hold, and the special pieces."""
     special = {f"{name}_id": number for number, name in enumerate(SPECIAL_PIECES)}
     pieces = {f"{name}_piece": piece for name, piece in SPECIAL_PIECES.items()}
@@ -104,7 +139,7 @@ def _settings() -> dict[str, Any]:
         "add_dummy_prefix": False,
         "byte_fallback": True,
         "split_digits": False,
-        "control_symbols": list(MASK_PIECES),
+        "control_symbols": [*MASK_PIECES, *reserved_pieces(control_pieces)],
         "shuffle_input_sentence": False,
         "max_sentence_length": _LONGEST_CHUNK_BYTES,
         "num_threads": _NUM_THREADS,

@@ -1,0 +1,77 @@
+"""How a task of each kind of stage is done, in whatever process: files in, files out, counters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipelines.duplicates.exact import num_parts, write_exact
+from data_pipelines.duplicates.near import num_band_tasks, write_bands, write_clusters
+from data_pipelines.pipeline.caps import write_caps
+from data_pipelines.pipeline.document_files import kept_documents, written_documents
+from data_pipelines.pipeline.documents import write_documents
+from data_pipelines.pipeline.stages import Kind
+from data_pipelines.pipeline.tokens import write_order, write_shard, write_tokens
+from data_pipelines.pipeline.trained_tokenizer import write_tokenizer
+from data_pipelines.pipeline.work import DamagedWorkError, Done, Output, Task, Work
+from llmtrain.config.steps import NearDedupStep
+from llmtrain.errors import LlmtrainError
+
+Handler = Callable[[Work, Task, Output], dict[str, Any]]
+
+
+def _write_count(work: Work, task: Task, output: Output) -> dict[str, Any]:
+    """How many tasks the stages over groups have, from how many documents there are."""
+    segment = work.stage(task.stage).segment
+    stage = work.program.documents(segment).name
+    chunks = range(len(work.plan.chunks))
+    documents = sum(work.require_done(Task(stage, number)).counters["kept"]["documents"] for number in chunks)
+    group = work.program.segments[segment].group
+    near = group is not None and isinstance(group.section, NearDedupStep)
+    bands = num_band_tasks(group.section, documents) if near else 0
+    return {"documents": documents, "exact": num_parts(documents), "bands": bands}
+
+
+def _write_export(work: Work, task: Task, output: Output) -> dict[str, Any]:
+    """The documents of a chunk that are left in the end."""
+    documents = size = 0
+    with written_documents(output) as write:
+        for found in kept_documents(work, len(work.program.segments) - 1, task.number):
+            write(found.document)
+            documents += 1
+            size += len(found.document.text.encode())
+    return {"source": work.plan.chunks[task.number].source, "documents": documents, "bytes": size}
+
+
+HANDLERS: dict[Kind, Handler] = {
+    "documents": write_documents,
+    "count": _write_count,
+    "exact": write_exact,
+    "bands": write_bands,
+    "clusters": write_clusters,
+    "caps": write_caps,
+    "tokenizer": write_tokenizer,
+    "tokens": write_tokens,
+    "order": write_order,
+    "shards": write_shard,
+    "export": _write_export,
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task is not done. `damaged` names a task whose file has to be written again first."""
+
+    message: str
+    exit_code: int
+    damaged: Task | None = None
+
+
+def perform(work: Work, task: Task) -> Done | Failure:
+    """Do a task. What a user can mend comes back as a value, which every executor can carry."""
+    handler = HANDLERS[work.stage(task.stage).kind]
+    try:
+        return work.run(task, lambda output: handler(work, task, output))
+    except DamagedWorkError as error:
+        return Failure(str(error), error.exit_code, error.task)
+    except LlmtrainError as error:
+        return Failure(str(error), error.exit_code)

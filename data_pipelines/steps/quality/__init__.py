@@ -1,0 +1,1 @@
+"""Rules that tell text that people wrote for people from the rest."""

@@ -1,0 +1,53 @@
+"""Every step that looks at one document: how it is built, which packages it needs, which files it reads.
+
+A row is all that the plan of a pipeline and its workers know of a step. Steps over groups of documents, such as the
+removal of duplicates, have none here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from data_pipelines.documents import Step
+from data_pipelines.steps.language import Language
+from data_pipelines.steps.length import Length
+from data_pipelines.steps.normalization import Normalization
+from data_pipelines.steps.quality.step import Quality
+from llmtrain.config.steps import StepConfig
+from llmtrain.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """The facts about a step.
+
+    `build` makes it from its section, once in each process that runs it: it may load models and lists, and need not
+    survive pickling. `packages` are the modules that it imports beyond those that llmtrain is installed with, by the
+    extra of llmtrain that has them; `files` the lists and evaluation sets that its result depends on.
+    """
+
+    build: Callable[[Any], Step]
+    packages: Callable[[Any], dict[str, str]] = lambda section: {}
+    files: Callable[[Any], tuple[str, ...]] = lambda section: ()
+
+
+STEPS: dict[str, StepRow] = {
+    "normalize": StepRow(Normalization, lambda section: {"ftfy": "data"} if section.ftfy else {}),
+    "language": StepRow(Language, lambda section: {"py3langid": "data"}),
+    "quality": StepRow(Quality),
+    "length": StepRow(Length),
+}
+
+
+def check_packages(steps: Sequence[StepConfig]) -> None:
+    """Raise ConfigError, with all of them, where steps need packages that are not installed."""
+    problems = [
+        Problem(f"steps.{number}.{step.name}", f"needs the package {package}: pip install 'llmtrain[{extra}]'.")
+        for number, step in enumerate(steps)
+        if step.name in STEPS
+        for package, extra in STEPS[step.name].packages(step.section).items()
+        if find_spec(package) is None
+    ]
+    if problems:
+        raise ConfigError(problems)

@@ -36,8 +36,8 @@ def train_tokenizer(
 ) -> SentencePieceTokenizer:
     """Train a tokenizer on documents and write it to `out`, which ends with .model.
 
-    `control_pieces` are pieces that no text gives, for later use, such as in a chat template. The same documents in the same order give the same file. Raises ConfigError where the vocabulary size does not
-    suit the text.
+    `control_pieces` are pieces that no text gives, for later use, such as in a chat template. The same documents in the
+    same order give the same file. Raises ConfigError where the vocabulary size does not suit the text.
     """
     if out.suffix != ".model":
         raise ConfigError(f"{out}: the tokenizer's name must end with .model")

@@ -146,7 +146,9 @@ def write_clusters(work: Work, task: Task, output: Output) -> dict[str, Any]:
     files = SignatureFiles.of(work, stage.segment)
     bands = next(other for other in work.program.stages if other.kind == "bands" and other.segment == stage.segment)
     paths = [work.checked(Task(bands.name, number), EDGES) for number in range(work.num_tasks(bands))]
-    edges = np.concatenate([np.empty((0, 2), np.uint64), *(np.fromfile(path, np.uint64).reshape(-1, 2) for path in paths)])
+    edges = np.concatenate(
+        [np.empty((0, 2), np.uint64), *(np.fromfile(path, np.uint64).reshape(-1, 2) for path in paths)]
+    )
     ids, places = np.unique(edges, return_inverse=True)
     labels = connected(len(ids), places.reshape(-1, 2))
     order = np.lexsort((ids, labels))

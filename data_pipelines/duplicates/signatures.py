@@ -20,7 +20,9 @@ LEAST_FOUND = 0.94
 """Share of the pairs at the threshold itself that become candidates at least."""
 
 _BATCH = 256
-_MULTIPLIERS = np.random.Generator(np.random.PCG64(20)).integers(0, 2**63, NUM_HASHES, np.uint64) * np.uint64(2) + np.uint64(1)
+_MULTIPLIERS = np.random.Generator(np.random.PCG64(20)).integers(0, 2**63, NUM_HASHES, np.uint64) * np.uint64(
+    2
+) + np.uint64(1)
 """Odd numbers that mix the minima of a band."""
 
 
@@ -46,7 +48,7 @@ def band_hashes(minima: NDArray[np.uint32], threshold: float) -> NDArray[np.uint
     rows = rows_of_band(threshold)
     mixed = minima.astype(np.uint64) * _MULTIPLIERS
     mixed ^= mixed >> np.uint64(29)
-    hashes = mixed.reshape(len(minima), -1, rows).sum(2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    hashes = mixed.reshape(len(minima), NUM_HASHES // rows, rows).sum(2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return np.ascontiguousarray((hashes ^ (hashes >> np.uint64(32))).T)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 import numpy as np
 from backports import zstd
@@ -39,6 +40,7 @@ def row_id(chunk: int, row: int) -> int:
 def written_documents(output: Output) -> Iterator[Callable[[Document], None]]:
     """A task's file of documents, open for writing."""
     with output.file(DOCUMENTS) as file, zstd.ZstdFile(file, "w", level=LEVEL) as packed:
+        packed.write(b"")  # without a document, too, the file is a whole one
 
         def write(document: Document) -> None:
             packed.write(document_line(document))
@@ -64,6 +66,12 @@ def kept_documents(work: Work, segment: int, chunk: int, with_caps: bool = True)
         for row, line in enumerate(file):
             if row not in removed:
                 yield Found(row, Document(**json.loads(line)))
+
+
+def document_at(work: Work, stage: str, chunk: int, row: int) -> Document:
+    """One document by its place. Raises DamagedWorkError."""
+    with zstd.ZstdFile(work.checked(Task(stage, chunk), DOCUMENTS)) as file:
+        return Document(**json.loads(next(islice(file, row, None))))
 
 
 def removed_rows(work: Work, segment: int, chunk: int, with_caps: bool = True) -> set[int]:

@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from llmtrain.errors import LlmtrainError
 
@@ -114,7 +114,9 @@ def _end_with_parent() -> None:
 @contextmanager
 def executor_of(workers: int) -> Iterator[Executor]:
     """Processes of this machine, `workers` of them or one for each core."""
-    number = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
+    number = (
+        workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
+    )
     if number == 1:
         yield InThisProcess()
         return

@@ -49,7 +49,10 @@ class Plan:
 
     def _content(self) -> dict[str, Any]:
         pieces = [
-            [[piece.file, piece.bytes, *([] if piece.span is None else asdict(piece.span).values())] for piece in chunk.pieces]
+            [
+                [piece.file, piece.bytes, *([] if piece.span is None else asdict(piece.span).values())]
+                for piece in chunk.pieces
+            ]
             for chunk in self.chunks
         ]
         return {
@@ -147,12 +150,10 @@ def _differing_files(old: tuple[SourceFile, ...], new: tuple[SourceFile, ...]) -
     for location in after.keys() - before.keys():
         yield f"{location}: is new"
     for location in sorted(before.keys() & after.keys()):
-        first, second = before[location], after[location]
-        if (first.bytes, first.sha256, first.sha256 or first.version) != (
-            second.bytes,
-            second.sha256,
-            second.sha256 or second.version,
-        ):
-            yield f"{location}: {first.bytes} bytes, sha256 {first.sha256[:12]}, was; {second.bytes}, {second.sha256[:12]} is"
+        first, second = (
+            f"{file.bytes} bytes, {file.sha256[:12] or file.version}" for file in (before[location], after[location])
+        )
+        if before[location].content != after[location].content:
+            yield f"{location}: was {first}, is {second}"
     if [file.location for file in old] != [file.location for file in new] and before.keys() == after.keys():
         yield "the order of the inputs"

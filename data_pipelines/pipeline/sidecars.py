@@ -70,4 +70,6 @@ class _Sizes:
 def drawn_key(seed: int, name: Any, purpose: bytes) -> int:
     """A number below 2^64 that depends on seed, name and purpose only."""
     key = seed.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(str(name).encode(), digest_size=8, key=key, person=purpose).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(str(name).encode(), digest_size=8, key=key, person=purpose).digest(), "little"
+    )

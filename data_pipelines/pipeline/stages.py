@@ -12,7 +12,9 @@ from typing import Literal
 from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.config.steps import StepConfig
 
-Kind = Literal["documents", "count", "exact", "bands", "clusters", "caps", "tokenizer", "tokens", "order", "shards", "export"]
+Kind = Literal[
+    "documents", "count", "exact", "bands", "clusters", "caps", "tokenizer", "tokens", "order", "shards", "export"
+]
 
 GROUP_STEPS = ("exact_dedup", "near_dedup")
 """Steps that look at all documents: what comes behind one sees what it has left."""

@@ -1,8 +1,8 @@
 """The folder of a pipeline at work: files of tasks, and the records without which they do not exist.
 
 A task writes its files under other names, syncs and renames them, and then writes `done/<stage>-<number>.json` with
-their sizes and hashes. So a kill leaves nothing that looks whole, and a file that was damaged later is noticed by whoever
-reads it: the task that wrote it is done again.
+their sizes and hashes. So a kill leaves nothing that looks whole, and a file that was damaged later is noticed by
+whoever reads it: the task that wrote it is done again.
 """
 
 import hashlib
@@ -76,7 +76,6 @@ class Output:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-
 
     def adopt(self, ending: str, path: Path) -> None:
         """Give a finished file that lies in the folder under another name its own."""
@@ -185,16 +184,6 @@ class Work:
                 return int(self.require_done(Task("order", 0)).counters["shards"])
             case _:
                 return 1
-
-
-_CHECKED:
-                with path.open("rb") as file:
-                    if expected is None or (state.st_size, _sha256(file)) != expected:
-                        raise DamagedWorkError(task, f"{path}: its hash is not that of {self._record_path(task)}")
-                _CHECKED.add(seen)
-        except OSError as error:
-            raise DamagedWorkError(task, f"{path}: cannot be read ({error.strerror})") from None
-        return path
 
 
 _CHECKED: dict[Path, tuple[int, int]] = {}

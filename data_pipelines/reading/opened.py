@@ -157,7 +157,7 @@ def _open_zstd(packed: IO[bytes], name: str) -> Any:
 OPENERS: dict[str, Callable[[IO[bytes], str], Any]] = {
     ".gz": lambda packed, _: gzip.GzipFile(fileobj=packed),
     ".bz2": lambda packed, _: bz2.BZ2File(packed),
-    ".xz": lambda packed, _: lzma.LZMAFile(packed),
+    ".xz": lambda packed, _: lzma.LZMAFile(packed),  # noqa: SIM115  the caller closes it
     ".zst": _open_zstd,
 }
 """How packed files are opened, by the last ending of their names."""

@@ -15,7 +15,7 @@ from data_pipelines.steps.length import Length
 from data_pipelines.steps.normalization import Normalization
 from data_pipelines.steps.quality.step import Quality
 from llmtrain.config.steps import StepConfig
-from llmtrain.errors import ConfigError, Problem
+from llmtrain.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,12 @@ STEPS: dict[str, StepRow] = {
 }
 
 
-def check_packages(steps: Sequence[StepConfig]) -> None:
-    """Raise ConfigError, with all of them, where steps need packages that are not installed."""
-    problems = [
+def package_problems(steps: Sequence[StepConfig]) -> list[Problem]:
+    """What is missing, where steps need packages that are not installed."""
+    return [
         Problem(f"steps.{number}.{step.name}", f"needs the package {package}: pip install 'llmtrain[{extra}]'.")
         for number, step in enumerate(steps)
         if step.name in STEPS
         for package, extra in STEPS[step.name].packages(step.section).items()
         if find_spec(package) is None
     ]
-    if problems:
-        raise ConfigError(problems)

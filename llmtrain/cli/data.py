@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmtrain.cli.train import OverridesArgument
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.words import counted
 
 if TYPE_CHECKING:
     from data_pipelines.reading.inputs import ReadReport
     from data_pipelines.reading.records import ReadOptions
+    from llmtrain.config.pipeline import PipelineConfig
 
 app = typer.Typer(help="Make, look at and check data sets.", no_args_is_help=True)
 
@@ -70,8 +72,8 @@ def tokenizer(
     separator: Separator = None,
 ) -> None:
     """Train a sentencepiece tokenizer that gives every text back unchanged."""
-    from data_pipelines.reading.inputs import ReadReport
     from data_pipelines.reading.documents import iter_documents
+    from data_pipelines.reading.inputs import ReadReport
     from data_pipelines.tokenizer import train_tokenizer
 
     report = ReadReport()
@@ -103,8 +105,8 @@ def shards(
 ) -> None:
     """Turn text into tokenized WebDataset shards with manifest, index and a train/valid split."""
     from data_pipelines.dataset_writer import ShardingConfig
-    from data_pipelines.reading.inputs import ReadReport
     from data_pipelines.reading.documents import iter_documents
+    from data_pipelines.reading.inputs import ReadReport
     from data_pipelines.sharding import write_shards
     from data_pipelines.tokenizer import tokenizer_notes
     from llmtrain.data.tokenizer import load_tokenizer
@@ -122,6 +124,41 @@ def shards(
             f"wrote {out / name}: {counted(manifest.num_documents, 'document')}, {manifest.num_tokens:,} tokens, "
             f"{counted(len(manifest.shards), 'shard')}"
         )
+
+
+@app.command()
+def run(
+    pipeline: Annotated[
+        Path, typer.Argument(help="YAML file of a pipeline, or llmtrain:data/NAME.yaml for one that llmtrain ships.")
+    ],
+    overrides: OverridesArgument = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the stages, and stop.")] = False,
+) -> None:
+    """Turn raw collections into shards: read, clean, deduplicate, tokenize. Started again, it continues.
+
+    The result is the same for any number of workers, on one machine or a Ray cluster.
+    """
+    from data_pipelines.pipeline.checks import storage_problems
+    from llmtrain.config.reading.pipeline import load_pipeline
+
+    config = load_pipeline(pipeline, overrides or [], storage_problems).config
+    if dry_run:
+        from data_pipelines.pipeline.stages import Program
+
+        typer.echo("\n".join(stage.name for stage in Program(config).stages))
+        return
+    _run(config)
+
+
+def _run(config: "PipelineConfig") -> None:
+    from data_pipelines.pipeline.executors import executor_of
+    from data_pipelines.pipeline.progress import Progress
+    from data_pipelines.pipeline.run import run_pipeline
+
+    progress = Progress()
+    with executor_of(config.run.workers) as executor:
+        folder = run_pipeline(config, executor, progress)
+    progress.say(f"{folder}: report.html shows what was kept and dropped, summary.json has the counts")
 
 
 @app.command()

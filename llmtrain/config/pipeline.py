@@ -111,8 +111,7 @@ class PipelineConfig(Section):
     """From raw collections to shards: read, then steps, then write."""
 
     name: Annotated[str, Field(pattern=RUN_NAME_PATTERN)] = Field(
-        description="Name of the collection, 1 to 64 letters, digits or any of _.- ; its folder is "
-        "<output_dir>/<name>."
+        description="Name of the collection, 1 to 64 letters, digits or any of _.- ; its folder is <output_dir>/<name>."
     )
     output_dir: Text = Field(default="data", description="Folder of collections.")
     seed: Annotated[int, Field(ge=0, le=2**63 - 1), AsWhole] = Field(

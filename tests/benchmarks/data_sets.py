@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.dataset_writer import ShardingConfig, ShardWriter
-from data_pipelines.reading.inputs import ReadReport
 from data_pipelines.reading.documents import iter_documents
+from data_pipelines.reading.inputs import ReadReport
 from data_pipelines.sharding import write_shards
 from data_pipelines.tokenizer import train_tokenizer
 from llmtrain.data.storage.manifest import DTYPES, SCHEMA_VERSION, Manifest, ShardEntry, dtype_name, write_manifest

@@ -51,7 +51,9 @@ def _executor_problems(config: PipelineConfig) -> list[Problem]:
     if run.backend == "ray":
         return []
     return [
-        Problem(f"run.{key}", f"is for Ray, and run.backend is {run.backend}. Set run.backend=ray, or leave it out.", value)
+        Problem(
+            f"run.{key}", f"is for Ray, and run.backend is {run.backend}. Set run.backend=ray, or leave it out.", value
+        )
         for key, value in (("address", run.address), ("allow_open_cluster", run.allow_open_cluster or None))
         if value is not None
     ]

@@ -224,12 +224,8 @@ def fault_of(location: str, error: Exception, timeout_seconds: float) -> Excepti
         extra = EXTRAS.get(scheme_of(location) or "", "huggingface_hub")
         return DataError(f"{location}: needs a library that is not installed. Try `pip install '{extra}'`.")
     response = getattr(error, "response", None)
-    status = (
-        getattr(error, "status", None) or getattr(error, "code", None) or getattr(response, "status_code", None)
-    )
-    if isinstance(error, PermissionError) or (
-        isinstance(status, int) and 400 <= status < 500 and status not in _LATER
-    ):
+    status = getattr(error, "status", None) or getattr(error, "code", None) or getattr(response, "status_code", None)
+    if isinstance(error, PermissionError) or (isinstance(status, int) and 400 <= status < 500 and status not in _LATER):
         answer = f"the server answers {status}" if status else "access is denied"
         return DataError(f"{location}: {answer}. Check the address and the rights of this account.")
     if isinstance(status, int):

@@ -68,7 +68,8 @@ def test_rules_allow(sections: dict[str, Any]) -> None:
 )
 def test_a_window_that_is_none_is_refused(profile: dict[str, Any], key: str, says: str) -> None:
     problems = {
-        problem.key: problem.message for problem in validate({**BASE, "observe": {"profile": profile}}, RunConfig).problems
+        problem.key: problem.message
+        for problem in validate({**BASE, "observe": {"profile": profile}}, RunConfig).problems
     }
     assert list(problems) == [key]
     assert says in problems[key]

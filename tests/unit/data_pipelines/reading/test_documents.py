@@ -4,13 +4,12 @@ import json
 import lzma
 import os
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
-from data_pipelines.reading.inputs import ReadReport
 from data_pipelines.reading.documents import iter_documents
+from data_pipelines.reading.inputs import ReadReport
 from data_pipelines.reading.records import ReadOptions
 from llmtrain.errors import ConfigError, DataError
 

@@ -1,0 +1,106 @@
+"""A pipeline from its plan to its result: stage by stage, what is done already is not done again."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from data_pipelines.pipeline.executors import Executor
+from data_pipelines.pipeline.planning import make_plan
+from data_pipelines.pipeline.progress import Progress
+from data_pipelines.pipeline.publishing import is_published, publish
+from data_pipelines.pipeline.stages import Stage
+from data_pipelines.pipeline.tasks import Failure, perform
+from data_pipelines.pipeline.work import DONE_FOLDER, WORK_FOLDER, Task, Work
+from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.reading.rendering import plain_yaml, without_secrets
+from llmtrain.errors import DataError, LlmtrainError
+from llmtrain.files import replace_file
+from llmtrain.runs.folder import RunFolder
+
+CONFIG_NAME = "pipeline.yaml"
+
+MOST_REPAIRS = 3
+"""Times that the files of a stage are written again because they are not what was written."""
+
+
+def run_pipeline(config: PipelineConfig, executor: Executor, progress: Progress) -> Path:
+    """Do what is left of a pipeline, and return its folder. The same call continues where it was ended.
+
+    Raises RunFolderInUseError, ConfigError where the folder was begun as another pipeline, DataError for damage.
+    """
+    folder = Path(config.output_dir) / config.name
+    with RunFolder(folder):
+        (folder / DONE_FOLDER).mkdir(exist_ok=True)
+        plan = make_plan(config, folder, executor, progress.planned)
+        work = Work(folder, config, plan)
+        if is_published(work):
+            progress.say(f"{folder}: this pipeline has finished; there is nothing left to do.")
+            return folder
+        values = config.model_dump(mode="json")
+        replace_file(folder / CONFIG_NAME, without_secrets(plain_yaml(values), values).encode())
+        for stage in work.program.stages:
+            _Stages(work, executor, progress).finish(stage)
+        publish(work)
+        if not config.run.keep_work:
+            shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Runs the tasks of stages."""
+
+    work: Work
+    executor: Executor
+    progress: Progress
+
+    def finish(self, stage: Stage) -> None:
+        """Do the tasks of a stage that are not done."""
+        tasks = [Task(stage.name, number) for number in range(self.work.num_tasks(stage))]
+        todo = [task for task in tasks if not self.work.is_done(task)]
+        self._clear_partial(stage)
+        with self.progress.stage(stage.name, len(tasks), len(tasks) - len(todo)) as advance:
+            self._run(todo, advance)
+
+    def _clear_partial(self, stage: Stage) -> None:
+        """Remove what killed tasks had begun to write: its names end with the number of a process."""
+        with suppress(FileNotFoundError):
+            for path in (self.work.folder / WORK_FOLDER / stage.name).iterdir():
+                if path.name.startswith("."):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _run(self, tasks: Iterable[Task], advance: Callable[..., None], depth: int = 0) -> None:
+        todo = list(tasks)
+        for _ in range(MOST_REPAIRS):
+            left: list[Task] = []
+            damaged: dict[Task, str] = {}
+            for task, result in self.executor.each(partial(perform, self.work), todo):
+                if not isinstance(result, Failure):
+                    advance(result.counters)
+                elif result.damaged is not None:
+                    left.append(task)
+                    damaged[result.damaged] = result.message
+                else:
+                    raise _error_of(result)
+            if not left:
+                return
+            for message in damaged.values():
+                self.progress.say(f"{message}: written again")
+            for task in damaged:
+                self.work.forget(task)
+            if depth < len(self.work.program.stages):
+                self._run(damaged, lambda counters: None, depth + 1)
+            todo = left
+        raise DataError(
+            f"{self.work.folder / WORK_FOLDER}: files there were damaged {MOST_REPAIRS} times after they were written. "
+            "Check the disk, or name another output_dir."
+        )
+
+
+def _error_of(failure: Failure) -> LlmtrainError:
+    error = LlmtrainError(failure.message)
+    error.exit_code = failure.exit_code
+    return error

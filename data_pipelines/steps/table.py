@@ -10,10 +10,15 @@ from importlib.util import find_spec
 from typing import Any
 
 from data_pipelines.documents import Step
+from data_pipelines.steps.addresses import Addresses
+from data_pipelines.steps.contamination import Contamination
 from data_pipelines.steps.language import Language
 from data_pipelines.steps.length import Length
+from data_pipelines.steps.main_text import MainText
 from data_pipelines.steps.normalization import Normalization
+from data_pipelines.steps.personal_data import PersonalData
 from data_pipelines.steps.quality.step import Quality
+from data_pipelines.steps.word_list import WordList
 from llmtrain.config.steps import StepConfig
 from llmtrain.errors import Problem
 
@@ -32,11 +37,18 @@ class StepRow:
     files: Callable[[Any], tuple[str, ...]] = lambda section: ()
 
 
+_EXTRACTORS = {"resiliparse": {"resiliparse": "data"}, "trafilatura": {"trafilatura": "trafilatura"}}
+
 STEPS: dict[str, StepRow] = {
     "normalize": StepRow(Normalization, lambda section: {"ftfy": "data"} if section.ftfy else {}),
+    "html": StepRow(MainText, lambda section: _EXTRACTORS[section.extractor]),
     "language": StepRow(Language, lambda section: {"py3langid": "data"}),
     "quality": StepRow(Quality),
     "length": StepRow(Length),
+    "pii": StepRow(PersonalData, lambda section: {"phonenumbers": "data"} if section.phones else {}),
+    "words": StepRow(WordList, files=lambda section: section.files),
+    "urls": StepRow(Addresses, files=lambda section: (*section.domains, *section.urls, *section.words)),
+    "decontaminate": StepRow(Contamination, files=lambda section: section.files),
 }
 
 

@@ -1,0 +1,78 @@
+"""The step `html`: the text of pages, without what surrounds it on every page of a site.
+
+Paragraphs are apart by blank lines, code keeps its lines and blanks, lists their marks.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+from data_pipelines.documents import Document, Dropped
+from llmtrain.config.steps import HtmlStep
+
+_BEGINS_AS_PAGE = re.compile(
+    r"[\s\ufeff]*<(?:!doctype\s+html|(?:html|head|body|title|meta|link|div|p|span|h[1-6]|ul|ol|dl|table|section|article|"
+    r"header|main|nav|footer|center|font|pre|blockquote|form|a|b|i|em|strong|br|hr|img|script|style)(?=\s*/?>|\s[^<>]*=[^<>]*>))",
+    re.IGNORECASE,
+)
+_ROOT = re.compile(r"<html[\s>]", re.IGNORECASE)
+_HEAD_CHARACTERS = 1024
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+_NESTED = re.compile(r"<(/?)(?:div|article)\b", re.IGNORECASE)
+_DEEPEST = 500
+"""How deep these may be nested: resiliparse goes up from each, so that pages of a few megabytes could take hours."""
+
+
+class MainText:
+    """Puts the text of a page in the place of its HTML."""
+
+    def __init__(self, section: HtmlStep) -> None:
+        self._section = section
+        self._extract = _trafilatura() if section.extractor == "trafilatura" else _resiliparse(section.main_content)
+
+    def __call__(self, document: Document, counts: Counter[str]) -> Document | Dropped:
+        """The document with its text, or why it is dropped; `counts` has the number of pages."""
+        html = document.text
+        if not _is_page(html):
+            return document
+        if len(html) > self._section.max_characters:
+            return Dropped("page_too_long")
+        if _is_deeper(html, _DEEPEST):
+            return Dropped("page_too_deep")
+        text = self._extract(_SURROGATES.sub("\ufffd", html)).strip()
+        if not text:
+            return Dropped("page_without_text")
+        counts["pages"] += 1
+        return replace(document, text=text)
+
+
+def _is_page(text: str) -> bool:
+    """Whether a text is HTML: it begins with a tag of it, or its root stands near the begin."""
+    return bool(_BEGINS_AS_PAGE.match(text) or _ROOT.search(text, 0, _HEAD_CHARACTERS))
+
+
+def _is_deeper(html: str, limit: int) -> bool:
+    """Whether elements are nested deeper than the limit, by their tags alone: missing ends count as if there were none.
+
+    So a page of more elements without ends is deep too.
+    """
+    depth = 0
+    for found in _NESTED.finditer(html):
+        depth = max(0, depth - 1) if found[1] else depth + 1
+        if depth > limit:
+            return True
+    return False
+
+
+def _resiliparse(main_content: bool) -> Callable[[str], str]:
+    from resiliparse.extract.html2text import extract_plain_text  # pyright: ignore[reportMissingModuleSource]
+
+    return lambda html: extract_plain_text(html, main_content=main_content, alt_texts=False)
+
+
+def _trafilatura() -> Callable[[str], str]:
+    from trafilatura import extract
+
+    return lambda html: extract(html, include_comments=False) or ""

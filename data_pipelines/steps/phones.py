@@ -1,0 +1,51 @@
+"""Phone numbers in a text, by phonenumbers, the numbering plans of all countries (Google's libphonenumber).
+
+It looks at one number at a time and slowly. So a pattern finds the rows of digits that may be numbers first.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+_DIGITS = r"[\d ().\-/\u00a0\u2010-\u2013]{6,30}"
+_WITH_COUNTRY = re.compile(rf"(?<![\w+])\+\(?\d{_DIGITS}")
+_ANY = re.compile(rf"(?<![\w+.,/:-])[+(]{{0,2}}\d{_DIGITS}")
+_GROUPS = re.compile(r"\d[^\d.]+\d|\d\.\d+\.\d")
+"""A single point is that of a decimal fraction."""
+_FEWEST_DIGITS = 7
+_AROUND = 8
+"""What the library looks at around a number: the rest of a time, a letter, a currency."""
+
+
+class PhoneNumbers:
+    """Finds valid numbers: with a country code, and those of `regions` without one, if they are written in groups.
+
+    A row of digits alone is a number of anything, even where the plan of a country has it.
+    """
+
+    def __init__(self, regions: Sequence[str]) -> None:
+        from phonenumbers import PhoneNumberMatcher
+
+        self._matcher = PhoneNumberMatcher
+        self._regions = regions or (None,)
+        self._candidates = _ANY if regions else _WITH_COUNTRY
+
+    def __call__(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where each number begins and ends, in order."""
+        for candidate in self._candidates.finditer(text):
+            if sum(map(str.isdigit, candidate[0])) < _FEWEST_DIGITS:
+                continue
+            begin = max(0, candidate.start() - _AROUND)
+            window = text[begin : candidate.end() + _AROUND]
+            for region in self._regions:
+                spans = [
+                    (begin + match.start, begin + match.end)
+                    for match in self._matcher(window, region)
+                    if begin + match.start >= candidate.start() and _is_written_as_one(match.raw_string)
+                ]
+                if spans:
+                    yield from spans
+                    break
+
+
+def _is_written_as_one(number: str) -> bool:
+    return number.startswith("+") or _GROUPS.search(number) is not None

@@ -48,7 +48,9 @@ def band_hashes(minima: NDArray[np.uint32], threshold: float) -> NDArray[np.uint
     rows = rows_of_band(threshold)
     mixed = minima.astype(np.uint64) * _MULTIPLIERS
     mixed ^= mixed >> np.uint64(29)
-    hashes = mixed.reshape(len(minima), NUM_HASHES // rows, rows).sum(2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    hashes = mixed.reshape(len(minima), NUM_HASHES // rows, rows).sum(2, dtype=np.uint64) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
     return np.ascontiguousarray((hashes ^ (hashes >> np.uint64(32))).T)
 
 

@@ -12,7 +12,7 @@ from data_pipelines.pipeline.planning import make_plan
 from data_pipelines.pipeline.progress import Progress
 from data_pipelines.pipeline.publishing import is_published, publish
 from data_pipelines.pipeline.stages import Stage
-from data_pipelines.pipeline.tasks import Failure, perform
+from data_pipelines.pipeline.tasks import Failure, Place, perform
 from data_pipelines.pipeline.work import DONE_FOLDER, WORK_FOLDER, Task, Work
 from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.config.reading.rendering import plain_yaml, without_secrets
@@ -77,7 +77,7 @@ class _Stages:
         for _ in range(MOST_REPAIRS):
             left: list[Task] = []
             damaged: dict[Task, str] = {}
-            for task, result in self.executor.each(partial(perform, self.work), todo):
+            for task, result in self.executor.each(partial(perform, Place.of(self.work)), todo):
                 if not isinstance(result, Failure):
                     advance(result.counters)
                 elif result.damaged is not None:

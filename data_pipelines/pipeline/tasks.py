@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.duplicates.exact import num_parts, write_exact
@@ -9,12 +11,14 @@ from data_pipelines.duplicates.near import num_band_tasks, write_bands, write_cl
 from data_pipelines.pipeline.caps import write_caps
 from data_pipelines.pipeline.document_files import kept_documents, written_documents
 from data_pipelines.pipeline.documents import write_documents
+from data_pipelines.pipeline.plan import PLAN_NAME, read_plan
 from data_pipelines.pipeline.stages import Kind
 from data_pipelines.pipeline.tokens import write_order, write_shard, write_tokens
 from data_pipelines.pipeline.trained_tokenizer import write_tokenizer
 from data_pipelines.pipeline.work import DamagedWorkError, Done, Output, Task, Work
+from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.config.steps import NearDedupStep
-from llmtrain.errors import LlmtrainError
+from llmtrain.errors import DataError, LlmtrainError
 
 Handler = Callable[[Work, Task, Output], dict[str, Any]]
 
@@ -66,8 +70,33 @@ class Failure:
     damaged: Task | None = None
 
 
-def perform(work: Work, task: Task) -> Done | Failure:
+@dataclass(frozen=True)
+class Place:
+    """Where the work is: little enough to be sent with every task. The plan itself is read once by each process."""
+
+    folder: Path
+    config: PipelineConfig
+    plan_id: str
+
+    @classmethod
+    def of(cls, work: Work) -> "Place":
+        return cls(work.folder, work.config, work.plan.id)
+
+
+@lru_cache(maxsize=1)
+def _work_at(place: Place) -> Work:
+    plan = read_plan(place.folder)
+    if plan is None or plan.id != place.plan_id:
+        raise DataError(f"{place.folder / PLAN_NAME}: is not the plan of this pipeline any more. Start it again.")
+    return Work(place.folder, place.config, plan)
+
+
+def perform(place: Place, task: Task) -> Done | Failure:
     """Do a task. What a user can mend comes back as a value, which every executor can carry."""
+    try:
+        work = _work_at(place)
+    except LlmtrainError as error:
+        return Failure(str(error), error.exit_code)
     handler = HANDLERS[work.stage(task.stage).kind]
     try:
         return work.run(task, lambda output: handler(work, task, output))

@@ -26,7 +26,6 @@ from filelock import lock_descriptor
 from launch.forking.environment import changed_environment
 from launch.on_ray.access import ask_head, is_on_loopback, split_address, token_for
 from llmtrain.config.launch import LaunchConfig
-from llmtrain.config.schema import RunConfig
 from llmtrain.errors import LaunchError
 
 PREFIX = "llmtrain-ray-"
@@ -142,7 +141,7 @@ class Cluster:
 
 
 @contextmanager
-def ray_cluster(config: RunConfig) -> Iterator[Cluster]:
+def ray_cluster(launch: LaunchConfig) -> Iterator[Cluster]:
     """Connect this process to the configuration's Ray, starting one where it names none; disconnect, or end it.
 
     Call it in the main thread: a Ray of our own dies with the thread that started it. The handlers of signals stay as
@@ -151,8 +150,8 @@ def ray_cluster(config: RunConfig) -> Iterator[Cluster]:
     """
     assert threading.current_thread() is threading.main_thread()
     assert "ray" not in sys.modules, "Ray has read its environment already"
-    address = config.launch.ray_address or os.environ.get("RAY_ADDRESS", "")
-    with _own_ray(config.launch) if address in ("", "local") else _existing_ray(address, config.launch) as cluster:
+    address = launch.ray_address or os.environ.get("RAY_ADDRESS", "")
+    with _own_ray(launch) if address in ("", "local") else _existing_ray(address, launch) as cluster:
         yield cluster
 
 

@@ -46,7 +46,7 @@ SILENT_SECONDS = 30.0
 def launch(resolved: ResolvedRun) -> int:
     """Run it on its cluster and return the exit code. Raises LaunchError."""
     config = resolved.config
-    with StopSignal() as stop, ray_cluster(config) as cluster:
+    with StopSignal() as stop, ray_cluster(config.launch) as cluster:
         # Ray reads its environment when it is imported, which is right now only.
         from launch.on_ray.placement import RankPlacement
 

@@ -1,8 +1,10 @@
 """`llmtrain data ...`: making, looking at and checking data sets."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtrain.cli.train import OverridesArgument
-from llmtrain.errors import ConfigError, DataError
+from llmtrain.errors import ConfigError, DataError, LaunchError
 from llmtrain.words import counted
 
 if TYPE_CHECKING:
+    from data_pipelines.pipeline.executors import Executor
     from data_pipelines.reading.inputs import ReadReport
     from data_pipelines.reading.records import ReadOptions
     from llmtrain.config.pipeline import PipelineConfig
@@ -151,14 +154,42 @@ def run(
 
 
 def _run(config: "PipelineConfig") -> None:
-    from data_pipelines.pipeline.executors import executor_of
     from data_pipelines.pipeline.progress import Progress
     from data_pipelines.pipeline.run import run_pipeline
 
     progress = Progress()
-    with executor_of(config.run.workers) as executor:
+    with _executor(config) as executor:
         folder = run_pipeline(config, executor, progress)
     progress.say(f"{folder}: report.html shows what was kept and dropped, summary.json has the counts")
+
+
+@contextmanager
+def _executor(config: "PipelineConfig") -> Iterator["Executor"]:
+    """Processes of this machine, or the tasks of a Ray cluster."""
+    run = config.run
+    if run.backend == "processes":
+        from data_pipelines.pipeline.executors import executor_of
+
+        with executor_of(run.workers) as executor:
+            yield executor
+        return
+    from launch.on_ray.cluster import ray_cluster
+    from llmtrain.config.launch import LaunchConfig
+
+    workers = run.workers or os.cpu_count() or 1  # of a Ray of its own; a cluster has its own number
+    launch = LaunchConfig(ray_address=run.address, num_workers=workers, allow_open_cluster=run.allow_open_cluster)
+    try:
+        with ray_cluster(launch) as cluster:
+            from launch.on_ray.task_executor import RayTasks
+
+            yield RayTasks(cluster, workers if cluster.own else run.workers)
+    except LaunchError as error:
+        # Runs have these keys in another section.
+        raise LaunchError(
+            str(error)
+            .replace("launch.ray_address", "run.address")
+            .replace("launch.allow_open_cluster", "run.allow_open_cluster")
+        ) from None
 
 
 @app.command()

@@ -15,7 +15,7 @@ from launch.on_ray.cluster import ray_cluster
 from llmtrain.config.reading.load import load_config
 
 config = load_config(Path("run.yaml")).config
-with ray_cluster(config) as cluster:
+with ray_cluster(config.launch) as cluster:
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     assert token.read_text() == cluster.token
     for path in (token, *token.parents):

@@ -5,6 +5,7 @@ record belongs to two chunks and each knows its number in the file.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ class _Scan:
 
     def __init__(self, separator: bytes, chunk_bytes: int) -> None:
         self._separator, self._chunk_bytes = separator, chunk_bytes
+        self._pattern = re.compile(re.escape(separator))
         self._digest = hashlib.sha256()
         self._cuts: list[tuple[int, int]] = [(0, 0)]
         self._end = 0  # bytes that have passed
@@ -116,29 +118,14 @@ class _Scan:
         window = self._kept + block
         begin = self._end - len(self._kept)  # of the window in the file
         place = 0
-        while True:
-            # As far as the next place may come, separators are only counted.
-            target = max(place, self._cuts[-1][0] + self._chunk_bytes - begin)
-            if target >= len(window):
-                break
-            found = window.find(self._separator, max(place, target - len(self._separator)))
-            if found < 0:
-                break
-            cut = found + len(self._separator)
-            self._count += window.count(self._separator, place, cut)
-            self._cuts.append((begin + cut, self._count))
-            place = cut
-        # What is kept holds no whole separator, unless it begins at a place where the file is divided.
-        keep = max(place, len(window) - len(self._separator) + 1)
-        keep = self._behind_last(window, place, keep)
-        self._count += window.count(self._separator, place, keep)
-        self._kept = window[keep:]
+        # One after another, as whoever splits the text finds them: separators may overlap themselves.
+        for found in self._pattern.finditer(window):
+            place = found.end()
+            self._count += 1
+            if begin + place - self._cuts[-1][0] >= self._chunk_bytes:
+                self._cuts.append((begin + place, self._count))
+        self._kept = window[max(place, len(window) - len(self._separator) + 1) :]
         self._end = begin + len(window)
-
-    def _behind_last(self, window: bytes, place: int, keep: int) -> int:
-        """Where the kept bytes begin: not within a separator that is counted."""
-        last = window.rfind(self._separator, place)
-        return max(keep, last + len(self._separator)) if last >= 0 else keep
 
     def spans(self) -> tuple[Span, ...]:
         if len(self._cuts) == 1:

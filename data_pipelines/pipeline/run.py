@@ -1,19 +1,20 @@
 """A pipeline from its plan to its result: stage by stage, what is done already is not done again."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from data_pipelines.pipeline.executors import Executor
 from data_pipelines.pipeline.planning import make_plan
-from data_pipelines.pipeline.progress import Progress
+from data_pipelines.pipeline.progress import Advance, Progress
 from data_pipelines.pipeline.publishing import is_published, publish
 from data_pipelines.pipeline.stages import Stage
 from data_pipelines.pipeline.tasks import Failure, Place, perform
-from data_pipelines.pipeline.work import DONE_FOLDER, WORK_FOLDER, Task, Work
+from data_pipelines.pipeline.work import DONE_FOLDER, WORK_FOLDER, DamagedWorkError, Task, Work
 from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.config.reading.rendering import plain_yaml, without_secrets
 from llmtrain.errors import DataError, LlmtrainError
@@ -23,7 +24,7 @@ from llmtrain.runs.folder import RunFolder
 CONFIG_NAME = "pipeline.yaml"
 
 MOST_REPAIRS = 3
-"""Times that the files of a stage are written again because they are not what was written."""
+"""Times that a task's files are written again because they are not what was written."""
 
 
 def run_pipeline(config: PipelineConfig, executor: Executor, progress: Progress) -> Path:
@@ -41,23 +42,45 @@ def run_pipeline(config: PipelineConfig, executor: Executor, progress: Progress)
             return folder
         values = config.model_dump(mode="json")
         replace_file(folder / CONFIG_NAME, without_secrets(plain_yaml(values), values).encode())
-        for stage in work.program.stages:
-            _Stages(work, executor, progress).finish(stage)
-        publish(work)
+        stages = _Stages(work, executor, progress)
+        while not stages.published():
+            pass
         if not config.run.keep_work:
             shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
     return folder
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Stages:
-    """Runs the tasks of stages."""
+    """Runs the tasks of stages. `repairs` counts how often what a task wrote was found damaged."""
 
     work: Work
     executor: Executor
     progress: Progress
+    repairs: Counter[Task] = field(default_factory=Counter)
 
-    def finish(self, stage: Stage) -> None:
+    def published(self) -> bool:
+        """Do everything that is not done; False where a file was found damaged at the end, and has to be made anew."""
+        try:
+            for stage in self.work.program.stages:
+                self._finish(stage)
+            publish(self.work)
+        except DamagedWorkError as error:
+            self._forget(error.task, str(error))
+            return False
+        return True
+
+    def _forget(self, task: Task, message: str) -> None:
+        """Have what a task wrote written again. Raises DataError where that was so too often."""
+        self.repairs[task] += 1
+        if self.repairs[task] > MOST_REPAIRS:
+            raise DataError(
+                f"{message}. It was written {MOST_REPAIRS + 1} times. Check the disk, or name another output_dir."
+            )
+        self.progress.say(f"{message}: written again")
+        self.work.forget(task)
+
+    def _finish(self, stage: Stage) -> None:
         """Do the tasks of a stage that are not done."""
         tasks = [Task(stage.name, number) for number in range(self.work.num_tasks(stage))]
         todo = [task for task in tasks if not self.work.is_done(task)]
@@ -72,9 +95,9 @@ class _Stages:
                 if path.name.startswith("."):
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def _run(self, tasks: Iterable[Task], advance: Callable[..., None], depth: int = 0) -> None:
-        todo = list(tasks)
-        for _ in range(MOST_REPAIRS):
+    def _run(self, todo: Sequence[Task], advance: Advance) -> None:
+        """Do tasks, and again those that have found a file damaged, once that is written anew."""
+        while todo:
             left: list[Task] = []
             damaged: dict[Task, str] = {}
             for task, result in self.executor.each(partial(perform, Place.of(self.work)), todo):
@@ -85,19 +108,10 @@ class _Stages:
                     damaged[result.damaged] = result.message
                 else:
                     raise _error_of(result)
-            if not left:
-                return
-            for message in damaged.values():
-                self.progress.say(f"{message}: written again")
-            for task in damaged:
-                self.work.forget(task)
-            if depth < len(self.work.program.stages):
-                self._run(damaged, lambda counters: None, depth + 1)
+            for task, message in damaged.items():
+                self._forget(task, message)
+            self._run(list(damaged), lambda counters: None)
             todo = left
-        raise DataError(
-            f"{self.work.folder / WORK_FOLDER}: files there were damaged {MOST_REPAIRS} times after they were written. "
-            "Check the disk, or name another output_dir."
-        )
 
 
 def _error_of(failure: Failure) -> LlmtrainError:

@@ -84,7 +84,7 @@ class Place:
 
 
 @lru_cache(maxsize=1)
-def _work_at(place: Place) -> Work:
+def _work_at(place: Place, changed: int) -> Work:
     plan = read_plan(place.folder)
     if plan is None or plan.id != place.plan_id:
         raise DataError(f"{place.folder / PLAN_NAME}: is not the plan of this pipeline any more. Start it again.")
@@ -94,7 +94,7 @@ def _work_at(place: Place) -> Work:
 def perform(place: Place, task: Task) -> Done | Failure:
     """Do a task. What a user can mend comes back as a value, which every executor can carry."""
     try:
-        work = _work_at(place)
+        work = _work_at(place, (place.folder / PLAN_NAME).stat().st_mtime_ns)
     except LlmtrainError as error:
         return Failure(str(error), error.exit_code)
     handler = HANDLERS[work.stage(task.stage).kind]

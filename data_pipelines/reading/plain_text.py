@@ -46,7 +46,8 @@ def page_text(content: bytes) -> str:
 
 def _read_parts(opened: Opened, report: ReadReport, separator: str) -> Iterator[Record]:
     """The texts between separators, without holding the file. Of one that is too long no more is held than may be."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    # Only at the begin of a file the mark of its encoding is none of the text.
+    decoder = codecs.getincrementaldecoder("utf-8" if opened.first else "utf-8-sig")()
     pending: list[str] = []
     end, number, length = "", opened.first, 0
     while True:

@@ -32,7 +32,7 @@ class ReadConfig(Section):
         default=None, description="Key or column of a document's id; null: the file and the place in it."
     )
     url: Text | None = Field(default=None, description="Key or column of a document's URL, which some steps look at.")
-    separator: Text | None = Field(
+    separator: Annotated[str, Field(min_length=1, max_length=1_000)] | None = Field(
         default=None, description="Cuts plain text into documents where it stands; null: a file is a document."
     )
     longest_document: Size = Field(

@@ -3,7 +3,7 @@
 import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from data_pipelines.reading.inputs import ReadReport
 from data_pipelines.reading.opened import BLOCK_BYTES, Opened
@@ -13,6 +13,7 @@ from llmtrain.errors import DataError
 from llmtrain.files import parse_json
 
 _TEXT_MEMBERS = (".txt", ".text", ".md", ".html", ".htm", ".json")
+_PAGE_RECORDS = ("response", "resource", "conversion")
 _PAGES = ("text/html", "application/xhtml+xml", "text/plain")
 
 
@@ -104,21 +105,53 @@ def read_warc(opened: Opened, report: ReadReport, options: ReadOptions) -> Itera
 
     Raises DataError where a record is cut.
     """
-    from fastwarc.stream_io import PythonIOStreamAdapter
-    from fastwarc.warc import ArchiveIterator, WarcRecordType
+    from fastwarc.warc import ArchiveIterator
 
     number = opened.first
-    kinds = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
-    for found in ArchiveIterator(PythonIOStreamAdapter(opened.file), record_types=kinds, parse_http=True):
-        number += 1
-        where = f"{opened.path}:{number}"
-        kind = (found.http_content_type or found.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
-        if kind not in _PAGES:
-            report.leave_out("not_page", where)
-            continue
-        content = found.reader.read(opened.longest + 1)
-        if len(content) > opened.longest:
-            report.refuse("too_long", where, opened.too_long(where))
-            continue
-        keys = {"url": found.headers.get("WARC-Target-URI") or "", "date": found.headers.get("WARC-Date") or ""}
-        yield Record(page_text(content), found.headers.get("WARC-Record-ID") or str(number), keys)
+    try:
+        # Whether a record is whole is seen before what is in it is looked at: the library takes what there is for all.
+        for found in ArchiveIterator(_Stream(opened.file), parse_http=False, stream_detect=False):
+            number += 1
+            where = f"{opened.path}:{number}"
+            content = found.reader.read(opened.longest + 1)
+            size = found.headers.get("Content-Length")
+            if size is None or len(content) < min(int(size), opened.longest + 1):
+                raise ValueError(f"record {number} is cut short")
+            if found.headers.get("WARC-Type") not in _PAGE_RECORDS:
+                report.leave_out("not_page", where)
+                continue
+            if len(content) > opened.longest:
+                report.refuse("too_long", where, opened.too_long(where))
+                continue
+            found.set_bytes_content(content)
+            yield from _page(found, where, number, report)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{opened.path}: not a whole crawl ({error}). Copy it again or leave it out.") from None
+    if number == opened.first:
+        raise DataError(f"{opened.path}: not a crawl: it has no record. Copy it again or leave it out.")
+
+
+class _Stream:
+    """The library wants to know where it is, and must not find a `seek` that does not work."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._given = file, 0
+
+    def read(self, size: int = -1) -> bytes:
+        block = self._file.read(size)
+        self._given += len(block)
+        return block
+
+    def tell(self) -> int:
+        return self._given
+
+
+def _page(found: Any, where: str, number: int, report: ReadReport) -> Iterator[Record]:
+    if found.headers.get("Content-Type", "").startswith("application/http"):
+        found.parse_http(auto_decode="all")
+    kind = (found.http_content_type or found.headers.get("Content-Type") or "").partition(";")[0].strip().lower()
+    if kind not in _PAGES:
+        report.leave_out("not_page", where)
+        return
+    keys = {"url": found.headers.get("WARC-Target-URI") or "", "date": found.headers.get("WARC-Date") or ""}
+    yield Record(page_text(found.reader.read()), found.headers.get("WARC-Record-ID") or str(number), keys)

@@ -71,6 +71,10 @@ $(READERS)/transformers/.installed: | $(STAMP)
 $(READERS)/torchao/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'torchao>=0.18' && touch $@
 
+# What rules of data pipelines are compared with: 18 MB, and what its filters import. Of its own needs, most are others'.
+$(READERS)/datatrove/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'datatrove>=0.10,<0.11' 'loguru>=0.7' 'humanize>=4' && touch $@
+
 $(READERS)/ctranslate2/.installed: | $(STAMP)
 	$(INTO) $(@D) 'ctranslate2>=4.6'
 	touch $@
@@ -89,11 +93,11 @@ $(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
 	touch $@
 
 # Where one cannot be had (no compiler, no network), its tests are skipped and say so.
-readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed
+readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed
 	-$(MAKE) $(READERS)/ctranslate2/.installed
 	-$(MAKE) $(READERS)/llama_cpp/.installed
 
-test: $(STAMP) $(READERS)/transformers/.installed $(READERS)/torchao/.installed
+test: $(STAMP) $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed
 	$(PYTEST) -m 'not whole_grid'
 
 test-all: $(STAMP) readers

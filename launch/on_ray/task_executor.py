@@ -65,7 +65,12 @@ def _result(answer: Any, argument: object) -> Any:
     try:
         return ray.get(answer)
     except RayTaskError as error:
-        raise error.cause from None
+        if not isinstance(error.cause, RayError):
+            raise error.cause from None
+        reason = str(error.cause).strip().splitlines()[0]
+        raise LaunchError(
+            f"{argument}: a node of the cluster cannot do it ({reason}). Every node needs the same llmtrain."
+        ) from None
     except RayError as error:
         reason = str(error).strip().splitlines()[0]
         raise LaunchError(

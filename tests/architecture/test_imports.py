@@ -15,6 +15,11 @@ ROOMS = {
     "webdataset": ("llmtrain/data/", "data_pipelines/"),
     "transformers": ("llmtrain/interop/",),
     "torchao": ("llmtrain/models/float8.py",),
+    "ftfy": ("data_pipelines/steps/normalization.py",),
+    "resiliparse": ("data_pipelines/",),
+    "trafilatura": ("data_pipelines/steps/main_text.py",),
+    "py3langid": ("data_pipelines/steps/language.py",),
+    "phonenumbers": ("data_pipelines/steps/phones.py",),
 }
 """Where a guest may be imported: a file, or a folder with everything below it."""
 

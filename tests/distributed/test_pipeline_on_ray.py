@@ -16,7 +16,7 @@ def test_a_node_that_dies_changes_nothing(tmp_path: Path) -> None:
     expected = tree_hash(run_quietly(write_pipeline(tmp_path, output_dir=str(tmp_path / "whole"))))
     write_pipeline(tmp_path)
     done = tmp_path / "out" / "corpus" / "done"
-    with ray_head(num_cpus=1) as head:
+    with ray_head(num_cpus=1, is_outward=True) as head:
         node = head.add_node(1)
         line = [COMMAND, "data", "run", "pipeline.yaml", "run.backend=ray", f"run.address={head.address}"]
         with (tmp_path / "output.txt").open("w") as output:

@@ -43,6 +43,22 @@ def use_torchao() -> None:
     sys.path.append(str(TORCHAO))
 
 
+DATATROVE = READERS / "datatrove"
+
+
+def require_datatrove() -> None:
+    """Skip a test where datatrove is not installed; else let this process import it."""
+    if not (DATATROVE / ".installed").is_file():
+        pytest.skip(f"datatrove is not installed in {DATATROVE}: make readers")
+    use_datatrove()
+
+
+def use_datatrove() -> None:
+    """Let this process import datatrove, behind everything else that it imports."""
+    if str(DATATROVE) not in sys.path:
+        sys.path.append(str(DATATROVE))
+
+
 def read_by(name: str, folders: Sequence[Path], job: dict[str, Any]) -> dict[Path, dict[str, Any]]:
     """What a reader makes of each folder: one process reads all."""
     require_reader(name)

@@ -71,8 +71,8 @@ def train_byte_tokenizer(documents: Iterable[str], out: Path, vocab_size: int, c
 
     special = [*SPECIAL_PIECES.values(), *MASK_PIECES, *reserved_pieces(control_pieces)]
     library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    library.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,

@@ -1,6 +1,6 @@
-"""Writes docs/configuration.md, the reference of all configuration keys, from the schema.
+"""Writes docs/configuration.md and docs/data-configuration.md, the references of all keys, from their schemas.
 
-`python -m docs.generate` writes the page; with `--check` it writes nothing and exits 1 where the page is out of date.
+`python -m docs.generate` writes the pages; with `--check` it writes nothing and exits 1 where one is out of date.
 """
 
 import math
@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.config.reading.rendering import bound_text, shown
 from llmtrain.config.reading.suggestions import either, sections_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section
 
-PAGE = Path(__file__).parent / "configuration.md"
+FOLDER = Path(__file__).parent
 
 INTRODUCTION = """\
 # Configuration reference
@@ -40,19 +41,37 @@ it and says what would run, with `--ranks N` as if on so many ranks. `llmtrain s
 for editors.
 """
 
+PIPELINE_INTRODUCTION = """\
+# Keys of data pipelines
+
+Written by `make docs` from the modules of `llmtrain/config/`. Do not edit it by hand.
+
+A pipeline is one YAML 1.2 file, which `llmtrain data run` takes; it must give `name` and `read`. `base:` and
+`key=value` are as in [runs](configuration.md). [Data pipelines](data-pipelines.md) says what happens, and
+[steps](data-steps.md) what each step drops.
+
+Short forms: `tokenizer: FILE` means `tokenizer: {path: FILE}`, and a step without keys may be its name alone.
+"""
+
+PAGES: dict[str, tuple[str, type[Section]]] = {
+    "configuration.md": (INTRODUCTION, RunConfig),
+    "data-configuration.md": (PIPELINE_INTRODUCTION, PipelineConfig),
+}
+
 TYPE_WORDS = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}
 BOUND_WORDS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
 
 
-def page_text() -> str:
-    """The whole page."""
-    return "\n".join([INTRODUCTION, *(_section_text(key, section) for key, section in iter_sections())])
+def page_text(name: str) -> str:
+    """A whole page."""
+    introduction, root = PAGES[name]
+    return "\n".join([introduction, *(_section_text(key, section) for key, section in iter_sections(root=root))])
 
 
-def iter_sections(key: str = "", section: type[Section] = RunConfig) -> Iterator[tuple[str, type[Section]]]:
+def iter_sections(key: str = "", root: type[Section] = RunConfig) -> Iterator[tuple[str, type[Section]]]:
     """Every section with its dotted key, outer ones first. `N` stands for the number of an entry in a list."""
-    yield key, section
-    for name, field in section.model_fields.items():
+    yield key, root
+    for name, field in root.model_fields.items():
         found = sections_of(field.annotation)
         if found:
             inner, is_list = found
@@ -140,19 +159,20 @@ def _meaning(field: FieldInfo) -> str:
     return field.description or (found[0].__doc__ if found else "") or ""
 
 
-def main(arguments: Sequence[str], page: Path = PAGE) -> int:
-    """Write the page, or with `--check` compare it; returns the exit code."""
+def main(arguments: Sequence[str], folder: Path = FOLDER) -> int:
+    """Write the pages, or with `--check` compare them; returns the exit code."""
     if list(arguments) not in ([], ["--check"]):
         print("usage: python -m docs.generate [--check]", file=sys.stderr)
         return 2
-    text = page_text()
-    if not arguments:
-        page.write_text(text, "utf-8")
-        return 0
-    if page.is_file() and page.read_text("utf-8") == text:
-        return 0
-    print(f"{page} is out of date: run `make docs`.", file=sys.stderr)
-    return 1
+    stale = 0
+    for name in PAGES:
+        page, text = folder / name, page_text(name)
+        if not arguments:
+            page.write_text(text, "utf-8")
+        elif not page.is_file() or page.read_text("utf-8") != text:
+            print(f"{page} is out of date: run `make docs`.", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.pipeline.document_files import row_id, write_removals
-from data_pipelines.pipeline.sidecars import KEYS
-from data_pipelines.pipeline.work import Output, Task, Work
+from data_pipelines.pipeline.stages.document_files import row_id, write_removals
+from data_pipelines.pipeline.stages.sidecars import KEYS
+from data_pipelines.pipeline.work import DataTask, Output, Workspace
 
 DOCUMENTS_OF_A_PART = 8_000_000
 """A task holds about 100 bytes for each of its documents."""
@@ -17,13 +17,13 @@ def num_parts(documents: int) -> int:
     return max(1, -(-documents // DOCUMENTS_OF_A_PART))
 
 
-def write_exact(work: Work, task: Task, output: Output) -> dict[str, Any]:
+def write_exact(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
     """Remove, in one part of the key space, all documents but the first of each key; returns the counters."""
     documents = work.program.documents(work.stage(task.stage).segment)
     parts = work.num_tasks(work.stage(task.stage))
     kept_keys, kept_ids = [], []
     for chunk in range(len(work.plan.chunks)):
-        path = work.checked(Task(documents.name, chunk), KEYS)
+        path = work.checked(DataTask(documents.name, chunk), KEYS)
         keys = np.fromfile(path, np.uint64).reshape(-1, 2)
         # The first byte of a hash is as good as any number to deal the keys out by.
         rows = np.flatnonzero(keys[:, 0] % np.uint64(parts) == task.number)

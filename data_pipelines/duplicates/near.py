@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.duplicates.signatures import BANDS, NUM_HASHES, SIGNATURES, num_bands
-from data_pipelines.pipeline.document_files import ROW_BITS, row_id, write_removals
-from data_pipelines.pipeline.work import Output, Task, Work
+from data_pipelines.pipeline.stages.document_files import ROW_BITS, row_id, write_removals
+from data_pipelines.pipeline.work import DataTask, Output, Workspace
 from llmtrain.config.steps import NearDedupStep
 
 EDGES = ".edges"
@@ -41,12 +41,12 @@ def num_band_tasks(config: NearDedupStep, documents: int) -> int:
 class SignatureFiles:
     """The signatures of all chunks, and how many equal minima make two documents near."""
 
-    work: Work
+    work: Workspace
     documents: str
     least_equal: int
 
     @classmethod
-    def of(cls, work: Work, segment: int) -> "SignatureFiles":
+    def of(cls, work: Workspace, segment: int) -> "SignatureFiles":
         group = work.program.segments[segment].group
         assert group is not None and isinstance(group.section, NearDedupStep)
         least = int(np.ceil(group.section.threshold * NUM_HASHES))
@@ -67,7 +67,7 @@ class SignatureFiles:
         order = np.argsort(ids)
         chunks = (ids[order] >> np.uint64(ROW_BITS)).astype(np.int64)
         for places in np.split(order, np.flatnonzero(np.diff(chunks)) + 1) if len(ids) else ():
-            path = self.work.checked(Task(self.documents, int(ids[places[0]]) >> ROW_BITS), SIGNATURES)
+            path = self.work.checked(DataTask(self.documents, int(ids[places[0]]) >> ROW_BITS), SIGNATURES)
             stored = np.memmap(path, np.uint16, "r").reshape(-1, NUM_HASHES)
             rows[places] = stored[(ids[places] & np.uint64((1 << ROW_BITS) - 1)).astype(np.int64)]
         return rows
@@ -98,7 +98,7 @@ def grouped_by_heads(
     return np.concatenate(found), np.concatenate(heads), len(ids)
 
 
-def write_bands(work: Work, task: Task, output: Output) -> dict[str, Any]:
+def write_bands(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
     """Find near pairs among the documents that share one band, in one part of its hashes; returns the counters."""
     stage = work.stage(task.stage)
     files = SignatureFiles.of(work, stage.segment)
@@ -122,12 +122,12 @@ def write_bands(work: Work, task: Task, output: Output) -> dict[str, Any]:
 
 
 def _of_band(
-    work: Work, documents: str, band: tuple[int, int], part: tuple[int, int]
+    work: Workspace, documents: str, band: tuple[int, int], part: tuple[int, int]
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """The hashes of a band, one of so many, and the ids of their documents, of a part of the hashes, one of so many."""
     all_hashes, all_ids = [], []
     for chunk in range(len(work.plan.chunks)):
-        path = work.checked(Task(documents, chunk), BANDS)
+        path = work.checked(DataTask(documents, chunk), BANDS)
         rows = path.stat().st_size // (8 * band[1])
         hashes = np.fromfile(path, np.uint64, rows, offset=8 * rows * band[0])
         chosen = np.flatnonzero(hashes % np.uint64(part[1]) == part[0])
@@ -137,7 +137,7 @@ def _of_band(
     return np.concatenate([empty, *all_hashes]), np.concatenate([empty, *all_ids])
 
 
-def write_clusters(work: Work, task: Task, output: Output) -> dict[str, Any]:
+def write_clusters(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
     """Join near pairs to clusters, and remove what is near the first document of its own; returns the counters.
 
     A chain of near pairs can lead far away: what is not near the first one gets a head of its own.
@@ -145,7 +145,7 @@ def write_clusters(work: Work, task: Task, output: Output) -> dict[str, Any]:
     stage = work.stage(task.stage)
     files = SignatureFiles.of(work, stage.segment)
     bands = next(other for other in work.program.stages if other.kind == "bands" and other.segment == stage.segment)
-    paths = [work.checked(Task(bands.name, number), EDGES) for number in range(work.num_tasks(bands))]
+    paths = [work.checked(DataTask(bands.name, number), EDGES) for number in range(work.num_tasks(bands))]
     edges = np.concatenate(
         [np.empty((0, 2), np.uint64), *(np.fromfile(path, np.uint64).reshape(-1, 2) for path in paths)]
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_pipelines.reading.formats import FORMATS, format_of, is_packed
 from data_pipelines.reading.inputs import InputFile
-from data_pipelines.reading.opened import BLOCK_BYTES, Span
+from data_pipelines.reading.opened import BLOCK_BYTES, FileSpan
 from data_pipelines.reading.tables import row_groups
 from llmtrain.config.pipeline import FormatName, ReadConfig
 from llmtrain.errors import DataError
@@ -47,20 +47,20 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Piece:
+class FilePiece:
     """A file, by its number in the plan, or a span of it, and how many bytes that is."""
 
     file: int
     bytes: int
-    span: Span | None = None
+    span: FileSpan | None = None
 
 
 @dataclass(frozen=True)
-class Chunk:
+class InputChunk:
     """Pieces of one source, which one task reads."""
 
     source: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FilePiece, ...]
 
     @property
     def bytes(self) -> int:
@@ -73,7 +73,7 @@ class ScannedFile:
     """A file that was looked at, and where it is divided."""
 
     file: SourceFile
-    spans: tuple[Span, ...] = ()
+    spans: tuple[FileSpan, ...] = ()
     """Where each begins and ends; none: it is read as one."""
 
 
@@ -127,42 +127,42 @@ class _Scan:
         self._kept = window[max(place, len(window) - len(self._separator) + 1) :]
         self._end = begin + len(window)
 
-    def spans(self) -> tuple[Span, ...]:
+    def spans(self) -> tuple[FileSpan, ...]:
         if len(self._cuts) == 1:
             return ()
         cuts = self._cuts if self._cuts[-1][0] < self._end else self._cuts[:-1]
         ends = [cut[0] for cut in cuts[1:]] + [self._end]
-        return tuple(Span(begin, end, first) for (begin, first), end in zip(cuts, ends, strict=True))
+        return tuple(FileSpan(begin, end, first) for (begin, first), end in zip(cuts, ends, strict=True))
 
 
-def _group_spans(path: Path, size: int, chunk_bytes: int) -> tuple[Span, ...]:
+def _group_spans(path: Path, size: int, chunk_bytes: int) -> tuple[FileSpan, ...]:
     """A table's groups of rows, as many together as have about the size of a chunk."""
     rows = row_groups(path)
     together = max(1, chunk_bytes * len(rows) // size)
     begins = range(0, len(rows), together)
-    return tuple(Span(begin, min(begin + together, len(rows)), sum(rows[:begin])) for begin in begins)
+    return tuple(FileSpan(begin, min(begin + together, len(rows)), sum(rows[:begin])) for begin in begins)
 
 
-def chunks_of(files: Sequence[tuple[int, ScannedFile]], chunk_bytes: int) -> Iterator[Chunk]:
+def chunks_of(files: Sequence[tuple[int, ScannedFile]], chunk_bytes: int) -> Iterator[InputChunk]:
     """The chunks of (source, file) in their order; files are numbered from 0. A chunk has files of one source."""
-    pieces: list[Piece] = []
+    pieces: list[FilePiece] = []
     held, current = 0, files[0][0] if files else 0
     for number, (source, scan) in enumerate(files):
         for piece in _pieces(number, scan):
             if pieces and (source != current or held + piece.bytes > chunk_bytes):
-                yield Chunk(current, tuple(pieces))
+                yield InputChunk(current, tuple(pieces))
                 pieces, held = [], 0
             current = source
             pieces.append(piece)
             held += piece.bytes
     if pieces:
-        yield Chunk(current, tuple(pieces))
+        yield InputChunk(current, tuple(pieces))
 
 
-def _pieces(number: int, scan: ScannedFile) -> Iterator[Piece]:
+def _pieces(number: int, scan: ScannedFile) -> Iterator[FilePiece]:
     if not scan.spans:
-        yield Piece(number, scan.file.bytes)
+        yield FilePiece(number, scan.file.bytes)
         return
     whole = scan.spans[-1].end - scan.spans[0].begin
     for span in scan.spans:
-        yield Piece(number, scan.file.bytes * (span.end - span.begin) // whole, span)
+        yield FilePiece(number, scan.file.bytes * (span.end - span.begin) // whole, span)

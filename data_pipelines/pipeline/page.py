@@ -12,10 +12,16 @@ from llmtrain.words import short_bytes, short_number
 _MOST_ROWS = 40
 """Rows of a list that is drawn, such as languages."""
 
+_NUMBERS = ("seen", "dropped", "share", "files", "documents", "text", "kept", "tokens")
+"""Names of columns."""
+
 _STYLE = """
 .bar { display: block; height: 0.6rem; min-width: 1px; border-radius: 2px; background: var(--accent); }
 .bar.gone { background: var(--bad); }
-td.wide { width: 40%; }
+th { text-align: left; } th, td { padding: 5px 14px; vertical-align: top; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+td.wide { width: 40%; vertical-align: middle; }
+details pre, details p { margin-left: 16px; margin-right: 16px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.4rem 0; padding: 0.6rem 0.8rem; border-radius: 8px;
   background: var(--grid); font: 12.5px/1.45 var(--mono); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 0.8rem; }
@@ -113,7 +119,7 @@ def _lengths(summary: Mapping[str, Any]) -> str:
         (f"{short_bytes(2 ** max(0, power - 1))} to {short_bytes(2**power)}", f"{count:,}", _bar(count, most))
         for power, count in lengths.items()
     ]
-    return _table("Lengths of documents behind the steps", ("text", "documents", ""), rows)
+    return _table("Lengths of documents behind the steps", ("size of text", "documents", ""), rows)
 
 
 def _languages(summary: Mapping[str, Any]) -> str:
@@ -151,11 +157,19 @@ def _bar(count: int, most: int, kind: str = "") -> str:
 
 
 def _table(title: str, heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in heads)
+    """A table; columns with a name of figures stand at the right."""
+    names = list(heads)
+    head = "".join(f"<th{_kind(name, '')}>{name}</th>" for name in names)
     body = "".join(
-        "<tr>" + "".join(f"<td{' class=wide' if 'bar' in cell else ''}>{cell}</td>" for cell in row) + "</tr>"
+        f"<tr>{''.join(f'<td{_kind(name, cell)}>{cell}</td>' for name, cell in zip(names, row, strict=True))}</tr>"
         for row in rows
     )
     return (
         f'<h2>{title}</h2><div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _kind(name: str, cell: str) -> str:
+    if name in _NUMBERS:
+        return ' class="number"'
+    return ' class="wide"' if "bar" in cell else ""

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.pipeline.chunks import Chunk, Piece, SourceFile
-from data_pipelines.reading.opened import Span
+from data_pipelines.pipeline.chunks import FilePiece, InputChunk, SourceFile
+from data_pipelines.reading.opened import FileSpan
 from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_json, replace_file, sealed, sync_folder, unsealed
@@ -36,7 +36,7 @@ class Plan:
     versions: Mapping[str, str]
     resources: Mapping[str, str]
     files: tuple[SourceFile, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[InputChunk, ...]
     left_out: Mapping[str, int]
 
     @cached_property
@@ -83,7 +83,7 @@ def read_plan(folder: Path) -> Plan | None:
             found["versions"],
             found["resources"],
             tuple(SourceFile(*file) for file in found["files"]),
-            tuple(Chunk(source, tuple(map(_piece, pieces))) for source, pieces in found["chunks"]),
+            tuple(InputChunk(source, tuple(map(_piece, pieces))) for source, pieces in found["chunks"]),
             found["left_out"],
         )
     except FileNotFoundError:
@@ -94,9 +94,9 @@ def read_plan(folder: Path) -> Plan | None:
         ) from None
 
 
-def _piece(values: list[int]) -> Piece:
+def _piece(values: list[int]) -> FilePiece:
     file, size, *span = values
-    return Piece(file, size, Span(*span) if span else None)
+    return FilePiece(file, size, FileSpan(*span) if span else None)
 
 
 def result_settings(config: PipelineConfig) -> dict[str, Any]:

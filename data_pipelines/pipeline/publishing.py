@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_pipelines.dataset_writer import bos_ids_of, settings_of, sha256_of
-from data_pipelines.pipeline.document_files import DOCUMENTS
 from data_pipelines.pipeline.page import write_page
+from data_pipelines.pipeline.stages.document_files import DOCUMENTS
+from data_pipelines.pipeline.stages.tokens import INDEX, TAR, tokenizer_path
 from data_pipelines.pipeline.summary import summarized
-from data_pipelines.pipeline.tokens import INDEX, TAR, tokenizer_path
-from data_pipelines.pipeline.work import Task, Work
+from data_pipelines.pipeline.work import DataTask, Workspace
 from data_pipelines.sharding import splits_of
 from data_pipelines.tokenizer import lost_in_texts
 from llmtrain.data.storage.manifest import (
@@ -32,7 +32,7 @@ EXPORTED = "documents"
 _SUMMARY_BYTES = 256 << 20
 
 
-def is_published(work: Work) -> bool:
+def is_published(work: Workspace) -> bool:
     """True where the folder holds the result of this plan."""
     splits = () if work.config.tokenizer is None else splits_of(work.config.write.valid_fraction)
     wanted = [work.folder / split / MANIFEST_NAME for split in splits]
@@ -45,12 +45,12 @@ def is_published(work: Work) -> bool:
         return False
 
 
-def publish(work: Work) -> None:
+def publish(work: Workspace) -> None:
     """Put the result in its place; the summary, by which it is known to be whole, comes last."""
     if work.config.tokenizer is not None:
         _publish_shards(work)
     if any(stage.kind == "export" for stage in work.program.stages):
-        exported = [(Task("export", number), DOCUMENTS) for number in range(len(work.plan.chunks))]
+        exported = [(DataTask("export", number), DOCUMENTS) for number in range(len(work.plan.chunks))]
 
         def fill(folder: Path) -> None:
             for number, (task, ending) in enumerate(exported):
@@ -63,16 +63,16 @@ def publish(work: Work) -> None:
     sync_folder(work.folder)
 
 
-def _publish_shards(work: Work) -> None:
+def _publish_shards(work: Workspace) -> None:
     path = tokenizer_path(work)
     tokenizer = load_tokenizer(path)
     bos_ids = bos_ids_of(tokenizer, work.config.write.bos)
     settings = settings_of(tokenizer, bos_ids)
-    order = work.require_done(Task("order", 0)).counters["ranges"]
+    order = work.require_done(DataTask("order", 0)).counters["ranges"]
     for split in splits_of(work.config.write.valid_fraction):
-        tasks = [Task("shards", number) for number, found in enumerate(order) if found[0] == split]
+        tasks = [DataTask("shards", number) for number, found in enumerate(order) if found[0] == split]
 
-        def fill(folder: Path, tasks: list[Task] = tasks) -> None:
+        def fill(folder: Path, tasks: list[DataTask] = tasks) -> None:
             entries = []
             for number, task in enumerate(tasks):
                 done = work.require_done(task)

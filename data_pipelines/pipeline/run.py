@@ -10,11 +10,11 @@ from pathlib import Path
 
 from data_pipelines.pipeline.executors import Executor
 from data_pipelines.pipeline.planning import make_plan
+from data_pipelines.pipeline.program import PipelineStage
 from data_pipelines.pipeline.progress import Advance, Progress
 from data_pipelines.pipeline.publishing import is_published, publish
-from data_pipelines.pipeline.stages import Stage
-from data_pipelines.pipeline.tasks import Failure, Place, perform
-from data_pipelines.pipeline.work import DONE_FOLDER, WORK_FOLDER, DamagedWorkError, Task, Work
+from data_pipelines.pipeline.tasks import TaskFailure, WorkspaceKey, perform
+from data_pipelines.pipeline.work import DONE_FOLDER, WORK_FOLDER, DamagedWorkError, DataTask, Workspace
 from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.config.reading.rendering import plain_yaml, without_secrets
 from llmtrain.errors import DataError, LlmtrainError
@@ -36,7 +36,7 @@ def run_pipeline(config: PipelineConfig, executor: Executor, progress: Progress)
     with RunFolder(folder):
         (folder / DONE_FOLDER).mkdir(exist_ok=True)
         plan = make_plan(config, folder, executor, progress.planned)
-        work = Work(folder, config, plan)
+        work = Workspace(folder, config, plan)
         if is_published(work):
             progress.say(f"{folder}: this pipeline has finished; there is nothing left to do.")
             return folder
@@ -54,10 +54,10 @@ def run_pipeline(config: PipelineConfig, executor: Executor, progress: Progress)
 class _Stages:
     """Runs the tasks of stages. `repairs` counts how often what a task wrote was found damaged."""
 
-    work: Work
+    work: Workspace
     executor: Executor
     progress: Progress
-    repairs: Counter[Task] = field(default_factory=Counter)
+    repairs: Counter[DataTask] = field(default_factory=Counter)
 
     def published(self) -> bool:
         """Do everything that is not done; False where a file was found damaged at the end, and has to be made anew."""
@@ -70,7 +70,7 @@ class _Stages:
             return False
         return True
 
-    def _forget(self, task: Task, message: str) -> None:
+    def _forget(self, task: DataTask, message: str) -> None:
         """Have what a task wrote written again. Raises DataError where that was so too often."""
         self.repairs[task] += 1
         if self.repairs[task] > MOST_REPAIRS:
@@ -80,28 +80,28 @@ class _Stages:
         self.progress.say(f"{message}: written again")
         self.work.forget(task)
 
-    def _finish(self, stage: Stage) -> None:
+    def _finish(self, stage: PipelineStage) -> None:
         """Do the tasks of a stage that are not done."""
-        tasks = [Task(stage.name, number) for number in range(self.work.num_tasks(stage))]
+        tasks = [DataTask(stage.name, number) for number in range(self.work.num_tasks(stage))]
         todo = [task for task in tasks if not self.work.is_done(task)]
         self._clear_partial(stage)
         with self.progress.stage(stage.name, len(tasks), len(tasks) - len(todo)) as advance:
             self._run(todo, advance)
 
-    def _clear_partial(self, stage: Stage) -> None:
+    def _clear_partial(self, stage: PipelineStage) -> None:
         """Remove what killed tasks had begun to write: its names end with the number of a process."""
         with suppress(FileNotFoundError):
             for path in (self.work.folder / WORK_FOLDER / stage.name).iterdir():
                 if path.name.startswith("."):
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    def _run(self, todo: Sequence[Task], advance: Advance) -> None:
+    def _run(self, todo: Sequence[DataTask], advance: Advance) -> None:
         """Do tasks, and again those that have found a file damaged, once that is written anew."""
         while todo:
-            left: list[Task] = []
-            damaged: dict[Task, str] = {}
-            for task, result in self.executor.each(partial(perform, Place.of(self.work)), todo):
-                if not isinstance(result, Failure):
+            left: list[DataTask] = []
+            damaged: dict[DataTask, str] = {}
+            for task, result in self.executor.each(partial(perform, WorkspaceKey.of(self.work)), todo):
+                if not isinstance(result, TaskFailure):
                     advance(result.counters)
                 elif result.damaged is not None:
                     left.append(task)
@@ -114,7 +114,7 @@ class _Stages:
             todo = left
 
 
-def _error_of(failure: Failure) -> LlmtrainError:
+def _error_of(failure: TaskFailure) -> LlmtrainError:
     error = LlmtrainError(failure.message)
     error.exit_code = failure.exit_code
     return error

@@ -5,16 +5,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_pipelines.documents import Document
-from data_pipelines.pipeline.document_files import ROW_BITS, document_at, iter_removals
-from data_pipelines.pipeline.stages import Stage
-from data_pipelines.pipeline.work import Task, Work
+from data_pipelines.pipeline.program import PipelineStage
+from data_pipelines.pipeline.stages.document_files import ROW_BITS, document_at, iter_removals
+from data_pipelines.pipeline.work import DataTask, Workspace
 
 EXAMPLES = 8
 """Documents that are shown of each reason; of duplicates pairs."""
 _EXCERPT = 400
 
 
-def summarized(work: Work) -> dict[str, Any]:
+def summarized(work: Workspace) -> dict[str, Any]:
     """Sources, steps, what is kept, tokens and shards, as plain values."""
     return {
         "name": work.config.name,
@@ -25,12 +25,12 @@ def summarized(work: Work) -> dict[str, Any]:
     }
 
 
-def _records(work: Work, stage: str) -> Iterator[dict[str, Any]]:
+def _records(work: Workspace, stage: str) -> Iterator[dict[str, Any]]:
     for number in range(work.num_tasks(work.stage(stage))):
-        yield work.require_done(Task(stage, number)).counters
+        yield work.require_done(DataTask(stage, number)).counters
 
 
-def _sources(work: Work) -> list[dict[str, Any]]:
+def _sources(work: Workspace) -> list[dict[str, Any]]:
     """What was read of each source, and what of it is left."""
     sources = [
         {
@@ -66,7 +66,7 @@ def _extend(examples: list[Any], others: list[Any]) -> None:
     examples += others[: EXAMPLES - len(examples)]
 
 
-def _steps(work: Work, segment: int) -> list[dict[str, Any]]:
+def _steps(work: Workspace, segment: int) -> list[dict[str, Any]]:
     """The steps of a segment, and the step over groups behind it."""
     totals: list[dict[str, Any]] = [
         {"name": step.name, "seen": 0, "dropped": Counter(), "changed": Counter(), "examples": {}}
@@ -84,7 +84,7 @@ def _steps(work: Work, segment: int) -> list[dict[str, Any]]:
     return totals + [_group(work, stage) for stage in work.program.removals(segment)]
 
 
-def _group(work: Work, stage: Stage) -> dict[str, Any]:
+def _group(work: Workspace, stage: PipelineStage) -> dict[str, Any]:
     """A stage over groups as a step."""
     names = {"exact": "exact_dedup", "clusters": "near_dedup", "caps": "caps"}
     documents = work.program.documents(stage.segment).name
@@ -108,11 +108,11 @@ def _group(work: Work, stage: Stage) -> dict[str, Any]:
     }
 
 
-def _document(work: Work, stage: str, place: int) -> Document:
+def _document(work: Workspace, stage: str, place: int) -> Document:
     return document_at(work, stage, place >> ROW_BITS, place & ((1 << ROW_BITS) - 1))
 
 
-def _kept(work: Work) -> dict[str, Any]:
+def _kept(work: Workspace) -> dict[str, Any]:
     """Lengths and languages behind the last step of documents, before what groups and caps have removed there."""
     lengths: Counter[int] = Counter()
     languages: Counter[str] = Counter()
@@ -125,7 +125,7 @@ def _kept(work: Work) -> dict[str, Any]:
     }
 
 
-def _outputs(work: Work) -> dict[str, Any]:
+def _outputs(work: Workspace) -> dict[str, Any]:
     kinds = {stage.kind for stage in work.program.stages}
     found: dict[str, Any] = {}
     if "shards" in kinds:
@@ -137,7 +137,7 @@ def _outputs(work: Work) -> dict[str, Any]:
             split["tokens"] += counters["tokens"]
         found["splits"] = splits
     if "tokenizer" in kinds:
-        found["tokenizer"] = work.require_done(Task("tokenizer", 0)).counters
+        found["tokenizer"] = work.require_done(DataTask("tokenizer", 0)).counters
     if "export" in kinds:
         exported = list(_records(work, "export"))
         found["documents"] = {key: sum(counters[key] for counters in exported) for key in ("documents", "bytes")}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_pipelines.pipeline.plan import Plan
-from data_pipelines.pipeline.stages import Program, Stage
+from data_pipelines.pipeline.program import PipelineStage, Program
 from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.errors import LlmtrainError
 from llmtrain.files import read_json, replace_file, sealed, sync_folder, unsealed
@@ -28,7 +28,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Task:
+class DataTask:
     """One piece of work of a stage, by number from 0."""
 
     stage: str
@@ -41,7 +41,7 @@ class Task:
 class DamagedWorkError(LlmtrainError):
     """A file that another task wrote is not what that task's record says: it has to be done again."""
 
-    def __init__(self, task: Task, message: str) -> None:
+    def __init__(self, task: DataTask, message: str) -> None:
         super().__init__(message)
         self.task = task
 
@@ -92,7 +92,7 @@ def _sha256(file: IO[bytes]) -> str:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workspace:
     """A pipeline's folder, configuration and plan: all that a task needs to know."""
 
     folder: Path
@@ -104,18 +104,18 @@ class Work:
         """The order of work."""
         return Program(self.config)
 
-    def stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> PipelineStage:
         """A stage by its name."""
         return next(stage for stage in self.program.stages if stage.name == name)
 
-    def path(self, task: Task, ending: str) -> Path:
+    def path(self, task: DataTask, ending: str) -> Path:
         """A file of a task."""
         return self.folder / WORK_FOLDER / task.stage / f"{task.number:06d}{ending}"
 
-    def _record_path(self, task: Task) -> Path:
+    def _record_path(self, task: DataTask) -> Path:
         return self.folder / DONE_FOLDER / f"{task}.json"
 
-    def done(self, task: Task) -> Done | None:
+    def done(self, task: DataTask) -> Done | None:
         """The record of a task; None where it is not finished, or belongs to another plan."""
         try:
             found = unsealed(read_json(self._record_path(task), _RECORD_BYTES))
@@ -126,14 +126,14 @@ class Work:
         except (OSError, ValueError, KeyError, TypeError):
             return None  # it is done again
 
-    def require_done(self, task: Task) -> Done:
+    def require_done(self, task: DataTask) -> Done:
         """The record of a task that has to be finished. Raises DamagedWorkError."""
         record = self.done(task)
         if record is None:
             raise DamagedWorkError(task, f"{self._record_path(task)}: is missing or damaged")
         return record
 
-    def is_done(self, task: Task) -> bool:
+    def is_done(self, task: DataTask) -> bool:
         """True where the task is finished and its files are there in their sizes."""
         record = self.done(task)
         if record is None:
@@ -141,7 +141,7 @@ class Work:
         sizes = ((self.path(task, ending), size) for ending, (size, _) in record.files.items())
         return all(path.is_file() and path.stat().st_size == size for path, size in sizes)
 
-    def run(self, task: Task, action: Callable[[Output], dict[str, Any]]) -> Done:
+    def run(self, task: DataTask, action: Callable[[Output], dict[str, Any]]) -> Done:
         """Let an action write a task's files and return its counters; then write the record."""
         folder = self.path(task, "").parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,11 +154,11 @@ class Work:
         sync_folder(path.parent)
         return Done(output.files, counters)
 
-    def forget(self, task: Task) -> None:
+    def forget(self, task: DataTask) -> None:
         """Take the record of a task away, so that it is done again."""
         self._record_path(task).unlink(missing_ok=True)
 
-    def checked(self, task: Task, ending: str) -> Path:
+    def checked(self, task: DataTask, ending: str) -> Path:
         """A file of a finished task, once its hash was checked. Raises DamagedWorkError."""
         path = self.path(task, ending)
         try:
@@ -173,15 +173,15 @@ class Work:
             raise DamagedWorkError(task, f"{path}: cannot be read ({error.strerror})") from None
         return path
 
-    def num_tasks(self, stage: Stage) -> int:
+    def num_tasks(self, stage: PipelineStage) -> int:
         """How many tasks a stage has. Of some it follows from what the stages before have counted."""
         match stage.kind:
             case "documents" | "tokens" | "export":
                 return len(self.plan.chunks)
             case "exact" | "bands":
-                return int(self.require_done(Task(f"count-{stage.segment}", 0)).counters[stage.kind])
+                return int(self.require_done(DataTask(f"count-{stage.segment}", 0)).counters[stage.kind])
             case "shards":
-                return int(self.require_done(Task("order", 0)).counters["shards"])
+                return int(self.require_done(DataTask("order", 0)).counters["shards"])
             case _:
                 return 1
 

@@ -110,7 +110,8 @@ def read_warc(opened: Opened, report: ReadReport, options: ReadOptions) -> Itera
     number = opened.first
     try:
         # Whether a record is whole is seen before what is in it is looked at: the library takes what there is for all.
-        for found in ArchiveIterator(_Stream(opened.file), parse_http=False, stream_detect=False):
+        stream: Any = _Stream(opened.file)
+        for found in ArchiveIterator(stream, parse_http=False, stream_detect=False):
             number += 1
             where = f"{opened.path}:{number}"
             content = found.reader.read(opened.longest + 1)

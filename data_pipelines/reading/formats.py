@@ -8,7 +8,7 @@ from typing import Literal
 from data_pipelines.reading.archives import read_tar, read_warc
 from data_pipelines.reading.inputs import InputFile, ReadReport
 from data_pipelines.reading.json_text import read_json, read_json_lines
-from data_pipelines.reading.opened import LONGEST_DOCUMENT, OPENERS, Span, opened_file
+from data_pipelines.reading.opened import LONGEST_DOCUMENT, OPENERS, FileSpan, opened_file
 from data_pipelines.reading.plain_text import read_html, read_text
 from data_pipelines.reading.records import Reader, ReadOptions, Record
 from data_pipelines.reading.tables import read_arrow, read_parquet
@@ -17,7 +17,7 @@ from llmtrain.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Format:
+class FileFormat:
     """One row. `divided`: a file that is not packed can be read in spans that begin behind line ends, behind the
     separator, or at groups of rows."""
 
@@ -30,15 +30,15 @@ class Format:
     """May be compressed as a whole."""
 
 
-FORMATS: dict[FormatName, Format] = {
-    "text": Format((), read_text, "parts"),
-    "jsonl": Format((".jsonl", ".ndjson"), read_json_lines, "lines"),
-    "json": Format((".json",), read_json),
-    "html": Format((), read_html),
-    "parquet": Format((".parquet",), read_parquet, "groups", "pyarrow", packed=False),
-    "arrow": Format((".arrow",), read_arrow, None, "pyarrow", packed=False),
-    "webdataset": Format((".tar",), read_tar),
-    "warc": Format((".warc",), read_warc, None, "fastwarc"),
+FORMATS: dict[FormatName, FileFormat] = {
+    "text": FileFormat((), read_text, "parts"),
+    "jsonl": FileFormat((".jsonl", ".ndjson"), read_json_lines, "lines"),
+    "json": FileFormat((".json",), read_json),
+    "html": FileFormat((), read_html),
+    "parquet": FileFormat((".parquet",), read_parquet, "groups", "pyarrow", packed=False),
+    "arrow": FileFormat((".arrow",), read_arrow, None, "pyarrow", packed=False),
+    "webdataset": FileFormat((".tar",), read_tar),
+    "warc": FileFormat((".warc",), read_warc, None, "fastwarc"),
 }
 """`html` has no endings: where nothing else is asked for, the source of a page is plain text as that of a program."""
 
@@ -54,7 +54,10 @@ def format_of(location: str) -> FormatName | None:
     kind = suffixes[:-1] if suffixes and suffixes[-1] in OPENERS else suffixes
     if kind and kind[-1] in ARCHIVES:
         return None
-    return next((name for name, row in FORMATS.items() if kind and kind[-1] in row.suffixes), "text")
+    for name, row in FORMATS.items():
+        if kind and kind[-1] in row.suffixes:
+            return name
+    return "text"
 
 
 def is_packed(location: str) -> bool:
@@ -67,7 +70,7 @@ def iter_records(
     report: ReadReport,
     options: ReadOptions,
     name: FormatName | None = None,
-    span: Span | None = None,
+    span: FileSpan | None = None,
     longest: int = LONGEST_DOCUMENT,
 ) -> Iterator[Record]:
     """The documents of a file, or of a span of it. What is left out is counted in `report`.

@@ -97,7 +97,7 @@ class _Blocks(io.RawIOBase):
 
 
 @dataclass(frozen=True)
-class Span:
+class FileSpan:
     """A part of a file: `begin` and `end` count bytes, or a table's groups of rows. `first` is the number of lines,
     parts or rows before it."""
 
@@ -108,7 +108,7 @@ class Span:
 
 @contextmanager
 def opened_file(
-    source: InputFile, longest: int = LONGEST_DOCUMENT, span: Span | None = None, by_groups: bool = False
+    source: InputFile, longest: int = LONGEST_DOCUMENT, span: FileSpan | None = None, by_groups: bool = False
 ) -> Iterator[Opened]:
     """A file, or a span of one, to read; a span of bytes is one of a file that is not packed.
 

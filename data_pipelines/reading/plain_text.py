@@ -41,7 +41,7 @@ def page_text(content: bytes) -> str:
     except UnicodeDecodeError:
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
-        return bytes_to_str(content, detect_encoding(content))
+        return bytes_to_str(content, detect_encoding(content) or "latin-1")
 
 
 def _read_parts(opened: Opened, report: ReadReport, separator: str) -> Iterator[Record]:

@@ -40,6 +40,8 @@ class WordList:
                 if part in self._longer
                 for entry in self._longer[part]
             )
+        if not found:
+            return document
         counts["listed_words"] += found
         section = self._section
         if section.max_count is not None and found > section.max_count:

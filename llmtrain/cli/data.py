@@ -146,7 +146,7 @@ def run(
 
     config = load_pipeline(pipeline, overrides or [], storage_problems).config
     if dry_run:
-        from data_pipelines.pipeline.stages import Program
+        from data_pipelines.pipeline.program import Program
 
         typer.echo("\n".join(stage.name for stage in Program(config).stages))
         return

@@ -6,10 +6,12 @@ import pytest
 from ruamel.yaml import YAML
 
 from llmtrain.config.reading.load import load_config
+from llmtrain.config.reading.pipeline import load_pipeline
 from llmtrain.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
+PIPELINES = sorted((CONFIGS / "data").glob("*.yaml"))
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
 
 RUN_AROUND_A_MODEL = """\
@@ -32,6 +34,7 @@ def run_around(model: Path, folder: Path) -> Path:
 
 def test_there_are_configs() -> None:
     assert RUNS
+    assert PIPELINES
     assert MODELS
 
 
@@ -39,6 +42,12 @@ def test_there_are_configs() -> None:
 def test_run_loads(file: Path) -> None:
     """Schema and arithmetic; its data need not be on this machine."""
     assert load_config(file).config.name == file.stem
+
+
+@pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.stem)
+def test_pipeline_loads(file: Path) -> None:
+    """Schema and rules; its inputs need not be on this machine."""
+    assert load_pipeline(file).config.name == file.stem
 
 
 @pytest.mark.parametrize("file", MODELS, ids=lambda file: file.stem)

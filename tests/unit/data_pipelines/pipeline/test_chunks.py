@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.pipeline.chunks import Chunk, ScannedFile, SourceFile, chunks_of, scanned
+from data_pipelines.pipeline.chunks import InputChunk, ScannedFile, SourceFile, chunks_of, scanned
 from data_pipelines.reading.formats import iter_records
 from data_pipelines.reading.inputs import InputFile, ReadReport
 from data_pipelines.reading.records import ReadOptions
@@ -93,7 +93,7 @@ def test_packed_files_are_whole_and_small_files_are_together(tmp_path: Path) -> 
     chunks = list(chunks_of([(source, file(size)) for source, size in sizes], 100))
     assert [(chunk.source, chunk.bytes) for chunk in chunks] == [(0, 90), (0, 20), (0, 500), (0, 1), (1, 100)]
     assert [piece.file for chunk in chunks for piece in chunk.pieces] == list(range(len(sizes)))
-    assert all(isinstance(chunk, Chunk) for chunk in chunks)
+    assert all(isinstance(chunk, InputChunk) for chunk in chunks)
 
 
 def test_a_file_that_changed_since_it_was_planned_is_refused(tmp_path: Path) -> None:

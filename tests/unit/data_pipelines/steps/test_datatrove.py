@@ -19,7 +19,7 @@ from tests.support.readers import require_datatrove
 from tests.support.real_text import real_documents
 from tests.unit.data_pipelines.steps import borderline
 
-NUM_REAL = 1600
+NUM_REAL = [250, pytest.param(6000, marks=pytest.mark.whole_grid)]
 FILTERS = {
     "gopher": ("gopher_quality_filter", "GopherQualityFilter"),
     "gopher_repetition": ("gopher_repetition_filter", "GopherRepetitionFilter"),
@@ -68,13 +68,14 @@ def differences(texts: list[str], our: list[tuple[str, str]], their: list[tuple[
 
 
 @rules
-def test_real_documents(rule: str) -> None:
-    texts = real_documents(NUM_REAL)
+@pytest.mark.parametrize("number", NUM_REAL)
+def test_real_documents(rule: str, number: int) -> None:
+    texts = real_documents(number)
     found = ours(rule, texts)
     assert differences(texts, found, theirs(rule, texts)) == []
     reasons = Counter(reason for reason, _ in found)
     assert reasons[""] > FEWEST_KEPT * len(texts)
-    assert len(reasons) > 3, reasons  # more than one test was failed
+    assert len(reasons) > 2  # several tests were failed
 
 
 @rules
@@ -125,12 +126,13 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @rules
-def test_real_documents_with_other_thresholds(rule: str) -> None:
-    texts = real_documents(NUM_REAL)
+@pytest.mark.parametrize("number", NUM_REAL)
+def test_real_documents_with_other_thresholds(rule: str, number: int) -> None:
+    texts = real_documents(number)
     keys, settings = OTHERS[rule]
     found = ours(rule, texts, **keys)
     assert differences(texts, found, theirs(rule, texts, **settings)) == []
-    assert len({reason for reason, _ in found}) > 3
+    assert len({reason for reason, _ in found}) > (1 if rule == "c4" else 4)
 
 
 def test_marks() -> None:

@@ -21,7 +21,7 @@ GROUP_STEPS = ("exact_dedup", "near_dedup")
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """One stage. `segment` numbers the stages of kind `documents`; others name the one whose documents they look at."""
 
     name: str
@@ -59,27 +59,27 @@ class Program:
         return tuple(segments)
 
     @cached_property
-    def stages(self) -> tuple[Stage, ...]:
+    def stages(self) -> tuple[PipelineStage, ...]:
         """Every stage in its order."""
-        stages: list[Stage] = []
+        stages: list[PipelineStage] = []
         for number, segment in enumerate(self.segments):
-            stages.append(Stage(f"documents-{number}", "documents", number))
+            stages.append(PipelineStage(f"documents-{number}", "documents", number))
             if segment.group is not None:
-                stages.append(Stage(f"count-{number}", "count", number))
+                stages.append(PipelineStage(f"count-{number}", "count", number))
             if segment.group is not None and segment.group.name == "exact_dedup":
-                stages.append(Stage(f"exact-{number}", "exact", number))
+                stages.append(PipelineStage(f"exact-{number}", "exact", number))
             elif segment.group is not None:
-                stages.append(Stage(f"bands-{number}", "bands", number))
-                stages.append(Stage(f"clusters-{number}", "clusters", number))
+                stages.append(PipelineStage(f"bands-{number}", "bands", number))
+                stages.append(PipelineStage(f"clusters-{number}", "clusters", number))
         last, config = len(self.segments) - 1, self.config
         if self.has_caps:
-            stages.append(Stage("caps", "caps", last))
+            stages.append(PipelineStage("caps", "caps", last))
         if config.tokenizer is not None and config.tokenizer.train is not None:
-            stages.append(Stage("tokenizer", "tokenizer", last))
+            stages.append(PipelineStage("tokenizer", "tokenizer", last))
         if config.tokenizer is not None:
-            stages += [Stage(name, name, last) for name in ("tokens", "order", "shards")]
+            stages += [PipelineStage(name, name, last) for name in ("tokens", "order", "shards")]
         if config.tokenizer is None or config.write.documents:
-            stages.append(Stage("export", "export", last))
+            stages.append(PipelineStage("export", "export", last))
         return tuple(stages)
 
     @cached_property
@@ -87,11 +87,11 @@ class Program:
         """Sources are cut to a size."""
         return any(source.max_documents or source.max_bytes for source in self.config.read)
 
-    def documents(self, segment: int) -> Stage:
+    def documents(self, segment: int) -> PipelineStage:
         """The stage that writes a segment's documents."""
         return next(stage for stage in self.stages if stage.kind == "documents" and stage.segment == segment)
 
-    def removals(self, segment: int, with_caps: bool = True) -> Sequence[Stage]:
+    def removals(self, segment: int, with_caps: bool = True) -> Sequence[PipelineStage]:
         """The stages whose removals hold for the documents of a segment, for whoever reads them."""
         kinds = ("exact", "clusters", "caps") if with_caps else ("exact", "clusters")
         return [stage for stage in self.stages if stage.kind in kinds and stage.segment == segment]

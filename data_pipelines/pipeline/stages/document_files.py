@@ -11,8 +11,8 @@ from backports import zstd
 from numpy.typing import NDArray
 
 from data_pipelines.documents import Document
-from data_pipelines.pipeline.stages import Stage
-from data_pipelines.pipeline.work import Output, Task, Work
+from data_pipelines.pipeline.program import PipelineStage
+from data_pipelines.pipeline.work import DataTask, Output, Workspace
 
 DOCUMENTS = ".jsonl.zst"
 REMOVED = ".removed"
@@ -54,12 +54,12 @@ def document_line(document: Document) -> bytes:
     return json.dumps(known, ensure_ascii=False).encode() + b"\n"
 
 
-def kept_documents(work: Work, segment: int, chunk: int, with_caps: bool = True) -> Iterator[Found]:
+def kept_documents(work: Workspace, segment: int, chunk: int, with_caps: bool = True) -> Iterator[Found]:
     """The documents of a chunk behind a segment, without those that the stages after it have removed.
 
     Raises DamagedWorkError.
     """
-    task = Task(work.program.documents(segment).name, chunk)
+    task = DataTask(work.program.documents(segment).name, chunk)
     path = work.checked(task, DOCUMENTS)
     removed = removed_rows(work, segment, chunk, with_caps)
     with zstd.ZstdFile(path) as file:
@@ -68,13 +68,13 @@ def kept_documents(work: Work, segment: int, chunk: int, with_caps: bool = True)
                 yield Found(row, Document(**json.loads(line)))
 
 
-def document_at(work: Work, stage: str, chunk: int, row: int) -> Document:
+def document_at(work: Workspace, stage: str, chunk: int, row: int) -> Document:
     """One document by its place. Raises DamagedWorkError."""
-    with zstd.ZstdFile(work.checked(Task(stage, chunk), DOCUMENTS)) as file:
+    with zstd.ZstdFile(work.checked(DataTask(stage, chunk), DOCUMENTS)) as file:
         return Document(**json.loads(next(islice(file, row, None))))
 
 
-def removed_rows(work: Work, segment: int, chunk: int, with_caps: bool = True) -> set[int]:
+def removed_rows(work: Workspace, segment: int, chunk: int, with_caps: bool = True) -> set[int]:
     """Rows of a chunk's file that are removed."""
     rows: set[int] = set()
     for stage in work.program.removals(segment, with_caps):
@@ -84,10 +84,10 @@ def removed_rows(work: Work, segment: int, chunk: int, with_caps: bool = True) -
     return rows
 
 
-def iter_removals(work: Work, stage: Stage) -> Iterator[NDArray[np.uint64]]:
+def iter_removals(work: Workspace, stage: PipelineStage) -> Iterator[NDArray[np.uint64]]:
     """The removals [n, 2] of each task of a stage. Raises DamagedWorkError."""
     for number in range(work.num_tasks(stage)):
-        path = work.checked(Task(stage.name, number), REMOVED)
+        path = work.checked(DataTask(stage.name, number), REMOVED)
         size = path.stat().st_size
         yield np.memmap(path, np.uint64, "r", shape=(size // 16, 2)) if size else np.empty((0, 2), np.uint64)
 

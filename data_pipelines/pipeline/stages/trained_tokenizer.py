@@ -5,16 +5,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from data_pipelines.pipeline.document_files import kept_documents
-from data_pipelines.pipeline.sidecars import drawn_key
-from data_pipelines.pipeline.work import Output, Task, Work
+from data_pipelines.pipeline.stages.document_files import kept_documents
+from data_pipelines.pipeline.stages.sidecars import drawn_key
+from data_pipelines.pipeline.work import DataTask, Output, Workspace
 from data_pipelines.tokenizer import train_byte_tokenizer, train_tokenizer
 
 _MORE_CHUNKS = 8
 """Chunks are read until they hold so many times the sample: a sample of few chunks would be of few places."""
 
 
-def write_tokenizer(work: Work, task: Task, output: Output) -> dict[str, Any]:
+def write_tokenizer(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
     """Train the tokenizer; the counters say on how much. Raises ConfigError where the vocabulary does not suit."""
     assert work.config.tokenizer is not None and work.config.tokenizer.train is not None
     config = work.config.tokenizer.train
@@ -34,7 +34,7 @@ def write_tokenizer(work: Work, task: Task, output: Output) -> dict[str, Any]:
 class _Sample:
     """Documents that the seed draws, in the order of the inputs: the same for any number of workers."""
 
-    def __init__(self, work: Work, sample_bytes: int) -> None:
+    def __init__(self, work: Workspace, sample_bytes: int) -> None:
         self.documents = self.bytes = 0
         self._work = work
         self._last = len(work.program.segments) - 1
@@ -47,7 +47,7 @@ class _Sample:
             if held >= _MORE_CHUNKS * sample_bytes:
                 break
             chunks.append(number)
-            held += work.require_done(Task(stage, number)).counters["kept"]["bytes"]
+            held += work.require_done(DataTask(stage, number)).counters["kept"]["bytes"]
         self._chunks = sorted(chunks)
         self._bound = (1 << 64) * sample_bytes // max(held, sample_bytes)
 

@@ -11,9 +11,9 @@ from functools import lru_cache
 from typing import Any
 
 from data_pipelines.documents import Document, Dropped, Step
-from data_pipelines.pipeline.document_files import kept_documents, written_documents
-from data_pipelines.pipeline.sidecars import sidecars_of
-from data_pipelines.pipeline.work import Output, Task, Work
+from data_pipelines.pipeline.stages.document_files import kept_documents, written_documents
+from data_pipelines.pipeline.stages.sidecars import sidecars_of
+from data_pipelines.pipeline.work import DataTask, Output, Workspace
 from data_pipelines.reading.formats import iter_records
 from data_pipelines.reading.inputs import NAMED_EXAMPLES, ReadReport
 from data_pipelines.reading.records import ReadOptions
@@ -59,7 +59,7 @@ def _steps(configs: tuple[StepConfig, ...]) -> list[Step]:
     return [STEPS[config.name].build(config.section) for config in configs]
 
 
-def write_documents(work: Work, task: Task, output: Output) -> dict[str, Any]:
+def write_documents(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
     """Do the task; returns its counters. Raises DataError for damaged inputs."""
     segment_number = work.stage(task.stage).segment
     segment = work.program.segments[segment_number]
@@ -91,7 +91,7 @@ def write_documents(work: Work, task: Task, output: Output) -> dict[str, Any]:
     }
 
 
-def _read(work: Work, number: int, report: ReadReport) -> Iterator[Document]:
+def _read(work: Workspace, number: int, report: ReadReport) -> Iterator[Document]:
     chunk = work.plan.chunks[number]
     source = work.config.read[chunk.source]
     options = ReadOptions(source.text, source.separator, source.id, source.url)

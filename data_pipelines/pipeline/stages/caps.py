@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.pipeline.document_files import removed_rows, row_id, write_removals
-from data_pipelines.pipeline.sidecars import SIZES
-from data_pipelines.pipeline.work import Output, Task, Work
+from data_pipelines.pipeline.stages.document_files import removed_rows, row_id, write_removals
+from data_pipelines.pipeline.stages.sidecars import SIZES
+from data_pipelines.pipeline.work import DataTask, Output, Workspace
 
 
-def write_caps(work: Work, task: Task, output: Output) -> dict[str, Any]:
+def write_caps(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
     """Remove what is above max_documents and max_bytes of each source; returns the counters by source."""
     segment = work.stage(task.stage).segment
     documents = work.program.documents(segment)
@@ -22,7 +22,7 @@ def write_caps(work: Work, task: Task, output: Output) -> dict[str, Any]:
         for chunk, planned in enumerate(work.plan.chunks):
             if planned.source != number:
                 continue
-            path = work.checked(Task(documents.name, chunk), SIZES)
+            path = work.checked(DataTask(documents.name, chunk), SIZES)
             sizes = np.fromfile(path, np.uint64).reshape(-1, 2)
             kept = np.ones(len(sizes), bool)
             kept[list(removed_rows(work, segment, chunk, with_caps=False))] = False

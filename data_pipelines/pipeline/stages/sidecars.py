@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipelines.documents import Document
 from data_pipelines.duplicates.signatures import Signatures
-from data_pipelines.pipeline.work import Output, Work
+from data_pipelines.pipeline.work import Output, Workspace
 from llmtrain.config.steps import NearDedupStep
 
 KEYS, SIZES = ".keys", ".sizes"
@@ -24,7 +24,7 @@ class Sidecar(Protocol):
         ...
 
 
-def sidecars_of(work: Work, segment_number: int) -> list[Sidecar]:
+def sidecars_of(work: Workspace, segment_number: int) -> list[Sidecar]:
     """Those that the stages behind a segment need."""
     group = work.program.segments[segment_number].group
     sidecars: list[Sidecar] = []

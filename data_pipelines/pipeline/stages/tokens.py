@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from data_pipelines.cutting import tokenized
 from data_pipelines.dataset_writer import ShardWriter, bos_ids_of
-from data_pipelines.pipeline.document_files import kept_documents, row_id
-from data_pipelines.pipeline.sidecars import drawn_key
-from data_pipelines.pipeline.work import Output, Task, Work
+from data_pipelines.pipeline.stages.document_files import kept_documents, row_id
+from data_pipelines.pipeline.stages.sidecars import drawn_key
+from data_pipelines.pipeline.work import DataTask, Output, Workspace
 from data_pipelines.sharding import bound_between, place_of, splits_of
 from llmtrain.data.storage.manifest import DTYPES, dtype_name
 from llmtrain.data.tokenizer import load_tokenizer
@@ -28,10 +28,10 @@ PLACES = 2.0**64
 ROW = np.dtype([("key", "<u8"), ("place", "<u8"), ("offset", "<u8"), ("tokens", "<u8")])
 """What is known of a document: the key of its order, its place between the splits, and its ids in the file of them."""
 
-TRAINED = Task("tokenizer", 0)
+TRAINED = DataTask("tokenizer", 0)
 
 
-def tokenizer_path(work: Work) -> Path:
+def tokenizer_path(work: Workspace) -> Path:
     """The tokenizer's file. Raises DamagedWorkError where one was trained and is damaged."""
     tokenizer = work.config.tokenizer
     assert tokenizer is not None
@@ -45,7 +45,7 @@ def _loaded(path: Path) -> Tokenizer:
     return load_tokenizer(path)
 
 
-def write_tokens(work: Work, task: Task, output: Output) -> dict[str, Any]:
+def write_tokens(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
     """The ids of a chunk's documents, one after another, and a row for each in the order of their keys."""
     tokenizer = _loaded(tokenizer_path(work))
     last = len(work.program.segments) - 1
@@ -72,8 +72,8 @@ def write_tokens(work: Work, task: Task, output: Output) -> dict[str, Any]:
     return {"source": source, "documents": len(rows), "tokens": offset, "bytes": sum(texts)}
 
 
-def _rows(work: Work, chunk: int) -> NDArray[Any]:
-    path = work.checked(Task("tokens", chunk), ROWS)
+def _rows(work: Workspace, chunk: int) -> NDArray[Any]:
+    path = work.checked(DataTask("tokens", chunk), ROWS)
     return np.memmap(path, ROW, "r") if path.stat().st_size else np.empty(0, ROW)
 
 
@@ -87,7 +87,7 @@ class ShardRange:
     first: int
 
 
-def write_order(work: Work, task: Task, output: Output) -> dict[str, Any]:
+def write_order(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
     """Cut all documents, in the order of their keys, into shards. About 60 bytes a document are held.
 
     Raises ConfigError where a split would be empty.
@@ -133,9 +133,9 @@ def _ranges(keys: NDArray[np.uint64], tokens: NDArray[np.uint64], shard_tokens: 
     return ranges
 
 
-def write_shard(work: Work, task: Task, output: Output) -> dict[str, Any]:
+def write_shard(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
     """Write one tar and its sidecar; the counters are the manifest's entry."""
-    order = work.require_done(Task("order", 0)).counters
+    order = work.require_done(DataTask("order", 0)).counters
     shard = ShardRange(*order["ranges"][task.number])
     tokenizer = _loaded(tokenizer_path(work))
     dtype = DTYPES[dtype_name(tokenizer.vocab_size)]
@@ -171,6 +171,6 @@ def _opened(path: Path, dtype: str, changed: int) -> NDArray[Any]:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def _ids(work: Work, chunk: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    path = work.checked(Task("tokens", chunk), TOKENS)
+def _ids(work: Workspace, chunk: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    path = work.checked(DataTask("tokens", chunk), TOKENS)
     return _opened(path, dtype.str, path.stat().st_mtime_ns)

@@ -37,6 +37,12 @@ def num_band_tasks(config: NearDedupStep, documents: int) -> int:
     return num_bands(config.threshold) * num_parts(documents)
 
 
+def _config(work: Workspace, segment: int) -> NearDedupStep:
+    config = work.program.near_dedup(segment)
+    assert config is not None, segment
+    return config
+
+
 @dataclass(frozen=True)
 class SignatureFiles:
     """The signatures of all chunks, and how many equal minima make two documents near."""
@@ -47,9 +53,7 @@ class SignatureFiles:
 
     @classmethod
     def of(cls, work: Workspace, segment: int) -> "SignatureFiles":
-        group = work.program.segments[segment].group
-        assert group is not None and isinstance(group.section, NearDedupStep)
-        least = int(np.ceil(group.section.threshold * NUM_HASHES))
+        least = int(np.ceil(_config(work, segment).threshold * NUM_HASHES))
         return cls(work, work.program.documents(segment).name, least)
 
     def near(self, first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -102,9 +106,7 @@ def write_bands(work: Workspace, task: DataTask, output: Output) -> dict[str, An
     """Find near pairs among the documents that share one band, in one part of its hashes; returns the counters."""
     stage = work.stage(task.stage)
     files = SignatureFiles.of(work, stage.segment)
-    group = work.program.segments[stage.segment].group
-    assert group is not None and isinstance(group.section, NearDedupStep)
-    bands = num_bands(group.section.threshold)
+    bands = num_bands(_config(work, stage.segment).threshold)
     band, part = task.number % bands, task.number // bands
     parts = work.num_tasks(stage) // bands
     hashes, ids = _of_band(work, files.documents, (band, bands), (part, parts))

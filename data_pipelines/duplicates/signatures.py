@@ -5,6 +5,8 @@ signatures is an estimate of the Jaccard similarity of the sets, with a standard
 Signatures are kept with 16 bits for each minimum, which makes unequal ones equal once in 65,536.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,9 +78,11 @@ class Signatures:
             self._digest()
 
     def _digest(self) -> None:
-        from rensa import RMinHash
+        import rensa
 
-        digests = RMinHash.digests_from_token_sets(self._waiting, NUM_HASHES, self._seed)
+        # Its classes are compiled, and a checker does not see them.
+        minhash: Any = rensa
+        digests = minhash.RMinHash.digests_from_token_sets(self._waiting, NUM_HASHES, self._seed)
         self._minima.append(np.array(digests, np.uint32).reshape(-1, NUM_HASHES))
         self._waiting = []
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from data_pipelines.pipeline.chunks import ScannedFile, chunks_of, scanned
@@ -10,11 +11,12 @@ from data_pipelines.pipeline.executors import Executor
 from data_pipelines.pipeline.plan import Plan, installed_versions, read_plan, require_same, result_settings
 from data_pipelines.reading.formats import FORMATS, format_of
 from data_pipelines.reading.inputs import InputFile, ReadReport, find_files
-from data_pipelines.steps.table import STEPS
+from data_pipelines.steps.table import STEPS, package_problems
 from llmtrain.config.pipeline import PipelineConfig, ReadConfig
 from llmtrain.data.storage.manifest import file_sha256
 from llmtrain.data.token_roles import SETTINGS_NAME
-from llmtrain.errors import ConfigError, DataError
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import ConfigError, DataError, LlmtrainError, Problem
 
 _FILES_TOGETHER = 500
 _BYTES_TOGETHER = 64_000_000
@@ -33,6 +35,24 @@ class _Batch:
 
     def __str__(self) -> str:
         return f"hashing {self.files[0].name}"
+
+
+def storage_problems(config: PipelineConfig) -> list[Problem]:
+    """Everything that is missing, with what to do."""
+    problems = package_problems(config.steps)
+    if any(step.name == "near_dedup" for step in config.steps) and find_spec("rensa") is None:
+        problems.append(Problem("steps", "near_dedup needs the package rensa: pip install 'llmtrain[data]'."))
+    for number, source in enumerate(config.read):
+        package = FORMATS[source.format].package if source.format != "auto" else None
+        if package is not None and find_spec(package) is None:
+            message = f"needs the package {package}: pip install 'llmtrain[data]'."
+            problems.append(Problem(f"read.{number}.format", message, source.format))
+    if config.tokenizer is not None and config.tokenizer.path is not None:
+        try:
+            load_tokenizer(Path(config.tokenizer.path))
+        except LlmtrainError as error:
+            problems.append(Problem("tokenizer.path", str(error), config.tokenizer.path))
+    return problems
 
 
 def make_plan(config: PipelineConfig, folder: Path, executor: Executor, shown: Shown) -> Plan:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 from llmtrain.config.pipeline import PipelineConfig
-from llmtrain.config.steps import StepConfig
+from llmtrain.config.steps import NearDedupStep, StepConfig
 
 Kind = Literal[
     "documents", "count", "exact", "bands", "clusters", "caps", "tokenizer", "tokens", "order", "shards", "export"
@@ -86,6 +86,11 @@ class Program:
     def has_caps(self) -> bool:
         """Sources are cut to a size."""
         return any(source.max_documents or source.max_bytes for source in self.config.read)
+
+    def near_dedup(self, segment: int) -> NearDedupStep | None:
+        """The keys of the near_dedup behind a segment; None where another step follows, or none."""
+        group = self.segments[segment].group
+        return group.section if group is not None and isinstance(group.section, NearDedupStep) else None
 
     def documents(self, segment: int) -> PipelineStage:
         """The stage that writes a segment's documents."""

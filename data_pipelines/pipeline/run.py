@@ -107,14 +107,10 @@ class _Stages:
                     left.append(task)
                     damaged[result.damaged] = result.message
                 else:
-                    raise _error_of(result)
+                    error = LlmtrainError(result.message)
+                    error.exit_code = result.exit_code
+                    raise error
             for task, message in damaged.items():
                 self._forget(task, message)
             self._run(list(damaged), lambda counters: None)
             todo = left
-
-
-def _error_of(failure: TaskFailure) -> LlmtrainError:
-    error = LlmtrainError(failure.message)
-    error.exit_code = failure.exit_code
-    return error

@@ -4,9 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipelines.documents import Document
 from data_pipelines.pipeline.program import PipelineStage
-from data_pipelines.pipeline.stages.document_files import ROW_BITS, document_at, iter_removals
+from data_pipelines.pipeline.stages.document_files import document_at, iter_removals
 from data_pipelines.pipeline.work import DataTask, Workspace
 
 EXAMPLES = 8
@@ -94,7 +93,7 @@ def _group(work: Workspace, stage: PipelineStage) -> dict[str, Any]:
         # A few from all over the collection.
         step = max(1, len(removals) // EXAMPLES)
         for gone, head in removals[::step][: EXAMPLES - len(examples)].tolist():
-            document, kept = (_document(work, documents, place) for place in (gone, head))
+            document, kept = (document_at(work, documents, place) for place in (gone, head))
             first = "" if stage.kind == "caps" else f"{kept.id}\n{kept.text[:_EXCERPT]}"
             examples.append((document.id, document.text[:_EXCERPT], first))
     seen = sum(counters["kept"]["documents"] for counters in _records(work, documents))
@@ -106,10 +105,6 @@ def _group(work: Workspace, stage: PipelineStage) -> dict[str, Any]:
         "changed": {},
         "examples": {reason: examples} if examples else {},
     }
-
-
-def _document(work: Workspace, stage: str, place: int) -> Document:
-    return document_at(work, stage, place >> ROW_BITS, place & ((1 << ROW_BITS) - 1))
 
 
 def _kept(work: Workspace) -> dict[str, Any]:

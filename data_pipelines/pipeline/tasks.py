@@ -17,7 +17,6 @@ from data_pipelines.pipeline.stages.tokens import write_order, write_shard, writ
 from data_pipelines.pipeline.stages.trained_tokenizer import write_tokenizer
 from data_pipelines.pipeline.work import DamagedWorkError, DataTask, Done, Output, Workspace
 from llmtrain.config.pipeline import PipelineConfig
-from llmtrain.config.steps import NearDedupStep
 from llmtrain.errors import DataError, LlmtrainError
 
 Handler = Callable[[Workspace, DataTask, Output], dict[str, Any]]
@@ -29,9 +28,8 @@ def _write_count(work: Workspace, task: DataTask, output: Output) -> dict[str, A
     stage = work.program.documents(segment).name
     chunks = range(len(work.plan.chunks))
     documents = sum(work.require_done(DataTask(stage, number)).counters["kept"]["documents"] for number in chunks)
-    group = work.program.segments[segment].group
-    near = group is not None and isinstance(group.section, NearDedupStep)
-    bands = num_band_tasks(group.section, documents) if near else 0
+    near = work.program.near_dedup(segment)
+    bands = 0 if near is None else num_band_tasks(near, documents)
     return {"documents": documents, "exact": num_parts(documents), "bands": bands}
 
 

@@ -29,7 +29,7 @@ class RayTasks:
 
     def __init__(self, cluster: "Cluster", workers: int) -> None:
         self._cluster = cluster
-        self._workers = workers or _cluster_cpus()
+        self._workers = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
     def each(
         self, function: Callable[[Argument], Result], arguments: Iterable[Argument]
@@ -77,7 +77,3 @@ def _result(answer: Any, argument: object) -> Any:
             f"{argument}: could not be done in {MOST_CALLS + 1} tries on the cluster ({reason}). Its nodes may have "
             "too little memory: try fewer run.workers."
         ) from None
-
-
-def _cluster_cpus() -> int:
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))

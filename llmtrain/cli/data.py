@@ -141,7 +141,7 @@ def run(
 
     The result is the same for any number of workers, on one machine or a Ray cluster.
     """
-    from data_pipelines.pipeline.checks import storage_problems
+    from data_pipelines.pipeline.planning import storage_problems
     from llmtrain.config.reading.pipeline import load_pipeline
 
     config = load_pipeline(pipeline, overrides or [], storage_problems).config

@@ -68,9 +68,10 @@ def kept_documents(work: Workspace, segment: int, chunk: int, with_caps: bool = 
                 yield Found(row, Document(**json.loads(line)))
 
 
-def document_at(work: Workspace, stage: str, chunk: int, row: int) -> Document:
-    """One document by its place. Raises DamagedWorkError."""
-    with zstd.ZstdFile(work.checked(DataTask(stage, chunk), DOCUMENTS)) as file:
+def document_at(work: Workspace, stage: str, place: int) -> Document:
+    """One document by its id. Raises DamagedWorkError."""
+    row = place & ((1 << ROW_BITS) - 1)
+    with zstd.ZstdFile(work.checked(DataTask(stage, place >> ROW_BITS), DOCUMENTS)) as file:
         return Document(**json.loads(next(islice(file, row, None))))
 
 

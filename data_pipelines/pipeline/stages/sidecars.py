@@ -8,7 +8,6 @@ import numpy as np
 from data_pipelines.documents import Document
 from data_pipelines.duplicates.signatures import Signatures
 from data_pipelines.pipeline.work import Output, Workspace
-from llmtrain.config.steps import NearDedupStep
 
 KEYS, SIZES = ".keys", ".sizes"
 """Endings: keys of texts [n, 2] and (drawn key, bytes) [n, 2] of each document, uint64."""
@@ -28,8 +27,8 @@ def sidecars_of(work: Workspace, segment_number: int) -> list[Sidecar]:
     """Those that the stages behind a segment need."""
     group = work.program.segments[segment_number].group
     sidecars: list[Sidecar] = []
-    if group is not None and isinstance(group.section, NearDedupStep):
-        sidecars.append(Signatures(group.section, work.config.seed))
+    if (near := work.program.near_dedup(segment_number)) is not None:
+        sidecars.append(Signatures(near, work.config.seed))
     elif group is not None:
         sidecars.append(_Keys())
     if work.program.has_caps and segment_number == len(work.program.segments) - 1:

@@ -183,20 +183,16 @@ class RemoteFolder:
     def _iter_chunks(self, name: str) -> Iterator[bytes]:
         """The content of a file, as it arrives. Raises what `_fault` makes of the library's errors."""
         try:
-            file_system = self._connected()
+            if self._file_system is None:
+                self._file_system = file_system(self._parts.scheme.lower(), self._config.timeout_seconds)
             # A size and no block size make the HTTP library stream, without asking for the size before.
             options = {"size": 1, "block_size": 0} if self._parts.scheme.lower() in ("http", "https") else {}
-            with file_system.open(self._url(name), "rb", **options) as file:
+            with self._file_system.open(self._url(name), "rb", **options) as file:
                 while chunk := file.read(_CHUNK_BYTES):
                     yield chunk
         # Each library has errors of its own, without a common base.
         except Exception as error:
             raise fault_of(self.location(name), error, self._config.timeout_seconds) from None
-
-    def _connected(self) -> Any:
-        if self._file_system is None:
-            self._file_system = file_system(self._parts.scheme.lower(), self._config.timeout_seconds)
-        return self._file_system
 
 
 def file_system(scheme: str, timeout_seconds: float) -> Any:

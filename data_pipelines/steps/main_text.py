@@ -30,12 +30,12 @@ class MainText:
 
     def __init__(self, section: HtmlStep) -> None:
         self._section = section
-        self._extract = _trafilatura() if section.extractor == "trafilatura" else _resiliparse(section.main_content)
+        self._extract = _extractor(section)
 
     def __call__(self, document: Document, counts: Counter[str]) -> Document | Dropped:
         """The document with its text, or why it is dropped; `counts` has the number of pages."""
         html = document.text
-        if not _is_page(html):
+        if not (_BEGINS_AS_PAGE.match(html) or _ROOT.search(html, 0, _HEAD_CHARACTERS)):
             return document
         if len(html) > self._section.max_characters:
             return Dropped("page_too_long")
@@ -46,11 +46,6 @@ class MainText:
             return Dropped("page_without_text")
         counts["pages"] += 1
         return replace(document, text=text)
-
-
-def _is_page(text: str) -> bool:
-    """Whether a text is HTML: it begins with a tag of it, or its root stands near the begin."""
-    return bool(_BEGINS_AS_PAGE.match(text) or _ROOT.search(text, 0, _HEAD_CHARACTERS))
 
 
 def _is_deeper(html: str, limit: int) -> bool:
@@ -66,13 +61,11 @@ def _is_deeper(html: str, limit: int) -> bool:
     return False
 
 
-def _resiliparse(main_content: bool) -> Callable[[str], str]:
+def _extractor(section: HtmlStep) -> Callable[[str], str]:
+    if section.extractor == "trafilatura":
+        from trafilatura import extract
+
+        return lambda html: extract(html, include_comments=False) or ""
     from resiliparse.extract.html2text import extract_plain_text  # pyright: ignore[reportMissingModuleSource]
 
-    return lambda html: extract_plain_text(html, main_content=main_content, alt_texts=False)
-
-
-def _trafilatura() -> Callable[[str], str]:
-    from trafilatura import extract
-
-    return lambda html: extract(html, include_comments=False) or ""
+    return lambda html: extract_plain_text(html, main_content=section.main_content, alt_texts=False)

@@ -40,12 +40,9 @@ class PhoneNumbers:
                 spans = [
                     (begin + match.start, begin + match.end)
                     for match in self._matcher(window, region)
-                    if begin + match.start >= candidate.start() and _is_written_as_one(match.raw_string)
+                    if begin + match.start >= candidate.start()
+                    and (match.raw_string.startswith("+") or _GROUPS.search(match.raw_string))
                 ]
                 if spans:
                     yield from spans
                     break
-
-
-def _is_written_as_one(number: str) -> bool:
-    return number.startswith("+") or _GROUPS.search(number) is not None

@@ -14,6 +14,7 @@ CALLED_ONCE_LINES = 4
 SMALL_MODULES = {
     "llmtrain/checks/parity/rank_pool_preload.py": "what the process that ranks are forked from imports first",
     "llmtrain/interop/families/mistral.py": "a row of the table of families",
+    "data_pipelines/steps/length.py": "a row of the table of steps",
 }
 """Modules below MODULE_LINES that are a seam, a row of a table or what a process has to import first, and why."""
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.marks import num_sentences
-from data_pipelines.steps.quality.words import Words
+from data_pipelines.steps.quality.split_text import SplitText
 from llmtrain.config.quality import C4Rules
 
 _SENTENCE_ENDS = (".", "?", "!", '"', "'")
@@ -34,7 +34,7 @@ class C4Rule:
             *(_POLICIES if rules.policies else ()),
         )
 
-    def __call__(self, words: Words, counts: Counter[str]) -> Words | Dropped:
+    def __call__(self, words: SplitText, counts: Counter[str]) -> SplitText | Dropped:
         """The text of the lines that stay, or why it is dropped."""
         rules = self._rules
         lower = words.text.lower()
@@ -72,7 +72,7 @@ class C4Rule:
         if sentences < wanted:
             return Dropped("too_few_sentences")
         text = "\n".join(kept).strip()
-        return words if text == words.text else Words(text)
+        return words if text == words.text else SplitText(text)
 
     def _of_phrases(self, line: str) -> str:
         """The first of the tests for phrases that a line fails."""

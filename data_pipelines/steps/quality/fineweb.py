@@ -5,7 +5,7 @@ from collections import Counter
 from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.marks import SENTENCE_ENDS
 from data_pipelines.steps.quality.repetition import repeated
-from data_pipelines.steps.quality.words import Words
+from data_pipelines.steps.quality.split_text import SplitText
 from llmtrain.config.quality import FineWebRules
 
 
@@ -15,12 +15,12 @@ class FineWebRule:
     def __init__(self, rules: FineWebRules) -> None:
         self._rules = rules
 
-    def __call__(self, words: Words, counts: Counter[str]) -> Words | Dropped:
+    def __call__(self, words: SplitText, counts: Counter[str]) -> SplitText | Dropped:
         """The same text, or why it is dropped."""
         reason = self._reason(words)
         return Dropped(reason) if reason else words
 
-    def _reason(self, words: Words) -> str:
+    def _reason(self, words: SplitText) -> str:
         rules, text = self._rules, words.text
         lines = [line for line in text.split("\n") if line and not line.isspace()]
         if not lines:

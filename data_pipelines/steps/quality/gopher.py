@@ -6,7 +6,7 @@ import numpy as np
 
 from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.marks import MARKS
-from data_pipelines.steps.quality.words import Words
+from data_pipelines.steps.quality.split_text import SplitText
 from llmtrain.config.quality import GopherRules
 
 _BULLETS = ("•", "-")
@@ -22,12 +22,12 @@ class GopherRule:
     def __init__(self, rules: GopherRules) -> None:
         self._rules = rules
 
-    def __call__(self, words: Words, counts: Counter[str]) -> Words | Dropped:
+    def __call__(self, words: SplitText, counts: Counter[str]) -> SplitText | Dropped:
         """The same text, or why it is dropped."""
         reason = self._of_lengths(words) or self._of_symbols(words) or self._of_kinds(words)
         return Dropped(reason) if reason else words
 
-    def _of_lengths(self, words: Words) -> str:
+    def _of_lengths(self, words: SplitText) -> str:
         rules = self._rules
         is_mark = np.fromiter(map(MARKS.issuperset, words.numbers), np.bool_, len(words.numbers))
         counted = np.where(is_mark, 0, words.counts)
@@ -43,7 +43,7 @@ class GopherRule:
             return "gopher_above_avg_threshold"
         return ""
 
-    def _of_symbols(self, words: Words) -> str:
+    def _of_symbols(self, words: SplitText) -> str:
         rules, text, lines = self._rules, words.text, max(1, len(words.lines))
         ellipses = sum(map(text.count, _ELLIPSES))
         if rules.max_symbols_per_word is not None:
@@ -64,7 +64,7 @@ class GopherRule:
                 return "gopher_too_many_end_ellipsis"
         return ""
 
-    def _of_kinds(self, words: Words) -> str:
+    def _of_kinds(self, words: SplitText) -> str:
         rules, numbers = self._rules, words.numbers
         if rules.min_alphabetic_words is not None:
             alphabetic = [word.isalpha() or any(map(str.isalpha, word)) for word in numbers]

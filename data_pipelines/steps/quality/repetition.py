@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipelines.documents import Dropped
-from data_pipelines.steps.quality.words import Numbers, Words
+from data_pipelines.steps.quality.split_text import Numbers, SplitText
 from llmtrain.config.quality import RepetitionRules
 
 _LINE_ENDS = re.compile(r"\n+")
@@ -43,7 +43,7 @@ class RepetitionRule:
             *(rules.max_duplicate_8grams, rules.max_duplicate_9grams, rules.max_duplicate_10grams),
         )
 
-    def __call__(self, words: Words, counts: Counter[str]) -> Words | Dropped:
+    def __call__(self, words: SplitText, counts: Counter[str]) -> SplitText | Dropped:
         """The same text, or why it is dropped."""
         if not words.text:
             return Dropped("empty")
@@ -70,10 +70,12 @@ class RepetitionRule:
             return "dup_line_char_frac"
         return ""
 
-    def _of_ngrams(self, words: Words) -> str:
-        size, found = len(words.text), _repeated_words(words)
-        ends = np.zeros(len(words.ids) + 1, np.int64)
-        np.cumsum(words.lengths[words.ids], out=ends[1:])  # [N + 1]: characters of the first words
+    def _of_ngrams(self, words: SplitText) -> str:
+        size, ids = len(words.text), words.ids
+        places = np.flatnonzero(words.counts[ids] > 1)
+        found = _Repeated(places, ids[places], places[:0])  # words, in order of their places, which is enough for n = 2
+        ends = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(words.lengths[ids], out=ends[1:])  # [N + 1]: characters of the first words
         for n, limit in enumerate(self._top, 2):
             found = _repeated_ngrams(words, found, n)
             if limit is not None and _top_characters(ends, found, n) / size > limit:
@@ -82,7 +84,10 @@ class RepetitionRule:
             found = _repeated_ngrams(words, found, n)
             if not len(found.places):
                 return ""
-            if limit is None or _most_characters(ends, found, n) / size <= limit:
+            if limit is None:
+                continue
+            again = np.delete(found.places, found.begins)
+            if int((ends[again + n] - ends[again]).sum()) / size <= limit:  # those that overlap counted fully
                 continue
             if _characters_in_turn(ends, found, n) / size > limit:
                 return f"duplicated_{n}_n_grams"
@@ -100,13 +105,7 @@ def _exceeds(share: float, limit: float | None) -> bool:
     return limit is not None and share > limit
 
 
-def _repeated_words(words: Words) -> _Repeated:
-    """The words that occur again, in order of their places, which is enough to begin with."""
-    places = np.flatnonzero(words.counts[words.ids] > 1)
-    return _Repeated(places, words.ids[places], places[:0])
-
-
-def _repeated_ngrams(words: Words, before: _Repeated, n: int) -> _Repeated:
+def _repeated_ngrams(words: SplitText, before: _Repeated, n: int) -> _Repeated:
     """The n-grams that occur again, from those of n - 1."""
     ids, bits = words.ids, len(words.ids).bit_length()
     inside = before.places <= len(ids) - n
@@ -139,12 +138,6 @@ def _top_characters(ends: Numbers, found: _Repeated, n: int) -> int:
         times = int(lengths.max())
         first = int(found.places[found.begins[lengths == times]].min())
     return (int(ends[first + n] - ends[first]) + n - 1) * times
-
-
-def _most_characters(ends: Numbers, found: _Repeated, n: int) -> int:
-    """At least as many characters as `_characters_in_turn`, at no cost: of all n-grams that came before."""
-    again = np.delete(found.places, found.begins)
-    return int((ends[again + n] - ends[again]).sum())
 
 
 def _characters_in_turn(ends: Numbers, found: _Repeated, n: int) -> int:

@@ -10,10 +10,10 @@ from data_pipelines.steps.quality.c4 import C4Rule
 from data_pipelines.steps.quality.fineweb import FineWebRule
 from data_pipelines.steps.quality.gopher import GopherRule
 from data_pipelines.steps.quality.repetition import RepetitionRule
-from data_pipelines.steps.quality.words import Words
+from data_pipelines.steps.quality.split_text import SplitText
 from llmtrain.config.quality import QualityStep
 
-Rule = Callable[[Words, Counter[str]], Words | Dropped]
+Rule = Callable[[SplitText, Counter[str]], SplitText | Dropped]
 """The words that the next rule sees, the same where the text stays as it is, or why the document is dropped."""
 
 RULES: dict[str, Callable[[Any], Rule]] = {
@@ -33,7 +33,7 @@ class Quality:
 
     def __call__(self, document: Document, counts: Counter[str]) -> Document | Dropped:
         """The document, with the text that the rules left of it, or the first test that it failed."""
-        words = Words(document.text)
+        words = SplitText(document.text)
         for rule in self._rules:
             found = rule(words, counts)
             if isinstance(found, Dropped):

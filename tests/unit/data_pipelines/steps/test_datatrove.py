@@ -12,8 +12,8 @@ import pytest
 
 from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.marks import MARKS, SENTENCE_ENDS, num_sentences
+from data_pipelines.steps.quality.split_text import SplitText
 from data_pipelines.steps.quality.step import RULES
-from data_pipelines.steps.quality.words import Words
 from llmtrain.config.quality import QualityStep
 from tests.support.readers import require_datatrove
 from tests.support.real_text import real_documents
@@ -59,7 +59,7 @@ def theirs(rule: str, texts: list[str], **settings: Any) -> list[tuple[str, str]
 
 def ours(rule: str, texts: list[str], **keys: Any) -> list[tuple[str, str]]:
     chosen = RULES[rule](getattr(QualityStep(**{rule: keys}), rule))
-    found = [chosen(Words(text), Counter()) for text in texts]
+    found = [chosen(SplitText(text), Counter()) for text in texts]
     return [(one.reason, "") if isinstance(one, Dropped) else ("", one.text) for one in found]
 
 

@@ -3,12 +3,13 @@
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.quality import repetition
+from data_pipelines.steps.quality.split_text import SplitText
 from data_pipelines.steps.quality.step import Quality
-from data_pipelines.steps.quality.words import Words
 from llmtrain.config.quality import QualityStep
 from tests.support.real_text import real_documents
 from tests.unit.data_pipelines.steps import borderline
@@ -88,8 +89,9 @@ def test_sorting_without_packing_gives_the_same(monkeypatch: pytest.MonkeyPatch)
 
 def test_ngrams_that_occur_again_are_those_that_counting_finds() -> None:
     text = "a b a b a b c a b a b d d d d d d e a b c a b"
-    words = Words(text)
-    found = repetition._repeated_words(words)
+    words = SplitText(text)
+    every = np.arange(len(words.ids))
+    found = repetition._Repeated(every, words.ids, every[:0])
     for n in range(2, 8):
         found = repetition._repeated_ngrams(words, found, n)
         places: dict[tuple[str, ...], list[int]] = {}

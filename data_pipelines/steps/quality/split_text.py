@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.int64]
 
 
-class Words:
+class SplitText:
     """A text and its parts, each made when it is first asked for. N words, of which V are distinct."""
 
     def __init__(self, text: str) -> None:

@@ -20,6 +20,9 @@ FILTERS: dict[RuleName, tuple[str, str]] = {
     "c4": ("c4_filters", "C4QualityFilter"),
     "fineweb": ("fineweb_quality_filter", "FineWebQualityFilter"),
 }
+CHAIN: tuple[RuleName, ...] = ("gopher_repetition", "gopher", "c4", "fineweb")
+"""FineWeb's order: a document that one drops is not shown to the next."""
+
 OURS = "llmtrain"
 SPLIT = "datatrove, its words by str.split"
 SPACY = "datatrove, its words by spaCy"
@@ -32,14 +35,15 @@ def benchmark(options: Options) -> list[Table]:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tables = []
     with one_core():
-        for rule in FILTERS:
-            contenders: dict[str, Measurement] = {OURS: lambda rule=rule: megabytes / _seconds(_our(rule), texts)}
+        for rules in (*((rule,) for rule in FILTERS), CHAIN):
+            contenders: dict[str, Measurement] = {OURS: lambda rules=rules: megabytes / _seconds(_our(rules), texts)}
             contenders[ALONE] = lambda: megabytes / _seconds(str.split, texts)
             contenders |= {
-                name: lambda rule=rule, name=name: megabytes / _seconds(_their(rule, name), texts) for name in _peers()
+                name: lambda rules=rules, name=name: megabytes / _seconds(_their(rules, name), texts)
+                for name in _peers()
             }
             rows = measure(contenders, options.rounds)
-            title = f"quality: {rule} on one core ({len(texts)} documents, {megabytes:.1f} MB)"
+            title = f"quality: {', '.join(rules)} on one core ({len(texts)} documents, {megabytes:.1f} MB)"
             tables.append(Table(title, "MB/s of CPU time", "higher", OURS, rows, _notes()))
     return tables
 
@@ -64,16 +68,28 @@ def _seconds(judge: Any, texts: list[str]) -> float:
     return time.process_time() - started
 
 
-def _our(rule: RuleName) -> Any:
-    step = Quality(QualityStep(rules=(rule,)))
+def _our(rules: tuple[RuleName, ...]) -> Any:
+    step = Quality(QualityStep(rules=rules))
     return lambda text: isinstance(step(Document("", text), Counter()), Dropped)
 
 
-def _their(rule: RuleName, peer: str) -> Any:
+def _their(rules: tuple[RuleName, ...], peer: str) -> Any:
+    """Whether all of some filters keep a text."""
+    importlib.import_module("datatrove.utils.text").split_into_parts.cache_clear()  # the words of the last texts
+    document = importlib.import_module("datatrove.data").Document
+    filters = [_filter(rule, peer) for rule in rules]
+
+    def judge(text: str) -> bool:
+        one = document(text=text, id="")
+        return all(chosen.filter(one) is True for chosen in filters)
+
+    return judge
+
+
+def _filter(rule: RuleName, peer: str) -> Any:
     """A filter as it comes, or with words and sentences by the means that ours have."""
     module = importlib.import_module(f"datatrove.pipeline.filters.{FILTERS[rule][0]}")
     text_module = importlib.import_module("datatrove.utils.text")
-    document = importlib.import_module("datatrove.data").Document
     split = (lambda text, language: text.split()) if peer == SPLIT else text_module.split_into_words
     sentences = (
         (lambda line, language: [line] * num_sentences(line)) if peer == SPLIT else text_module.split_into_sentences
@@ -81,6 +97,4 @@ def _their(rule: RuleName, peer: str) -> Any:
     for name, replacement in (("split_into_words", split), ("split_into_sentences", sentences)):
         if hasattr(module, name):
             setattr(module, name, replacement)
-    chosen = getattr(module, FILTERS[rule][1])()
-    text_module.split_into_parts.cache_clear()  # it remembers the words of the last texts
-    return lambda text: chosen.filter(document(text=text, id=""))
+    return getattr(module, FILTERS[rule][1])()

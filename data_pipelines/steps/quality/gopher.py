@@ -2,8 +2,6 @@
 
 from collections import Counter
 
-import numpy as np
-
 from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.marks import MARKS
 from data_pipelines.steps.quality.split_text import SplitText
@@ -29,8 +27,9 @@ class GopherRule:
 
     def _of_lengths(self, words: SplitText) -> str:
         rules = self._rules
-        is_mark = np.fromiter(map(MARKS.issuperset, words.numbers), np.bool_, len(words.numbers))
-        counted = np.where(is_mark, 0, words.counts)
+        places, others = words.others  # no mark is a letter
+        counted = words.counts.copy()
+        counted[places[list(map(MARKS.issuperset, others))]] = 0
         number = int(counted.sum())
         if rules.min_words is not None and number < rules.min_words:
             return "gopher_short_doc"
@@ -67,9 +66,10 @@ class GopherRule:
     def _of_kinds(self, words: SplitText) -> str:
         rules, numbers = self._rules, words.numbers
         if rules.min_alphabetic_words is not None:
-            alphabetic = [word.isalpha() or any(map(str.isalpha, word)) for word in numbers]
-            found = int(words.counts @ np.array(alphabetic, np.int64))
-            if found / max(1, len(words.words)) < rules.min_alphabetic_words:
+            places, others = words.others
+            without = [not any(map(str.isalpha, word)) for word in others]
+            number = len(words.words)
+            if (number - int(words.counts[places[without]].sum())) / max(1, number) < rules.min_alphabetic_words:
                 return "gopher_below_alpha_threshold"
         if rules.min_stop_words is not None:
             found = sum(word in numbers for word in set(rules.stop_words))

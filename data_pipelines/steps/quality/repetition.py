@@ -5,7 +5,6 @@ An n-gram that occurs again begins with an (n-1)-gram that occurs again. So n-gr
 exact, with no strings made, and soon over for most texts. N words; K places, fewer from n to n.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,8 +14,6 @@ from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.split_text import Numbers, SplitText
 from llmtrain.config.quality import RepetitionRules
 
-_LINE_ENDS = re.compile(r"\n+")
-_PARAGRAPH_ENDS = re.compile(r"\n{2,}")
 _SORTED_BITS = 62
 
 
@@ -24,12 +21,13 @@ _SORTED_BITS = 62
 class _Repeated:
     """N-grams of one n that occur more than once: `places` [K], by number and then by place, and their `numbers` [K].
 
-    `begins` [G]: where each number begins in them.
+    `begins` [G]: where each number begins in them; `counts` [G]: how often it occurs.
     """
 
     places: Numbers
     numbers: Numbers
     begins: Numbers
+    counts: Numbers
 
 
 class RepetitionRule:
@@ -52,9 +50,11 @@ class RepetitionRule:
 
     def _of_paragraphs(self, text: str) -> str:
         rules = self._rules
-        paragraphs = _PARAGRAPH_ENDS.split(text.strip())
+        paragraphs = [part for part in text.strip().split("\n\n") if part]
+        if "\n\n\n" in text:
+            paragraphs = [inner for part in paragraphs if (inner := part.strip("\n"))]
         again, characters = repeated(paragraphs)
-        if _exceeds(again / len(paragraphs), rules.max_duplicate_paragraphs):
+        if _exceeds(again / max(1, len(paragraphs)), rules.max_duplicate_paragraphs):
             return "dup_para_frac"
         if _exceeds(characters / len(text), rules.max_duplicate_paragraph_characters):
             return "dup_para_char_frac"
@@ -62,7 +62,8 @@ class RepetitionRule:
 
     def _of_lines(self, text: str) -> str:
         rules = self._rules
-        lines = _LINE_ENDS.split(text)
+        lines = [line for line in text.split("\n") if line]
+        lines += [""] * (text.startswith("\n") + text.endswith("\n"))  # as if line ends in a row were one
         again, characters = repeated(lines)
         if _exceeds(again / len(lines), rules.max_duplicate_lines):
             return "dup_line_frac"
@@ -73,7 +74,8 @@ class RepetitionRule:
     def _of_ngrams(self, words: SplitText) -> str:
         size, ids = len(words.text), words.ids
         places = np.flatnonzero(words.counts[ids] > 1)
-        found = _Repeated(places, ids[places], places[:0])  # words, in order of their places, which is enough for n = 2
+        # Words in the order of their places, which is enough to begin with.
+        found = _Repeated(places, ids[places], places[:0], places[:0])
         ends = np.zeros(len(ids) + 1, np.int64)
         np.cumsum(words.lengths[ids], out=ends[1:])  # [N + 1]: characters of the first words
         for n, limit in enumerate(self._top, 2):
@@ -86,7 +88,9 @@ class RepetitionRule:
                 return ""
             if limit is None:
                 continue
-            again = np.delete(found.places, found.begins)
+            again = np.ones(len(found.places), np.bool_)
+            again[found.begins] = False
+            again = found.places[again]
             if int((ends[again + n] - ends[again]).sum()) / size <= limit:  # those that overlap counted fully
                 continue
             if _characters_in_turn(ends, found, n) / size > limit:
@@ -118,11 +122,13 @@ def _repeated_ngrams(words: SplitText, before: _Repeated, n: int) -> _Repeated:
     else:
         order = np.lexsort((places, keys))
         keys, places = keys[order], places[order]
-    begins = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1]))[: len(keys)])
-    lengths = np.diff(begins, append=len(keys))
-    again = lengths > 1
-    places, lengths = places[np.repeat(again, lengths)], lengths[again]
-    return _Repeated(places, np.repeat(np.arange(len(lengths)), lengths), np.cumsum(lengths) - lengths)
+    is_new = np.ones(len(keys) + 1, np.bool_)
+    np.not_equal(keys[1:], keys[:-1], out=is_new[1:-1])
+    begins = np.flatnonzero(is_new)  # one more, behind the last key
+    counts = begins[1:] - begins[:-1]
+    again = counts > 1
+    places, counts = places[np.repeat(again, counts)], counts[again]
+    return _Repeated(places, np.repeat(np.arange(len(counts)), counts), np.cumsum(counts) - counts, counts)
 
 
 def _top_characters(ends: Numbers, found: _Repeated, n: int) -> int:
@@ -134,9 +140,8 @@ def _top_characters(ends: Numbers, found: _Repeated, n: int) -> int:
         return 0
     times, first = 1, 0
     if len(found.places):
-        lengths = np.diff(found.begins, append=len(found.places))
-        times = int(lengths.max())
-        first = int(found.places[found.begins[lengths == times]].min())
+        times = int(found.counts.max())
+        first = int(found.places[found.begins[found.counts == times]].min())
     return (int(ends[first + n] - ends[first]) + n - 1) * times
 
 

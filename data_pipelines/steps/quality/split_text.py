@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from functools import cached_property
+from itertools import compress
+from operator import not_
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +44,12 @@ class SplitText:
     def ids(self) -> Numbers:
         """[N]: the number of each word."""
         return self._vocabulary[1]
+
+    @cached_property
+    def others(self) -> tuple[Numbers, list[str]]:
+        """Of the distinct words, those with something else than letters in them: their numbers, and themselves."""
+        of_letters = list(map(str.isalpha, self.numbers))
+        return np.flatnonzero(np.logical_not(of_letters)), list(compress(self.numbers, map(not_, of_letters)))
 
     @cached_property
     def counts(self) -> Numbers:

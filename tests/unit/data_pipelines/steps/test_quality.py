@@ -91,7 +91,7 @@ def test_ngrams_that_occur_again_are_those_that_counting_finds() -> None:
     text = "a b a b a b c a b a b d d d d d d e a b c a b"
     words = SplitText(text)
     every = np.arange(len(words.ids))
-    found = repetition._Repeated(every, words.ids, every[:0])
+    found = repetition._Repeated(every, words.ids, every[:0], every[:0])
     for n in range(2, 8):
         found = repetition._repeated_ngrams(words, found, n)
         places: dict[tuple[str, ...], list[int]] = {}

@@ -23,7 +23,7 @@ class Dropped:
     reason: str
 
 
-class Step(Protocol):
+class DocumentStep(Protocol):
     """A pure function of one document: the same document gives the same result, whatever came before it."""
 
     def __call__(self, document: Document, counts: Counter[str]) -> Document | Dropped:

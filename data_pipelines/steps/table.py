@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from data_pipelines.documents import Step
+from data_pipelines.documents import DocumentStep
 from data_pipelines.steps.addresses import Addresses
 from data_pipelines.steps.contamination import Contamination
 from data_pipelines.steps.language import Language
@@ -32,7 +32,7 @@ class StepRow:
     extra of llmtrain that has them; `files` the lists and evaluation sets that its result depends on.
     """
 
-    build: Callable[[Any], Step]
+    build: Callable[[Any], DocumentStep]
     packages: Callable[[Any], dict[str, str]] = lambda section: {}
     files: Callable[[Any], tuple[str, ...]] = lambda section: ()
 

@@ -127,31 +127,40 @@ def broken_links(page: Path, text: str) -> list[str]:
     return broken
 
 
-def test_configuration_reference_is_up_to_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configuration_references_are_up_to_date(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate.main(["--check"]) == 0, "run `make docs`"
-    stale = tmp_path / "configuration.md"
-    assert generate.main(["--check"], stale) == 1
-    stale.write_text(generate.page_text().replace("least", "most", 1), "utf-8")
-    assert generate.main(["--check"], stale) == 1
-    assert "make docs" in capsys.readouterr().err
-    assert generate.main([], stale) == 0
-    assert generate.main(["--check"], stale) == 0
-    assert generate.main(["--chekc"], stale) == 2
+    for name in generate.PAGES:
+        (tmp_path / name).write_text(generate.page_text(name), "utf-8")
+    for name in generate.PAGES:
+        stale, text = tmp_path / name, generate.page_text(name)
+        stale.unlink()
+        assert generate.main(["--check"], tmp_path) == 1
+        stale.write_text(text.replace("least", "most", 1), "utf-8")
+        assert generate.main(["--check"], tmp_path) == 1
+        assert f"{name} is out of date: run `make docs`" in capsys.readouterr().err
+        assert generate.main([], tmp_path) == 0
+        assert generate.main(["--check"], tmp_path) == 0
+    assert generate.main(["--chekc"], tmp_path) == 2
 
 
-def test_configuration_reference_has_every_key_with_its_meaning() -> None:
-    rows = [line.split(" | ") for line in generate.page_text().splitlines() if line.startswith("| `")]
+references = pytest.mark.parametrize("name", generate.PAGES)
+
+
+@references
+def test_configuration_references_have_every_key_with_its_meaning(name: str) -> None:
+    rows = [line.split(" | ") for line in generate.page_text(name).splitlines() if line.startswith("| `")]
     found = {row[0].removeprefix("| ").strip("`").replace(".N.", ".0.") for row in rows}
-    assert found == set(all_keys())
+    assert found == set(all_keys(generate.PAGES[name][1]))
     assert [row for row in rows if len(row) != 4 or not row[3].rstrip(" |")] == []
 
 
-def test_defaults_are_whole_and_are_yaml() -> None:
+@references
+def test_defaults_are_whole_and_are_yaml(name: str) -> None:
     """What the page gives as a default can be written into a file, and means the default."""
-    rows = [line.strip("| ").split(" | ") for line in generate.page_text().splitlines() if line.startswith("| `")]
+    rows = [line.strip("| ").split(" | ") for line in generate.page_text(name).splitlines() if line.startswith("| `")]
     defaults = {row[0].strip("`"): row[2].strip("`").replace("&#124;", "|") for row in rows}
     compared = 0
-    for key, section in generate.iter_sections():
+    for key, section in generate.iter_sections(root=generate.PAGES[name][1]):
         for name, field in section.model_fields.items():
             written = defaults[f"{key}.{name}" if key else name]
             if written in ("required", "as below"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from data_pipelines.documents import Document, Dropped, Step
+from data_pipelines.documents import Document, DocumentStep, Dropped
 from data_pipelines.pipeline.stages.document_files import kept_documents, written_documents
 from data_pipelines.pipeline.stages.sidecars import sidecars_of
 from data_pipelines.pipeline.work import DataTask, Output, Workspace
@@ -54,7 +54,7 @@ class StepCount:
 
 
 @lru_cache(maxsize=8)
-def _steps(configs: tuple[StepConfig, ...]) -> list[Step]:
+def _steps(configs: tuple[StepConfig, ...]) -> list[DocumentStep]:
     """The steps of a segment, built once in a process: models and lists are loaded here."""
     return [STEPS[config.name].build(config.section) for config in configs]
 
@@ -123,7 +123,7 @@ def _read(work: Workspace, number: int, report: ReadReport) -> Iterator[Document
             report.leave_out("damaged", error)
 
 
-def _through(document: Document, steps: list[tuple[Step, StepCount]]) -> Document | None:
+def _through(document: Document, steps: list[tuple[DocumentStep, StepCount]]) -> Document | None:
     """The document behind all steps; None where one drops it."""
     for step, count in steps:
         count.seen += 1

@@ -155,7 +155,8 @@ def write_shard(work: Workspace, task: DataTask, output: Output) -> dict[str, An
         # Stable: of equal keys the document of the first chunk comes first, and within a chunk they are in order.
         for number, place in enumerate(np.argsort(rows["key"], kind="stable").tolist()):
             row = rows[place]
-            stored = _stored(work.checked(DataTask("tokens", int(places[place])), TOKENS), dtype.str)
+            path = work.checked(DataTask("tokens", int(places[place])), TOKENS)
+            stored = _mapped(path, dtype.str, path.stat().st_mtime_ns)
             ids = stored[int(row["offset"]) : int(row["offset"]) + int(row["tokens"])]
             writer.add(f"{shard.first + number:09d}", np.concatenate([bos, ids]) if len(bos) else ids)
         entry = writer.finish()
@@ -167,11 +168,7 @@ def write_shard(work: Workspace, task: DataTask, output: Output) -> dict[str, An
     return {"split": shard.split, "samples": entry.samples, "tokens": entry.tokens}
 
 
-def _stored(path: Path, dtype: str) -> NDArray[Any]:
-    """The ids of a chunk, which lie on the disk; of many chunks the last ones that were looked at stay mapped."""
-    return _mapped(path, dtype, path.stat().st_mtime_ns)
-
-
 @lru_cache(maxsize=4096)
 def _mapped(path: Path, dtype: str, changed: int) -> NDArray[Any]:
+    """The ids of a chunk, which lie on the disk. The last ones that were looked at stay mapped."""
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)

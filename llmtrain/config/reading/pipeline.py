@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llmtrain.config.pipeline import PipelineConfig
-from llmtrain.config.reading.document import Node, read_document
+from llmtrain.config.reading.document import Node
 from llmtrain.config.reading.load import LoadedConfig, Schema, load_file
 from llmtrain.config.rules.pipeline import pipeline_problems
 from llmtrain.errors import Problem
@@ -25,13 +25,6 @@ def load_pipeline(
         return found if storage_rules is None else found + storage_rules(config)
 
     return load_file(path, overrides, Schema(PipelineConfig, rules, lambda root, _: _written_out(root)))
-
-
-def is_pipeline(path: Path) -> bool:
-    """True where a file is that of a pipeline and not of a run: it has a key `read` and no `model`. Faults are left to
-    who loads it."""
-    node = read_document(path, "", [])
-    return node is not None and isinstance(node.value, dict) and "read" in node.value and "model" not in node.value
 
 
 def _written_out(root: Node) -> Node:

@@ -4,7 +4,7 @@ import types
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -32,6 +32,8 @@ def sections_of(annotation: Any) -> tuple[type[Section], bool] | None:
     """The section class in a field's type, and whether the field is a list of them; None for plain values."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation, False
+    if get_origin(annotation) is Annotated:
+        return sections_of(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType, tuple):
         for part in get_args(annotation):
             found = sections_of(part)

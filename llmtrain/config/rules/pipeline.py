@@ -1,6 +1,7 @@
 """Rules between the keys of a data pipeline. Pure."""
 
 from llmtrain.config.pipeline import PipelineConfig, ReadConfig
+from llmtrain.config.rules.steps import step_problems
 from llmtrain.errors import Problem
 
 KEYED_FORMATS = ("auto", "jsonl", "json", "parquet", "arrow", "webdataset", "warc")
@@ -11,6 +12,7 @@ def pipeline_problems(config: PipelineConfig) -> list[Problem]:
     """Everything that is wrong between keys."""
     return [
         *_read_problems(config.read),
+        *step_problems(config.steps),
         *_tokenizer_problems(config),
         *_executor_problems(config),
     ]

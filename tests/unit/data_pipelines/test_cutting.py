@@ -69,8 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pieces_have_the_ids_of_the_whole(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [text_of(seed, 200) for seed in range(5)]
     if kind in ("bpe", "unigram", "dummy_prefix"):
-        settings = tokenizer_module._settings() | {"add_dummy_prefix": kind == "dummy_prefix"}
-        monkeypatch.setattr(tokenizer_module, "_settings", lambda: settings)
+        settings = tokenizer_module._settings(0) | {"add_dummy_prefix": kind == "dummy_prefix"}
+        monkeypatch.setattr(tokenizer_module, "_settings", lambda _: settings)
         found = train_tokenizer(texts, folder / f"{kind}.model", 330, "unigram" if kind == "unigram" else "bpe")
         tokenizer: Tokenizer = found
     else:

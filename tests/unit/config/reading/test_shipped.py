@@ -44,7 +44,7 @@ def test_bases_within_shipped_files_are_relative_to_them(tmp_path: Path, monkeyp
         ("llmtrain:models/llama.yaml", "Did you mean llmtrain:models/llama-"),
         ("llmtrain:models/gpt2_small.yml", "Did you mean llmtrain:models/gpt2-small.yaml, "),
         ("llmtrain:runs/gpt2_small.yml", "Did you mean llmtrain:runs/gpt2-small.yaml, "),
-        ("llmtrain:", "There are llmtrain:models/bert-base.yaml, "),
+        ("llmtrain:", "There are llmtrain:data/debian.yaml, "),
         ("llmtrain:../pyproject.toml", "llmtrain ships no such file"),
         ("llmtrain:models/../models/llama-8b.yaml", "Did you mean llmtrain:models/llama-8b.yaml"),
     ],

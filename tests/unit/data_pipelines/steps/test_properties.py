@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.documents import Document, Dropped, Step
+from data_pipelines.documents import Document, DocumentStep, Dropped
 from data_pipelines.steps.table import STEPS
 from llmtrain.config.quality import QualityStep
 from llmtrain.config.steps import StepConfig
@@ -45,7 +45,7 @@ ALL_RULES = ("gopher", "gopher_repetition", "c4", "fineweb")
 
 
 @cache
-def steps() -> dict[str, Step]:
+def steps() -> dict[str, DocumentStep]:
     folder = Path(mkdtemp())
     for name, text in {
         "words": "badword\none two\n<p>",

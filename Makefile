@@ -79,6 +79,9 @@ $(READERS)/ctranslate2/.installed: | $(STAMP)
 	$(INTO) $(@D) 'ctranslate2>=4.6'
 	touch $@
 
+$(READERS)/datasketch/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'datasketch>=2' && touch $@
+
 # The source package has llama.cpp and its converter in it.
 $(READERS)/llama.cpp/.installed: | $(STAMP)
 	rm -rf $(@D) $(READERS)/source && mkdir -p $(READERS)/source
@@ -93,7 +96,8 @@ $(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
 	touch $@
 
 # Where one cannot be had (no compiler, no network), its tests are skipped and say so.
-readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed
+readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
+  $(READERS)/datasketch/.installed
 	-$(MAKE) $(READERS)/ctranslate2/.installed
 	-$(MAKE) $(READERS)/llama_cpp/.installed
 
@@ -109,7 +113,7 @@ check: $(STAMP)
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-bench: $(STAMP)
+bench: $(STAMP) $(READERS)/datatrove/.installed $(READERS)/datasketch/.installed
 	$(BIN)/python -m tests.benchmarks
 
 # On a machine with a GPU eight minutes; elsewhere the same in tiny sizes.

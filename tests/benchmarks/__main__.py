@@ -21,6 +21,7 @@ BENCHMARKS = {
     "stream": "shards to packed batches beside webdataset and raw mmap",
     "resume": "how long the data stream takes to its first batch, far into a run",
     "sharding": "raw text to shards beside the tokenizer alone",
+    "pipeline": "a data pipeline beside its own functions in a loop and in Ray Data; signatures beside datasketch's",
     "quality": "rules of quality for texts beside datatrove's filters",
     "checkpoint": "saving and loading a state beside raw files, torch.save, safetensors and DCP; training's stall",
     "resharding": "loading with another layout on two ranks beside DCP: time, bytes from the disk, peak memory",

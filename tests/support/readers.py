@@ -43,6 +43,15 @@ def use_torchao() -> None:
     sys.path.append(str(TORCHAO))
 
 
+DATASKETCH = READERS / "datasketch"
+
+
+def use_datasketch() -> None:
+    """Let this process import datasketch, behind everything else that it imports."""
+    if str(DATASKETCH) not in sys.path:
+        sys.path.append(str(DATASKETCH))
+
+
 DATATROVE = READERS / "datatrove"
 
 

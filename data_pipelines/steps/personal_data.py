@@ -28,8 +28,12 @@ _NUMBERED = re.compile(
 )
 """What stands before a number of four parts that is no address: what it is a version or a section of."""
 
-_SECTION_PARTS = 50
-_HEADING = re.compile(r"\.?[ \t]+[^\W\d_a-z]")
+_FIRST_PART, _PARTS = 20, 100
+"""Numbers below these are those of nearly all versions and sections of four parts, and of one in 200 addresses."""
+_CALLED_ADDRESS = re.compile(
+    r"(?://|@|\[|\bip(?:v4)?|addr(?:ess(?:es)?)?|hosts?|servers?|\bdns|\bping|::ffff:)[^\w\n]*$", re.IGNORECASE
+)
+_PORT_OR_NETWORK = re.compile(r":\d{2,5}\b|/[123]?\d\b")
 
 _IPV6 = re.compile(
     r"(?<![\w:.])(?:[0-9A-Fa-f]{1,4}:|:(?=:)){1,7}(?::?[0-9A-Fa-f]{1,4})?(?::[0-9A-Fa-f]{1,4}){0,6}"
@@ -93,12 +97,14 @@ def _ipv4_addresses(text: str, public_only: bool) -> Iterator[Span]:
 
 
 def _is_numbering(text: str, begin: int, end: int) -> bool:
-    """Whether four numbers are those of a version or section, by what stands before them or a heading behind."""
-    if _NUMBERED.search(text[max(0, begin - _AROUND) : begin]):
+    """Whether four numbers are those of a version or section, by what stands around them and how large they are."""
+    before = text[max(0, begin - _AROUND) : begin]
+    if _NUMBERED.search(before):
         return True
-    if not _HEADING.match(text, end) or max(map(int, text[begin:end].split("."))) >= _SECTION_PARTS:
+    parts = [int(part) for part in text[begin:end].split(".")]
+    if parts[0] >= _FIRST_PART or max(parts) >= _PARTS:
         return False
-    return not text[text.rfind("\n", 0, begin) + 1 : begin].strip(" \t#*")
+    return not (_CALLED_ADDRESS.search(before) or _PORT_OR_NETWORK.match(text, end))
 
 
 def _ipv6_addresses(text: str, public_only: bool) -> Iterator[Span]:

@@ -11,6 +11,8 @@ _WITH_COUNTRY = re.compile(rf"(?<![\w+])\+\(?\d{_DIGITS}")
 _ANY = re.compile(rf"(?<![\w+.,/:-])[+(]{{0,2}}\d{_DIGITS}")
 _GROUPS = re.compile(r"\d[^\d.]+\d|\d\.\d+\.\d")
 """A single point is that of a decimal fraction."""
+_OTHERS = re.compile(r"\d+\.\d+\.\d+\.\d|\d{4}-\d\d-\d\d")
+"""IP addresses and dates, which the plans of some countries have as numbers."""
 _FEWEST_DIGITS = 7
 _AROUND = 8
 """What the library looks at around a number: the rest of a time, a letter, a currency."""
@@ -31,6 +33,7 @@ class PhoneNumbers:
 
     def __call__(self, text: str) -> Iterator[tuple[int, int]]:
         """Where each number begins and ends, in order."""
+        end = 0
         for candidate in self._candidates.finditer(text):
             if sum(map(str.isdigit, candidate[0])) < _FEWEST_DIGITS:
                 continue
@@ -40,9 +43,16 @@ class PhoneNumbers:
                 spans = [
                     (begin + match.start, begin + match.end)
                     for match in self._matcher(window, region)
-                    if begin + match.start >= candidate.start()
-                    and (match.raw_string.startswith("+") or _GROUPS.search(match.raw_string))
+                    if begin + match.start >= max(end, candidate.start()) and _is_phone_number(match.raw_string)
                 ]
                 if spans:
                     yield from spans
+                    end = spans[-1][1]
                     break
+
+
+def _is_phone_number(written: str) -> bool:
+    """Whether digits that are a number by a country's plan are written as one."""
+    if written.startswith("+"):
+        return True
+    return bool(_GROUPS.search(written)) and not _OTHERS.search(written)

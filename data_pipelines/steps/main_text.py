@@ -24,6 +24,9 @@ _NESTED = re.compile(r"<(/?)(?:div|article)\b", re.IGNORECASE)
 _DEEPEST = 500
 """How deep these may be nested: resiliparse goes up from each, so that pages of a few megabytes could take hours."""
 
+_MOST_TAGS = 50_000
+"""For trafilatura, which takes time that grows with the square of what it takes out: minutes at most."""
+
 
 class MainText:
     """Puts the text of a page in the place of its HTML."""
@@ -31,13 +34,14 @@ class MainText:
     def __init__(self, section: HtmlStep) -> None:
         self._section = section
         self._extract = _extractor(section)
+        self._most_tags = _MOST_TAGS if section.extractor == "trafilatura" else section.max_characters
 
     def __call__(self, document: Document, counts: Counter[str]) -> Document | Dropped:
         """The document with its text, or why it is dropped; `counts` has the number of pages."""
         html = document.text
         if not (_BEGINS_AS_PAGE.match(html) or _ROOT.search(html, 0, _HEAD_CHARACTERS)):
             return document
-        if len(html) > self._section.max_characters:
+        if len(html) > self._section.max_characters or html.count("<") > self._most_tags:
             return Dropped("page_too_long")
         if _is_deeper(html, _DEEPEST):
             return Dropped("page_too_deep")

@@ -106,6 +106,12 @@ def test_a_page_that_is_too_long_is_dropped() -> None:
     assert isinstance(outcome("x" * 200, max_characters=100), Document)
 
 
+def test_trafilatura_gets_no_page_of_very_many_tags() -> None:
+    page = "<p class=comment>x" * 60_000
+    assert outcome(page, extractor="trafilatura") == Dropped("page_too_long")
+    assert isinstance(outcome(page), Document)
+
+
 DOCUMENTATION = Path("/usr/share/doc/libffi8/html/Closure-Example.html")
 
 

@@ -55,4 +55,5 @@ def _is_phone_number(written: str) -> bool:
     """Whether digits that are a number by a country's plan are written as one."""
     if written.startswith("+"):
         return True
-    return bool(_GROUPS.search(written)) and not _OTHERS.search(written)
+    in_groups = _GROUPS.search(written) is not None
+    return in_groups and not _OTHERS.search(written)

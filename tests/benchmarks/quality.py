@@ -31,7 +31,7 @@ ALONE = "str.split alone"
 
 def benchmark(options: Options) -> list[Table]:
     """Megabytes of text per CPU second, rule by rule: documents in memory, until each is kept or dropped."""
-    texts = real_documents(60 if options.quick else 1500)
+    texts = real_documents(20 if options.quick else 1500)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tables = []
     with one_core():

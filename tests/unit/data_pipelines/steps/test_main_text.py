@@ -87,8 +87,9 @@ def test_a_page_without_text_is_dropped(extractor: str, text: str) -> None:
 @extractors
 @pytest.mark.parametrize("tag", ["div", "article", "DIV class=x"])
 def test_pages_that_are_nested_too_deep_are_dropped(extractor: str, tag: str) -> None:
-    """A million of them take resiliparse hours."""
-    assert outcome("<html>" + f"<{tag}>" * 1_000_000 + "x", extractor=extractor) == Dropped("page_too_deep")
+    """A million of them take resiliparse hours; trafilatura gets no page of so many tags anyway."""
+    number = 1_000_000 if extractor == "resiliparse" else 40_000
+    assert outcome("<html>" + f"<{tag}>" * number + "x", extractor=extractor) == Dropped("page_too_deep")
     flat = outcome("<html><body>" + f"<{tag}>Some text</{tag.split()[0]}>" * 2000)
     assert isinstance(flat, Document)
 

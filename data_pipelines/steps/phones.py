@@ -55,5 +55,7 @@ def _is_phone_number(written: str) -> bool:
     """Whether digits that are a number by a country's plan are written as one."""
     if written.startswith("+"):
         return True
+    # Groups of digits that nothing else explains, such as a date or a version.
     in_groups = _GROUPS.search(written) is not None
-    return in_groups and not _OTHERS.search(written)
+    is_other = _OTHERS.search(written) is not None
+    return in_groups and not is_other

@@ -1,15 +1,15 @@
-"""Finding the documents in tar shards, strictly: making sidecars and manifests for tars that are already there."""
+"""Making sidecars and manifests for shards that are already there: our own, and those of others."""
 
-import os
-import tarfile
 from collections.abc import Sequence
-from functools import partial
-from io import BufferedReader
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.foreign_shards import NPY_SUFFIX, megatron_files, scan_arrays, scan_indexed
+from data_pipelines.tar_members import TOKEN_SUFFIX, iter_members, scan_tar
 from data_pipelines.tokenizer import lost_in_texts
 from llmtrain.data.storage.manifest import (
     DTYPES,
@@ -26,10 +26,9 @@ from llmtrain.data.storage.manifest import (
     read_manifest,
     write_manifest,
 )
-from llmtrain.data.storage.shard_file import TAR_BLOCK_BYTES
 from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.files import open_regular, replace_file
+from llmtrain.files import replace_file
 from llmtrain.values.tokenizer import Tokenizer
 
 Payloads = NDArray[np.uint64]
@@ -97,69 +96,6 @@ def without_ends(path: Path, payloads: Payloads, dtype: np.dtype, eos_id: int) -
     return trimmed
 
 
-TOKEN_SUFFIX = ".bin"
-_END_BLOCK_BYTES = _LONGEST_HEADER = 1 << 20
-
-
-def scan_tar(path: Path) -> NDArray[np.uint64]:
-    """Offset and size [documents, 2] of each `.bin` member of a tar, found by reading headers only.
-
-    Members of other kinds are passed over unread. Raises DataError where the archive is cut or damaged anywhere: the
-    usual readers take a damaged header for the end, and lose the rest without a word.
-    """
-    payloads: list[tuple[int, int]] = []
-    last_key = None
-    try:
-        with open_regular(path) as file, tarfile.open(fileobj=_HeaderFile(file.raw), mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                # The library would keep every header in memory.
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  documented, but not in typeshed
-                if not member.name.endswith(TOKEN_SUFFIX):
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise DataError(f"{path}: member {member.name} is not a plain file. Write the shard again.")
-                # As webdataset groups members: by the path up to the first dot of its last part.
-                place, _, last = member.name.rpartition("/")
-                key = f"{place}/{last.partition('.')[0]}"
-                if key == last_key:
-                    raise DataError(f"{path}: {key} has two {TOKEN_SUFFIX} members; a document has one.")
-                payloads.append((member.offset_data, member.size))
-                last_key = key
-            end = tar.offset
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataError(f"{path}: not a whole tar archive ({error}). Copy the file again.") from None
-    _check_end(path, end)
-    return np.array(payloads, np.uint64).reshape(-1, 2)
-
-
-class _HeaderFile(BufferedReader):
-    """A tar of which headers alone are read. What one claims to be its own rest, a long name say, is bounded."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= _LONGEST_HEADER:
-            raise tarfile.ReadError(f"a header at byte {self.tell()} claims {size} bytes of its own")
-        return super().read(size)
-
-
-def _check_end(path: Path, end: int) -> None:
-    """An archive ends with two blocks of zeros, and nothing but zeros follows."""
-    with open_regular(path) as file:
-        # The reader stands behind the first block that it took for the end, or before it: both lie in the zeros.
-        size_bytes = os.fstat(file.fileno()).st_size
-        begin = file.seek(min(end, size_bytes))
-        clean = not any(block.strip(b"\0") for block in iter(partial(file.read, _END_BLOCK_BYTES), b""))
-    if not clean:
-        raise DataError(
-            f"{path}: expected the end of the archive at byte {end}, actual {size_bytes - begin} bytes follow that are "
-            "no valid member: a header is damaged or cut. Copy the file again."
-        )
-    if size_bytes - begin < 2 * TAR_BLOCK_BYTES:
-        raise DataError(
-            f"{path}: expected {2 * TAR_BLOCK_BYTES} bytes of zeros at the end of the archive, actual "
-            f"{size_bytes - begin}: it is cut short. Copy the file again."
-        )
-
-
 def rebuild_sidecars(folder: Path) -> int:
     """Write the sidecars that are missing or damaged, from shards that are as the manifest says; return how many.
 
@@ -188,7 +124,8 @@ def _is_whole(path: Path, sha256: str) -> bool:
 
 def scan_documents(path: Path, manifest: Manifest, entry: ShardEntry) -> NDArray[np.uint64]:
     """Offset and size of each document of a data set's shard, which may end before an end of sequence of its own."""
-    payloads = scan_tar(path)
+    scan = {"tar": scan_tar, "npy": lambda path: scan_arrays(path)[0], "megatron": lambda path: scan_indexed(path)[0]}
+    payloads = scan[manifest.container](path)
     dtype = DTYPES[manifest.dtype]
     if int(payloads[:, 1].sum()) // dtype.itemsize == entry.tokens:
         return payloads
@@ -196,42 +133,89 @@ def scan_documents(path: Path, manifest: Manifest, entry: ShardEntry) -> NDArray
     return trimmed if int(trimmed[:, 1].sum()) // dtype.itemsize == entry.tokens else payloads
 
 
-def index_folder(folder: Path, tokenizer: Tokenizer, dtype: str | None = None) -> tuple[Manifest, int]:
-    """Write sidecars and a manifest for a folder of tars whose `.bin` members hold ids of this tokenizer.
+@dataclass(frozen=True)
+class _Found:
+    """The shards of a folder that has no manifest: how their documents lie, and their type where the files say it."""
 
-    `dtype` is that of the ids; by default uint16 for vocabularies up to 65,536, else uint32. Returns the number of
-    documents, too, that bring their own end of sequence: it counts as the one that follows every document. Raises
-    DataError where the folder has no tar, or a tar is damaged or holds other ids, ConfigError where `dtype` must be
-    said.
+    container: Literal["tar", "npy", "megatron"]
+    shards: list[tuple[Path, Payloads]]
+    dtype: str | None
+
+    def sidecar(self, path: Path) -> Path:
+        """The place of a shard's sidecar. Megatron's own index has the plain name."""
+        return path.with_suffix(".llmtrain.idx" if self.container == "megatron" else ".idx")
+
+
+def index_folder(folder: Path, tokenizer: Tokenizer, dtype: str | None = None) -> tuple[Manifest, int]:
+    """Write sidecars and a manifest for a folder of shards that hold ids of this tokenizer: tars with `.bin` or `.npy`
+    members, or Megatron's indexed data sets.
+
+    `dtype` is that of the ids in `.bin` members; by default uint16 for vocabularies up to 65,536, else uint32. Returns
+    the number of documents, too, that bring their own end of sequence: it counts as the one that follows every
+    document. Raises DataError where the folder has no shard, or one is damaged or holds other ids, ConfigError where
+    `dtype` must be said, or must not.
     """
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise DataError(f"{folder}: holds no .tar file. Name a folder of tar shards.")
-    shards = [(path, _members(path)) for path in paths]
-    name = stored_dtype(shards, tokenizer.vocab_size, dtype)
+    found = _find_shards(folder)
+    if found.dtype is not None and dtype is not None:
+        raise ConfigError(
+            f"--dtype {dtype}: the files in {folder} say themselves that it is {found.dtype}. Leave it out."
+        )
+    name = found.dtype or stored_dtype(found.shards, tokenizer.vocab_size, dtype)
     entries, ended = [], 0
-    for path, payloads in shards:
+    for path, payloads in found.shards:
         _require_ids(path, payloads, DTYPES[name], tokenizer.vocab_size)
         documents = without_ends(path, payloads, DTYPES[name], tokenizer.eos_id)
         ended += int((documents[:, 1] != payloads[:, 1]).sum())
-        entries.append(_index_shard(path, documents, DTYPES[name]))
+        entries.append(_index_shard(path, found.sidecar(path), documents, DTYPES[name]))
     bos_ids = tokenizer.around[0] if tokenizer.roles.bos_ids is None else tokenizer.roles.bos_ids
-    if bos_ids and not all(_all_begin_with(path, bos_ids, DTYPES[name]) for path in paths):
+    sidecars = [(path, found.sidecar(path)) for path, _ in found.shards]
+    if bos_ids and not all(_all_begin_with(*pair, bos_ids, DTYPES[name]) for pair in sidecars):
         bos_ids = ()
     beside = (place / SETTINGS_NAME for place in (folder, folder.absolute().parent))
     settings = next((file_sha256(path) for path in beside if path.is_file()), "")
     meaning = (tokenizer.sha256, tokenizer.vocab_size, name, tokenizer.eos_id)
     lossy = bool(lost_in_texts(tokenizer))
-    manifest = Manifest(SCHEMA_VERSION, *meaning, tuple(entries), bos_ids, settings, lossy)
+    manifest = Manifest(SCHEMA_VERSION, *meaning, tuple(entries), bos_ids, settings, lossy, found.container)
     write_manifest(folder, manifest)
     return manifest, ended
 
 
-def _members(path: Path) -> NDArray[np.uint64]:
-    payloads = scan_tar(path)
-    if not len(payloads):
-        raise DataError(f"{path}: has no {TOKEN_SUFFIX} member. Documents are members named KEY{TOKEN_SUFFIX}.")
-    return payloads
+def _find_shards(folder: Path) -> _Found:
+    tars, indexed = sorted(folder.glob("*.tar")), megatron_files(folder)
+    if tars and indexed:
+        raise DataError(f"{folder}: holds tars and Megatron's files ({indexed[0].name}). Put them into folders apart.")
+    if indexed:
+        scanned = [(path, *scan_indexed(path)) for path in indexed]
+        return _Found("megatron", [(path, places) for path, places, _ in scanned], _one_type(folder, scanned))
+    if not tars:
+        raise DataError(f"{folder}: holds no .tar file. Name a folder of tar shards, or of Megatron's .bin and .idx.")
+    shards = [(path, scan_tar(path)) for path in tars]
+    if all(len(places) for _, places in shards):
+        return _Found("tar", shards, None)
+    empty = next(path for path, places in shards if not len(places))
+    arrays = [(path, *scan_arrays(path)) for path in tars]
+    if any(len(places) for _, places in shards) or not all(len(places) for _, places, _ in arrays):
+        raise DataError(f"{empty}: has no {TOKEN_SUFFIX} member. {_advice(empty)}")
+    return _Found("npy", [(path, places) for path, places, _ in arrays], _one_type(folder, arrays))
+
+
+def _one_type(folder: Path, scanned: Sequence[tuple[Path, Payloads, str | None]]) -> str | None:
+    types = {dtype: path for path, _, dtype in scanned}
+    if len(types) > 1:
+        said = " and ".join(f"{dtype} in {path.name}" for dtype, path in list(types.items())[:2])
+        raise DataError(f"{folder}: ids are of several types, {said}. Index them in folders of their own.")
+    return next(iter(types))
+
+
+def _advice(path: Path) -> str:
+    """What to do with a tar that has no ids in it."""
+    text = next((suffix for suffix in (".txt", ".json") if next(iter_members(path, suffix), None)), None)
+    if text is None:
+        return f"Documents are members named KEY{TOKEN_SUFFIX}, or KEY{NPY_SUFFIX} in all tars of a folder."
+    return (
+        f"It has text ({text}), which is to be tokenized first: "
+        f"`llmtrain data shards '{path.parent}/*.tar' OUT --tokenizer MODEL`."
+    )
 
 
 def _require_ids(path: Path, payloads: NDArray[np.uint64], dtype: np.dtype, vocab_size: int) -> None:
@@ -246,8 +230,7 @@ def _require_ids(path: Path, payloads: NDArray[np.uint64], dtype: np.dtype, voca
         raise DataError(f"{problems[0]} Or its ids are not little-endian {dtype.name}: --dtype says another type.")
 
 
-def _index_shard(path: Path, documents: NDArray[np.uint64], dtype: np.dtype) -> ShardEntry:
-    index_path = path.with_suffix(".idx")
+def _index_shard(path: Path, index_path: Path, documents: NDArray[np.uint64], dtype: np.dtype) -> ShardEntry:
     replace_file(index_path, index_bytes(documents))
     return ShardEntry(
         path.name,
@@ -260,9 +243,9 @@ def _index_shard(path: Path, documents: NDArray[np.uint64], dtype: np.dtype) -> 
     )
 
 
-def _all_begin_with(path: Path, bos_ids: tuple[int, ...], dtype: np.dtype) -> bool:
+def _all_begin_with(path: Path, index_path: Path, bos_ids: tuple[int, ...], dtype: np.dtype) -> bool:
     """True if every document of an indexed shard begins with these ids."""
-    places = read_index(path.with_suffix(".idx")).tolist()
+    places = read_index(index_path).tolist()
     tokens, size = np.memmap(path, np.uint8, mode="r"), len(bos_ids) * dtype.itemsize
     starts = (tokens[offset : offset + min(size, length)].view(dtype) for offset, length in places)
     return all(tuple(start.tolist()) == bos_ids for start in starts)

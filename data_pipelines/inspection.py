@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.foreign_shards import megatron_files
 from data_pipelines.indexing import has_manifest, scan_documents, token_problems
 from data_pipelines.sharding import SPLITS
+from llmtrain.data.packing import PackingPlan
+from llmtrain.data.packing_table import Packing
 from llmtrain.data.storage.folders import find_tokenizer
 from llmtrain.data.storage.manifest import (
     DTYPES,
@@ -42,7 +45,7 @@ def datasets_in(folder: Path) -> list[Path]:
         raise ConfigError(f"{folder}: no such folder. Name one written by `llmtrain data shards`.")
     splits = [folder / name for name in SPLITS if (folder / name).is_dir()]
     found = splits if splits and not has_manifest(folder) else [folder]
-    if not any(has_manifest(dataset) or any(dataset.glob("*.tar")) for dataset in found):
+    if not any(has_manifest(dataset) or any(dataset.glob("*.tar")) or megatron_files(dataset) for dataset in found):
         near = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{MANIFEST_NAME}"))
         advice = f"Try {near[0]}." if near else "Name one written by `llmtrain data shards`."
         raise ConfigError(f"{folder}: is not a data set: it holds neither a {MANIFEST_NAME} nor a .tar file. {advice}")
@@ -139,6 +142,8 @@ class DatasetSummary:
     unused_tokens: int
     per_shard: DataUse
     """The same where every sample lies in one shard; the two counts before it are of samples that cross their ends."""
+    best_fit: DataUse
+    """The same where samples are put together of whole documents."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -151,6 +156,7 @@ def summarize(folder: Path, seq_len: int) -> DatasetSummary:
     counts = [ShardFile(folder, manifest, number, hashed=False).lengths for number in shards]
     lengths = np.concatenate(counts) if counts else np.zeros(0, np.int64)
     use = data_use(manifest, seq_len, "continuous")
+    packing = Packing(seq_len, tuple(PackingPlan.of(count, seq_len).summary for count in counts))
     quantiles = np.quantile(lengths, QUANTILES, method="nearest") if lengths.size else np.zeros(len(QUANTILES))
     return DatasetSummary(
         path=str(folder),
@@ -170,6 +176,7 @@ def summarize(folder: Path, seq_len: int) -> DatasetSummary:
         samples=int(use.samples),
         unused_tokens=use.unused_tokens,
         per_shard=data_use(manifest, seq_len, "per_shard"),
+        best_fit=data_use(manifest, seq_len, "continuous", packing),
     )
 
 

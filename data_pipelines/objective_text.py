@@ -22,7 +22,7 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
 
     Raises ConfigError and DataError.
     """
-    alone = {"data.train": [{"path": str(dataset)}], "data.valid": [], "data.tokenizer": None}
+    alone = {"data.train": [{"path": str(dataset)}], "data.valid": [], "data.tokenizer": None, "data.schedule": []}
     resolved = resolve(load_config(run).config.with_keys(alone))
     config = resolved.config
     stream = build_stream(config.data.train, config.data, config.seed, manifests=resolved.train)

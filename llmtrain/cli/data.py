@@ -253,7 +253,8 @@ def inspect(
             f"{summary.mean_length:,.1f} per document (min, 10%, median, 90%, max: {quantiles})\n"
             f"  {summary.samples:,} samples of {summary.seq_len:,} tokens per epoch; "
             f"{'too little for one sample' if summary.unused_tokens else 'no token is left out'}\n"
-            f"  with data.windows=per_shard {summary.per_shard.samples:,} samples; {summary.per_shard.unused_text}"
+            f"  with data.windows=per_shard {summary.per_shard.samples:,} samples; {summary.per_shard.unused_text}\n"
+            f"  with data.packing=best_fit {summary.best_fit.samples:,} samples; {summary.best_fit.unused_text}"
         )
 
 
@@ -273,20 +274,42 @@ def verify(folder: Dataset) -> None:
 
 @app.command()
 def show(
-    folder: Dataset,
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of a data set, or the one with its train and valid; not with --step.")
+    ] = None,
     sample: Annotated[int, typer.Option(min=0, max=10**18, help="Number of the sample, from 0.")] = 0,
     seq_len: Annotated[int, typer.Option(min=1, max=2**30, help="Tokens per sample.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the run whose order is meant.")] = 1234,
     windows: Annotated[Windows, typer.Option(help="The run's data.windows.")] = Windows.CONTINUOUS,
     shuffle_shards: Annotated[int, typer.Option(min=1, max=1_000_000, help="The run's data.shuffle_shards.")] = 8,
     run: Annotated[
-        Path | None, typer.Option(help="A run's YAML file, in place of the other options; its objective is shown.")
+        Path | None,
+        typer.Option(help="A run's YAML file, in place of the other options; its objective is shown. Or its folder."),
     ] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="With --run: all documents of this step of the run.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="With --step: what this rank reads of it.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="With --step: as if on so many ranks; the step is the same.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --step: a JSON object per sample and line.")] = False,
 ) -> None:
     """Print the text of one sample, as a run on this data set alone would see it, with document boundaries.
 
-    With --run: what the run's objective makes of it, the text that the model reads and its targets.
+    With --run: what the run's objective makes of it, the text that the model reads and its targets. With --run and
+    --step, without a folder: every document of that step of the run, its shard, key and place, and its text.
     """
+    if step is not None:
+        if run is None or folder is not None:
+            raise typer.BadParameter("takes a run and no folder: data show --run RUN --step N", param_hint="--step")
+        _show_step(run, step, (rank, ranks), as_json)
+        return
+    for name, given in (("--rank", rank), ("--ranks", ranks), ("--json", as_json or None)):
+        if given is not None:
+            raise typer.BadParameter("goes with --step", param_hint=name)
+    if folder is None:
+        raise typer.BadParameter("is needed, or --run RUN --step N", param_hint="FOLDER")
     from data_pipelines.inspection import datasets_in, document_texts
     from llmtrain.data.storage.folders import find_tokenizer
     from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
@@ -309,6 +332,24 @@ def show(
         if begins:
             typer.echo("-------- document --------")
         typer.echo(text)
+
+
+def _show_step(run: Path, step: int, ranks: tuple[int | None, int | None], as_json: bool) -> None:
+    from data_pipelines.ledger import step_samples
+
+    for sample in step_samples(run, step, *ranks):
+        if as_json:
+            typer.echo(json.dumps(sample.to_json()))
+            continue
+        place = f"micro-batch {sample.micro_batch}, data rank {sample.data_rank}"
+        filled = f", {sample.padding:,} tokens of padding" if sample.padding else ""
+        blank = ", without targets: its shard is skipped" if sample.blank else ""
+        typer.echo(f"==== sample {sample.sample:,}: {place}, {sample.source}, epoch {sample.epoch}{filled}{blank} ====")
+        for part in sample.documents:
+            tokens = f"tokens {part.begin:,} to {part.end:,}{', its end' if part.ends else ''}"
+            typer.echo(
+                f"-------- {part.shard}: {part.key} (document {part.document:,}), {tokens} --------\n{part.text}"
+            )
 
 
 def _read_options(field: str, separator: str | None) -> "ReadOptions":

@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from llmtrain.preflight.dry_run import DryRun
-    from llmtrain.preflight.resolve import SourceUse
+    from llmtrain.preflight.source_use import SourceUse
 
 
 ConfigArgument = Annotated[
@@ -103,8 +103,11 @@ def _print_dry_run(plan: "DryRun", as_json: bool) -> None:
         "ranks": f"{plan.world_size:,} = {_axes(plan)}",
         "batch": f"{plan.global_batch_size:,} sequences = {counted(plan.data_parallel_size, 'data rank')} x "
         f"{counted(plan.micro_batches_per_rank, 'micro-batch', 'es')} x {plan.micro_batch_size}, "
-        f"of {plan.seq_len:,} tokens each",
-        "steps": f"{plan.steps:,} of {plan.tokens_per_step:,} tokens, {plan.tokens:,} tokens in all",
+        f"of {plan.seq_len:,} tokens each"
+        + "".join(f"; from step {step:,} on {size:,}" for step, size in plan.batch_ramp),
+        "steps": f"{plan.steps:,} "
+        + (f"of {plan.tokens_per_step:,} tokens" if not plan.batch_ramp else "of changing size")
+        + f", {plan.tokens:,} tokens in all",
         "evaluation": f"every {counted(evaluate, 'step')}" if evaluate else "never",
         "checkpoints": (f"every {counted(checkpoint, 'step')} and " if checkpoint else "")
         + f"at the end, {short_bytes(plan.checkpoint_bytes)} each",
@@ -121,6 +124,8 @@ def _source(source: "SourceUse") -> tuple[str, str]:
     """The size of an epoch of a source, and how much of the source no epoch shows."""
     name = {"train": "data", "valid": "validation"}[source.split]
     often = f"{source.epochs:,.3g} epochs" if name == "data" else f"{source.epochs:.1%} of it each time"
+    if source.leaves_at_step is not None:
+        often += f", then none: from step {source.leaves_at_step:,} on the others go on without it"
     use = source.use
     return name, f"{source.path}: {use.tokens:,} tokens = {use.samples:,.0f} samples; {use.unused_text}; {often}"
 

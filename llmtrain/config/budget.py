@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmtrain.config.batch_sizes import BatchSizes
 from llmtrain.config.data import DataConfig
 from llmtrain.config.schema import RunConfig, TrainConfig
 
@@ -24,30 +25,39 @@ class Seen:
 
 @dataclass(frozen=True)
 class Budget:
-    """`steps`, or else `tokens`. `tokens_per_step` is what a step reads now."""
+    """`steps`, or else `tokens`. `tokens_per_step` is what a step reads now; with a `ramp`, its first step."""
 
     steps: int | None
     tokens: int | None
     tokens_per_step: int
+    ramp: BatchSizes | None = None
+    """The tokens of every step, where they are not all the same."""
 
     @staticmethod
     def of(config: RunConfig) -> "Budget":
         """The budget of a configuration that keeps the rules."""
-        return Budget(config.train.steps, config.train.tokens, config.train.global_batch_size * config.data.seq_len)
+        sizes = config.train.batch_sizes.scaled(config.data.seq_len)
+        return Budget(config.train.steps, config.train.tokens, sizes.of_step(1), sizes)
+
+    def tokens_of(self, step: int) -> int:
+        """The tokens of data that a step reads."""
+        return self.ramp.of_step(step) if self.ramp else self.tokens_per_step
 
     def last_step(self, seen: Seen) -> int:
-        """The run's last step, if all further ones are of today's size; a finished run's lies not behind `seen`."""
+        """The run's last step, if all further ones are of today's sizes; a finished run's lies not behind `seen`."""
         if self.tokens is None:
             assert self.steps is not None, "a rule"
             return self.steps
-        return seen.step + -(min(0, seen.data_tokens - self.tokens) // self.tokens_per_step)
+        sizes = self.ramp or BatchSizes((self.tokens_per_step,))
+        return sizes.last_step(self.tokens - seen.data_tokens, seen.step)
 
     def schedule(self, seen: Seen) -> tuple[float, int]:
         """(place of the step that follows in the schedule, from 1; the schedule's length), both in steps."""
         if self.tokens is None:
             return seen.step + 1, self.last_step(seen)
-        unit = seen.first_step_tokens or self.tokens_per_step
-        return (seen.data_tokens + self.tokens_per_step) / unit, -(-self.tokens // unit)
+        now = self.tokens_of(seen.step + 1)
+        unit = seen.first_step_tokens or now
+        return (seen.data_tokens + now) / unit, -(-self.tokens // unit)
 
 
 def seen_by(train_state: Mapping[str, Any], config: Mapping[str, Any]) -> Seen:

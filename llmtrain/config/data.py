@@ -14,11 +14,14 @@ from llmtrain.config.section import (
     CountOrZero,
     Length,
     Probability,
+    Samples,
     Seconds,
     Section,
+    Steps,
     Text,
     TokenId,
     Weight,
+    WeightOrZero,
 )
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -27,6 +30,8 @@ MeanLength = Annotated[float, Field(gt=0, le=2.0**30)]
 
 ObjectiveName = Literal["causal", "masked", "span_corruption", "ul2", "prefix", "fim"]
 WindowKind = Literal["continuous", "per_shard"]
+
+Packing = Literal["none", "best_fit"]
 
 LONGEST_PERIOD = 1_000_000
 """Largest sum of mixture weights: the schedule of one period is held in memory."""
@@ -133,7 +138,7 @@ def needed_tokens(family: str, objective: ObjectiveName) -> tuple[str, ...]:
             return ()
 
 
-class SourceConfig(Section):
+class DataSetConfig(Section):
     """One data set and its share of a mixture."""
 
     path: Text = Field(
@@ -142,13 +147,59 @@ class SourceConfig(Section):
     weight: Weight = Field(default=1, description="Samples of this source per period of the mixture.")
 
 
+class SourceConfig(DataSetConfig):
+    """A data set to train on: its share, and how much of it a run may use.
+
+    Where a source has given all that it may, the others go on without it, in the shares that they have.
+    """
+
+    weight: WeightOrZero = Field(
+        default=1,
+        description="Samples of this source per period of the mixture; 0: none until data.schedule gives it some.",
+    )
+    max_epochs: Count | None = Field(default=None, description="How often the run goes through this source at most.")
+    max_samples: Samples | None = Field(default=None, description="Samples that the run takes of this source at most.")
+    max_tokens: Samples | None = Field(
+        default=None,
+        description="Tokens that the run takes of this source at most, data.seq_len for each sample, rounded down to "
+        "whole samples.",
+    )
+
+
+class PhaseConfig(Section):
+    """Weights that a mixture has from a step on."""
+
+    from_step: Steps | None = Field(
+        default=None,
+        description="The first step with these weights; steps count from 1. The run folder's config.yaml says the "
+        "sample that it begins with.",
+    )
+    from_sample: Samples | None = Field(
+        default=None, description="The first sample with these weights, instead of from_step; samples count from 0."
+    )
+    weights: Annotated[tuple[WeightOrZero, ...], AsTuple, Field(min_length=1, max_length=10_000)] = Field(
+        description="A weight for each source of data.train, in their order; 0: none of it."
+    )
+
+    @property
+    def first_sample(self) -> int:
+        """The phase's first sample, which is known once the run is resolved."""
+        assert self.from_sample is not None, "from_step is replaced before the run"
+        return self.from_sample
+
+
 class DataConfig(Section):
     """Where samples come from and what they look like."""
 
     train: Annotated[tuple[SourceConfig, ...], AsTuple, Field(min_length=1, max_length=10_000)] = Field(
         description="Training sources."
     )
-    valid: Annotated[tuple[SourceConfig, ...], AsTuple, Field(max_length=10_000)] = Field(
+    schedule: Annotated[tuple[PhaseConfig, ...], AsTuple, Field(max_length=1_000)] = Field(
+        default=(),
+        description="Steps from which on the training sources have other weights, such as "
+        "[{from_step: 1001, weights: [1, 3]}].",
+    )
+    valid: Annotated[tuple[DataSetConfig, ...], AsTuple, Field(max_length=10_000)] = Field(
         default=(), description="Evaluation sources."
     )
     tokenizer: Text | None = Field(
@@ -179,6 +230,12 @@ class DataConfig(Section):
         "shard, whose last tokens no sample holds (per_shard). Absent: continuous, but a run that continues an older "
         "checkpoint goes on as that one.",
     )
+    packing: Packing = Field(
+        default="none",
+        description="none: samples are windows of the documents' stream, which cut documents where they end. "
+        "best_fit: samples are put together of whole documents and filled up with padding; only documents longer than "
+        "a sample are cut.",
+    )
     shuffle_shards: Count = Field(default=8, description="Samples are shuffled within groups of this many shards.")
     verify: Literal["off", "first", "always"] = Field(
         default="first", description="Hash a shard never, before its first use in a run, or at every opening."
@@ -195,6 +252,11 @@ class DataConfig(Section):
         default=None,
         description="Folder for shards of remote sources; absent: llmtrain among the user's caches, on Linux in "
         "XDG_CACHE_HOME or ~/.cache.",
+    )
+    cache_limit_gb: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        default=None,
+        description="Gigabytes of fetched shards and sidecars that the cache may hold: those least recently used that "
+        "no process reads make room for others. Absent: all are kept.",
     )
     fetch_attempts: Count = Field(default=5, description="Tries to fetch a remote file, with growing pauses.")
     fetch_timeout_seconds: Seconds = Field(default=60.0, description="Longest silence of a remote server.")

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llmtrain.config.attention import kind_of
+from llmtrain.config.batch_sizes import BatchSizes
 from llmtrain.config.data import DataConfig
 from llmtrain.config.engines import DEFAULT_ENGINE, EngineName
 from llmtrain.config.launch import LaunchConfig
@@ -43,6 +44,13 @@ GPU_LOGITS_BYTES = 2 << 30
 """Of a chunk's logits in fp32, on a GPU."""
 
 
+class RampConfig(Section):
+    """A change of the batch size."""
+
+    from_step: Steps = Field(description="The first step that has this size; steps count from 1.")
+    global_batch_size: Batch = Field(description="Sequences per step over all ranks, from that step on.")
+
+
 class TrainConfig(Section):
     """How long, how large, how precise."""
 
@@ -53,7 +61,14 @@ class TrainConfig(Section):
         "global_batch_size x data.seq_len, however few of them the objective predicts. What was read counts, whatever "
         "the batch size was; the schedule goes by it.",
     )
-    global_batch_size: Batch = Field(default=16, description="Sequences per step over all ranks.")
+    global_batch_size: Batch = Field(
+        default=16, description="Sequences per step over all ranks. With a batch_ramp, those that the run begins with."
+    )
+    batch_ramp: Annotated[tuple[RampConfig, ...], AsTuple, Field(max_length=1_000)] = Field(
+        default=(),
+        description="Steps from which on the batch has another size, such as "
+        "[{from_step: 1001, global_batch_size: 32}]. Evaluation keeps global_batch_size.",
+    )
     micro_batch_size: Batch = Field(default=4, description="Sequences per forward pass of one rank.")
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
         default="fp32",
@@ -78,6 +93,12 @@ class TrainConfig(Section):
         description="Tokens per chunk of the output head and cross-entropy; null: 1024 on a CPU, and on a GPU as many "
         "as have 2 GiB of logits, 8192 at most.",
     )
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The samples of every step."""
+        sizes = (self.global_batch_size, *(change.global_batch_size for change in self.batch_ramp))
+        return BatchSizes(sizes, (0, *(change.from_step - 1 for change in self.batch_ramp)))
 
     def chunk_tokens(self, rows: int, on_gpu: bool) -> int:
         """Tokens per chunk where a rank's head has so many rows. A GPU needs large chunks to be busy: each of them
@@ -341,4 +362,4 @@ class RunConfig(Section):
             return self.train.steps
         if self.train.tokens is None:
             raise ValueError("neither train.steps nor train.tokens is set")
-        return -(-self.train.tokens // (self.train.global_batch_size * self.data.seq_len))
+        return self.train.batch_sizes.last_step(-(-self.train.tokens // self.data.seq_len))

@@ -70,6 +70,9 @@ Ranks = Annotated[int, Field(ge=1, le=2**20), AsWhole]
 RanksOrZero = Annotated[int, Field(ge=0, lt=2**20), AsWhole]
 Weight = Annotated[int, Field(ge=1, le=10**12), AsWhole]
 """Shares of a mixture, of which a common divisor is taken out."""
+WeightOrZero = Annotated[int, Field(ge=0, le=10**12), AsWhole]
+Samples = Annotated[int, Field(ge=1, le=10**18), AsWhole]
+"""Samples of a run, or tokens, counted over all of it."""
 Threads = Annotated[int, Field(ge=0, le=4096), AsWhole]
 Batch = Annotated[int, Field(ge=1, le=2**24), AsWhole]
 """Sequences."""

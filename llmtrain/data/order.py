@@ -14,57 +14,15 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from llmtrain.values.keyed_hash import MASK_64, mixed, mixed_array, wide_key
-
-_ROUNDS = 6
-_FEWEST_BITS = 6
-"""Halves of fewer than three bits mix too little; small sizes walk through a larger domain instead."""
+from llmtrain.data.bijection import KeyedBijection, keyed_permutation
+from llmtrain.values.keyed_hash import wide_key
 
 
-class KeyedBijection:
-    """A keyed permutation of range(size) that is computed per element.
-
-    A Feistel network over the smallest sufficient number of bits, whose halves may differ by one bit; results outside
-    of the range are put through the network again until one lies inside (cycle walking: Black and Rogaway 2002).
-    """
-
-    def __init__(self, size: int, key: bytes) -> None:
-        """`size` is at least 1, `key` has 64 bytes."""
-        bits = max(_FEWEST_BITS, (size - 1).bit_length())
-        self.size = size
-        self._left_bits = bits // 2
-        self._left_mask = (1 << self._left_bits) - 1
-        self._right_mask = (1 << (bits - self._left_bits)) - 1
-        self._keys = [int.from_bytes(key[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
-
-    def __call__(self, index: int) -> int:
-        """The image of one element."""
-        left_bits, left_mask, right_mask = self._left_bits, self._left_mask, self._right_mask
-        while True:
-            left, right = index & left_mask, index >> left_bits
-            for even_key, odd_key in zip(self._keys[::2], self._keys[1::2], strict=True):
-                left ^= mixed((right + even_key) & MASK_64) & left_mask
-                right ^= mixed((left + odd_key) & MASK_64) & right_mask
-            index = left | right << left_bits
-            if index < self.size:
-                return index
-
-
-def keyed_permutation(size: int, key: bytes) -> NDArray[np.int64]:
-    """A permutation of range(size): its elements sorted by a keyed hash of each."""
-    start = np.uint64(int.from_bytes(key[:8], "little"))
-    hashes = mixed_array(
-        mixed_array(np.arange(size, dtype=np.uint64) + start) ^ np.uint64(int.from_bytes(key[8:16], "little"))
-    )
-    return np.argsort(hashes, kind="stable")
-
-
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """The place of a sample: window `window` of shard `shard`, in pass `epoch` over the source."""
 
     epoch: int
@@ -72,8 +30,7 @@ class Place:
     window: int
 
 
-@dataclass(frozen=True)
-class ShardSpan:
+class ShardSpan(NamedTuple):
     """Tokens [begin, end) of the stream of shard `shard`."""
 
     shard: int

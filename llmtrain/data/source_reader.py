@@ -1,70 +1,25 @@
 """The samples of one source: their order, its open shards and those that come next, and those that are skipped."""
 
-import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from functools import partial
-from queue import SimpleQueue
-from typing import Generic, Literal, TypeVar
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.config.data import WindowKind
+from llmtrain.data.mixture import Phase
 from llmtrain.data.order import ContinuousOrder, Place, SampleOrder
+from llmtrain.data.packing import PackedShard, PackingPlan, packed_shard
+from llmtrain.data.packing_table import Packing
+from llmtrain.data.read_ahead import ReadAhead
 from llmtrain.data.storage.folders import DataFolder
 from llmtrain.data.storage.manifest import DamagedFileError, Manifest
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.storage.skipped import SkippedShard, SkippedShards, SourceSamples, shard_key
 from llmtrain.errors import DataError
-
-Result = TypeVar("Result")
-Task = tuple[Future[Result], Callable[[], Result]]
-
-
-class ReadAhead(Generic[Result]):
-    """Does tasks in the order in which they are given, until nobody holds this object any more.
-
-    Unlike an executor's, the thread keeps no process alive that wants to end: nothing depends on its tasks.
-    """
-
-    def __init__(self) -> None:
-        self._tasks: SimpleQueue[Task[Result] | None] = SimpleQueue()
-        self._started = False
-
-    def submit(self, action: Callable[[], Result]) -> Future[Result]:
-        """Ask for the result of an action. A future that is cancelled in time is never begun."""
-        future: Future[Result] = Future()
-        self._tasks.put((future, action))
-        if not self._started:
-            self._started = True
-            threading.Thread(target=_work, args=(self._tasks,), name="read-ahead", daemon=True).start()
-            weakref.finalize(self, self._tasks.put, None)
-        return future
-
-
-def _work(tasks: SimpleQueue[Task[Result] | None]) -> None:
-    while _do_next(tasks):
-        pass
-
-
-def _do_next(tasks: SimpleQueue[Task[Result] | None]) -> bool:
-    """A function of its own: while the thread waits for a task, nothing of the one before is held any more."""
-    task = tasks.get()
-    if task is None:
-        return False
-    future, action = task
-    if future.set_running_or_notify_cancel():
-        # Whoever waits for the future gets the error, whatever it is.
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-    return True
-
 
 Verify = Literal["off", "first", "always"]
 
@@ -76,6 +31,10 @@ class Source:
     folder: DataFolder
     manifest: Manifest
     weight: int = 1
+    max_samples: int | None = None
+    """As many as a run may take of it, then the mixture goes on without it; None: there is no end."""
+    packing: Packing | None = None
+    """Where samples are put together of whole documents."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +52,34 @@ class StreamConfig:
     windows: WindowKind = "continuous"
     once: bool = False
     """Read each source through once: samples behind that are blank."""
+    phases: tuple[Phase, ...] = ()
+    """Other weights than those of the sources, from samples on."""
 
 
-@dataclass(frozen=True)
-class Window:
-    """A sample's place, tokens, and positions in it where documents begin; blank where a shard of it is skipped."""
+class Window(NamedTuple):
+    """A sample's place, tokens, and positions in it where documents begin; blank where a shard of it is skipped.
+
+    The last `padding` tokens only fill it up.
+    """
 
     place: Place
     tokens: NDArray[np.int64]
     document_starts: NDArray[np.int64]
+    padding: int
     blank: bool
+
+
+@dataclass(frozen=True)
+class DocumentPart:
+    """Tokens [begin, end) of a document: its shard, its key and number there; `ends` where its end of sequence is
+    among them, as the last."""
+
+    shard: str
+    key: str
+    document: int
+    begin: int
+    end: int
+    ends: bool
 
 
 class SourceReader:
@@ -137,6 +114,8 @@ class SourceReader:
         self._ahead = ahead
         self._coming: dict[int, Future[ShardFile]] = {}
         self._looked_at = range(0)
+        self._index = index
+        self._packed = lru_cache(maxsize=self._most_open)(self._pack)
 
     def location(self, shard: int) -> str:
         """The path or URL of a shard."""
@@ -151,6 +130,8 @@ class SourceReader:
                 if shard not in self._open and shard not in self._coming and shard not in self._blank:
                     self._coming[shard] = self._ahead.submit(partial(self._opened, shard))
         place = self.order.place(number)
+        if self.source.packing:
+            return self._packed_window(number, place)
         tokens = np.empty(self._config.seq_len + 1, np.int64)
         starts: list[NDArray[np.int64]] = []
         filled = 0
@@ -161,12 +142,53 @@ class SourceReader:
             end = filled + part.end - part.begin
             starts.append(shard.read_into(tokens[filled:end], part.begin) + filled)
             filled = end
-        return Window(place, tokens, starts[0] if len(starts) == 1 else np.concatenate(starts), blank=False)
+        return Window(place, tokens, starts[0] if len(starts) == 1 else np.concatenate(starts), 0, blank=False)
+
+    def documents(self, number: int) -> list[DocumentPart]:
+        """The parts of documents in a sample, in its order; none where a shard of it is skipped."""
+        place, found = self.order.place(number), list[DocumentPart]()
+        if self.source.packing is None:
+            spans = self.order.parts(place)
+        else:
+            spans = self._packed(place.epoch, place.shard).parts(place.window) if self._shard(place.shard) else []
+        for span in spans:
+            shard = self._shard(span.shard)
+            if shard is None:
+                return []
+            for document, begin, end in shard.documents_between(span.begin, span.end):
+                place_of = self.location(span.shard), shard.key(document), document
+                found.append(DocumentPart(*place_of, begin, end, end > int(shard.lengths[document])))
+        return found
+
+    def _packed_window(self, number: int, place: Place) -> Window:
+        """Pieces of documents, each of which begins a document or goes on with one from where it was cut."""
+        shard = self._shard(place.shard)
+        if shard is None:
+            return self.blank_window(number)
+        # What fills the sample up is no target, so that it does not matter what it is.
+        tokens = np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
+        starts, filled = [], 0
+        for part in self._packed(place.epoch, place.shard).parts(place.window):
+            end = filled + part.end - part.begin
+            shard.read_into(tokens[filled:end], part.begin)
+            starts.append(filled)
+            filled = end
+        return Window(place, tokens, np.array(starts, np.int64), len(tokens) - filled, blank=False)
+
+    def _pack(self, epoch: int, number: int) -> PackedShard:
+        """The samples of an open shard in an epoch."""
+        assert self.source.packing is not None
+        plan = PackingPlan.of(self._open[number].lengths, self._config.seq_len)
+        if plan.summary != self.source.packing.shards[number]:
+            raise DataError(
+                f"{self.location(number)}: its sidecar has changed. Copy it again, and start the run again."
+            )
+        return packed_shard(plan, self._config.seed, self._index, epoch, number)
 
     def blank_window(self, number: int) -> Window:
         """Sample `number` without what it holds; no shard is opened for it."""
         nothing = np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
-        return Window(self.order.place(number), nothing, np.empty(0, np.int64), blank=True)
+        return Window(self.order.place(number), nothing, np.empty(0, np.int64), 0, blank=True)
 
     def _shard(self, number: int) -> ShardFile | None:
         """The opened shard, None where it is skipped; the least recently used one is closed where too many are open."""
@@ -236,6 +258,10 @@ class SourceReader:
 def _build_order(source: Source, index: int, config: StreamConfig) -> ContinuousOrder | SampleOrder:
     """Raises DataError where the source holds no whole sample."""
     shards, seq_len, rest = source.manifest.shards, config.seq_len, (config.seed, index, config.shuffle_shards)
+    if source.packing:
+        if not source.packing.samples:
+            raise DataError(f"{source.folder}: holds no documents. Write shards from some text.")
+        return SampleOrder([shard.samples for shard in source.packing.shards], seq_len, *rest)
     advice = "Lower data.seq_len, or write shards from more text."
     if config.windows == "per_shard":
         windows = [shard.num_windows(seq_len) for shard in shards]

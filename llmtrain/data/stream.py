@@ -3,20 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmtrain.config.data import LONGEST_PERIOD, WindowKind
-from llmtrain.data.source_reader import ReadAhead, Source, SourceReader, StreamConfig
+from llmtrain.config.data import DataConfig, SourceConfig, WindowKind
+from llmtrain.data.mixture import Mixture, Phase
+from llmtrain.data.packing_table import Packing
+from llmtrain.data.read_ahead import ReadAhead
+from llmtrain.data.source_reader import DocumentPart, Source, SourceReader, StreamConfig
 from llmtrain.data.storage.folders import open_folder
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import FetchConfig
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.storage.skipped import SkippedShards
 from llmtrain.errors import DataError
+from llmtrain.words import counted
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,9 @@ class Sample:
     """One window of tokens and where it came from.
 
     `tokens` has seq_len + 1 ids; `document_starts` are the positions in it where a document begins. The rest names
-    the sample in reports: its global number, source, epoch of that source, shard and window. A blank one stands for a
-    sample of a skipped shard, or one behind the end of a source that is read once: its tokens mean nothing, and it has
-    no targets.
+    the sample in reports: its global number, source, epoch of that source, shard and window. The last `padding` tokens
+    only fill it up. A blank one stands for a sample of a skipped shard, or one behind the end of a source that is read
+    once: its tokens mean nothing, and it has no targets.
     """
 
     number: int
@@ -37,6 +40,7 @@ class Sample:
     shard: int
     window: int
     blank: bool = False
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,40 +53,6 @@ class SampleOrigin:
     window: int
 
 
-class MixtureSchedule:
-    """A fixed periodic schedule: in every period of sum(weights) samples, source i has weights[i] of them.
-
-    The j-th sample of source i stands at time (j + 1/2) / weights[i] of the period, so that sources are spread evenly.
-    """
-
-    def __init__(self, weights: Sequence[int]) -> None:
-        divisor = gcd(*weights)
-        self._weights = [weight // divisor for weight in weights]
-        if sum(self._weights) > LONGEST_PERIOD:
-            raise DataError(
-                f"the weights {', '.join(map(str, weights))} of the sources: their sum must be at most "
-                f"{LONGEST_PERIOD:,} after division by their common divisor. Give shares such as 70 and 30."
-            )
-        # Correctly rounded divisions: equal fractions are equal floats, and ties go to the earlier source.
-        times = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in self._weights])
-        sources = np.repeat(np.arange(len(self._weights)), self._weights)
-        turns = np.concatenate([np.arange(weight) for weight in self._weights])
-        order = np.argsort(times, kind="stable")
-        self._sources, self._turns = sources[order].tolist(), turns[order].tolist()
-
-    def source_of(self, number: int) -> tuple[int, int]:
-        """The source of global sample `number`, and the sample's number within that source."""
-        period, position = divmod(number, len(self._sources))
-        source = self._sources[position]
-        return source, period * self._weights[source] + self._turns[position]
-
-    def number_of(self, source: int, number_in_source: int) -> int:
-        """The global number of a source's sample: the inverse of `source_of`."""
-        period, turn = divmod(number_in_source, self._weights[source])
-        position = next(i for i, each in enumerate(self._sources) if each == source and self._turns[i] == turn)
-        return period * len(self._sources) + position
-
-
 class SampleStream:
     """All samples of a mixture, addressed by their global number. Nothing in it depends on what was read before."""
 
@@ -93,7 +63,8 @@ class SampleStream:
         """
         self.seq_len = config.seq_len
         self._once = config.once
-        self._schedule = MixtureSchedule([source.weight for source in sources])
+        phases = [Phase(0, tuple(source.weight for source in sources)), *config.phases]
+        self._mixture = Mixture(phases, [source.max_samples for source in sources])
         # One thread for all sources: they share a disk or a network, and one must not starve the others.
         ahead: ReadAhead[ShardFile] = ReadAhead()
         self._readers = [SourceReader(source, index, config, skipped, ahead) for index, source in enumerate(sources)]
@@ -109,30 +80,39 @@ class SampleStream:
 
     def sample(self, number: int) -> Sample:
         """Sample `number`, from 0 without end. Raises DataError where its shard is damaged."""
-        source, number_in_source = self._schedule.source_of(number)
+        source, number_in_source = self._mixture.source_of(number)
         reader = self._readers[source]
         if self._once and number_in_source >= reader.order.whole_windows:
             window = reader.blank_window(number_in_source)
         else:
             window = reader.window(number_in_source)
         place = window.place
-        return Sample(
-            number, window.tokens, window.document_starts, source, place.epoch, place.shard, place.window, window.blank
-        )
+        origin = (source, place.epoch, place.shard, place.window)
+        return Sample(number, window.tokens, window.document_starts, *origin, window.blank, window.padding)
 
     @cached_property
     def length_once(self) -> int:
         """How many samples from the first on have all that each source holds, read once."""
-        last = (self._schedule.number_of(i, reader.order.whole_windows - 1) for i, reader in enumerate(self._readers))
+        last = (self._mixture.number_of(i, reader.order.whole_windows - 1) for i, reader in enumerate(self._readers))
         return 1 + max(last)
 
     def origin(self, number: int) -> SampleOrigin:
         """The origin of sample `number`, found without opening its shard."""
-        source, number_in_source = self._schedule.source_of(number)
+        source, number_in_source = self._mixture.source_of(number)
         reader = self._readers[source]
         place = reader.order.place(number_in_source)
         shard = reader.source.manifest.shards[place.shard].file
         return SampleOrigin(number, str(reader.source.folder), shard, place.window)
+
+    def documents(self, number: int) -> list[DocumentPart]:
+        """What sample `number` is put together of, in its order; none for a blank one. Raises as `sample` does."""
+        source, number_in_source = self._mixture.source_of(number)
+        reader = self._readers[source]
+        return reader.documents(number_in_source)
+
+    def counts(self, number: int) -> list[int]:
+        """How many samples of each source lie before sample `number`."""
+        return self._mixture.counts(number)
 
     def shard_path(self, sample: Sample) -> str:
         """The file or URL that a sample came from."""
@@ -170,25 +150,33 @@ class DataUse:
     """Counts of one data set: its `tokens`, ends of sequence included, samples of one epoch, tokens in no epoch.
 
     `unused_tokens` lie at the ends of shards, or in data too short for one sample. Epochs of continuous windows end
-    inside of samples.
+    inside of samples. With packing, `padding_share` of the samples' positions is padding, and `cut_documents` are too
+    long for one.
     """
 
     tokens: int
     samples: float
     unused_tokens: int
+    padding_share: float = 0.0
+    cut_documents: int = 0
+    is_packed: bool = False
 
     @property
     def unused_text(self) -> str:
-        """`no token is left out`, or how many are."""
+        """`no token is left out`, or how many are; with packing, what it costs."""
+        if self.is_packed:
+            return f"{self.padding_share:.2%} padding, {counted(self.cut_documents, 'document')} cut"
         if not self.unused_tokens:
             return "no token is left out"
         share = self.unused_tokens / self.tokens
         return f"{self.unused_tokens:,} of {self.tokens:,} tokens ({share:.1%}) are in no sample"
 
 
-def data_use(manifest: Manifest, seq_len: int, windows: WindowKind) -> DataUse:
+def data_use(manifest: Manifest, seq_len: int, windows: WindowKind, packing: Packing | None = None) -> DataUse:
     """The use that samples of `seq_len` tokens make of a data set."""
     tokens = manifest.stream_tokens
+    if packing:
+        return DataUse(tokens, packing.samples, 0, packing.padding_share, packing.cut_documents, is_packed=True)
     if windows == "continuous":
         return DataUse(tokens, tokens / seq_len, 0) if tokens > seq_len else DataUse(tokens, 0, tokens)
     counts = [shard.num_windows(seq_len) for shard in manifest.shards]
@@ -196,8 +184,23 @@ def data_use(manifest: Manifest, seq_len: int, windows: WindowKind) -> DataUse:
     return DataUse(tokens, sum(counts), tokens - used)
 
 
-def samples_once(manifest: Manifest, seq_len: int, windows: WindowKind) -> int:
-    """How many whole samples a data set holds that is read through once, as an evaluation does."""
+def samples_of_epochs(
+    manifest: Manifest, seq_len: int, windows: WindowKind, packing: Packing | None = None, epochs: int = 1
+) -> int:
+    """How many whole samples a data set holds that is read so often; once, as an evaluation does."""
+    if packing:
+        return epochs * packing.samples
     if windows == "continuous":
-        return max(0, manifest.stream_tokens - 1) // seq_len
-    return sum(shard.num_windows(seq_len) for shard in manifest.shards)
+        return max(0, epochs * manifest.stream_tokens - 1) // seq_len
+    return epochs * manifest.num_windows(seq_len)
+
+
+def sample_limit(source: SourceConfig, data: DataConfig, manifest: Manifest, packing: Packing | None) -> int | None:
+    """How many samples a run may take of a source; None where nothing ends it."""
+    limits = [source.max_samples]
+    if source.max_tokens is not None:
+        limits.append(source.max_tokens // data.seq_len)
+    if source.max_epochs is not None:
+        windows = data.windows or "continuous"
+        limits.append(samples_of_epochs(manifest, data.seq_len, windows, packing, source.max_epochs))
+    return min((limit for limit in limits if limit is not None), default=None)

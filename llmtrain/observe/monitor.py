@@ -18,7 +18,7 @@ from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.errors import RunFolderInUseError
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.trackers import Tracker
-from llmtrain.values.progress import RESUMED_FROM, Phase, Row, StepResult
+from llmtrain.values.progress import RESUMED_FROM, SOURCE_TOKENS, Phase, Reading, Row, StepResult
 
 _TERA = 1e12
 
@@ -87,9 +87,8 @@ class RunPlan:
     start_step: int = 0
     start_tokens: int = 0
     log_every_steps: int = 1
-    tokens_per_step: int | None = None
-    """Tokens of data that a step reads, which rates count; None: rates count targets, of which some objectives have
-    few."""
+    sources: tuple[str, ...] = ()
+    """Names of the sources that rows have columns for."""
     flops_per_token: float = 0.0
     peak_flops: float | None = None
     attempt: int = 1
@@ -163,12 +162,13 @@ class Monitor:
             elif name == "evaluate":
                 self._evaluate_seconds += seconds
 
-    def step(self, step: int, lr: float, result: StepResult) -> None:
-        """Record that step `step` (from 1) is done."""
+    def step(self, step: int, lr: float, result: StepResult, reading: Reading | None = None) -> None:
+        """Record that step `step` (from 1) is done, and what it has read."""
         now = self._clock()  # first: what is counted below is not part of the step
         interval = self._interval
         interval.steps += 1
-        interval.tokens += result.num_tokens if self._plan.tokens_per_step is None else self._plan.tokens_per_step
+        # Rates count what was read; of targets some objectives have few.
+        interval.tokens += reading.tokens if reading else result.num_tokens
         interval.step_seconds += now - self._step_began
         interval.skipped += result.skipped
         self._step, self._has_stepped = step, True
@@ -178,7 +178,7 @@ class Monitor:
         if self._console:
             self._console.advance(step)
         if step == 1 or step == self._plan.last_step or step % self._plan.log_every_steps == 0:
-            self._record(self._training_row(step, lr, result))
+            self._record({**self._training_row(step, lr, result), **self._source_columns(reading)})
             self._interval = _Interval()
 
     def evaluated(self, step: int, valid_loss: float, num_tokens: int) -> None:
@@ -244,6 +244,18 @@ class Monitor:
         if self._plan.peak_flops is not None:
             row["mfu"] = mfu(tokens_per_second, self._plan.flops_per_token, self._plan.peak_flops)
         return {**row, **result.metrics, **self._sample(), **row}  # what every row has stands first and wins
+
+    def _source_columns(self, reading: Reading | None) -> Row:
+        """Where the run is in its stream of samples, and the tokens of each source so far where there are several."""
+        if reading is None:
+            return {}
+        names, row = self._plan.sources, {"samples": reading.position}
+        if len(names) > 1:
+            row |= {
+                f"{SOURCE_TOKENS}{name}": n
+                for name, n in zip(names, reading.source_tokens(row["samples"]), strict=True)
+            }
+        return row
 
     def _record(self, row: Row) -> None:
         if self._went_back_to is not None:

@@ -117,7 +117,7 @@ def activation_bytes(config: RunConfig, layout: Layout, lengths: Lengths, kernel
         # While it is there, it keeps the product too: see models/pointwise.py.
         whole = _layer_elements(plain, layout, True, replace(kernels, keeps_product=True))
         kept += max(lengths.main, lengths.encoder) * whole * layout.pipeline
-    micro_batches = train.global_batch_size // (train.micro_batch_size * layout.data)
+    micro_batches = max(train.batch_sizes.sizes) // (train.micro_batch_size * layout.data)
     under_way = min(layout.pipeline, micro_batches)
     if layout.pipeline_schedule == "zero_bubble":
         # Of so many micro-batches the first stage keeps all, and the last one what their weight gradients are made of.

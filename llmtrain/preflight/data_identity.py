@@ -17,11 +17,16 @@ FREE_DATA_KEYS = (
     "on_corrupt",
     "max_skipped",
     "cache_dir",
+    "cache_limit_gb",
     "fetch_attempts",
     "fetch_timeout_seconds",
     "prefetch_steps",
 )
 """They do not change which sample a number means. All other keys of the section are compared, so that a new one is."""
+
+
+LIMITS = ("max_epochs", "max_samples", "max_tokens")
+"""Keys of a source that end it."""
 
 
 def content_sha256(manifest: Manifest) -> str:
@@ -36,7 +41,12 @@ def content_sha256(manifest: Manifest) -> str:
 def data_record(config: RunConfig, manifests: Sequence[Manifest]) -> dict[str, Any]:
     """The record in a checkpoint of the data that it was trained on, as JSON. `manifests` are those of data.train."""
     sources = [
-        {"path": shown_path(source.path), "weight": source.weight, "content_sha256": content_sha256(manifest)}
+        {
+            "path": shown_path(source.path),
+            "weight": source.weight,
+            "content_sha256": content_sha256(manifest),
+            **{name: limit for name in LIMITS if (limit := getattr(source, name)) is not None},
+        }
         for source, manifest in zip(config.data.train, manifests, strict=True)
     ]
     first = manifests[0]
@@ -54,7 +64,11 @@ def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str |
     weights = [source.weight for source in config.data.valid]
     sources = list(zip(weights, map(content_sha256, manifests), strict=True))
     samples = config.evaluate.steps * config.train.global_batch_size
-    return hashlib.sha256(json.dumps([sources, samples, stream_keys(config.data), config.seed]).encode()).hexdigest()
+    keys = stream_keys(config.data)
+    del keys["schedule"]  # of training
+    if keys["packing"] == "none":
+        del keys["packing"]  # as before there was the key: losses from then are compared
+    return hashlib.sha256(json.dumps([sources, samples, keys, config.seed]).encode()).hexdigest()
 
 
 def windows_of(data: Mapping[str, Any]) -> WindowKind:

@@ -19,7 +19,7 @@ from llmtrain.data.storage.manifest import TOKENIZER_NAMES, Manifest, file_sha25
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import CheckpointError
-from llmtrain.preflight.data_identity import data_record, stream_keys, windows_of
+from llmtrain.preflight.data_identity import LIMITS, data_record, stream_keys, windows_of
 
 FREE_MODEL_KEYS = ("init",)
 """Weights are drawn at the first step only."""
@@ -96,7 +96,10 @@ def noted_changes(origin: Origin, config: RunConfig) -> list[Difference]:
     found = list(_changed(origin, was, config.optim.model_dump(mode="json"), "optim"))
     default = TrainConfig.model_fields["global_batch_size"].default
     size, now = origin.section("train").get("global_batch_size", default), config.train.global_batch_size
-    return [*found, _plain(origin, "train.global_batch_size", size, now, now)] if size != now else found
+    found += [_plain(origin, "train.global_batch_size", size, now, now)] if size != now else []
+    ramp = [change.model_dump() for change in config.train.batch_ramp]
+    before = origin.section("train").get("batch_ramp", [])
+    return [*found, _plain(origin, "train.batch_ramp", before, ramp, ramp)] if before != ramp else found
 
 
 def is_elsewhere(config: RunConfig) -> bool:
@@ -250,6 +253,8 @@ def _source_differences(origin: Origin, config: RunConfig, manifests: Sequence[M
             found.append(Difference(f"{key}.path", old, new, new["path"], text))
         if old["weight"] != new["weight"] and not same_shares:
             found.append(_plain(origin, f"{key}.weight", old["weight"], new["weight"], new["weight"]))
+        limits = ((name, old.get(name), new.get(name)) for name in LIMITS)
+        found += [_plain(origin, f"{key}.{name}", was, now, now) for name, was, now in limits if was != now]
     return found
 
 

@@ -17,7 +17,8 @@ from llmtrain.optim.table import row_of
 from llmtrain.plan.layout_text import LayoutOutline, plan_layout_outline
 from llmtrain.plan.memory import MemoryPlan, plan_memory
 from llmtrain.preflight.differences import resume_target
-from llmtrain.preflight.resolve import ResolvedRun, SourceUse, source_uses
+from llmtrain.preflight.resolve import ResolvedRun
+from llmtrain.preflight.source_use import SourceUse, source_uses
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class DryRun:
     micro_batch_size: int
     micro_batches_per_rank: int
     seq_len: int
+    batch_ramp: tuple[tuple[int, int], ...]
+    """Steps from which on the batch has another size, and that size."""
     tokens_per_step: int
     steps: int
     tokens: int
@@ -100,9 +103,9 @@ def find_continuation(config: RunConfig) -> Continuation | None:
 def plan_dry_run(resolved: ResolvedRun, continues: Continuation | None = None) -> DryRun:
     """The sizes of a run that keeps the arithmetic rules, and what it makes of its data."""
     config, train, layout = resolved.config, resolved.config.train, resolved.layout
-    tokens_per_step = train.global_batch_size * config.data.seq_len
+    sizes = train.batch_sizes.scaled(config.data.seq_len)
     steps = continues.last_step if continues else config.total_steps
-    before, ahead = (continues.data_tokens, steps - continues.step) if continues else (0, steps)
+    before, done = (continues.data_tokens, continues.step) if continues else (0, 0)
     declared = declare_parameters(config.model).items()
     # With the padding of the vocabulary: checkpoints hold it.
     trained = sum(prod(parameter.shape) for name, parameter in declared if not is_frozen(name, config.optim.freeze))
@@ -118,9 +121,10 @@ def plan_dry_run(resolved: ResolvedRun, continues: Continuation | None = None) -
         micro_batch_size=train.micro_batch_size,
         micro_batches_per_rank=train.global_batch_size // (train.micro_batch_size * layout.data),
         seq_len=config.data.seq_len,
-        tokens_per_step=tokens_per_step,
+        batch_ramp=tuple((change.from_step, change.global_batch_size) for change in train.batch_ramp),
+        tokens_per_step=train.global_batch_size * config.data.seq_len,
         steps=steps,
-        tokens=before + max(0, ahead) * tokens_per_step,
+        tokens=before + sizes.before(max(steps, done) + 1) - sizes.before(done + 1),
         precision=train.precision,
         engine=config.engine.name,
         zero_stage=config.engine.zero_stage,

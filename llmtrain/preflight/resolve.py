@@ -6,20 +6,20 @@ tokenizer only where one has to be asked.
 """
 
 from collections.abc import Iterator, MutableMapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtrain.checkpoint.origin import newest_origin
-from llmtrain.config.data import DataConfig, SourceConfig, SpecialTokensConfig, WindowKind, needed_tokens
+from llmtrain.config.data import DataConfig, DataSetConfig, SpecialTokensConfig, WindowKind, needed_tokens
 from llmtrain.config.reading.rendering import shown
+from llmtrain.config.rules.mixture import first_sample_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import NUM_SENTINELS, Lengths, num_sentinels, sample_lengths
 from llmtrain.data.storage.folders import fetch_config, open_folder, run_settings, run_tokenizer
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
-from llmtrain.data.stream import DataUse, data_use, samples_once
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.preflight.data_identity import windows_of
@@ -88,7 +88,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
     return ResolvedRun(with_windows(filled), config, train, valid)
 
 
-def read_manifests(sources: tuple[SourceConfig, ...], data: DataConfig, manifests: Manifests) -> tuple[Manifest, ...]:
+def read_manifests(sources: tuple[DataSetConfig, ...], data: DataConfig, manifests: Manifests) -> tuple[Manifest, ...]:
     """The manifests of the sources, in order. Those that `manifests` lacks are read and put there. Raises DataError."""
     for source in sources:
         if source.path not in manifests:
@@ -97,12 +97,13 @@ def read_manifests(sources: tuple[SourceConfig, ...], data: DataConfig, manifest
 
 
 def with_windows(config: RunConfig) -> RunConfig:
-    """The configuration with data.windows filled in.
+    """The configuration with data.windows filled in, and in data.schedule the samples that phases begin with.
 
     Before that was a key, every sample lay in one shard. What sample n is must not change under a run, so one that goes
-    on from such a checkpoint stays with that.
+    on from such a checkpoint stays with that. Packed samples are no windows.
     """
-    if config.data.windows is not None:
+    config = _with_samples(config)
+    if config.data.windows is not None or config.data.packing != "none":
         return config
     target = resume_target(config)
     origin = newest_origin(target) if target else None
@@ -110,39 +111,13 @@ def with_windows(config: RunConfig) -> RunConfig:
     return config.with_keys({"data.windows": windows})
 
 
-@dataclass(frozen=True)
-class SourceUse:
-    """The use that a run makes of one source. `epochs`: how often it goes through the source. An evaluation reads the
-    same part of it each time, and each sample once at most."""
-
-    split: str
-    path: str
-    weight: int
-    use: DataUse
-    epochs: float
-
-    def to_json(self) -> dict[str, Any]:
-        """One flat object."""
-        return {**{key: value for key, value in asdict(self).items() if key != "use"}, **asdict(self.use)}
-
-
-def source_uses(resolved: ResolvedRun) -> list[SourceUse]:
-    """The use that a run makes of each of its sources."""
-    config, data, windows = resolved.config, resolved.config.data, resolved.config.data.windows or "continuous"
-    splits = (
-        ("train", data.train, resolved.train, config.total_steps),
-        ("valid", data.valid, resolved.valid, config.evaluate.steps),
-    )
-    found = []
-    for split, sources, manifests, steps in splits:
-        samples, weights = steps * config.train.global_batch_size, sum(source.weight for source in sources)
-        for source, manifest in zip(sources, manifests, strict=True):
-            use = data_use(manifest, data.seq_len, windows)
-            taken = samples * source.weight / weights
-            if split == "valid":
-                taken = min(taken, samples_once(manifest, data.seq_len, windows))
-            found.append(SourceUse(split, shown_path(source.path), source.weight, use, taken / use.samples))
-    return found
+def _with_samples(config: RunConfig) -> RunConfig:
+    """The configuration whose data.schedule names samples. A phase that breaks a rule stays what it is, and is told."""
+    phases = [
+        {"from_sample": first_sample_of(config, number), "weights": phase.weights} if phase.from_step else phase
+        for number, phase in enumerate(config.data.schedule)
+    ]
+    return config.with_keys({"data.schedule": phases}) if phases else config
 
 
 def fill_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig | list[Problem]:

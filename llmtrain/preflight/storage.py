@@ -14,7 +14,7 @@ from llmtrain.checkpoint.folders import (
 )
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
-from llmtrain.config.data import SourceConfig
+from llmtrain.config.data import DataSetConfig
 from llmtrain.config.parameters import num_parameters
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
@@ -41,6 +41,7 @@ from llmtrain.preflight.resolve import (
     with_windows,
 )
 from llmtrain.preflight.resume_rules import difference_problems, resume_problems
+from llmtrain.preflight.source_use import lasting_problems
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.file_system import folder_fault
 from llmtrain.words import bytes_text, looked_from
@@ -105,6 +106,9 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     elif not any(problem.key == found.key for problem in problems for found in filled):
         problems.extend(filled)
     problems.extend(resume_problems(config))
+    training = [manifests.get(f"data.train.{number}.path") for number in range(len(config.data.train))]
+    if not problems and all(training):
+        problems.extend(lasting_problems(config, [manifest for manifest in training if manifest]))
     # A size that could not be filled in differs from the checkpoint's for that reason only.
     unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size")
     problems.extend(found for found in difference_problems(config, manifests) if not found.key.startswith(unknown))
@@ -132,13 +136,13 @@ def storage_warnings(config: RunConfig) -> list[str]:
     return [text]
 
 
-def _iter_sources(config: RunConfig) -> Iterator[tuple[str, SourceConfig]]:
+def _iter_sources(config: RunConfig) -> Iterator[tuple[str, DataSetConfig]]:
     for split, sources in (("train", config.data.train), ("valid", config.data.valid)):
         for number, source in enumerate(sources):
             yield f"data.{split}.{number}.path", source
 
 
-def _remote_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manifest | Problem:
+def _remote_manifest(key: str, source: DataSetConfig, config: RunConfig) -> Manifest | Problem:
     """The manifest behind a URL, or why there is none. Raises DataError where it is damaged."""
     shown = shown_path(source.path)
     fault = scheme_fault(source.path)
@@ -152,7 +156,7 @@ def _remote_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manif
     return parse_manifest(content, remote.location(MANIFEST_NAME))
 
 
-def _local_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manifest | Problem:
+def _local_manifest(key: str, source: DataSetConfig, config: RunConfig) -> Manifest | Problem:
     """The manifest in a folder, or why there is none. Raises DataError where it is damaged."""
     folder = Path(source.path)
     if not folder.exists():
@@ -166,8 +170,12 @@ def _local_manifest(key: str, source: SourceConfig, config: RunConfig) -> Manife
     return read_manifest(folder)
 
 
-def _too_short(config: RunConfig, key: str, source: SourceConfig, manifest: Manifest) -> Iterator[Problem]:
+def _too_short(config: RunConfig, key: str, source: DataSetConfig, manifest: Manifest) -> Iterator[Problem]:
     seq_len, windows = config.data.seq_len, config.data.windows
+    if config.data.packing != "none":
+        if not manifest.num_documents:
+            yield Problem(key, "holds no documents. Write shards from some text.", shown_path(source.path))
+        return
     use = data_use(manifest, seq_len, windows or "continuous")
     if use.samples:
         return

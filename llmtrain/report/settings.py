@@ -13,6 +13,7 @@ from llmtrain.report.results import size_text
 from llmtrain.report.run_record import RunRecord, flat
 from llmtrain.runs.audit import STARTED
 from llmtrain.runs.metrics_file import MOST
+from llmtrain.values.progress import SOURCE_TOKENS
 
 _YAML_LINE = re.compile(r"^(\s*(?:- )?)([A-Za-z0-9_.-]+)(:)(.*)$")
 
@@ -52,7 +53,8 @@ def sizes(config: RunConfig) -> dict[str, str]:
         "MLP": f"width {model.ffn_size:,}, {model.activation}",
         "Vocabulary": f"{model.vocabulary:,} tokens",
         "Batch": f"{train.global_batch_size:,} samples of {config.data.seq_len:,} tokens "
-        f"= {train.global_batch_size * config.data.seq_len:,} tokens a step",
+        f"= {train.global_batch_size * config.data.seq_len:,} tokens a step"
+        + "".join(f"; {change.global_batch_size:,} from step {change.from_step:,} on" for change in train.batch_ramp),
         "Precision": train.precision,
         "Layout": _layout(config),
     }
@@ -90,23 +92,52 @@ def data_section(records: list[RunRecord]) -> str:
         started = next((event for event in reversed(record.events) if event["event"] == STARTED), {})
         for source in _sources(started.get("data")):
             run = f"<td>{escape(record.name)}</td>" if len(records) > 1 else ""
-            share = source["unused_tokens"] / max(1, source["tokens"])
+            share, left = source["unused_tokens"] / max(1, source["tokens"]), source.get("leaves_at_step")
             cells = (
                 source["split"],
                 f"{source['tokens']:,}",
                 f"{source['samples']:,.0f}",
                 f"{source['unused_tokens']:,} ({share:.1%})" if share else "none",
-                f"{source['epochs']:,.3g}",
+                _packing_text(source),
+                f"{source['epochs']:,.3g}" + (f", up to step {left - 1:,}" if isinstance(left, int) else ""),
             )
             texts = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
             rows += f'<tr>{run}<th scope="row"><code>{escape(source["path"])}</code></th>{texts}</tr>'
     if not rows:
         return ""
-    names = ["Source", "For", "Tokens", "Samples per epoch", "Tokens in no sample", "Epochs planned"]
+    names = ["Source", "For", "Tokens", "Samples per epoch", "Tokens in no sample", "Padding", "Epochs planned"]
     names = (["Run"] if len(records) > 1 else []) + names
     head = "".join(f'<th scope="col">{name}</th>' for name in names)
     body = f'<div class="scroll"><table class="grid"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    return f"<section><h2>Data</h2>{body}</section>"
+    return f"<section><h2>Data</h2>{body}{_tokens_read(records)}</section>"
+
+
+def _tokens_read(records: list[RunRecord]) -> str:
+    """The tokens that each run has read of each of its sources, by its last row that says it."""
+    rows = ""
+    for record in records:
+        last = next((row for row in reversed(record.rows) if any(key.startswith(SOURCE_TOKENS) for key in row)), {})
+        tokens = {key.removeprefix(SOURCE_TOKENS): n for key, n in last.items() if key.startswith(SOURCE_TOKENS)}
+        total = sum(tokens.values())
+        for name, count in tokens.items():
+            run, share = (f"<td>{escape(record.name)}</td>" if len(records) > 1 else ""), count / max(1, total)
+            bar = f'<meter min="0" max="1" value="{share:.4f}">{share:.1%}</meter>'
+            rows += f'<tr>{run}<th scope="row"><code>{escape(name)}</code></th><td>{count:,.0f}</td>'
+            rows += f"<td>{share:.1%} {bar}</td></tr>"
+    if not rows:
+        return ""
+    names = (["Run"] if len(records) > 1 else []) + ["Source", "Tokens read", "Share"]
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    table = f'<div class="scroll"><table class="grid"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f"<h3>Tokens of each source so far</h3>{table}"
+
+
+def _packing_text(source: dict[str, Any]) -> str:
+    """The share of positions that packing fills up, and how many documents it cuts."""
+    share, cut = source.get("padding_share"), source.get("cut_documents")
+    if not source.get("is_packed") or not isinstance(share, int | float) or not isinstance(cut, int):
+        return "none"
+    return f"{share:.2%}, {cut:,} documents cut"
 
 
 def _sources(data: object) -> list[dict[str, Any]]:

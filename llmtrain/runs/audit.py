@@ -26,6 +26,9 @@ STARTED = "started"
 for each source: its tokens, those that no sample holds, and how often the run goes through it.
 """
 
+ROLLBACK = "rollback"
+"""The event of going back past data: samples `first_sample` to `end_sample` are passed over from there on."""
+
 NUMBERS = ("step", "first_sample", "end_sample", "rank", "workers", "number")
 """Facts that others reckon with, where an event has them."""
 MOST = 10**18
@@ -108,3 +111,12 @@ def begin_attempt(run_dir: Path, step: int, workers: int, data: Sequence[Mapping
     with suppress(OSError):
         record(run_dir, STARTED, step=step, workers=workers, number=number, run_id=run_id, data=data)
     return StartedAttempt(number, run_id, step)
+
+
+def skipped_windows(run_dir: Path) -> tuple[tuple[int, int], ...]:
+    """The windows [first, end) of data that a run passes over, as its audit log says. Raises DataError where that is
+    damaged."""
+    try:
+        return tuple((row["first_sample"], row["end_sample"]) for row in iter_events(run_dir, ROLLBACK))
+    except KeyError as error:
+        raise DataError(f"{run_dir / AUDIT_FILE}: an event `{ROLLBACK}` has no {error}. Remove that line.") from None

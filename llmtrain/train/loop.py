@@ -15,6 +15,7 @@ from llmtrain.optim.schedule import learning_rate
 from llmtrain.train.health import Health, StallLimit
 from llmtrain.train.rollback import Rollbacks
 from llmtrain.train.state import Saving, TrainState
+from llmtrain.values.progress import Reading
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def train(
     state, loader, monitor, stopping = run.state, run.loader, run.monitor, False
     budget = Budget.of(run.config)
     stall_limit = StallLimit(run.config.health.max_skipped_steps, run.config.train.precision)
-    steps = loader.steps(first_sample=state.samples)
+    steps = loader.steps(state.samples, state.step + 1)
     try:
         while state.step < budget.last_step(state.seen) and not stopping:
             with monitor.phase("data"):
@@ -86,11 +87,11 @@ def train(
             attempt = partial(run.engine.train_step, step, micro_batches, lr)
             result = attempt()
             if result.skipped:
-                result = run.health.retry_skipped(step, result, attempt, loader.step_origins(state.samples))
+                result = run.health.retry_skipped(step, result, attempt, loader.step_origins(state.samples, step))
             history, trouble = run.health.judge(state.history, step, result)
-            moved = loader.step_length(state.samples)
-            state = state.advanced(moved, result.num_tokens, budget.tokens_per_step, history, result.skipped)
-            monitor.step(step, lr, result)
+            moved, read = loader.step_length(state.samples, step), budget.tokens_of(step)
+            state = state.advanced(moved, result.num_tokens, read, history, result.skipped)
+            monitor.step(step, lr, result, Reading(read, state.samples, loader.source_tokens))
 
             # Every rank asks at every step: `anybody` is a collective, and only rank 0 has the loss to judge.
             if run.rollbacks.wanted(trouble, anybody):
@@ -99,7 +100,7 @@ def train(
                 if back:
                     steps.close()  # it has prepared steps of the data that is skipped now
                     state, loader = back.state, loader.skipping([back.skipped])
-                    steps = loader.steps(first_sample=state.samples)
+                    steps = loader.steps(state.samples, state.step + 1)
                     monitor.went_back(state.step, state.tokens)
                     continue
             stall_limit.require_progress(state)

@@ -10,6 +10,7 @@ import torch
 from llmtrain.checkpoint.folders import CHECKPOINTS, checkpoint_steps, step_folder_name
 from llmtrain.config.budget import Budget
 from llmtrain.config.schema import RunConfig
+from llmtrain.data.storage.remote import shown_path
 from llmtrain.files import open_log
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.machine import SystemMeter
@@ -68,7 +69,7 @@ def build_monitor(
         start_step=state.step,
         start_tokens=state.tokens,
         log_every_steps=config.observe.log_every_steps,
-        tokens_per_step=config.train.global_batch_size * config.data.seq_len,
+        sources=source_names(config),
         flops_per_token=flops_per_sample(config.model, resolved.lengths) / config.data.seq_len,
         peak_flops=peak_of_run(config, device),
         attempt=attempt.number,
@@ -83,6 +84,18 @@ def build_monitor(
     trackers = build_trackers(config, resolved.layout, folder.path, attempt, console, newest)
     progress = ProgressTracker(folder, last_step)
     return Monitor(plan, [progress, *trackers], console, on_phase=on_phase, sample=SystemMeter(device).sample)
+
+
+MOST_SOURCE_COLUMNS = 100
+"""With more sources than this, rows have no columns for each of them."""
+
+
+def source_names(config: RunConfig) -> tuple[str, ...]:
+    """The names of the sources' columns: their paths, numbered where one is named more than once."""
+    paths = [shown_path(source.path) for source in config.data.train]
+    if len(paths) > MOST_SOURCE_COLUMNS:
+        return ()
+    return tuple(path if paths.count(path) == 1 else f"{path} ({n})" for n, path in enumerate(paths, start=1))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:

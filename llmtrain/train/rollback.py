@@ -17,20 +17,10 @@ from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.schema import HealthConfig
 from llmtrain.data.loader import Window
 from llmtrain.engines.base import Engine
-from llmtrain.errors import CheckpointError, DataError, NoProgressError
-from llmtrain.runs.audit import AUDIT_FILE, iter_events
+from llmtrain.errors import CheckpointError, NoProgressError
+from llmtrain.runs.audit import AUDIT_FILE, ROLLBACK, iter_events
 from llmtrain.train.health import Record, Trouble
 from llmtrain.train.state import TrainState, restore
-
-ROLLBACK = "rollback"
-
-
-def skipped_windows(run_dir: Path) -> tuple[Window, ...]:
-    """The windows of data that a run passes over, as its audit log says. Raises DataError where that is damaged."""
-    try:
-        return tuple((row["first_sample"], row["end_sample"]) for row in iter_events(run_dir, ROLLBACK))
-    except KeyError as error:
-        raise DataError(f"{run_dir / AUDIT_FILE}: an event `{ROLLBACK}` has no {error}. Remove that line.") from None
 
 
 def newest_kept(manager: CheckpointManager, skipped: Sequence[Window]) -> CheckpointReader | None:

@@ -68,7 +68,7 @@ def setup(
     report = partial(setattr, folder, "verdict") if folder else lambda verdict: None
     health = Health(config.health, config.optim.loss_scale.minimum, log, monitor.say, report)
     rollbacks = Rollbacks(config.health, start.manager, folder.path if folder else None, start.ranks, log, monitor.say)
-    loader = build_loader(resolved, "train", rank).skipping(start.skipped)
+    loader = build_loader(resolved, "train", rank).skipping(start.skipped).sized(config.train.batch_sizes)
     return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, state, config)
 
 

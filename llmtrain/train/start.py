@@ -26,12 +26,13 @@ from llmtrain.files import read_bytes, replace_file, sealed_text
 from llmtrain.observe.machine import save_environment
 from llmtrain.preflight.data_identity import data_record, evaluation_record
 from llmtrain.preflight.differences import differences, noted_changes, resume_target
-from llmtrain.preflight.resolve import ResolvedRun, source_uses
+from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.preflight.resume_rules import no_base, one_line, refusals
-from llmtrain.runs.audit import StartedAttempt, begin_attempt
+from llmtrain.preflight.source_use import source_uses, use_notes
+from llmtrain.runs.audit import StartedAttempt, begin_attempt, skipped_windows
 from llmtrain.runs.folder import RunFolder
 from llmtrain.runs.metrics_file import METRICS_FILE
-from llmtrain.train.rollback import newest_kept, skipped_windows
+from llmtrain.train.rollback import newest_kept
 from llmtrain.train.state import TrainState, saved_state
 from llmtrain.values.tokenizer import TokenRoles
 
@@ -151,7 +152,10 @@ def record_start(resolved: ResolvedRun, folder: RunFolder, start: Start) -> Star
     """Write the files of a run, and that an attempt begins. Raises RunFolderInUseError where the folder is not held."""
     folder.ensure_held()  # a run that waited long for its ranks may have lost its folder meanwhile
     save_run_files(resolved, folder.path, start.checkpoint.path if start.checkpoint else None)
-    data = [source.to_json() for source in source_uses(resolved)]
+    uses = source_uses(resolved)
+    for note in use_notes(uses):
+        _logger.info(note)
+    data = [source.to_json() for source in uses]
     return begin_attempt(folder.path, start.step, resolved.config.launch.num_workers, data)
 
 

@@ -1,6 +1,6 @@
 """News of a run while it goes on: the phase that it is in, the result of a step, a row of metrics. Imports nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,18 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """The data that a step has read: its tokens, and the position of the stream of samples behind it.
+
+    `source_tokens` tells for a position how many tokens of each source were read up to there.
+    """
+
+    tokens: int
+    position: int
+    source_tokens: Callable[[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """Sum of the loss over valid target tokens, and their number, over all ranks."""
 
@@ -34,6 +46,10 @@ Row = Mapping[str, Any]
 
 RESUMED_FROM = "resumed_from"
 """In a row: the step that the run went back to. The row replaces all earlier ones after that step."""
+
+
+SOURCE_TOKENS = "source_tokens/"
+"""Begins the columns with the tokens of data of each source so far, padding included."""
 
 
 Phase = Literal["setup", "data", "step", "evaluate", "checkpoint"]

@@ -252,8 +252,8 @@ class _FaultyLoader(_Stand):
         super().__init__(part)
         self._strike, self._steps_ahead = strike, steps_ahead
 
-    def steps(self, first_sample: int) -> Generator[list[Batch], None, None]:
-        for number, micro_batches in enumerate(self._part.steps(first_sample), start=1):
+    def steps(self, first_sample: int, first_step: int) -> Generator[list[Batch], None, None]:
+        for number, micro_batches in enumerate(self._part.steps(first_sample, first_step), start=1):
             if number == self._steps_ahead:
                 self._strike()
             yield micro_batches

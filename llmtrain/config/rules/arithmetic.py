@@ -7,9 +7,7 @@ place of each key in its file. Pure: imports no torch and touches no storage.
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
-from math import gcd
 
-from llmtrain.config.data import LONGEST_PERIOD
 from llmtrain.config.parameters import declare_parameters, is_frozen
 from llmtrain.config.reading.suggestions import (
     all_keys,
@@ -21,6 +19,7 @@ from llmtrain.config.reading.suggestions import (
 )
 from llmtrain.config.rules.engine import ENGINE_RULES
 from llmtrain.config.rules.launch import LAUNCH_RULES
+from llmtrain.config.rules.mixture import MIXTURE_RULES
 from llmtrain.config.rules.model import MODEL_RULES
 from llmtrain.config.rules.objective import OBJECTIVE_RULES
 from llmtrain.config.rules.parallel import PARALLEL_RULES, WORLD_RULES
@@ -105,19 +104,6 @@ def loss_scale_has_room(config: RunConfig) -> Found:
     if scale.initial < scale.minimum:
         message = f"must be at least optim.loss_scale.minimum = {scale.minimum:g}. Try 65536."
         yield Problem("optim.loss_scale.initial", message, scale.initial, uses=("optim.loss_scale.minimum",))
-
-
-def weights_are_shares(config: RunConfig) -> Found:
-    for split in ("train", "valid"):
-        weights = [source.weight for source in getattr(config.data, split)]
-        period = sum(weights) // gcd(*weights) if weights else 0
-        if period > LONGEST_PERIOD:
-            message = (
-                f"the weights of its entries add up to {period:,} after division by their common divisor, and "
-                f"{LONGEST_PERIOD:,} at most are allowed. Give shares such as 70 and 30."
-            )
-            keys = tuple(f"data.{split}.{number}.weight" for number in range(len(weights)))
-            yield Problem(f"data.{split}", message, uses=keys)
 
 
 def evaluation_needs_data(config: RunConfig) -> Found:
@@ -266,7 +252,7 @@ RULES = (
     eps_is_used,
     freeze_names_parameters,
     loss_scale_has_room,
-    weights_are_shares,
+    *MIXTURE_RULES,
     evaluation_needs_data,
     best_needs_evaluation,
     allowed_changes_are_keys,

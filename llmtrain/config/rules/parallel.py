@@ -185,10 +185,18 @@ def _fitting_axis(config: RunConfig, world_size: int) -> str | None:
 
 def micro_batches_fill_batch(config: RunConfig, world_size: int) -> Found:
     """Every data-parallel rank gets the same number of micro-batches, and interleaved stages whole rounds of them."""
-    parallel, micro, batch = config.parallel, config.train.micro_batch_size, config.train.global_batch_size
-    if world_size % parallel.replica_size:
+    if world_size % config.parallel.replica_size:
         return
-    data_parallel = world_size // parallel.replica_size
+    data_parallel = world_size // config.parallel.replica_size
+    yield from _unfilled(config, data_parallel, "train.global_batch_size", config.train.global_batch_size)
+    for number, change in enumerate(config.train.batch_ramp):
+        key = f"train.batch_ramp.{number}.global_batch_size"
+        yield from _unfilled(config, data_parallel, key, change.global_batch_size)
+
+
+def _unfilled(config: RunConfig, data_parallel: int, key: str, batch: int) -> Found:
+    """The fault of one size of the batch."""
+    parallel, micro = config.parallel, config.train.micro_batch_size
     unit = micro * data_parallel
     uses = ("train.micro_batch_size", "launch.num_workers", *AXIS_KEYS)
     if batch % unit:
@@ -202,7 +210,7 @@ def micro_batches_fill_batch(config: RunConfig, world_size: int) -> Found:
             message = f"{message[:-1]}, or for train.micro_batch_size {fitting}."
         elif micro > 1:
             message = f"{message[:-1]}, or {either(nearest_multiples(least, batch))} with train.micro_batch_size=1."
-        yield Problem("train.global_batch_size", message, batch, uses=uses)
+        yield Problem(key, message, batch, uses=uses)
     elif batch // unit % _round(config):
         per_rank = batch // unit
         message = (
@@ -211,7 +219,7 @@ def micro_batches_fill_batch(config: RunConfig, world_size: int) -> Found:
             f"{parallel.pipeline}. Try {either(nearest_multiples(unit * parallel.pipeline, batch))}, or "
             "parallel.virtual_pipeline=1."
         )
-        yield Problem("train.global_batch_size", message, batch, uses=(*uses, "parallel.virtual_pipeline"))
+        yield Problem(key, message, batch, uses=(*uses, "parallel.virtual_pipeline"))
 
 
 def _round(config: RunConfig) -> int:

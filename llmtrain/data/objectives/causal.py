@@ -129,9 +129,9 @@ def fim(sample: Sample, row_config: RowConfig) -> PackedSample:
     """
     draws = row_config.draws(sample.number)
     inside = sample.document_starts[sample.document_starts > 0]
-    bounds = np.concatenate(([0], inside, [len(sample.tokens)]))
-    parts = [_rearranged(part, row_config, draws) for part in np.split(sample.tokens, bounds[1:-1])]
-    return causal_row(np.concatenate(parts), sample.document_starts, row_config.data)
+    text, padding = np.split(sample.tokens, [len(sample.tokens) - sample.padding])
+    parts = [_rearranged(part, row_config, draws) for part in np.split(text, inside)]
+    return causal_row(np.concatenate([*parts, padding]), sample.document_starts, row_config.data)
 
 
 def _rearranged(part: Tokens, row_config: RowConfig, draws: SampleRandom) -> Tokens:

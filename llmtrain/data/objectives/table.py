@@ -14,7 +14,7 @@ from llmtrain.data.objectives.corruption import prefix_length, span_corruption, 
 from llmtrain.data.objectives.masking import masked
 from llmtrain.data.row_config import RowConfig
 from llmtrain.data.stream import Sample
-from llmtrain.values.batch import IGNORED_LABEL
+from llmtrain.values.batch import IGNORED_LABEL, PADDING
 
 Objective = Callable[[Sample, RowConfig], PackedSample]
 
@@ -47,4 +47,22 @@ OBJECTIVES: dict[str, Objective] = {
 def pack_sample(sample: Sample, row_config: RowConfig) -> PackedSample:
     """A sample as the row of a batch that data.objective makes of it; a blank one has no targets."""
     row = OBJECTIVES[row_config.data.objective](sample, row_config)
+    if row_config.data.packing != "none":
+        row = _filled_up(row, sample.padding, row_config.family)
     return replace(row, labels_S=np.full_like(row.labels_S, IGNORED_LABEL)) if sample.blank else row
+
+
+def _filled_up(row: PackedSample, padding: int, family: str) -> PackedSample:
+    """A row of a sample whose last `padding` tokens are none: no targets, and seen by no position before them.
+
+    A decoder's positions see none behind them; to an encoder they are hidden as padding, in every row of the run.
+    """
+    labels_S, segments_S = row.labels_S, row.segments_S
+    if segments_S is None and family == "encoder":
+        segments_S = np.zeros(len(labels_S), np.int64)
+    if padding:
+        labels_S = labels_S.copy()
+        labels_S[-padding:] = IGNORED_LABEL  # they are the tokens from the second on
+    if segments_S is not None and padding > 1:
+        segments_S[len(segments_S) - padding + 1 :] = PADDING
+    return replace(row, labels_S=labels_S, segments_S=segments_S)

@@ -1,21 +1,27 @@
 """The place of a data set: a folder of a file system, or a URL. Imports no torch."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from llmtrain.config.data import DataConfig
 from llmtrain.config.reading.credentials import without_credentials
+from llmtrain.data.storage.cache import HeldFile
 from llmtrain.data.storage.manifest import (
     MANIFEST_NAME,
     TOKENIZER_NAMES,
     DamagedFileError,
     Manifest,
+    ShardEntry,
     check_file,
     file_sha256,
     parse_manifest,
+    read_index,
     read_manifest,
 )
 from llmtrain.data.storage.remote import SCHEMES, FetchConfig, RemoteFolder, retried, scheme_of
@@ -47,6 +53,12 @@ class LocalFolder:
         action = partial(ShardFile, self.path, manifest, number, hashed)
         return retried(action, LOCAL_ATTEMPTS, self.location(manifest.shards[number].file))
 
+    def read_sidecar(self, manifest: Manifest, number: int) -> NDArray[np.uint64]:
+        """[documents, 2], places and sizes in a shard, compared with the manifest. Raises as `open_shard` does."""
+        entry = manifest.shards[number]
+        action = partial(_checked_sidecar, self.path / entry.index_file, entry)
+        return retried(action, LOCAL_ATTEMPTS, self.location(entry.index_file))
+
 
 class CachedFolder:
     """A data set behind a URL, whose shards come through this machine's cache."""
@@ -67,13 +79,40 @@ class CachedFolder:
     def open_shard(self, manifest: Manifest, number: int, hashed: bool) -> ShardFile:
         """Raises as LocalFolder does. Files are hashed while they arrive, and with `hashed` also those in the cache."""
         entry = manifest.shards[number]
-        index = self.remote.fetch(entry.index_file, entry.index_sha256, None, hashed)
-        tar = self.remote.fetch(entry.file, entry.sha256, entry.bytes, hashed)
+        fetch = self.remote.fetch
+        index = self._held(partial(fetch, entry.index_file, entry.index_sha256, None, hashed))
+        tar = self._held(partial(fetch, entry.file, entry.sha256, entry.bytes, hashed))
         try:
-            return ShardFile(tar.parent, manifest, number, hashed=False, paths=ShardPaths(tar, index))
+            paths = ShardPaths(tar.path, index.path)
+            return ShardFile(tar.path.parent, manifest, number, hashed=False, paths=paths, held=tar)
         except DamagedFileError as damage:
             message = f"{self.location(entry.file)}, in the cache as {damage}"
             raise DamagedFileError(message, damage.reason, damage.actual) from None
+        finally:
+            index.release()
+
+    def read_sidecar(self, manifest: Manifest, number: int) -> NDArray[np.uint64]:
+        """Raises as LocalFolder's does."""
+        entry = manifest.shards[number]
+        index = self._held(partial(self.remote.fetch, entry.index_file, entry.index_sha256))
+        try:
+            return _checked_sidecar(index.path, entry)
+        finally:
+            index.release()
+
+    def _held(self, fetch: Callable[[], Path]) -> HeldFile:
+        try:
+            return HeldFile(fetch)
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}. Check data.cache_dir.") from None
+
+
+def _checked_sidecar(path: Path, entry: ShardEntry) -> NDArray[np.uint64]:
+    check_file(path, None, entry.index_sha256)
+    payloads = read_index(path)
+    if len(payloads) != entry.samples:
+        raise DataError(f"{path}: has {len(payloads)} documents, and the manifest says {entry.samples}. Index again.")
+    return payloads
 
 
 DataFolder = LocalFolder | CachedFolder
@@ -103,7 +142,8 @@ def scheme_fault(path: str) -> str | None:
 def fetch_config(data: DataConfig) -> FetchConfig:
     """How a run fetches."""
     cache_dir = Path(data.cache_dir) if data.cache_dir else user_cache_path("llmtrain")
-    return FetchConfig(cache_dir, data.fetch_attempts, data.fetch_timeout_seconds)
+    limit_bytes = None if data.cache_limit_gb is None else int(data.cache_limit_gb * 1e9)
+    return FetchConfig(cache_dir, data.fetch_attempts, data.fetch_timeout_seconds, limit_bytes)
 
 
 def find_tokenizer(folder: str | Path, sha256: str | None = None) -> Path:

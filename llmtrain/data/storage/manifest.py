@@ -43,7 +43,8 @@ UNSEALED_VERSION = 1
 """Manifests of data sets that were written before manifests had a hash of their own."""
 MANIFEST_BYTES = 256 << 20
 """A manifest has 400 bytes for each shard."""
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "uint64": np.dtype("<u8")}
+"""Stored types. We write the narrowest of the first two; files of others may have 64 bits, of which ids need few."""
 
 _INDEX_MAGIC = b"LLMTINDX"
 _INDEX_VERSION = 1
@@ -129,6 +130,8 @@ class Manifest:
     """Hash of the tokenizer_settings.json that lies beside the tokenizer."""
     lossy: StrictBool = False
     """True where the tokenizer does not give texts back as they were, such as without their line breaks."""
+    container: Literal["tar", "npy", "megatron"] = "tar"
+    """Shards are tars of .bin members, tars of .npy members, or Megatron's files of documents one behind another."""
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

@@ -11,6 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from filelock import FileLock
 
 from llmtrain.config.reading.credentials import without_credentials
+from llmtrain.data.storage.cache import make_room
 from llmtrain.data.storage.manifest import DamagedFileError, file_sha256
 from llmtrain.errors import DataError
 
@@ -90,11 +92,15 @@ _LATER = (408, 425, 429)
 
 @dataclass(frozen=True)
 class FetchConfig:
-    """The folder of fetched files, the number of attempts, and the longest silence in seconds."""
+    """The folder of fetched files, the number of attempts, and the longest silence in seconds.
+
+    Shards beyond `limit_bytes` make room for others; None: they are kept.
+    """
 
     cache_dir: Path
     attempts: int
     timeout_seconds: float
+    limit_bytes: int | None = None
 
 
 def scheme_of(path: str) -> str | None:
@@ -148,12 +154,16 @@ class RemoteFolder:
         try:
             cache_dir.mkdir(parents=True, exist_ok=True)
             if download.is_in(final, check_cached):
+                with suppress(OSError):  # of another user, or deleted meanwhile: who opens it fetches it again
+                    os.utime(final)  # it is used now
                 return final
             # A file system without locks is an error: the library's other locks outlive a killed process.
             with FileLock(lock, fallback_to_soft=False):
                 try:
                     # Another process may have fetched it meanwhile.
                     if not download.is_in(final, check_cached):
+                        if self._config.limit_bytes is not None:
+                            make_room(cache_dir, self._config.limit_bytes, size_bytes or 0, final)
                         self._fetch_to(part, name, download)
                         part.replace(final)
                 finally:

@@ -1,5 +1,6 @@
 """One shard opened for reading, and where in a damaged one the damage lies. Imports no torch."""
 
+import tarfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,30 +30,41 @@ class ShardFile:
     """One shard opened for reading: the tar mapped into memory, and the place of each document in its stream."""
 
     def __init__(
-        self, folder: Path, manifest: Manifest, number: int, hashed: bool = True, paths: ShardPaths | None = None
+        self,
+        folder: Path,
+        manifest: Manifest,
+        number: int,
+        hashed: bool = True,
+        paths: ShardPaths | None = None,
+        held: object = None,
     ) -> None:
         """Open shard `number`, comparing sizes with the manifest, and hashes where `hashed`.
 
-        `paths` is given where the files are kept under other names than the manifest's. Raises DamagedFileError.
+        `paths` is given where the files are kept under other names than the manifest's, `held` is kept as long as the
+        shard is open. Raises DamagedFileError.
         """
+        self._held = held
         entry = manifest.shards[number]
         paths = paths or ShardPaths(folder / entry.file, folder / entry.index_file)
         dtype = DTYPES[manifest.dtype]
         check_file(paths.tar)  # a shard that is gone is named before its sidecar
         check_file(paths.index, None, entry.index_sha256 if hashed else None)
         payloads = read_index(paths.index).astype(np.int64)
-        _check_index(paths.index, payloads, entry, dtype.itemsize)
-        _check_shard(paths.tar, payloads, entry, hashed)
+        self._is_tar = manifest.container != "megatron"
+        _check_index(paths.index, payloads, entry, Grid.of(manifest))
+        _check_shard(paths.tar, payloads, entry, hashed, manifest.container == "tar")
         self.path = paths.tar
         self.lengths = payloads[:, 1] // dtype.itemsize
         self._eos_id = manifest.eos_id
         self._vocab_size = manifest.vocab_size
-        # Payloads lie at multiples of the tar's 512-byte blocks: the file is one array of tokens, headers included.
+        # Payloads lie at multiples of an id's bytes: the file is one array of tokens, headers included.
         # A file of zero bytes cannot be mapped.
         mapped = np.memmap(paths.tar, np.uint8, mode="r") if entry.bytes else np.empty(0, np.uint8)
         self._tokens = np.asarray(mapped)[: entry.bytes // dtype.itemsize * dtype.itemsize].view(dtype)
         self._first = payloads[:, 0] // dtype.itemsize
         self._starts = np.concatenate(([0], np.cumsum(self.lengths + 1)))
+        self._end = int(self._starts[-1])
+        self._may_be_negative = dtype.itemsize == 8
 
     @property
     def num_documents(self) -> int:
@@ -72,8 +84,8 @@ class ShardFile:
         """
         length = len(tokens)
         end = begin + length
-        if not 0 <= begin < end <= self._starts[-1]:
-            raise IndexError(f"tokens {begin} to {end}: the shard's stream has {self._starts[-1]} tokens")
+        if not 0 <= begin < end <= self._end:
+            raise IndexError(f"tokens {begin} to {end}: the shard's stream has {self._end} tokens")
         first, last = self._starts.searchsorted((begin + 1, end)).tolist()
         first -= 1  # the document, or its end of sequence, that the first token belongs to
         bounds = self._starts[first : last + 1] - begin
@@ -84,13 +96,39 @@ class ShardFile:
             tokens[low:high] = self._tokens[source + low : source + high]
             if high < length:
                 tokens[high] = self._eos_id
-        if tokens.max() >= self._vocab_size:
+        # Ids of 64 bits may have come out as negative numbers.
+        if tokens.max() >= self._vocab_size or (self._may_be_negative and tokens.min() < 0):
             self._raise_unknown_id(tokens, first, begin)
         return starts if bounds[0] == 0 else starts[1:]
 
+    def documents_between(self, begin: int, end: int) -> list[tuple[int, int, int]]:
+        """The documents that tokens [begin, end) of the stream belong to: each one's number, and the bounds of the
+        tokens in it, where its end of sequence counts as its last."""
+        first, last = self._starts.searchsorted((begin + 1, end)).tolist()
+        found = []
+        for number in range(first - 1, last):
+            start = int(self._starts[number])
+            bounds = max(begin, start) - start, min(end, int(self._starts[number + 1])) - start
+            found.append((number, *bounds))
+        return found
+
+    def key(self, document: int) -> str:
+        """The name of a document's member in the tar, without what follows its first dot, as WebDataset has it; its
+        number in files that have no names."""
+        if not self._is_tar:
+            return str(document)
+        # A member begins with a block; what an array says of itself before its ids is shorter than that.
+        member = int(self._first[document]) * self._tokens.itemsize // TAR_BLOCK_BYTES * TAR_BLOCK_BYTES
+        header = self._tokens.view(np.uint8)[member - TAR_BLOCK_BYTES : member].tobytes()
+        try:
+            folder, _, name = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name.rpartition("/")
+        except tarfile.HeaderError:
+            return str(document)  # the file is no longer what it was when it was opened
+        return f"{folder}/{name.partition('.')[0]}".lstrip("/")
+
     def _raise_unknown_id(self, tokens: NDArray[np.int64], first: int, begin: int) -> None:
         """Name the first id that is none, and its byte; `first` is the document that the tokens begin in."""
-        at = int(np.argmax(tokens >= self._vocab_size))
+        at = int(np.argmax((tokens >= self._vocab_size) | (tokens < 0)))
         document = first + int(np.searchsorted(self._starts[first:], begin + at, side="right")) - 1
         token = int(self._first[document]) + begin + at - int(self._starts[document])
         raise DataError(
@@ -100,8 +138,29 @@ class ShardFile:
         )
 
 
-def _check_index(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, itemsize: int) -> None:
+@dataclass(frozen=True)
+class Grid:
+    """Where documents can lie in a shard: at multiples of `step` bytes, with `gap` bytes at least before each, counted
+    from the end of the one before, rounded up to `block`."""
+
+    itemsize: int
+    step: int
+    gap: int
+    block: int
+
+    @staticmethod
+    def of(manifest: Manifest) -> "Grid":
+        """A tar's document has its header before it, and nothing else's: an archive is made of blocks."""
+        itemsize = DTYPES[manifest.dtype].itemsize
+        if manifest.container == "megatron":
+            return Grid(itemsize, itemsize, 0, itemsize)
+        step = TAR_BLOCK_BYTES if manifest.container == "tar" else itemsize
+        return Grid(itemsize, step, TAR_BLOCK_BYTES, TAR_BLOCK_BYTES)
+
+
+def _check_index(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, grid: Grid) -> None:
     """Raises DamagedFileError where a sidecar contradicts the manifest, whatever its hash."""
+    itemsize = grid.itemsize
     offsets, sizes = payloads[:, 0], payloads[:, 1]
     found = len(payloads), int((sizes // itemsize).sum())
     if found != (entry.samples, entry.tokens):
@@ -111,9 +170,8 @@ def _check_index(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, ite
             "index",
             f"{found[0]} documents with {found[1]} tokens in {path.name}",
         )
-    # Each document has its header before it, and nothing else's: an archive is made of blocks.
-    ends = np.concatenate(([0], -(-(offsets + sizes) // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES))
-    apart = not (offsets % TAR_BLOCK_BYTES).any() and bool((offsets - ends[:-1] >= TAR_BLOCK_BYTES).all())
+    ends = np.concatenate(([0], -(-(offsets + sizes) // grid.block) * grid.block))
+    apart = not (offsets % grid.step).any() and bool((offsets - ends[:-1] >= grid.gap).all())
     if not apart or (sizes % itemsize).any() or (payloads < 0).any() or (offsets + sizes > entry.bytes).any():
         raise DamagedFileError(
             f"{path}: places lie outside of the {entry.bytes} bytes of {entry.file} or where no document can be. "
@@ -123,7 +181,7 @@ def _check_index(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, ite
         )
 
 
-def _check_shard(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, hashed: bool) -> None:
+def _check_shard(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, hashed: bool, has_headers: bool) -> None:
     """Compare a shard with the manifest; the error of `check_file` also tells where the damage lies."""
     try:
         check_file(path, entry.bytes, entry.sha256 if hashed else None)
@@ -132,7 +190,7 @@ def _check_shard(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, has
             raise
         size_bytes = path.stat().st_size
         if damage.reason == "sha256":
-            place = place_of_flip(path, payloads)
+            place = place_of_flip(path, payloads) if has_headers else "somewhere in it"
         elif size_bytes < entry.bytes:
             place = f"cut short: {place_of_cut(payloads, size_bytes)}"
         else:

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.order import KeyedBijection, Place, SampleOrder, keyed_permutation
+from llmtrain.data.bijection import KeyedBijection, keyed_permutation
+from llmtrain.data.order import Place, SampleOrder
 from llmtrain.values.keyed_hash import wide_key
 
 SEQ_LEN = 16
@@ -14,6 +15,17 @@ SEQ_LEN = 16
 def test_bijection_reaches_every_element_once(size: int, seed: int) -> None:
     bijection = KeyedBijection(size, wide_key("test", seed))
     assert sorted(map(bijection, range(size))) == list(range(size))
+
+
+@given(size=st.integers(1, 3000) | st.integers(2**62, 2**63), seed=st.integers(0, 2**40), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_images_are_the_same_one_by_one_and_in_blocks(size: int, seed: int, data: st.DataObject) -> None:
+    key = wide_key("test", seed)
+    used = KeyedBijection(size, key)
+    for _ in range(3):
+        first = data.draw(st.integers(0, size - 1))
+        for index in range(first, min(first + 300, size)):
+            assert used(index) == KeyedBijection(size, key)(index)
 
 
 def test_bijection_mixes() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.data.order import ContinuousOrder, SampleOrder
-from llmtrain.data.source_reader import ReadAhead
+from llmtrain.data.read_ahead import ReadAhead
 from llmtrain.data.storage.manifest import Manifest, file_sha256, read_manifest
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.stream import SampleStream, StreamConfig, load_sources

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.config.data import WindowKind
+from llmtrain.data.mixture import MixtureSchedule
 from llmtrain.data.order import ContinuousOrder
 from llmtrain.data.storage.manifest import Manifest, read_manifest
 from llmtrain.data.storage.shard_file import ShardFile
-from llmtrain.data.stream import MixtureSchedule, SampleStream, StreamConfig, load_sources
+from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
 from llmtrain.errors import DataError
 from tests.support.datasets import random_documents, token_stream, write_dataset
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.monitor import Monitor, RunPlan, perplexity
 from llmtrain.runs.metrics_file import JsonlTracker, read_rows
+from llmtrain.values.progress import SOURCE_TOKENS, Reading
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,16 @@ def test_perplexity_of_a_huge_loss_is_infinite():
 
 def test_rates_count_the_data_of_a_step_where_targets_are_few() -> None:
     clock, recorder = Clock(), Recorder()
-    monitor = Monitor(RunPlan(last_step=1, tokens_per_step=800), [recorder], clock=clock)
+    monitor = Monitor(RunPlan(last_step=1), [recorder], clock=clock)
     clock.now += 2
-    monitor.step(1, 0.1, Result())
+    monitor.step(1, 0.1, Result(), Reading(800, 8, lambda position: [position * 100]))
     assert (recorder.rows[0]["tokens_per_second"], recorder.rows[0]["tokens"]) == (400.0, Result().num_tokens)
+    assert recorder.rows[0]["samples"] == 8 and not any(key.startswith(SOURCE_TOKENS) for key in recorder.rows[0])
+
+
+def test_a_row_has_the_tokens_of_each_source_where_there_are_several() -> None:
+    recorder = Recorder()
+    monitor = Monitor(RunPlan(last_step=1, sources=("a", "b")), [recorder])
+    monitor.step(1, 0.1, Result(), Reading(800, 8, lambda position: [position * 75, position * 25]))
+    columns = {key: value for key, value in recorder.rows[0].items() if key.startswith(SOURCE_TOKENS)}
+    assert columns == {f"{SOURCE_TOKENS}a": 600, f"{SOURCE_TOKENS}b": 200}

@@ -15,7 +15,8 @@ from llmtrain.data.storage.manifest import ShardEntry, file_sha256, read_manifes
 from llmtrain.data.stream import DataUse
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.preflight.dry_run import plan_dry_run
-from llmtrain.preflight.resolve import resolve, source_uses
+from llmtrain.preflight.resolve import resolve
+from llmtrain.preflight.source_use import source_uses
 from llmtrain.preflight.storage import check_storage, load_run, storage_warnings
 from tests.support.http_folder import serve
 from tests.support.run_files import write_data_set, write_good_run

@@ -240,7 +240,7 @@ def test_the_page_tells_how_much_of_the_data_is_used(tmp_path: Path):
     data = [{**source, "tokens": 1010, "samples": 15.0, "unused_tokens": 49}]
     record(run, "started", step=0, workers=1, data=data)
     page = Elements(render([load_run(run)]))
-    assert f"data/{HOSTILE}train1,0101549 (4.9%)5.33" in page.text
+    assert f"data/{HOSTILE}train1,0101549 (4.9%)none5.33" in page.text
     assert "img" not in [tag for tag, _ in page.tags]
 
 

@@ -14,9 +14,10 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.row_config import build_row_config
 from llmtrain.data.storage.manifest import read_manifest
-from llmtrain.data.stream import samples_once
+from llmtrain.data.stream import samples_of_epochs
 from llmtrain.engines.torch_engine import TorchEngine
-from llmtrain.preflight.resolve import resolve, source_uses
+from llmtrain.preflight.resolve import resolve
+from llmtrain.preflight.source_use import source_uses
 from llmtrain.train.loop import Evaluation
 from llmtrain.train.setup import build_loader
 from llmtrain.values.batch import IGNORED_LABEL, Batch
@@ -77,7 +78,7 @@ def test_no_token_counts_twice(tmp_path: Path, sources: list[dict[str, Any]], wi
     config, reader = config_of(tmp_path, sources, windows), Reader()
     evaluation = Evaluation(build_loader(resolve(config), "valid", once=True), 1, config.evaluate.steps)
     loss, num_tokens = evaluation.run(reader)  # type: ignore[arg-type]
-    whole = sum(samples_once(read_manifest(source["path"]), SEQ_LEN, windows) for source in sources)  # type: ignore[arg-type]
+    whole = sum(samples_of_epochs(read_manifest(source["path"]), SEQ_LEN, windows) for source in sources)  # type: ignore[arg-type]
     targets = targets_of([batch for step in reader.batches for batch in step])
     assert (loss, num_tokens, len(targets)) == (1.0, whole * SEQ_LEN, whole * SEQ_LEN)
     counts = Counter(targets)

@@ -75,7 +75,7 @@ def step_samples(run: Path, step: int, rank: int | None = None, num_ranks: int |
     layout = plan_layout(config.parallel, config.launch.num_workers)
     if rank is not None and rank >= layout.world_size:
         raise ConfigError(f"--rank {rank}: the run has ranks 0 to {layout.world_size - 1}.")
-    stream = build_stream(config.data.train, config.data, config.seed, run_dir, manifests=resolved.train)
+    stream = build_stream(config.data.train, config.data, config.seed, run_dir, manifests=resolved.train).only_read()
     own = None if rank is None else layout.coordinates(rank).data
     size, tokenizer = config.train.micro_batch_size, load_tokenizer(resolved.tokenizer)
     for place, number in enumerate(_numbers(_loader(resolved, stream), config, run_dir, step)):

@@ -206,7 +206,7 @@ class SourceReader:
         try:
             shard = self._taken(number)
         except DamagedFileError as damage:
-            if self._skipped is None:
+            if self._skipped is None or self._skipped.is_closed:
                 raise
             self._skip(number, damage, self._skipped)
             return None

@@ -63,6 +63,7 @@ class SampleStream:
         """
         self.seq_len = config.seq_len
         self._once = config.once
+        self._skipped = skipped
         phases = [Phase(0, tuple(source.weight for source in sources)), *config.phases]
         self._mixture = Mixture(phases, [source.max_samples for source in sources])
         # One thread for all sources: they share a disk or a network, and one must not starve the others.
@@ -103,6 +104,12 @@ class SampleStream:
         place = reader.order.place(number_in_source)
         shard = reader.source.manifest.shards[place.shard].file
         return SampleOrigin(number, str(reader.source.folder), shard, place.window)
+
+    def only_read(self) -> "SampleStream":
+        """The same stream, to which damage is an error unless the run has skipped that shard: nothing is recorded."""
+        if self._skipped:
+            self._skipped.is_closed = True
+        return self
 
     def documents(self, number: int) -> list[DocumentPart]:
         """What sample `number` is put together of, in its order; none for a blank one. Raises as `sample` does."""

@@ -53,6 +53,8 @@ class SkippedShards:
         """Read the ledger, where there is one. `max_share` is the share of a source's samples that may be skipped."""
         self.path = path
         self._max_share = max_share
+        self.is_closed = False
+        """True where nothing may be added any more: who only looks at a run skips no shard for it."""
         self._size = 0
         self._shards: dict[tuple[str, str], SkippedShard] = {}
         self.refresh()

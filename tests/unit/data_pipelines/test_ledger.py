@@ -1,6 +1,7 @@
 """The token ledger: what a run has read in a step is found again, in every layout and after every change."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from llmtrain.cli.data import app
 from llmtrain.config.reading.rendering import record_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.errors import DataError
+from llmtrain.runs.audit import record
 from llmtrain.train.loop import Run
 from llmtrain.values.progress import SOURCE_TOKENS
 from tests.support.small_runs import rows_of, small_run, train_here
@@ -117,6 +120,42 @@ def test_ranks_share_a_step_and_a_yaml_tells_what_will_be(folder: Path, tmp_path
     assert text.count("==== sample ") == 8 and "micro-batch 3, data rank 0" in text
     for document in whole[0]["documents"]:
         assert document["text"] in text and f"{document['shard']}: {document['key']}" in text
+
+
+def test_data_that_a_run_passes_over_is_in_no_step(folder: Path) -> None:
+    config = run_of(folder, "rolled", 6)
+    config.run_dir.mkdir(parents=True)
+    record(config.run_dir, "rollback", step=1, first_sample=4, end_sample=10)
+    (config.run_dir / "config.yaml").write_text(record_of(config))
+    numbers = [[sample.sample for sample in step_samples(config.run_dir, step)] for step in (1, 2, 3)]
+    assert numbers == [[0, 1, 2, 3], [10, 11, 12, 13], [14, 15, 16, 17]]
+
+
+def test_a_skipped_shard_is_told_and_nothing_is_recorded(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "a", tmp_path / "a")
+    shutil.copytree(folder / "b", tmp_path / "b")
+    skipping = {"on_corrupt": "skip", "max_skipped": 0.9}
+    config = run_of(tmp_path, "skipped", 6, **skipping)
+    shard = tmp_path / "a" / "train" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-600])
+    with pytest.raises(DataError, match="shard-000000"):  # no run has skipped it
+        for step in range(1, 7):
+            list(step_samples(write_yaml(config, tmp_path), step))
+    assert not config.run_dir.exists()
+    assert train_here(config) == 0
+    found = [sample for step in range(1, 7) for sample in step_samples(config.run_dir, step)]
+    blank = [sample for sample in found if sample.blank]
+    assert blank and not any(sample.documents for sample in blank)
+    assert all(sample.documents for sample in found if not sample.blank)
+    assert (
+        "without targets: its shard is skipped"
+        in show("--run", config.run_dir, "--step", 1 + blank[0].sample // 4).stdout
+    )
+
+
+def write_yaml(config: RunConfig, folder: Path) -> Path:
+    (folder / "run.yaml").write_text(record_of(config))
+    return folder / "run.yaml"
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ class Phase(NamedTuple):
     weights: tuple[int, ...]
 
 
-class Dropped(NamedTuple):
+class Exhausted(NamedTuple):
     """A source that has given all that it may: from sample `first_sample` on the mixture goes without it."""
 
     source: int
@@ -102,7 +102,7 @@ class Mixture:
 
         Raises DataError where it would take too long to lay them out.
         """
-        self.dropped: list[Dropped] = []
+        self.exhausted: list[Exhausted] = []
         self.end: int | None = None
         """The first sample that no source is left for; None where there is no such."""
         self._limits = limits
@@ -177,7 +177,7 @@ class Mixture:
                 passed = schedule.counts(behind - first).tolist()
                 before = tuple(count + more for count, more in zip(before, passed, strict=True))
             if behind is not None and gone is not None:
-                self.dropped.append(Dropped(gone, behind))
+                self.exhausted.append(Exhausted(gone, behind))
             first = behind  # None: it has no end
         return before
 

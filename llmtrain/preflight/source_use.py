@@ -46,7 +46,7 @@ def source_uses(resolved: ResolvedRun) -> list[SourceUse]:
     packings = _packings(config, data.train, resolved.train)
     mixture = _mixture(config, resolved.train, packings)
     counts = mixture.counts(sizes.before(config.total_steps + 1))
-    left = {drop.source: sizes.last_step(drop.first_sample + 1) for drop in mixture.dropped}
+    left = {drop.source: sizes.last_step(drop.first_sample + 1) for drop in mixture.exhausted}
     left = {source: step for source, step in left.items() if step <= config.total_steps}
     found = []
     for number, (source, manifest) in enumerate(zip(data.train, resolved.train, strict=True)):

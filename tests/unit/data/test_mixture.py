@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.mixture import Dropped, Mixture, MixtureSchedule, Phase
+from llmtrain.data.mixture import Exhausted, Mixture, MixtureSchedule, Phase
 from llmtrain.errors import DataError
 
 
@@ -75,14 +75,14 @@ def test_any_sample_is_found_without_those_before_it(
 
 def test_a_source_leaves_at_an_exact_sample_and_the_others_go_on() -> None:
     mixed = Mixture([Phase(0, (2, 1)), Phase(100, (1, 1))], [7, None])
-    assert mixed.dropped == [Dropped(0, 10)] and mixed.end is None
+    assert mixed.exhausted == [Exhausted(0, 10)] and mixed.end is None
     assert [mixed.source_of(number) for number in (9, 10, 11, 99, 100)] == [(0, 6), (1, 3), (1, 4), (1, 92), (1, 93)]
     assert mixed.counts(10) == [7, 3] and mixed.counts(10**12) == [7, 10**12 - 7]
 
 
 def test_a_source_whose_last_sample_is_the_last_of_a_phase_is_told_of() -> None:
     mixed = Mixture([Phase(0, (1,)), Phase(5, (1,))], [5])
-    assert (mixed.dropped, mixed.end) == ([Dropped(0, 5)], 5)
+    assert (mixed.exhausted, mixed.end) == ([Exhausted(0, 5)], 5)
 
 
 def test_what_takes_too_long_to_lay_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

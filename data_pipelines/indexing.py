@@ -134,7 +134,7 @@ def scan_documents(path: Path, manifest: Manifest, entry: ShardEntry) -> NDArray
 
 
 @dataclass(frozen=True)
-class _Found:
+class FoundShards:
     """The shards of a folder that has no manifest: how their documents lie, and their type where the files say it."""
 
     container: Literal["tar", "npy", "megatron"]
@@ -146,16 +146,18 @@ class _Found:
         return path.with_suffix(".llmtrain.idx" if self.container == "megatron" else ".idx")
 
 
-def index_folder(folder: Path, tokenizer: Tokenizer, dtype: str | None = None) -> tuple[Manifest, int]:
+def index_folder(
+    folder: Path, tokenizer: Tokenizer, dtype: str | None = None, found: FoundShards | None = None
+) -> tuple[Manifest, int]:
     """Write sidecars and a manifest for a folder of shards that hold ids of this tokenizer: tars with `.bin` or `.npy`
     members, or Megatron's indexed data sets.
 
-    `dtype` is that of the ids in `.bin` members; by default uint16 for vocabularies up to 65,536, else uint32. Returns
-    the number of documents, too, that bring their own end of sequence: it counts as the one that follows every
-    document. Raises DataError where the folder has no shard, or one is damaged or holds other ids, ConfigError where
-    `dtype` must be said, or must not.
+    `dtype` is that of the ids in `.bin` members; by default uint16 for vocabularies up to 65,536, else uint32. `found`
+    are the folder's shards, where they were looked for already. Returns the number of documents, too, that bring their
+    own end of sequence: it counts as the one that follows every document. Raises DataError where the folder has no
+    shard, or one is damaged or holds other ids, ConfigError where `dtype` must be said, or must not.
     """
-    found = _find_shards(folder)
+    found = found or find_shards(folder)
     if found.dtype is not None and dtype is not None:
         raise ConfigError(
             f"--dtype {dtype}: the files in {folder} say themselves that it is {found.dtype}. Leave it out."
@@ -180,23 +182,24 @@ def index_folder(folder: Path, tokenizer: Tokenizer, dtype: str | None = None) -
     return manifest, ended
 
 
-def _find_shards(folder: Path) -> _Found:
+def find_shards(folder: Path) -> FoundShards:
+    """The shards of a folder without a manifest. Raises DataError where it has none with ids, or of several kinds."""
     tars, indexed = sorted(folder.glob("*.tar")), megatron_files(folder)
     if tars and indexed:
         raise DataError(f"{folder}: holds tars and Megatron's files ({indexed[0].name}). Put them into folders apart.")
     if indexed:
         scanned = [(path, *scan_indexed(path)) for path in indexed]
-        return _Found("megatron", [(path, places) for path, places, _ in scanned], _one_type(folder, scanned))
+        return FoundShards("megatron", [(path, places) for path, places, _ in scanned], _one_type(folder, scanned))
     if not tars:
         raise DataError(f"{folder}: holds no .tar file. Name a folder of tar shards, or of Megatron's .bin and .idx.")
     shards = [(path, scan_tar(path)) for path in tars]
     if all(len(places) for _, places in shards):
-        return _Found("tar", shards, None)
+        return FoundShards("tar", shards, None)
     empty = next(path for path, places in shards if not len(places))
     arrays = [(path, *scan_arrays(path)) for path in tars]
     if any(len(places) for _, places in shards) or not all(len(places) for _, places, _ in arrays):
         raise DataError(f"{empty}: has no {TOKEN_SUFFIX} member. {_advice(empty)}")
-    return _Found("npy", [(path, places) for path, places, _ in arrays], _one_type(folder, arrays))
+    return FoundShards("npy", [(path, places) for path, places, _ in arrays], _one_type(folder, arrays))
 
 
 def _one_type(folder: Path, scanned: Sequence[tuple[Path, Payloads, str | None]]) -> str | None:

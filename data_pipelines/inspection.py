@@ -48,6 +48,8 @@ def datasets_in(folder: Path) -> list[Path]:
     if not any(has_manifest(dataset) or any(dataset.glob("*.tar")) or megatron_files(dataset) for dataset in found):
         near = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{MANIFEST_NAME}"))
         advice = f"Try {near[0]}." if near else "Name one written by `llmtrain data shards`."
+        if any(folder.glob("*.mds*")):
+            advice = "Its .mds files are MosaicML's, which are not read. Write their ids as .npy members of tars."
         raise ConfigError(f"{folder}: is not a data set: it holds neither a {MANIFEST_NAME} nor a .tar file. {advice}")
     return found
 

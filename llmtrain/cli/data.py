@@ -203,8 +203,8 @@ def index(
         typer.Option(help="How the ids are stored, where it is not the narrowest type for the vocabulary."),
     ] = None,
 ) -> None:
-    """Make sidecars and a manifest for a folder of tars, or rebuild sidecars that were lost."""
-    from data_pipelines.indexing import has_manifest, index_folder, rebuild_sidecars
+    """Make sidecars and a manifest for a folder of tars or of Megatron's files, or rebuild sidecars that were lost."""
+    from data_pipelines.indexing import find_shards, has_manifest, index_folder, rebuild_sidecars
     from data_pipelines.inspection import datasets_in
     from llmtrain.data.storage.folders import find_tokenizer
     from llmtrain.data.tokenizer import load_tokenizer
@@ -218,8 +218,9 @@ def index(
                 )
             _say(f"{dataset}: rebuilt {counted(rebuild_sidecars(dataset), 'sidecar')}; the manifest is unchanged")
         else:
-            found = load_tokenizer(tokenizer or find_tokenizer(dataset))
-            manifest, ended = index_folder(dataset, found, dtype.value if dtype else None)
+            found = find_shards(dataset)  # first: where there are no ids, nobody needs a tokenizer
+            loaded = load_tokenizer(tokenizer or find_tokenizer(dataset))
+            manifest, ended = index_folder(dataset, loaded, dtype.value if dtype else None, found)
             ends = f", of which {ended:,} bring their own end of sequence: no second one follows them" if ended else ""
             _say(
                 f"{dataset}: indexed {counted(len(manifest.shards), 'shard')} of {manifest.dtype}, "

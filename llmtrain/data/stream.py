@@ -22,7 +22,7 @@ from llmtrain.errors import DataError
 from llmtrain.words import counted
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: one is made for every sample, and freezing it takes as long as finding its place
 class Sample:
     """One window of tokens and where it came from.
 

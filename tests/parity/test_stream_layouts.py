@@ -79,6 +79,16 @@ def alone(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[S
     return run_ranks(train, 1, config, WHOLE, folder)[0]
 
 
+def test_a_pipeline_takes_as_many_micro_batches_as_the_batch_has(
+    config: RunConfig, alone: list[Step], tmp_path: Path
+) -> None:
+    piped = config.with_keys({"engine": {"name": "megatron"}, "parallel.pipeline": 2, "launch.num_workers": 2})
+    found = run_ranks(train, 2, piped, WHOLE, tmp_path, timeout_seconds=120)[0]
+    assert [step[2] for step in found] == [step[2] for step in alone]
+    for expected, actual in zip(alone, found, strict=True):
+        assert actual[:2] == pytest.approx(expected[:2], rel=2e-5)
+
+
 @pytest.mark.parametrize("number", range(3), ids=[engine["name"] for engine in ENGINES])
 def test_two_ranks_and_another_engine_after_a_resume(
     config: RunConfig, alone: list[Step], tmp_path: Path, number: int

@@ -18,7 +18,7 @@ from llmtrain.data.stream import Sample
 from llmtrain.values.batch import IGNORED_LABEL, Batch
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, as Sample is not
 class PackedSample:
     """One row of a batch; see Batch for what the arrays mean."""
 

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shlex
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from typer.testing import CliRunner, Result
 
 from data_pipelines.indexing import index_folder, rebuild_sidecars
 from data_pipelines.inspection import verify_dataset
+from llmtrain.cli.data import app
 from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
@@ -221,11 +224,37 @@ def test_hostile_indexes_are_refused(
         index_folder(tmp_path / "data", tokenizer)
 
 
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
 @pytest.mark.parametrize("suffix", ["txt", "json"])
-def test_text_is_sent_where_it_is_tokenized(tmp_path: Path, tokenizer: Tokenizer, suffix: str) -> None:
+def test_text_is_sent_where_it_is_tokenized_and_trained_from_there(
+    tmp_path: Path, documents: list[np.ndarray], tokenizer: Tokenizer, suffix: str
+) -> None:
+    """The command that the refusal names, as it stands there."""
     (tmp_path / "data").mkdir()
     with webdataset.TarWriter(str(tmp_path / "data" / "a.tar")) as writer:
         for number, text in enumerate(TEXTS):
             writer.write({"__key__": str(number), suffix: text if suffix == "txt" else {"text": text}})
-    with pytest.raises(DataError, match=rf"It has text \(\.{suffix}\).*llmtrain data shards .*\*\.tar' OUT"):
-        index_folder(tmp_path / "data", tokenizer)
+    result = command("index", tmp_path / "data")
+    assert isinstance(result.exception, DataError) and f"It has text (.{suffix})" in str(result.exception)
+    said = str(result.exception).partition("`llmtrain data ")[2].partition("`")[0]
+    words = shlex.split(said.replace("OUT", str(tmp_path / "out")).replace("MODEL", str(tokenizer.path)))
+    assert command(*words, "--valid-fraction", 0).exit_code == 0
+    assert sorted(read_back(tmp_path / "out" / "train")) == sorted(document.tolist() for document in documents)
+
+
+def test_a_folder_of_others_is_indexed_by_the_command(
+    tmp_path: Path, documents: list[np.ndarray], tokenizer: Tokenizer
+) -> None:
+    write_megatron(tmp_path / "data", documents, np.uint16, tokenizer.eos_id)
+    result = command("index", tmp_path / "data", "--tokenizer", tokenizer.path)
+    assert result.exit_code == 0 and "indexed 2 shards of uint16, 60 documents, of which 60 bring" in result.stderr
+    (tmp_path / "data" / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    assert "60 documents" in command("inspect", tmp_path / "data", "--seq-len", 32).stdout
+    assert command("verify", tmp_path / "data").exit_code == 0
+    assert "text " in command("show", tmp_path / "data", "--seq-len", 64).stdout
+    (tmp_path / "mds").mkdir()
+    (tmp_path / "mds" / "shard.00000.mds.zstd").write_bytes(b"")
+    assert "MosaicML's, which are not read" in str(command("index", tmp_path / "mds").exception)

@@ -67,10 +67,14 @@ class PackedShard:
     ends: list[int]
     bounds: list[int]
 
+    def pieces(self, sample: int) -> tuple[list[int], list[int]]:
+        """Where the pieces of a sample begin and end in the stream of the shard, in their order."""
+        pieces = slice(self.bounds[sample], self.bounds[sample + 1])
+        return self.begins[pieces], self.ends[pieces]
+
     def parts(self, sample: int) -> list[ShardSpan]:
-        """The pieces of a sample, in their order."""
-        pieces = range(self.bounds[sample], self.bounds[sample + 1])
-        return [ShardSpan(self.shard, self.begins[piece], self.ends[piece]) for piece in pieces]
+        """The same as spans."""
+        return [ShardSpan(self.shard, *piece) for piece in zip(*self.pieces(sample), strict=True)]
 
 
 def packed_shard(plan: PackingPlan, seed: int, source: int, epoch: int, shard: int) -> PackedShard:

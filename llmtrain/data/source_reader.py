@@ -167,12 +167,8 @@ class SourceReader:
             return self.blank_window(number)
         # What fills the sample up is no target, so that it does not matter what it is.
         tokens = np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
-        starts, filled = [], 0
-        for part in self._packed(place.epoch, place.shard).parts(place.window):
-            end = filled + part.end - part.begin
-            shard.read_into(tokens[filled:end], part.begin)
-            starts.append(filled)
-            filled = end
+        pieces = self._packed(place.epoch, place.shard).pieces(place.window)
+        *starts, filled = shard.read_pieces(tokens, *pieces)
         return Window(place, tokens, np.array(starts, np.int64), len(tokens) - filled, blank=False)
 
     def _pack(self, epoch: int, number: int) -> PackedShard:

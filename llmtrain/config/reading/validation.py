@@ -30,6 +30,9 @@ STAND_INS: dict[str, Any] = {
     "train": [{"path": "(missing)"}],
     "read": [{"path": "(missing)"}],
     "steps": [1, 1],
+    "weights": [1],
+    "from_step": 2,
+    "global_batch_size": 1,
 }
 """Values that take the place of required ones that are missing; sections become empty."""
 

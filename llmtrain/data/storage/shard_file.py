@@ -101,6 +101,26 @@ class ShardFile:
             self._raise_unknown_id(tokens, first, begin)
         return starts if bounds[0] == 0 else starts[1:]
 
+    def read_pieces(self, tokens: NDArray[np.int64], begins: list[int], ends: list[int]) -> list[int]:
+        """Fill `tokens` from its begin with tokens [begin, end) of the stream, one piece behind the other, each of one
+        document; returns the position of each piece and the end of the last. Raises as `read_into` does."""
+        documents = self._starts.searchsorted(begins, side="right") - 1
+        sources = (self._first[documents] - self._starts[documents]).tolist()  # where the stream's begin would lie
+        lasts = (self._starts[documents + 1] - 1).tolist()  # the ends of sequence
+        places, filled = [0], 0
+        for begin, end, source, last in zip(begins, ends, sources, lasts, strict=True):
+            stop, place = min(end, last), filled
+            filled += end - begin
+            tokens[place : place + stop - begin] = self._tokens[source + begin : source + stop]
+            if end > last:
+                tokens[filled - 1] = self._eos_id
+            places.append(filled)
+        found = tokens[:filled]
+        if found.max() >= self._vocab_size or (self._may_be_negative and found.min() < 0):
+            for begin, end in zip(begins, ends, strict=True):
+                self.read_into(np.empty(end - begin, np.int64), begin)  # one of them says where
+        return places
+
     def documents_between(self, begin: int, end: int) -> list[tuple[int, int, int]]:
         """The documents that tokens [begin, end) of the stream belong to: each one's number, and the bounds of the
         tokens in it, where its end of sequence counts as its last."""

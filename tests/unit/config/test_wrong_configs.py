@@ -23,6 +23,31 @@ class Case:
 
 CASES = [
     Case(
+        "phase without weights",
+        ("data.schedule.0.weights", "is required", "A weight for each source of data.train"),
+        overrides=("data.schedule=[{from_step: 5}]",),
+    ),
+    Case(
+        "ramp without sizes",
+        ("train.batch_ramp.0.global_batch_size (command line): is required", "Sequences per step"),
+        overrides=("train.batch_ramp=[{from_step: 5}]",),
+    ),
+    Case(
+        "ramp without a step",
+        ("train.batch_ramp.0.from_step (command line): is required",),
+        overrides=("train.batch_ramp=[{global_batch_size: 16}]",),
+    ),
+    Case(
+        "word for a weight",
+        ("data.schedule.0.weights.1 = x (command line)", "must be a whole number"),
+        overrides=("data.schedule=[{from_step: 5, weights: [1, x]}]",),
+    ),
+    Case(
+        "limit of what is evaluated",
+        ("data.valid.0.max_epochs = 2 (command line): unknown key",),
+        overrides=("data.valid=[{path: shards/train, max_epochs: 2}]",),
+    ),
+    Case(
         "misspelt key",
         ("train.global_batchsize = 8 (run.yaml:12)", "unknown key", "Did you mean train.global_batch_size?"),
         replace=("global_batch_size", "global_batchsize"),

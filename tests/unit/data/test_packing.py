@@ -154,6 +154,21 @@ def test_any_position_is_what_an_uninterrupted_stream_gives(folder: Path, number
     assert fresh.document_starts.tolist() == expected.document_starts.tolist()
 
 
+def test_an_id_that_is_none_is_named(tmp_path: Path) -> None:
+    """Of a file that was spoiled behind its hash."""
+    write_dataset(tmp_path / "data", [random_documents(20, 0, longest=30)])
+    manifest = read_manifest(tmp_path / "data")
+    opened = stream(tmp_path)
+    shard = opened._readers[0]._shard(0)
+    assert shard is not None
+    spoiled = shard._tokens.copy()
+    spoiled[int(shard._first[4]) + 2] = 9999
+    shard._tokens = spoiled
+    with pytest.raises(DataError, match=r"document 4, byte \d+: expected an id below 300, actual 9999"):
+        for number in range(load_packing(open_folder(tmp_path / "data"), manifest, SEQ_LEN, tmp_path).samples):
+            opened.sample(number)
+
+
 def test_documents_of_a_sample_are_named(folder: Path) -> None:
     opened = stream(folder)
     for number in range(60):

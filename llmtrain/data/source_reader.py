@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -115,7 +115,7 @@ class SourceReader:
         self._coming: dict[int, Future[ShardFile]] = {}
         self._looked_at = range(0)
         self._index = index
-        self._packed = lru_cache(maxsize=self._most_open)(self._pack)
+        self._packed_shards: OrderedDict[tuple[int, int], PackedShard] = OrderedDict()
 
     def location(self, shard: int) -> str:
         """The path or URL of a shard."""
@@ -171,15 +171,21 @@ class SourceReader:
         *starts, filled = shard.read_pieces(tokens, *pieces)
         return Window(place, tokens, np.array(starts, np.int64), len(tokens) - filled, blank=False)
 
-    def _pack(self, epoch: int, number: int) -> PackedShard:
-        """The samples of an open shard in an epoch."""
+    def _packed(self, epoch: int, number: int) -> PackedShard:
+        """The samples of an open shard in an epoch; those of a few shards are kept."""
+        kept = self._packed_shards.get((epoch, number))
+        if kept is not None:
+            return kept
         assert self.source.packing is not None
         plan = PackingPlan.of(self._open[number].lengths, self._config.seq_len)
         if plan.summary != self.source.packing.shards[number]:
-            raise DataError(
-                f"{self.location(number)}: its sidecar has changed. Copy it again, and start the run again."
-            )
-        return packed_shard(plan, self._config.seed, self._index, epoch, number)
+            message = f"{self.location(number)}: its sidecar has changed. Copy it again, and start the run again."
+            raise DataError(message)
+        packed = packed_shard(plan, self._config.seed, self._index, epoch, number)
+        self._packed_shards[epoch, number] = packed
+        if len(self._packed_shards) > self._most_open:
+            self._packed_shards.popitem(last=False)
+        return packed
 
     def blank_window(self, number: int) -> Window:
         """Sample `number` without what it holds; no shard is opened for it."""

@@ -1,5 +1,6 @@
 """A cache with a limit: what is least recently used and read by nobody makes room, whoever else uses the cache."""
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -119,6 +120,24 @@ def test_a_file_that_goes_before_it_is_held_is_fetched_again(tmp_path: Path) -> 
     assert HeldFile(fetch).path.read_bytes() == b"again" and len(fetched) == 2
     with pytest.raises(DataError, match=r"Raise data\.cache_limit_gb"):
         HeldFile(lambda: tmp_path / "never")
+
+
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+def test_a_stream_that_is_gone_holds_nothing(server: HttpFolder, data: Manifest, tmp_path: Path, packing: str) -> None:
+    """Without Python's collector, which runs of several ranks turn off."""
+    keys = {"seq_len": 64, "cache_dir": str(tmp_path / "cache"), "packing": packing, "prefetch_steps": 0}
+    config = DataConfig(train=(SourceConfig(path=server.url),), **keys)
+    gc.disable()
+    try:
+        stream = build_stream(config.train, config, 1)
+        stream.sample(0)
+        make_room(tmp_path / "cache", 0, 1, tmp_path / "coming")
+        assert len(cached(tmp_path / "cache")) == 1, "it is being read"
+        del stream
+        make_room(tmp_path / "cache", 0, 1, tmp_path / "coming")
+        assert not cached(tmp_path / "cache")
+    finally:
+        gc.enable()
 
 
 def test_runs_with_and_without_a_limit_read_the_same(server: HttpFolder, data: Manifest, tmp_path: Path) -> None:

@@ -64,7 +64,6 @@ class ShardFile:
         self._first = payloads[:, 0] // dtype.itemsize
         self._starts = np.concatenate(([0], np.cumsum(self.lengths + 1)))
         self._end = int(self._starts[-1])
-        self._may_be_negative = dtype.itemsize == 8
 
     @property
     def num_documents(self) -> int:
@@ -91,14 +90,17 @@ class ShardFile:
         bounds = self._starts[first : last + 1] - begin
         starts = bounds[:-1]
         sources = (self._first[first:last] - starts).tolist()  # where position 0 would lie in the file
+        stored = np.empty(
+            length, self._tokens.dtype
+        )  # as narrow as the file: copied, looked through and widened faster
         for source, (start, next_start) in zip(sources, pairwise(bounds.tolist()), strict=True):
             low, high = max(start, 0), min(next_start - 1, length)
-            tokens[low:high] = self._tokens[source + low : source + high]
+            stored[low:high] = self._tokens[source + low : source + high]
             if high < length:
-                tokens[high] = self._eos_id
-        # Ids of 64 bits may have come out as negative numbers.
-        if tokens.max() >= self._vocab_size or (self._may_be_negative and tokens.min() < 0):
-            self._raise_unknown_id(tokens, first, begin)
+                stored[high] = self._eos_id
+        if stored.max() >= self._vocab_size:
+            self._raise_unknown_id(stored, first, begin)
+        tokens[:] = stored
         return starts if bounds[0] == 0 else starts[1:]
 
     def read_pieces(self, tokens: NDArray[np.int64], begins: list[int], ends: list[int]) -> list[int]:
@@ -107,18 +109,18 @@ class ShardFile:
         documents = self._starts.searchsorted(begins, side="right") - 1
         sources = (self._first[documents] - self._starts[documents]).tolist()  # where the stream's begin would lie
         lasts = (self._starts[documents + 1] - 1).tolist()  # the ends of sequence
-        places, filled = [0], 0
+        places, filled, stored = [0], 0, np.empty(len(tokens), self._tokens.dtype)
         for begin, end, source, last in zip(begins, ends, sources, lasts, strict=True):
             stop, place = min(end, last), filled
             filled += end - begin
-            tokens[place : place + stop - begin] = self._tokens[source + begin : source + stop]
+            stored[place : place + stop - begin] = self._tokens[source + begin : source + stop]
             if end > last:
-                tokens[filled - 1] = self._eos_id
+                stored[filled - 1] = self._eos_id
             places.append(filled)
-        found = tokens[:filled]
-        if found.max() >= self._vocab_size or (self._may_be_negative and found.min() < 0):
+        if stored[:filled].max() >= self._vocab_size:
             for begin, end in zip(begins, ends, strict=True):
                 self.read_into(np.empty(end - begin, np.int64), begin)  # one of them says where
+        tokens[:filled] = stored[:filled]
         return places
 
     def documents_between(self, begin: int, end: int) -> list[tuple[int, int, int]]:
@@ -146,9 +148,9 @@ class ShardFile:
             return str(document)  # the file is no longer what it was when it was opened
         return f"{folder}/{name.partition('.')[0]}".lstrip("/")
 
-    def _raise_unknown_id(self, tokens: NDArray[np.int64], first: int, begin: int) -> None:
+    def _raise_unknown_id(self, tokens: NDArray[Any], first: int, begin: int) -> None:
         """Name the first id that is none, and its byte; `first` is the document that the tokens begin in."""
-        at = int(np.argmax((tokens >= self._vocab_size) | (tokens < 0)))
+        at = int(np.argmax(tokens >= self._vocab_size))
         document = first + int(np.searchsorted(self._starts[first:], begin + at, side="right")) - 1
         token = int(self._first[document]) + begin + at - int(self._starts[document])
         raise DataError(

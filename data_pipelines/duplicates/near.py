@@ -18,7 +18,7 @@ EDGES = ".edges"
 """Ending: pairs [n, 2] of near documents, the earlier first, uint64."""
 
 DOCUMENTS_OF_A_PART = 16_000_000
-"""A task over a band holds about 70 bytes for each of its documents."""
+"""A task over a band holds about 40 bytes for each of its documents."""
 
 MOST_HEADS = 16
 """Documents that the others of a band are compared with, one after the other, while they are near none before."""

@@ -21,8 +21,8 @@ DOCUMENTS_OF_A_CHUNK = 20_000
 PLANTED = 100
 """Documents of a chunk that are near one of the chunk before."""
 
-BYTES_OF_A_DOCUMENT = 130
-"""What docs/data-pipelines.md says, and that NumPy sorts a copy."""
+BYTES_OF_A_DOCUMENT = 50
+"""10 million take 390 MB on the machine of docs/performance.md: 39 for each."""
 BYTES_OF_ALL = 200 << 20
 """What does not grow with the documents: pairs that are compared at a time, libraries."""
 

@@ -23,6 +23,10 @@ DOCUMENTS_OF_A_PART = 16_000_000
 MOST_HEADS = 16
 """Documents that the others of a band are compared with, one after the other, while they are near none before."""
 
+CHAIN = 0.2
+"""How far below the threshold a document of a cluster may be to the one that stays. A copy of a document that is itself
+removed for a third one has to go with it: of distances 1 - J two add up at most, and estimates have their error."""
+
 _PAIRS = 100_000
 """Pairs that are compared at a time: twice 256 bytes for each."""
 
@@ -52,8 +56,9 @@ class SignatureFiles:
     least_equal: int
 
     @classmethod
-    def of(cls, work: Workspace, segment: int) -> "SignatureFiles":
-        least = int(np.ceil(_config(work, segment).threshold * NUM_HASHES))
+    def of(cls, work: Workspace, segment: int, below: float = 0.0) -> "SignatureFiles":
+        """Those behind a segment; `below`: how far below the step's threshold documents still count as near."""
+        least = int(np.ceil((_config(work, segment).threshold - below) * NUM_HASHES))
         return cls(work, work.program.documents(segment).name, least)
 
     def near(self, first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -140,12 +145,12 @@ def _of_band(
 
 
 def write_clusters(work: Workspace, task: DataTask, output: Output) -> dict[str, Any]:
-    """Join near pairs to clusters, and remove what is near the first document of its own; returns the counters.
+    """Join near pairs to clusters, and remove all but the first document of each; returns the counters.
 
-    A chain of near pairs can lead far away: what is not near the first one gets a head of its own.
+    A chain of near pairs can lead far away: what is further from the first than CHAIN allows gets a head of its own.
     """
     stage = work.stage(task.stage)
-    files = SignatureFiles.of(work, stage.segment)
+    files = SignatureFiles.of(work, stage.segment, CHAIN)
     bands = next(other for other in work.program.stages if other.kind == "bands" and other.segment == stage.segment)
     paths = [work.checked(DataTask(bands.name, number), EDGES) for number in range(work.num_tasks(bands))]
     edges = np.concatenate(

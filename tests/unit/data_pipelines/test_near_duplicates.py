@@ -114,6 +114,23 @@ def test_a_chain_is_cut_where_it_leads_away_from_its_head() -> None:
     assert removed.tolist() == [2] and left == 2
 
 
+def test_a_copy_goes_with_its_original_that_goes_for_a_third_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is near the first, and the third near the second: at 0.83 each, which leaves 0.7 of the first."""
+    words = [f"word{number}" for number in range(2000)]
+    second = [f"{word}x" if number % 55 == 0 else word for number, word in enumerate(words)]
+    third = [f"{word}y" if number % 55 == 27 else word for number, word in enumerate(second)]
+    texts = [" ".join(text) for text in (words, second, third)]
+    assert jaccard(texts[0], texts[1]) > 0.82 and jaccard(texts[1], texts[2]) > 0.82
+    assert 0.65 < jaccard(texts[0], texts[2]) < 0.72
+    lines = [json.dumps({"id": str(number), "text": text}) for number, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    assert kept_of(tmp_path, "together") == ({"0"}, {"1": "0", "2": "0"})
+    monkeypatch.setattr(near, "CHAIN", 0.0)
+    assert kept_of(tmp_path, "alone") == ({"0", "2"}, {"1": "0"})
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_components_are_those_of_a_walk(seed: int) -> None:
     draw = np.random.default_rng(seed)

@@ -80,7 +80,7 @@ $(READERS)/ctranslate2/.installed: | $(STAMP)
 	touch $@
 
 $(READERS)/datasketch/.installed: | $(STAMP)
-	-$(INTO) $(@D) 'datasketch>=2' && touch $@
+	-$(INTO) $(@D) 'datasketch>=2' scipy && touch $@
 
 # The source package has llama.cpp and its converter in it.
 $(READERS)/llama.cpp/.installed: | $(STAMP)

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,9 +16,12 @@ from tests.support.command import llmtrain, start_llmtrain, wait_until
 
 def workers_of(pid: int) -> list[psutil.Process]:
     """What a command has started, as far as it does work: helpers of Python do none."""
-    return [
-        child for child in psutil.Process(pid).children(recursive=True) if "resource_tracker" not in child.cmdline()
-    ]
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that is just ending
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.whole_grid)])

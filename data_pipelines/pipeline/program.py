@@ -87,6 +87,18 @@ class Program:
         """Sources are cut to a size."""
         return any(source.max_documents or source.max_bytes for source in self.config.read)
 
+    def title(self, stage: PipelineStage) -> str:
+        """What a stage does, for people."""
+        names = ", ".join(step.name for step in self.segments[stage.segment].steps)
+        titles: dict[Kind, str] = {
+            "documents": f"{'steps' if stage.segment else 'read'}{f' ({names})' if names else ''}",
+            "exact": "exact duplicates",
+            "bands": "near duplicates: pairs",
+            "clusters": "near duplicates: clusters",
+            "export": "documents written",
+        }
+        return titles.get(stage.kind, stage.kind)
+
     def near_dedup(self, segment: int) -> NearDedupStep | None:
         """The keys of the near_dedup behind a segment; None where another step follows, or none."""
         group = self.segments[segment].group

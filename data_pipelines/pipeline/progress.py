@@ -85,7 +85,7 @@ class _Seen:
     def add(self, counters: Mapping[str, Any]) -> None:
         self.tasks += 1
         if "steps" not in counters:
-            self._documents += counters.get("documents", counters.get("seen", 0))
+            self._documents += counters.get("documents", counters.get("seen", counters.get("samples", 0)))
             self._bytes += counters.get("bytes", 0)
             self._other.update({key: counters[key] for key in ("removed", "edges", "tokens") if key in counters})
             return

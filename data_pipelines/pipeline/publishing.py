@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipelines.dataset_writer import bos_ids_of, settings_of, sha256_of
 from data_pipelines.pipeline.page import write_page
 from data_pipelines.pipeline.stages.document_files import DOCUMENTS
+from data_pipelines.pipeline.stages.documents import FAILED
 from data_pipelines.pipeline.stages.tokens import INDEX, TAR, tokenizer_path
 from data_pipelines.pipeline.summary import summarized
 from data_pipelines.pipeline.work import DataTask, Workspace
@@ -25,10 +26,12 @@ from llmtrain.data.storage.manifest import (
 from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.files import read_json, replace_file, replace_folder, sync_folder
+from llmtrain.words import counted
 
 SUMMARY_NAME, PAGE_NAME = "summary.json", "report.html"
 EXPORTED = "documents"
 """The folder of cleaned documents."""
+DAMAGED = "damaged"
 _SUMMARY_BYTES = 256 << 20
 
 
@@ -61,6 +64,22 @@ def publish(work: Workspace) -> None:
     write_page(summary, work.folder / PAGE_NAME)
     replace_file(work.folder / SUMMARY_NAME, json.dumps({"plan": work.plan.id, **summary}, indent=1).encode())
     sync_folder(work.folder)
+
+
+def notes_of(work: Workspace) -> list[str]:
+    """What somebody should look at before the result is used."""
+    summary = read_json(work.folder / SUMMARY_NAME, _SUMMARY_BYTES)
+    notes = [
+        f"{name}: {counted(count, 'file')} damaged, left out from there on, such as {source['examples'][DAMAGED][0]}"
+        for source in summary["sources"]
+        if (count := source["left_out"].get(DAMAGED)) and (name := source["name"])
+    ]
+    for step in summary["steps"]:
+        for reason, count in step["dropped"].items():
+            if reason.startswith(FAILED):
+                example = step["examples"][reason][0][0]
+                notes.append(f"{step['name']} failed on {counted(count, 'document')} ({reason}), such as {example}")
+    return notes
 
 
 def _publish_shards(work: Workspace) -> None:

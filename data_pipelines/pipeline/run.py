@@ -12,7 +12,7 @@ from data_pipelines.pipeline.executors import Executor
 from data_pipelines.pipeline.planning import make_plan
 from data_pipelines.pipeline.program import PipelineStage
 from data_pipelines.pipeline.progress import Advance, Progress
-from data_pipelines.pipeline.publishing import is_published, publish
+from data_pipelines.pipeline.publishing import is_published, notes_of, publish
 from data_pipelines.pipeline.tasks import TaskFailure, WorkspaceKey, perform
 from data_pipelines.pipeline.work import DONE_FOLDER, WORK_FOLDER, DamagedWorkError, DataTask, Workspace
 from llmtrain.config.pipeline import PipelineConfig
@@ -50,6 +50,10 @@ def run_pipeline(config: PipelineConfig, executor: Executor, progress: Progress)
     return folder
 
 
+_SHORT = ("count", "order")
+"""Kinds of stages of which nothing is said: they add up what others have counted."""
+
+
 @dataclass
 class _Stages:
     """Runs the tasks of stages. `repairs` counts how often what a task wrote was found damaged."""
@@ -68,6 +72,8 @@ class _Stages:
         except DamagedWorkError as error:
             self._forget(error.task, str(error))
             return False
+        for note in notes_of(self.work):
+            self.progress.say(f"note: {note}")
         return True
 
     def _forget(self, task: DataTask, message: str) -> None:
@@ -85,7 +91,10 @@ class _Stages:
         tasks = [DataTask(stage.name, number) for number in range(self.work.num_tasks(stage))]
         todo = [task for task in tasks if not self.work.is_done(task)]
         self._clear_partial(stage)
-        with self.progress.stage(stage.name, len(tasks), len(tasks) - len(todo)) as advance:
+        if stage.kind in _SHORT:
+            self._run(todo, lambda counters: None)
+            return
+        with self.progress.stage(self.work.program.title(stage), len(tasks), len(tasks) - len(todo)) as advance:
             self._run(todo, advance)
 
     def _clear_partial(self, stage: PipelineStage) -> None:

@@ -23,6 +23,8 @@ from llmtrain.errors import DataError
 
 EXAMPLES = 3
 """Documents of a chunk that are shown of each reason for which a step drops some."""
+FAILED = "error: "
+"""Begins the reason of documents for which a step raised what nobody has thought of."""
 _EXCERPT = 400
 """Characters of a document that are shown."""
 
@@ -130,7 +132,7 @@ def _through(document: Document, steps: list[tuple[DocumentStep, StepCount]]) ->
         try:
             result = step(document, count.changed)
         except Exception as error:  # of a library, at a document that nobody has thought of: it is counted and named
-            result = Dropped(f"error: {type(error).__name__}")
+            result = Dropped(f"{FAILED}{type(error).__name__}")
         if isinstance(result, Dropped):
             count.drop(result.reason, document)
             return None

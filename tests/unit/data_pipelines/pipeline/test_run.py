@@ -1,16 +1,23 @@
 """A pipeline's result: what it holds, that it is the same however it was done, and what it refuses."""
 
+import io
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from data_pipelines.documents import Document
 from data_pipelines.inspection import verify_dataset
-from data_pipelines.pipeline.executors import Processes
+from data_pipelines.pipeline.executors import InThisProcess, Processes
+from data_pipelines.pipeline.progress import Progress
+from data_pipelines.pipeline.run import run_pipeline
 from data_pipelines.sharding import place_of
+from data_pipelines.steps.length import Length
 from llmtrain.config.reading.pipeline import load_pipeline
 from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.tokenizer import load_tokenizer
@@ -252,6 +259,27 @@ def test_a_tokenizer_of_bytes_is_trained_with_its_control_pieces(collection: Pat
     assert any(
         np.array_equal(ids, tokenizer.encode(tokenizer.decode(ids))) for ids in shard_documents(result / "train")
     )
+
+
+def test_a_document_on_which_a_step_fails_is_counted_and_named(
+    collection: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's own fault at one document ends nothing, and is told in the end."""
+    judge = Length.__call__
+
+    def failing(self: Length, document: Document, counts: Counter[str]) -> Any:
+        if document.id == "row-7":
+            raise ZeroDivisionError("in a library")
+        return judge(self, document, counts)
+
+    monkeypatch.setattr(Length, "__call__", failing)
+    said = io.StringIO()
+    config = load_pipeline(write_pipeline(collection, tokenizer=None, steps=[{"length": {}}])).config
+    result = run_pipeline(config, InThisProcess(), Progress(Console(file=said, width=200)))
+    step = json.loads((result / "summary.json").read_text())["steps"][0]
+    assert step["dropped"] == {"error: ZeroDivisionError": 1} and len(documents_of(result)) == 41
+    assert "note: length failed on 1 document (error: ZeroDivisionError), such as row-7" in said.getvalue()
+    assert "read (length): 42 documents" in said.getvalue()
 
 
 def test_no_document_left_says_so(collection: Path) -> None:

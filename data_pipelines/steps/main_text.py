@@ -13,7 +13,7 @@ from llmtrain.config.steps import HtmlStep
 
 _BEGINS_AS_PAGE = re.compile(
     r"[\s\ufeff]*<(?:!doctype\s+html|(?:html|head|body|title|meta|link|div|p|span|h[1-6]|ul|ol|dl|table|section|article|"
-    r"header|main|nav|footer|center|font|pre|blockquote|form|a|b|i|em|strong|br|hr|img|script|style)(?=\s*/?>|\s[^<>]*=[^<>]*>))",
+    r"header|main|nav|footer|center|font|pre|blockquote|form|a|b|i|em|strong|br|hr|img|script|style)(?=\s*/?>|\s[^<>=]*=[^<>]*>))",
     re.IGNORECASE,
 )
 _ROOT = re.compile(r"<html[\s>]", re.IGNORECASE)

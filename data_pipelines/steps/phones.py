@@ -17,17 +17,21 @@ _FEWEST_DIGITS = 7
 _AROUND = 8
 """What the library looks at around a number: the rest of a time, a letter, a currency."""
 
+_MOST_TRIES = 8
+"""Parts of a row of digits that the library may try: it would try all of them, which are many in tables."""
+
 
 class PhoneNumbers:
-    """Finds valid numbers: with a country code, and those of `regions` without one, if they are written in groups.
+    """Finds valid numbers: with a country code, and those of `regions` without one, in the groups that are usual there.
 
     A row of digits alone is a number of anything, even where the plan of a country has it.
     """
 
     def __init__(self, regions: Sequence[str]) -> None:
-        from phonenumbers import PhoneNumberMatcher
+        from phonenumbers import Leniency, PhoneNumberMatcher
 
         self._matcher = PhoneNumberMatcher
+        self._valid, self._in_groups = Leniency.VALID, Leniency.STRICT_GROUPING
         self._regions = regions or (None,)
         self._candidates = _ANY if regions else _WITH_COUNTRY
 
@@ -39,10 +43,11 @@ class PhoneNumbers:
                 continue
             begin = max(0, candidate.start() - _AROUND)
             window = text[begin : candidate.end() + _AROUND]
+            leniency = self._valid if "+" in candidate[0] else self._in_groups
             for region in self._regions:
                 spans = [
                     (begin + match.start, begin + match.end)
-                    for match in self._matcher(window, region)
+                    for match in self._matcher(window, region, leniency, _MOST_TRIES)
                     if begin + match.start >= max(end, candidate.start()) and _is_phone_number(match.raw_string)
                 ]
                 if spans:

@@ -97,7 +97,15 @@ def test_pages_that_are_nested_too_deep_are_dropped(extractor: str, tag: str) ->
 @extractors
 @pytest.mark.parametrize("part", ["<b>", "<ul><li>", "<table><tr><td>", "<p ", "<a ", "<", "&amp", "<!--", "<font><p>"])
 def test_hostile_pages_end(extractor: str, part: str) -> None:
+    """Each would take minutes or more, did it take time that grows with the square of its length."""
     outcome("<html><body><p>x</p>" + part * (60_000 // len(part)), extractor=extractor)
+
+
+@pytest.mark.parametrize("part", ["a=", "=", "a ", " ", "\n", "\ufeff"])
+def test_the_begin_of_a_text_is_looked_at_once(part: str) -> None:
+    for begin in ("<p ", "<p", "", "<"):
+        document = Document("1", begin + part * (2_000_000 // len(part)))
+        assert MainText(HtmlStep())(document, Counter()) is document
 
 
 def test_a_page_that_is_too_long_is_dropped() -> None:

@@ -48,7 +48,7 @@ class NormalizeStep(Section):
         default=1, description="Most blank lines in a row; more are taken out, at both ends of a text all; null: any."
     )
     ftfy: bool = Field(
-        default=False, description="Text that was decoded wrongly is mended first, by ftfy; 3 MB a second on a core."
+        default=False, description="Text that was decoded wrongly is mended first, by ftfy; some MB a second on a core."
     )
 
 

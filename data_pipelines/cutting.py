@@ -8,6 +8,7 @@ Tokenizers of which it does not hold, such as those that put a space before ever
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
@@ -73,6 +74,12 @@ class Cutter:
         return None
 
 
+@lru_cache(maxsize=4)
+def _cutter_of(tokenizer: Tokenizer) -> Cutter:
+    """Made once: it looks at every piece of the vocabulary."""
+    return Cutter(tokenizer)
+
+
 def _texts_of_pieces(tokenizer: Tokenizer) -> Iterator[str]:
     """The text of each token; bytes that do not make a character alone become one that no text has."""
     if tokenizer.piece_style != "byte_level":
@@ -105,7 +112,7 @@ def tokenized(
     """
     dtype = DTYPES[dtype_name(tokenizer.vocab_size)]
     parts: list[NDArray[Any]] = []
-    for batch in _batches(_iter_pieces(documents, Cutter(tokenizer)), _BATCH_CHARACTERS * num_workers):
+    for batch in _batches(_iter_pieces(documents, _cutter_of(tokenizer)), _BATCH_CHARACTERS * num_workers):
         encoded = tokenizer.encode_batch([piece.text for piece in batch], num_workers)
         for piece, ids in zip(batch, encoded, strict=True):
             parts.append(ids.astype(dtype))

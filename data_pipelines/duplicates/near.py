@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.duplicates.signatures import BANDS, NUM_HASHES, SIGNATURES, num_bands
-from data_pipelines.pipeline.stages.document_files import ROW_BITS, row_id, write_removals
+from data_pipelines.pipeline.stages.document_files import ROW_BITS, removed_rows, row_id, write_removals
 from data_pipelines.pipeline.work import DataTask, Output, Workspace
 from llmtrain.config.steps import NearDedupStep
 
@@ -42,7 +42,7 @@ def num_band_tasks(config: NearDedupStep, documents: int) -> int:
 
 
 def _config(work: Workspace, segment: int) -> NearDedupStep:
-    config = work.program.near_dedup(segment)
+    config = work.program.segments[segment].near
     assert config is not None, segment
     return config
 
@@ -114,7 +114,7 @@ def write_bands(work: Workspace, task: DataTask, output: Output) -> dict[str, An
     bands = num_bands(_config(work, stage.segment).threshold)
     band, part = task.number % bands, task.number // bands
     parts = work.num_tasks(stage) // bands
-    hashes, ids = _of_band(work, files.documents, (band, bands), (part, parts))
+    hashes, ids = _of_band(work, stage.segment, (band, bands), (part, parts))
     order = np.argsort(hashes, kind="stable")  # ids of equal hashes stay in their order
     hashes, ids = hashes[order], ids[order]
     shared = np.zeros(len(ids), bool)
@@ -129,15 +129,21 @@ def write_bands(work: Workspace, task: DataTask, output: Output) -> dict[str, An
 
 
 def _of_band(
-    work: Workspace, documents: str, band: tuple[int, int], part: tuple[int, int]
+    work: Workspace, segment: int, band: tuple[int, int], part: tuple[int, int]
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """The hashes of a band, one of so many, and the ids of their documents, of a part of the hashes, one of so many."""
+    """The hashes of a band, one of so many, and the ids of their documents, of a part of the hashes, one of so many.
+
+    What has gone as an exact duplicate is looked at no more.
+    """
+    documents = work.program.documents(segment).name
     all_hashes, all_ids = [], []
     for chunk in range(len(work.plan.chunks)):
         path = work.checked(DataTask(documents, chunk), BANDS)
         rows = path.stat().st_size // (8 * band[1])
         hashes = np.fromfile(path, np.uint64, rows, offset=8 * rows * band[0])
-        chosen = np.flatnonzero(hashes % np.uint64(part[1]) == part[0])
+        wanted = hashes % np.uint64(part[1]) == part[0]
+        wanted[list(removed_rows(work, segment, chunk, "bands"))] = False
+        chosen = np.flatnonzero(wanted)
         all_hashes.append(hashes[chosen])
         all_ids.append(chosen.astype(np.uint64) + np.uint64(row_id(chunk, 0)))
     empty = np.empty(0, np.uint64)

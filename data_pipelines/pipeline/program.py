@@ -5,19 +5,19 @@ one another, so any number of workers may do them in any order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 from llmtrain.config.pipeline import PipelineConfig
-from llmtrain.config.steps import NearDedupStep, StepConfig
+from llmtrain.config.steps import ExactDedupStep, NearDedupStep, StepConfig
 
 Kind = Literal[
     "documents", "count", "exact", "bands", "clusters", "caps", "tokenizer", "tokens", "order", "shards", "export"
 ]
 
-GROUP_STEPS = ("exact_dedup", "near_dedup")
-"""Steps that look at all documents: what comes behind one sees what it has left."""
+REMOVING: tuple[Kind, ...] = ("exact", "clusters", "caps")
+"""Stages that remove documents, in their order behind one segment: each sees what those before have left."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,14 @@ class PipelineStage:
 
 @dataclass(frozen=True)
 class Segment:
-    """Steps that are done in one pass over the documents, and the step over groups that follows them, if one does."""
+    """Steps that are done in one pass over the documents, and the steps over groups that follow them, if any do.
+
+    Near duplicates right behind exact ones need no pass of their own: both are found in what one pass has noted.
+    """
 
     steps: tuple[StepConfig, ...]
-    group: StepConfig | None = None
+    exact: bool = False
+    near: NearDedupStep | None = None
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,15 @@ class Program:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """The steps, cut behind each step over groups. The last segment has none; it may be without steps."""
+        """The steps, cut behind each step over groups."""
         segments: list[Segment] = []
         steps: list[StepConfig] = []
         for step in self.config.steps:
-            if step.name in GROUP_STEPS:
-                segments.append(Segment(tuple(steps), step))
+            near = step.section if isinstance(step.section, NearDedupStep) else None
+            if near is not None and not steps and segments and segments[-1].near is None:
+                segments[-1] = replace(segments[-1], near=near)
+            elif near is not None or isinstance(step.section, ExactDedupStep):
+                segments.append(Segment(tuple(steps), near is None, near))
                 steps = []
             else:
                 steps.append(step)
@@ -64,11 +71,11 @@ class Program:
         stages: list[PipelineStage] = []
         for number, segment in enumerate(self.segments):
             stages.append(PipelineStage(f"documents-{number}", "documents", number))
-            if segment.group is not None:
+            if segment.exact or segment.near is not None:
                 stages.append(PipelineStage(f"count-{number}", "count", number))
-            if segment.group is not None and segment.group.name == "exact_dedup":
+            if segment.exact:
                 stages.append(PipelineStage(f"exact-{number}", "exact", number))
-            elif segment.group is not None:
+            if segment.near is not None:
                 stages.append(PipelineStage(f"bands-{number}", "bands", number))
                 stages.append(PipelineStage(f"clusters-{number}", "clusters", number))
         last, config = len(self.segments) - 1, self.config
@@ -99,16 +106,11 @@ class Program:
         }
         return titles.get(stage.kind, stage.kind)
 
-    def near_dedup(self, segment: int) -> NearDedupStep | None:
-        """The keys of the near_dedup behind a segment; None where another step follows, or none."""
-        group = self.segments[segment].group
-        return group.section if group is not None and isinstance(group.section, NearDedupStep) else None
-
     def documents(self, segment: int) -> PipelineStage:
         """The stage that writes a segment's documents."""
         return next(stage for stage in self.stages if stage.kind == "documents" and stage.segment == segment)
 
-    def removals(self, segment: int, with_caps: bool = True) -> Sequence[PipelineStage]:
-        """The stages whose removals hold for the documents of a segment, for whoever reads them."""
-        kinds = ("exact", "clusters", "caps") if with_caps else ("exact", "clusters")
+    def removals(self, segment: int, before: Kind | None = None) -> Sequence[PipelineStage]:
+        """The stages whose removals hold for the documents of a segment: all, or those before another kind of stage."""
+        kinds = REMOVING[: {"bands": 1, "caps": 2}.get(before or "", len(REMOVING))]
         return [stage for stage in self.stages if stage.kind in kinds and stage.segment == segment]

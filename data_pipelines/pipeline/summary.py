@@ -80,11 +80,15 @@ def _steps(work: Workspace, segment: int) -> list[dict[str, Any]]:
                 _extend(total["examples"].setdefault(reason, []), examples)
     for total in totals:
         total["dropped"], total["changed"] = (dict(total[key].most_common()) for key in ("dropped", "changed"))
-    return totals + [_group(work, stage) for stage in work.program.removals(segment)]
+    left = sum(counters["kept"]["documents"] for counters in _records(work, work.program.documents(segment).name))
+    for stage in work.program.removals(segment):
+        totals.append(_group(work, stage, left))
+        left -= sum(totals[-1]["dropped"].values())
+    return totals
 
 
-def _group(work: Workspace, stage: PipelineStage) -> dict[str, Any]:
-    """A stage over groups as a step."""
+def _group(work: Workspace, stage: PipelineStage, seen: int) -> dict[str, Any]:
+    """A stage over groups, which sees so many documents, as a step."""
     names = {"exact": "exact_dedup", "clusters": "near_dedup", "caps": "caps"}
     documents = work.program.documents(stage.segment).name
     removed, examples = 0, []
@@ -96,7 +100,6 @@ def _group(work: Workspace, stage: PipelineStage) -> dict[str, Any]:
             document, kept = (document_at(work, documents, place) for place in (gone, head))
             first = "" if stage.kind == "caps" else f"{kept.id}\n{kept.text[:_EXCERPT]}"
             examples.append((document.id, document.text[:_EXCERPT], first))
-    seen = sum(counters["kept"]["documents"] for counters in _records(work, documents))
     reason = "above the cap" if stage.kind == "caps" else "duplicate"
     return {
         "name": names[stage.kind],

@@ -28,7 +28,7 @@ def _write_count(work: Workspace, task: DataTask, output: Output) -> dict[str, A
     stage = work.program.documents(segment).name
     chunks = range(len(work.plan.chunks))
     documents = sum(work.require_done(DataTask(stage, number)).counters["kept"]["documents"] for number in chunks)
-    near = work.program.near_dedup(segment)
+    near = work.program.segments[segment].near
     bands = 0 if near is None else num_band_tasks(near, documents)
     return {"documents": documents, "exact": num_parts(documents), "bands": bands}
 

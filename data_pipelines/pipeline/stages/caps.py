@@ -25,7 +25,7 @@ def write_caps(work: Workspace, task: DataTask, output: Output) -> dict[str, Any
             path = work.checked(DataTask(documents.name, chunk), SIZES)
             sizes = np.fromfile(path, np.uint64).reshape(-1, 2)
             kept = np.ones(len(sizes), bool)
-            kept[list(removed_rows(work, segment, chunk, with_caps=False))] = False
+            kept[list(removed_rows(work, segment, chunk, "caps"))] = False
             rows = np.flatnonzero(kept)
             all_sizes.append(sizes[rows])
             all_ids.append(rows.astype(np.uint64) + np.uint64(row_id(chunk, 0)))

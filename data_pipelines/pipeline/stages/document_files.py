@@ -11,7 +11,7 @@ from backports import zstd
 from numpy.typing import NDArray
 
 from data_pipelines.documents import Document
-from data_pipelines.pipeline.program import PipelineStage
+from data_pipelines.pipeline.program import Kind, PipelineStage
 from data_pipelines.pipeline.work import DataTask, Output, Workspace
 
 DOCUMENTS = ".jsonl.zst"
@@ -54,14 +54,14 @@ def document_line(document: Document) -> bytes:
     return json.dumps(known, ensure_ascii=False).encode() + b"\n"
 
 
-def kept_documents(work: Workspace, segment: int, chunk: int, with_caps: bool = True) -> Iterator[Found]:
+def kept_documents(work: Workspace, segment: int, chunk: int) -> Iterator[Found]:
     """The documents of a chunk behind a segment, without those that the stages after it have removed.
 
     Raises DamagedWorkError.
     """
     task = DataTask(work.program.documents(segment).name, chunk)
     path = work.checked(task, DOCUMENTS)
-    removed = removed_rows(work, segment, chunk, with_caps)
+    removed = removed_rows(work, segment, chunk)
     with zstd.ZstdFile(path) as file:
         for row, line in enumerate(file):
             if row not in removed:
@@ -75,10 +75,10 @@ def document_at(work: Workspace, stage: str, place: int) -> Document:
         return Document(**json.loads(next(islice(file, row, None))))
 
 
-def removed_rows(work: Workspace, segment: int, chunk: int, with_caps: bool = True) -> set[int]:
-    """Rows of a chunk's file that are removed."""
+def removed_rows(work: Workspace, segment: int, chunk: int, before: Kind | None = None) -> set[int]:
+    """Rows of a chunk's file that are removed, by all stages or by those before another kind."""
     rows: set[int] = set()
-    for stage in work.program.removals(segment, with_caps):
+    for stage in work.program.removals(segment, before):
         for removals in iter_removals(work, stage):
             begin, end = np.searchsorted(removals[:, 0], [row_id(chunk, 0), row_id(chunk + 1, 0)])
             rows.update((removals[begin:end, 0] & ((1 << ROW_BITS) - 1)).tolist())

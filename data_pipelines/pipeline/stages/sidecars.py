@@ -25,12 +25,12 @@ class Sidecar(Protocol):
 
 def sidecars_of(work: Workspace, segment_number: int) -> list[Sidecar]:
     """Those that the stages behind a segment need."""
-    group = work.program.segments[segment_number].group
+    segment = work.program.segments[segment_number]
     sidecars: list[Sidecar] = []
-    if (near := work.program.near_dedup(segment_number)) is not None:
-        sidecars.append(Signatures(near, work.config.seed))
-    elif group is not None:
+    if segment.exact:
         sidecars.append(_Keys())
+    if segment.near is not None:
+        sidecars.append(Signatures(segment.near, work.config.seed))
     if work.program.has_caps and segment_number == len(work.program.segments) - 1:
         sidecars.append(_Sizes(work.config.seed))
     return sidecars

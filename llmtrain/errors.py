@@ -110,6 +110,12 @@ class NoProgressError(LlmtrainError):
     exit_code = 93
 
 
+class StoppedError(LlmtrainError):
+    """Told to stop, and stopped: nothing is wrong, and the same command continues."""
+
+    exit_code = 75
+
+
 class InstallationError(LlmtrainError):
     """A package that is needed cannot be imported in this environment."""
 

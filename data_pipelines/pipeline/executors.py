@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from typing import Protocol, TypeVar
 
-from llmtrain.errors import LlmtrainError
+from llmtrain.errors import LlmtrainError, StoppedError
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -31,6 +31,42 @@ class Executor(Protocol):
         ...
 
 
+Stopped = Callable[[], bool]
+"""True once the command was told to stop."""
+
+
+class UntilStopped:
+    """The calls of another executor, until the command is told to stop."""
+
+    def __init__(self, executor: Executor, stopped: Stopped) -> None:
+        self._executor = executor
+        self._stopped = stopped
+
+    def each(
+        self, function: Callable[[Argument], Result], arguments: Iterable[Argument]
+    ) -> Iterator[tuple[Argument, Result]]:
+        """See Executor. Told to stop, it begins no other call, and raises StoppedError once those that are under way
+        have ended, or where they cannot any more: whoever tells the command may have told what works for it as well.
+        """
+        left: list[Argument] = []
+
+        def drawn() -> Iterator[Argument]:
+            for argument in arguments:
+                if self._stopped():
+                    left.append(argument)
+                    return
+                yield argument
+
+        try:
+            yield from self._executor.each(function, drawn())
+        except LlmtrainError as error:
+            if not self._stopped():
+                raise
+            raise StoppedError(f"stopped, with tasks under way ({error}): they are done again next time") from error
+        if left:
+            raise StoppedError(f"stopped before {left[0]}. What is done stays done: the same command continues.")
+
+
 class InThisProcess:
     """One after another, here."""
 
@@ -44,8 +80,9 @@ class InThisProcess:
 class Processes:
     """Processes that end with this one, however it ends."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, stopped: Stopped = lambda: False) -> None:
         self._workers = workers
+        self._stopped = stopped
         self._pool = _new_pool(workers)
 
     def each(
@@ -75,6 +112,8 @@ class Processes:
 
     def _after_death(self, arguments: list[Argument], deaths: Counter[str]) -> list[Argument]:
         """A new pool for the tasks that were under way: the library does not say whose process died."""
+        if self._stopped():
+            raise LlmtrainError("their processes were ended")
         deaths.update(str(argument) for argument in arguments)
         name, count = deaths.most_common(1)[0]
         if count >= MOST_DEATHS:
@@ -114,16 +153,16 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def executor_of(workers: int) -> Iterator[Executor]:
-    """Processes of this machine, `workers` of them or one for each core."""
+def executor_of(workers: int, stopped: Stopped) -> Iterator[Executor]:
+    """Processes of this machine, `workers` of them or one for each core, that work until the command is to stop."""
     number = (
         workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers or os.cpu_count() or 1
     )
     if number == 1:
-        yield InThisProcess()
+        yield UntilStopped(InThisProcess(), stopped)
         return
-    processes = Processes(number)
+    processes = Processes(number, stopped)
     try:
-        yield processes
+        yield UntilStopped(processes, stopped)
     finally:
         processes.close()

@@ -10,7 +10,7 @@ from data_pipelines.pipeline.chunks import ScannedFile, chunks_of, scanned
 from data_pipelines.pipeline.executors import Executor
 from data_pipelines.pipeline.plan import Plan, installed_versions, read_plan, require_same, result_settings
 from data_pipelines.reading.formats import FORMATS, format_of
-from data_pipelines.reading.inputs import InputFile, ReadReport, find_files
+from data_pipelines.reading.inputs import InputFile, ReadReport, find_files, source_exists
 from data_pipelines.steps.table import STEPS, package_problems
 from llmtrain.config.pipeline import PipelineConfig, ReadConfig
 from llmtrain.data.storage.manifest import file_sha256
@@ -47,6 +47,13 @@ def storage_problems(config: PipelineConfig) -> list[Problem]:
         if package is not None and find_spec(package) is None:
             message = f"needs the package {package}: pip install 'llmtrain[data]'."
             problems.append(Problem(f"read.{number}.format", message, source.format))
+        if not source_exists(source.path):
+            message = "no such file, folder or pattern with files. Check the spelling."
+            problems.append(Problem(f"read.{number}.path", message, source.path))
+    for number, step in enumerate(config.steps):
+        for path in STEPS[step.name].files(step.section) if step.name in STEPS else ():
+            if not Path(path).is_file():
+                problems.append(Problem(f"steps.{number}.{step.name}", f"{path}: no such file. Check the path."))
     if config.tokenizer is not None and config.tokenizer.path is not None:
         try:
             load_tokenizer(Path(config.tokenizer.path))

@@ -136,6 +136,15 @@ def find_files(inputs: Sequence[str | Path], report: ReadReport) -> list[InputFi
     return found
 
 
+def source_exists(name: str) -> bool:
+    """False where an input means nothing on this machine; servers are asked when their files are needed."""
+    if scheme_of(name) is not None and "://" in name:
+        return True
+    if os.path.lexists(name):
+        return True
+    return any(True for _ in glob.iglob(name, recursive=True))  # noqa: PTH207  absolute patterns too
+
+
 class _Search:
     """Remembers what was found, by device and number: links, other spellings and other inputs may name it again."""
 

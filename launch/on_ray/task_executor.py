@@ -3,7 +3,9 @@
 What is imported here imports Ray, so it is imported within `ray_cluster`.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -25,7 +27,11 @@ ASK_SECONDS = 5.0
 
 
 class RayTasks:
-    """See data_pipelines.pipeline.executors.Executor. Nodes have the same files and the same llmtrain."""
+    """See data_pipelines.pipeline.executors.Executor. Nodes have the same files and the same llmtrain.
+
+    Relative paths are those of the folder in which this process is: names of documents hold paths, so an absolute one
+    would give another result.
+    """
 
     def __init__(self, cluster: "Cluster", workers: int) -> None:
         self._cluster = cluster
@@ -37,12 +43,12 @@ class RayTasks:
         """Arguments with their results, as they come. Raises LaunchError where the cluster is gone, or a task kills
         every process that does it; else what the function raises."""
         call = ray.remote(num_cpus=1, max_retries=MOST_CALLS)(function_call).remote
-        sent = ray.put(function)  # once, and not with every call
+        sent, folder = ray.put(function), str(Path.cwd())  # put: once, and not with every call
         left = iter(arguments)
         waiting: dict[Any, Argument] = {}
         while True:
             while len(waiting) < 2 * self._workers and (argument := next(left, None)) is not None:
-                waiting[call(sent, argument)] = argument
+                waiting[call(folder, sent, argument)] = argument
             if not waiting:
                 return
             done, _ = ray.wait(list(waiting), timeout=ASK_SECONDS)
@@ -56,8 +62,15 @@ class RayTasks:
                 yield argument, _result(answer, argument)
 
 
-def function_call(function: Callable[[Any], Any], argument: Any) -> Any:
-    """What runs on a node."""
+def function_call(folder: str, function: Callable[[Any], Any], argument: Any) -> Any:
+    """What runs on a node. Raises LaunchError where it does not have the folder."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise LaunchError(
+            f"{folder}: cannot be used on {os.uname().nodename}: {error.strerror}. Every node of the cluster needs the "
+            "folder in which the pipeline is started, at the same path."
+        ) from None
     return function(argument)
 
 

@@ -10,22 +10,16 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 
-from launch.on_slurm.launcher import cpus_per_rank
+from launch.on_slurm.asked_job import AskedJob, asked_job
+from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.config.reading.credentials import text_without_credentials
 from llmtrain.config.reading.document import COMMAND_LINE
 from llmtrain.config.reading.rendering import shown
-from llmtrain.config.rules.launch import uneven_nodes
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, LaunchError, Problem
 from llmtrain.runs.rank_logs import LOGS
-
-BODY_MARK = "# ---- what the job does ----\n"
-"""The line at which the body of a file in slurm/ begins. Above it are lines to edit by hand."""
-
-BODIES = {"slurm": "train.sbatch", "ray": "train_on_ray.sbatch"}
 
 PLAIN = re.compile(r"[A-Za-z0-9_.,:@+/=%-]+")
 """Characters that sbatch takes in a header as they are."""
@@ -37,24 +31,28 @@ LOG_NAME = "slurm-%j.log"
 SCRIPT_NAME = "job.sbatch"
 
 
-def render(config: RunConfig, config_path: Path, overrides: Sequence[str], folder: Path | None = None) -> str:
-    """The batch script that `sbatch` gets: it runs `llmtrain train config_path overrides...` in `folder`.
+def render(
+    config: RunConfig | PipelineConfig, config_path: Path, overrides: Sequence[str], folder: Path | None = None
+) -> str:
+    """The batch script that `sbatch` gets: it runs `llmtrain train config_path overrides...` in `folder`, or for a
+    pipeline `llmtrain data run` in its place.
 
-    `folder` is the working directory if absent. Raises ConfigError for a path that Slurm cannot take, for ranks that
-    cannot be spread over the machines evenly, and for credentials among the overrides.
+    `folder` is the working directory if absent. Raises ConfigError for a path that Slurm cannot take, for ranks or
+    tasks that cannot be spread over the machines evenly, and for credentials among the overrides.
     """
     folder = folder or Path.cwd()
-    if problems := [*uneven_nodes(config), *_secrets_in(overrides)]:
+    job = asked_job(config)
+    if problems := [*job.problems, *_secrets_in(overrides)]:
         raise ConfigError(problems)
-    header = [f"#SBATCH {option}" for option in _options(config, folder)]
-    setup = config.launch.slurm.setup
+    header = [f"#SBATCH {option}" for option in _options(job, folder)]
+    setup = job.slurm.setup
     prologue = [
         f"cd -- {quoted(str(folder))} || exit 1",
         f'export PATH={quoted(str(Path(sys.executable).parent))}:"$PATH"',
         *([f". {quoted(str(folder / setup))} || exit 1"] if setup else []),
         f"set -- {' '.join(quoted(word) for word in (str(config_path), *overrides))}",
     ]
-    return "\n".join(["#!/bin/bash", *header, "", *prologue, "", body(config)])
+    return "\n".join(["#!/bin/bash", *header, "", *prologue, "", job.body])
 
 
 def _secrets_in(overrides: Sequence[str]) -> Iterator[Problem]:
@@ -69,22 +67,17 @@ def _secrets_in(overrides: Sequence[str]) -> Iterator[Problem]:
             yield Problem(key, message, shown(key, value), COMMAND_LINE)
 
 
-def body(config: RunConfig) -> str:
-    """The body of the script, from slurm/: on Ray where the configuration asks for it, by srun otherwise."""
-    name = BODIES["ray" if config.launch.backend == "ray" else "slurm"]
-    return files("slurm").joinpath(name).read_text("utf-8").partition(BODY_MARK)[2]
-
-
-def submit(config: RunConfig, config_path: Path, overrides: Sequence[str]) -> str:
-    """Submit the run to Slurm and return the job's id. The script is kept in the run folder.
+def submit(config: RunConfig | PipelineConfig, config_path: Path, overrides: Sequence[str]) -> str:
+    """Submit a run or a pipeline to Slurm and return the job's id. The script is kept in its folder.
 
     Raises ConfigError for what cannot be written into it, LaunchError where sbatch is absent or refuses.
     """
     script = render(config, config_path, overrides)
-    setup = config.launch.slurm.setup
+    job = asked_job(config)
+    setup = job.slurm.setup
     if setup and not Path(setup).is_file():
-        raise ConfigError([Problem("launch.slurm.setup", "there is no such file. Correct the path.", setup)])
-    run_dir = Path.cwd() / config.run_dir
+        raise ConfigError([Problem(f"{job.section}.setup", "there is no such file. Correct the path.", setup)])
+    run_dir = Path.cwd() / job.folder
     try:
         (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
         path = run_dir / SCRIPT_NAME
@@ -111,17 +104,11 @@ def quoted(text: str) -> str:
     return "$'" + UNPRINTED.sub(lambda match: f"\\{os.fsencode(match[0])[0]:03o}", escaped) + "'"
 
 
-def _options(config: RunConfig, folder: Path) -> Iterator[str]:
+def _options(job: AskedJob, folder: Path) -> Iterator[str]:
     """The options of the job, as they stand in the header."""
-    launch, slurm = config.launch, config.launch.slurm
-    per_node = launch.num_workers // slurm.nodes
-    yield f"--job-name={config.name}"
-    yield f"--nodes={slurm.nodes}"
-    yield f"--ntasks={launch.num_workers}"
-    yield f"--ntasks-per-node={per_node}"
-    yield f"--cpus-per-task={cpus_per_rank(config)}"
-    if launch.device == "cuda":
-        yield f"--gpus-per-node={per_node}"
+    slurm = job.slurm
+    yield f"--job-name={job.name}"
+    yield from job.size
     named = {name: getattr(slurm, name) for name in ("partition", "account", "qos", "reservation", "constraint")}
     for option, value in {**named, "time": slurm.time, "mem": slurm.memory}.items():
         if value is not None:
@@ -131,18 +118,18 @@ def _options(config: RunConfig, folder: Path) -> Iterator[str]:
     yield f"--signal=B:USR1@{slurm.warn_seconds}"
     yield "--requeue"
     yield "--open-mode=append"
-    yield f"--output={_log_pattern(config, folder)}"
+    yield f"--output={_log_pattern(job, folder)}"
 
 
-def _log_pattern(config: RunConfig, folder: Path) -> str:
+def _log_pattern(job: AskedJob, folder: Path) -> str:
     """Where the job's log goes: into the run folder's logs. Raises ConfigError where Slurm cannot be told that."""
-    logs = str(folder / config.run_dir / LOGS)
+    logs = str(folder / job.folder / LOGS)
     if "\\" in logs or UNPRINTED.search(logs):
         message = (
             "holds a backslash, a control character or what is no UTF-8, with the working directory before it. Slurm "
             "takes no such path for a job's log. Choose another folder."
         )
-        raise ConfigError([Problem("output_dir", message, repr(config.output_dir))])
+        raise ConfigError([Problem("output_dir", message, repr(job.output_dir))])
     return _header_value(f"{logs.replace('%', '%%')}/{LOG_NAME}")
 
 

@@ -159,8 +159,10 @@ class StopSignal:
     only a keyboard insists: there Slurm and the batch script both tell every process, and Slurm has KILL.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, plan: str = "saving after this step, then stopping", loss: str = "unsaved") -> None:
+        """`plan` and `loss` are what is said when it is told to stop: what follows, and what a second signal costs."""
         self.announces = True
+        self._plan, self._loss = plan, loss
         self._insistent = (signal.SIGINT,) if "SLURM_JOB_ID" in os.environ else SIGNALS
         self._told = False
         self._anybody_told = mmap.mmap(-1, 1)  # memory that forked processes share
@@ -189,22 +191,25 @@ class StopSignal:
         self._told = True
         self._anybody_told[0] = 1
         if self.announces:
-            again = " Once more stops at once, unsaved." if told in self._insistent else ""
+            again = f" Once more stops at once, {self._loss}." if told in self._insistent else ""
             # Not through a logger: the signal may have interrupted one that holds its lock.
-            sys.stderr.write(f"\n{told.name}: saving after this step, then stopping.{again}\n")
+            sys.stderr.write(f"\n{told.name}: {self._plan}.{again}\n")
 
 
-def exit_after_grace(stop: StopSignal, grace_seconds: float) -> None:
+def exit_after_grace(
+    stop: StopSignal, grace_seconds: float, failing: str = "not saved within launch.grace_seconds"
+) -> None:
     """Let this process end with EXIT_PREEMPTED so long after it was told to stop, saved or not; 0: never.
 
-    A save that is not done then leaves nothing that a later start would take for a checkpoint.
+    A save that is not done then leaves nothing that a later start would take for a checkpoint. `failing` is what the
+    log then says, with the key of the time.
     """
 
     def wait() -> None:
         while not stop.requested:
             time.sleep(POLL_SECONDS)
         time.sleep(grace_seconds)
-        _logger.warning("told to stop; not saved within launch.grace_seconds = %g: abandoned", grace_seconds)
+        _logger.warning("told to stop; %s = %g: abandoned", failing, grace_seconds)
         os._exit(EXIT_PREEMPTED)
 
     if grace_seconds > 0:

@@ -34,7 +34,7 @@ TRAINING, WATCHING, DATA, RESULTS = "Training", "Watching", "Data", "Results"
 
 VERBS = {
     "train": Verb("llmtrain.cli.train", "train", "Train a model, or go on where the run stopped.", TRAINING),
-    "submit": Verb("llmtrain.cli.submit", "submit", "Hand a run over to Ray or Slurm.", TRAINING),
+    "submit": Verb("llmtrain.cli.submit", "submit", "Hand a run or a data pipeline over to Ray or Slurm.", TRAINING),
     "parity": Verb("llmtrain.cli.checks", "parity", "Compare layouts and engines with one process.", TRAINING),
     "drill": Verb("llmtrain.cli.checks", "drill", "Inject faults into short runs and see what follows.", TRAINING),
     "schema": Verb("llmtrain.cli.train", "schema", "Print the JSON schema of run files, for editors.", TRAINING),

@@ -1,10 +1,8 @@
 """`llmtrain data ...`: making, looking at and checking data sets."""
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtrain.cli.train import OverridesArgument
-from llmtrain.errors import ConfigError, DataError, LaunchError
+from llmtrain.errors import ConfigError, DataError
 from llmtrain.words import counted
 
 if TYPE_CHECKING:
-    from data_pipelines.pipeline.executors import Executor
     from data_pipelines.reading.inputs import ReadReport
     from data_pipelines.reading.records import ReadOptions
-    from llmtrain.config.pipeline import PipelineConfig
 
 app = typer.Typer(help="Make, look at and check data sets.", no_args_is_help=True)
 
@@ -141,55 +137,15 @@ def run(
 
     The result is the same for any number of workers, on one machine or a Ray cluster.
     """
-    from data_pipelines.pipeline.planning import storage_problems
-    from llmtrain.config.reading.pipeline import load_pipeline
+    from llmtrain.cli.pipelines import checked_pipeline, run_here
 
-    config = load_pipeline(pipeline, overrides or [], storage_problems).config
+    config = checked_pipeline(pipeline, overrides or [])
     if dry_run:
         from data_pipelines.pipeline.program import Program
 
         typer.echo("\n".join(stage.name for stage in Program(config).stages))
         return
-    _run(config)
-
-
-def _run(config: "PipelineConfig") -> None:
-    from data_pipelines.pipeline.progress import Progress
-    from data_pipelines.pipeline.run import run_pipeline
-
-    progress = Progress()
-    with _executor(config) as executor:
-        folder = run_pipeline(config, executor, progress)
-    progress.say(f"{folder}: report.html shows what was kept and dropped, summary.json has the counts")
-
-
-@contextmanager
-def _executor(config: "PipelineConfig") -> Iterator["Executor"]:
-    """Processes of this machine, or the tasks of a Ray cluster."""
-    run = config.run
-    if run.backend == "processes":
-        from data_pipelines.pipeline.executors import executor_of
-
-        with executor_of(run.workers) as executor:
-            yield executor
-        return
-    from launch.on_ray.cluster import ray_cluster
-    from llmtrain.config.launch import LaunchConfig
-
-    workers = run.workers or os.cpu_count() or 1  # of a Ray of its own; a cluster has its own number
-    launch = LaunchConfig(ray_address=run.address, num_workers=workers, allow_open_cluster=run.allow_open_cluster)
-    try:
-        with ray_cluster(launch) as cluster:
-            from launch.on_ray.task_executor import RayTasks
-
-            yield RayTasks(cluster, workers if cluster.own else run.workers)
-    except LaunchError as error:
-        # Runs have these keys in another section.
-        raise LaunchError(
-            str(error)
-            .replace("launch.ray_address", "run.address")
-            .replace("launch.allow_open_cluster", "run.allow_open_cluster")
-        ) from None
+    run_here(config)
 
 
 @app.command()
@@ -290,7 +246,7 @@ def show(
     step: Annotated[
         int | None, typer.Option(min=1, max=10**9, help="With --run: all documents of this step of the run.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="With --step: what this rank reads of it.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, max=2**20, help="With --step: what this rank reads.")] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, max=2**20, help="With --step: as if on so many ranks; the step is the same.")
     ] = None,

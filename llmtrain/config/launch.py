@@ -25,7 +25,7 @@ class WatchdogConfig(Section):
 class SlurmConfig(Section):
     """What a job of `llmtrain submit --to slurm` asks Slurm for. Absent keys are left to the site's default."""
 
-    nodes: Ranks = Field(default=1, description="Machines. The ranks are spread over them evenly.")
+    nodes: Ranks = Field(default=1, description="Machines. Ranks are spread over them evenly.")
     partition: SlurmWord | None = Field(default=None, description="Letters, digits and _ . , : @ + / * [ ] - only.")
     account: SlurmWord | None = Field(default=None, description="Letters, digits and _ . , : @ + / * [ ] - only.")
     qos: SlurmWord | None = Field(default=None, description="Letters, digits and _ . , : @ + / * [ ] - only.")
@@ -39,7 +39,7 @@ class SlurmConfig(Section):
     )
     exclusive: bool = Field(default=False, description="Nobody else's jobs on the machines.")
     warn_seconds: Count = Field(
-        default=120, description="Slurm tells the run to save and stop so long before the time limit."
+        default=120, description="Slurm tells the job to save and stop so long before the time limit."
     )
     setup: Text | None = Field(
         default=None,

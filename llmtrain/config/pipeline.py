@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from llmtrain.config.launch import SlurmConfig
 from llmtrain.config.schema import RUN_NAME_PATTERN
 from llmtrain.config.section import AsTuple, AsWhole, Section, Text, Threads
 from llmtrain.config.steps import AnyStep
@@ -22,7 +23,7 @@ class ReadConfig(Section):
         "patterns). A folder means every file below it."
     )
     name: Text | None = Field(default=None, description="What counts call the source; null: its path.")
-    format: Literal["auto"] | FormatName = Field(
+    format: Literal["auto", FormatName] = Field(
         default="auto",
         description="auto: by the ending of a file's name, plain text for an ending that says nothing. Others: what "
         "every file of this source is. Each may be compressed: .gz, .bz2, .xz, .zst.",
@@ -105,6 +106,16 @@ class ExecutorConfig(Section):
         default=False, description="ray: use a cluster that asks nobody for a token, though others can reach it."
     )
     keep_work: bool = Field(default=False, description="Keep intermediate files once the pipeline has finished.")
+    grace_seconds: Annotated[float, Field(ge=0, le=1e9)] = Field(
+        default=60.0,
+        description="From being told to stop to the end: tasks that are not finished by then are done again next time. "
+        "0: no limit.",
+    )
+    slurm: SlurmConfig = Field(
+        default_factory=SlurmConfig,
+        description="What a job of `llmtrain submit --to slurm` asks for: nodes with run.workers CPUs in all, or whole "
+        "nodes where that is 0.",
+    )
 
 
 class PipelineConfig(Section):

@@ -5,7 +5,7 @@ In a file, `steps` is a list of names, or of names with their keys: `[normalize,
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from llmtrain.config.quality import QualityStep
 from llmtrain.config.section import AsTuple, AsWhole, CountOrZero, Section, Steps, StepsOrZero, Text
@@ -174,6 +174,11 @@ class StepConfig(Section):
         if len(self.model_fields_set) != 1:
             raise ValueError("must be one step: a name, or one name with its keys")
         return self
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        """As a file has it: all other names at null would be steps with their defaults."""
+        return {self.name: self.section}
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Runs as Ray jobs, on a real cluster with a token; and what such a cluster and a Ray of our own say to strangers."""
+"""Runs and pipelines as Ray jobs, on a real cluster with a token; what such a cluster and our own say to strangers."""
 
 import http.client
 import json
@@ -18,6 +18,7 @@ import pytest
 from launch.on_ray.access import ask_head
 from tests.distributed.conftest import workspace as workspace
 from tests.distributed.test_local_launcher import last_row, losses, status, tensors
+from tests.support.collections import source_texts, tree_hash, write_collection, write_pipeline
 from tests.support.command import COMMAND, ENVIRONMENT, llmtrain, wait_until
 from tests.support.ray_cluster import RayHead, outward_address, ray_head
 
@@ -106,6 +107,68 @@ def test_a_stopped_job_has_saved_and_continues_when_submitted_again(head: RayHea
     more = on(head, "submit", "run.yaml", "--to", "ray", "--follow", f"train.steps={step + 3}", folder=workspace)
     assert more.returncode == 0 and f"from step {step}" in more.stderr, more.stderr
     assert last_row(run) == step + 3
+
+
+def write_relative_pipeline(folder: Path) -> Path:
+    """A pipeline whose paths are relative, and the folder of its result."""
+    write_collection(folder, 20)
+    read = [{"path": "raw/text", "name": "text"}, {"path": "raw/*.jsonl", "name": "rows"}]
+    write_pipeline(folder, output_dir="out", read=read, chunk_bytes=20_000, run={"workers": 2})
+    return folder / "out" / "corpus"
+
+
+def test_a_pipeline_as_a_job_gives_what_the_command_gives(head: RayHead, tmp_path: Path) -> None:
+    folder = tmp_path / "it's $(touch owned) [a]"
+    folder.mkdir()
+    result = write_relative_pipeline(folder)
+    submitted = ("submit", "pipeline.yaml", "--to", "ray")
+    done = on(head, *submitted, "--follow", folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"corpus-\d{8}-\d{6}-[0-9a-f]{4}\n", done.stdout)
+    assert "summary.json has the counts" in done.stderr.splitlines()[-1]
+    said = on(head, *submitted, "--status", folder=folder)
+    assert said.stdout == f"{done.stdout.strip()} SUCCEEDED exit code 0\n"
+    found = tree_hash(result)
+    shutil.rmtree(folder / "out")
+    assert llmtrain("data", "run", "pipeline.yaml", folder=folder).returncode == 0
+    assert tree_hash(result) == found
+    assert list(tmp_path.rglob("owned")) == []
+
+
+@pytest.mark.whole_grid
+def test_a_pipeline_that_is_stopped_continues_when_submitted_again(head: RayHead, tmp_path: Path) -> None:
+    result = write_relative_pipeline(tmp_path)
+    long = "\n".join(source_texts(30))
+    for number in range(120):
+        (tmp_path / "raw" / "text" / f"long-{number}.txt").write_text(f"{number}\n{long}", "utf-8")
+    # Many seconds of work, in many tasks.
+    steps = "steps=[normalize, pii, {quality: {rules: [gopher, gopher_repetition, c4, fineweb]}}]"
+    submitted = ("submit", "pipeline.yaml", "--to", "ray", "run.workers=1", steps)
+    job = on(head, *submitted, folder=tmp_path)
+    assert job.returncode == 0, job.stderr
+    wait_until(lambda: len(list(result.glob("done/*"))) >= 3, head.nodes[0].process)  # type: ignore[arg-type]  # bytes
+    again = on(head, *submitted, folder=tmp_path)
+    assert again.returncode == 4 and f"job {job.stdout.strip()} of this run is RUNNING" in again.stderr
+    stopped = on(head, *submitted, "--stop", folder=tmp_path)
+    assert stopped.stdout == f"{job.stdout.strip()} STOPPED\n", stopped.stderr
+    assert "What is done stays done" in on(head, *submitted, "--logs", folder=tmp_path).stdout
+    assert not (result / "summary.json").exists() and not (result / "run.lock").exists()
+    more = on(head, *submitted, "--follow", folder=tmp_path)
+    assert more.returncode == 0 and "done before" in more.stderr, more.stderr
+    assert (result / "summary.json").exists()
+
+
+@pytest.mark.whole_grid
+def test_what_is_wrong_with_a_pipeline_is_told_before_it_is_submitted(head: RayHead, tmp_path: Path) -> None:
+    write_relative_pipeline(tmp_path)
+    submitted = ("submit", "pipeline.yaml", "--to", "ray")
+    wrong = on(head, *submitted, "read.0.path=gone", "steps=[normalise]", folder=tmp_path)
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert "read.0.path = gone (command line): no such file" in wrong.stderr
+    assert "Did you mean steps.0.normalize?" in wrong.stderr
+    with ray_head(num_cpus=2, is_open=True, is_outward=True) as other:
+        refused = on(other, *submitted, folder=tmp_path)
+        assert refused.returncode == 1 and "allow it with run.allow_open_cluster=true" in refused.stderr
 
 
 @pytest.mark.whole_grid

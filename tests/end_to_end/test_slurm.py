@@ -1,4 +1,4 @@
-"""Runs on a real Slurm with two nodes: submitted, preempted, requeued, cancelled, killed, given up."""
+"""Runs and pipelines on a real Slurm with two nodes: submitted, preempted, requeued, cancelled, killed, given up."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import pytest
 
 from llmtrain.runs.audit import iter_events
 from tests.architecture.source_tree import ROOT
+from tests.support.collections import tree_hash, write_collection, write_pipeline
 from tests.support.command import COMMAND, ENVIRONMENT, llmtrain
 from tests.support.slurm import TIMEOUT_SECONDS, NoSlurmError, Slurm, running_slurm
 
@@ -31,9 +32,9 @@ def slurm() -> Iterator[Slurm]:
         pytest.skip(str(error))
 
 
-def submit(slurm: Slurm, folder: Path, *overrides: str) -> str:
-    """Submit `run.yaml` as a user does; returns the job's id."""
-    line = [COMMAND, "submit", "run.yaml", "--to", "slurm", *overrides]
+def submit(slurm: Slurm, folder: Path, *overrides: str, config: str = "run.yaml") -> str:
+    """Submit a run as a user does; returns the job's id."""
+    line = [COMMAND, "submit", config, "--to", "slurm", *overrides]
     environment = {**ENVIRONMENT, **slurm.environment}
     done = subprocess.run(
         line, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
@@ -225,3 +226,73 @@ def test_a_crash_loop_is_given_up_and_not_requeued(slurm: Slurm, workspace: Path
     assert "given up: 2 attempts in a row ended without a newer checkpoint" in log_of(run, job)
     assert json.loads((run / "status.json").read_text("utf-8"))["status"] == "stalled"
     assert processes_of(run) == []
+
+
+ON_RAY = ("run.backend=ray", "run.slurm.nodes=2", "run.workers=4")
+
+
+@pytest.mark.parametrize(
+    "overrides", [("run.workers=2",), pytest.param(ON_RAY, marks=pytest.mark.whole_grid)], ids=["processes", "ray"]
+)
+def test_a_pipeline_that_is_preempted_and_requeued_gives_the_same(
+    slurm: Slurm, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    """With relative paths, in a folder whose name a shell would run."""
+    folder = tmp_path / "a 'b' $(touch d)"
+    folder.mkdir()
+    expected = write_relative_pipeline(folder)
+    job, result = submit_pipeline(slurm, folder, *overrides)
+    slurm.run("scancel", "--signal=USR1", "--batch", job)
+    facts = slurm.wait(job, lambda facts: facts["Restarts"] == "1" or facts["JobState"] in ("COMPLETED", "FAILED"))
+    assert facts["Restarts"] == "1", log_of(result, job)
+    assert not (result / "summary.json").exists()
+    facts = slurm.wait_for_end(job)
+    log = log_of(result, job)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), log
+    assert log.index("USR1: finishing what is under way") < log.index("done before")
+    assert tree_hash(result) == expected
+    assert processes_of(result) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["out", "pipeline.yaml", "raw", "whole"]
+
+
+@pytest.mark.whole_grid
+def test_a_pipeline_that_is_cancelled_does_not_come_back_by_itself(slurm: Slurm, tmp_path: Path) -> None:
+    """Slurm ends its processes, too: that is no failure of theirs."""
+    expected = write_relative_pipeline(tmp_path)
+    job, result = submit_pipeline(slurm, tmp_path, "run.workers=2")
+    slurm.run("scancel", job)
+    facts = slurm.wait_for_end(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while processes_of(result):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    log = log_of(result, job)
+    assert re.search(r"^stopped( before|, with tasks under way)", log, re.MULTILINE) and "Traceback" not in log
+    again = submit(slurm, tmp_path, "run.workers=2", config="pipeline.yaml")
+    assert slurm.wait_for_end(again)["ExitCode"] == "0:0"
+    assert tree_hash(result) == expected
+
+
+def write_relative_pipeline(folder: Path) -> str:
+    """A pipeline with relative paths, and the hash of its result where nothing disturbs it."""
+    write_collection(folder, 60)
+    read = [{"path": "raw/text", "name": "text"}, {"path": "raw/rows.jsonl", "name": "rows"}]
+    write_pipeline(folder, output_dir="whole", read=read, chunk_bytes=20_000)
+    done = llmtrain("data", "run", "pipeline.yaml", folder=folder)
+    assert done.returncode == 0, done.stderr
+    write_pipeline(folder, output_dir="out", read=read, chunk_bytes=20_000)
+    return tree_hash(folder / "whole" / "corpus")
+
+
+def submit_pipeline(slurm: Slurm, folder: Path, *overrides: str) -> tuple[str, Path]:
+    """Submit it and wait until some tasks are done; returns the job's id and the folder of the result."""
+    job = submit(slurm, folder, *overrides, config="pipeline.yaml")
+    result = folder / "out" / "corpus"
+
+    def under_way(facts: dict[str, str]) -> bool:
+        assert facts["JobState"] in ("PENDING", "RUNNING"), log_of(result, job)
+        return len(list(result.glob("done/*"))) >= 3
+
+    slurm.wait(job, under_way)
+    return job, result

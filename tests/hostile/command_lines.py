@@ -23,6 +23,7 @@ GOOD = {
     "import": ("import", "hf", "out"),
     "data tokenizer": ("data", "tokenizer", "texts", "out.model", "--vocab-size", "300"),
     "data shards": ("data", "shards", "texts", "out", "--tokenizer", "tokenizer.model"),
+    "data run": ("data", "run", "pipeline.yaml", "--dry-run"),
     "data index": ("data", "index", "data"),
     "data inspect": ("data", "inspect", "data"),
     "data verify": ("data", "verify", "data"),

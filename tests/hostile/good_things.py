@@ -22,6 +22,14 @@ observe: {wandb: "off", tensorboard: false}
 launch: {threads_per_worker: 1, max_stalled_attempts: 0, device: cpu}
 """
 
+PIPELINE = """\
+name: corpus
+read: [{path: texts}]
+steps: [normalize, exact_dedup]
+tokenizer: tokenizer.model
+run: {workers: 1}
+"""
+
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards box five dozen jugs of liquid ink"
 WORDS = SENTENCE.split(" ")
 
@@ -60,6 +68,7 @@ def make_good_things(server: Server, folder: Path) -> None:
     rows = [json.dumps({"text": " ".join(WORDS[n:] + WORDS[:n])}) for n in range(len(WORDS))]
     (folder / "texts" / "more.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "run.yaml").write_text(RUN)
+    (folder / "pipeline.yaml").write_text(PIPELINE)
     for arguments in STEPS:
         ending = server.run(arguments, folder, cpu_seconds=60, more_bytes=4_000_000_000)
         assert ending.code == 0, ending.output

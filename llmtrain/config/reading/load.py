@@ -110,6 +110,15 @@ def load_file(path: Path, overrides: Sequence[str], schema: Schema[Root]) -> Loa
     return LoadedConfig(checked.config, locations)
 
 
+def top_keys(path: Path) -> frozenset[str]:
+    """The keys at the top of a file and of those that it rests on. What is wrong with them is left to who loads it."""
+    try:
+        root = _Reading().file(shipped_file(str(path)) if str(path).startswith(SHIPPED) else path, "", ())
+    except ConfigError:
+        root = None
+    return frozenset(root.value) if root is not None else frozenset()
+
+
 def _error(path: Path, problems: list[Problem]) -> ConfigError:
     error = ConfigError(problems)
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

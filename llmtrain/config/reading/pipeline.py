@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.config.reading.document import Node
-from llmtrain.config.reading.load import LoadedConfig, Schema, load_file
+from llmtrain.config.reading.load import LoadedConfig, Schema, load_file, top_keys
 from llmtrain.config.rules.pipeline import pipeline_problems
 from llmtrain.errors import Problem
 
@@ -25,6 +25,11 @@ def load_pipeline(
         return found if storage_rules is None else found + storage_rules(config)
 
     return load_file(path, overrides, Schema(PipelineConfig, rules, lambda root, _: _written_out(root)))
+
+
+def is_pipeline(path: Path) -> bool:
+    """True where a file is that of a pipeline and not of a run: it has a key `read` and no `model`."""
+    return "read" in (keys := top_keys(path)) and "model" not in keys
 
 
 def _written_out(root: Node) -> Node:

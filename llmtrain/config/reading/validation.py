@@ -29,12 +29,16 @@ STAND_INS: dict[str, Any] = {
     "path": "(missing)",
     "train": [{"path": "(missing)"}],
     "read": [{"path": "(missing)"}],
+    "files": ["(missing)"],
     "steps": [1, 1],
     "weights": [1],
     "from_step": 2,
     "global_batch_size": 1,
 }
 """Values that take the place of required ones that are missing; sections become empty."""
+
+MISSPELT = 0.95
+"""Likeness of a word to a key of the same section above which it is that key, whatever else it says: `shard_token`."""
 
 MOST_REPAIRS = 16
 """A repair can uncover at most one more level of missing keys; the schema is far less deep than this."""
@@ -82,7 +86,7 @@ def validate(tree: dict[str, Any], root: type[Root], unread: Iterable[str] = ())
         try:
             return Validation(root.model_validate(tree), problems, frozenset(doubtful))
         except ValidationError as error:
-            errors = error.errors(include_url=False)
+            errors = _first_faults(error.errors(include_url=False))
         for details in errors:
             if details["type"] == "extra_forbidden":
                 doubtful.update(key for key in suggested_keys(details["loc"], root) if not _has(tree, key))
@@ -99,6 +103,19 @@ def validate(tree: dict[str, Any], root: type[Root], unread: Iterable[str] = ())
     raise AssertionError(f"the schema cannot be satisfied by taking out what is wrong: {tree}")
 
 
+def _first_faults(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without lists that are too short only because entries of theirs are wrong."""
+    return [
+        details
+        for details in errors
+        if details["type"] != "too_short"
+        or not any(
+            len(other["loc"]) > (end := len(details["loc"])) and other["loc"][:end] == details["loc"]
+            for other in errors
+        )
+    ]
+
+
 def _within(key: str, other: str) -> bool:
     """True where a key is another one or lies within it. The empty key is the whole file."""
     return key == other or not other or key.startswith(f"{other}.")
@@ -108,7 +125,9 @@ def _repair(tree: dict[str, Any], details: ErrorDetails, root: type[Section]) ->
     """Take the offending value out of the tree, or put a stand-in where one is missing; returns the dotted key."""
     path = list(details["loc"])
     if details["type"] == "missing" and isinstance(path[-1], str):
-        _holder(tree, path)[path[-1]] = {} if section_at(path, root) and len(path) == 1 else STAND_INS[path[-1]]
+        field = field_at(path, root)
+        section = sections_of(field.annotation) if field and len(path) == 1 else None
+        _holder(tree, path)[path[-1]] = {} if section and not section[1] else STAND_INS[path[-1]]
         return dotted(*path)
     # Entries of a list keep their numbers, so a list goes as a whole when an entry is not a section.
     while isinstance(path[-1], int):
@@ -150,7 +169,9 @@ def _problem(details: ErrorDetails, root: type[Section]) -> Problem:
 
 def _unknown(path: tuple[str | int, ...], root: type[Section]) -> str:
     name = str(path[-1])
-    if is_secret(name):
+    section = section_at(path[:-1], root)
+    misspelt = nearest(name, section.model_fields if section else (), MISSPELT)
+    if is_secret(name) and not misspelt:
         return (
             "looks like a secret, which would be copied into the run folder and into logs. Use an environment variable."
         )
@@ -159,7 +180,6 @@ def _unknown(path: tuple[str | int, ...], root: type[Section]) -> str:
     guesses = suggested_keys(path, root)
     if guesses:
         return f"unknown key. Did you mean {either(guesses)}?"
-    section = section_at(path[:-1], root)
     known = f" Known here: {', '.join(section.model_fields)}." if section else ""
     return f"unknown key.{known}"
 

@@ -1,6 +1,8 @@
 """Rules between the keys of a data pipeline. Pure."""
 
-from llmtrain.config.pipeline import PipelineConfig, ReadConfig
+from llmtrain.config.pipeline import ExecutorConfig, PipelineConfig, ReadConfig
+from llmtrain.config.reading.suggestions import either, nearest_multiples
+from llmtrain.config.rules.launch import HEAD, NO_HEAD
 from llmtrain.config.rules.steps import step_problems
 from llmtrain.errors import Problem
 
@@ -14,7 +16,7 @@ def pipeline_problems(config: PipelineConfig) -> list[Problem]:
         *_read_problems(config.read),
         *step_problems(config.steps),
         *_tokenizer_problems(config),
-        *_executor_problems(config),
+        *_executor_problems(config.run),
     ]
 
 
@@ -48,14 +50,37 @@ def _tokenizer_problems(config: PipelineConfig) -> list[Problem]:
     return [Problem("tokenizer.path", message, tokenizer.path, uses=("tokenizer.train",))]
 
 
-def _executor_problems(config: PipelineConfig) -> list[Problem]:
-    run = config.run
+def _executor_problems(run: ExecutorConfig) -> list[Problem]:
     if run.backend == "ray":
-        return []
-    return [
-        Problem(
-            f"run.{key}", f"is for Ray, and run.backend is {run.backend}. Set run.backend=ray, or leave it out.", value
-        )
-        for key, value in (("address", run.address), ("allow_open_cluster", run.allow_open_cluster or None))
-        if value is not None
+        wrong = run.address not in (None, "auto", "local") and not HEAD.fullmatch(run.address or "")
+        return [Problem("run.address", NO_HEAD, run.address, uses=("run.backend",))] if wrong else []
+    fix = f"is for Ray, and run.backend is {run.backend}. Set run.backend=ray, or leave it out."
+    keys = {"address": run.address, "allow_open_cluster": "true" if run.allow_open_cluster else None}
+    found = [
+        Problem(f"run.{key}", fix, value, uses=("run.backend",)) for key, value in keys.items() if value is not None
     ]
+    if run.slurm.nodes > 1:
+        message = "must be 1: processes work on one machine. Try 1, or run.backend=ray, whose tasks work on all."
+        found.append(Problem("run.slurm.nodes", message, run.slurm.nodes, uses=("run.backend",)))
+    return found
+
+
+def slurm_job_problems(run: ExecutorConfig) -> list[Problem]:
+    """What is wrong with a job of Slurm that does the work: its limits, which matter nowhere else."""
+    found: list[Problem] = []
+    slurm, grace = run.slurm, run.grace_seconds
+    if grace == 0 or grace >= slurm.warn_seconds:
+        message = (
+            f"must be less than run.slurm.warn_seconds = {slurm.warn_seconds}, and not 0: a job that has not stopped "
+            "when its time is up is not requeued."
+        )
+        tries = f" Try {slurm.warn_seconds // 2}, or a larger run.slurm.warn_seconds." if slurm.warn_seconds > 1 else ""
+        uses = ("run.slurm.warn_seconds",)
+        found.append(Problem("run.grace_seconds", message + tries, f"{grace:g}", uses=uses))
+    if run.workers % slurm.nodes:
+        message = (
+            f"must be 0 (whole machines), or a multiple of run.slurm.nodes = {slurm.nodes}, over which the tasks are "
+            f"spread evenly. Try {either(nearest_multiples(slurm.nodes, run.workers))}."
+        )
+        found.append(Problem("run.workers", message, run.workers, uses=("run.slurm.nodes",)))
+    return found

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch.on_slurm import batch_script
+from launch.on_slurm.asked_job import BODY_MARK
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import ConfigError, LaunchError
@@ -116,7 +117,7 @@ def test_what_is_not_set_is_left_to_the_site(folder: Path) -> None:
 def test_the_body_is_that_of_the_file_for_use_by_hand(folder: Path, backend: str, file: int) -> None:
     script = batch_script.render(loaded(f"launch.backend={backend}"), Path("run.yaml"), [])
     by_hand = (ROOT / "slurm" / ("train.sbatch", "train_on_ray.sbatch")[file]).read_text("utf-8")
-    body = by_hand.partition(batch_script.BODY_MARK)[2]
+    body = by_hand.partition(BODY_MARK)[2]
     assert len(body) > 500
     assert script.endswith(body)
     both = ("--signal=B:USR1@120", "--requeue", "--open-mode=append")
@@ -258,7 +259,7 @@ def outcome(
 
 
 def train_body() -> str:
-    return (ROOT / "slurm" / "train.sbatch").read_text("utf-8").partition(batch_script.BODY_MARK)[2]
+    return (ROOT / "slurm" / "train.sbatch").read_text("utf-8").partition(BODY_MARK)[2]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 93, 143])

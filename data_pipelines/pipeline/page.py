@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.files import replace_file
-from llmtrain.words import short_bytes, short_number
+from llmtrain.words import counted, short_bytes, short_number
 
 _MOST_ROWS = 40
 """Rows of a list that is drawn, such as languages."""
@@ -66,7 +66,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         ("documents kept", short_number(kept), f"{kept / max(1, read):.1%} of them"),
     ]
     for name, split in summary.get("splits", {}).items():
-        detail = f"{split['documents']:,} documents, {split['shards']:,} shards"
+        detail = f"{counted(split['documents'], 'document')}, {counted(split['shards'], 'shard')}"
         tiles.append((f"tokens in {name}", short_number(split["tokens"]), detail))
     cells = "".join(
         f"<div><dt>{name}</dt><dd>{value}<small>{detail}</small></dd></div>" for name, value, detail in tiles

@@ -102,7 +102,7 @@ class _Seen:
         parts = []
         if self._documents:
             parts.append(f"{counted(self._documents, 'document')}" if whole else "")
-            parts.append(f"{short_number(self._documents / max(seconds, 1e-9))}/s")
+            parts.append(f"{short_number(self._documents / max(seconds, 1e-9))}{'' if whole else ' documents'}/s")
         if self._bytes:
             parts.append(f"{short_bytes(self._bytes / max(seconds, 1e-9))}/s")
         dropped = sum(self._dropped.values())

@@ -104,13 +104,13 @@ def _read(work: Workspace, number: int, report: ReadReport) -> Iterator[Document
             file = work.plan.files[piece.file].input
             name = None if source.format == "auto" else source.format
             for record in iter_records(file, report, options, name, piece.span, source.longest_document):
+                own = f"{file.name}:{record.place}" if record.place else file.name
                 if not record.text or record.text.isspace():
-                    report.leave_out("empty", f"{file.name}:{record.place}")
+                    report.leave_out("empty", own)
                     continue
                 report.documents += 1
                 report.text_bytes += len(record.text.encode())
                 place = record.keys.get(source.id) if source.id else None
-                own = f"{file.name}:{record.place}" if record.place else file.name
                 url = record.keys.get(source.url or "url")
                 yield Document(
                     str(place) if place is not None else own,

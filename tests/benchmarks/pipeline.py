@@ -76,12 +76,14 @@ def _whole(folder: Path, options: Options) -> Table:
 
 
 def _texts(options: Options) -> list[str]:
-    """Real text, and enough of it that what a run costs once does not count: documents joined with others in turn."""
+    """Real text, and enough of it that what a run costs once does not count: halves of documents joined with halves of
+    others, so that none is near another and all are tokenized by every contender."""
     texts = standard_library_text(20 if options.quick else None)
     if options.quick:
         return texts
-    others = (1, 7, 31, 97)
-    return texts + [text + texts[place - other] for other in others for place, text in enumerate(texts)]
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+    others = (1, 7, 31, 97, 211)
+    return [halves[place - other][1] + first for other in others for place, (first, _) in enumerate(halves)]
 
 
 def processed(texts: list[str], tokenizer_path: Path) -> int:

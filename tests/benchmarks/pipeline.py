@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 from data_pipelines.cutting import tokenized
@@ -18,6 +19,7 @@ from data_pipelines.tokenizer import train_tokenizer
 from llmtrain.config.pipeline import PipelineConfig
 from llmtrain.config.steps import NearDedupStep, StepConfig
 from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.values.tokenizer import Tokenizer
 from tests.benchmarks.data_sets import TOKENIZER, standard_library_text
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_core
 from tests.support.collections import run_quietly
@@ -83,7 +85,9 @@ def _texts(options: Options) -> list[str]:
         return texts
     halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
     others = (1, 7, 31, 97, 211)
-    return [halves[place - other][1] + first for other in others for place, (first, _) in enumerate(halves)]
+    return [
+        halves[(place - other) % len(halves)][1] + first for other in others for place, (first, _) in enumerate(halves)
+    ]
 
 
 def processed(texts: list[str], tokenizer_path: Path) -> int:
@@ -102,8 +106,13 @@ def processed(texts: list[str], tokenizer_path: Path) -> int:
             hashlib.blake2b(document.text.encode(), digest_size=16).digest()
             signatures.add(document)
             kept.append(document)
-    tokens = tokenized((("", document.text) for document in kept), load_tokenizer(tokenizer_path))
+    tokens = tokenized((("", document.text) for document in kept), _loaded(tokenizer_path))
     return sum(len(ids) for _, ids in tokens)
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path) -> Tokenizer:
+    return load_tokenizer(path)
 
 
 def _loop_seconds(folder: Path) -> float:

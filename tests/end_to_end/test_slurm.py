@@ -251,7 +251,7 @@ def test_a_pipeline_that_is_preempted_and_requeued_gives_the_same(
     assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), log
     assert log.index("USR1: finishing what is under way") < log.index("done before")
     assert tree_hash(result) == expected
-    assert processes_of(result) == []
+    wait_for_none(result)
     assert sorted(path.name for path in folder.iterdir()) == ["out", "pipeline.yaml", "raw", "whole"]
 
 
@@ -263,15 +263,20 @@ def test_a_pipeline_that_is_cancelled_does_not_come_back_by_itself(slurm: Slurm,
     slurm.run("scancel", job)
     facts = slurm.wait_for_end(job)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while processes_of(result):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_none(result)
     log = log_of(result, job)
     assert re.search(r"^stopped( before|, with tasks under way)", log, re.MULTILINE) and "Traceback" not in log
     again = submit(slurm, tmp_path, "run.workers=2", config="pipeline.yaml")
     assert slurm.wait_for_end(again)["ExitCode"] == "0:0"
     assert tree_hash(result) == expected
+
+
+def wait_for_none(result: Path) -> None:
+    """Wait until no process of a pipeline is left: the server of its workers hears of the end by a pipe."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while processes_of(result):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def write_relative_pipeline(folder: Path) -> str:

@@ -161,7 +161,7 @@ def _packages(config: PipelineConfig) -> set[str]:
     names |= {FORMATS[source.format].package or "" for source in config.read if source.format != "auto"}
     if config.tokenizer is not None:
         names |= {"sentencepiece", "tokenizers"}
-    return names - {""}
+    return {*names, "llmtrain"} - {""}
 
 
 def _resources(config: PipelineConfig) -> dict[str, str]:

@@ -139,9 +139,9 @@ def test_a_pipeline_as_a_job_gives_what_the_command_gives(head: RayHead, tmp_pat
 def test_a_pipeline_that_is_stopped_continues_when_submitted_again(head: RayHead, tmp_path: Path) -> None:
     result = write_relative_pipeline(tmp_path)
     long = "\n".join(source_texts(30))
-    for number in range(120):
+    for number in range(400):
         (tmp_path / "raw" / "text" / f"long-{number}.txt").write_text(f"{number}\n{long}", "utf-8")
-    # Many seconds of work, in many tasks.
+    # Half a minute of work and more, in many tasks.
     steps = "steps=[normalize, pii, {quality: {rules: [gopher, gopher_repetition, c4, fineweb]}}]"
     submitted = ("submit", "pipeline.yaml", "--to", "ray", "run.workers=1", steps)
     job = on(head, *submitted, folder=tmp_path)

@@ -69,7 +69,7 @@ def make_plan(config: PipelineConfig, folder: Path, executor: Executor, shown: S
     """
     old = read_plan(folder)
     report = ReadReport(forgiving=True)
-    found = [(number, file) for number, file in _inputs(config, report)]
+    found = list(_inputs(config, report))
     if not found:
         raise ConfigError(f"{', '.join(source.path for source in config.read)}: there is no file. Check the paths.")
     scans = _scans(config, found, old, executor, shown)

@@ -99,8 +99,8 @@ def write_order(work: Workspace, task: DataTask, output: Output) -> dict[str, An
     splits = splits_of(fraction)
     if len(keys) < len(splits) or (len(splits) == 2 and places.min() == places.max()):
         raise ConfigError(
-            f"{len(keys)} documents are left of all inputs, too few for {' and '.join(splits)}. Look at what the steps "
-            f"drop in {work.folder}/report.html, or set write.valid_fraction=0 for no valid."
+            f"{len(keys)} documents are left of all inputs, too few for {' and '.join(splits)}. The lines above say "
+            "what the steps drop; write.valid_fraction=0 makes no valid."
         )
     bound = fraction * PLACES
     if fraction:

@@ -1,6 +1,9 @@
 """Rules between the keys of a data pipeline. Pure."""
 
+from urllib.parse import urlsplit
+
 from llmtrain.config.pipeline import ExecutorConfig, PipelineConfig, ReadConfig
+from llmtrain.config.reading.credentials import text_without_credentials
 from llmtrain.config.reading.suggestions import either, nearest_multiples
 from llmtrain.config.rules.launch import HEAD, NO_HEAD
 from llmtrain.config.rules.steps import step_problems
@@ -29,6 +32,12 @@ def _read_problems(sources: tuple[ReadConfig, ...]) -> list[Problem]:
             message = f"is the name of read.{names[name]} too. Counts need different names."
             problems.append(Problem(f"{key}.{'name' if source.name else 'path'}", message, name))
         names.setdefault(name, number)
+        if _has_credentials(source.path):
+            message = (
+                "its user, password or query would stand in plan.json, in counts and in names of documents. Give the "
+                "account to the file system, as its library says, or fetch the files first."
+            )
+            problems.append(Problem(f"{key}.path", message, text_without_credentials(source.path)))
         if source.separator is not None and source.format not in ("auto", "text"):
             message = f"cuts plain text, and {key}.format is {source.format}. Leave it out."
             problems.append(Problem(f"{key}.separator", message, source.separator, uses=(f"{key}.format",)))
@@ -38,6 +47,15 @@ def _read_problems(sources: tuple[ReadConfig, ...]) -> list[Problem]:
                 message = f"names a key, and documents of the format {source.format} have none. Leave it out."
                 problems.append(Problem(f"{key}.{field}", message, value, uses=(f"{key}.format",)))
     return problems
+
+
+def _has_credentials(path: str) -> bool:
+    """True for a URL with a user, or with a query, which in s3, gs and hf is part of a pattern."""
+    try:
+        parts = urlsplit(path)
+    except ValueError:  # no URL at all: whoever looks for it says so
+        return False
+    return "@" in parts.netloc or (parts.scheme.lower() in ("http", "https") and bool(parts.query))
 
 
 def _tokenizer_problems(config: PipelineConfig) -> list[Problem]:

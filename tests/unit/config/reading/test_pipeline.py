@@ -80,7 +80,7 @@ def faults(text: str, *overrides: str) -> list[str]:
         ("corpus", "a/b", "name = a/b (pipeline.yaml:1)", "Try a-b."),
         ("t.model", "t.model\nwrite: {shard_token: 5}", "write.shard_token = ", "Did you mean write.shard_tokens?"),
         ("t.model", "t.model\nwrite: {hf_token: canary}", "write.hf_token = (hidden) (pipeline.yaml:8)", "environment"),
-        ("raw,", "'https://u:canary@h/x?s=canary', max_bytes: x,", "read.0.max_bytes = x", "must be a whole number"),
+        ("raw,", "'https://u:canary@h/x?s=canary',", "read.0.path = https://h/x (", "would stand in plan.json"),
         ("t.model", "t.model\nrun: {backend: rays}", "run.backend = rays (pipeline.yaml:8)", "Try ray."),
         ("t.model", "t.model\nmodel: {num_layers: 2}", "model = {", "(pipeline.yaml:8): unknown key."),
     ],

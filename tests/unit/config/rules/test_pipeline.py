@@ -26,6 +26,19 @@ def test_what_is_for_ray_only(key: str, value: Any) -> None:
     assert problems(**{key: value}, backend="ray") == {}
 
 
+@pytest.mark.parametrize("path", ["https://me:canary@h/a.jsonl", "s3://canary@b/a", "http://h/a.jsonl?sig=canary"])
+def test_credentials_are_not_written_into_a_plan(path: str) -> None:
+    config = PipelineConfig.model_validate({"name": "x", "read": [{"path": path}]})
+    (problem,) = pipeline_problems(config)
+    assert problem.key == "read.0.path" and "would stand in plan.json" in problem.message
+    assert "canary" not in str(problem)
+
+
+@pytest.mark.parametrize("path", ["s3://b/part-?.jsonl", "https://h/a.jsonl", "me@home/a.txt", "http://[x"])
+def test_patterns_and_paths_hold_no_credentials(path: str) -> None:
+    assert pipeline_problems(PipelineConfig.model_validate({"name": "x", "read": [{"path": path}]})) == []
+
+
 @pytest.mark.parametrize("address", ["http://h:8265", "h", "ray://h:1", ""])
 def test_addresses_are_those_of_heads(address: str) -> None:
     assert "must be host:port of the cluster's head" in problems(backend="ray", address=address)["run.address"]

@@ -16,7 +16,8 @@ PIPELINE = """\
 name: corpus
 read:
   - {path: 'raw/*.jsonl', name: forum}
-  - {path: 'https://user:canary@host/x.jsonl?sig=canary', name: web}
+  - {path: 'https://host/x.jsonl', name: web}
+tokenizer: 'https://user:canary@host/x.model?sig=canary'
 steps: [normalize, {pii: {mails: false}}, {quality: {rules: [c4]}}]
 run: {address: 'other:6379', backend: ray, workers: 3}
 """
@@ -34,7 +35,7 @@ def test_the_job_has_the_pipeline_on_its_own_cluster(tmp_path: Path) -> None:
     expected = load_pipeline(tmp_path / "pipeline.yaml").config.with_keys({"run.address": None})
     assert load_pipeline(tmp_path / "uploaded.yaml").config == expected
     # Relative paths stay: names of documents hold them, and the order of documents is drawn from names.
-    assert [source.path for source in expected.read] == ["raw/*.jsonl", "https://user:canary@host/x.jsonl?sig=canary"]
+    assert [source.path for source in expected.read] == ["raw/*.jsonl", "https://host/x.jsonl"]
     assert plan.run_folder == tmp_path / "data" / "corpus"
     assert plan.env_vars == {"LLMTRAIN_JOB_FOLDER": str(tmp_path), "RAY_JOB_STOP_WAIT_TIME_S": "90"}
 

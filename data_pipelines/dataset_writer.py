@@ -12,9 +12,10 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Self
@@ -36,6 +37,7 @@ from llmtrain.data.storage.manifest import (
     write_manifest,
 )
 from llmtrain.data.storage.shard_file import TAR_BLOCK_BYTES
+from llmtrain.data.storage.targets import ChatRecord, LabelsRecord, Targets, stored_targets
 from llmtrain.data.token_roles import settings_text
 from llmtrain.values.tokenizer import Tokenizer
 
@@ -109,6 +111,19 @@ class ShardingConfig:
     """auto: each document begins with what the tokenizer puts before a text. none: with nothing."""
 
 
+@dataclass(frozen=True)
+class TargetsWriting:
+    """The second member that every document of a data set gets, and how its ids begin.
+
+    `bos_ids` are those with which the documents that are handed in begin themselves: nothing is put before them.
+    `record` makes of the counts of all documents of a split what its manifest is to tell of them.
+    """
+
+    kind: Literal["trained", "labels"]
+    record: Callable[[Mapping[str, int]], ChatRecord | LabelsRecord]
+    bos_ids: tuple[int, ...] = ()
+
+
 def bos_ids_of(tokenizer: Tokenizer, bos: Literal["auto", "none"]) -> tuple[int, ...]:
     """The ids that every document is to begin with."""
     if bos == "none":
@@ -132,13 +147,17 @@ def sha256_of(settings: str | None) -> str:
 class DatasetWriter:
     """Writes one split: cuts its documents into shards and keeps the manifest's entries."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, config: ShardingConfig) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, config: ShardingConfig, targets: TargetsWriting | None = None
+    ) -> None:
         folder.mkdir()
         self.num_documents = 0
         self._folder = folder
         self._tokenizer = tokenizer
         self._shard_tokens = config.shard_tokens
-        self._bos_ids = bos_ids_of(tokenizer, config.bos)
+        self._targets = targets
+        self._counts = Counter[str]()
+        self._bos_ids = bos_ids_of(tokenizer, config.bos) if targets is None else targets.bos_ids
         self._dtype = dtype_name(tokenizer.vocab_size)
         self._entries: list[ShardEntry] = []
         self._shard: ShardWriter | None = None
@@ -150,11 +169,18 @@ class DatasetWriter:
         if self._shard is not None:
             self._shard.abandon()
 
-    def add(self, ids: NDArray[Any]) -> None:
+    def add(
+        self, ids: NDArray[Any], targets: NDArray[np.int64] | None = None, counts: Mapping[str, int] | None = None
+    ) -> None:
+        """Append a document; with the spans or labels of its ids where all have some, and what is counted of them."""
         if self._shard is None:
             name = f"shard-{len(self._entries):06d}"
-            self._shard = ShardWriter(self._folder, name, DTYPES[self._dtype])
-        self._shard.add(f"{self.num_documents:09d}", np.concatenate((self._bos_ids, ids)) if self._bos_ids else ids)
+            kind = "none" if self._targets is None else self._targets.kind
+            self._shard = ShardWriter(self._folder, name, DTYPES[self._dtype], kind)
+        if self._targets is None and self._bos_ids:
+            ids = np.concatenate((self._bos_ids, ids))
+        self._shard.add(f"{self.num_documents:09d}", ids, targets)
+        self._counts.update(counts or {})
         self.num_documents += 1
         if self._shard.num_tokens >= self._shard_tokens:
             self._entries.append(self._shard.finish())
@@ -175,6 +201,9 @@ class DatasetWriter:
             sha256_of(settings_of(self._tokenizer, self._bos_ids)),
             bool(lost_in_texts(self._tokenizer)),
         )
+        if self._targets is not None:
+            record, kind = self._targets.record(self._counts), self._targets.kind
+            manifest = replace(manifest, targets=kind, **{"chat" if kind == "trained" else "labels": record})
         write_manifest(self._folder, manifest)
         return manifest
 
@@ -182,29 +211,39 @@ class DatasetWriter:
 class ShardWriter:
     """Writes one tar and its sidecar. The same documents give the same bytes: members carry no time and no owner."""
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], targets: Targets = "none") -> None:
+        """With `targets`, every document has a second member of that kind."""
         self.num_tokens = 0
         self._path = folder / f"{name}.tar"
         self._index_path = folder / f"{name}.idx"
         self._dtype = dtype
-        self._payloads: list[tuple[int, int]] = []
+        self._kind: Targets = targets
+        self._payloads: list[tuple[int, ...]] = []
         self._file = self._path.open("wb")
         self._tar = TarWriter(self._file, user="", group="", mtime=0, encoder=False)
 
-    def add(self, key: str, ids: NDArray[Any]) -> None:
-        """Append a document as the member `key`.bin."""
-        payload = ids.astype(self._dtype).tobytes()
-        self._tar.write({"__key__": key, "bin": payload})
+    def add(self, key: str, ids: NDArray[Any], targets: NDArray[np.int64] | None = None) -> None:
+        """Append a document as the member `key`.bin, and its spans or labels as a second one."""
+        assert (targets is None) == (self._kind == "none")
+        places = self._member(key, "bin", ids.astype(self._dtype).tobytes())
+        if targets is not None:
+            places += self._member(key, self._kind, stored_targets(targets, self._kind))
+        self._payloads.append(places)
+        self.num_tokens += len(ids)
+
+    def _member(self, key: str, kind: str, payload: bytes) -> tuple[int, int]:
+        """Write a member; where its payload lies."""
+        self._tar.write({"__key__": key, kind: payload})
         # `offset` is the TarFile's own, which is not documented: it stands behind the payload and its padding now.
         padded_bytes = -(-len(payload) // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-        self._payloads.append((self._tar.tarstream.offset - padded_bytes, len(payload)))
-        self.num_tokens += len(ids)
+        return self._tar.tarstream.offset - padded_bytes, len(payload)
 
     def finish(self) -> ShardEntry:
         """Close the files and say what the manifest needs to know of them."""
         self._tar.close()
         self._file.close()
-        self._index_path.write_bytes(index_bytes(np.array(self._payloads, np.uint64).reshape(-1, 2)))
+        columns = 2 if self._kind == "none" else 4
+        self._index_path.write_bytes(index_bytes(np.array(self._payloads, np.uint64).reshape(-1, columns)))
         return ShardEntry(
             self._path.name,
             self._path.stat().st_size,

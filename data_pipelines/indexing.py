@@ -1,6 +1,6 @@
 """Making sidecars and manifests for shards that are already there: our own, and those of others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.foreign_shards import NPY_SUFFIX, megatron_files, scan_arrays, scan_indexed
-from data_pipelines.tar_members import TOKEN_SUFFIX, iter_members, scan_tar
+from data_pipelines.tar_members import TOKEN_SUFFIX, iter_members, scan_pairs, scan_tar
 from data_pipelines.tokenizer import lost_in_texts
 from llmtrain.data.storage.manifest import (
     DTYPES,
@@ -26,6 +26,8 @@ from llmtrain.data.storage.manifest import (
     read_manifest,
     write_manifest,
 )
+from llmtrain.data.storage.shard_file import ShardFile
+from llmtrain.data.target_sources import WRITTEN_BY
 from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import replace_file
@@ -124,6 +126,8 @@ def _is_whole(path: Path, sha256: str) -> bool:
 
 def scan_documents(path: Path, manifest: Manifest, entry: ShardEntry) -> NDArray[np.uint64]:
     """Offset and size of each document of a data set's shard, which may end before an end of sequence of its own."""
+    if manifest.targets != "none":  # which we alone write, never with an end of sequence of their own
+        return scan_pairs(path, f".{manifest.targets}")
     scan = {"tar": scan_tar, "npy": lambda path: scan_arrays(path)[0], "megatron": lambda path: scan_indexed(path)[0]}
     payloads = scan[manifest.container](path)
     dtype = DTYPES[manifest.dtype]
@@ -193,6 +197,12 @@ def find_shards(folder: Path) -> FoundShards:
     if not tars:
         raise DataError(f"{folder}: holds no .tar file. Name a folder of tar shards, or of Megatron's .bin and .idx.")
     shards = [(path, scan_tar(path)) for path in tars]
+    for path, kind in ((path, kind) for path in tars for kind in WRITTEN_BY):
+        if next(iter_members(path, f".{kind}"), None) is not None:
+            raise DataError(
+                f"{path}: has .{kind} members, of which only {MANIFEST_NAME} says what they mean. Copy it from where "
+                f"the shards come from, or write them with `{WRITTEN_BY[kind]}`."
+            )
     if all(len(places) for _, places in shards):
         return FoundShards("tar", shards, None)
     empty = next(path for path, places in shards if not len(places))
@@ -254,11 +264,23 @@ def _all_begin_with(path: Path, index_path: Path, bos_ids: tuple[int, ...], dtyp
     return all(tuple(start.tolist()) == bos_ids for start in starts)
 
 
+def target_problems(folder: Path, manifest: Manifest, number: int) -> Iterator[str]:
+    """One line for each document of a whole shard whose spans or labels are not what they should be."""
+    if manifest.targets == "none":
+        return
+    shard = ShardFile(folder, manifest, number, hashed=False)
+    for document in range(shard.num_documents):
+        try:
+            shard.targets(document)
+        except DataError as error:
+            yield str(error)
+
+
 def token_problems(path: Path, payloads: NDArray[np.uint64], dtype: np.dtype, vocab_size: int) -> list[str]:
     """One line for each document with an id that the vocabulary does not have."""
     problems = []
     tokens = np.memmap(path, np.uint8, mode="r")
-    for number, (offset, size) in enumerate(payloads.tolist()):
+    for number, (offset, size) in enumerate(payloads[:, :2].tolist()):
         largest = int(tokens[offset : offset + size // dtype.itemsize * dtype.itemsize].view(dtype).max(initial=0))
         if largest >= vocab_size:
             problems.append(

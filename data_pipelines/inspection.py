@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.foreign_shards import megatron_files
-from data_pipelines.indexing import has_manifest, scan_documents, token_problems
+from data_pipelines.indexing import has_manifest, scan_documents, target_problems, token_problems
 from data_pipelines.sharding import SPLITS
 from llmtrain.data.packing import PackingPlan
 from llmtrain.data.packing_table import Packing
@@ -25,6 +25,7 @@ from llmtrain.data.storage.manifest import (
 )
 from llmtrain.data.storage.remote import scheme_of
 from llmtrain.data.storage.shard_file import ShardFile
+from llmtrain.data.storage.targets import Targets
 from llmtrain.data.stream import DataUse, Sample, data_use
 from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.errors import ConfigError, DataError
@@ -60,7 +61,10 @@ def verify_dataset(folder: Path) -> list[str]:
         manifest = read_manifest(folder)
     except DataError as error:
         return [str(error)]
-    problems = [problem for entry in manifest.shards for problem in _shard_problems(folder, manifest, entry)]
+    problems = list[str]()
+    for number, entry in enumerate(manifest.shards):
+        found = list(_shard_problems(folder, manifest, entry))
+        problems += found or target_problems(folder, manifest, number)
     problems += _stray_files(folder, manifest)
     problems += _tokenizer_problems(folder, manifest)
     return problems
@@ -137,6 +141,9 @@ class DatasetSummary:
     eos_id: int
     bos_ids: tuple[int, ...]
     lossy: bool
+    targets: Targets
+    targets_text: str
+    """What the second members say, in words; empty where documents have none."""
     mean_length: float
     length_quantiles: dict[str, int]
     seq_len: int
@@ -172,6 +179,8 @@ def summarize(folder: Path, seq_len: int) -> DatasetSummary:
         eos_id=manifest.eos_id,
         bos_ids=manifest.bos_ids,
         lossy=manifest.lossy,
+        targets=manifest.targets,
+        targets_text=_targets_text(manifest),
         mean_length=float(lengths.mean()) if lengths.size else 0.0,
         length_quantiles={str(q): int(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
         seq_len=seq_len,
@@ -180,6 +189,15 @@ def summarize(folder: Path, seq_len: int) -> DatasetSummary:
         per_shard=data_use(manifest, seq_len, "per_shard"),
         best_fit=data_use(manifest, seq_len, "continuous", packing),
     )
+
+
+def _targets_text(manifest: Manifest) -> str:
+    if manifest.chat is not None:
+        counts = ", ".join(f"{count:,} of {role}" for role, count in manifest.chat.trained_tokens.items())
+        return f"trained tokens: {counts}; template {manifest.chat.template_sha256[:12]}"
+    if manifest.labels is not None:
+        return f"labels of {manifest.labels.task}: {', '.join(manifest.labels.names) or 'bounds of answers'}"
+    return ""
 
 
 def document_texts(sample: Sample, tokenizer: Tokenizer) -> list[tuple[bool, str]]:

@@ -3,12 +3,24 @@
 import hashlib
 import shutil
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from data_pipelines.cutting import tokenized
-from data_pipelines.dataset_writer import DatasetWriter, ShardingConfig, bos_ids_of, settings_of, work_folder
+from data_pipelines.dataset_writer import (
+    DatasetWriter,
+    ShardingConfig,
+    TargetsWriting,
+    bos_ids_of,
+    settings_of,
+    work_folder,
+)
 from llmtrain.data.storage.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -23,19 +35,63 @@ SPLITS = ("train", "valid")
 
 _PLACES = 2.0**64
 
+Item = TypeVar("Item")
+
 _HELD_CHARACTERS = 50_000_000
 """Characters of the documents that are looked at before the first is handed on."""
 
 
+@dataclass(frozen=True, slots=True)
+class TargetDocument:
+    """A document whose ids are there already, with its spans or labels. Its split follows from `text`; `counts` are
+    added up for the manifest of its split."""
+
+    text: str
+    ids: NDArray[Any]
+    targets: NDArray[np.int64]
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
 def write_shards(
-    documents: Iterable[str], out: Path, tokenizer: Tokenizer, config: ShardingConfig
+    documents: Iterable[str | TargetDocument],
+    out: Path,
+    tokenizer: Tokenizer,
+    config: ShardingConfig,
+    targets: TargetsWriting | None = None,
 ) -> dict[str, Manifest]:
-    """Tokenize documents into OUT/train and OUT/valid and return their manifests.
+    """Tokenize documents into OUT/train and OUT/valid and return their manifests; with `targets`, documents bring their
+    ids and a second member.
 
     The files depend only on documents, tokenizer and sizes, not on the number of workers. OUT appears whole or not
     at all; with a valid_fraction of 0 there is no OUT/valid. Raises ConfigError where OUT is in use, and where a split
     would be empty.
     """
+    bos_ids = bos_ids_of(tokenizer, config.bos) if targets is None else targets.bos_ids
+    with _published(out, tokenizer, config, bos_ids) as folder, ExitStack() as opened:
+        writers = {
+            name: opened.enter_context(DatasetWriter(folder / name, tokenizer, config, targets))
+            for name in splits_of(config.valid_fraction)
+        }
+        split = split_documents(documents, config.valid_fraction, _text_of)
+        if targets is None:
+            texts = ((name, _text_of(found)) for name, found in split)
+            for name, ids in tokenized(texts, tokenizer, config.num_workers):
+                writers[name].add(ids)
+        else:
+            for name, found in split:
+                assert isinstance(found, TargetDocument)
+                writers[name].add(found.ids, found.targets, found.counts)
+        require_all({name: writer.num_documents for name, writer in writers.items()}, config.valid_fraction)
+        return {name: writer.finish() for name, writer in writers.items()}
+
+
+def _text_of(document: str | TargetDocument) -> str:
+    return document if isinstance(document, str) else document.text
+
+
+@contextmanager
+def _published(out: Path, tokenizer: Tokenizer, config: ShardingConfig, bos_ids: tuple[int, ...]) -> Iterator[Path]:
+    """A folder for the splits, which is put in place of `out` with the tokenizer beside them."""
     if not 0 <= config.valid_fraction < 1:
         raise ConfigError(
             f"--valid-fraction {config.valid_fraction}: must be at least 0 and below 1, such as 0.1; with 0 there is "
@@ -46,28 +102,12 @@ def write_shards(
     kept = {path.name for path in files if file_sha256(path) == tokenizer.sha256}
     _check_output(out, config.overwrite, kept)
     with work_folder(out) as temporary:
-        manifests = _write_splits(documents, temporary, tokenizer, config)
+        yield temporary
         for name in {f"tokenizer{tokenizer.path.suffix}", *kept}:
             shutil.copyfile(tokenizer.path, temporary / name)
-        if (settings := settings_of(tokenizer, bos_ids_of(tokenizer, config.bos))) is not None:
+        if (settings := settings_of(tokenizer, bos_ids)) is not None:
             (temporary / SETTINGS_NAME).write_text(settings, "utf-8")
         _publish(temporary, out)
-    return manifests
-
-
-def _write_splits(
-    documents: Iterable[str], folder: Path, tokenizer: Tokenizer, config: ShardingConfig
-) -> dict[str, Manifest]:
-    texts = split_documents(documents, config.valid_fraction)
-    with ExitStack() as opened:
-        writers = {
-            name: opened.enter_context(DatasetWriter(folder / name, tokenizer, config))
-            for name in splits_of(config.valid_fraction)
-        }
-        for split, ids in tokenized(texts, tokenizer, config.num_workers):
-            writers[split].add(ids)
-        require_all({name: writer.num_documents for name, writer in writers.items()}, config.valid_fraction)
-        return {name: writer.finish() for name, writer in writers.items()}
 
 
 def _check_output(out: Path, overwrite: bool, kept: set[str]) -> None:
@@ -96,22 +136,24 @@ def splits_of(valid_fraction: float) -> tuple[str, ...]:
     return SPLITS if valid_fraction else SPLITS[:1]
 
 
-def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator[tuple[str, str]]:
-    """The split and text of each document.
+def split_documents(
+    documents: Iterable[Item], valid_fraction: float, text_of: Callable[[Any], str] = str
+) -> Iterator[tuple[str, Item]]:
+    """The split of each document, and the document.
 
     The first ones are looked at before any work is put into them. Where they are all that there are, and one split
     would be empty, the bound between the splits moves to the nearest that gives both a document. Raises ConfigError
     where that cannot be.
     """
     bound = valid_fraction * _PLACES
-    held: deque[tuple[int, str]] = deque()
+    held: deque[tuple[int, Item]] = deque()
     found: set[str] = set()
     characters = 0
-    rest = ((place_of(text), text) for text in documents)
-    for place, text in rest:
-        held.append((place, text))
+    rest = ((place_of(text_of(document)), document) for document in documents)
+    for place, document in rest:
+        held.append((place, document))
         found.add(_split(place, bound))
-        characters += len(text)
+        characters += len(text_of(document))
         if len(found) == len(splits_of(valid_fraction)) or (characters > _HELD_CHARACTERS and len(held) > 1):
             break
     else:
@@ -121,10 +163,10 @@ def split_documents(documents: Iterable[str], valid_fraction: float) -> Iterator
         counts = Counter(_split(place, bound) for place, _ in held)
         require_all({split: counts[split] for split in splits_of(valid_fraction)}, valid_fraction)
     while held:
-        place, text = held.popleft()
-        yield _split(place, bound), text
-    for place, text in rest:
-        yield _split(place, bound), text
+        place, document = held.popleft()
+        yield _split(place, bound), document
+    for place, document in rest:
+        yield _split(place, bound), document
 
 
 def place_of(text: str) -> int:

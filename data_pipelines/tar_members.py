@@ -24,6 +24,22 @@ def scan_tar(path: Path) -> NDArray[np.uint64]:
     return np.array(places, np.uint64).reshape(-1, 2)
 
 
+def scan_pairs(path: Path, suffix: str) -> NDArray[np.uint64]:
+    """Offset and size [documents, 4] of each `.bin` member of a tar, and of the member `suffix` that follows it.
+
+    Raises DataError as `iter_members` does, and where a document has not both.
+    """
+    first, second = (list(iter_members(path, ending)) for ending in (TOKEN_SUFFIX, suffix))
+    keys = [
+        [member.name.removesuffix(end) for member in found] for found, end in ((first, TOKEN_SUFFIX), (second, suffix))
+    ]
+    if keys[0] != keys[1]:
+        only = sorted(set(keys[0]) ^ set(keys[1])) or ["their order"]
+        raise DataError(f"{path}: {only[0]}: a document has {TOKEN_SUFFIX} and {suffix}. Write the shard again.")
+    places = [(a.offset_data, a.size, b.offset_data, b.size) for a, b in zip(first, second, strict=True)]
+    return np.array(places, np.uint64).reshape(-1, 4)
+
+
 def iter_members(path: Path, suffix: str) -> Iterator[tarfile.TarInfo]:
     """The members whose names end so, of which a document has one. Others are passed over unread.
 

@@ -208,6 +208,7 @@ def inspect(
             f"{'; the tokenizer does not give every text back as it was' if summary.lossy else ''}\n"
             f"  {counted(summary.documents, 'document')}, {summary.tokens:,} tokens, "
             f"{summary.mean_length:,.1f} per document (min, 10%, median, 90%, max: {quantiles})\n"
+            f"{f'  {summary.targets_text}' + chr(10) if summary.targets_text else ''}"
             f"  {summary.samples:,} samples of {summary.seq_len:,} tokens per epoch; "
             f"{'too little for one sample' if summary.unused_tokens else 'no token is left out'}\n"
             f"  with data.windows=per_shard {summary.per_shard.samples:,} samples; {summary.per_shard.unused_text}\n"

@@ -28,10 +28,15 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Chance = Annotated[float, Field(ge=0, le=1)]
 MeanLength = Annotated[float, Field(gt=0, le=2.0**30)]
 
-ObjectiveName = Literal["causal", "masked", "span_corruption", "ul2", "prefix", "fim"]
+ObjectiveName = Literal["causal", "masked", "span_corruption", "ul2", "prefix", "fim", "chat"]
 WindowKind = Literal["continuous", "per_shard"]
 
-Packing = Literal["none", "best_fit"]
+Packing = Literal["none", "best_fit", "single"]
+TooLong = Literal["cut", "error", "drop", "truncate"]
+"""What becomes of a document that is longer than a sample: only running text is cut into several."""
+
+USUAL_PACKING: dict[str, Packing] = {"chat": "best_fit"}
+"""data.packing by objective where it is absent; none for all others."""
 
 LONGEST_PERIOD = 1_000_000
 """Largest sum of mixture weights: the schedule of one period is held in memory."""
@@ -106,6 +111,24 @@ class FimConfig(Section):
     )
 
 
+class ChatConfig(Section):
+    """Conversations of which some tokens are targets, as their shards say."""
+
+    train_on: Literal["assistant", "last", "all"] = Field(
+        default="assistant",
+        description="What is predicted: all that the assistant says, its last turn of a conversation, or everything.",
+    )
+    train_on_end: bool = Field(
+        default=True,
+        description="The token that ends a turn is a target too. A model that never learns it does not stop.",
+    )
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        default="error",
+        description="Conversations of more than data.seq_len tokens: the run is refused, they are left out, or lose "
+        "their end.",
+    )
+
+
 class SpecialTokensConfig(Section):
     """Ids of tokens that objectives put into samples. A run folder's config.yaml says those that the run needs."""
 
@@ -134,7 +157,7 @@ def needed_tokens(family: str, objective: ObjectiveName) -> tuple[str, ...]:
             return ("pad",) if family == "encoder_decoder" else ()
         case "fim":
             return ("sentinels",)
-        case "causal":
+        case "causal" | "chat":
             return ()
 
 
@@ -211,18 +234,24 @@ class DataConfig(Section):
         default="causal",
         description="causal: predict each next token. masked: predict hidden tokens (encoder). span_corruption: "
         "predict spans that were taken out, ul2: a mixture of that (encoder_decoder). prefix: predict what follows a "
-        "prefix (decoder, encoder_decoder). fim: causal, with middles of documents moved to the end (decoder).",
+        "prefix (decoder, encoder_decoder). fim: causal, with middles of documents moved to the end (decoder). chat: "
+        "what an assistant says in conversations (decoder).",
     )
     masked: MaskedConfig = Field(default_factory=MaskedConfig)
     span_corruption: CorruptionConfig = Field(default_factory=CorruptionConfig)
     ul2: Ul2Config = Field(default_factory=Ul2Config)
     prefix: PrefixConfig = Field(default_factory=PrefixConfig)
     fim: FimConfig = Field(default_factory=FimConfig)
+    chat: ChatConfig = Field(default_factory=ChatConfig)
     special_tokens: SpecialTokensConfig = Field(default_factory=SpecialTokensConfig)
-    reset_positions: bool = Field(default=False, description="Positions start again at each document in a sample.")
+    reset_positions: bool = Field(
+        default=False,
+        description="Positions start again at each document in a sample; with objective=chat they always do.",
+    )
     reset_attention: bool = Field(
         default=False,
-        description="Positions attend only within their document; the first token of a document is no target.",
+        description="Positions attend only within their document; the first token of a document is no target. With "
+        "objective=chat it always is so.",
     )
     windows: WindowKind | None = Field(
         default=None,
@@ -230,11 +259,12 @@ class DataConfig(Section):
         "shard, whose last tokens no sample holds (per_shard). Absent: continuous, but a run that continues an older "
         "checkpoint goes on as that one.",
     )
-    packing: Packing = Field(
-        default="none",
+    packing: Packing | None = Field(
+        default=None,
         description="none: samples are windows of the documents' stream, which cut documents where they end. "
         "best_fit: samples are put together of whole documents and filled up with padding; only documents longer than "
-        "a sample are cut.",
+        "a sample are cut. single: each document is a sample, filled up with padding. Absent: best_fit for "
+        "objective=chat, which cuts none, else none.",
     )
     shuffle_shards: Count = Field(default=8, description="Samples are shuffled within groups of this many shards.")
     verify: Literal["off", "first", "always"] = Field(
@@ -263,3 +293,28 @@ class DataConfig(Section):
     prefetch_steps: Annotated[int, Field(ge=0, le=1_000), AsWhole] = Field(
         default=2, description="Steps whose batches are prepared ahead."
     )
+
+    @property
+    def packing_kind(self) -> Packing:
+        """data.packing, or what its absence means."""
+        return self.packing or USUAL_PACKING.get(self.objective, "none")
+
+    @property
+    def too_long(self) -> TooLong:
+        """What becomes of documents that are longer than a sample, where those are put together of whole ones."""
+        return self.chat.too_long if self.objective == "chat" else "cut"
+
+    @property
+    def needs_targets(self) -> bool:
+        """True for objectives that need the second member of documents."""
+        return self.objective == "chat"
+
+    @property
+    def parts_attention(self) -> bool:
+        """True where positions attend only within their document."""
+        return self.reset_attention or self.objective == "chat"
+
+    @property
+    def parts_positions(self) -> bool:
+        """True where positions start again at each document."""
+        return self.reset_positions or self.objective == "chat"

@@ -18,6 +18,7 @@ from llmtrain.data.storage.folders import fetch_config
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
 from llmtrain.data.stream import SampleOrigin, SampleStream, StreamConfig, load_sources, sample_limit
+from llmtrain.data.target_sources import require_targets
 from llmtrain.values.batch import Batch
 
 Window = tuple[int, int]
@@ -43,11 +44,13 @@ def build_stream(
     paths, weights = [source.path for source in sources], [source.weight for source in sources]
     ahead, windows = data.prefetch_steps > 0, data.windows or "continuous"
     phases = () if once else tuple(Phase(phase.first_sample, phase.weights) for phase in data.schedule)
-    config = StreamConfig(seed, data.seq_len, data.shuffle_shards, data.verify, ahead, windows, once, phases)
+    rest = (windows, data.needs_targets, once, phases)
+    config = StreamConfig(seed, data.seq_len, data.shuffle_shards, data.verify, ahead, *rest)
     skipped = None
     if run_dir is not None and data.on_corrupt == "skip":
         skipped = SkippedShards(run_dir / LEDGER_NAME, data.max_skipped)
     loaded = load_sources(paths, weights, fetch_config(data), manifests)
+    require_targets([source.manifest for source in loaded], [str(source.folder) for source in loaded], data)
     mixed = []
     for source, asked in zip(loaded, sources, strict=True):
         packing = packing_of(source.folder, source.manifest, data)

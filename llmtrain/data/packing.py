@@ -6,6 +6,9 @@ Truncations Improve Language Modeling; the rule is that of Johnson 1974). What i
 many samples a shard makes, and of which lengths each is put together, follows from the lengths alone. Which of several
 pieces of one length goes where, and their order in a sample, are drawn anew in every epoch.
 
+Where each document is to be a sample of its own, or none may be cut, the rule says so; then documents that are too long
+are dropped or lose their end.
+
 A document of m tokens longer than a sample is cut as a stream is cut into windows: piece k begins at token k * seq_len,
 and its last token is the first of the next, so that every token but the document's first is a target once.
 """
@@ -13,10 +16,12 @@ and its last token is the first of the next, so that every token but the documen
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmtrain.config.data import TooLong
 from llmtrain.data.bijection import keyed_permutation
 from llmtrain.data.order import ShardSpan
 from llmtrain.values.keyed_hash import wide_key
@@ -25,12 +30,26 @@ Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class PackingRule:
+    """What a sample is put together of: as many documents as fit best, or one; and what is done with longer ones."""
+
+    kind: Literal["best_fit", "single"] = "best_fit"
+    too_long: TooLong = "cut"
+
+
+BEST_FIT = PackingRule()
+
+
+@dataclass(frozen=True)
 class ShardPacking:
-    """The samples that a shard makes, how many documents are cut for them, and the tokens of padding in them."""
+    """The samples that a shard makes, how many documents are cut for them, the tokens of padding in them, and how many
+    documents are too long and in none. `longest` is the longest document's number of tokens."""
 
     samples: int
     cut_documents: int
     padding: int
+    dropped_documents: int = 0
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,14 +66,20 @@ class PackingPlan:
     summary: ShardPacking
 
     @staticmethod
-    def of(lengths: Counts, seq_len: int) -> "PackingPlan":
+    def of(lengths: Counts, seq_len: int, rule: PackingRule = BEST_FIT) -> "PackingPlan":
         """The plan of a shard whose documents have so many tokens, ends of sequence left out."""
-        begins_P, sizes_P, cut = _pieces(lengths, seq_len)
-        sizes, counts = np.unique(sizes_P, return_counts=True)
-        room = seq_len + 1
-        samples_P = _best_fit(sizes[::-1].tolist(), counts[::-1].tolist(), room)
+        long, room = int((lengths > seq_len).sum()), seq_len + 1
+        begins_P, sizes_P = _pieces(lengths, seq_len) if rule.too_long == "cut" else _whole(lengths, seq_len, rule)
+        if rule.kind == "single":
+            samples_P = np.arange(len(sizes_P))
+        else:
+            sizes, counts = np.unique(sizes_P, return_counts=True)
+            samples_P = _best_fit(sizes[::-1].tolist(), counts[::-1].tolist(), room)
         samples = int(samples_P.max()) + 1 if len(samples_P) else 0
-        summary = ShardPacking(samples, cut, samples * room - int(sizes_P.sum()))
+        kept = rule.too_long in ("cut", "truncate")
+        padding = samples * room - int(sizes_P.sum())
+        longest = int(lengths.max(initial=0)) if rule != BEST_FIT else 0
+        summary = ShardPacking(samples, long if kept else 0, padding, 0 if kept else long, longest)
         return PackingPlan(begins_P, sizes_P, samples_P, summary)
 
 
@@ -91,15 +116,23 @@ def packed_shard(plan: PackingPlan, seed: int, source: int, epoch: int, shard: i
     return PackedShard(shard, begins.tolist(), (begins + plan.sizes_P[order]).tolist(), bounds.tolist())
 
 
-def _pieces(lengths: Counts, seq_len: int) -> tuple[Counts, Counts, int]:
-    """Begins and sizes of all pieces in the stream of a shard, and how many documents are cut."""
+def _whole(lengths: Counts, seq_len: int, rule: PackingRule) -> tuple[Counts, Counts]:
+    """Begins and sizes of all documents that are in a sample; of a longer one its begin, or nothing."""
+    whole = lengths + 1  # with the end of sequence
+    begins_P, sizes_P = np.cumsum(whole) - whole, np.minimum(whole, seq_len + 1)
+    kept = np.ones(len(whole), bool) if rule.too_long == "truncate" else whole <= seq_len + 1
+    return begins_P[kept], sizes_P[kept]
+
+
+def _pieces(lengths: Counts, seq_len: int) -> tuple[Counts, Counts]:
+    """Begins and sizes of all pieces in the stream of a shard."""
     whole = lengths + 1  # with the end of sequence
     counts = np.maximum(1, -(-(whole - 1) // seq_len))
     document_P = np.repeat(np.arange(len(lengths)), counts)
     number_P = np.arange(len(document_P)) - np.repeat(np.cumsum(counts) - counts, counts)
     begins_P = (np.cumsum(whole) - whole)[document_P] + number_P * seq_len
     sizes_P = np.minimum(seq_len + 1, whole[document_P] - number_P * seq_len)
-    return begins_P, sizes_P, int((counts > 1).sum())
+    return begins_P, sizes_P
 
 
 def _best_fit(sizes: Sequence[int], counts: Sequence[int], room: int) -> Counts:

@@ -16,10 +16,12 @@ import numpy as np
 from filelock import FileLock
 
 from llmtrain.config.data import DataConfig
-from llmtrain.data.packing import PackingPlan, ShardPacking
+from llmtrain.data.packing import BEST_FIT, PackingPlan, PackingRule, ShardPacking
 from llmtrain.data.storage.folders import DataFolder, fetch_config
 from llmtrain.data.storage.manifest import DTYPES, Manifest
+from llmtrain.errors import ConfigError, Problem
 from llmtrain.files import parse_json, read_bytes, replace_file, sealed, unsealed
+from llmtrain.words import counted
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class Packing:
 
     seq_len: int
     shards: tuple[ShardPacking, ...]
+    rule: PackingRule = BEST_FIT
 
     @property
     def samples(self) -> int:
@@ -50,6 +53,15 @@ class Packing:
         return sum(shard.cut_documents for shard in self.shards)
 
     @property
+    def dropped_documents(self) -> int:
+        return sum(shard.dropped_documents for shard in self.shards)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document; 0 where long ones are cut."""
+        return max((shard.longest for shard in self.shards), default=0)
+
+    @property
     def padding_share(self) -> float:
         """Share of the positions that only fill samples up."""
         return sum(shard.padding for shard in self.shards) / max(1, self.samples * (self.seq_len + 1))
@@ -57,18 +69,36 @@ class Packing:
 
 def packing_of(folder: DataFolder, manifest: Manifest, data: DataConfig) -> Packing | None:
     """The packing that a run's configuration wants of a data set, None for none. Raises as `load_packing` does."""
-    if data.packing == "none":
+    kind = data.packing_kind
+    if kind == "none":
         return None
-    return load_packing(folder, manifest, data.seq_len, fetch_config(data).cache_dir)
+    rule = PackingRule(kind, data.too_long)
+    found = load_packing(folder, manifest, data.seq_len, fetch_config(data).cache_dir, rule)
+    if rule.too_long == "error" and found.dropped_documents:
+        raise ConfigError([too_long_problem(folder, found, data)])
+    return found
 
 
-def load_packing(folder: DataFolder, manifest: Manifest, seq_len: int, cache_dir: Path) -> Packing:
+def too_long_problem(folder: DataFolder, packing: Packing, data: DataConfig) -> Problem:
+    """Documents that no sample of the run can hold, though none may be left out."""
+    message = (
+        f"{folder} has {counted(packing.dropped_documents, 'document')} of more than data.seq_len = {data.seq_len} "
+        f"tokens, the longest of {packing.longest:,}. Set drop or truncate, or data.seq_len={packing.longest}."
+    )
+    return Problem(f"data.{data.objective}.too_long", message, "error", uses=("data.seq_len",))
+
+
+def load_packing(
+    folder: DataFolder, manifest: Manifest, seq_len: int, cache_dir: Path, rule: PackingRule = BEST_FIT
+) -> Packing:
     """The packing of a data set, from the cache where it is there, else counted and put there.
 
     Raises DataError where a sidecar is damaged or cannot be had: without it nobody knows which sample a number means.
     """
     # All that the packing follows from.
-    meaning = [VERSION, seq_len, manifest.dtype, [shard.index_sha256 for shard in manifest.shards]]
+    meaning: list[object] = [VERSION, seq_len, manifest.dtype, [shard.index_sha256 for shard in manifest.shards]]
+    # Those that may not be there are left out as those that are dropped.
+    meaning += [] if rule == BEST_FIT else [rule.kind, rule.too_long.replace("error", "drop")]
     path = cache_dir / FOLDER / f"{hashlib.sha256(json.dumps(meaning).encode()).hexdigest()}.json"
     found = _kept(path, len(manifest.shards))
     if found is None:
@@ -76,13 +106,13 @@ def load_packing(folder: DataFolder, manifest: Manifest, seq_len: int, cache_dir
             path.parent.mkdir(parents=True, exist_ok=True)
             # The ranks of a machine wait for the first of them rather than count the same.
             with FileLock(path.with_suffix(".lock"), fallback_to_soft=False):
-                found = _kept(path, len(manifest.shards)) or _counted(folder, manifest, seq_len)
+                found = _kept(path, len(manifest.shards)) or _counted(folder, manifest, seq_len, rule)
                 rows = [list(astuple(shard)) for shard in found]
                 replace_file(path, json.dumps(sealed({"shards": rows})).encode())
         except OSError as error:
             _logger.info("%s: cannot be kept: %s. The packing is counted at every start.", path, error.strerror)
-            found = found or _counted(folder, manifest, seq_len)
-    return Packing(seq_len, found)
+            found = found or _counted(folder, manifest, seq_len, rule)
+    return Packing(seq_len, found, rule)
 
 
 def _kept(path: Path, num_shards: int) -> tuple[ShardPacking, ...] | None:
@@ -95,12 +125,12 @@ def _kept(path: Path, num_shards: int) -> tuple[ShardPacking, ...] | None:
     return found if len(found) == num_shards else None
 
 
-def _counted(folder: DataFolder, manifest: Manifest, seq_len: int) -> tuple[ShardPacking, ...]:
+def _counted(folder: DataFolder, manifest: Manifest, seq_len: int, rule: PackingRule) -> tuple[ShardPacking, ...]:
     if manifest.num_documents >= MANY_DOCUMENTS:
         _logger.info("%s: packing %s documents, once", folder, f"{manifest.num_documents:,}")
     itemsize = DTYPES[manifest.dtype].itemsize
     found = []
     for number in range(len(manifest.shards)):
         payloads = folder.read_sidecar(manifest, number).astype(np.int64)
-        found.append(PackingPlan.of(payloads[:, 1] // itemsize, seq_len).summary)
+        found.append(PackingPlan.of(payloads[:, 1] // itemsize, seq_len, rule).summary)
     return tuple(found)

@@ -70,6 +70,8 @@ class RowConfig:
     pieces: PieceTable | None = None
     bos_ids: tuple[int, ...] = ()
     """The ids that every document begins with."""
+    end_ids: tuple[int, ...] = ()
+    """The ids that end a turn of a conversation."""
 
     @cached_property
     def lengths(self) -> Lengths:
@@ -114,7 +116,8 @@ def build_row_config(config: RunConfig, stream: SampleStream, tokenizer: Callabl
     does.
     """
     pieces = load_pieces(tokenizer()) if config.data.objective == "masked" else None
-    return RowConfig(config.data, config.seed, stream.eos_id, config.model.family, pieces, stream.bos_ids)
+    ids = (stream.bos_ids, stream.end_ids)
+    return RowConfig(config.data, config.seed, stream.eos_id, config.model.family, pieces, *ids)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class StreamConfig:
     verify: Verify = "first"
     read_ahead: bool = False
     windows: WindowKind = "continuous"
+    with_targets: bool = False
+    """Read the second member of each document."""
     once: bool = False
     """Read each source through once: samples behind that are blank."""
     phases: tuple[Phase, ...] = ()
@@ -59,7 +61,7 @@ class StreamConfig:
 class Window(NamedTuple):
     """A sample's place, tokens, and positions in it where documents begin; blank where a shard of it is skipped.
 
-    The last `padding` tokens only fill it up.
+    The last `padding` tokens only fill it up. `targets`: see Sample.
     """
 
     place: Place
@@ -67,6 +69,7 @@ class Window(NamedTuple):
     document_starts: NDArray[np.int64]
     padding: int
     blank: bool
+    targets: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ class SourceReader:
         tokens = np.full(self._config.seq_len + 1, self.source.manifest.eos_id, np.int64)
         pieces = self._packed(place.epoch, place.shard).pieces(place.window)
         *starts, filled = shard.read_pieces(tokens, *pieces)
-        return Window(place, tokens, np.array(starts, np.int64), len(tokens) - filled, blank=False)
+        targets = shard.targets_of_pieces(pieces[0], starts) if self._config.with_targets else None
+        return Window(place, tokens, np.array(starts, np.int64), len(tokens) - filled, False, targets)
 
     def _packed(self, epoch: int, number: int) -> PackedShard:
         """The samples of an open shard in an epoch; those of a few shards are kept."""
@@ -177,7 +181,7 @@ class SourceReader:
         if kept is not None:
             return kept
         assert self.source.packing is not None
-        plan = PackingPlan.of(self._open[number].lengths, self._config.seq_len)
+        plan = PackingPlan.of(self._open[number].lengths, self._config.seq_len, self.source.packing.rule)
         if plan.summary != self.source.packing.shards[number]:
             message = f"{self.location(number)}: its sidecar has changed. Copy it again, and start the run again."
             raise DataError(message)
@@ -262,7 +266,8 @@ def _build_order(source: Source, index: int, config: StreamConfig) -> Continuous
     shards, seq_len, rest = source.manifest.shards, config.seq_len, (config.seed, index, config.shuffle_shards)
     if source.packing:
         if not source.packing.samples:
-            raise DataError(f"{source.folder}: holds no documents. Write shards from some text.")
+            dropped = f" of at most data.seq_len = {seq_len} tokens" if source.manifest.num_documents else ""
+            raise DataError(f"{source.folder}: holds no documents{dropped}. Write shards from some text.")
         return SampleOrder([shard.samples for shard in source.packing.shards], seq_len, *rest)
     advice = "Lower data.seq_len, or write shards from more text."
     if config.windows == "per_shard":

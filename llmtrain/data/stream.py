@@ -29,7 +29,8 @@ class Sample:
     `tokens` has seq_len + 1 ids; `document_starts` are the positions in it where a document begins. The rest names
     the sample in reports: its global number, source, epoch of that source, shard and window. The last `padding` tokens
     only fill it up. A blank one stands for a sample of a skipped shard, or one behind the end of a source that is read
-    once: its tokens mean nothing, and it has no targets.
+    once: its tokens mean nothing, and it has no targets. `targets` are read for objectives that need them: spans [n, 2]
+    of positions in `tokens` that are targets, which may reach behind its end, or the labels [n] of its one document.
     """
 
     number: int
@@ -41,6 +42,7 @@ class Sample:
     window: int
     blank: bool = False
     padding: int = 0
+    targets: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,12 @@ class SampleStream:
         """The ids that every document begins with."""
         return self._readers[0].source.manifest.bos_ids
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a turn of a conversation; none in data that has no turns."""
+        chat = self._readers[0].source.manifest.chat
+        return chat.end_ids if chat else ()
+
     def sample(self, number: int) -> Sample:
         """Sample `number`, from 0 without end. Raises DataError where its shard is damaged."""
         source, number_in_source = self._mixture.source_of(number)
@@ -89,7 +97,8 @@ class SampleStream:
             window = reader.window(number_in_source)
         place = window.place
         origin = (source, place.epoch, place.shard, place.window)
-        return Sample(number, window.tokens, window.document_starts, *origin, window.blank, window.padding)
+        rest = (window.blank, window.padding, window.targets)
+        return Sample(number, window.tokens, window.document_starts, *origin, *rest)
 
     @cached_property
     def length_once(self) -> int:
@@ -158,7 +167,7 @@ class DataUse:
 
     `unused_tokens` lie at the ends of shards, or in data too short for one sample. Epochs of continuous windows end
     inside of samples. With packing, `padding_share` of the samples' positions is padding, and `cut_documents` are too
-    long for one.
+    long for one. Those that are too long and in no sample are `dropped_documents`.
     """
 
     tokens: int
@@ -167,12 +176,14 @@ class DataUse:
     padding_share: float = 0.0
     cut_documents: int = 0
     is_packed: bool = False
+    dropped_documents: int = 0
 
     @property
     def unused_text(self) -> str:
         """`no token is left out`, or how many are; with packing, what it costs."""
         if self.is_packed:
-            return f"{self.padding_share:.2%} padding, {counted(self.cut_documents, 'document')} cut"
+            dropped = f", {counted(self.dropped_documents, 'document')} dropped" if self.dropped_documents else ""
+            return f"{self.padding_share:.2%} padding, {counted(self.cut_documents, 'document')} cut{dropped}"
         if not self.unused_tokens:
             return "no token is left out"
         share = self.unused_tokens / self.tokens
@@ -183,7 +194,8 @@ def data_use(manifest: Manifest, seq_len: int, windows: WindowKind, packing: Pac
     """The use that samples of `seq_len` tokens make of a data set."""
     tokens = manifest.stream_tokens
     if packing:
-        return DataUse(tokens, packing.samples, 0, packing.padding_share, packing.cut_documents, is_packed=True)
+        documents = (packing.cut_documents, True, packing.dropped_documents)
+        return DataUse(tokens, packing.samples, 0, packing.padding_share, *documents)
     if windows == "continuous":
         return DataUse(tokens, tokens / seq_len, 0) if tokens > seq_len else DataUse(tokens, 0, tokens)
     counts = [shard.num_windows(seq_len) for shard in manifest.shards]

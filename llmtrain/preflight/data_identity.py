@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from llmtrain.config.data import DataConfig, WindowKind
@@ -34,6 +35,9 @@ def content_sha256(manifest: Manifest) -> str:
     meaning: tuple[Any, ...] = (manifest.tokenizer_sha256, manifest.vocab_size, manifest.dtype, manifest.eos_id)
     if manifest.bos_ids:
         meaning = (*meaning, manifest.bos_ids)
+    if manifest.targets != "none":
+        labels = asdict(manifest.labels) if manifest.labels else None
+        meaning = (*meaning, manifest.targets, manifest.chat.end_ids if manifest.chat else None, labels)
     shards = [(shard.sha256, shard.samples, shard.tokens) for shard in manifest.shards]
     return hashlib.sha256(json.dumps([meaning, shards]).encode()).hexdigest()
 
@@ -68,6 +72,8 @@ def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str |
     del keys["schedule"]  # of training
     if keys["packing"] == "none":
         del keys["packing"]  # as before there was the key: losses from then are compared
+    if config.data.objective != "chat":
+        del keys["chat"]  # so with this one
     return hashlib.sha256(json.dumps([sources, samples, keys, config.seed]).encode()).hexdigest()
 
 
@@ -80,4 +86,4 @@ def stream_keys(data: DataConfig) -> dict[str, Any]:
     """The keys that decide, beside the sources, which sample a number means."""
     elsewhere = ("train", "tokenizer", *FREE_DATA_KEYS)
     keys = {name: value for name, value in data.model_dump(mode="json").items() if name not in elsewhere}
-    return {**keys, "windows": windows_of(keys)}
+    return {**keys, "windows": windows_of(keys), "packing": data.packing_kind}

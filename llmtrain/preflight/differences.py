@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, CONFIG, checkpoint_steps, folder_of_checkpoints, is_checkpoint
 from llmtrain.checkpoint.origin import Origin
-from llmtrain.config.data import DataConfig
+from llmtrain.config.data import USUAL_PACKING, DataConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import frozen_names, parameter_shapes
 from llmtrain.config.reading.rendering import shown
@@ -200,7 +200,8 @@ def _data_differences(origin: Origin, data: DataConfig) -> Iterator[Difference]:
     now = stream_keys(data)
     defaults = DataConfig(train=data.train).model_dump(mode="json")
     section = origin.section("data")
-    saved = {**defaults, **section, "windows": windows_of(section)}
+    packing = section.get("packing") or USUAL_PACKING.get(section.get("objective", ""), "none")
+    saved = {**defaults, **section, "windows": windows_of(section), "packing": packing}
     return _changed(origin, {name: saved[name] for name in now}, now, "data")
 
 

@@ -103,7 +103,7 @@ def with_windows(config: RunConfig) -> RunConfig:
     on from such a checkpoint stays with that. Packed samples are no windows.
     """
     config = _with_samples(config)
-    if config.data.windows is not None or config.data.packing != "none":
+    if config.data.windows is not None or config.data.packing_kind != "none":
         return config
     target = resume_target(config)
     origin = newest_origin(target) if target else None

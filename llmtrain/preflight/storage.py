@@ -30,6 +30,7 @@ from llmtrain.data.storage.manifest import (
 from llmtrain.data.storage.remote import RemoteFolder, scheme_of, shown_path
 from llmtrain.data.storage.skipped import LEDGER_NAME, SkippedShards
 from llmtrain.data.stream import data_use
+from llmtrain.data.target_sources import target_faults
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.optim.table import row_of
 from llmtrain.preflight.resolve import (
@@ -98,6 +99,7 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
         manifests[key] = read[source.path] = found
         problems.extend(_too_short(config, key, source, manifests[key]))
     problems.extend(_disagreements(config, manifests))
+    problems.extend(_target_problems(config, manifests))
     problems.extend(_tokenizer_problems(config, manifests))
     # Before the checkpoint and the disk are looked at: both need the vocabulary's size.
     filled = fill_vocabulary(config, manifests[FIRST]) if FIRST in manifests else []
@@ -172,7 +174,7 @@ def _local_manifest(key: str, source: DataSetConfig, config: RunConfig) -> Manif
 
 def _too_short(config: RunConfig, key: str, source: DataSetConfig, manifest: Manifest) -> Iterator[Problem]:
     seq_len, windows = config.data.seq_len, config.data.windows
-    if config.data.packing != "none":
+    if config.data.packing_kind != "none":
         if not manifest.num_documents:
             yield Problem(key, "holds no documents. Write shards from some text.", shown_path(source.path))
         return
@@ -212,6 +214,14 @@ def _disagreements(config: RunConfig, manifests: dict[str, Manifest]) -> Iterato
                     "(`llmtrain data shards --bos auto|none`)."
                 )
                 yield Problem(key, message, paths[key])
+
+
+def _target_problems(config: RunConfig, manifests: dict[str, Manifest]) -> Iterator[Problem]:
+    """Sources without what the objective needs of a document beside its tokens."""
+    keys, paths = list(manifests), {key: shown_path(source.path) for key, source in _iter_sources(config)}
+    names = [f"{key} = {paths[key]}" for key in keys]
+    for number, fault in target_faults(list(manifests.values()), names, config.data):
+        yield Problem(keys[number], fault, paths[keys[number]], uses=("data.objective",))
 
 
 def _plain(ids: int | tuple[int, ...]) -> str:

@@ -29,7 +29,7 @@ def probe_batch(config: RunConfig, step: int, number: int) -> Batch:
     labels[:, : number * 3 % (seq_len // 2)] = IGNORED_LABEL
     positions = torch.arange(seq_len).expand(size, seq_len)
     segments, prefix, encoder_tokens, encoder_segments = None, None, None, None
-    if config.data.reset_attention:
+    if config.data.parts_attention:
         segments = (positions >= 1 + number % (seq_len - 2)).long()
     if config.model.family == "encoder_decoder":
         encoder_tokens = tokens(lengths.encoder)

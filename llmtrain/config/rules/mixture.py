@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from math import gcd
 
 from llmtrain.config.data import LONGEST_PERIOD
+from llmtrain.config.reading.suggestions import either
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 
@@ -91,23 +92,37 @@ def ramp_goes_on(config: RunConfig) -> Found:
         step, size = change.from_step, change.global_batch_size
 
 
-PACKED = ("causal", "fim", "masked")
-"""Objectives of packed samples. Those that are not make lengths or a prefix out of shares of a whole sample."""
+PACKED: dict[str, tuple[str, ...]] = {
+    "best_fit": ("causal", "fim", "masked", "chat"),
+    "single": ("chat",),
+}
+"""Objectives of packed samples. Those that are not make lengths or a prefix out of shares of a whole sample; `single`
+goes with those whose documents stand for themselves."""
+WHOLE = ("chat",)
+"""Objectives whose documents are never cut."""
 
 
 def packing_fits(config: RunConfig) -> Found:
     """Whole documents go with objectives that leave them where they are; packed samples are no windows."""
-    data = config.data
-    if data.packing == "none":
+    data, packing = config.data, config.data.packing_kind
+    if packing == "none":
+        if data.objective in WHOLE:
+            fitting = [kind for kind, objectives in PACKED.items() if data.objective in objectives]
+            message = f"would cut documents, which data.objective = {data.objective} never does. Try {either(fitting)}."
+            yield Problem("data.packing", message, packing, uses=("data.objective",))
         return
-    if data.objective not in PACKED:
+    if data.objective not in PACKED[packing]:
+        why = "which splits a sample by shares of its length, so that all samples must be full"
+        if data.objective in PACKED["best_fit"]:
+            why = "whose documents are running text: most of a sample would be padding"
+        fitting = ["none", *(kind for kind, objectives in PACKED.items() if data.objective in objectives)]
         message = (
-            f"does not go with data.objective = {data.objective}, which splits a sample by shares of its length, so "
-            f"that all samples must be full. Try none; best_fit goes with {', '.join(PACKED)}."
+            f"does not go with data.objective = {data.objective}, {why}. Try {either(fitting)}; {packing} goes with "
+            f"{', '.join(PACKED[packing])}."
         )
-        yield Problem("data.packing", message, data.packing, uses=("data.objective",))
+        yield Problem("data.packing", message, packing, uses=("data.objective",))
     if data.windows is not None:
-        message = "has no effect with data.packing = best_fit, whose samples are no windows. Remove it."
+        message = f"has no effect with data.packing = {packing}, whose samples are no windows. Remove it."
         yield Problem("data.windows", message, data.windows, uses=("data.packing",))
 
 

@@ -181,12 +181,13 @@ def relative_keys_need_relative_positions(config: RunConfig) -> Found:
 def reset_positions_need_positions(config: RunConfig) -> Found:
     """Scores by distance are the same wherever counting starts; across documents they would have to be another."""
     position = config.model.position
-    if not config.data.reset_positions or position not in ("alibi", "t5_relative", "none"):
+    data = config.data
+    if not data.reset_positions or data.objective == "chat" or position not in ("alibi", "t5_relative", "none"):
         return
     uses: tuple[str, ...] = ("model.position",)
     if position == "none":
         message = "has no effect with model.position = none. Try false."
-    elif not config.data.reset_attention:
+    elif not data.reset_attention:
         message = (
             f"has no effect with model.position = {position}, which knows distances alone. "
             "Try false, or data.reset_attention=true."

@@ -18,6 +18,7 @@ FAMILIES = {
     "ul2": ("encoder_decoder",),
     "prefix": ("decoder", "encoder_decoder"),
     "fim": ("decoder",),
+    "chat": ("decoder",),
 }
 """The families that can learn each objective."""
 

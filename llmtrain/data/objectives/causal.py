@@ -34,13 +34,13 @@ class PackedSample:
 def causal_row(tokens: NDArray[np.int64], document_starts: NDArray[np.int64], data: DataConfig) -> PackedSample:
     """The row of seq_len + 1 tokens of which each position predicts the next.
 
-    With data.reset_attention no position may see the document before its own, so the first token of a document
-    cannot be predicted from anything and is not a target.
+    Where attention keeps documents apart no position may see the document before its own, so the first token of a
+    document cannot be predicted from anything and is not a target.
     """
     seq_len = len(tokens) - 1
     labels_S = tokens[1:]
     segments_S = None
-    if data.reset_attention:
+    if data.parts_attention:
         segments_S = document_numbers(document_starts, seq_len)
         labels_S = labels_S.copy()
         labels_S[document_starts[document_starts > 0] - 1] = IGNORED_LABEL
@@ -48,8 +48,8 @@ def causal_row(tokens: NDArray[np.int64], document_starts: NDArray[np.int64], da
 
 
 def sample_positions(document_starts: NDArray[np.int64], data: DataConfig, seq_len: int) -> NDArray[np.int64]:
-    """Positions [seq_len] as data.reset_positions wants them."""
-    return document_positions(document_starts, seq_len) if data.reset_positions else counted(seq_len)
+    """Positions [seq_len] that count through, or begin again at each document."""
+    return document_positions(document_starts, seq_len) if data.parts_positions else counted(seq_len)
 
 
 @lru_cache(maxsize=4)

@@ -41,7 +41,7 @@ def masked(sample: Sample, row_config: RowConfig) -> PackedSample:
     tokens_S, labels_S = original_S.copy(), np.full(seq_len, IGNORED_LABEL, np.int64)
     labels_S[chosen_C] = original_S[chosen_C]
     tokens_S[chosen_C] = _replaced(original_S[chosen_C], unit_C, row_config, draws)
-    segments_S = document_numbers(sample.document_starts, seq_len) if data.reset_attention else None
+    segments_S = document_numbers(sample.document_starts, seq_len) if data.parts_attention else None
     return PackedSample(tokens_S, labels_S, sample_positions(sample.document_starts, data, seq_len), segments_S)
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from llmtrain.data.objectives.causal import PackedSample, causal_row, fim
+from llmtrain.data.objectives.chat import chat
 from llmtrain.data.objectives.corruption import prefix_length, span_corruption, split_at_prefix, ul2
 from llmtrain.data.objectives.masking import masked
 from llmtrain.data.row_config import RowConfig
@@ -41,13 +42,14 @@ OBJECTIVES: dict[str, Objective] = {
     "ul2": ul2,
     "prefix": prefix,
     "fim": fim,
+    "chat": chat,
 }
 
 
 def pack_sample(sample: Sample, row_config: RowConfig) -> PackedSample:
     """A sample as the row of a batch that data.objective makes of it; a blank one has no targets."""
     row = OBJECTIVES[row_config.data.objective](sample, row_config)
-    if row_config.data.packing != "none":
+    if row_config.data.packing_kind != "none":
         row = _filled_up(row, sample.padding, row_config.family)
     return replace(row, labels_S=np.full_like(row.labels_S, IGNORED_LABEL)) if sample.blank else row
 

@@ -1,7 +1,7 @@
 """The storage format of a data set: tar shards of token ids, one index sidecar per shard, and a manifest.
 
-A shard is a WebDataset tar with one member `<key>.bin` per document: its token ids, little-endian, nothing else.
-A sidecar holds where each payload lies, so that any document is found without reading headers. What a sample is
+A shard is a WebDataset tar with one member `<key>.bin` per document: its token ids, little-endian, nothing else; and a
+second one where targets.py says so. A sidecar holds where payloads lie, so that no headers are read. What a sample is
 follows from the document lengths alone: the documents of a shard, each followed by one end-of-sequence id, form a
 stream, and samples are windows of the streams of all shards, or of each alone. Imports no torch.
 """
@@ -30,6 +30,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from llmtrain.data.storage.targets import ChatRecord, LabelsRecord, Targets
 from llmtrain.errors import DataError
 from llmtrain.files import SEAL, open_regular, parse_json, read_bytes, replace_file, sealed, unsealed
 from llmtrain.words import fault_text
@@ -47,7 +48,8 @@ DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "uint64": np.dty
 """Stored types. We write the narrowest of the first two; files of others may have 64 bits, of which ids need few."""
 
 _INDEX_MAGIC = b"LLMTINDX"
-_INDEX_VERSION = 1
+_INDEX_COLUMNS = {1: 2, 2: 4}
+"""Numbers of a document by the version of a sidecar: place and size of its ids, and of its second member if any."""
 NO_FILE = (errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EFBIG)
 """Errors that tell of something else in a file's place. Other errors of the system may pass."""
 LONGEST_INDEX = 256 << 20
@@ -132,6 +134,10 @@ class Manifest:
     """True where the tokenizer does not give texts back as they were, such as without their line breaks."""
     container: Literal["tar", "npy", "megatron"] = "tar"
     """Shards are tars of .bin members, tars of .npy members, or Megatron's files of documents one behind another."""
+    targets: Targets = "none"
+    """The second member of every document."""
+    chat: ChatRecord | None = None
+    labels: LabelsRecord | None = None
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
@@ -143,6 +149,12 @@ class Manifest:
             )
         if any(token >= self.vocab_size for token in self.bos_ids):
             raise ValueError(f"bos_ids = {list(self.bos_ids)}: must be ids below vocab_size = {self.vocab_size}")
+        if (self.chat is not None, self.labels is not None) != (self.targets == "trained", self.targets == "labels"):
+            raise ValueError(
+                f"targets = {self.targets}: trained has chat beside it, labels has labels, none has neither"
+            )
+        if self.targets != "none" and self.container != "tar":
+            raise ValueError(f"targets = {self.targets}, container = {self.container}: only a tar has second members")
         names = [name for shard in self.shards for name in (shard.file, shard.index_file)]
         name, count = Counter(names).most_common(1)[0] if names else ("", 0)
         if count > 1:
@@ -229,12 +241,16 @@ def file_sha256(path: Path) -> str:
 
 
 def index_bytes(payloads: NDArray[np.uint64]) -> bytes:
-    """A sidecar's content from an array [documents, 2] of payload offset and size."""
-    return _INDEX_HEADER.pack(_INDEX_MAGIC, _INDEX_VERSION) + payloads.astype("<u8").tobytes()
+    """A sidecar's content from an array [documents, 2] of payload offset and size, or [documents, 4] of two each."""
+    version = next(version for version, columns in _INDEX_COLUMNS.items() if columns == payloads.shape[1])
+    return _INDEX_HEADER.pack(_INDEX_MAGIC, version) + payloads.astype("<u8").tobytes()
 
 
 def read_index(path: Path) -> NDArray[np.uint64]:
-    """Array [documents, 2] of payload offset and size. Raises DamagedFileError where the sidecar is missing or torn."""
+    """Array [documents, 2] of payload offset and size; [documents, 4] where they have a second member.
+
+    Raises DamagedFileError where the sidecar is missing or torn.
+    """
     try:
         content = read_bytes(path, LONGEST_INDEX)
     except FileNotFoundError:
@@ -246,15 +262,18 @@ def read_index(path: Path) -> NDArray[np.uint64]:
         message = f"{path}: {error.strerror}. Delete it; `llmtrain data index {path.parent}` rebuilds it."
         raise DamagedFileError(message, "index", f"{path.name}: {error.strerror}") from None
     body = content[_INDEX_HEADER.size :]
-    if len(content) < _INDEX_HEADER.size or len(body) % 16:
-        expected = f"{_INDEX_HEADER.size} bytes and 16 for each document"
+    magic, version = _INDEX_HEADER.unpack_from(content) if len(content) >= _INDEX_HEADER.size else (_INDEX_MAGIC, 1)
+    columns = _INDEX_COLUMNS.get(version, 2)
+    if len(content) < _INDEX_HEADER.size or len(body) % (8 * columns):
+        expected = f"{_INDEX_HEADER.size} bytes and {8 * columns} for each document"
         message = f"{path}: expected {expected}, actual {len(content)} bytes: it is cut short. Delete it; "
         message += f"`llmtrain data index {path.parent}` rebuilds it."
         raise DamagedFileError(message, "index", f"{path.name} of {len(content)} bytes")
-    if (found := _INDEX_HEADER.unpack_from(content)) != (_INDEX_MAGIC, _INDEX_VERSION):
-        message = f"{path}: expected {(_INDEX_MAGIC, _INDEX_VERSION)} at its begin, actual {found}: not a shard index."
+    if magic != _INDEX_MAGIC or version not in _INDEX_COLUMNS:
+        known, found = [(_INDEX_MAGIC, known) for known in _INDEX_COLUMNS], (magic, version)
+        message = f"{path}: expected one of {known} at its begin, actual {found}: not a shard index."
         raise DamagedFileError(message, "index", f"{path.name} begins with {found}")
-    return np.frombuffer(body, "<u8").reshape(-1, 2)
+    return np.frombuffer(body, "<u8").reshape(-1, columns)
 
 
 def check_file(path: Path, size_bytes: int | None = None, sha256: str | None = None) -> None:

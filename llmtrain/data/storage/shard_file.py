@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmtrain.data.storage.manifest import DTYPES, DamagedFileError, Manifest, ShardEntry, check_file, read_index
+from llmtrain.data.storage.targets import TARGET_DTYPES, labels_fault, trained_fault
 from llmtrain.errors import DataError
 from llmtrain.files import open_regular
 
@@ -52,7 +53,7 @@ class ShardFile:
         payloads = read_index(paths.index).astype(np.int64)
         self._is_tar = manifest.container != "megatron"
         _check_index(paths.index, payloads, entry, Grid.of(manifest))
-        _check_shard(paths.tar, payloads, entry, hashed, manifest.container == "tar")
+        _check_shard(paths.tar, payloads.reshape(-1, 2), entry, hashed, manifest)
         self.path = paths.tar
         self.lengths = payloads[:, 1] // dtype.itemsize
         self._eos_id = manifest.eos_id
@@ -62,6 +63,9 @@ class ShardFile:
         mapped = np.memmap(paths.tar, np.uint8, mode="r") if entry.bytes else np.empty(0, np.uint8)
         self._tokens = np.asarray(mapped)[: entry.bytes // dtype.itemsize * dtype.itemsize].view(dtype)
         self._first = payloads[:, 0] // dtype.itemsize
+        self._bytes = np.asarray(mapped)
+        self._targets = payloads[:, 2:]
+        self._manifest = manifest
         self._starts = np.concatenate(([0], np.cumsum(self.lengths + 1)))
         self._end = int(self._starts[-1])
 
@@ -123,6 +127,33 @@ class ShardFile:
         tokens[:filled] = stored[:filled]
         return places
 
+    def targets(self, number: int) -> NDArray[np.int64]:
+        """The second member of a document: spans [n, 2] of its trained tokens, or its labels [n].
+
+        Raises DataError where it is not what it should be: the file was spoiled, and no hash has told.
+        """
+        kind, record = self._manifest.targets, self._manifest.labels
+        offset, size = self._targets[number].tolist()
+        stored = self._bytes[offset : offset + size].view(TARGET_DTYPES[kind]).astype(np.int64)
+        found = stored.reshape(-1, 2) if kind == "trained" else stored
+        length = int(self.lengths[number])
+        fault = trained_fault(found, length) if record is None else labels_fault(found, length, record)
+        if fault is not None:
+            raise DataError(
+                f"{self.path}: document {number} ({self.key(number)}.{kind}): {fault}. Copy the file again; "
+                "`llmtrain data verify` finds all of them."
+            )
+        return found
+
+    def targets_of_pieces(self, begins: list[int], places: list[int]) -> NDArray[np.int64]:
+        """The second members of documents that begin at `begins` in the stream and at `places` in a sample: spans
+        [n, 2] of its positions, which may reach behind a document that is cut; or the labels of the first."""
+        documents = (self._starts.searchsorted(begins, side="right") - 1).tolist()
+        if self._manifest.targets == "labels":
+            return self.targets(documents[0])
+        pairs = zip(documents, places, strict=True)
+        return np.concatenate([self.targets(document) + place for document, place in pairs])
+
     def documents_between(self, begin: int, end: int) -> list[tuple[int, int, int]]:
         """The documents that tokens [begin, end) of the stream belong to: each one's number, and the bounds of the
         tokens in it, where its end of sequence counts as its last."""
@@ -162,10 +193,11 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where documents can lie in a shard: at multiples of `step` bytes, with `gap` bytes at least before each, counted
-    from the end of the one before, rounded up to `block`."""
+    """Where members can lie in a shard: at multiples of `step` bytes, with `gap` bytes at least before each, counted
+    from the end of the one before, rounded up to `block`. `itemsizes` are what sizes of a document's members are
+    multiples of, ids first."""
 
-    itemsize: int
+    itemsizes: tuple[int, ...]
     step: int
     gap: int
     block: int
@@ -175,15 +207,21 @@ class Grid:
         """A tar's document has its header before it, and nothing else's: an archive is made of blocks."""
         itemsize = DTYPES[manifest.dtype].itemsize
         if manifest.container == "megatron":
-            return Grid(itemsize, itemsize, 0, itemsize)
+            return Grid((itemsize,), itemsize, 0, itemsize)
         step = TAR_BLOCK_BYTES if manifest.container == "tar" else itemsize
-        return Grid(itemsize, step, TAR_BLOCK_BYTES, TAR_BLOCK_BYTES)
+        second = {"none": (), "trained": (8,), "labels": (4,)}[manifest.targets]
+        return Grid((itemsize, *second), step, TAR_BLOCK_BYTES, TAR_BLOCK_BYTES)
 
 
 def _check_index(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, grid: Grid) -> None:
     """Raises DamagedFileError where a sidecar contradicts the manifest, whatever its hash."""
-    itemsize = grid.itemsize
-    offsets, sizes = payloads[:, 0], payloads[:, 1]
+    itemsize = grid.itemsizes[0]
+    sizes = payloads[:, 1]
+    if payloads.shape[1] != 2 * len(grid.itemsizes):
+        found = f"{payloads.shape[1] // 2} members of a document"
+        message = f"{path}: expected {len(grid.itemsizes)} of each, actual {found}. Delete it; "
+        message += f"`llmtrain data index {path.parent}` rebuilds it."
+        raise DamagedFileError(message, "index", f"{found} in {path.name}")
     found = len(payloads), int((sizes // itemsize).sum())
     if found != (entry.samples, entry.tokens):
         raise DamagedFileError(
@@ -192,9 +230,11 @@ def _check_index(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, gri
             "index",
             f"{found[0]} documents with {found[1]} tokens in {path.name}",
         )
+    offsets, sizes = payloads.reshape(-1, 2).T  # of all members, as they stand in the file
     ends = np.concatenate(([0], -(-(offsets + sizes) // grid.block) * grid.block))
     apart = not (offsets % grid.step).any() and bool((offsets - ends[:-1] >= grid.gap).all())
-    if not apart or (sizes % itemsize).any() or (payloads < 0).any() or (offsets + sizes > entry.bytes).any():
+    whole = not any((payloads[:, 2 * i + 1] % size).any() for i, size in enumerate(grid.itemsizes))
+    if not apart or not whole or (payloads < 0).any() or (offsets + sizes > entry.bytes).any():
         raise DamagedFileError(
             f"{path}: places lie outside of the {entry.bytes} bytes of {entry.file} or where no document can be. "
             f"Delete it; `llmtrain data index {path.parent}` rebuilds it.",
@@ -203,8 +243,9 @@ def _check_index(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, gri
         )
 
 
-def _check_shard(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, hashed: bool, has_headers: bool) -> None:
+def _check_shard(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, hashed: bool, manifest: Manifest) -> None:
     """Compare a shard with the manifest; the error of `check_file` also tells where the damage lies."""
+    members = 1 if manifest.targets == "none" else 2
     try:
         check_file(path, entry.bytes, entry.sha256 if hashed else None)
     except DamagedFileError as damage:
@@ -212,21 +253,21 @@ def _check_shard(path: Path, payloads: NDArray[np.int64], entry: ShardEntry, has
             raise
         size_bytes = path.stat().st_size
         if damage.reason == "sha256":
-            place = place_of_flip(path, payloads) if has_headers else "somewhere in it"
+            place = place_of_flip(path, payloads, members) if manifest.container == "tar" else "somewhere in it"
         elif size_bytes < entry.bytes:
-            place = f"cut short: {place_of_cut(payloads, size_bytes)}"
+            place = f"cut short: {place_of_cut(payloads, size_bytes, members)}"
         else:
             place = f"{size_bytes - entry.bytes} bytes too many, from byte {entry.bytes} on"
         raise DamagedFileError(f"{damage} ({place})", damage.reason, damage.actual) from None
 
 
-def place_of_cut(payloads: NDArray[np.int64], size_bytes: int) -> str:
-    """The part of a whole shard that has byte `size_bytes`, by [documents, 2] offsets and sizes of its payloads."""
+def place_of_cut(payloads: NDArray[np.int64], size_bytes: int, members: int = 1) -> str:
+    """The part of a whole shard that has byte `size_bytes`, by [payloads, 2] offsets and sizes, `members` each."""
     ends = payloads[:, 0] + payloads[:, 1]
     number = int(np.searchsorted(ends, size_bytes, side="right"))  # the first document that is not there whole
     if number == len(payloads):
         return f"byte {size_bytes} lies behind the last document"
-    begin, end = int(payloads[number, 0]), int(ends[number])
+    begin, end, number = int(payloads[number, 0]), int(ends[number]), number // members
     if size_bytes > begin:
         return f"byte {size_bytes} lies inside document {number} (bytes {begin} to {end})"
     if size_bytes > begin - TAR_BLOCK_BYTES:
@@ -234,7 +275,7 @@ def place_of_cut(payloads: NDArray[np.int64], size_bytes: int) -> str:
     return f"byte {size_bytes} lies before the header of document {number}"
 
 
-def place_of_flip(path: Path, payloads: NDArray[np.int64]) -> str:
+def place_of_flip(path: Path, payloads: NDArray[np.int64], members: int = 1) -> str:
     """The first header of a shard whose own checksum is wrong, or that none is."""
     with open_regular(path) as file:
         for number, (offset, size) in enumerate(payloads.tolist()):
@@ -242,7 +283,7 @@ def place_of_flip(path: Path, payloads: NDArray[np.int64]) -> str:
             file.seek(max(0, begin))
             header = file.read(TAR_BLOCK_BYTES)
             if begin < 0 or not _is_header(header, size):
-                return f"the header of document {number} at byte {begin} is damaged"
+                return f"the header of document {number // members} at byte {begin} is damaged"
     return "every header is whole, so the damage lies in the documents or between them"
 
 

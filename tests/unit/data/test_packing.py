@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtrain.config.data import TooLong
 from llmtrain.data import packing_table
 from llmtrain.data.objectives.table import pack_sample
-from llmtrain.data.packing import PackingPlan, packed_shard
+from llmtrain.data.packing import PackingPlan, PackingRule, packed_shard
 from llmtrain.data.packing_table import load_packing
 from llmtrain.data.storage.folders import open_folder
 from llmtrain.data.storage.manifest import read_manifest
@@ -71,6 +72,25 @@ def test_every_epoch_holds_every_piece_in_an_order_of_its_own(lengths: np.ndarra
         orders.append(samples)
     if len(set(lengths.tolist())) < len(lengths) - 12 and max(lengths) < seq_len:
         assert orders[0] != orders[1], "pieces of one length change places"
+
+
+@given(lengths=lengths_lists, seq_len=st.integers(1, 24), too_long=st.sampled_from(["drop", "truncate", "error"]))
+@settings(max_examples=60, deadline=None)
+def test_whole_documents_are_never_cut_in_two(lengths: np.ndarray, seq_len: int, too_long: TooLong) -> None:
+    """Alone or packed: each is there once, one that is too long with its begin or not at all."""
+    starts = np.cumsum(lengths + 1) - lengths - 1
+    fits = lengths <= seq_len
+    kept = fits | (too_long == "truncate")
+    for kind in ("single", "best_fit"):
+        plan = PackingPlan.of(lengths, seq_len, PackingRule(kind, too_long))
+        assert plan.begins_P.tolist() == starts[kept].tolist()
+        assert plan.sizes_P.tolist() == np.minimum(lengths + 1, seq_len + 1)[kept].tolist()
+        dropped = 0 if too_long == "truncate" else int((~fits).sum())
+        assert (plan.summary.dropped_documents, plan.summary.cut_documents) == (dropped, int((~fits).sum()) - dropped)
+        assert plan.summary.longest == lengths.max(initial=0)
+        shard = packed_shard(plan, 1, 0, 0, 0)
+        pieces = [len(shard.parts(sample)) for sample in range(plan.summary.samples)]
+        assert sum(pieces) == kept.sum() and (kind == "best_fit" or set(pieces) <= {1})
 
 
 SEQ_LEN = 32
@@ -190,9 +210,9 @@ def test_the_packing_is_counted_once_and_counted_again_where_it_was_spoiled(
     counted: list[int] = []
     whole = PackingPlan.of
 
-    def recorded(lengths: np.ndarray, seq_len: int) -> PackingPlan:
+    def recorded(lengths: np.ndarray, seq_len: int, rule: PackingRule) -> PackingPlan:
         counted.append(len(lengths))
-        return whole(lengths, seq_len)
+        return whole(lengths, seq_len, rule)
 
     monkeypatch.setattr(packing_table.PackingPlan, "of", recorded)
     first = load_packing(data, manifest, SEQ_LEN, tmp_path)

@@ -16,7 +16,15 @@ from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.objectives.table import OBJECTIVES, pack_sample
 from llmtrain.data.row_config import PieceTable, RowConfig
 from llmtrain.values.batch import IGNORED_LABEL, TENSORS, Batch
-from tests.support.datasets import EOS_ID, VOCAB_SIZE, random_documents, write_dataset
+from tests.support.datasets import (
+    EOS_ID,
+    VOCAB_SIZE,
+    chat_record,
+    random_conversations,
+    random_documents,
+    write_dataset,
+    write_target_dataset,
+)
 from tests.support.rows import random_sample, row_config_of
 
 CASES: list[tuple[str, str, dict[str, Any]]] = [
@@ -30,6 +38,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("decoder", "prefix", {}),
     ("decoder", "prefix", {"reset_attention": True}),
     ("decoder", "fim", {"reset_attention": True, "reset_positions": True}),
+    ("decoder", "chat", {"chat": {"too_long": "truncate", "train_on": "last"}}),
 ]
 IDS = [f"{family}-{objective}-{len(keys)}" for family, objective, keys in CASES]
 SEQ_LEN = 24
@@ -50,8 +59,8 @@ def test_rows_depend_on_seed_and_number_alone(family: str, objective: str, keys:
     fresh = row_config_of(family, objective, SEQ_LEN, **keys)
     back = {number: arrays(pack_sample(random_sample(number, SEQ_LEN), fresh)) for number in reversed(range(20))}
     assert forth == back
-    if objective == "causal":
-        return
+    if objective in ("causal", "chat"):
+        return  # they draw nothing
     other = row_config_of(family, objective, SEQ_LEN, seed=2, **keys)
     seeded = [arrays(pack_sample(random_sample(number, SEQ_LEN), other)) for number in range(20)]
     assert sum(one != two for one, two in zip(forth.values(), seeded, strict=True)) > 5
@@ -67,14 +76,16 @@ def test_rows_depend_on_seed_and_number_alone(family: str, objective: str, keys:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
-    write_dataset(folder, [random_documents(30, seed) for seed in range(2)])
+    write_dataset(folder / "texts", [random_documents(30, seed) for seed in range(2)])
+    write_target_dataset(folder / "chats", [random_conversations(30, seed) for seed in range(2)], chat_record())
     return folder
 
 
 def loader(folder: Path, case: tuple[str, str, dict[str, Any]], dp_rank: int = 0, dp_size: int = 1) -> BatchLoader:
     family, objective, keys = case
     special = {"mask": 4, "pad": 0, "sentinels": list(range(VOCAB_SIZE, VOCAB_SIZE + 100))}
-    tree = {"train": [{"path": str(folder)}], "objective": objective, "special_tokens": special, "seq_len": SEQ_LEN}
+    path = folder / ("chats" if objective == "chat" else "texts")
+    tree = {"train": [{"path": str(path)}], "objective": objective, "special_tokens": special, "seq_len": SEQ_LEN}
     data = DataConfig.model_validate({**tree, **keys})
     ids = np.arange(VOCAB_SIZE)
     row_config = RowConfig(data, 1, EOS_ID, family, PieceTable(ids < 4, ids % 3 == 0))

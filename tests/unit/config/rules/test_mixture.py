@@ -26,6 +26,9 @@ def phases(*found: dict[str, Any], **train: Any) -> RunConfig:
         run(data={"train": [{"path": "a", "max_epochs": 2, "max_tokens": 10**12}]}),
         run(data={"packing": "best_fit", "reset_attention": True}),
         run(train={"batch_ramp": RAMP}),
+        run(data={"objective": "chat"}),
+        run(data={"objective": "chat", "packing": "single", "chat": {"train_on": "last", "too_long": "drop"}}),
+        run(model={"position": "alibi"}, data={"objective": "chat", "reset_positions": True}),
     ],
 )  # fmt: skip
 def test_legal(config: RunConfig) -> None:
@@ -70,6 +73,17 @@ def test_legal(config: RunConfig) -> None:
             "data.packing",
             "does not go with data.objective = prefix",
         ),
+        (
+            run(data={"packing": "none", "objective": "chat"}),
+            "data.packing",
+            "would cut documents, which data.objective = chat never does. Try best_fit or single",
+        ),
+        (
+            run(data={"packing": "single"}),
+            "data.packing",
+            "most of a sample would be padding. Try none or best_fit; single goes with chat",
+        ),
+        (run(data={"objective": "chat", "windows": "continuous"}), "data.windows", "data.packing = best_fit"),
     ],
 )  # fmt: skip
 def test_rule_is_broken(config: RunConfig, key: str, says: str) -> None:

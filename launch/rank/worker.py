@@ -21,22 +21,24 @@ from launch.rank.place import ALONE, Rank
 from launch.rank.rendezvous import anybody, connect, lone_store, open_group, open_rank_store
 from launch.rank.signals import Heartbeat, StopSignal
 from llmtrain.checkpoint.agreement import RankStore
-from llmtrain.config.budget import Budget, Seen
+from llmtrain.checkpoint.folders import CHECKPOINTS
+from llmtrain.config.budget import Budget
 from llmtrain.config.engines import ENGINES
-from llmtrain.config.schema import RunConfig
 from llmtrain.errors import EXIT_PREEMPTED, LlmtrainError, NoProgressError, RunFolderInUseError
 from llmtrain.files import open_log
 from llmtrain.messages import show_messages
 from llmtrain.models.float8 import require_float8
 from llmtrain.plan.memory import advise
 from llmtrain.preflight.resolve import ResolvedRun
-from llmtrain.report.efficiency import DONE, run_efficiency
+from llmtrain.report.efficiency import DONE, STOPPED_EARLY, run_efficiency
 from llmtrain.runs.folder import RunFolder, Status, read_status, was_taken_over
 from llmtrain.runs.rank_logs import log_path
+from llmtrain.train.ending import best_text, early_stop_text, nothing_left
 from llmtrain.train.health import StallLimit, skipped_text
 from llmtrain.train.loop import Run, train
 from llmtrain.train.setup import setup
 from llmtrain.train.start import Start, describe_start, find_start, join_start
+from llmtrain.train.state import TrainState
 from llmtrain.values.progress import Phase
 
 
@@ -107,7 +109,21 @@ class Attempt:
 
     @property
     def finished_before(self) -> bool:
-        return self.start.step >= self._total_steps
+        return self.start.step >= self._total_steps or self._stopped_early(self.start.state) is not None
+
+    def _stopped_early(self, state: TrainState) -> str | None:
+        """Why a run has ended before its last step; None for one that has not."""
+        stop = self.resolved.early_stop
+        if stop is None or not stop.is_over(state.patience):
+            return None
+        return early_stop_text(stop, state.patience, state.step)
+
+    def _closing(self, state: TrainState) -> str:
+        """All that is said at the end of a run that is done: an early stop, skipped steps, the best checkpoint."""
+        best = ""
+        if self.resolved.config.checkpoint.keep_best:
+            best = best_text(self.resolved.run_dir / CHECKPOINTS, self.start.manager.best())
+        return "; ".join(filter(None, (self._stopped_early(state), skipped_text(state), best)))
 
     @property
     def _total_steps(self) -> int:
@@ -118,9 +134,7 @@ class Attempt:
         if self.finished_before:
             self._require_result()
             if self.folder:
-                # The answer of the command, and so on stdout.
-                print(f"{self.folder.path}: {nothing_left(self.resolved.config, self.start.state.seen)}")
-            self._write_status("done", self.start.step, "finished before")
+                self._tell_finished(self.folder)
             return 0
         self._write_status("running", self.start.step, "starting")
         run = None
@@ -144,16 +158,33 @@ class Attempt:
         if self.folder:
             with suppress(LlmtrainError, OSError):  # what cannot be read or written is no reason to fail in the end
                 if status == "done":
-                    self.folder.record(DONE, step=state.step)
+                    early = self._stopped_early(state)
+                    facts = {"reason": early} if early else {}
+                    self.folder.record(STOPPED_EARLY if early else DONE, step=state.step, **facts)
                 run.monitor.say(str(run_efficiency(self.folder.path)))
-        message = skipped_text(state) if status == "done" else "told to stop; the same command continues"
-        if message and status == "done":
-            run.monitor.say(f"warning: {message}")
+        message = "told to stop; the same command continues"
+        if self.folder and status == "done":
+            message = self._closing(state)
+            if skipped_text(state):
+                run.monitor.say(f"warning: {skipped_text(state)}")
+            if message != skipped_text(state):
+                run.monitor.say(message)
         run.monitor.close(status)
         self._write_status(
             status, state.step, message, total_steps=Budget.of(self.resolved.config).last_step(state.seen)
         )
         return 0 if status == "done" else EXIT_PREEMPTED
+
+    def _tell_finished(self, folder: RunFolder) -> None:
+        """The answer of a command that has nothing left to do, and so on stdout."""
+        state = self.start.state
+        if self._stopped_early(state) is None:
+            print(f"{folder.path}: {nothing_left(self.resolved.config, state.seen)}")
+            self._write_status("done", self.start.step, "finished before")
+            return
+        more = f"Raise evaluate.stop_after above {state.patience.evaluations}, or set it to null, to go on."
+        print(f"{folder.path}: already done: {self._closing(state)}. {more}")
+        self._write_status("done", self.start.step, self._closing(state))
 
     def _require_result(self) -> None:
         """Raise NoProgressError where a run has made all its steps and they came to nothing."""
@@ -169,16 +200,6 @@ class Attempt:
     ) -> None:
         if self.folder:
             self.folder.write_status(status, step, total_steps or self._total_steps, message, cause)
-
-
-def nothing_left(config: RunConfig, seen: Seen) -> str:
-    """The text of a run that has nothing left to do, with the key that would change that."""
-    steps, tokens = config.train.steps, config.train.tokens
-    if tokens is not None:
-        done = f"{seen.data_tokens} tokens in {seen.step} steps, and train.tokens asks for {tokens}"
-        return f"already done, {done}. Raise train.tokens above {seen.data_tokens} to go on."
-    done = f"all {seen.step} steps" if seen.step == steps else f"{seen.step} steps, and train.steps asks for {steps}"
-    return f"already done, {done}. Raise train.steps above {seen.step} to go on."
 
 
 def agree_on_start(

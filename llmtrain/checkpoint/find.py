@@ -2,18 +2,20 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from llmtrain.checkpoint.folders import (
     CHECKPOINTS,
     MANIFEST,
+    best_of,
     checkpoint_steps,
     folder_of_checkpoints,
     is_checkpoint,
     nearest_checkpoint,
     step_folder_name,
 )
-from llmtrain.checkpoint.manifest import CheckpointUnusableError
+from llmtrain.checkpoint.manifest import CheckpointUnusableError, load_manifest
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.errors import CheckpointError, ConfigError
 
@@ -62,6 +64,29 @@ def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
     else:
         what = f"is neither {' nor '.join(kinds)}"
     raise ConfigError(f"{path}: {what}. Try {near}.")
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint with the lowest validation loss of the run at a path, by the manifests.
+
+    Only losses that were measured as the newest one are compared. Raises ConfigError where there is none.
+    """
+    folder = None if is_checkpoint(run) else folder_of_checkpoints(run)
+    if folder is None:
+        raise ConfigError(f"{run}: --best chooses one of a run's checkpoints, and this holds none. Give a run folder.")
+    abouts = {}
+    for step in checkpoint_steps(folder):
+        with suppress(CheckpointError):  # what is damaged is not the best; who takes it would say so
+            abouts[step] = load_manifest(folder / step_folder_name(step)).about
+    measured = {step: about for step, about in abouts.items() if isinstance(about.get("metric"), int | float)}
+    newest = measured[max(measured)].get("evaluated_on") if measured else None
+    best = best_of({step: about["metric"] for step, about in measured.items() if about.get("evaluated_on") == newest})
+    if best is None:
+        raise ConfigError(
+            f"{run}: no checkpoint has a validation loss, so none is the best. Name one of them, or train with "
+            "evaluate.every_steps and checkpoint.keep_best=true."
+        )
+    return folder / step_folder_name(best[0])
 
 
 def find_newest_valid(

@@ -114,10 +114,19 @@ def steps_to_remove(metrics: Mapping[int, float | None], settings: CheckpointCon
     kept = set(sorted(metrics)[-settings.keep :])
     if settings.keep_every_steps:
         kept |= {step for step in metrics if step % settings.keep_every_steps == 0}
-    measured = [(metric, step) for step, metric in metrics.items() if metric is not None]
-    if settings.keep_best and measured:
-        kept.add(min(measured)[1])
+    best = best_of(metrics)
+    if settings.keep_best and best is not None:
+        kept.add(best[0])
     return sorted(metrics.keys() - kept)
+
+
+def best_of(metrics: Mapping[int, float | None]) -> tuple[int, float] | None:
+    """The step with the lowest metric (of equal ones the oldest) and that metric; None where no step has one."""
+    measured = [(metric, step) for step, metric in metrics.items() if metric is not None]
+    if not measured:
+        return None
+    metric, step = min(measured)
+    return step, metric
 
 
 def most_at_once(settings: CheckpointConfig, total_steps: int) -> int:

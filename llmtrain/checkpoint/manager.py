@@ -12,7 +12,7 @@ from typing import Any
 
 from llmtrain.checkpoint.agreement import RankStore, SaveMessages
 from llmtrain.checkpoint.find import find_newest_valid
-from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name, step_of_folder, steps_to_remove
+from llmtrain.checkpoint.folders import best_of, checkpoint_steps, step_folder_name, step_of_folder, steps_to_remove
 from llmtrain.checkpoint.manifest import (
     BASE,
     ManifestPart,
@@ -99,6 +99,10 @@ class CheckpointManager:
     def latest_steps(self) -> list[int]:
         """Steps of the checkpoints on the disk, newest first."""
         return checkpoint_steps(self._folder)
+
+    def best(self) -> tuple[int, float] | None:
+        """The step and the metric of the best checkpoint on the disk, of those whose metrics can be compared."""
+        return best_of({step: self._metric(step) for step in self.latest_steps()})
 
     def newest_valid(self, before_step: int | None = None) -> CheckpointReader | None:
         """The newest checkpoint that is whole, every file hashed, of those before a step; None where there is none.

@@ -37,6 +37,13 @@ class _History(_Stored):
     strikes: Number = 0
 
 
+class _Patience(_Stored):
+    loss: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    step: Number = 0
+    evaluations: Number = 0
+    measured_on: str | None = None
+
+
 class _Train(_Stored):
     step: Number
     samples: Number
@@ -45,6 +52,7 @@ class _Train(_Stored):
     first_step_tokens: Number = 0
     skipped_in_row: Number = 0
     history: _History = _History()
+    patience: _Patience = _Patience()
 
 
 class _LossScale(_Stored):

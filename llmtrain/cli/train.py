@@ -108,7 +108,7 @@ def _print_dry_run(plan: "DryRun", as_json: bool) -> None:
         "steps": f"{plan.steps:,} "
         + (f"of {plan.tokens_per_step:,} tokens" if not plan.batch_ramp else "of changing size")
         + f", {plan.tokens:,} tokens in all",
-        "evaluation": f"every {counted(evaluate, 'step')}" if evaluate else "never",
+        "evaluation": f"every {counted(evaluate, 'step')}{_early_stop(plan)}" if evaluate else "never",
         "checkpoints": (f"every {counted(checkpoint, 'step')} and " if checkpoint else "")
         + f"at the end, {short_bytes(plan.checkpoint_bytes)} each",
         "memory": f"about {_memory(plan)}",
@@ -140,8 +140,18 @@ def _start(plan: "DryRun") -> str:
     if continues.step >= plan.steps:
         step = f"{continues.step:,}"
         return f"nothing is left to do: {continues.checkpoint} is at step {step}. More than {step} steps go on"
+    if plan.stopped_early:
+        more = "A larger evaluate.stop_after, or null, goes on"
+        return f"nothing is left to do: {continues.checkpoint} has stopped early at step {continues.step:,}. {more}"
     whose = "" if continues.is_own else " of another run"
     return f"at step {continues.step + 1:,}: continues {continues.checkpoint}{whose}"
+
+
+def _early_stop(plan: "DryRun") -> str:
+    from llmtrain.words import counted
+
+    after = plan.stop_after
+    return f"; the run ends after {counted(after, 'evaluation')} in a row without a better loss" if after else ""
 
 
 def _memory(plan: "DryRun") -> str:

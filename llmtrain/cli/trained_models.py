@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BestOption = Annotated[bool, typer.Option("--best", help="Of a run's checkpoints the one with the best loss.")]
 
 
 class Format(StrEnum):
@@ -56,6 +57,7 @@ def export(
     ] = ProofKind.AUTO,
     proof_memory: Annotated[str, typer.Option(help="Memory that a full proof may take with auto.")] = "16GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    best: BestOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder, and prove that transformers computes the same from it.
@@ -65,6 +67,7 @@ def export(
     from llmtrain.interop.installation import require_transformers
 
     require_transformers()
+    from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.hugging_face import export_checkpoint
     from llmtrain.interop.hf_export import ExportSettings, require_free
     from llmtrain.runs.file_system import require_place
@@ -81,6 +84,7 @@ def export(
         proof=proof.value,
         proof_bytes=proof_bytes,
     )
+    source = best_checkpoint(source) if best else source
     checkpoint, export = export_checkpoint(source, out, tokenizer, settings)
     _print_result(
         {"format": to.value, "folder": str(out), "checkpoint": str(checkpoint.path)} | _told(export, dtype), as_json
@@ -167,16 +171,18 @@ def generate(
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed draws the same text.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    best: BestOption = False,
 ) -> None:
     """Continue a text with a decoder, answer it with an encoder-decoder, or fill its masks with an encoder.
 
     Sentinels are spelled as the tokenizer calls them, else <extra_id_0>, <extra_id_1>, ... (of fill-in-the-middle
     <fim_prefix>, <fim_suffix>, <fim_middle>); masks likewise, such as <mask> or [MASK].
     """
+    from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.generate import Sampling, answer_of
     from llmtrain.infer.model import load_model, named_device
 
     place, sampling = named_device(device), Sampling(temperature, top_k, top_p, seed)
-    trained = load_model(model, place)
+    trained = load_model(best_checkpoint(model) if best else model, place)
     for piece in answer_of(trained, prompt, sampling, max_tokens, tokenizer):
         typer.echo(piece, nl=False)

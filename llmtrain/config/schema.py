@@ -217,6 +217,15 @@ class EvaluateConfig(Section):
         default=10,
         description="Global batches per evaluation, always the same first samples. Data that holds fewer is read once.",
     )
+    stop_after: Count | None = Field(
+        default=None,
+        description="Early stopping: end the run after so many evaluations in a row without an improvement of the "
+        "validation loss; null: never.",
+    )
+    min_improvement: NotNegative = Field(
+        default=0.0,
+        description="With stop_after: the loss must fall by more than this below the last one that was an improvement.",
+    )
 
 
 class CheckpointConfig(Section):

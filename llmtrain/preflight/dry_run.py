@@ -3,13 +3,14 @@
 Opens only the small files of checkpoints, no tensor. Imports no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, STATE
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
 from llmtrain.config.parameters import declare_parameters, is_frozen, num_active_parameters, num_parameters
+from llmtrain.config.patience import Patience, patience_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import CheckpointError
 from llmtrain.files import read_json
@@ -35,6 +36,8 @@ class Continuation:
     is_own: bool
     data_tokens: int
     last_step: int
+    patience: Patience = field(default_factory=Patience)
+    """Its evaluations without a better loss."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class DryRun:
     checkpoint_bytes: int
     memory: MemoryPlan
     continues: Continuation | None
+    stop_after: int | None
+    stopped_early: bool
+    """What it would continue has ended before its last step, and would again."""
     context_exchange: str | None
     """How context ranks attend to each other's positions; None where there is one."""
     layout: LayoutOutline
@@ -93,17 +99,19 @@ def find_continuation(config: RunConfig) -> Continuation | None:
     try:
         state = read_json(origin.path / STATE)
         seen = seen_by(state["train"], origin.config) if origin.trained else Seen()
+        patience = patience_of(state["train"]) if origin.trained else Patience()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{origin.path / STATE}: does not say how far training was: {error!r}") from error
     own = config.run_dir / CHECKPOINTS
     is_own, last_step = origin.path.resolve().parent == own.resolve(), Budget.of(config).last_step(seen)
-    return Continuation(str(origin.path), seen.step, is_own, seen.data_tokens, last_step)
+    return Continuation(str(origin.path), seen.step, is_own, seen.data_tokens, last_step, patience)
 
 
 def plan_dry_run(resolved: ResolvedRun, continues: Continuation | None = None) -> DryRun:
     """The sizes of a run that keeps the arithmetic rules, and what it makes of its data."""
     config, train, layout = resolved.config, resolved.config.train, resolved.layout
     sizes = train.batch_sizes.scaled(config.data.seq_len)
+    early = bool(continues and resolved.early_stop and resolved.early_stop.is_over(continues.patience))
     steps = continues.last_step if continues else config.total_steps
     before, done = (continues.data_tokens, continues.step) if continues else (0, 0)
     declared = declare_parameters(config.model).items()
@@ -135,6 +143,8 @@ def plan_dry_run(resolved: ResolvedRun, continues: Continuation | None = None) -
         checkpoint_bytes=row_of(config.optim).stored_bytes * trained,
         memory=plan_memory(config, layout, resolved.lengths),
         continues=continues,
+        stop_after=config.evaluate.stop_after,
+        stopped_early=early,
         context_exchange=config.context_exchange if layout.context > 1 else None,
         layout=plan_layout_outline(layout, config.model.total_layers, config.parallel.pipeline_split),
     )

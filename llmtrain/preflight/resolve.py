@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.data import DataConfig, DataSetConfig, SpecialTokensConfig, WindowKind, needed_tokens
+from llmtrain.config.patience import EarlyStop
 from llmtrain.config.reading.rendering import shown
 from llmtrain.config.rules.mixture import first_sample_of
 from llmtrain.config.schema import RunConfig
@@ -22,7 +23,7 @@ from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.parallel.layout import Layout, plan_layout
-from llmtrain.preflight.data_identity import windows_of
+from llmtrain.preflight.data_identity import evaluation_record, windows_of
 from llmtrain.preflight.differences import resume_target
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ class ResolvedRun:
     def lengths(self) -> Lengths:
         """Of every sample, padding included."""
         return sample_lengths(self.config.model.family, self.config.data)
+
+    @cached_property
+    def early_stop(self) -> EarlyStop | None:
+        """When the run ends before its last step; None where it does not."""
+        return EarlyStop.of(self.config.evaluate, evaluation_record(self.config, self.valid))
 
     @cached_property
     def tokenizer(self) -> Path:

@@ -26,6 +26,9 @@ from llmtrain.words import duration
 DONE = "done"
 """The event of a run that has made all its steps; `step` is the last one."""
 
+STOPPED_EARLY = "stopped_early"
+"""The event of a run that has ended before its last step, for a `reason` of its own; `step` is the one it has made."""
+
 ENDS = ("restarting", "failed", "stalled")
 """Events of an attempt that failed; `step` is the last one that any of its ranks finished."""
 
@@ -139,7 +142,7 @@ def measure(rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any
             down, idle = (down, idle + waited) if is_done else (down + waited, idle)
             extensions, is_done, ended = extensions + is_done, False, time
             steps.go_back(min(steps.reached, entry.get("step", 0)))
-        elif entry.get("event") == DONE:
+        elif entry.get("event") in (DONE, STOPPED_EARLY):
             is_done = True
         elif entry.get("event") in ENDS:
             # Rows are not written for every step, and the last ones of a killed process may be missing.

@@ -6,7 +6,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from llmtrain.report.efficiency import DONE, Efficiency, event_time
+from llmtrain.report.efficiency import DONE, STOPPED_EARLY, Efficiency, event_time
 from llmtrain.report.run_record import RunRecord, flat
 from llmtrain.runs.audit import STARTED
 from llmtrain.words import counted, duration, short_number
@@ -19,6 +19,7 @@ MOST_EVENTS = 200
 SENTENCES = {
     STARTED: "started on {ranks}, after step {step}",
     DONE: "all {step} steps",
+    STOPPED_EARLY: "{reason}",
     "restarting": "rank {rank} on {host}, at step {step}: {cause}. Started again after step {saved_step}",
     "failed": "rank {rank} on {host}, at step {step}: {cause}",
     "stalled": "given up: rank {rank} on {host}, at step {step}: {cause}",

@@ -25,7 +25,7 @@ from llmtrain.errors import DataError, LlmtrainError, RunFolderInUseError
 from llmtrain.files import read_json, sealed
 from llmtrain.runs import audit
 from llmtrain.runs.file_system import UNSUPPORTED, FileVersion, file_version, lock_file, no_links_text
-from llmtrain.runs.status import NEXT_ACTIONS, STATUS, Pid, RunStatus, Status, read_status
+from llmtrain.runs.status import STATUS, Pid, RunStatus, Status, next_action, read_status
 
 LOCK = "run.lock"
 RENEW_SECONDS = 10.0
@@ -169,7 +169,7 @@ class RunFolder:
             _now(),
             self._attempt,
             cause,
-            next_action=NEXT_ACTIONS[status].format(step=step),
+            next_action=next_action(status, step, total_steps),
             verdict=self.verdict,
         )
         temporary = self.path / f".{STATUS}.{self._owner.token}"

@@ -27,6 +27,15 @@ NEXT_ACTIONS: dict[Status, str] = {
 }
 """The next thing to do about a run, by its status; `step` is the last one that it has made."""
 
+STOPPED_EARLY = "nothing: it has stopped early; a larger evaluate.stop_after, or null, goes on"
+
+
+def next_action(status: Status, step: int, total_steps: int) -> str:
+    """The next thing to do about a run; one that is done before its last step has stopped early."""
+    if status == "done" and step < total_steps:
+        return STOPPED_EARLY
+    return NEXT_ACTIONS[status].format(step=step)
+
 
 @dataclass(frozen=True)
 class RunStatus:

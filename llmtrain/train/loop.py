@@ -1,12 +1,13 @@
 """The story of a run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Literal
 
 from llmtrain.config.budget import Budget
+from llmtrain.config.patience import EarlyStop
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.loader import BatchLoader
 from llmtrain.engines.base import Engine
@@ -30,6 +31,7 @@ class Evaluation:
     every_steps: int
     num_batches: int
     before_saves: bool = False
+    early_stop: EarlyStop | None = None
 
     def due(self, step: int, saved: bool) -> bool:
         """True for a step to evaluate; `saved`: it is saved whether or not the run is told to stop.
@@ -38,7 +40,10 @@ class Evaluation:
         """
         if self.loader is None:
             return False
-        return (self.every_steps > 0 and step % self.every_steps == 0) or (saved and self.before_saves)
+        return self._is_regular(step) or (saved and self.before_saves)
+
+    def _is_regular(self, step: int) -> bool:
+        return self.every_steps > 0 and step % self.every_steps == 0
 
     def run(self, engine: Engine) -> tuple[float, int]:
         """(mean loss, number of target tokens)."""
@@ -48,6 +53,16 @@ class Evaluation:
         results = [engine.eval_step(micro_batches) for micro_batches in islice(steps, num_batches)]
         num_tokens = sum(result.num_tokens for result in results)
         return sum(result.loss_sum for result in results) / max(1, num_tokens), num_tokens
+
+    def judge(self, state: TrainState, valid_loss: float, anybody: Callable[[bool], bool]) -> tuple[TrainState, bool]:
+        """The state with an evaluation counted, and whether the run stops early because of it, on all ranks alike.
+
+        Those that only a save has brought about do not count: where saves lie must not decide where a run ends.
+        """
+        if self.early_stop is None or not self._is_regular(state.step):
+            return state, False
+        patience = self.early_stop.after(state.patience, state.step, valid_loss)
+        return replace(state, patience=patience), anybody(self.early_stop.is_over(patience))
 
 
 @dataclass(frozen=True)
@@ -68,16 +83,16 @@ class Run:
 def train(
     run: Run, stop_requested: Callable[[], bool], anybody: Callable[[bool], bool] = bool
 ) -> tuple[Literal["done", "preempted"], TrainState]:
-    """Train to the last step, or until `stop_requested`, which is asked once per step. Either way the end is saved.
+    """Train to the last step, an early stop, or until `stop_requested`, asked once per step. The end is saved.
 
     `anybody` tells whether a flag is set on any rank. Raises NoProgressError where all that was done changed nothing.
     """
-    state, loader, monitor, stopping = run.state, run.loader, run.monitor, False
+    state, loader, monitor, stopping, early = run.state, run.loader, run.monitor, False, False
     budget = Budget.of(run.config)
     stall_limit = StallLimit(run.config.health.max_skipped_steps, run.config.train.precision)
     steps = loader.steps(state.samples, state.step + 1)
     try:
-        while state.step < budget.last_step(state.seen) and not stopping:
+        while state.step < budget.last_step(state.seen) and not (stopping or early):
             with monitor.phase("data"):
                 micro_batches = next(steps)
 
@@ -112,16 +127,16 @@ def train(
                 with monitor.phase("evaluate"):
                     valid_loss, num_tokens = run.evaluation.run(run.engine)
                 monitor.evaluated(step, valid_loss, num_tokens)
+                state, early = run.evaluation.judge(state, valid_loss, anybody)
 
             stopping = stop_requested()  # after the step on every rank: all of them stop behind the same one
-            if saved or stopping:
+            if saved or stopping or early:
                 with monitor.phase("checkpoint"):
                     run.saving.save(state, run.engine, valid_loss)
     finally:
         steps.close()
-    # After a good end only: the error of a run must not hide behind one of its last save.
-    run.saving.finish()
-    if state.step < budget.last_step(state.seen):
+    run.saving.finish()  # after a good end only: the error of a run must not hide behind one of its last save
+    if state.step < budget.last_step(state.seen) and not early:
         return "preempted", state
     stall_limit.require_result(state)
     return "done", state

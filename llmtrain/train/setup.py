@@ -63,6 +63,7 @@ def setup(
         config.evaluate.every_steps,
         config.evaluate.steps,
         config.checkpoint.keep_best,
+        resolved.early_stop,
     )
     log = start.manager.reports.record if folder else lambda event, **facts: None
     report = partial(setattr, folder, "verdict") if folder else lambda verdict: None

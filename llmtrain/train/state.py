@@ -8,6 +8,7 @@ from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.origin import origin_of, require_state, updates_of
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.budget import Seen, seen_by
+from llmtrain.config.patience import Patience, patience_of
 from llmtrain.engines.base import Engine
 
 
@@ -29,7 +30,7 @@ class TrainState:
     `samples` is the position in the stream of samples, those passed over included. `tokens` counts targets;
     `data_tokens` counts what was read to get them, and `first_step_tokens` what the first step read. `history` is what
     the next loss is judged by; it is empty where nothing depends on it. `skipped_in_row` counts the last steps that
-    changed nothing, as their gradients were not finite.
+    changed nothing, as their gradients were not finite. `patience` counts evaluations without a better loss.
     """
 
     step: int = 0
@@ -39,6 +40,7 @@ class TrainState:
     data_tokens: int = 0
     first_step_tokens: int = 0
     skipped_in_row: int = 0
+    patience: Patience = field(default_factory=Patience)
 
     @property
     def seen(self) -> Seen:
@@ -57,6 +59,7 @@ class TrainState:
             self.data_tokens + data_tokens,
             self.first_step_tokens or data_tokens,
             self.skipped_in_row + 1 if skipped else 0,
+            self.patience,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -64,14 +67,15 @@ class TrainState:
 
     @staticmethod
     def from_json(data: Mapping[str, Any], config: Mapping[str, Any]) -> "TrainState":
-        """The state of a checkpoint that was saved with `config`; older ones have no history, and count no skipped
-        steps."""
+        """The state of a checkpoint that was saved with `config`; older ones have no history, and count neither skipped
+        steps nor evaluations."""
         history = data.get("history", {})
         losses, strikes = tuple(history.get("losses", ())), history.get("strikes", 0)
         seen, history = seen_by(data, config), LossHistory(losses, strikes)
         counts = (data["step"], data["samples"], data["tokens"])
         skipped = data.get("skipped_in_row", 0)
-        return TrainState(*counts, history, seen.data_tokens, seen.first_step_tokens, skipped)
+        patience = patience_of(data)
+        return TrainState(*counts, history, seen.data_tokens, seen.first_step_tokens, skipped, patience)
 
 
 @dataclass(frozen=True)

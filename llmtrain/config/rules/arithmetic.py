@@ -18,6 +18,7 @@ from llmtrain.config.reading.suggestions import (
     suggested_keys,
 )
 from llmtrain.config.rules.engine import ENGINE_RULES
+from llmtrain.config.rules.evaluation import EVALUATION_RULES
 from llmtrain.config.rules.launch import LAUNCH_RULES
 from llmtrain.config.rules.mixture import MIXTURE_RULES
 from llmtrain.config.rules.model import MODEL_RULES
@@ -104,19 +105,6 @@ def loss_scale_has_room(config: RunConfig) -> Found:
     if scale.initial < scale.minimum:
         message = f"must be at least optim.loss_scale.minimum = {scale.minimum:g}. Try 65536."
         yield Problem("optim.loss_scale.initial", message, scale.initial, uses=("optim.loss_scale.minimum",))
-
-
-def evaluation_needs_data(config: RunConfig) -> Found:
-    every = config.evaluate.every_steps
-    if every > 0 and not config.data.valid:
-        message = "needs data.valid, which is empty. Try 0, or data.valid=[{path: data/shards/valid}]."
-        yield Problem("evaluate.every_steps", message, every, uses=("data.valid",))
-
-
-def best_needs_evaluation(config: RunConfig) -> Found:
-    if config.checkpoint.keep_best and config.evaluate.every_steps == 0:
-        message = "needs a validation loss, and evaluate.every_steps = 0. Try false, or evaluate.every_steps=50."
-        yield Problem("checkpoint.keep_best", message, "true", uses=("evaluate.every_steps",))
 
 
 def allowed_changes_are_keys(config: RunConfig) -> Found:
@@ -253,8 +241,7 @@ RULES = (
     freeze_names_parameters,
     loss_scale_has_room,
     *MIXTURE_RULES,
-    evaluation_needs_data,
-    best_needs_evaluation,
+    *EVALUATION_RULES,
     allowed_changes_are_keys,
     *MODEL_RULES,
     *ENGINE_RULES,

@@ -1,0 +1,66 @@
+"""Rules about evaluation, the best checkpoint and early stopping. Pure."""
+
+from collections.abc import Iterator
+
+from llmtrain.config.schema import RunConfig
+from llmtrain.errors import Problem
+
+Found = Iterator[Problem]
+
+
+def evaluation_needs_data(config: RunConfig) -> Found:
+    every = config.evaluate.every_steps
+    if every > 0 and not config.data.valid:
+        message = "needs data.valid, which is empty. Try 0, or data.valid=[{path: data/shards/valid}]."
+        yield Problem("evaluate.every_steps", message, every, uses=("data.valid",))
+
+
+def best_needs_evaluation(config: RunConfig) -> Found:
+    if config.checkpoint.keep_best and config.evaluate.every_steps == 0:
+        message = "needs a validation loss, and evaluate.every_steps = 0. Try false, or evaluate.every_steps=50."
+        yield Problem("checkpoint.keep_best", message, "true", uses=("evaluate.every_steps",))
+
+
+def early_stop_needs_evaluation(config: RunConfig) -> Found:
+    stop_after = config.evaluate.stop_after
+    if stop_after is not None and config.evaluate.every_steps == 0:
+        message = "counts evaluations, and evaluate.every_steps = 0. Try null, or evaluate.every_steps=50"
+        message += "." if config.data.valid else " and data.valid=[{path: data/shards/valid}]."
+        uses = ("evaluate.every_steps", "data.valid")
+        yield Problem("evaluate.stop_after", message, stop_after, uses=uses)
+
+
+def early_stop_keeps_the_best(config: RunConfig) -> Found:
+    """The run's newest weights are some evaluations past the best ones, which are what it was stopped for."""
+    evaluate, checkpoint = config.evaluate, config.checkpoint
+    if evaluate.stop_after is None or evaluate.every_steps == 0:
+        return
+    if not checkpoint.keep_best:
+        message = (
+            f"evaluate.stop_after = {evaluate.stop_after} ends the run that many evaluations after its best one, whose "
+            "checkpoint must be kept. Try true."
+        )
+        yield Problem("checkpoint.keep_best", message, "false", uses=("evaluate.stop_after",))
+    if checkpoint.every_steps == 0 or evaluate.every_steps % checkpoint.every_steps:
+        message = (
+            f"must divide evaluate.every_steps = {evaluate.every_steps}, as any evaluation may be the best of a run "
+            f"with evaluate.stop_after = {evaluate.stop_after}. Try {evaluate.every_steps}."
+        )
+        uses = ("evaluate.every_steps", "evaluate.stop_after")
+        yield Problem("checkpoint.every_steps", message, checkpoint.every_steps, uses=uses)
+
+
+def improvement_has_a_use(config: RunConfig) -> Found:
+    evaluate = config.evaluate
+    if evaluate.min_improvement and evaluate.stop_after is None:
+        message = "has no effect without evaluate.stop_after. Try 0, or evaluate.stop_after=5."
+        yield Problem("evaluate.min_improvement", message, evaluate.min_improvement, uses=("evaluate.stop_after",))
+
+
+EVALUATION_RULES = (
+    evaluation_needs_data,
+    best_needs_evaluation,
+    early_stop_needs_evaluation,
+    early_stop_keeps_the_best,
+    improvement_has_a_use,
+)

@@ -26,7 +26,8 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
     resolved = resolve(load_config(run).config.with_keys(alone))
     config = resolved.config
     stream = build_stream(config.data.train, config.data, config.seed, manifests=resolved.train)
-    row = pack_sample(stream.sample(number), build_row_config(config, stream, lambda: resolved.tokenizer))
+    row_config = build_row_config(config, stream, lambda: resolved.tokenizer, trained=True)
+    row = pack_sample(stream.sample(number), row_config)
     tokenizer = load_tokenizer(resolved.tokenizer)
     texts = {"input": row.tokens_S, "targets": row.labels_S}
     if row.encoder_tokens_T is not None:

@@ -129,6 +129,30 @@ class ChatConfig(Section):
     )
 
 
+class AugmentConfig(Section):
+    """Noise in what the model reads while it is trained, never in what it is to predict."""
+
+    drop_tokens: Probability = Field(default=0.0, description="Probability that a token is dropped.")
+    delete_words: Probability = Field(
+        default=0.0, description="Probability that a word is dropped with all its tokens (Wei and Zou 2019)."
+    )
+    replace_words: Probability = Field(
+        default=0.0, description="Probability that random tokens stand in place of a word's (Xie et al. 2017)."
+    )
+    swap_words: Probability = Field(
+        default=0.0, description="Probability that a word changes places with the next (Wei and Zou 2019)."
+    )
+
+    @property
+    def is_on(self) -> bool:
+        return self.shortens or self.replace_words > 0 or self.swap_words > 0
+
+    @property
+    def shortens(self) -> bool:
+        """True where rows end in padding for what was dropped."""
+        return self.drop_tokens > 0 or self.delete_words > 0
+
+
 class SpecialTokensConfig(Section):
     """Ids of tokens that objectives put into samples. A run folder's config.yaml says those that the run needs."""
 
@@ -243,6 +267,7 @@ class DataConfig(Section):
     prefix: PrefixConfig = Field(default_factory=PrefixConfig)
     fim: FimConfig = Field(default_factory=FimConfig)
     chat: ChatConfig = Field(default_factory=ChatConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
     special_tokens: SpecialTokensConfig = Field(default_factory=SpecialTokensConfig)
     reset_positions: bool = Field(
         default=False,

@@ -60,7 +60,8 @@ class RowConfig:
     """Everything but the sample that a row of a batch depends on.
 
     Special tokens that the objective needs are filled in in `data`. `pieces` are those of the tokenizer; only `masked`
-    needs them. `eos_id` ends what the objective puts together.
+    and data.augment need them. `eos_id` ends what the objective puts together. Rows to train on are `augmented` where
+    data.augment asks for it, rows to evaluate on never.
     """
 
     data: DataConfig
@@ -72,6 +73,7 @@ class RowConfig:
     """The ids that every document begins with."""
     end_ids: tuple[int, ...] = ()
     """The ids that end a turn of a conversation."""
+    augmented: bool = False
 
     @cached_property
     def lengths(self) -> Lengths:
@@ -82,12 +84,13 @@ class RowConfig:
     def is_padded(self) -> "IsPadded":
         """It depends on the configuration alone, so that all batches of a run are of one kind."""
         shortest = shortest_lengths(self.data)
-        return IsPadded(shortest.main < self.lengths.main, shortest.encoder < self.lengths.encoder)
+        encoder = shortest.encoder < self.lengths.encoder or self.data.augment.shortens
+        return IsPadded(shortest.main < self.lengths.main, encoder)
 
-    def draws(self, number: int) -> "SampleRandom":
+    def draws(self, number: int, purpose: str = "objective") -> "SampleRandom":
         """The random numbers of one sample, by its global number."""
         # Counter-based, keyed by the sample: nothing depends on the samples that were drawn before.
-        key = wide_key("objective", self.seed, number)[:16]
+        key = wide_key(purpose, self.seed, number)[:16]
         return SampleRandom(np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))))
 
     @property
@@ -109,15 +112,18 @@ class RowConfig:
         return np.array(sentinels, np.int64)
 
 
-def build_row_config(config: RunConfig, stream: SampleStream, tokenizer: Callable[[], Path]) -> RowConfig:
-    """The row configuration of a run whose special tokens are filled in already.
+def build_row_config(
+    config: RunConfig, stream: SampleStream, tokenizer: Callable[[], Path], trained: bool = False
+) -> RowConfig:
+    """The row configuration of a run whose special tokens are filled in already; of rows to train on, or to evaluate.
 
     `tokenizer` finds the run's tokenizer; it is asked where the objective needs its pieces. Raises as `load_pieces`
     does.
     """
-    pieces = load_pieces(tokenizer()) if config.data.objective == "masked" else None
+    augmented = trained and config.data.augment.is_on
+    pieces = load_pieces(tokenizer()) if config.data.objective == "masked" or augmented else None
     ids = (stream.bos_ids, stream.end_ids)
-    return RowConfig(config.data, config.seed, stream.eos_id, config.model.family, pieces, *ids)
+    return RowConfig(config.data, config.seed, stream.eos_id, config.model.family, pieces, *ids, augmented)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str |
     sources = list(zip(weights, map(content_sha256, manifests), strict=True))
     samples = config.evaluate.steps * config.train.global_batch_size
     keys = stream_keys(config.data)
-    del keys["schedule"]  # of training
+    del keys["schedule"], keys["augment"]  # of training
     if keys["packing"] == "none":
         del keys["packing"]  # as before there was the key: losses from then are compared
     if config.data.objective != "chat":

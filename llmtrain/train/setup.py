@@ -84,6 +84,6 @@ def build_loader(
         "valid": (config.data.valid, resolved.valid),
     }[split]
     stream = build_stream(sources, config.data, config.seed, resolved.run_dir, once, manifests)
-    row_config = build_row_config(config, stream, lambda: resolved.tokenizer)
+    row_config = build_row_config(config, stream, lambda: resolved.tokenizer, trained=split == "train")
     sizes = (config.train.global_batch_size, config.train.micro_batch_size)
     return BatchLoader(stream, row_config, *sizes, layout.coordinates(rank).data, layout.data)

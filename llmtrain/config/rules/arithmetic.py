@@ -17,6 +17,7 @@ from llmtrain.config.reading.suggestions import (
     nearest_multiples,
     suggested_keys,
 )
+from llmtrain.config.rules.augment import AUGMENT_RULES
 from llmtrain.config.rules.engine import ENGINE_RULES
 from llmtrain.config.rules.evaluation import EVALUATION_RULES
 from llmtrain.config.rules.launch import LAUNCH_RULES
@@ -235,6 +236,7 @@ RULES = (
     rope_needs_even_heads,
     rope_scaling_needs_rope,
     *OBJECTIVE_RULES,
+    *AUGMENT_RULES,
     decay_follows_warmup,
     lr_falls,
     eps_is_used,

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from llmtrain.data.objectives.augment import augmented
 from llmtrain.data.objectives.causal import PackedSample, causal_row, fim
 from llmtrain.data.objectives.chat import chat
 from llmtrain.data.objectives.corruption import prefix_length, span_corruption, split_at_prefix, ul2
@@ -49,8 +50,10 @@ OBJECTIVES: dict[str, Objective] = {
 def pack_sample(sample: Sample, row_config: RowConfig) -> PackedSample:
     """A sample as the row of a batch that data.objective makes of it; a blank one has no targets."""
     row = OBJECTIVES[row_config.data.objective](sample, row_config)
-    if row_config.data.packing_kind != "none":
+    if row_config.data.packing_kind != "none" or row_config.data.augment.shortens:
         row = _filled_up(row, sample.padding, row_config.family)
+    if row_config.augmented and not sample.blank:
+        row = augmented(row, sample.number, row_config)
     return replace(row, labels_S=np.full_like(row.labels_S, IGNORED_LABEL)) if sample.blank else row
 
 

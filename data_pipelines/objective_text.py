@@ -1,13 +1,17 @@
 """A sample as a run's objective presents it, as text: the model's input and its targets."""
 
-from itertools import groupby
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from llmtrain.config.data import DataConfig
 from llmtrain.config.reading.load import load_config
 from llmtrain.data.loader import build_stream
+from llmtrain.data.objectives.chat import trained_tokens
 from llmtrain.data.objectives.table import pack_sample
 from llmtrain.data.row_config import build_row_config
+from llmtrain.data.storage.folders import find_tokenizer, run_settings
+from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.preflight.resolve import resolve
 from llmtrain.values.batch import IGNORED_LABEL
@@ -34,6 +38,30 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
         texts = {"encoder": row.encoder_tokens_T, "decoder": row.tokens_S, "targets": row.labels_S}
     names = _names(config.data, tokenizer)
     return {title: _text(ids.tolist(), tokenizer, names) for title, ids in texts.items()}
+
+
+def conversation_texts(dataset: Path, number: int, seq_len: int, seed: int, marks: tuple[str, str]) -> Iterator[str]:
+    """The conversations of sample `number` of a data set of them, control tokens by their names, with marks around what
+    the assistant is trained to say. Raises ConfigError and DataError."""
+    tree = {"train": [{"path": str(dataset)}], "objective": "chat", "chat": {"too_long": "truncate"}}
+    data = DataConfig.model_validate({**tree, "seq_len": seq_len})
+    stream = build_stream(data.train, data, seed)
+    folder = Path(dataset)
+    manifest = read_manifest(folder)
+    path = find_tokenizer(folder, manifest.tokenizer_sha256)
+    tokenizer = load_tokenizer(path, run_settings(data, manifest))
+    sample = stream.sample(number)
+    trained = trained_tokens(sample, data.chat, stream.end_ids)
+    names = _names(data, tokenizer)
+    bounds = [*sample.document_starts.tolist(), len(sample.tokens) - sample.padding]
+    for begin, end in pairwise(bounds):
+        parts, place = list[str](), begin
+        for is_trained, group in groupby(trained[begin:end].tolist()):
+            until = place + len(list(group))
+            text = _text(sample.tokens[place:until].tolist(), tokenizer, names)
+            parts.append(f"{marks[0]}{text}{marks[1]}" if is_trained else text)
+            place = until
+        yield "".join(parts)
 
 
 def _names(data: DataConfig, tokenizer: Tokenizer) -> dict[int, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmtrain.cli.chat_data import chat, show_conversations
 from llmtrain.cli.train import OverridesArgument
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.words import counted
@@ -16,8 +17,10 @@ from llmtrain.words import counted
 if TYPE_CHECKING:
     from data_pipelines.reading.inputs import ReadReport
     from data_pipelines.reading.records import ReadOptions
+    from llmtrain.data.stream import StreamConfig
 
 app = typer.Typer(help="Make, look at and check data sets.", no_args_is_help=True)
+app.command()(chat)
 
 Inputs = Annotated[
     list[str],
@@ -67,6 +70,9 @@ def tokenizer(
         int, typer.Option(min=1, max=10_000_000, help="Number of tokens, special ones and 256 bytes included.")
     ],
     kind: Annotated[TokenizerKind, typer.Option(help="Byte-pair merges, or a unigram model.")] = TokenizerKind.BPE,
+    control_pieces: Annotated[
+        int, typer.Option(min=0, max=1_000, help="Pieces that no text gives, for control tokens of a chat template.")
+    ] = 0,
     field: Field = "text",
     separator: Separator = None,
 ) -> None:
@@ -77,7 +83,7 @@ def tokenizer(
 
     report = ReadReport()
     documents = _with_progress(iter_documents(inputs, report, _read_options(field, separator)), report)
-    trained = train_tokenizer(documents, out, vocab_size, kind.value)
+    trained = train_tokenizer(documents, out, vocab_size, kind.value, control_pieces)
     _say(report.summary())
     _say(f"wrote {out}: {trained.vocab_size:,} tokens, sha256 {trained.sha256}")
 
@@ -268,19 +274,29 @@ def show(
             raise typer.BadParameter("goes with --step", param_hint=name)
     if folder is None:
         raise typer.BadParameter("is needed, or --run RUN --step N", param_hint="FOLDER")
-    from data_pipelines.inspection import datasets_in, document_texts
-    from llmtrain.data.storage.folders import find_tokenizer
-    from llmtrain.data.stream import SampleStream, StreamConfig, load_sources
-    from llmtrain.data.tokenizer import load_tokenizer
+    from data_pipelines.inspection import datasets_in
+    from llmtrain.data.storage.manifest import read_manifest
+    from llmtrain.data.stream import StreamConfig
 
     dataset = datasets_in(folder)[0]
+    if run is None and read_manifest(dataset).targets == "trained":
+        show_conversations(dataset, sample, seq_len, seed)
+        return
     if run is not None:
         from data_pipelines.objective_text import objective_texts
 
         for title, text in objective_texts(run, dataset, sample).items():
             typer.echo(f"-------- {title} --------\n{text}")
         return
-    config = StreamConfig(seed, seq_len, shuffle_shards, windows=windows.value)
+    _show_window(dataset, sample, StreamConfig(seed, seq_len, shuffle_shards, windows=windows.value))
+
+
+def _show_window(dataset: Path, sample: int, config: "StreamConfig") -> None:
+    from data_pipelines.inspection import document_texts
+    from llmtrain.data.storage.folders import find_tokenizer
+    from llmtrain.data.stream import SampleStream, load_sources
+    from llmtrain.data.tokenizer import load_tokenizer
+
     sources = load_sources([dataset], [1])
     tokenizer = load_tokenizer(find_tokenizer(dataset, sources[0].manifest.tokenizer_sha256))
     stream = SampleStream(sources, config)

@@ -168,6 +168,7 @@ def settings_text(roles: TokenRoles, sha256: str) -> str:
         "absent": list(roles.absent),
         "equal_sha256": list(roles.equal_sha256),
         "files": dict(roles.files),
+        **({"names": dict(roles.names)} if roles.names else {}),
     }
     return json.dumps(sealed(content), indent=1, ensure_ascii=False) + "\n"
 
@@ -188,11 +189,16 @@ def read_settings(path: Path, sha256: str | None = None, vocab_size: int | None 
             f"{path}: belongs to the tokenizer with sha256 {str(raw.get('tokenizer_sha256'))[:12]}, the one beside it "
             f"has {sha256[:12]}. Copy the two from one place, or remove this file for a tokenizer of another origin."
         )
-    ids, files = raw.get("ids"), raw.get("files")
-    if not isinstance(ids, dict) or not isinstance(files, dict):
-        raise _damaged(path, "ids and files must be objects")
+    ids, files, names = raw.get("ids"), raw.get("files"), raw.get("names", {})
+    if not isinstance(ids, dict) or not isinstance(files, dict) or not isinstance(names, dict):
+        raise _damaged(path, "ids, files and names must be objects")
     lists: dict[str, Any] = {name: raw.get(name) for name in ("end_ids", "bos_ids")}
-    numbers = [raw.get("eos_id"), *ids.values(), *(token for value in lists.values() for token in value or ())]
+    numbers = [
+        raw.get("eos_id"),
+        *ids.values(),
+        *names.values(),
+        *(token for value in lists.values() for token in value or ()),
+    ]
     limit = 1 << 32 if vocab_size is None else vocab_size
     if any(token is not None and (type(token) is not int or not 0 <= token < limit) for token in numbers):
         raise _damaged(path, f"ids must be whole numbers below {limit}")
@@ -208,6 +214,7 @@ def read_settings(path: Path, sha256: str | None = None, vocab_size: int | None 
         tuple(texts["absent"] or ()),
         tuple(texts["equal_sha256"] or ()),
         files,
+        names=names,
     )
 
 

@@ -1,7 +1,7 @@
 """Between text and token ids: one seam over sentencepiece models and Hugging Face's tokenizer.json files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ class SentencePieceTokenizer:
 
     @property
     def pieces(self) -> list[str]:
-        return self._model.id_to_piece(list(range(self.vocab_size)))
+        return _renamed(self._model.id_to_piece(list(range(self.vocab_size))), self.roles)
 
     @property
     def special(self) -> NDArray[np.bool_]:
@@ -113,7 +113,9 @@ class SentencePieceTokenizer:
         return np.array([any(kind(token) for kind in kinds) for token in range(self.vocab_size)], bool)
 
     def special_id(self, name: str) -> int | None:
-        token = self._model.piece_to_id(name)
+        token = self.roles.names.get(name, self._model.piece_to_id(name))
+        if name not in self.roles.names and token in self.roles.names.values():
+            return None  # it has another name now
         return token if self._model.is_control(token) else None  # what users define comes from text as well
 
     def _id_of(self, name: str) -> int | None:
@@ -137,6 +139,25 @@ class SentencePieceTokenizer:
                     rest = (ids for part in others for ids in (self._mark_ids, part))
                     batch[number] = np.concatenate([first, *rest])
         return batch
+
+    reads_names = False
+
+    def encode_with_offsets(self, text: str, spelled: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        assert not spelled
+        ids, offsets = list[int](), list[tuple[int, int]]()
+        for number, part in enumerate(text.split(SPACE_MARK) if self._mark_ids is not None else [text]):
+            place = offsets[-1][1] if offsets else 0
+            if number and self._mark_ids is not None:
+                ids += self._mark_ids.tolist()
+                offsets += [(place, place + 1)] * len(self._mark_ids)
+                place += 1
+            try:
+                pieces = self._model.encode(part, return_type="proto").pieces
+            except (RuntimeError, TypeError, UnicodeEncodeError):
+                raise _surrogate_error([part]) from None
+            ids += [piece.id for piece in pieces]
+            offsets += [(place + begin, place + end) for begin, end in _of_characters(part, pieces)]
+        return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(token) for token in ids])
@@ -193,7 +214,7 @@ class HuggingFaceTokenizer:
         pieces = [""] * self.vocab_size
         for piece, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
             pieces[token] = piece
-        return pieces
+        return _renamed(pieces, self.roles)
 
     @property
     def special(self) -> NDArray[np.bool_]:
@@ -205,7 +226,9 @@ class HuggingFaceTokenizer:
         return special
 
     def special_id(self, name: str) -> int | None:
-        token = self._tokenizer.token_to_id(name)
+        token = self.roles.names.get(name, self._tokenizer.token_to_id(name))
+        if name not in self.roles.names and token in self.roles.names.values():
+            return None  # it has another name now
         added = self._tokenizer.get_added_tokens_decoder().get(token) if token is not None else None
         return token if added is not None and added.special else None
 
@@ -222,6 +245,20 @@ class HuggingFaceTokenizer:
             return [np.array(encoding.ids, np.uint32) for encoding in found]
         except (TypeError, UnicodeEncodeError):
             raise _surrogate_error(texts) from None
+
+    @property
+    def reads_names(self) -> bool:
+        return not self.roles.names
+
+    def encode_with_offsets(self, text: str, spelled: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        self._tokenizer.encode_special_tokens = not spelled
+        try:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):
+            raise _surrogate_error([text]) from None
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return found.ids, found.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
@@ -254,6 +291,26 @@ class HuggingFaceTokenizer:
             if whole[start : start + len(plain)] == plain:
                 return tuple(whole[:start]), tuple(whole[start + len(plain) :])
         return (), ()
+
+
+def _renamed(pieces: list[str], roles: TokenRoles) -> list[str]:
+    """Pieces with the names that some were given."""
+    for name, token in roles.names.items():
+        pieces[token] = name
+    return pieces
+
+
+def _of_characters(text: str, pieces: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """The characters of sentencepiece's pieces, which count bytes. Of pieces that are bytes of one character, all have
+    that character: the library gives it to the last of them."""
+    places = np.zeros(len(text.encode()) + 1, np.int64)
+    sizes = [len(character.encode()) for character in text]
+    places[np.cumsum(sizes)] = np.arange(1, len(text) + 1)
+    found = [(int(places[piece.begin]), int(places[piece.end])) for piece in pieces]
+    for number in reversed(range(len(found) - 1)):
+        if found[number][0] == found[number][1]:
+            found[number] = (found[number][0], found[number + 1][1])
+    yield from found
 
 
 def _roles(tokenizer: Tokenizer, said: Path | TokenRoles | None, lookup: Lookup) -> TokenRoles:

@@ -35,6 +35,8 @@ class TokenRoles:
     equal_sha256: tuple[str, ...] = ()
     files: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    names: Mapping[str, int] = field(default_factory=dict)
+    """Names that reserved pieces were given, such as those of control tokens of a chat template."""
 
     def as_trained(self, eos_id: int, bos_ids: tuple[int, ...]) -> "TokenRoles":
         """With the end and the begin that documents really have."""
@@ -99,6 +101,18 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens. Raises DataError where the text is not valid Unicode."""
+        ...
+
+    @property
+    def reads_names(self) -> bool:
+        """True where `encode_with_offsets` can take what a text spells for the special token."""
+        ...
+
+    def encode_with_offsets(self, text: str, spelled: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text, and the characters [begin, end) that each is of; several may be of one.
+
+        With `spelled` special tokens that the text spells are those tokens.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[NDArray[Any]]:

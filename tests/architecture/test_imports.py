@@ -14,6 +14,7 @@ ROOMS = {
     "wandb": ("llmtrain/observe/wandb_tracker.py",),
     "webdataset": ("llmtrain/data/", "data_pipelines/"),
     "transformers": ("llmtrain/interop/",),
+    "jinja2": ("llmtrain/data/",),
     "torchao": ("llmtrain/models/float8.py",),
     "ftfy": ("data_pipelines/steps/normalization.py",),
     "resiliparse": ("data_pipelines/",),

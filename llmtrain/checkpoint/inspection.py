@@ -56,7 +56,7 @@ def num_padding_elements(reader: CheckpointReader, tensors: Sequence[TensorInfo]
         model = ModelConfig.model_validate(section)
     except ValidationError:
         return 0
-    if model.vocab_size is None:
+    if model.vocab_size is None or not model.is_sized:
         return 0
     declared = declare_parameters(model)
     padded = [t for t in tensors if t.kind == "master" and t.name in declared and declared[t.name].vocabulary]

@@ -28,14 +28,14 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Chance = Annotated[float, Field(ge=0, le=1)]
 MeanLength = Annotated[float, Field(gt=0, le=2.0**30)]
 
-ObjectiveName = Literal["causal", "masked", "span_corruption", "ul2", "prefix", "fim", "chat"]
+ObjectiveName = Literal["causal", "masked", "span_corruption", "ul2", "prefix", "fim", "chat", "labels"]
 WindowKind = Literal["continuous", "per_shard"]
 
 Packing = Literal["none", "best_fit", "single"]
 TooLong = Literal["cut", "error", "drop", "truncate"]
 """What becomes of a document that is longer than a sample: only running text is cut into several."""
 
-USUAL_PACKING: dict[str, Packing] = {"chat": "best_fit"}
+USUAL_PACKING: dict[str, Packing] = {"chat": "best_fit", "labels": "single"}
 """data.packing by objective where it is absent; none for all others."""
 
 LONGEST_PERIOD = 1_000_000
@@ -153,6 +153,16 @@ class AugmentConfig(Section):
         return self.drop_tokens > 0 or self.delete_words > 0
 
 
+class LabelsConfig(Section):
+    """Texts with labels: those of shards that llmtrain data labels writes."""
+
+    too_long: Literal["error", "drop"] = Field(
+        default="error",
+        description="Texts of more than data.seq_len tokens: the run is refused, or they are left out. To shorten "
+        "them, write them with --max-tokens.",
+    )
+
+
 class SpecialTokensConfig(Section):
     """Ids of tokens that objectives put into samples. A run folder's config.yaml says those that the run needs."""
 
@@ -181,7 +191,7 @@ def needed_tokens(family: str, objective: ObjectiveName) -> tuple[str, ...]:
             return ("pad",) if family == "encoder_decoder" else ()
         case "fim":
             return ("sentinels",)
-        case "causal" | "chat":
+        case "causal" | "chat" | "labels":
             return ()
 
 
@@ -259,7 +269,8 @@ class DataConfig(Section):
         description="causal: predict each next token. masked: predict hidden tokens (encoder). span_corruption: "
         "predict spans that were taken out, ul2: a mixture of that (encoder_decoder). prefix: predict what follows a "
         "prefix (decoder, encoder_decoder). fim: causal, with middles of documents moved to the end (decoder). chat: "
-        "what an assistant says in conversations (decoder).",
+        "what an assistant says in conversations (decoder). labels: what llmtrain data labels has written of texts "
+        "(encoder, decoder), with a model.head for it.",
     )
     masked: MaskedConfig = Field(default_factory=MaskedConfig)
     span_corruption: CorruptionConfig = Field(default_factory=CorruptionConfig)
@@ -268,6 +279,7 @@ class DataConfig(Section):
     fim: FimConfig = Field(default_factory=FimConfig)
     chat: ChatConfig = Field(default_factory=ChatConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    labels: LabelsConfig = Field(default_factory=LabelsConfig)
     special_tokens: SpecialTokensConfig = Field(default_factory=SpecialTokensConfig)
     reset_positions: bool = Field(
         default=False,
@@ -289,7 +301,7 @@ class DataConfig(Section):
         description="none: samples are windows of the documents' stream, which cut documents where they end. "
         "best_fit: samples are put together of whole documents and filled up with padding; only documents longer than "
         "a sample are cut. single: each document is a sample, filled up with padding. Absent: best_fit for "
-        "objective=chat, which cuts none, else none.",
+        "objective=chat, which cuts none, single for labels, else none.",
     )
     shuffle_shards: Count = Field(default=8, description="Samples are shuffled within groups of this many shards.")
     verify: Literal["off", "first", "always"] = Field(
@@ -327,12 +339,18 @@ class DataConfig(Section):
     @property
     def too_long(self) -> TooLong:
         """What becomes of documents that are longer than a sample, where those are put together of whole ones."""
-        return self.chat.too_long if self.objective == "chat" else "cut"
+        match self.objective:
+            case "chat":
+                return self.chat.too_long
+            case "labels":
+                return self.labels.too_long
+            case _:
+                return "cut"
 
     @property
     def needs_targets(self) -> bool:
         """True for objectives that need the second member of documents."""
-        return self.objective == "chat"
+        return self.objective in ("chat", "labels")
 
     @property
     def parts_attention(self) -> bool:

@@ -5,10 +5,26 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llmtrain.config.attention import AttentionConfig, RopeScaling
-from llmtrain.config.section import AsWhole, CountOrZero, Layers, Length, NotNegative, Probability, Section, Width
+from llmtrain.config.section import (
+    AsTuple,
+    AsWhole,
+    CountOrZero,
+    Layers,
+    Length,
+    NotNegative,
+    Probability,
+    Section,
+    Text,
+    Width,
+)
 
 VOCAB_MULTIPLE = 128
 """Vocabularies are padded to this fixed multiple, whatever the layout, so that no shape depends on the layout."""
+
+LABEL_HEADS = ("classifier", "token_classifier", "span")
+"""The values of model.head that predict labels, not tokens."""
+
+MOST_LABELS = 100_000
 
 
 class InitConfig(Section):
@@ -141,9 +157,23 @@ class ModelConfig(Section):
     )
     bias: bool = Field(default=False, description="Biases in the linear layers of attention and MLP.")
     qk_norm: bool = Field(default=False, description="An RMSNorm on each head's queries and keys (Qwen3).")
-    head: Literal["linear", "mlm"] = Field(
+    head: Literal["linear", "mlm", "classifier", "token_classifier", "span"] = Field(
         default="linear",
-        description="linear: one matrix. mlm: a dense layer, the activation and a norm before it, and a bias (BERT).",
+        description="linear: one matrix, to the vocabulary. mlm: a dense layer, the activation and a norm before it, "
+        "and a bias (BERT). In place of these, for labels: classifier: one of each sample, from its first token behind "
+        "a dense layer and tanh (encoder; BERT's pooler) or from its last one (decoder). token_classifier: one of each "
+        "word. span: where an answer begins and ends (encoder).",
+    )
+    num_labels: Annotated[int, Field(ge=2, le=MOST_LABELS), AsWhole] | None = Field(
+        default=None, description="classifier, token_classifier: number of labels; absent: from the data's manifest."
+    )
+    labels: Annotated[Annotated[tuple[Text, ...], Field(min_length=2, max_length=MOST_LABELS)] | None, AsTuple] = Field(
+        default=None, description="Their names, in the order of their numbers; absent: from the data's manifest."
+    )
+    head_dropout: Probability | None = Field(
+        default=None,
+        description="Dropout on the input of a classifier or token_classifier; absent: that of model.dropout, and 0 "
+        "for a decoder's classifier.",
     )
     scaled_head: bool = Field(
         default=False, description="Multiply the head's input by hidden_size^-0.5, as T5 v1.0 does where it is tied."
@@ -212,3 +242,53 @@ class ModelConfig(Section):
     def padded_vocab_size(self) -> int:
         """Rows of the word embedding: the vocabulary padded to a multiple of 128 in every layout."""
         return -(-self.vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def predicts_labels(self) -> bool:
+        """True where the head is one for labels, and there is none for the vocabulary."""
+        return self.head in LABEL_HEADS
+
+    @property
+    def ties_head(self) -> bool:
+        """True where the word embedding is the head as well."""
+        return self.tie_embeddings and not self.predicts_labels
+
+    @property
+    def is_sized(self) -> bool:
+        """True where all is known that shapes follow from, and nothing is left to the data."""
+        names_labels = self.head in ("classifier", "token_classifier")
+        return self.vocab_size is not None and not (names_labels and self.num_labels is None and self.labels is None)
+
+    def with_any_sizes(self) -> "ModelConfig":
+        """The same with some size for what the data decides, for those who look at the names of parameters alone."""
+        if self.is_sized:
+            return self
+        classifies = self.head in ("classifier", "token_classifier")
+        labels = self.num_labels or (2 if classifies and self.labels is None else None)
+        return self.with_keys({"vocab_size": self.vocab_size or 1, "num_labels": labels})
+
+    @property
+    def has_pooler(self) -> bool:
+        return self.head == "classifier" and self.family == "encoder"
+
+    @property
+    def num_classes(self) -> int:
+        """What a head for labels chooses from; of span the two ends. Raises ValueError before the labels are known."""
+        if self.head == "span":
+            return 2
+        number = self.num_labels or len(self.labels or ())
+        if not number:
+            raise ValueError("model.num_labels is not known yet: it comes from the data's manifest")
+        return number
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the output matrix, those that pad the vocabulary included."""
+        return self.num_classes if self.predicts_labels else self.padded_vocab_size
+
+    @property
+    def label_dropout(self) -> float:
+        """Dropout before a head for labels."""
+        if self.head_dropout is not None:
+            return self.head_dropout
+        return 0.0 if self.head == "span" or (self.head == "classifier" and self.family == "decoder") else self.dropout

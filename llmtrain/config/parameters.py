@@ -101,8 +101,27 @@ def _model_parameters(model: ModelConfig) -> Iterator[Parameter]:
         yield Parameter("mlm.bias", (rows,), "zeros", split=0, vocabulary=True)
         yield from _linear("mlm.dense", hidden, hidden, bias=True)
         yield from _norm(model, "mlm.norm")
-    if not model.tie_embeddings:
+    if model.predicts_labels:
+        yield from _label_head(model)
+    elif not model.tie_embeddings:
         yield Parameter("head.weight", (rows, hidden), "head", split=0, vocabulary=True)
+
+
+def is_of_label_head(name: str) -> bool:
+    """True for the parameters that a model has for labels, and a model of tokens has not."""
+    return name.startswith(("pooler.", "classifier.", "span."))
+
+
+def _label_head(model: ModelConfig) -> Iterator[Parameter]:
+    """Small, and whole on every tensor rank."""
+    hidden, classes = model.hidden_size, model.num_classes
+    if model.has_pooler:
+        yield from _linear("pooler.dense", hidden, hidden, bias=True)
+    if model.head == "span":
+        yield from _linear("span", classes, hidden, bias=True)
+    else:
+        # As transformers has them: a decoder's classifier of samples has no bias.
+        yield from _linear("classifier", classes, hidden, bias=model.head == "token_classifier" or model.has_pooler)
 
 
 def _stack(model: ModelConfig, stack: str, num_layers: int) -> Iterator[Parameter]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from llmtrain.config.data import DataConfig
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths, sample_lengths, shortest_lengths
+from llmtrain.data.storage.targets import LabelsRecord
 from llmtrain.data.stream import SampleStream
 from llmtrain.values.keyed_hash import wide_key
 
@@ -73,6 +74,8 @@ class RowConfig:
     """The ids that every document begins with."""
     end_ids: tuple[int, ...] = ()
     """The ids that end a turn of a conversation."""
+    labels: LabelsRecord | None = None
+    """The meaning of the data's labels, where it has some."""
     augmented: bool = False
 
     @cached_property
@@ -122,8 +125,8 @@ def build_row_config(
     """
     augmented = trained and config.data.augment.is_on
     pieces = load_pieces(tokenizer()) if config.data.objective == "masked" or augmented else None
-    ids = (stream.bos_ids, stream.end_ids)
-    return RowConfig(config.data, config.seed, stream.eos_id, config.model.family, pieces, *ids, augmented)
+    known = (stream.bos_ids, stream.end_ids, stream.labels)
+    return RowConfig(config.data, config.seed, stream.eos_id, config.model.family, pieces, *known, augmented)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import FetchConfig
 from llmtrain.data.storage.shard_file import ShardFile
 from llmtrain.data.storage.skipped import SkippedShards
+from llmtrain.data.storage.targets import LabelsRecord
 from llmtrain.errors import DataError
 from llmtrain.words import counted
 
@@ -86,6 +87,11 @@ class SampleStream:
         """The ids that end a turn of a conversation; none in data that has no turns."""
         chat = self._readers[0].source.manifest.chat
         return chat.end_ids if chat else ()
+
+    @property
+    def labels(self) -> LabelsRecord | None:
+        """The meaning of labels; None in data that has none."""
+        return self._readers[0].source.manifest.labels
 
     def sample(self, number: int) -> Sample:
         """Sample `number`, from 0 without end. Raises DataError where its shard is damaged."""

@@ -6,7 +6,7 @@ from llmtrain.config.data import DataConfig
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.errors import DataError
 
-WANTED = {"chat": "trained"}
+WANTED = {"chat": "trained", "labels": "labels"}
 """The second member that an objective needs, by its name. Others read none."""
 
 WRITTEN_BY = {"trained": "llmtrain data chat", "labels": "llmtrain data labels"}
@@ -37,7 +37,10 @@ def _difference(first: Manifest, other: Manifest) -> str | None:
             return f"has another chat template (sha256 {other.chat.template_sha256[:12]})"
         if first.chat.end_ids != other.chat.end_ids:
             return f"ends turns with other tokens ({list(other.chat.end_ids)})"
-    return f"has other labels ({other.labels})" if first.labels != other.labels else None
+    if first.labels is None or other.labels is None:
+        return None
+    differences = first.labels.differences(other.labels)
+    return f"has other labels ({differences[0]})" if differences else None
 
 
 def require_targets(manifests: Sequence[Manifest], names: Sequence[str], data: DataConfig) -> None:

@@ -15,7 +15,7 @@ from llmtrain.models.float8 import multiply_in_float8
 from llmtrain.models.head import Objective
 from llmtrain.models.positions import RelativeBias
 from llmtrain.models.stack import Pass, Reports, Stack
-from llmtrain.models.transformer import Transformer, build_model
+from llmtrain.models.transformer import Transformer, build_model, chosen_from
 from llmtrain.parallel.context import spread_over_context
 from llmtrain.parallel.expert import ExpertExchange
 from llmtrain.parallel.groups import Groups
@@ -92,12 +92,12 @@ def cut(model: Transformer, chunk: Chunk) -> None:
         ends_here = chunk.last if numbers.stop == total else numbers[-1] in chunk.layers
         setattr(model, stack.side, cut_stack(stack, chunk, numbers.start, ends_here))
         first = numbers.stop
-    if not chunk.first and not (chunk.last and model.config.tie_embeddings):
+    if not chunk.first and not (chunk.last and model.config.ties_head):
         model.embeddings = None
     elif not chunk.first and model.embeddings is not None:  # the head is its word embedding
         model.embeddings.position = model.embeddings.token_type = model.embeddings.norm = None
     if not chunk.last:
-        model.mlm = model.head = None
+        model.mlm = model.head = model.pooler = model.classifier = model.span = None
 
 
 def cut_stack(stack: Stack, chunk: Chunk, first: int, ends_here: bool) -> Stack | None:
@@ -151,8 +151,8 @@ class Stage(nn.Module):
         if config.train.precision == "fp8":
             multiply_in_float8(self.model)
         freeze(dict(self.model.named_parameters()), config.optim.freeze)
-        self.vocabulary = VocabularyPart(0, config.model.vocabulary)
-        if region is not None:
+        self.vocabulary = chosen_from(config.model)
+        if region is not None and not config.model.predicts_labels:
             padded, size = config.model.padded_vocab_size, config.model.vocabulary
             self.vocabulary = VocabularyPart.of_rank(padded, size, groups.tensor)
 
@@ -181,5 +181,5 @@ class Stage(nn.Module):
             if torch.is_grad_enabled() and not hidden_sBH.requires_grad:
                 hidden_sBH.requires_grad_()
             return hidden_sBH, None, reports
-        objective = Objective(scales.loss, self.chunk_tokens, self.vocabulary)
-        return *self.model.loss(hidden_sBH, batch.labels_BS, objective), reports
+        objective = Objective(scales.loss, self.chunk_tokens, self.vocabulary, draws)
+        return *self.model.loss(hidden_sBH, batch.labels_BS, objective, batch), reports

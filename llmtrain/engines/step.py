@@ -31,6 +31,7 @@ from llmtrain.optim.table import row_of
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment, FragmentSource
+from llmtrain.values.label_metrics import num_counts
 from llmtrain.values.progress import EvalResult, StepResult
 
 COLLECT_EVERY_STEPS = 50
@@ -64,7 +65,8 @@ class SteppingEngine(ABC):
         self.clips_in_update = on_gpu and self.row.divides
         # As above. ZeRO 3 has no weights in memory before they are needed.
         self.joins_projections = on_gpu and config.engine.zero_stage < 3
-        self.chunk_tokens = config.train.chunk_tokens(config.model.padded_vocab_size // self.layout.tensor, on_gpu)
+        rows = config.model.head_rows // (1 if config.model.predicts_labels else self.layout.tensor)
+        self.chunk_tokens = config.train.chunk_tokens(rows, on_gpu)
         self.num_updates = 0
         self.inspect_gradients: GradientInspector | None = None
 
@@ -93,7 +95,8 @@ class SteppingEngine(ABC):
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
         """Forward, and backward where there is a step. Returns the sum of the loss over the targets of this rank.
 
-        Every tensor rank has the whole loss of its part of the batch; of a pipeline, the last stage has it.
+        Every tensor rank has the whole loss of its part of the batch; of a pipeline, the last stage has it. Without a
+        step the counts of a head for labels stand behind it.
         """
 
     @abstractmethod
@@ -144,11 +147,17 @@ class SteppingEngine(ABC):
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
         # Each tensor rank has the whole loss of its part: the sum over the world counts it as often as there are some.
-        loss_sum = self.run(micro_batches, None, Scales(1.0)).double() / self.layout.tensor
+        sums = self.run(micro_batches, None, Scales(1.0)).double() / self.layout.tensor
         if dist.is_initialized():
-            dist.all_reduce(loss_sum)
+            dist.all_reduce(sums)
         num_tokens = self.sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches))
-        return EvalResult(float(loss_sum), num_tokens)  # the host waits here
+        loss_sum, *counts = sums.flatten().tolist()  # the host waits here
+        return EvalResult(loss_sum, num_tokens, tuple(counts))
+
+    def zero_sums(self, step: int | None) -> Tensor:
+        """What `run` adds to: the loss, [], and in an evaluation for labels the counts behind it, [1 + K]."""
+        counts = num_counts(self.config.model) if step is None else 0
+        return torch.zeros(1 + counts if counts else (), device=self.device)
 
     def sum_over_data(self, count: int) -> int:
         """A count of the host over the ranks that share the batch; on the host, so that no device is waited for."""

@@ -32,9 +32,8 @@ from llmtrain.models.float8 import multiply_in_float8
 from llmtrain.models.head import Objective
 from llmtrain.models.init import InitialWeights
 from llmtrain.models.stack import Pass
-from llmtrain.models.transformer import build_model
+from llmtrain.models.transformer import build_model, chosen_from
 from llmtrain.optim.table import parameter_groups
-from llmtrain.parallel.parts import VocabularyPart
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Box
@@ -111,15 +110,15 @@ class TorchEngine(SteppingEngine):
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
         if self.model.training != (step is not None):  # setting the mode visits every module
             self.model.train(step is not None)
-        whole = VocabularyPart(0, self.config.model.vocabulary)
-        head = Objective(scales.loss, self.chunk_tokens, whole)
-        loss_sum = torch.zeros((), device=self.device)  # read once per step, by `_totals`
+        whole = chosen_from(self.config.model)
+        loss_sum = self.zero_sums(step)  # read once per step, by `_totals`
         for number, batch in enumerate(micro_batches):
             global_number = self.place.data + number * self.layout.data
             draws = None if step is None else Draws.of_micro_batch(self.config.seed, step, global_number, self.device)
             batch = batch.to(self.device)
             hidden_SBH, reports = self.model(batch, Pass(draws, scales.balance))
-            objective, batch_loss_sum = self.model.loss(hidden_SBH, batch.labels_BS, head)
+            head = Objective(scales.loss, self.chunk_tokens, whole, draws)
+            objective, batch_loss_sum = self.model.loss(hidden_SBH, batch.labels_BS, head, batch)
             if step is not None:
                 if self.summing and number == len(micro_batches) - 1:
                     self.summing.begin()

@@ -107,8 +107,8 @@ def saved_architecture(checkpoint: CheckpointReader) -> ModelConfig:
     """The model section of the configuration in a checkpoint."""
     try:
         model = ModelConfig.model_validate(saved_config(checkpoint)["model"])
-        if model.vocab_size is None:
-            raise ValueError("vocab_size is missing")
+        if not model.is_sized:
+            raise ValueError("vocab_size, or the number of labels, is missing")
         return model
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path}: its configuration has no model section that fits: {error}") from None

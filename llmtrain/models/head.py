@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.pointwise import build_norm, build_pointwise
 from llmtrain.parallel.parts import VocabularyPart
+from llmtrain.parallel.stateless_random import Draws
 
 
 class MlmHead(nn.Module):
@@ -48,11 +49,12 @@ class Head(NamedTuple):
 @dataclass(frozen=True)
 class Objective:
     """The computation of the loss: gradients are multiplied by `scale`, and `chunk_tokens` tokens are done at a
-    time."""
+    time. `draws` are for the dropout before a head for labels."""
 
     scale: float
     chunk_tokens: int
     part: VocabularyPart
+    draws: Draws | None = None
 
 
 def chunk_loss(

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.head import MlmHead, Objective, head_cross_entropy
+from llmtrain.models.label_heads import Pooler, build_classifier
+from llmtrain.models.label_loss import LabelHead
 from llmtrain.models.pointwise import Recompute, build_norm, dropped, identity
 from llmtrain.models.positions import sinusoids
 from llmtrain.models.stack import LayerCaches, Pass, Reports, Side, Stack, with_memory
-from llmtrain.parallel.parts import WHOLE, SequenceParts
+from llmtrain.parallel.parts import WHOLE, SequenceParts, VocabularyPart
 from llmtrain.parallel.stateless_random import Draws, site_key
 from llmtrain.values.batch import ModelInputs
 
 
 class Embeddings(nn.Module):
     """The sum of the word embedding, for learned and sinusoidal positions the position's, and where there are token
-    types that of type 0, which all tokens have."""
+    types that of the token's: 0 unless the batch says otherwise."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -35,15 +37,19 @@ class Embeddings(nn.Module):
         self.token_type = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
         self.norm = build_norm(config) if config.embedding_norm else None
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, draws: Draws | None, side: str) -> Tensor:
+    def forward(
+        self, tokens_BS: Tensor, positions_BS: Tensor, draws: Draws | None, side: str, types_Bs: Tensor | None = None
+    ) -> Tensor:
         """[S, B, H]; `side` is the stack that it is for."""
         x_SBH = self.word(tokens_BS).transpose(0, 1)
         if self.position is not None:
             x_SBH = x_SBH + self.position(positions_BS).transpose(0, 1)
         if self.sinusoidal:
             x_SBH = x_SBH + sinusoids(positions_BS, x_SBH.shape[-1]).to(x_SBH.dtype)
-        if self.token_type is not None:
+        if self.token_type is not None and types_Bs is None:
             x_SBH = x_SBH + self.token_type(tokens_BS.new_zeros(1))
+        elif self.token_type is not None and types_Bs is not None:
+            x_SBH = x_SBH + self.token_type(types_Bs).transpose(0, 1)
         # Else the activations would stay transposed through all layers, and gloo sends contiguous memory only.
         x_SBH = x_SBH.contiguous()
         x_SBH = x_SBH if self.norm is None else self.norm(x_SBH)
@@ -69,8 +75,11 @@ class Transformer(nn.Module):
         self.encoder = Stack(config, "encoder", recompute) if config.encoder_layers else None
         self.decoder = Stack(config, "decoder", recompute) if config.decoder_layers else None
         self.mlm = MlmHead(config) if config.head == "mlm" else None
-        tied = config.tie_embeddings
-        self.head = None if tied else nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.pooler = Pooler(config) if config.has_pooler else None
+        self.classifier = build_classifier(config)
+        self.span = nn.Linear(config.hidden_size, config.num_classes) if config.head == "span" else None
+        no_head = config.ties_head or config.predicts_labels
+        self.head = None if no_head else nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
 
     @property
     def stacks(self) -> Sequence[Stack]:
@@ -86,6 +95,11 @@ class Transformer(nn.Module):
     def main_side(self) -> Side:
         """The stack that the head stands on."""
         return "encoder" if self.config.family == "encoder" else "decoder"
+
+    @property
+    def label_head(self) -> LabelHead:
+        """The head of a model that predicts labels."""
+        return LabelHead(self.config, self.parts, self.pooler, self.classifier, self.span)
 
     def forward(
         self,
@@ -115,6 +129,8 @@ class Transformer(nn.Module):
             reports = {**reports, **more}
         if not self.ends:
             return (x_sBH if encoded_tBH is None else torch.cat((encoded_tBH, x_sBH))), reports
+        if self.config.predicts_labels:
+            return x_sBH, reports  # whole on every rank, which does its own part
         # What stands before the matrix of the head; under tensor parallelism its vocabulary needs the whole sequence.
         x_sBH = x_sBH if self.mlm is None else self.mlm(x_sBH)
         x_sBH = x_sBH * self.config.hidden_size**-0.5 if self.config.scaled_head else x_sBH
@@ -127,7 +143,8 @@ class Transformer(nn.Module):
         if self.starts:
             # In this order: gradients of the shared embedding are added up in the reverse one.
             source = self._embed_source(inputs, run) if self.has_memory and memory_TBH is None else memory_TBH
-            return source, self._embed(inputs.tokens_BS, inputs.positions_BS, run, self.main_side)
+            types_BS = inputs.token_types_BS
+            return source, self._embed(inputs.tokens_BS, inputs.positions_BS, run, self.main_side, types_BS)
         assert received is not None, "the schedule hands over what the stage before has returned"
         if not self.has_memory:
             return None, received
@@ -141,11 +158,14 @@ class Transformer(nn.Module):
         tokens_BT = inputs.encoder_tokens_BT
         return self._embed(tokens_BT, counted_positions(tokens_BT), run, "encoder")
 
-    def _embed(self, tokens_BS: Tensor, positions_BS: Tensor, run: Pass, side: Side) -> Tensor:
+    def _embed(
+        self, tokens_BS: Tensor, positions_BS: Tensor, run: Pass, side: Side, types_BS: Tensor | None = None
+    ) -> Tensor:
         assert self.embeddings is not None, "a model that starts has them"
         # The word embedding of tensor ranks scatters its own output; what is added to it has to be the same part.
-        own_Bs = self.parts.own(tokens_BS.shape[1]).of(positions_BS, 1)
-        return self.embeddings(self._inside(tokens_BS), own_Bs, self._local_pass(run, tokens_BS).draws, side)
+        own = self.parts.own(tokens_BS.shape[1])
+        own_Bs, types_Bs = own.of(positions_BS, 1), None if types_BS is None else own.of(types_BS, 1)
+        return self.embeddings(self._inside(tokens_BS), own_Bs, self._local_pass(run, tokens_BS).draws, side, types_Bs)
 
     def _local_pass(self, run: Pass, tokens_BS: Tensor) -> Pass:
         """The pass as this rank's part of a sequence sees it: its draws are those of that part."""
@@ -178,14 +198,25 @@ class Transformer(nn.Module):
         # A slice of everything would still cost its backward pass a copy of the gradient.
         return weight if rows == weight.shape[0] else weight[:rows]
 
-    def logits(self, hidden_SBH: Tensor) -> Tensor:
-        """[B, S, V] in fp32, of a model that has the whole vocabulary."""
+    def logits(self, hidden_SBH: Tensor, inputs: ModelInputs | None = None) -> Tensor:
+        """[B, S, V] in fp32, of a model that has the whole vocabulary; for labels, as `LabelHead` gives them."""
+        if self.config.predicts_labels:
+            assert inputs is not None, "where a sample is classified by follows from its padding"
+            return self.label_head.logits(hidden_SBH, inputs)
         rows = self.config.vocabulary
         logits_BSV = (hidden_SBH.transpose(0, 1) @ self.head_weight(rows).T).float()
         return logits_BSV if self.mlm is None else logits_BSV + self.mlm.bias[:rows].float()
 
-    def loss(self, hidden_SBH: Tensor, labels_BS: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-        """(scaled loss to call backward on, detached sum of the loss over this rank's part of the targets)."""
+    def loss(
+        self, hidden_SBH: Tensor, labels_BS: Tensor, objective: Objective, inputs: ModelInputs | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(scaled loss to call backward on, detached sum of the loss over this rank's part of the targets).
+
+        In the evaluation of a head for labels the sum has the counts of `values/label_metrics.py` behind it, [1 + K].
+        """
+        if self.config.predicts_labels:
+            assert inputs is not None, "where ends are looked for follows from its padding"
+            return self.label_head.loss(hidden_SBH, labels_BS, objective, inputs)
         rows = objective.part.rows
         bias_V = None if self.mlm is None else self.mlm.bias[:rows]
         labels_T = self._inside(labels_BS).T.flatten()
@@ -205,6 +236,11 @@ def encoder_visibility(segments_BT: Tensor | None) -> Visibility:
 def counted_positions(tokens_BT: Tensor) -> Tensor:
     """0, 1, 2, ... for each sample."""
     return torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand(tokens_BT.shape)
+
+
+def chosen_from(config: ModelConfig) -> VocabularyPart:
+    """The whole of what the head chooses from: the vocabulary, or the labels."""
+    return VocabularyPart(0, config.num_classes if config.predicts_labels else config.vocabulary)
 
 
 def build_model(config: ModelConfig, recompute: Recompute = "none") -> Transformer:

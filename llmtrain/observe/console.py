@@ -11,8 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from llmtrain.values.label_metrics import METRICS, titled
 from llmtrain.values.progress import Row
-from llmtrain.words import duration, short_number
+from llmtrain.words import counted, duration, short_number
 
 PLAIN_LINE_SECONDS = 5.0
 QUIET_SECONDS = 60.0
@@ -57,9 +58,7 @@ class ConsoleTracker:
         self._status.step = row["step"]
         self._status.row.update(row)
         if "valid_loss" in row:
-            tokens = f" of {row['valid_tokens']:,} tokens" if "valid_tokens" in row else ""
-            perplexity = f"perplexity {row['valid_perplexity']:,.2f}"
-            self.say(f"step {row['step']:,}: validation loss {row['valid_loss']:.4f}, {perplexity}{tokens}")
+            self.say(f"step {row['step']:,}: validation loss {row['valid_loss']:.4f}, {quality_text(row)}")
         elif (self._live is None or self._log) and self._line_is_due(row["step"]):
             self._said_at, self._said_step = self._clock(), row["step"]
             self._print(escape("  ".join(self._status.cells(width=None))), on_terminal=self._live is None)
@@ -93,6 +92,15 @@ class ConsoleTracker:
         waited = self._clock() - self._said_at
         moved = (step - self._said_step) * 100 >= self._status.last_step
         return waited >= PLAIN_LINE_SECONDS and (moved or waited >= QUIET_SECONDS)
+
+
+def quality_text(row: Row) -> str:
+    """What an evaluation says beside the loss: the perplexity of tokens, or the metrics of labels."""
+    if "valid_perplexity" in row:
+        tokens = f" of {row['valid_tokens']:,} tokens" if "valid_tokens" in row else ""
+        return f"perplexity {row['valid_perplexity']:,.2f}{tokens}"
+    found = [f"{titled(name).lower()} {row[f'valid_{name}']:.4f}" for name in METRICS if f"valid_{name}" in row]
+    return f"{', '.join(found)} of {counted(row['valid_tokens'], 'label')}"
 
 
 class StatusLine:

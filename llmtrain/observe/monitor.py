@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import parameter_shapes
+from llmtrain.config.parameters import is_of_label_head, parameter_shapes
 from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.errors import RunFolderInUseError
 from llmtrain.observe.console import ConsoleTracker
@@ -44,12 +44,15 @@ def flops_per_sample(config: ModelConfig, lengths: Lengths) -> float:
     """
     both = config.family == "encoder_decoder"
     encoder, main = (lengths.encoder if both else lengths.main), lengths.main
-    products = main * config.hidden_size * config.vocabulary
+    # A head for labels is of those that are counted by their shapes; that of a classifier meets one position.
+    products = 0.0 if config.predicts_labels else main * config.hidden_size * config.vocabulary
     for name, shape in parameter_shapes(config).items():
         if len(shape) < 2 or name.startswith(NO_PRODUCTS) or name.endswith(".position_bias.weight"):
             continue
         of_memory = ".cross_attention.k." in name or ".cross_attention.v." in name
         positions = encoder if name.startswith("encoder.") or of_memory else main
+        if config.head == "classifier" and is_of_label_head(name):
+            positions = 1
         share = config.moe.choices / config.moe.num_experts if config.moe and ".moe.experts." in name else 1.0
         products += positions * prod(shape) * share
     scores = config.encoder_layers * encoder**2 + config.decoder_layers * main * (main + (encoder if both else 0))
@@ -181,13 +184,19 @@ class Monitor:
             self._record({**self._training_row(step, lr, result), **self._source_columns(reading)})
             self._interval = _Interval()
 
-    def evaluated(self, step: int, valid_loss: float, num_tokens: int) -> None:
-        """Record the mean loss over `num_tokens` targets of the validation data. Call it after the phase."""
+    def evaluated(
+        self, step: int, valid_loss: float, num_tokens: int, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Record the mean loss over `num_tokens` targets of the validation data. Call it after the phase.
+
+        `metrics` are those of a head for labels, in place of a perplexity, which tokens have.
+        """
+        measured = {f"valid_{name}": value for name, value in (metrics or {}).items()}
         row = {
             "step": step,
             "time": time.time(),
             "valid_loss": valid_loss,
-            "valid_perplexity": perplexity(valid_loss),
+            **(measured or {"valid_perplexity": perplexity(valid_loss)}),
             "valid_tokens": num_tokens,
             "valid_seconds": self._evaluate_seconds,
         }

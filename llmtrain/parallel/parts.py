@@ -98,6 +98,14 @@ class SequenceParts:
         places = torch.cat([block.places(block.size, whole.device) for block in blocks])
         return torch.empty_like(whole).index_copy_(0, places, whole)
 
+    def sum_over_block(self, own: Tensor) -> Tensor:
+        """The sum of what ranks found in their parts of one block; they have one each where tensor ranks split it."""
+        if self.count == self.blocks:
+            return own
+        total = own.detach().clone()
+        dist.all_reduce(total, group=self.groups[0])  # the neighbours
+        return total
+
     def _block(self, length: int, block: int) -> HeldPositions:
         return cut_sequence(length, block, self.blocks, self.balanced)
 

@@ -51,9 +51,14 @@ class MemoryPlan:
     logits: int
 
 
+def head_rows(config: RunConfig) -> int:
+    """Rows of a rank's output layer; one for labels is whole on every tensor rank."""
+    return config.model.head_rows // (1 if config.model.predicts_labels else config.parallel.tensor)
+
+
 def chunk_tokens(config: RunConfig, on_gpu: bool) -> int:
     """Tokens of a chunk of the output layer."""
-    return config.train.chunk_tokens(config.model.padded_vocab_size // config.parallel.tensor, on_gpu)
+    return config.train.chunk_tokens(head_rows(config), on_gpu)
 
 
 def plan_memory(config: RunConfig, layout: Layout, lengths: Lengths) -> MemoryPlan:
@@ -64,7 +69,7 @@ def plan_memory(config: RunConfig, layout: Layout, lengths: Lengths) -> MemoryPl
     return MemoryPlan(
         round(held_bytes(config, layout)),
         round(activation_bytes(config, layout, lengths, Kernels.of(on_gpu))),
-        tokens * config.model.padded_vocab_size // layout.tensor * LOGITS_BYTES,
+        tokens * head_rows(config) * LOGITS_BYTES,
     )
 
 
@@ -250,7 +255,7 @@ def _smaller_chunks(config: RunConfig, on_gpu: bool) -> Iterator[Advice]:
     chunk = chunk_tokens(config, on_gpu)
     tokens = min(chunk, config.train.micro_batch_size * config.data.seq_len)
     smaller = max(SMALLEST_CHUNK_TOKENS, tokens // 4)
-    saved = (tokens - smaller) * config.model.padded_vocab_size // config.parallel.tensor * 4
+    saved = (tokens - smaller) * head_rows(config) * 4
     if saved >= WORTHWHILE_BYTES:
         effect = f"{saved / 1e6:,.0f} MB less for the output layer, at almost no cost"
         yield from _one(config, effect, [{"train.loss_chunk_tokens": smaller}])

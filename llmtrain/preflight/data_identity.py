@@ -72,8 +72,9 @@ def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str |
     del keys["schedule"], keys["augment"]  # of training
     if keys["packing"] == "none":
         del keys["packing"]  # as before there was the key: losses from then are compared
-    if config.data.objective != "chat":
-        del keys["chat"]  # so with this one
+    for name in ("chat", "labels"):
+        if config.data.objective != name:
+            del keys[name]  # so with these
     return hashlib.sha256(json.dumps([sources, samples, keys, config.seed]).encode()).hexdigest()
 
 

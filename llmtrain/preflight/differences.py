@@ -20,6 +20,7 @@ from llmtrain.data.storage.remote import shown_path
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import CheckpointError
 from llmtrain.preflight.data_identity import LIMITS, data_record, stream_keys, windows_of
+from llmtrain.preflight.label_fit import with_labels
 
 FREE_MODEL_KEYS = ("init",)
 """Weights are drawn at the first step only."""
@@ -141,6 +142,10 @@ def _model_differences(origin: Origin, config: RunConfig, manifests: Sequence[Ma
     if now.vocab_size is None:
         vocab_size = manifests[0].vocab_size if manifests else was.vocab_size
         now = now.with_keys({"vocab_size": vocab_size})
+    now = with_labels(now, manifests[0] if manifests else None)
+    if now.predicts_labels and not now.is_sized and was.is_sized:
+        now = now.with_keys({"labels": was.labels, "num_labels": was.num_labels})
+    now = now.with_any_sizes()
     shaping = shape_keys(was, now)
     before, after = _effective(was, now), _effective(now, was)
     if "learned" not in (was.position, now.position):
@@ -175,7 +180,7 @@ def _freeze_differences(origin: Origin, config: RunConfig) -> Iterator[Differenc
     """A run trains the same parameters from its first step to its last. One that begins from another's checkpoint may
     freeze more of them, but has no moments of those that were frozen there."""
     was, now = tuple(origin.section("optim").get("freeze", ())), config.optim.freeze
-    if was == now or config.model.vocab_size is None:
+    if was == now or not config.model.is_sized:
         return
     frozen, before = (set(frozen_names(config.model, patterns)) for patterns in (now, was))
     if frozen == before or (is_elsewhere(config) and before < frozen):

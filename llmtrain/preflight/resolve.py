@@ -25,6 +25,7 @@ from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.preflight.data_identity import evaluation_record, windows_of
 from llmtrain.preflight.differences import resume_target
+from llmtrain.preflight.label_fit import fill_labels
 
 if TYPE_CHECKING:
     from llmtrain.values.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
     train = read_manifests(config.data.train, config.data, manifests)
     special, needed = config.data.special_tokens, needed_tokens(config.model.family, config.data.objective)
     is_filled = config.model.vocab_size is not None and all(getattr(special, name) is not None for name in needed)
-    filled = config if is_filled else fill_vocabulary(config, train[0])
+    filled = config if is_filled and not config.model.predicts_labels else fill_vocabulary(config, train[0])
     if isinstance(filled, list):
         raise ConfigError(filled)
     valid = read_manifests(config.data.valid, config.data, manifests)
@@ -127,7 +128,7 @@ def _with_samples(config: RunConfig) -> RunConfig:
 
 
 def fill_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig | list[Problem]:
-    """The configuration with model.vocab_size and the data.special_tokens that its objective needs filled in.
+    """The configuration with model.vocab_size, the data.special_tokens that its objective needs, and labels filled in.
 
     `manifest` is that of the first training source. Returns problems where something is impossible or an id is wrong;
     raises DataError where the data set's tokenizer is damaged.
@@ -145,7 +146,8 @@ def fill_vocabulary(config: RunConfig, manifest: Manifest) -> RunConfig | list[P
     size = max([manifest.vocab_size, *(token + 1 for token in ids)])
     if config.model.vocab_size is not None and config.model.vocab_size < size:
         return [_too_small(config, manifest, size)]
-    return config.with_keys({"model.vocab_size": config.model.vocab_size or size, SPECIAL_KEY: special})
+    config = config.with_keys({"model.vocab_size": config.model.vocab_size or size, SPECIAL_KEY: special})
+    return fill_labels(config, manifest)
 
 
 def _find_tokenizer(config: RunConfig, manifest: Manifest) -> "Tokenizer | Problem":

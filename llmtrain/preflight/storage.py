@@ -33,6 +33,7 @@ from llmtrain.data.stream import data_use
 from llmtrain.data.target_sources import target_faults
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.optim.table import row_of
+from llmtrain.preflight.label_fit import LABEL_KEYS
 from llmtrain.preflight.resolve import (
     SPECIAL_KEY,
     Manifests,
@@ -112,7 +113,7 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     if not problems and all(training):
         problems.extend(lasting_problems(config, [manifest for manifest in training if manifest]))
     # A size that could not be filled in differs from the checkpoint's for that reason only.
-    unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size")
+    unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size", *LABEL_KEYS)
     problems.extend(found for found in difference_problems(config, manifests) if not found.key.startswith(unknown))
     if fault := folder_fault(config.run_dir):
         problems.append(Problem("output_dir", fault, config.output_dir, uses=("name",)))
@@ -275,7 +276,7 @@ def _require_records(config: RunConfig) -> None:
 
 def _room_problems(config: RunConfig) -> Iterator[Problem]:
     """A save needs room beside the checkpoint before it: an old one is removed once the new one is whole."""
-    if (config.train.steps is None and config.train.tokens is None) or config.model.vocab_size is None:
+    if (config.train.steps is None and config.train.tokens is None) or not config.model.is_sized:
         return  # a run without a length or a vocabulary is told of already
     room, per_parameter = _room(config), row_of(config.optim).stored_bytes
     if room.free_bytes is not None and room.free_bytes < room.needed_bytes:

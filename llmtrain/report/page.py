@@ -17,7 +17,11 @@ from llmtrain.report.results import checkpoint_section, comparison, tiles, time_
 from llmtrain.report.run_record import MOST_POINTS, RunRecord, load_run, smoothed, thinned
 from llmtrain.report.settings import config_section, data_section, environment_section, model_section
 
-CURVES = ("loss", "valid_loss", "lr", "grad_norm", "tokens_per_second", "moe/max_load", "moe/drop_rate")
+LABEL_CURVES = ("valid_accuracy", "valid_macro_f1", "valid_entity_f1", "valid_exact_match", "valid_token_f1")
+CURVES = (
+    *("loss", "valid_loss", "lr", "grad_norm", "tokens_per_second", "moe/max_load", "moe/drop_rate"),
+    *LABEL_CURVES,
+)
 SECTIONS = (
     model_section,
     data_section,

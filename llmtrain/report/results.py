@@ -9,6 +9,7 @@ from typing import Any
 from llmtrain.report.efficiency import DONE, STOPPED_EARLY, Efficiency, event_time
 from llmtrain.report.run_record import RunRecord, flat
 from llmtrain.runs.audit import STARTED
+from llmtrain.values.label_metrics import METRICS, titled
 from llmtrain.words import counted, duration, short_number
 
 _ABSENT = "–"
@@ -151,6 +152,9 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
     mfus = [row["mfu"] for row in record.rows if "mfu" in row]
     skipped = record.skipped
     perplexity = f"perplexity {valid['valid_perplexity']:,.2f}" if "valid_perplexity" in valid else "not evaluated"
+    # All of them for every run: runs side by side have the same totals, and those that none has are left out.
+    metrics = [(name, valid.get(f"valid_{name}")) for name in METRICS]
+    perplexity = "per label" if any(value is not None for _, value in metrics) else perplexity
     evaluating = sum(row.get("valid_seconds", 0.0) for row in record.evaluations)
     saving = sum(row.get("checkpoint_seconds", 0.0) for row in record.rows)
     sizes = [row["memory_bytes"] for row in record.rows if "memory_bytes" in row]
@@ -159,6 +163,7 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
     return [
         ("Training loss", _loss(last.get("loss")), f"at step {last['step']:,}" if last else ""),
         ("Validation loss", _loss(valid.get("valid_loss")), perplexity),
+        *((titled(name), _ABSENT if value is None else f"{value:.2%}", "validation") for name, value in metrics),
         ("Best validation", _loss(best.get("valid_loss")), f"at step {best['step']:,}" if best else ""),
         ("Steps", f"{last.get('step', 0):,}", f"of {planned:,}" if isinstance(planned, int) else ""),
         ("Tokens", _ABSENT if tokens is None else short_number(tokens), f"{tokens:,}" if tokens else ""),

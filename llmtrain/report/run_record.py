@@ -56,8 +56,8 @@ class RunRecord:
     checkpoints: list[CheckpointEntry]
 
     def curve(self, key: str) -> Curve:
-        """A column of the rows (`valid_loss`: of the evaluations) over steps."""
-        rows = self.evaluations if key == "valid_loss" else self.rows
+        """A column of the rows (`valid_...`: of the evaluations) over steps."""
+        rows = self.evaluations if key.startswith("valid_") else self.rows
         points = [(row["step"], float(row[key])) for row in rows if isinstance(row.get(key), int | float)]
         return [step for step, _ in points], [value for _, value in points]
 

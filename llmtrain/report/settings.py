@@ -82,7 +82,7 @@ def _config(record: RunRecord) -> RunConfig | None:
         config = RunConfig.model_validate(record.config)
     except ValidationError:
         return None
-    return config if config.model.vocab_size is not None else None
+    return config if config.model.is_sized else None
 
 
 def data_section(records: list[RunRecord]) -> str:

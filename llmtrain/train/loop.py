@@ -1,6 +1,6 @@
 """The story of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ from llmtrain.optim.schedule import learning_rate
 from llmtrain.train.health import Health, StallLimit
 from llmtrain.train.rollback import Rollbacks
 from llmtrain.train.state import Saving, TrainState
+from llmtrain.values.label_metrics import label_metrics
 from llmtrain.values.progress import Reading
 
 
@@ -45,14 +46,15 @@ class Evaluation:
     def _is_regular(self, step: int) -> bool:
         return self.every_steps > 0 and step % self.every_steps == 0
 
-    def run(self, engine: Engine) -> tuple[float, int]:
-        """(mean loss, number of target tokens)."""
+    def run(self, engine: Engine) -> tuple[float, int, Sequence[float]]:
+        """(mean loss, number of targets, of a head for labels what its metrics are made of)."""
         assert self.loader is not None
         steps = self.loader.steps(first_sample=0)
         num_batches = min(self.num_batches, self.loader.steps_once)
         results = [engine.eval_step(micro_batches) for micro_batches in islice(steps, num_batches)]
         num_tokens = sum(result.num_tokens for result in results)
-        return sum(result.loss_sum for result in results) / max(1, num_tokens), num_tokens
+        counts = [sum(found) for found in zip(*(result.counts for result in results), strict=True)]
+        return sum(result.loss_sum for result in results) / max(1, num_tokens), num_tokens, counts
 
     def judge(self, state: TrainState, valid_loss: float, anybody: Callable[[bool], bool]) -> tuple[TrainState, bool]:
         """The state with an evaluation counted, and whether the run stops early because of it, on all ranks alike.
@@ -125,8 +127,8 @@ def train(
             valid_loss = None
             if run.evaluation.due(step, saved):
                 with monitor.phase("evaluate"):
-                    valid_loss, num_tokens = run.evaluation.run(run.engine)
-                monitor.evaluated(step, valid_loss, num_tokens)
+                    valid_loss, num_tokens, counts = run.evaluation.run(run.engine)
+                monitor.evaluated(step, valid_loss, num_tokens, label_metrics(run.config.model, counts))
                 state, early = run.evaluation.judge(state, valid_loss, anybody)
 
             stopping = stop_requested()  # after the step on every rank: all of them stop behind the same one

@@ -23,6 +23,7 @@ TENSORS = (
     "prefix_B",
     "encoder_tokens_BT",
     "encoder_segments_BT",
+    "token_types_BS",
 )
 
 
@@ -34,7 +35,7 @@ class ModelInputs:
     numbers the documents of a sample, PADDING for what is none; it is None where attention runs across documents and
     nothing is padding. `prefix_B` is the length of each sample's prefix, which is seen from both sides. Of an
     encoder-decoder, these are the decoder's; the encoder has `encoder_tokens_BT`, and where some are padding,
-    `encoder_segments_BT`.
+    `encoder_segments_BT`. `token_types_BS` tells the two texts of a pair apart, 0 and 1; None: all are 0.
     """
 
     tokens_BS: Tensor
@@ -43,6 +44,7 @@ class ModelInputs:
     prefix_B: Tensor | None = None
     encoder_tokens_BT: Tensor | None = None
     encoder_segments_BT: Tensor | None = None
+    token_types_BS: Tensor | None = None
 
 
 @dataclass(frozen=True)

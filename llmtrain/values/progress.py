@@ -35,10 +35,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Sum of the loss over valid target tokens, and their number, over all ranks."""
+    """Sum of the loss over valid target tokens, and their number, over all ranks; of a head for labels also the
+    counts that `values/label_metrics.py` makes metrics of, which add up."""
 
     loss_sum: float
     num_tokens: int
+    counts: tuple[float, ...] = ()
 
 
 Row = Mapping[str, Any]

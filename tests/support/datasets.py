@@ -74,6 +74,9 @@ def write_target_dataset(
     return manifest
 
 
+LABELS = LabelsRecord("classification", ("a", "b", "c"), separator_id=3)
+"""Of pairs of texts."""
+
 END_ID = 5
 """Ends a turn."""
 

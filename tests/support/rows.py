@@ -7,6 +7,7 @@ import numpy as np
 from llmtrain.config.data import DataConfig
 from llmtrain.data.row_config import PieceTable, RowConfig
 from llmtrain.data.stream import Sample
+from tests.support.datasets import LABELS
 
 EOS, PAD, MASK = 3, 0, 4
 NUM_SPECIAL = 7
@@ -24,7 +25,7 @@ def row_config_of(family: str, objective: str, seq_len: int, seed: int = 1, **ke
     """`keys` are those of the section data, which may hold sections of objectives."""
     special = {"mask": MASK, "pad": PAD, "sentinels": list(range(FIRST_SENTINEL, FIRST_SENTINEL + 600))}
     tree = {"train": [{"path": "none"}], "objective": objective, "seq_len": seq_len, "special_tokens": special, **keys}
-    return RowConfig(DataConfig.model_validate(tree), seed, EOS, family, PIECES)
+    return RowConfig(DataConfig.model_validate(tree), seed, EOS, family, PIECES, labels=LABELS)
 
 
 def sample_of(tokens: list[int] | np.ndarray, number: int = 0, blank: bool = False) -> Sample:

@@ -28,6 +28,8 @@ def probe_batch(config: RunConfig, step: int, number: int) -> Batch:
     labels = whole[:, 1:].clone()
     labels[:, : number * 3 % (seq_len // 2)] = IGNORED_LABEL
     positions = torch.arange(seq_len).expand(size, seq_len)
+    if config.model.predicts_labels:
+        return label_batch(config, whole[:, :-1], positions, number, generator)
     segments, prefix, encoder_tokens, encoder_segments = None, None, None, None
     if config.data.parts_attention:
         segments = (positions >= 1 + number % (seq_len - 2)).long()
@@ -45,4 +47,35 @@ def probe_batch(config: RunConfig, step: int, number: int) -> Batch:
         prefix_B=prefix,
         encoder_tokens_BT=encoder_tokens,
         encoder_segments_BT=encoder_segments,
+    )
+
+
+def label_batch(
+    config: RunConfig, tokens_BS: Tensor, positions_BS: Tensor, number: int, draws: torch.Generator
+) -> Batch:
+    """A micro-batch for a head for labels: padding and the second of two texts begin elsewhere in each sample."""
+    model, (size, seq_len) = config.model, tokens_BS.shape
+    ends_B1 = seq_len - (3 * number + torch.arange(size)[:, None]) % (seq_len // 2)  # none where both are 0
+    types_BS = (positions_BS >= 1 + (number + torch.arange(size)[:, None]) % 5).long()
+    segments_BS = torch.where(positions_BS < ends_B1, 0, PADDING)
+    labels_BS = torch.full_like(tokens_BS, IGNORED_LABEL)
+    if model.head == "span":
+        begin_B1 = torch.randint(0, seq_len // 4, (size, 1), generator=draws)
+        labels_BS[:, :2] = torch.cat(
+            (begin_B1, begin_B1 + torch.randint(0, seq_len // 4, (size, 1), generator=draws)), 1
+        )
+    else:
+        drawn_BS = torch.randint(0, model.num_classes, (size, seq_len), generator=draws)
+        is_target_BS = (positions_BS + number) % 3 == 0
+        if model.head == "classifier":
+            is_target_BS = positions_BS == (0 if model.family == "encoder" else ends_B1 - 1)
+        labels_BS = torch.where(is_target_BS & (segments_BS != PADDING), drawn_BS, labels_BS)
+        if number % 3 == 1:
+            labels_BS[0] = IGNORED_LABEL  # as a sample that stands for none
+    return Batch(
+        tokens_BS,
+        positions_BS,
+        segments_BS,
+        labels_BS=labels_BS,
+        token_types_BS=types_BS if model.token_types > 1 else None,
     )

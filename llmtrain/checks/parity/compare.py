@@ -167,6 +167,9 @@ def compare(reference: Trace, other: Trace, levels: Levels) -> Verdict:
         verdict.problems.append("numbers of valid tokens differ")
     before, after = (trace.evaluation.loss_sum / trace.evaluation.num_tokens for trace in (reference, other))
     _judge(verdict, "loss of the evaluation", abs(after - before) / before, levels.loss)
+    counts = (reference.evaluation.counts, other.evaluation.counts)
+    apart = sum(abs(b - a) for a, b in zip(*counts, strict=True)) / max(1.0, sum(counts[0]))
+    _judge(verdict, "counts of the evaluation", apart, levels.experts)
     return verdict
 
 

@@ -15,6 +15,8 @@ from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.errors import ConfigError
 
 SHRUNK_SEQ_LEN = 32
+UNKNOWN_LABELS = 5
+"""Labels of a model whose number of them only its data tells."""
 SMOOTH = {"relu": "gelu", "reglu": "geglu"}
 """Smooth stand-ins for activations whose slope jumps: where rounding puts a value on the other side of 0, gradients
 differ for good, though every layout is right."""
@@ -62,6 +64,8 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
         "activation": SMOOTH.get(model.activation, model.activation),
         "attention": attention.with_keys(kind_of(attention).small),
     }  # fmt: skip
+    if model.head in ("classifier", "token_classifier") and not (model.num_labels or model.labels):
+        sizes["num_labels"] = UNKNOWN_LABELS
     train = {
         "global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False,
         "steps": 100, "tokens": None,

@@ -193,7 +193,7 @@ def freeze_names_parameters(config: RunConfig) -> Found:
     patterns = config.optim.freeze
     if not patterns:
         return
-    names = list(declare_parameters(config.model.with_keys({"vocab_size": config.model.vocab_size or 1})))
+    names = list(declare_parameters(config.model.with_any_sizes()))
     for number, pattern in enumerate(patterns):
         if not any(is_frozen(name, [pattern]) for name in names):
             tries = get_close_matches(pattern, names, 1, 0.3) or names[:1]

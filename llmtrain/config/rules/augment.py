@@ -8,6 +8,7 @@ from llmtrain.errors import Problem
 WHY_NOT = {
     "chat": "which of its tokens are trained stands in the shards, turn by turn, and what is said before decides what "
     "is right. Change the texts before `llmtrain data chat`",
+    "labels": "labels stand at the places of tokens, which would move. Change the texts before `llmtrain data labels`",
 }
 """The objectives whose samples are no plain text."""
 

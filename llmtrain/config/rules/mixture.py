@@ -94,11 +94,11 @@ def ramp_goes_on(config: RunConfig) -> Found:
 
 PACKED: dict[str, tuple[str, ...]] = {
     "best_fit": ("causal", "fim", "masked", "chat"),
-    "single": ("chat",),
+    "single": ("chat", "labels"),
 }
 """Objectives of packed samples. Those that are not make lengths or a prefix out of shares of a whole sample; `single`
 goes with those whose documents stand for themselves."""
-WHOLE = ("chat",)
+WHOLE = ("chat", "labels")
 """Objectives whose documents are never cut."""
 
 

@@ -1,9 +1,10 @@
 """Rules within a model: families, heads, experts, attention and positions. A key without effect is refused. Pure."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from llmtrain.config.attention import KindSection, effective_keys, kind_of, kinds_of
-from llmtrain.config.model import ModelConfig
+from llmtrain.config.model import LABEL_HEADS, ModelConfig
 from llmtrain.config.reading.rendering import shown
 from llmtrain.config.reading.suggestions import either, nearest_divisors
 from llmtrain.config.schema import RunConfig
@@ -30,9 +31,66 @@ def mlm_head_needs_encoder(config: RunConfig) -> Found:
         yield Problem("model.head", message, model.head, uses=("model.family",))
 
 
+def label_heads_need_labels(config: RunConfig) -> Found:
+    """A head for labels and the objective that has some come together."""
+    model, objective = config.model, config.data.objective
+    if model.predicts_labels == (objective == "labels"):
+        return
+    if model.predicts_labels:
+        token_head = "mlm or linear" if model.family == "encoder" else "linear"
+        message = f"predicts labels, and data.objective = {objective} has none. Try {token_head}, or "
+        message += "data.objective=labels with what `llmtrain data labels` has written."
+    elif heads_of(model):
+        message = f"predicts tokens, and data.objective = labels wants labels. Try {either(heads_of(model))}."
+    else:
+        return  # a family that the objective does not train
+    yield Problem("model.head", message, model.head, uses=("data.objective", "model.family"))
+
+
+def heads_of(model: ModelConfig) -> tuple[str, ...]:
+    """The heads for labels that a family can have."""
+    return {"encoder": LABEL_HEADS, "decoder": ("classifier", "token_classifier")}.get(model.family, ())
+
+
+def label_heads_fit_families(config: RunConfig) -> Found:
+    model = config.model
+    if not model.predicts_labels or model.head in heads_of(model):
+        return
+    if model.family == "encoder_decoder":
+        message = "stands on one stack that has read the whole text, and an encoder_decoder reads it in two. Try "
+        message += "model.family=encoder, or linear and labels as texts."
+    else:
+        message = "looks for an answer whose words know what follows them, and a decoder's do not. Try classifier or "
+        message += "token_classifier, or model.family=encoder."
+    yield Problem("model.head", message, model.head, uses=("model.family",))
+
+
+def label_keys_are_used(config: RunConfig) -> Found:
+    """Numbers and names of labels go with heads that have some; both at once must agree."""
+    model = config.model
+    classifies = model.head in ("classifier", "token_classifier")
+    for key in ("num_labels", "labels", "head_dropout"):
+        if getattr(model, key) is not None and not classifies:
+            message = f"has no effect with model.head = {model.head}. Remove it, or set model.head to classifier or "
+            message += "token_classifier."
+            yield Problem(f"model.{key}", message, shown(key, getattr(model, key)), uses=("model.head",))
+    if model.labels is None:
+        return
+    twice = [label for label, count in Counter(model.labels).items() if count > 1]
+    if twice:
+        message = f"has {twice[0]} twice. Each label must have one number."
+        yield Problem("model.labels", message, shown("labels", list(model.labels)))
+    if model.num_labels not in (None, len(model.labels)):
+        message = f"must be the number of model.labels, {len(model.labels)}. Try {len(model.labels)} or null."
+        yield Problem("model.num_labels", message, model.num_labels, uses=("model.labels",))
+
+
 def head_is_scaled_where_tied(config: RunConfig) -> Found:
     model = config.model
-    if model.scaled_head and not model.tie_embeddings:
+    if model.scaled_head and model.predicts_labels:
+        message = f"scales what meets a vocabulary, and model.head = {model.head}. Try false."
+        yield Problem("model.scaled_head", message, "true", uses=("model.head",))
+    elif model.scaled_head and not model.tie_embeddings:
         message = "makes up for embeddings that serve as the head: model.tie_embeddings = false. Try false."
         yield Problem("model.scaled_head", message, "true", uses=("model.tie_embeddings",))
 
@@ -228,6 +286,9 @@ def ntk_needs_two_pairs(config: RunConfig) -> Found:
 MODEL_RULES = (
     encoder_layers_need_two_stacks,
     mlm_head_needs_encoder,
+    label_heads_need_labels,
+    label_heads_fit_families,
+    label_keys_are_used,
     head_is_scaled_where_tied,
     choices_fit_experts,
     some_layer_has_experts,

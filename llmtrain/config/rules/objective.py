@@ -19,6 +19,7 @@ FAMILIES = {
     "prefix": ("decoder", "encoder_decoder"),
     "fim": ("decoder",),
     "chat": ("decoder",),
+    "labels": ("encoder", "decoder"),
 }
 """The families that can learn each objective."""
 
@@ -34,9 +35,11 @@ Found = Iterator[Problem]
 def objective_fits_family(config: RunConfig) -> Found:
     family, objective = config.model.family, config.data.objective
     if family not in FAMILIES[objective]:
-        fitting = [name for name, families in FAMILIES.items() if family in families]
+        labels = config.model.predicts_labels  # for which there is one objective, with none of the other heads
+        fitting = [name for name, families in FAMILIES.items() if family in families and (name == "labels") == labels]
+        other = f"{either(fitting)}, or " if fitting else ""
         message = (
-            f"trains model.family = {either(FAMILIES[objective])}, not {family}. Try {either(fitting)}, or "
+            f"trains model.family = {either(FAMILIES[objective])}, not {family}. Try {other}"
             f"model.family={FAMILIES[objective][0]}."
         )
         yield Problem("data.objective", message, objective, uses=("model.family",))

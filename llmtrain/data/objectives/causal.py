@@ -29,6 +29,7 @@ class PackedSample:
     prefix: int | None = None
     encoder_tokens_T: NDArray[np.int64] | None = None
     encoder_segments_T: NDArray[np.int64] | None = None
+    token_types_S: NDArray[np.int64] | None = None
 
 
 def causal_row(tokens: NDArray[np.int64], document_starts: NDArray[np.int64], data: DataConfig) -> PackedSample:
@@ -91,6 +92,7 @@ def stack_samples(rows: Sequence[PackedSample], first_sample: int) -> Batch:
         prefix_B=_tensor_or_none([None if row.prefix is None else np.array(row.prefix) for row in rows]),
         encoder_tokens_BT=_tensor_or_none([row.encoder_tokens_T for row in rows]),
         encoder_segments_BT=_tensor_or_none([row.encoder_segments_T for row in rows]),
+        token_types_BS=_tensor_or_none([row.token_types_S for row in rows]),
     )
 
 

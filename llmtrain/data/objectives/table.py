@@ -13,6 +13,7 @@ from llmtrain.data.objectives.augment import augmented
 from llmtrain.data.objectives.causal import PackedSample, causal_row, fim
 from llmtrain.data.objectives.chat import chat
 from llmtrain.data.objectives.corruption import prefix_length, span_corruption, split_at_prefix, ul2
+from llmtrain.data.objectives.labels import labels
 from llmtrain.data.objectives.masking import masked
 from llmtrain.data.row_config import RowConfig
 from llmtrain.data.stream import Sample
@@ -44,6 +45,7 @@ OBJECTIVES: dict[str, Objective] = {
     "prefix": prefix,
     "fim": fim,
     "chat": chat,
+    "labels": labels,
 }
 
 

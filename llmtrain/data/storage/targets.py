@@ -47,10 +47,24 @@ class ChatRecord:
 
 @dataclass(frozen=True, config=_KNOWN_KEYS)
 class LabelsRecord:
-    """The meaning of labels: label i is `names[i]`. qa has no names: its labels are bounds of the answer."""
+    """The meaning of labels: label i is `names[i]`. qa has no names: its labels are bounds of the answer.
+
+    `family` is the kind of model that texts are framed for: an encoder's begin with a token that stands for all of
+    them, a decoder's are classified by their last one. `separator_id` stands between the two texts of pairs, of which
+    there are some where it is given. `counts` says how often each label occurs.
+    """
 
     task: Task
     names: tuple[StrictStr, ...] = ()
+    family: Literal["encoder", "decoder"] = "encoder"
+    separator_id: Count | None = None
+    counts: tuple[Count, ...] = ()
+
+    def differences(self, other: Self) -> list[str]:
+        """What labels and texts of two data sets mean otherwise; how often a label occurs is no meaning."""
+        keys = ("task", "names", "family", "separator_id")
+        pairs = ((key, getattr(self, key), getattr(other, key)) for key in keys)
+        return [f"{key} = {theirs}, not {ours}" for key, ours, theirs in pairs if ours != theirs]
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

@@ -87,7 +87,7 @@ class MegatronEngine(SteppingEngine):
         stage.to(DTYPES[self.config.train.precision])
         if self.joins_projections:
             join_projections(stage, move=True)
-        tied = self.config.model.tie_embeddings and not is_frozen(WORD, self.config.optim.freeze)
+        tied = self.config.model.ties_head and not is_frozen(WORD, self.config.optim.freeze)
         module = PipelineChunk(stage, self.megatron_config, tied, number)
         # Marks before DDP: by `allreduce` it chooses the buffer, and so the group, of each gradient.
         for parameter, placement in stage.named_placements():
@@ -170,7 +170,7 @@ class MegatronEngine(SteppingEngine):
                 micro_batch_size=micro_batch_size,
                 forward_only=step is None,
             )
-        return sum(reports, torch.zeros((), device=self.device))
+        return sum(reports, self.zero_sums(step))
 
     def _forward(
         self, step: int | None, scales: Scales, data: Iterator[MicroBatch], chunk: DistributedDataParallel

@@ -34,6 +34,25 @@ const CHARTS = [
     title: "Choices that found no room", unit: "share of the choices", optional: true, zero: true, format: significant,
     lines: [{ key: "moe/drop_rate", label: "mean of layers", style: "" }],
   },
+  {
+    title: "Accuracy", unit: "share of the labels", optional: true, format: percent,
+    lines: [{ key: "valid_accuracy", label: "validation", style: "" }],
+  },
+  {
+    title: "Macro F1", unit: "mean of the labels", optional: true, format: percent,
+    lines: [{ key: "valid_macro_f1", label: "validation", style: "" }],
+  },
+  {
+    title: "F1 of entities", unit: "exact ones", optional: true, format: percent,
+    lines: [{ key: "valid_entity_f1", label: "validation", style: "" }],
+  },
+  {
+    title: "Answers", unit: "share", optional: true, format: percent,
+    lines: [
+      { key: "valid_exact_match", label: "exact", style: "faint" },
+      { key: "valid_token_f1", label: "F1 of positions", style: "" },
+    ],
+  },
 ];
 
 // What a curve can be drawn over. `of` is where a run was at a step; `unit` is chosen by the largest value.
@@ -62,6 +81,10 @@ function between(places, column, step) {
 
 function significant(value) {
   return Number(value.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
+}
+
+function percent(value) {
+  return `${(100 * value).toFixed(2)}%`;
 }
 
 function short(value) {

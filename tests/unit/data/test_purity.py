@@ -18,6 +18,7 @@ from llmtrain.data.row_config import PieceTable, RowConfig
 from llmtrain.values.batch import IGNORED_LABEL, TENSORS, Batch
 from tests.support.datasets import (
     EOS_ID,
+    LABELS,
     VOCAB_SIZE,
     chat_record,
     random_conversations,
@@ -39,6 +40,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("decoder", "prefix", {"reset_attention": True}),
     ("decoder", "fim", {"reset_attention": True, "reset_positions": True}),
     ("decoder", "chat", {"chat": {"too_long": "truncate", "train_on": "last"}}),
+    ("encoder", "labels", {"labels": {"too_long": "drop"}}),
+    ("decoder", "labels", {"labels": {"too_long": "drop"}}),
 ]
 IDS = [f"{family}-{objective}-{len(keys)}" for family, objective, keys in CASES]
 SEQ_LEN = 24
@@ -59,7 +62,7 @@ def test_rows_depend_on_seed_and_number_alone(family: str, objective: str, keys:
     fresh = row_config_of(family, objective, SEQ_LEN, **keys)
     back = {number: arrays(pack_sample(random_sample(number, SEQ_LEN), fresh)) for number in reversed(range(20))}
     assert forth == back
-    if objective in ("causal", "chat"):
+    if objective in ("causal", "chat", "labels"):
         return  # they draw nothing
     other = row_config_of(family, objective, SEQ_LEN, seed=2, **keys)
     seeded = [arrays(pack_sample(random_sample(number, SEQ_LEN), other)) for number in range(20)]
@@ -78,17 +81,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dataset")
     write_dataset(folder / "texts", [random_documents(30, seed) for seed in range(2)])
     write_target_dataset(folder / "chats", [random_conversations(30, seed) for seed in range(2)], chat_record())
+    write_target_dataset(folder / "labels", [random_labels(30, seed) for seed in range(2)], LABELS)
     return folder
+
+
+def random_labels(count: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Texts of different lengths, some too long for a sample, with one label each."""
+    texts = random_documents(count, seed)
+    return [(text, np.array([number % 3])) for number, text in enumerate(texts) if len(text)]
 
 
 def loader(folder: Path, case: tuple[str, str, dict[str, Any]], dp_rank: int = 0, dp_size: int = 1) -> BatchLoader:
     family, objective, keys = case
     special = {"mask": 4, "pad": 0, "sentinels": list(range(VOCAB_SIZE, VOCAB_SIZE + 100))}
-    path = folder / ("chats" if objective == "chat" else "texts")
+    path = folder / {"chat": "chats", "labels": "labels"}.get(objective, "texts")
     tree = {"train": [{"path": str(path)}], "objective": objective, "special_tokens": special, "seq_len": SEQ_LEN}
     data = DataConfig.model_validate({**tree, **keys})
     ids = np.arange(VOCAB_SIZE)
-    row_config = RowConfig(data, 1, EOS_ID, family, PieceTable(ids < 4, ids % 3 == 0))
+    row_config = RowConfig(data, 1, EOS_ID, family, PieceTable(ids < 4, ids % 3 == 0), labels=LABELS)
     return BatchLoader(build_stream(data.train, data, seed=1), row_config, 8, 2, dp_rank, dp_size)
 
 

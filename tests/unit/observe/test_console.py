@@ -107,6 +107,13 @@ def test_messages_are_whole_lines_and_no_markup():
     assert "step 5: validation loss 2.0000, perplexity 7.39 of 12,800 tokens" in lines
 
 
+def test_metrics_of_labels_stand_in_place_of_a_perplexity():
+    tracker, out = plain(10, Clock())
+    row = {"step": 5, "valid_loss": 0.5, "valid_tokens": 1, "valid_accuracy": 0.75, "valid_macro_f1": 0.5}
+    tracker.log(row)
+    assert "step 5: validation loss 0.5000, accuracy 0.7500, macro f1 0.5000 of 1 label" in out.getvalue()
+
+
 def test_values_that_are_not_finite_are_shown():
     tracker, out = plain(1, Clock())
     tracker.log({"step": 1, "loss": math.nan})

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from llmtrain.observe.charts import scalars
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.monitor import Monitor, RunPlan, perplexity
 from llmtrain.runs.metrics_file import JsonlTracker, read_rows
@@ -188,3 +189,13 @@ def test_a_row_has_the_tokens_of_each_source_where_there_are_several() -> None:
     monitor.step(1, 0.1, Result(), Reading(800, 8, lambda position: [position * 75, position * 25]))
     columns = {key: value for key, value in recorder.rows[0].items() if key.startswith(SOURCE_TOKENS)}
     assert columns == {f"{SOURCE_TOKENS}a": 600, f"{SOURCE_TOKENS}b": 200}
+
+
+def test_metrics_of_labels_are_columns_of_evaluations():
+    recorder = Recorder()
+    monitor = Monitor(RunPlan(last_step=2), [recorder])
+    monitor.evaluated(1, 0.5, 20, {"accuracy": 0.75, "entity_f1": 0.5})
+    (row,) = recorder.rows
+    assert (row["valid_accuracy"], row["valid_entity_f1"], row["valid_tokens"]) == (0.75, 0.5, 20)
+    assert "valid_perplexity" not in row
+    assert scalars(row)["valid/accuracy"] == 0.75

@@ -127,9 +127,10 @@ def test_every_key_of_model_and_data_is_tried() -> None:
     """A new key is compared by itself; this test asks for its place in the tables above."""
     one_choice = {"family", "attention"}
     elsewhere = {"vocab_size", "max_seq_len", "num_encoder_layers", "head", "moe"}
+    elsewhere |= {"num_labels", "labels", "head_dropout"}  # in test_label_heads.py
     elsewhere |= {"relative_buckets", "relative_max_distance"}  # a rule refuses them where they have no effect
     assert {*SHAPES, *NUMBERS, *FREE_MODEL_KEYS, *one_choice, *elsewhere} == set(ModelConfig.model_fields)
-    of_objectives = {"masked", "span_corruption", "ul2", "prefix", "fim", "chat", "special_tokens", "augment"}
+    of_objectives = {"masked", "span_corruption", "ul2", "prefix", "fim", "chat", "labels", "special_tokens", "augment"}
     elsewhere = {"train", "tokenizer", "schedule", "packing"}  # the last two in test_source_use.py
     assert {*STREAM, *FREE_DATA_KEYS, *of_objectives, *elsewhere} == set(DataConfig.model_fields)
 

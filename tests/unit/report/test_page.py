@@ -198,6 +198,20 @@ def test_two_runs_are_laid_side_by_side_with_what_differs(tmp_path: Path):
     assert names == [str(first), str(second)], "equal names are told apart by their folders"
 
 
+def test_metrics_of_labels_are_totals_and_curves(tmp_path: Path):
+    tokens, labels = make_run(tmp_path / "tokens"), make_run(tmp_path / "labels")
+    tracker = JsonlTracker(labels / "metrics.jsonl")
+    tracker.log({"step": 40, "valid_loss": 0.5, "valid_accuracy": 0.75, "valid_macro_f1": 0.5, "valid_seconds": 1.0})
+    tracker.close("done")
+    totals = {label: (value, note) for label, value, note in summary(load_run(labels))}
+    assert (totals["Accuracy"], totals["Macro F1"]) == (("75.00%", "validation"), ("50.00%", "validation"))
+    assert totals["Validation loss"] == ("0.5000", "per label")
+    page = Elements(render([load_run(tokens), load_run(labels)]))
+    assert "Accuracy" in page.text and "Entity F1" not in page.text
+    curves = [run["curves"]["valid_accuracy"] for run in chart_data([load_run(tokens), load_run(labels)])["runs"]]
+    assert curves == [[[], []], [[40], [0.75]]]
+
+
 def test_a_resumed_run_with_values_that_are_not_finite(tmp_path: Path):
     run = make_run(tmp_path / "run", steps=40)
     tracker = JsonlTracker(run / "metrics.jsonl", resume_step=20)

@@ -43,8 +43,8 @@ def worsening(run: Run, place: Rank) -> Run:
     """The loss of an evaluation is the number of steps that are done: the first checkpoint is the best."""
 
     class Worse(Evaluation):
-        def run(self, engine: Any) -> tuple[float, int]:
-            return float(engine.state()["updates"]), 1
+        def run(self, engine: Any) -> tuple[float, int, list[float]]:
+            return float(engine.state()["updates"]), 1, []
 
     evaluation = {each.name: getattr(run.evaluation, each.name) for each in fields(run.evaluation)}
     return replace(run, evaluation=Worse(**evaluation))

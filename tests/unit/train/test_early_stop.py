@@ -46,8 +46,8 @@ def with_losses(losses: Sequence[float] = LOSSES) -> Callable[[Run, Rank], Run]:
     """The loss of an evaluation is the one of its step: a run that goes back sees the same ones again."""
 
     class Given(Evaluation):
-        def run(self, engine: Any) -> tuple[float, int]:
-            return losses[engine.state()["updates"] // self.every_steps - 1], 1
+        def run(self, engine: Any) -> tuple[float, int, list[float]]:
+            return losses[engine.state()["updates"] // self.every_steps - 1], 1, []
 
     def change(run: Run, place: Rank) -> Run:
         evaluation = {each.name: getattr(run.evaluation, each.name) for each in fields(run.evaluation)}

@@ -70,14 +70,14 @@ class Reader:
     def eval_step(self, micro_batches: list[Batch]) -> Any:
         self.batches.append(micro_batches)
         num_tokens = len(targets_of(micro_batches))
-        return type("Result", (), {"loss_sum": float(num_tokens), "num_tokens": num_tokens})()
+        return type("Result", (), {"loss_sum": float(num_tokens), "num_tokens": num_tokens, "counts": ()})()
 
 
 @pytest.mark.parametrize("windows", ["continuous", "per_shard"])
 def test_no_token_counts_twice(tmp_path: Path, sources: list[dict[str, Any]], windows: str) -> None:
     config, reader = config_of(tmp_path, sources, windows), Reader()
     evaluation = Evaluation(build_loader(resolve(config), "valid", once=True), 1, config.evaluate.steps)
-    loss, num_tokens = evaluation.run(reader)  # type: ignore[arg-type]
+    loss, num_tokens, _ = evaluation.run(reader)  # type: ignore[arg-type]
     whole = sum(samples_of_epochs(read_manifest(source["path"]), SEQ_LEN, windows) for source in sources)  # type: ignore[arg-type]
     targets = targets_of([batch for step in reader.batches for batch in step])
     assert (loss, num_tokens, len(targets)) == (1.0, whole * SEQ_LEN, whole * SEQ_LEN)
@@ -107,7 +107,7 @@ def test_every_layout_and_batch_size_measures_the_same(tmp_path: Path, sources: 
         loss_sum, tokens = 0.0, 0
         for rank in range(dp_size):
             loader = BatchLoader(stream, build_row_config(config, stream, Path), batch, micro, rank, dp_size)
-            loss, num_tokens = Evaluation(loader, 1, 1000).run(engine)
+            loss, num_tokens, _ = Evaluation(loader, 1, 1000).run(engine)
             loss_sum, tokens = loss_sum + loss * num_tokens, tokens + num_tokens
         return loss_sum / tokens, tokens
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtrain.cli.chat_data import chat, show_conversations
+from llmtrain.cli.label_data import labels
 from llmtrain.cli.train import OverridesArgument
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.words import counted
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Make, look at and check data sets.", no_args_is_help=True)
 app.command()(chat)
+app.command()(labels)
 
 Inputs = Annotated[
     list[str],

@@ -154,7 +154,7 @@ class AugmentConfig(Section):
 
 
 class LabelsConfig(Section):
-    """Texts with labels: those of shards that llmtrain data labels writes."""
+    """Texts with labels: those of shards that `llmtrain data labels` writes."""
 
     too_long: Literal["error", "drop"] = Field(
         default="error",
@@ -269,7 +269,7 @@ class DataConfig(Section):
         description="causal: predict each next token. masked: predict hidden tokens (encoder). span_corruption: "
         "predict spans that were taken out, ul2: a mixture of that (encoder_decoder). prefix: predict what follows a "
         "prefix (decoder, encoder_decoder). fim: causal, with middles of documents moved to the end (decoder). chat: "
-        "what an assistant says in conversations (decoder). labels: what llmtrain data labels has written of texts "
+        "what an assistant says in conversations (decoder). labels: what `llmtrain data labels` has written of texts "
         "(encoder, decoder), with a model.head for it.",
     )
     masked: MaskedConfig = Field(default_factory=MaskedConfig)

@@ -130,8 +130,7 @@ class LabelSource:
     def _document(
         self, texts: Sequence[str], ids: NDArray[np.int64], targets: NDArray[Any], labels: Sequence[str]
     ) -> TargetDocument:
-        return TargetDocument("
-".join(texts), ids, targets.astype(np.int64), Counter(labels))
+        return TargetDocument("\n".join(texts), ids, targets.astype(np.int64), Counter(labels))
 
 
 def label_name(record: LabelledRecord, key: str) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.reading.rendering import bound_text, shown
 from llmtrain.config.reading.suggestions import either, sections_of
 from llmtrain.config.schema import RunConfig

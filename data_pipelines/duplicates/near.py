@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_pipelines.duplicates.signatures import BANDS, NUM_HASHES, SIGNATURES, num_bands
 from data_pipelines.pipeline.stages.document_files import ROW_BITS, removed_rows, row_id, write_removals
 from data_pipelines.pipeline.work import DataTask, Output, Workspace
-from llmtrain.config.steps import NearDedupStep
+from llmtrain.config.pipelines.steps import NearDedupStep
 
 EDGES = ".edges"
 """Ending: pairs [n, 2] of near documents, the earlier first, uint64."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.documents import Document
 from data_pipelines.pipeline.work import Output
-from llmtrain.config.steps import NearDedupStep
+from llmtrain.config.pipelines.steps import NearDedupStep
 
 NUM_HASHES = 128
 SIGNATURES, BANDS = ".signatures", ".bands"

@@ -14,7 +14,7 @@ from data_pipelines.reading.formats import FORMATS, format_of, is_packed
 from data_pipelines.reading.inputs import InputFile
 from data_pipelines.reading.opened import BLOCK_BYTES, FileSpan
 from data_pipelines.reading.tables import row_groups
-from llmtrain.config.pipeline import FormatName, ReadConfig
+from llmtrain.config.pipelines.schema import FormatName, ReadConfig
 from llmtrain.errors import DataError
 from llmtrain.files import open_regular
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipelines.pipeline.chunks import FilePiece, InputChunk, SourceFile
 from data_pipelines.reading.opened import FileSpan
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_json, replace_file, sealed, sync_folder, unsealed
 

@@ -12,7 +12,7 @@ from data_pipelines.pipeline.plan import Plan, installed_versions, read_plan, re
 from data_pipelines.reading.formats import FORMATS, format_of
 from data_pipelines.reading.inputs import InputFile, ReadReport, find_files, source_exists
 from data_pipelines.steps.table import STEPS, package_problems
-from llmtrain.config.pipeline import PipelineConfig, ReadConfig
+from llmtrain.config.pipelines.schema import PipelineConfig, ReadConfig
 from llmtrain.data.storage.manifest import file_sha256
 from llmtrain.data.token_roles import SETTINGS_NAME
 from llmtrain.data.tokenizer import load_tokenizer

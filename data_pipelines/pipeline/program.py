@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from llmtrain.config.pipeline import PipelineConfig
-from llmtrain.config.steps import ExactDedupStep, NearDedupStep, StepConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
+from llmtrain.config.pipelines.steps import ExactDedupStep, NearDedupStep, StepConfig
 
 Kind = Literal[
     "documents", "count", "exact", "bands", "clusters", "caps", "tokenizer", "tokens", "order", "shards", "export"

@@ -15,7 +15,7 @@ from data_pipelines.pipeline.progress import Advance, Progress
 from data_pipelines.pipeline.publishing import is_published, notes_of, publish
 from data_pipelines.pipeline.tasks import TaskFailure, WorkspaceKey, perform
 from data_pipelines.pipeline.work import DONE_FOLDER, WORK_FOLDER, DamagedWorkError, DataTask, Workspace
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.reading.rendering import plain_yaml, without_secrets
 from llmtrain.errors import DataError, LlmtrainError
 from llmtrain.files import replace_file

@@ -16,7 +16,7 @@ from data_pipelines.pipeline.stages.documents import write_documents
 from data_pipelines.pipeline.stages.tokens import write_order, write_shard, write_tokens
 from data_pipelines.pipeline.stages.trained_tokenizer import write_tokenizer
 from data_pipelines.pipeline.work import DamagedWorkError, DataTask, Done, Output, Workspace
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.errors import DataError, LlmtrainError
 
 Handler = Callable[[Workspace, DataTask, Output], dict[str, Any]]

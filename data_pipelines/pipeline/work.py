@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from data_pipelines.pipeline.plan import Plan
 from data_pipelines.pipeline.program import PipelineStage, Program
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.errors import LlmtrainError
 from llmtrain.files import read_json, replace_file, sealed, sync_folder, unsealed
 

@@ -12,7 +12,7 @@ from data_pipelines.reading.opened import LONGEST_DOCUMENT, OPENERS, FileSpan, o
 from data_pipelines.reading.plain_text import read_html, read_text
 from data_pipelines.reading.records import Reader, ReadOptions, Record
 from data_pipelines.reading.tables import read_arrow, read_parquet
-from llmtrain.config.pipeline import FormatName
+from llmtrain.config.pipelines.schema import FormatName
 from llmtrain.errors import ConfigError
 
 

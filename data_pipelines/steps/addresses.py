@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.lists import read_entries
-from llmtrain.config.steps import UrlsStep
+from llmtrain.config.pipelines.steps import UrlsStep
 
 _DOMAIN = re.compile(r"[^\s/:@?#]+")
 _PORTS = (":80", ":443")

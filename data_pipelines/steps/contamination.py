@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.lists import iter_texts
-from llmtrain.config.steps import DecontaminateStep
+from llmtrain.config.pipelines.steps import DecontaminateStep
 from llmtrain.errors import ConfigError
 
 _WORDS = re.compile(r"\w+")

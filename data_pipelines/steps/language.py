@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from data_pipelines.documents import Document, Dropped
-from llmtrain.config.steps import LanguageStep
+from llmtrain.config.pipelines.steps import LanguageStep
 
 
 class Language:

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from data_pipelines.documents import Document, Dropped
-from llmtrain.config.steps import LengthStep
+from llmtrain.config.pipelines.steps import LengthStep
 
 
 class Length:

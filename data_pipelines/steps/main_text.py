@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from data_pipelines.documents import Document, Dropped
-from llmtrain.config.steps import HtmlStep
+from llmtrain.config.pipelines.steps import HtmlStep
 
 _BEGINS_AS_PAGE = re.compile(
     r"[\s\ufeff]*<(?:!doctype\s+html|(?:html|head|body|title|meta|link|div|p|span|h[1-6]|ul|ol|dl|table|section|article|"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 
 from data_pipelines.documents import Document, Dropped
-from llmtrain.config.steps import NormalizeStep
+from llmtrain.config.pipelines.steps import NormalizeStep
 
 _OTHER_LINE_ENDS = ("\r\n", *"\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
 """What Python, Unicode (UAX #14) and old machines end lines with, and form feeds, which end pages."""

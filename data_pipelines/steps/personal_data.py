@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.phones import PhoneNumbers
-from llmtrain.config.steps import PiiStep
+from llmtrain.config.pipelines.steps import PiiStep
 
 Span = tuple[int, int]
 

@@ -19,7 +19,7 @@ from data_pipelines.steps.normalization import Normalization
 from data_pipelines.steps.personal_data import PersonalData
 from data_pipelines.steps.quality.step import Quality
 from data_pipelines.steps.word_list import WordList
-from llmtrain.config.steps import StepConfig
+from llmtrain.config.pipelines.steps import StepConfig
 from llmtrain.errors import Problem
 
 

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.lists import read_entries
-from llmtrain.config.steps import WordsStep
+from llmtrain.config.pipelines.steps import WordsStep
 
 _PARTS = re.compile(r"\w+|[^\w\s]")
 """Words and single marks: an entry is found where it stands between two of them, whatever white space is in it."""

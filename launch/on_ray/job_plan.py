@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launch.forking.environment import passed_environment
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.reading.rendering import plain_yaml, record_of, to_yaml, without_secrets
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.remote import scheme_of

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.on_slurm.launcher import cpus_per_rank
 from llmtrain.config.launch import SlurmConfig
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.rules.launch import uneven_nodes
 from llmtrain.config.rules.pipeline import slurm_job_problems
 from llmtrain.config.schema import RunConfig

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.on_slurm.asked_job import AskedJob, asked_job
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.reading.credentials import text_without_credentials
 from llmtrain.config.reading.document import COMMAND_LINE
 from llmtrain.config.reading.rendering import shown

@@ -12,7 +12,7 @@ from llmtrain.errors import LaunchError, StoppedError
 
 if TYPE_CHECKING:
     from data_pipelines.pipeline.executors import Executor, Stopped
-    from llmtrain.config.pipeline import PipelineConfig
+    from llmtrain.config.pipelines.schema import PipelineConfig
 
 
 def checked_pipeline(path: Path, overrides: Sequence[str]) -> "PipelineConfig":

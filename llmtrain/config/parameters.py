@@ -3,15 +3,16 @@
 Sizes, initial weights, sharding, stages and the name tables of other programs are read from here.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Literal
 
+from llmtrain.config.finetune import FinetuneConfig
 from llmtrain.config.model import ModelConfig
 
-Draw = Literal["zeros", "ones", "embedding", "head", "position_bias", "query", "linear", "residual"]
+Draw = Literal["zeros", "ones", "embedding", "head", "position_bias", "query", "linear", "residual", "lora", "prompt"]
 """How a tensor begins; models/init.py has the formulas. residual: its output is added to the residual stream."""
 
 Split = Literal["column", "row"]
@@ -40,29 +41,63 @@ class Parameter:
     on_all_stages: bool = False
 
 
-def declare_parameters(model: ModelConfig) -> dict[str, Parameter]:
-    """By name, in the order of the model's modules. Needs model.vocab_size."""
-    return {parameter.name: parameter for parameter in _model_parameters(model)}
+@dataclass(frozen=True)
+class FrozenNames:
+    """The parameters that are not trained: `name in frozen`.
+
+    Those that one of `patterns` fits; and where `trained` is there, all that none of it fits.
+    """
+
+    patterns: tuple[str, ...] = ()
+    trained: tuple[str, ...] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.patterns) or self.trained is not None
+
+    def __contains__(self, name: str) -> bool:
+        if any(fnmatchcase(name, pattern) for pattern in self.patterns):
+            return True
+        return self.trained is not None and not any(fnmatchcase(name, pattern) for pattern in self.trained)
+
+
+ADDED = ("*lora_[ab]", "*_adapter.*", "embeddings.prompt.*")
+"""Patterns of what finetuning adds to a model."""
+
+LABEL_HEADS = ("pooler.*", "classifier.*", "span.*")
+"""Patterns of heads for labels, which no base has learned."""
+
+
+def frozen_by(patterns: tuple[str, ...], finetune: FinetuneConfig | None) -> FrozenNames:
+    """The parameters that are not trained, by optim.freeze and the method of finetuning."""
+    if finetune is None or finetune.method == "full":
+        return FrozenNames(patterns)
+    also = finetune.lora.train_also if finetune.method == "lora" else ()
+    return FrozenNames(patterns, (*ADDED, *LABEL_HEADS, *also))
+
+
+def declare_parameters(model: ModelConfig, finetune: FinetuneConfig | None = None) -> dict[str, Parameter]:
+    """By name, in the order of the model's modules, and then what finetuning adds. Needs model.vocab_size."""
+    declared = {parameter.name: parameter for parameter in _model_parameters(model)}
+    if finetune is not None and finetune.method != "full":
+        added = {"lora": _lora, "adapter": _adapters, "prompt": _prompt}[finetune.method]
+        declared |= {parameter.name: parameter for parameter in added(model, finetune)}
+    return declared
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Global name and shape of every trained tensor, in the order of the model's modules. Needs model.vocab_size."""
+    """Global name and shape of every tensor of a model, in the order of its modules. Needs model.vocab_size."""
     return {parameter.name: parameter.shape for parameter in _model_parameters(model)}
 
 
-def is_frozen(name: str, patterns: Iterable[str]) -> bool:
-    """True where a parameter is not trained, by the patterns of `optim.freeze`."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def num_parameters(model: ModelConfig) -> int:
+    """Parameters of a model, a tied head once, rows that pad the vocabulary left out. Needs model.vocab_size."""
+    return sum(num_elements(parameter, model) for parameter in _model_parameters(model))
 
 
-def frozen_names(model: ModelConfig, patterns: Sequence[str]) -> list[str]:
-    """The parameters that are not trained. Needs model.vocab_size."""
-    return [parameter.name for parameter in _model_parameters(model) if is_frozen(parameter.name, patterns)]
-
-
-def num_parameters(model: ModelConfig, freeze: Iterable[str] = ()) -> int:
-    """Parameters that are trained, a tied head once, rows that pad the vocabulary left out. Needs model.vocab_size."""
-    return sum(num_elements(p, model) for p in _model_parameters(model) if not is_frozen(p.name, freeze))
+def num_trained(model: ModelConfig, finetune: FinetuneConfig | None, frozen: FrozenNames) -> int:
+    """Parameters that are trained, counted as `num_parameters` counts."""
+    declared = declare_parameters(model, finetune).values()
+    return sum(num_elements(parameter, model) for parameter in declared if parameter.name not in frozen)
 
 
 def num_elements(parameter: Parameter, model: ModelConfig) -> int:
@@ -189,3 +224,69 @@ def _norm(model: ModelConfig, name: str) -> Iterator[Parameter]:
     yield Parameter(f"{name}.weight", (model.hidden_size,), "ones")
     if model.norm == "layernorm":
         yield Parameter(f"{name}.bias", (model.hidden_size,), "zeros")
+
+
+def iter_linears(model: ModelConfig) -> Iterator[tuple[str, Parameter]]:
+    """The linears of all layers that a low-rank update may be added to: name, such as decoder.layers.0.attention.q or
+    decoder.layers.0.moe.experts.up, and weight."""
+    for parameter in _model_parameters(model):
+        is_linear = parameter.draw in ("linear", "query", "residual") and len(parameter.shape) >= 2
+        if is_linear and ".layers." in parameter.name and not parameter.name.endswith("router.weight"):
+            yield parameter.name.removesuffix(".weight"), parameter
+
+
+BLOCKS = {
+    "attention": ("attention",),
+    "cross_attention": ("attention", "cross_attention"),
+    "mlp": ("mlp",),
+    "moe.shared": ("mlp", "shared"),
+    "moe.experts": ("mlp", "experts"),
+}
+"""The names of finetune.lora.targets by which the linears of a layer's block are meant."""
+
+
+def target_names(linear: str) -> list[str]:
+    """The short names of finetune.lora.targets that mean a linear, such as attention and attention.q."""
+    block, _, leaf = linear.split(".", 3)[3].rpartition(".")
+    return [name for short in BLOCKS[block] for name in (short, f"{short}.{leaf}")]
+
+
+def is_target(linear: str, target: str) -> bool:
+    """True where one of finetune.lora.targets means a linear."""
+    return target in target_names(linear) or fnmatchcase(linear, target)
+
+
+def _lora(model: ModelConfig, finetune: FinetuneConfig) -> Iterator[Parameter]:
+    """A [r, in] and B [out, r] of every target, of experts stacked.
+
+    Column linears: each tensor rank multiplies what is whole by all of A, and its own rows of B, so A's gradients are
+    parts. Row linears: A is split as the weight, and B gets the sum of the ranks' products; but inside of experts,
+    whose outputs are summed anyway, each rank's product goes through all of B.
+    """
+    rank, lora = finetune.lora.rank, finetune.lora
+    for linear, weight in iter_linears(model):
+        if not any(is_target(linear, target) for target in lora.targets):
+            continue
+        *stacked, rows, columns = weight.shape
+        is_row = weight.split == len(weight.shape) - 1
+        column_split = None if is_row else weight.split
+        prefix = f"{linear}_lora" if weight.expert else f"{linear}.lora"
+        a_shape, b_shape = (*stacked, rank, columns), (*stacked, rows, rank)
+        is_column = column_split is not None
+        yield Parameter(f"{prefix}_a", a_shape, "lora", weight.split if is_row else None, weight.expert, is_column)
+        yield Parameter(f"{prefix}_b", b_shape, "zeros", column_split, weight.expert, is_row and weight.expert)
+
+
+def _adapters(model: ModelConfig, finetune: FinetuneConfig) -> Iterator[Parameter]:
+    size, hidden = finetune.adapter.size, model.hidden_size
+    blocks = ("mlp",) if finetune.adapter.placement == "output" else ("attention", "mlp")
+    for stack, num_layers in (("encoder", model.encoder_layers), ("decoder", model.decoder_layers)):
+        for layer in range(num_layers):
+            for block in blocks:
+                name = f"{stack}.layers.{layer}.{block}_adapter"
+                yield from _linear(f"{name}.down", size, hidden, bias=True)
+                yield from _linear(f"{name}.up", hidden, size, bias=True, draw="zeros")
+
+
+def _prompt(model: ModelConfig, finetune: FinetuneConfig) -> Iterator[Parameter]:
+    yield Parameter("embeddings.prompt.weight", (finetune.prompt.tokens, model.hidden_size), "prompt")

@@ -77,10 +77,12 @@ class RowConfig:
     labels: LabelsRecord | None = None
     """The meaning of the data's labels, where it has some."""
     augmented: bool = False
+    prompt_tokens: int = 0
+    """Positions of a soft prompt before each sample."""
 
     @cached_property
     def lengths(self) -> Lengths:
-        """The lengths of every row, padding included."""
+        """The lengths of every row, padding included, without the prompt."""
         return sample_lengths(self.family, self.data)
 
     @cached_property
@@ -125,8 +127,8 @@ def build_row_config(
     """
     augmented = trained and config.data.augment.is_on
     pieces = load_pieces(tokenizer()) if config.data.objective == "masked" or augmented else None
-    known = (stream.bos_ids, stream.end_ids, stream.labels)
-    return RowConfig(config.data, config.seed, stream.eos_id, config.model.family, pieces, *known, augmented)
+    known = (stream.bos_ids, stream.end_ids, stream.labels, augmented, config.prompt_tokens)
+    return RowConfig(config.data, config.seed, stream.eos_id, config.model.family, pieces, *known)
 
 
 @dataclass(frozen=True)

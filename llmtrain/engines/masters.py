@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmtrain.config.parameters import is_frozen
+from llmtrain.config.parameters import FrozenNames
 from llmtrain.errors import CheckpointError
 from llmtrain.optim.table import OptimizerRow
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
@@ -175,10 +175,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 """The types of weights and activations by the name of a precision. Only products are in float8."""
 
 
-def freeze(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> None:
-    """Take the gradients away from parameters that a pattern of `optim.freeze` fits: by that, engines know them."""
+def freeze(parameters: Mapping[str, nn.Parameter], frozen: FrozenNames) -> None:
+    """Take the gradients away from parameters that are not trained: by that, engines know them."""
     for name, parameter in parameters.items():
-        parameter.requires_grad_(not is_frozen(name, patterns))
+        parameter.requires_grad_(name not in frozen)
 
 
 def fp32_master(parameter: nn.Parameter) -> Tensor:

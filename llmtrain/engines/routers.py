@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.config.model import ModelConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.experts.router import NUM_SCALARS, RouterReport, bias_name
 from llmtrain.models.stack import Stack
@@ -19,7 +19,8 @@ class Routers:
     Every rank knows the sums of all layers, so that the biases are the same everywhere and rank 0 can save them.
     """
 
-    def __init__(self, model: ModelConfig, here: Iterable[tuple[str, MoE]], device: torch.device) -> None:
+    def __init__(self, config: RunConfig, here: Iterable[tuple[str, MoE]], device: torch.device) -> None:
+        model = config.model
         self._moe = model.moe
         stacks = (("encoder", model.encoder_layers), ("decoder", model.decoder_layers))
         self._names = [f"{side}.layers.{n}" for side, count in stacks for n in range(count) if model.has_experts(n)]
@@ -28,6 +29,8 @@ class Routers:
         self.sums = torch.zeros(len(self._names), NUM_SCALARS + num_experts, dtype=torch.float64, device=device)
         """By layer, what this rank has counted in a step; once summed, what all ranks have."""
         self._here = {name: moe.router for name, moe in here}
+        moving = [f"{name}.moe.router.weight" not in config.frozen for name in self._names]
+        self._moving = torch.tensor(moving, dtype=torch.int64, device=device)[:, None]
         self._biased = bool(self._moe and self._moe.bias_update_rate)
         self._biases = torch.zeros(len(self._names), num_experts, dtype=torch.int64, device=device)
         self._hand_out()
@@ -54,11 +57,14 @@ class Routers:
         return metrics
 
     def rebalance(self) -> None:
-        """Move each expert's bias towards an equal load, by the loads of the step (Wang et al. 2024, algorithm 1)."""
+        """Move each expert's bias towards an equal load, by the loads of the step (Wang et al. 2024, algorithm 1).
+
+        Where a router is frozen, its biases are as well.
+        """
         if self._biased:
             loads = self.sums[:, NUM_SCALARS:]
             # Whole numbers of steps: a resumed run adds up to the same bits.
-            self._biases += (loads.mean(1, keepdim=True) - loads).sign().long()
+            self._biases += (loads.mean(1, keepdim=True) - loads).sign().long() * self._moving
             self._hand_out()
 
     def _hand_out(self) -> None:

@@ -9,6 +9,7 @@ from llmtrain.config.parameters import Parameter, declare_parameters
 from llmtrain.config.schema import ContextExchange, RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import Placement, freeze, split_box
+from llmtrain.finetune.additions import TensorPart, add_trained_parts
 from llmtrain.models.attention.multi_head import Attention
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.float8 import multiply_in_float8
@@ -25,6 +26,7 @@ from llmtrain.parallel.ring import Ring
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.parallel.tensor import TensorRegion, split_modules
 from llmtrain.values.batch import Batch
+from llmtrain.values.fragment import Box
 
 
 def split_stacks(
@@ -138,7 +140,7 @@ class Stage(nn.Module):
             region = TensorRegion(groups.tensor, groups.layout.sequence, keeps_whole=full)
         self.model = build_model(config.model, config.train.recompute)
         self.model.parts = groups.sequence_parts(config.balances_context)
-        self.declared = declare_parameters(config.model)
+        self.declared = declare_parameters(config.model, config.finetune)
         with torch.device("meta"):
             # Before megatron-core's modules come in: what is left then is known by the classes of torch.
             split_stacks(self.model, self.declared, groups, region)
@@ -148,9 +150,13 @@ class Stage(nn.Module):
         if groups.layout.context > 1:
             join_context(self.model, groups, config.context_exchange)
         cut(self.model, chunk)  # after the splitting, which reads sizes and names of the whole model
+        part = TensorPart(
+            groups.place.tensor, region.leave if region else None, lambda parameter: self.box_of(parameter).shape
+        )
+        add_trained_parts(self.model, config.finetune, self.declared, part)
         if config.train.precision == "fp8":
             multiply_in_float8(self.model)
-        freeze(dict(self.model.named_parameters()), config.optim.freeze)
+        freeze(dict(self.model.named_parameters()), config.frozen)
         self.vocabulary = chosen_from(config.model)
         if region is not None and not config.model.predicts_labels:
             padded, size = config.model.padded_vocab_size, config.model.vocabulary
@@ -159,20 +165,23 @@ class Stage(nn.Module):
     def named_placements(self) -> list[tuple[nn.Parameter, Placement]]:
         """Each parameter with its place in the global tensors."""
         layout, place = self.groups.layout, self.groups.place
-        expert, expert_replica = layout.expert_place(place)
+        _, expert_replica = layout.expert_place(place)
         found = []
         for name, parameter in self.model.named_parameters():
-            declared, cuts = self.declared[name], {}
-            is_split = declared.split is not None and layout.tensor > 1
-            if is_split:
-                cuts[declared.split] = (place.tensor, layout.tensor)
-            if declared.expert:
-                cuts[0] = (expert, layout.expert)
-            owned = is_split or place.tensor == 0
+            declared = self.declared[name]
+            owned = (declared.split is not None and layout.tensor > 1) or place.tensor == 0
             replica = expert_replica if declared.expert else self.groups.data_context.rank()
-            box = split_box(declared.shape, cuts)
-            found.append((parameter, Placement(name, declared.shape, box, owned, replica)))
+            found.append((parameter, Placement(name, declared.shape, self.box_of(declared), owned, replica)))
         return found
+
+    def box_of(self, declared: Parameter) -> Box:
+        """The part of a parameter that this rank holds."""
+        layout, place, cuts = self.groups.layout, self.groups.place, {}
+        if declared.split is not None and layout.tensor > 1:
+            cuts[declared.split] = (place.tensor, layout.tensor)
+        if declared.expert:
+            cuts[0] = (layout.expert_place(place)[0], layout.expert)
+        return split_box(declared.shape, cuts)
 
     def forward(self, batch: Batch, draws: Draws | None, scales: Scales) -> StageOutput:
         hidden_sBH, reports = self.model(batch, Pass(draws, scales.balance), received=self.received)

@@ -224,7 +224,6 @@ class SteppingEngine(ABC):
             yield from self.routers.fragments()
 
     def load(self, source: FragmentSource) -> None:
-        self.routers.load(source)
         self._read(source, ("master", *self.row.moments))
 
     def load_weights(self, source: FragmentSource) -> None:
@@ -232,6 +231,7 @@ class SteppingEngine(ABC):
 
     @torch.no_grad()
     def _read(self, source: FragmentSource, kinds: Sequence[str]) -> None:
+        self.routers.load(source)
         for masters in self.resident(write=True):
             if len(kinds) > 1:
                 require_moments(source, masters, self.config.optim.name)

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import declare_parameters
+from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Engine
-from llmtrain.models.transformer import build_model
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment
 from llmtrain.values.progress import StepResult
@@ -26,10 +26,10 @@ class MeasuringEngine:
     norms are those of the run.
     """
 
-    def __init__(self, engine: Engine, model: ModelConfig, every_steps: int) -> None:
+    def __init__(self, engine: Engine, names: Sequence[str], every_steps: int) -> None:
         self._engine = engine
         self._every_steps = every_steps
-        self._names = [name for name, _ in build_model(model).named_parameters()]
+        self._names = names
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -53,9 +53,11 @@ class MeasuringEngine:
         return replace(result, metrics={**result.metrics, **metrics})
 
 
-def measuring(engine: Engine, model: ModelConfig, every_steps: int) -> Engine:
-    """The engine, with norms of all tensors every `every_steps` steps; 0: never."""
-    return cast(Engine, MeasuringEngine(engine, model, every_steps)) if every_steps else engine
+def measuring(engine: Engine, config: RunConfig) -> Engine:
+    """The engine, with norms of all that it trains every `observe.layer_norms_every_steps` steps; 0: never."""
+    every_steps = config.observe.layer_norms_every_steps
+    names = [name for name in declare_parameters(config.model, config.finetune) if name not in config.frozen]
+    return cast(Engine, MeasuringEngine(engine, names, every_steps)) if every_steps else engine
 
 
 class _Squares:

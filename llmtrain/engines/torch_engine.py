@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import (
@@ -26,6 +27,7 @@ from llmtrain.engines.masters import (
 from llmtrain.engines.overlapped_sum import OverlappedSum
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.finetune.additions import add_trained_parts
 from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.float8 import multiply_in_float8
@@ -49,6 +51,7 @@ class TorchEngine(SteppingEngine):
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.model = build_model(config.model, config.train.recompute)
+        add_trained_parts(self.model, config.finetune, declare_parameters(config.model, config.finetune))
         if config.train.precision == "fp8":
             multiply_in_float8(self.model)
         # The type first, on the meta device: the weights never take their fp32 room.
@@ -56,7 +59,7 @@ class TorchEngine(SteppingEngine):
         if self.joins_projections:
             join_projections(self.model, move=True)
         self.parameters = dict(self.model.named_parameters())
-        freeze(self.parameters, config.optim.freeze)
+        freeze(self.parameters, config.frozen)
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.masters = {name: fp32_master(parameter) for name, parameter in trained.items()}
         self.placements = {
@@ -84,8 +87,8 @@ class TorchEngine(SteppingEngine):
                 report = partial(report_gradient, self.summing, self.masters[name])
                 # After the hook of `fp32_master`, which completes the master's gradient.
                 parameter.register_post_accumulate_grad_hook(report)
-        self.routers = Routers(config.model, iter_moe(self.model.stacks), device)
-        self.load_weights(InitialWeights(config.model, config.seed))
+        self.routers = Routers(config, iter_moe(self.model.stacks), device)
+        self.load_weights(InitialWeights(config.model, config.seed, config.finetune))
         if self.compiles:
             compile_layers(layer for stack in self.model.stacks for layer in stack.layers.values())
 

@@ -177,7 +177,8 @@ def _continuation(
 ) -> Iterator[str]:
     names = named.sentinels
     before, behind = named.frame(model.config.family)
-    prompt_ids = [*before, *encode_with_names(prompt, text, names), *behind]
+    # The places of a soft prompt: the model replaces their embeddings.
+    prompt_ids = [*[0] * model.prompt_tokens, *before, *encode_with_names(prompt, text, names), *behind]
     ids: list[int] = []
     shown = ""
     tokens = iter_tokens(model, prompt_ids, *how, named.start_id)
@@ -200,7 +201,7 @@ def _fillings(model: Transformer, text: Tokenizer, named: NamedTokens, prompt: s
         raise ConfigError(f"--prompt: an encoder fills masks. Put {name} where a token is to be found.")
     before, behind = named.around
     before = named.bos_ids or before
-    ids = [*before, *encode_with_names(prompt, text, {name: mask_id}), *behind]
+    ids = [*[0] * model.prompt_tokens, *before, *encode_with_names(prompt, text, {name: mask_id}), *behind]
     for number, filling in enumerate(fill_masks(model, ids, mask_id, count)):
         yield f"{name} {number + 1}\n"
         for token, probability in filling.tokens:

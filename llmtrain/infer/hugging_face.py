@@ -14,11 +14,14 @@ from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.checkpoint.writer import Contents, publish, size_bytes, start_checkpoint, write_rank_files
 from llmtrain.config.data import ObjectiveName, needed_tokens
+from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.reading.rendering import plain_yaml
 from llmtrain.data.storage.manifest import MANIFEST_BYTES
 from llmtrain.data.token_roles import TrainedTokens
+from llmtrain.errors import ConfigError
 from llmtrain.files import read_bytes
+from llmtrain.finetune.merging import MergedWeights
 from llmtrain.infer.model import (
     build_from,
     checkpoint_tensors,
@@ -27,12 +30,13 @@ from llmtrain.infer.model import (
     saved_architecture,
     saved_config,
     saved_data,
+    saved_finetune,
 )
 from llmtrain.infer.tokenizer import FolderTokenizer, decoder_start, folder_tokenizer, model_tokenizer
 from llmtrain.interop.hf_export import DTYPES, Export, ExportSettings, TrainedWeights, write_export
 from llmtrain.interop.hf_import import HuggingFaceFolder, open_hf_folder
 from llmtrain.interop.text.special_tokens import named_tokens
-from llmtrain.values.fragment import Box, Fragment
+from llmtrain.values.fragment import Box, Fragment, FragmentSource
 from llmtrain.values.tokenizer import Tokenizer
 
 
@@ -45,13 +49,26 @@ def export_checkpoint(
     """
     checkpoint = find_checkpoint(source)
     model = saved_architecture(checkpoint)
-    read = checkpoint_tensors(checkpoint, model, DTYPES[settings.dtype])
+    read = checkpoint_tensors(merged(checkpoint, model), model, DTYPES[settings.dtype])
     weights = TrainedWeights(read, lambda part, read_part: partial(logits_of, build_from(part, read_part)))
     tokens = TrainedTokens.of(checkpoint.about)
     text = model_tokenizer(tokenizer, find_tokenizer_of(checkpoint.path), model, tokens)
     named = named_tokens(text, saved_data(checkpoint))
     settings = replace(settings, facts=_facts(checkpoint), tokens=named)
     return checkpoint, write_export(out, model, weights, text, settings)
+
+
+def merged(checkpoint: CheckpointReader, model: ModelConfig) -> FragmentSource:
+    """The weights of a plain model. Raises ConfigError where what was trained beside them cannot be added to them."""
+    finetune = saved_finetune(checkpoint)
+    if finetune is None or finetune.method == "full":
+        return checkpoint
+    if finetune.method == "lora":
+        return MergedWeights(checkpoint, model, finetune)
+    raise ConfigError(
+        f"{checkpoint.path}: was trained with finetune.method = {finetune.method}, which adds what no class of Hugging "
+        "Face's has. `llmtrain generate` uses it from here."
+    )
 
 
 def _facts(checkpoint: CheckpointReader) -> dict[str, str]:

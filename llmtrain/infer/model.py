@@ -18,11 +18,13 @@ from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.data import SpecialTokensConfig
+from llmtrain.config.finetune import FinetuneConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import parameter_shapes
+from llmtrain.config.parameters import declare_parameters, parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.data.tokenizer import TOKENIZER_NAMES
 from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.finetune.additions import add_trained_parts
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
@@ -114,7 +116,16 @@ def saved_architecture(checkpoint: CheckpointReader) -> ModelConfig:
         raise CheckpointError(f"{checkpoint.path}: its configuration has no model section that fits: {error}") from None
 
 
-def checkpoint_tensors(checkpoint: CheckpointReader, model: ModelConfig, dtype: torch.dtype) -> ReadTensor:
+def saved_finetune(checkpoint: CheckpointReader) -> FinetuneConfig | None:
+    """The section finetune of the configuration in a checkpoint."""
+    section = saved_config(checkpoint).get("finetune")
+    try:
+        return None if section is None else FinetuneConfig.model_validate(section)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: its configuration has no finetune section: {error}") from None
+
+
+def checkpoint_tensors(checkpoint: FragmentSource, model: ModelConfig, dtype: torch.dtype) -> ReadTensor:
     """Reads one tensor at a time from a checkpoint's fragments, whatever layout they are from, rounded to a type."""
     shapes = parameter_shapes(model)
 
@@ -139,9 +150,12 @@ def build_from(config: ModelConfig, read: Callable[[str], Tensor]) -> Transforme
 
 
 @torch.no_grad()
-def build_trained(config: ModelConfig, source: FragmentSource, device: torch.device) -> Transformer:
-    """The model with the master weights of a source, in evaluation mode."""
+def build_trained(
+    config: ModelConfig, source: FragmentSource, device: torch.device, finetune: FinetuneConfig | None = None
+) -> Transformer:
+    """The model, with what finetuning has added, with the master weights of a source, in evaluation mode."""
     model = build_model(config)
+    add_trained_parts(model, finetune, declare_parameters(config, finetune))
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         parameter.copy_(source.read(name, "master", Box.whole(parameter.shape)))
@@ -165,7 +179,7 @@ def _load_router_biases(model: Transformer, source: FragmentSource, device: torc
 def load_checkpoint(path: Path, device: torch.device, also: Sequence[str] = ()) -> TrainedModel:
     """The model of a checkpoint or of a run's newest checkpoint; `also` as in `find_checkpoint`."""
     checkpoint = find_checkpoint(path, also)
-    model = build_trained(saved_architecture(checkpoint), checkpoint, device)
+    model = build_trained(saved_architecture(checkpoint), checkpoint, device, saved_finetune(checkpoint))
     tokens = TrainedTokens.of(checkpoint.about)
     return TrainedModel(model, find_tokenizer_of(checkpoint.path), saved_data(checkpoint), tokens)
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from platformdirs import user_cache_path
-from torch import nn
+from torch import Tensor, nn
+
+from llmtrain.parallel.stateless_random import Draws, Span, dropout_hidden
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -57,3 +59,19 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
     guard_compiled_graphs()
     for layer in layers:
         layer.compile()
+
+
+def is_fused(x: Tensor) -> bool:
+    """True where the twenty operations on integers of a dropout are to be one kernel: on a GPU each of them would pass
+    over eight bytes for every element. A compiled layer makes them one by itself."""
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def dropped(
+    x_SBH: Tensor, probability: float, site: Tensor, draws: Draws | None, columns: Span | None = None
+) -> Tensor:
+    """`dropout_hidden`, as one kernel where that is faster; the same elements either way."""
+    if draws is None or probability == 0.0:
+        return x_SBH
+    drop = compiled(dropout_hidden) if is_fused(x_SBH) else dropout_hidden
+    return drop(x_SBH, probability, site, draws, columns)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmtrain.config.finetune import FinetuneConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import Parameter, declare_parameters
 from llmtrain.values.fragment import Box
@@ -41,10 +42,12 @@ def distribution(parameter: Parameter, config: ModelConfig) -> Distribution:
     """The rule for a parameter: by how it is declared to be drawn, and the scheme of the configuration."""
     if parameter.draw in ("zeros", "ones"):
         return Distribution("constant", value=float(parameter.draw == "ones"))
+    if parameter.draw == "lora":  # as a linear of torch begins: uniform within 1 / sqrt(in), as in the authors' code
+        return Distribution("uniform", 1 / math.sqrt(3 * parameter.shape[-1]))
     rows = config.vocabulary if parameter.vocabulary else None
     if config.init.scheme == "t5":
         return Distribution("normal", t5_std(parameter, config), rows=rows)
-    if parameter.draw in ("embedding", "head", "position_bias"):
+    if parameter.draw in ("embedding", "head", "position_bias", "prompt"):
         std = small_std(config) if config.init.scheme == "small_normal" else config.init.std
         return Distribution("normal", std, rows=rows)
     match config.init.scheme:
@@ -157,13 +160,13 @@ def initial_tensor(parameter: Parameter, config: ModelConfig, seed: int, box: Bo
 class InitialWeights:
     """The weights before the first step, as a source: each element a function of seed, name and global index."""
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, seed: int, finetune: FinetuneConfig | None = None) -> None:
         self._config = config
         self._seed = seed
-        self._declared = declare_parameters(config)
+        self._declared = declare_parameters(config, finetune)
 
     def read(self, name: str, kind: str, box: Box) -> Tensor:
         return initial_tensor(self._declared[name], self._config, self._seed, box)
 
     def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
-        return self._declared[name].shape
+        return self._declared[name].shape if kind == "master" and name in self._declared else None

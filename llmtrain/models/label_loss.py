@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.models.compiled_graphs import dropped
 from llmtrain.models.head import Objective, head_cross_entropy
 from llmtrain.models.label_heads import (
     Ends,
@@ -23,7 +24,6 @@ from llmtrain.models.label_heads import (
     entity_counts,
     labelled_rows,
 )
-from llmtrain.models.pointwise import dropped
 from llmtrain.parallel.parts import SequenceParts
 from llmtrain.parallel.stateless_random import Draws, site_key
 from llmtrain.values.batch import PADDING, ModelInputs

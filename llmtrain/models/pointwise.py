@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.compiled_graphs import compiled
-from llmtrain.parallel.stateless_random import Draws, dropout_hidden
+from llmtrain.models.low_rank import projected
+from llmtrain.parallel.stateless_random import Draws
 
 
 class RMSNorm(nn.Module):
@@ -119,26 +119,14 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.ffn_size, bias=config.bias)
         self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=config.bias)
 
-    def forward(self, x_SBH: Tensor) -> Tensor:
-        inputs = [self.up(x_SBH)] if self.gate is None else [self.up(x_SBH), self.gate(x_SBH)]
-        return activated(self.activate, self.down, inputs, self.recompute if self.training else "none")
+    def forward(self, x_SBH: Tensor, draws: Draws | None = None) -> Tensor:
+        """`draws` are those of updates that drop a part of what goes into them."""
+        inputs = [projected(linear, x_SBH, draws) for linear in (self.up, self.gate) if linear is not None]
+        recompute = self.recompute if self.training else "none"
+        return activated(self.activate, lambda inner: projected(self.down, inner, draws), inputs, recompute)
 
     def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         return self.pointwise(up) if gate is None else self.pointwise(gate) * up
-
-
-def is_fused(x: Tensor) -> bool:
-    """True where the twenty operations on integers of a dropout are to be one kernel: on a GPU each of them would pass
-    over eight bytes for every element. A compiled layer makes them one by itself."""
-    return x.is_cuda and not torch.compiler.is_compiling()
-
-
-def dropped(x_SBH: Tensor, probability: float, site: Tensor, draws: Draws | None) -> Tensor:
-    """`dropout_hidden`, as one kernel where that is faster; the same elements either way."""
-    if draws is None or probability == 0.0:
-        return x_SBH
-    drop = compiled(dropout_hidden) if is_fused(x_SBH) else dropout_hidden
-    return drop(x_SBH, probability, site, draws)
 
 
 def identity(x: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.caches import KeyValueCache, MemoryCache, StateCache, build_cache
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
 from llmtrain.models.attention.scoring import Visibility
+from llmtrain.models.bottleneck import Bottleneck
+from llmtrain.models.compiled_graphs import dropped
 from llmtrain.models.experts.mixture import MoE
-from llmtrain.models.pointwise import MLP, Recompute, build_norm, dropped
+from llmtrain.models.pointwise import MLP, Recompute, build_norm
 from llmtrain.models.positions import build_position_bias, rotary_angles
 from llmtrain.parallel.stateless_random import Draws, site_key
 
@@ -48,6 +50,8 @@ class Layer(nn.Module):
             self.moe = MoE(config, f"{site}.moe", recompute=recompute)
         else:
             self.mlp = MLP(config, recompute=recompute)
+        self.attention_adapter: Bottleneck | None = None
+        self.mlp_adapter: Bottleneck | None = None
 
     def forward(
         self, x_SBH: Tensor, inputs: "LayerInputs", cache: "LayerCaches | None" = None
@@ -56,24 +60,33 @@ class Layer(nn.Module):
         own, cross = (None, None) if cache is None else (cache.own, cache.cross)
         draws, report = inputs.attention.draws, None
         y_SBH = self.attention(self._before(self.attention_norm, x_SBH), inputs.attention, own)
-        x_SBH = self._added(self.attention_norm, x_SBH, y_SBH, self.attention_site, draws)
+        y_SBH = dropped(y_SBH, self.dropout, self.attention_site, draws)
+        x_SBH = self._added(self.attention_norm, x_SBH, y_SBH, self.attention_adapter)
         if self.cross_attention is not None and self.cross_attention_norm is not None and inputs.cross is not None:
             y_SBH = self._before(self.cross_attention_norm, x_SBH)
             y_SBH = self.cross_attention(y_SBH, inputs.cross, cross, inputs.memory_TBH)
-            x_SBH = self._added(self.cross_attention_norm, x_SBH, y_SBH, self.cross_attention_site, draws)
+            y_SBH = dropped(y_SBH, self.dropout, self.cross_attention_site, draws)
+            x_SBH = self._added(self.cross_attention_norm, x_SBH, y_SBH)
         y_SBH = self._before(self.mlp_norm, x_SBH)
         if self.moe is not None:
             y_SBH, report = self.moe(y_SBH, inputs.valid_BS, draws, inputs.balance)
         elif self.mlp is not None:
-            y_SBH = self.mlp(y_SBH)
-        return self._added(self.mlp_norm, x_SBH, y_SBH, self.mlp_site, draws), report
+            y_SBH = self.mlp(y_SBH, draws)
+        y_SBH = dropped(y_SBH, self.dropout, self.mlp_site, draws)
+        return self._added(self.mlp_norm, x_SBH, y_SBH, self.mlp_adapter), report
 
     def _before(self, norm: nn.Module, x_SBH: Tensor) -> Tensor:
         return norm(x_SBH) if self.pre_norm else x_SBH
 
-    def _added(self, norm: nn.Module, x_SBH: Tensor, y_SBH: Tensor, site: Tensor, draws: Draws | None) -> Tensor:
-        x_SBH = x_SBH + dropped(y_SBH, self.dropout, site, draws)
-        return x_SBH if self.pre_norm else norm(x_SBH)
+    def _added(self, norm: nn.Module, x_SBH: Tensor, y_SBH: Tensor, adapter: Bottleneck | None = None) -> Tensor:
+        """The residual stream with the output of a block, and with what an adapter makes of either."""
+        sum_SBH = x_SBH + y_SBH
+        if adapter is None:
+            return sum_SBH if self.pre_norm else norm(sum_SBH)
+        if adapter.reads_sum:
+            y_SBH = sum_SBH if self.pre_norm else norm(sum_SBH)
+        sum_SBH = sum_SBH + adapter(y_SBH)
+        return sum_SBH if self.pre_norm else norm(sum_SBH)
 
 
 @dataclass(frozen=True)

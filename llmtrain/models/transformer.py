@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.scoring import Visibility
+from llmtrain.models.compiled_graphs import dropped
 from llmtrain.models.head import MlmHead, Objective, head_cross_entropy
 from llmtrain.models.label_heads import Pooler, build_classifier
 from llmtrain.models.label_loss import LabelHead
-from llmtrain.models.pointwise import Recompute, build_norm, dropped, identity
+from llmtrain.models.pointwise import Recompute, build_norm, identity
 from llmtrain.models.positions import sinusoids
 from llmtrain.models.stack import LayerCaches, Pass, Reports, Side, Stack, with_memory
 from llmtrain.parallel.parts import WHOLE, SequenceParts, VocabularyPart
@@ -36,12 +37,17 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
         self.token_type = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
         self.norm = build_norm(config) if config.embedding_norm else None
+        self.prompt: nn.Embedding | None = None
+        """The soft prompt: embeddings of the first positions, whatever their tokens, of what the model reads."""
+        self.prompt_side = "encoder" if config.encoder_layers else "decoder"
 
     def forward(
         self, tokens_BS: Tensor, positions_BS: Tensor, draws: Draws | None, side: str, types_Bs: Tensor | None = None
     ) -> Tensor:
         """[S, B, H]; `side` is the stack that it is for."""
         x_SBH = self.word(tokens_BS).transpose(0, 1)
+        if self.prompt is not None and side == self.prompt_side:
+            x_SBH = self._prompted(x_SBH, positions_BS)
         if self.position is not None:
             x_SBH = x_SBH + self.position(positions_BS).transpose(0, 1)
         if self.sinusoidal:
@@ -54,6 +60,13 @@ class Embeddings(nn.Module):
         x_SBH = x_SBH.contiguous()
         x_SBH = x_SBH if self.norm is None else self.norm(x_SBH)
         return dropped(x_SBH, self.dropout, self.dropout_sites[side], draws)
+
+    def _prompted(self, x_SBH: Tensor, positions_BS: Tensor) -> Tensor:
+        """Embeddings of words, or of the prompt where it stands."""
+        assert self.prompt is not None
+        length = self.prompt.num_embeddings
+        prompt_SBH = self.prompt(positions_BS.clamp(max=length - 1)).transpose(0, 1)
+        return torch.where((positions_BS < length).T[..., None], prompt_SBH, x_SBH)
 
 
 class Transformer(nn.Module):
@@ -85,6 +98,12 @@ class Transformer(nn.Module):
     def stacks(self) -> Sequence[Stack]:
         """The stacks that are present, in the order in which data flows."""
         return [stack for stack in (self.encoder, self.decoder) if stack is not None]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions that a soft prompt takes before each text."""
+        prompt = self.embeddings.prompt if self.embeddings is not None else None
+        return 0 if prompt is None else prompt.num_embeddings
 
     @property
     def has_memory(self) -> bool:

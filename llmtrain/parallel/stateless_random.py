@@ -98,9 +98,13 @@ class Draws:
         return (mixed(key ^ index) >> 32) & 0xFFFFFFFF
 
 
-def dropout_hidden(x_SBH: Tensor, probability: float, site: Tensor | int, draws: Draws) -> Tensor:
-    """Dropout on activations whose sequence may be split over ranks."""
+def dropout_hidden(
+    x_SBH: Tensor, probability: float, site: Tensor | int, draws: Draws, columns: Span | None = None
+) -> Tensor:
+    """Dropout on activations whose sequence may be split over ranks, and where `columns` says so, their width."""
     spans: list[Places] = [Span(0, size) for size in x_SBH.shape]
+    if columns is not None:
+        spans[-1] = columns
     if draws.sequence is not None:
         spans[0] = draws.sequence
     keep = draws.keep_mask(site, probability, x_SBH.shape, spans)

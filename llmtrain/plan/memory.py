@@ -14,7 +14,7 @@ from typing import Any
 
 from llmtrain.config.engines import ENGINES, engines_that
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import declare_parameters, expert_ffn_size, is_frozen, num_elements
+from llmtrain.config.parameters import declare_parameters, expert_ffn_size, num_elements
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths
@@ -85,9 +85,9 @@ def held_bytes(config: RunConfig, layout: Layout) -> float:
     weights /= shards if stage >= 3 else 1
     trained = gradients / (shards if stage >= 2 else 1) + optimizer
     held = 0.0
-    for name, parameter in declare_parameters(config.model).items():
+    for name, parameter in declare_parameters(config.model, config.finetune).items():
         size = num_elements(parameter, config.model) / (layout.expert if parameter.expert else 1)
-        held += size * (weights if is_frozen(name, config.optim.freeze) else weights + trained)
+        held += size * (weights if name in config.frozen else weights + trained)
     return held / (layout.tensor * layout.pipeline)
 
 

@@ -3,22 +3,23 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from llmtrain.checkpoint.folders import CHECKPOINTS, CONFIG, checkpoint_steps, folder_of_checkpoints, is_checkpoint
+from llmtrain.checkpoint.folders import CONFIG
 from llmtrain.checkpoint.origin import Origin
 from llmtrain.config.data import USUAL_PACKING, DataConfig
+from llmtrain.config.finetune import FinetuneConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import frozen_names, parameter_shapes
+from llmtrain.config.parameters import declare_parameters, parameter_shapes
 from llmtrain.config.reading.rendering import shown
 from llmtrain.config.schema import OptimConfig, RunConfig, TrainConfig
 from llmtrain.data.storage.manifest import TOKENIZER_NAMES, Manifest, file_sha256
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import CheckpointError
+from llmtrain.preflight.beginning import begins_at_base, is_elsewhere
 from llmtrain.preflight.data_identity import LIMITS, data_record, stream_keys, windows_of
 from llmtrain.preflight.label_fit import with_labels
 
@@ -51,25 +52,6 @@ class Difference:
     """The advice where a difference cannot be allowed."""
 
 
-def resume_target(config: RunConfig) -> Path | None:
-    """The checkpoint that the run would continue, or a folder whose newest valid one is meant; None for neither.
-
-    `checkpoint.resume` is auto, none, or the path of a checkpoint, of a run or of an import. A path inside this run
-    goes back to it; one outside is where the run begins, until it has checkpoints of its own.
-    """
-    resume = config.checkpoint.resume
-    if resume == "none":
-        return None
-    run_dir = config.run_dir
-    own = run_dir / CHECKPOINTS
-    path = Path(resume)
-    inside = resume != "auto" and path.resolve().is_relative_to(run_dir.resolve())
-    newest = resume == "auto" or path.resolve() in (run_dir.resolve(), own.resolve())
-    if newest or (checkpoint_steps(own) and not inside):
-        return own
-    return path if is_checkpoint(path) else folder_of_checkpoints(path) or path
-
-
 def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest] | None) -> list[Difference]:
     """Everything in which a run differs from a checkpoint that it would continue, and must not by itself.
 
@@ -79,11 +61,12 @@ def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest]
     """
     found = _model_differences(origin, config, manifests)
     if not origin.trained:
-        return [*(item for item in found if item.fixed), *_tokenizer_differences(origin, config, manifests)]
+        found = [*(item for item in found if item.fixed), *_tokenizer_differences(origin, config, manifests)]
+        return [*found, *_base_differences(origin, config)]
     if (was := origin.config.get("seed", config.seed)) != config.seed:
         found.append(_plain(origin, "seed", was, config.seed, config.seed))
     found += _optimizer_differences(origin, config.optim)
-    found += _freeze_differences(origin, config)
+    found += _training_differences(origin, config)
     found += _data_differences(origin, config.data)
     found += _tokenizer_differences(origin, config, manifests)
     return found + _source_differences(origin, config, manifests)
@@ -101,12 +84,6 @@ def noted_changes(origin: Origin, config: RunConfig) -> list[Difference]:
     ramp = [change.model_dump() for change in config.train.batch_ramp]
     before = origin.section("train").get("batch_ramp", [])
     return [*found, _plain(origin, "train.batch_ramp", before, ramp, ramp)] if before != ramp else found
-
-
-def is_elsewhere(config: RunConfig) -> bool:
-    """True where the run would continue a checkpoint that is not its own: another name would change nothing."""
-    target = resume_target(config)
-    return target is not None and not target.resolve().is_relative_to((config.run_dir).resolve())
 
 
 def _plain(origin: Origin, key: str, was: Any, now: Any, value: Any, fixed: bool = False) -> Difference:
@@ -176,18 +153,54 @@ def _effective(model: ModelConfig, other: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in everything.items() if name not in FREE_MODEL_KEYS}
 
 
-def _freeze_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]:
+def _training_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]:
     """A run trains the same parameters from its first step to its last. One that begins from another's checkpoint may
     freeze more of them, but has no moments of those that were frozen there."""
-    was, now = tuple(origin.section("optim").get("freeze", ())), config.optim.freeze
-    if was == now or not config.model.is_sized:
+    if not config.model.is_sized:
         return
-    frozen, before = (set(frozen_names(config.model, patterns)) for patterns in (now, was))
-    if frozen == before or (is_elsewhere(config) and before < frozen):
-        return
-    text = f"the checkpoint {origin.path} was trained with {shown('optim.freeze', list(was))}"
-    advice = "Set it back. To train other parameters, begin a new run from an export of this one, imported."
-    yield Difference("optim.freeze", list(was), list(now), list(now), text, True, advice)
+    patterns, finetune = tuple(origin.section("optim").get("freeze", ())), _finetune_of(origin)
+    then = config.with_keys({"finetune": finetune, "optim.freeze": patterns})
+    was, now = _trained(then), _trained(config)
+    if then.method != config.method:
+        text = f"the checkpoint {origin.path} was trained with {then.method}"
+        advice = "Set it back. To train something else of its weights, name it as finetune.base, under another name."
+        yield Difference("finetune.method", then.method, config.method, config.method, text, True, advice)
+    elif finetune is not None and config.finetune is not None and config.method != "full":
+        before, after = (getattr(each, config.method).model_dump(mode="json") for each in (finetune, config.finetune))
+        # Others change what is computed with the same parameters, such as the factor of an update.
+        yield from _changed(origin, before, after, f"finetune.{config.method}", lambda key: was != now)
+    elif was != now and not (is_elsewhere(config) and now.items() < was.items()):
+        text = f"the checkpoint {origin.path} was trained with {shown('optim.freeze', list(patterns))}"
+        advice = "Set it back. To train other parameters, begin a new run that has this one as its finetune.base."
+        frozen = list(config.optim.freeze)
+        yield Difference("optim.freeze", list(patterns), frozen, frozen, text, True, advice)
+
+
+def _finetune_of(origin: Origin) -> FinetuneConfig | None:
+    section = origin.config.get("finetune")
+    try:
+        return None if section is None else FinetuneConfig.model_validate(section)
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]
+        key = ".".join(("finetune", *map(str, reason["loc"])))
+        raise CheckpointError(f"{origin.path / CONFIG}: {key}: {reason['msg']}.") from error
+
+
+def _trained(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of what is trained."""
+    declared = declare_parameters(config.model, config.finetune)
+    return {name: parameter.shape for name, parameter in declared.items() if name not in config.frozen}
+
+
+def _base_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]:
+    """A base is a whole model: one that was finetuned by additions is merged with them first."""
+    finetune = _finetune_of(origin)
+    method = finetune.method if finetune else "full"
+    if begins_at_base(config) and config.finetune is not None and method != "full":
+        text = f"has a {method} beside its weights, which would be lost"
+        advice = "Merge them: `llmtrain export RUN OUT --to hf`, then import OUT, and name the import."
+        base = config.finetune.base
+        yield Difference("finetune.base", method, "full", base, text, True, advice)
 
 
 def _optimizer_differences(origin: Origin, optim: OptimConfig) -> Iterator[Difference]:

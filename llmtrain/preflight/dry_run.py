@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from math import prod
 
 from llmtrain.checkpoint.folders import CHECKPOINTS, STATE
-from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
-from llmtrain.config.parameters import declare_parameters, is_frozen, num_active_parameters, num_parameters
+from llmtrain.config.parameters import declare_parameters, num_active_parameters, num_parameters
 from llmtrain.config.patience import Patience, patience_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import CheckpointError
@@ -17,7 +16,7 @@ from llmtrain.files import read_json
 from llmtrain.optim.table import row_of
 from llmtrain.plan.layout_text import LayoutOutline, plan_layout_outline
 from llmtrain.plan.memory import MemoryPlan, plan_memory
-from llmtrain.preflight.differences import resume_target
+from llmtrain.preflight.beginning import run_origin
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.preflight.source_use import SourceUse, source_uses
 
@@ -81,9 +80,8 @@ class DryRun:
 
 def damaged_checkpoints(config: RunConfig) -> list[str]:
     """The faults of checkpoints that a run would pass over for an older one, as their small files tell."""
-    target, damaged = resume_target(config), list[str]()
-    if target is not None:
-        newest_origin(target, damaged)
+    damaged = list[str]()
+    run_origin(config, damaged)
     return damaged
 
 
@@ -92,8 +90,7 @@ def find_continuation(config: RunConfig) -> Continuation | None:
 
     Raises CheckpointError where the checkpoint does not say after which step it was saved.
     """
-    target = resume_target(config)
-    origin = newest_origin(target) if target is not None else None
+    origin = run_origin(config)
     if origin is None:
         return None
     try:
@@ -114,9 +111,9 @@ def plan_dry_run(resolved: ResolvedRun, continues: Continuation | None = None) -
     early = bool(continues and resolved.early_stop and resolved.early_stop.is_over(continues.patience))
     steps = continues.last_step if continues else config.total_steps
     before, done = (continues.data_tokens, continues.step) if continues else (0, 0)
-    declared = declare_parameters(config.model).items()
+    declared = declare_parameters(config.model, config.finetune).items()
     # With the padding of the vocabulary: checkpoints hold it.
-    trained = sum(prod(parameter.shape) for name, parameter in declared if not is_frozen(name, config.optim.freeze))
+    trained = sum(prod(parameter.shape) for name, parameter in declared if name not in config.frozen)
     return DryRun(
         name=config.name,
         run_folder=str(resolved.run_dir),

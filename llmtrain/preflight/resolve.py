@@ -11,20 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.data import DataConfig, DataSetConfig, SpecialTokensConfig, WindowKind, needed_tokens
 from llmtrain.config.patience import EarlyStop
 from llmtrain.config.reading.rendering import shown
 from llmtrain.config.rules.mixture import first_sample_of
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sequence_lengths import NUM_SENTINELS, Lengths, num_sentinels, sample_lengths
+from llmtrain.config.sequence_lengths import NUM_SENTINELS, Lengths, num_sentinels
 from llmtrain.data.storage.folders import fetch_config, open_folder, run_settings, run_tokenizer
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.parallel.layout import Layout, plan_layout
+from llmtrain.preflight.beginning import run_origin
 from llmtrain.preflight.data_identity import evaluation_record, windows_of
-from llmtrain.preflight.differences import resume_target
 from llmtrain.preflight.label_fit import fill_labels
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class ResolvedRun:
     @cached_property
     def lengths(self) -> Lengths:
         """Of every sample, padding included."""
-        return sample_lengths(self.config.model.family, self.config.data)
+        return self.config.lengths
 
     @cached_property
     def early_stop(self) -> EarlyStop | None:
@@ -112,8 +111,7 @@ def with_windows(config: RunConfig) -> RunConfig:
     config = _with_samples(config)
     if config.data.windows is not None or config.data.packing_kind != "none":
         return config
-    target = resume_target(config)
-    origin = newest_origin(target) if target else None
+    origin = run_origin(config)
     windows: WindowKind = windows_of(origin.section("data")) if origin and origin.trained else "continuous"
     return config.with_keys({"data.windows": windows})
 

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llmtrain.checkpoint.folders import folder_of_checkpoints, is_checkpoint, nearest_checkpoint
-from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.reading.rendering import shown
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.errors import Problem
-from llmtrain.preflight.differences import Difference, differences, is_elsewhere, resume_target
+from llmtrain.preflight.beginning import is_elsewhere, run_origin
+from llmtrain.preflight.differences import Difference, differences
 from llmtrain.words import looked_from
 
 
@@ -46,34 +46,42 @@ def _problem(item: Difference, config: RunConfig) -> Problem:
 
 def no_base(config: RunConfig) -> Problem:
     """The refusal of a run whose frozen parameters have no weights that they could be loaded from."""
-    message = "has no weights to keep: the run begins from nothing. Set checkpoint.resume to an import, a run or a "
-    message += "checkpoint, or optim.freeze=[]."
+    what = "an import, a run or a checkpoint"
+    if config.method != "full":
+        message = f"trains what it adds to a model, and none is named. Set finetune.base to {what}."
+        return Problem("finetune.method", message, config.method, uses=("finetune.base", "checkpoint.resume"))
+    message = f"has no weights to keep: the run begins from nothing. Set finetune.base to {what}, or optim.freeze=[]."
     return Problem("optim.freeze", message, ", ".join(config.optim.freeze), uses=("checkpoint.resume",))
 
 
 def resume_problems(config: RunConfig) -> Iterator[Problem]:
-    """`checkpoint.resume` names something that can be continued."""
+    """`checkpoint.resume` names something that can be continued, `finetune.base` something to begin from."""
     resume = config.checkpoint.resume
-    path = Path(resume)
-    if resume in ("auto", "none") or is_checkpoint(path) or folder_of_checkpoints(path):
+    if resume not in ("auto", "none"):
+        yield from _path_problems("checkpoint.resume", resume, "Write auto, none, or")
+    if config.finetune is not None and config.finetune.base is not None:
+        yield from _path_problems("finetune.base", config.finetune.base, "Write")
+
+
+def _path_problems(key: str, value: str, words: str) -> Iterator[Problem]:
+    path = Path(value)
+    if is_checkpoint(path) or folder_of_checkpoints(path):
         return
     if (path / "config.json").is_file():
-        message = f"is a Hugging Face folder. Run `llmtrain import {path} OUT`, and resume from OUT."
-        yield Problem("checkpoint.resume", message, resume)
+        yield Problem(key, f"is a Hugging Face folder. Run `llmtrain import {path} OUT`, and name OUT here.", value)
         return
     missing = f"no such checkpoint. {looked_from(path)}".rstrip()
     fault = "is neither a checkpoint nor a run with one." if path.exists() else missing
     near = nearest_checkpoint(path)
-    advice = f"Try {near}." if near else "Write auto, none, or the path of a checkpoint or of a run."
-    yield Problem("checkpoint.resume", f"{fault} {advice}", resume)
+    advice = f"Try {near}." if near else f"{words} the path of a checkpoint or of a run."
+    yield Problem(key, f"{fault} {advice}", value)
 
 
 def difference_problems(config: RunConfig, manifests: dict[str, Manifest]) -> list[Problem]:
     """The refused differences from the checkpoint that the run would continue, which may yet turn out to be damaged."""
-    target = resume_target(config)
-    origin = newest_origin(target) if target else None
+    origin = run_origin(config)
     if origin is None:
-        return [no_base(config)] if config.optim.freeze else []
+        return [no_base(config)] if config.frozen else []
     keys = [f"data.train.{number}.path" for number in range(len(config.data.train))]
     training = [manifests[key] for key in keys if key in manifests]
     return refusals(differences(origin, config, training if len(training) == len(keys) else None), config)

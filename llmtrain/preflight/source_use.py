@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
 from llmtrain.config.data import DataSetConfig
 from llmtrain.config.rules.mixture import MIXTURE_RULES
@@ -16,7 +15,7 @@ from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.data.stream import DataUse, data_use, sample_limit, samples_of_epochs
 from llmtrain.errors import Problem
-from llmtrain.preflight.differences import resume_target
+from llmtrain.preflight.beginning import run_origin
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.words import counted
 
@@ -109,8 +108,7 @@ def lasting_problems(config: RunConfig, manifests: Sequence[Manifest]) -> list[P
 
 def _position(config: RunConfig) -> tuple[Seen, int]:
     """What lies behind the run, and its position in the stream of samples."""
-    target = resume_target(config)
-    origin = newest_origin(target) if target is not None else None
+    origin = run_origin(config)
     if origin is None or not origin.trained:
         return Seen(), 0
     state = origin.state["train"]

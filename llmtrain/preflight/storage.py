@@ -15,7 +15,7 @@ from llmtrain.checkpoint.folders import (
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
 from llmtrain.config.data import DataSetConfig
-from llmtrain.config.parameters import num_parameters
+from llmtrain.config.parameters import num_trained
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.folders import fetch_config, run_settings, run_tokenizer, scheme_fault
@@ -290,7 +290,7 @@ def _room_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def _room(config: RunConfig) -> Room:
-    size_bytes = row_of(config.optim).stored_bytes * num_parameters(config.model, config.optim.freeze)
+    size_bytes = row_of(config.optim).stored_bytes * num_trained(config.model, config.finetune, config.frozen)
     folder = config.run_dir / CHECKPOINTS
     saved = newest_origin(folder)
     seen = seen_by(saved.state["train"], saved.config) if saved and saved.trained else Seen()

@@ -20,7 +20,7 @@ from llmtrain.train.loop import Evaluation, Run
 from llmtrain.train.recording import build_monitor, profiled
 from llmtrain.train.rollback import Rollbacks
 from llmtrain.train.start import Start, record_start
-from llmtrain.train.state import Saving, restore
+from llmtrain.train.state import Saving, begin
 from llmtrain.values.progress import Phase
 
 _logger = logging.getLogger(__name__)
@@ -50,9 +50,9 @@ def setup(
     # Before the engine is built: an attempt that fails while it builds is one, and its folder says what it was.
     attempt = record_start(resolved, folder, start) if folder else StartedAttempt()
     engine = engine_class(config.engine.name)(config, device)
-    state = restore(start.checkpoint, engine) if start.checkpoint else start.state
+    state = begin(start.checkpoint, engine, resolved)
     # After the restoring: what measures stands around the engine, and holds nothing that is saved.
-    engine = measuring(engine, config.model, config.observe.layer_norms_every_steps)
+    engine = measuring(engine, config)
     # The monitor is made with whoever hears of phases, and tells what they have to say.
     on_phase = profiled(config, rank, on_phase, lambda text: (monitor.say if folder else _logger.info)(text))
     monitor = build_monitor(resolved, folder, state, device, attempt, on_phase)

@@ -14,7 +14,7 @@ from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of, read_origin, require_state
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
-from llmtrain.config.parameters import frozen_names
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.reading.rendering import record_of
 from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.loader import Window
@@ -24,8 +24,9 @@ from llmtrain.data.token_roles import SETTINGS_NAME, TrainedTokens, read_setting
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_bytes, replace_file, sealed_text
 from llmtrain.observe.machine import save_environment
+from llmtrain.preflight.beginning import begins_at_base, resume_target
 from llmtrain.preflight.data_identity import data_record, evaluation_record
-from llmtrain.preflight.differences import differences, noted_changes, resume_target
+from llmtrain.preflight.differences import differences, noted_changes
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.preflight.resume_rules import no_base, one_line, refusals
 from llmtrain.preflight.source_use import source_uses, use_notes
@@ -43,21 +44,25 @@ _logger = logging.getLogger(__name__)
 class Start:
     """The start of a run: the checkpoint that it continues (None: from nothing), and the manager of the next ones.
 
-    `skipped` are the windows of data that the run passes over. `ranks` is absent where there is one.
+    `at_base`: of the checkpoint only the weights are taken. `skipped` are the windows of data that the run passes over.
+    `ranks` is absent where there is one.
     """
 
     manager: CheckpointManager
     checkpoint: CheckpointReader | None
     skipped: tuple[Window, ...] = ()
     ranks: RankStore | None = None
+    at_base: bool = False
 
     @property
     def state(self) -> TrainState:
-        return saved_state(self.checkpoint)
+        return saved_state(None if self.at_base else self.checkpoint)
 
     @property
     def step(self) -> int:
-        return self.checkpoint.step if self.checkpoint and "train" in self.checkpoint.state else 0
+        if self.checkpoint is None or self.at_base or "train" not in self.checkpoint.state:
+            return 0
+        return self.checkpoint.step
 
 
 def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: RankStore | None = None) -> Start:
@@ -69,22 +74,24 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: RankStore | None
     """
     manager = build_manager(resolved, ranks, folder)
     skipped = skipped_windows(folder.path)
-    target = resume_target(resolved.config)
+    target, at_base = resume_target(resolved.config), begins_at_base(resolved.config)
+    is_used = bool(manager.latest_steps()) or (folder.path / METRICS_FILE).exists()
+    if resolved.config.checkpoint.resume == "none" and is_used:
+        raise ConfigError(
+            f"checkpoint.resume = none: {folder.path} holds an earlier run. "
+            "Choose another name, remove the folder, or continue the run with checkpoint.resume=auto."
+        )
     if target is None:
-        if manager.latest_steps() or (folder.path / METRICS_FILE).exists():
-            raise ConfigError(
-                f"checkpoint.resume = none: {folder.path} holds an earlier run. "
-                "Choose another name, remove the folder, or continue the run with checkpoint.resume=auto."
-            )
         rest_on_base(manager, None, resolved.config)
         return Start(manager, None, skipped, ranks)
     # Own checkpoints that a rollback left are not the newest, even if the run was killed before it set them aside.
     own = folder.path / CHECKPOINTS
     checkpoint = newest_kept(manager, skipped) if target == own else find_checkpoint(target)
-    start = Start(manager, checkpoint, skipped, ranks)
+    start = Start(manager, checkpoint, skipped, ranks, at_base)
     if start.checkpoint:
         # First: the comparison relies on a position that is one.
-        require_state(start.checkpoint.path, start.checkpoint.state, start.checkpoint.about)
+        if not at_base:
+            require_state(start.checkpoint.path, start.checkpoint.state, start.checkpoint.about)
         require_continuity(resolved, folder, start.checkpoint)
     rest_on_base(manager, start.checkpoint, resolved.config)
     back = target.resolve().is_relative_to(own.resolve())
@@ -97,7 +104,7 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: RankStore | None
 
 def rest_on_base(manager: CheckpointManager, checkpoint: CheckpointReader | None, config: RunConfig) -> None:
     """Let what a run saves name the checkpoint that has its frozen weights. Raises ConfigError where there is none."""
-    frozen = frozen_names(config.model, config.optim.freeze)
+    frozen = [name for name in declare_parameters(config.model) if name in config.frozen]
     if frozen and checkpoint is None:
         raise ConfigError([no_base(config)])
     base = checkpoint.base_of(frozen) if checkpoint else None
@@ -107,7 +114,8 @@ def rest_on_base(manager: CheckpointManager, checkpoint: CheckpointReader | None
 
 def require_continuity(resolved: ResolvedRun, folder: RunFolder, checkpoint: CheckpointReader) -> None:
     """Raise ConfigError where the run may not continue a checkpoint; say and record what has changed otherwise."""
-    origin = origin_of(checkpoint.path, checkpoint.state, checkpoint.config_text, checkpoint.about)
+    state = {} if begins_at_base(resolved.config) else checkpoint.state
+    origin = origin_of(checkpoint.path, state, checkpoint.config_text, checkpoint.about)
     found = differences(origin, resolved.config, resolved.train)
     refused = refusals(found, resolved.config)
     if refused:
@@ -122,14 +130,15 @@ def require_continuity(resolved: ResolvedRun, folder: RunFolder, checkpoint: Che
 
 def describe_start(start: Start) -> dict[str, Any]:
     """The decision of rank 0 for the other ranks, as JSON."""
-    return {"checkpoint": str(start.checkpoint.path) if start.checkpoint else None, "skipped": start.skipped}
+    path = str(start.checkpoint.path) if start.checkpoint else None
+    return {"checkpoint": path, "skipped": start.skipped, "at_base": start.at_base}
 
 
 def join_start(resolved: ResolvedRun, said: Mapping[str, Any], ranks: RankStore) -> Start:
     """The start that rank 0 has decided and described. It has hashed the files: they are not hashed again."""
     reader = open_checkpoint(Path(said["checkpoint"]), verify=False) if said["checkpoint"] else None
     skipped = tuple((first, end) for first, end in said["skipped"])
-    return Start(build_manager(resolved, ranks), reader, skipped, ranks)
+    return Start(build_manager(resolved, ranks), reader, skipped, ranks, said["at_base"])
 
 
 def build_manager(resolved: ResolvedRun, ranks: RankStore | None, folder: RunFolder | None = None) -> CheckpointManager:

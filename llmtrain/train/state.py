@@ -9,7 +9,11 @@ from llmtrain.checkpoint.origin import origin_of, require_state, updates_of
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.budget import Seen, seen_by
 from llmtrain.config.patience import Patience, patience_of
+from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engines.base import Engine
+from llmtrain.finetune.base_weights import BaseWeights
+from llmtrain.preflight.beginning import begins_at_base
+from llmtrain.preflight.resolve import ResolvedRun
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,21 @@ def saved_state(checkpoint: CheckpointReader | None) -> TrainState:
 
 
 def restore(checkpoint: CheckpointReader, engine: Engine) -> TrainState:
-    """Continue a checkpoint: weights, moments, counts. Imported weights have no history: training begins with them."""
-    if "train" not in checkpoint.state:
-        engine.load_weights(checkpoint)
-    else:
-        require_state(checkpoint.path, checkpoint.state, checkpoint.about, engine_too=True)
-        engine.load(checkpoint)  # tensors first, then the counts that belong to them
-        engine.load_state(checkpoint.state["engine"])
+    """Continue a checkpoint of a run: weights, moments, counts."""
+    require_state(checkpoint.path, checkpoint.state, checkpoint.about, engine_too=True)
+    engine.load(checkpoint)  # tensors first, then the counts that belong to them
+    engine.load_state(checkpoint.state["engine"])
     return saved_state(checkpoint)
+
+
+def begin(checkpoint: CheckpointReader | None, engine: Engine, resolved: ResolvedRun) -> TrainState:
+    """Give an engine what a run begins with or continues; without a checkpoint it has drawn its weights already."""
+    if checkpoint is None:
+        return TrainState()
+    if "train" in checkpoint.state and not begins_at_base(resolved.config):
+        return restore(checkpoint, engine)
+    finetune, ids = resolved.config.finetune, list[int]()
+    if finetune is not None and finetune.method == "prompt" and finetune.prompt.text is not None:
+        ids = load_tokenizer(resolved.tokenizer).encode(finetune.prompt.text)
+    engine.load_weights(BaseWeights(checkpoint, resolved.config, ids))
+    return TrainState()

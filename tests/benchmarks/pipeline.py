@@ -16,8 +16,8 @@ from data_pipelines.documents import Document, Dropped
 from data_pipelines.duplicates.signatures import NUM_HASHES, Signatures, ngrams
 from data_pipelines.steps.table import STEPS
 from data_pipelines.tokenizer import train_tokenizer
-from llmtrain.config.pipeline import PipelineConfig
-from llmtrain.config.steps import NearDedupStep, StepConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
+from llmtrain.config.pipelines.steps import NearDedupStep, StepConfig
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.values.tokenizer import Tokenizer
 from tests.benchmarks.data_sets import TOKENIZER, standard_library_text

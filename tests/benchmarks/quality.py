@@ -9,7 +9,7 @@ from typing import Any
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.quality.marks import num_sentences
 from data_pipelines.steps.quality.step import Quality
-from llmtrain.config.quality import QualityStep, RuleName
+from llmtrain.config.pipelines.quality import QualityStep, RuleName
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_core
 from tests.support.readers import DATATROVE, use_datatrove
 from tests.support.real_text import real_documents

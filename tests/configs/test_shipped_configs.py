@@ -13,6 +13,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted((CONFIGS / "runs").glob("*.yaml"))
 PIPELINES = sorted((CONFIGS / "data").glob("*.yaml"))
 MODELS = sorted((CONFIGS / "models").glob("*.yaml"))
+PRESETS = sorted((CONFIGS / "finetune").glob("*.yaml"))
 
 RUN_AROUND_A_MODEL = """\
 name: preset
@@ -36,6 +37,7 @@ def test_there_are_configs() -> None:
     assert RUNS
     assert PIPELINES
     assert MODELS
+    assert PRESETS
 
 
 @pytest.mark.parametrize("file", RUNS, ids=lambda file: file.stem)
@@ -54,6 +56,14 @@ def test_pipeline_loads(file: Path) -> None:
 def test_model_loads(file: Path, tmp_path: Path) -> None:
     locations = load_config(run_around(file, tmp_path)).locations
     assert any(str(file) in place for place in locations.values())
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
+def test_preset_loads(file: Path, tmp_path: Path) -> None:
+    run = run_around(CONFIGS / "models" / "llama-tiny.yaml", tmp_path)
+    run.write_text(f"base: {file}\n{run.read_text('utf-8')}finetune: {{base: nowhere}}\n", "utf-8")
+    config = load_config(run, ["train.steps=100"]).config
+    assert (config.method, config.finetune and config.finetune.base) == (file.stem, "nowhere")
 
 
 def test_a_broken_model_is_caught(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmtrain.checks.parity.batches import probe_batches
-from llmtrain.config.parameters import declare_parameters, is_frozen
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.models.init import InitialWeights
 from llmtrain.parallel.layout import plan_layout
@@ -93,7 +93,7 @@ def test_frozen_weights_stay_and_are_held_once_in_the_training_precision(
 ) -> None:
     config, ranks = laid_out(frozen_run("llama", **{"train.precision": precision}), layout, stage)
     source, declared = InitialWeights(config.model, config.seed), declare_parameters(config.model)
-    frozen = {name for name in declared if is_frozen(name, config.optim.freeze)}
+    frozen = {name for name in declared if name in config.frozen}
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     held = run_ranks(frozen_parts, ranks, config)
     for parts, saved in held:

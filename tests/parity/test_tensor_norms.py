@@ -49,7 +49,8 @@ def measured_rank(
         mutation()
     layout = plan_layout(config.parallel, world_size)
     data = (layout.coordinates(rank).data, layout.data)
-    engine = measuring(engine_class(config.engine.name)(config, torch.device("cpu")), config.model, STEPS)
+    measured = config.with_keys({"observe.layer_norms_every_steps": STEPS})
+    engine = measuring(engine_class(config.engine.name)(config, torch.device("cpu")), measured)
     return [
         engine.train_step(step, probe_batches(config, step, *data), config.optim.lr) for step in range(1, STEPS + 1)
     ]
@@ -121,4 +122,4 @@ def test_a_wrong_norm_is_caught(name: str, mutation: Callable[[], None], seen_in
 
 def test_nothing_is_measured_unless_it_is_asked_for() -> None:
     engine: Any = object()
-    assert measuring(engine, parity_run("llama").model, 0) is engine
+    assert measuring(engine, parity_run("llama")) is engine

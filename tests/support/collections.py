@@ -15,7 +15,7 @@ from rich.console import Console
 from data_pipelines.pipeline.executors import Executor, InThisProcess
 from data_pipelines.pipeline.progress import Progress
 from data_pipelines.pipeline.run import run_pipeline
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.reading.pipeline import load_pipeline
 from llmtrain.data.storage.manifest import DTYPES, read_manifest
 

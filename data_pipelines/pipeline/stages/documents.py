@@ -18,7 +18,7 @@ from data_pipelines.reading.formats import iter_records
 from data_pipelines.reading.inputs import NAMED_EXAMPLES, ReadReport
 from data_pipelines.reading.records import ReadOptions
 from data_pipelines.steps.table import STEPS
-from llmtrain.config.steps import StepConfig
+from llmtrain.config.pipelines.steps import StepConfig
 from llmtrain.errors import DataError
 
 EXAMPLES = 3

@@ -9,7 +9,7 @@ from collections import Counter
 from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.marks import num_sentences
 from data_pipelines.steps.quality.split_text import SplitText
-from llmtrain.config.quality import C4Rules
+from llmtrain.config.pipelines.quality import C4Rules
 
 _SENTENCE_ENDS = (".", "?", "!", '"', "'")
 _ELLIPSIS = "..."

@@ -6,7 +6,7 @@ from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.marks import SENTENCE_ENDS
 from data_pipelines.steps.quality.repetition import repeated
 from data_pipelines.steps.quality.split_text import SplitText
-from llmtrain.config.quality import FineWebRules
+from llmtrain.config.pipelines.quality import FineWebRules
 
 
 class FineWebRule:

@@ -5,7 +5,7 @@ from collections import Counter
 from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.marks import MARKS
 from data_pipelines.steps.quality.split_text import SplitText
-from llmtrain.config.quality import GopherRules
+from llmtrain.config.pipelines.quality import GopherRules
 
 _BULLETS = ("•", "-")
 _ELLIPSES = ("...", "…")

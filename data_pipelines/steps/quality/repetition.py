@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.split_text import Numbers, SplitText
-from llmtrain.config.quality import RepetitionRules
+from llmtrain.config.pipelines.quality import RepetitionRules
 
 _SORTED_BITS = 62
 

@@ -11,7 +11,7 @@ from data_pipelines.steps.quality.fineweb import FineWebRule
 from data_pipelines.steps.quality.gopher import GopherRule
 from data_pipelines.steps.quality.repetition import RepetitionRule
 from data_pipelines.steps.quality.split_text import SplitText
-from llmtrain.config.quality import QualityStep
+from llmtrain.config.pipelines.quality import QualityStep
 
 Rule = Callable[[SplitText, Counter[str]], SplitText | Dropped]
 """The words that the next rule sees, the same where the text stays as it is, or why the document is dropped."""

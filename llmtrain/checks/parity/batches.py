@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.values.batch import IGNORED_LABEL, PADDING, Batch
 from llmtrain.values.keyed_hash import derived_key
 
@@ -18,7 +17,7 @@ def probe_batches(config: RunConfig, step: int, first: int, stride: int) -> list
 def probe_batch(config: RunConfig, step: int, number: int) -> Batch:
     """Micro-batch `number` of a step. An encoder-decoder's inputs end in padding, of a different length in each."""
     generator = torch.Generator().manual_seed(derived_key("probe", config.seed, step, number) & (2**63 - 1))
-    lengths, size = sample_lengths(config.model.family, config.data), config.train.micro_batch_size
+    lengths, size = config.lengths, config.train.micro_batch_size
     seq_len = lengths.main
 
     def tokens(length: int) -> Tensor:

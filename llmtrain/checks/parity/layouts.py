@@ -9,7 +9,7 @@ from typing import Any
 from llmtrain.config.attention import kind_of
 from llmtrain.config.engines import ENGINES
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import declare_parameters, is_frozen
+from llmtrain.config.parameters import FrozenNames, declare_parameters
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.errors import ConfigError
@@ -88,8 +88,8 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
 def fitting_patterns(model: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
     """The patterns of `optim.freeze` that fit a shrunk model; none where they would leave nothing to train."""
     names = list(declare_parameters(model))
-    fitting = tuple(pattern for pattern in patterns if any(is_frozen(name, [pattern]) for name in names))
-    return () if all(is_frozen(name, fitting) for name in names) else fitting
+    fitting = tuple(pattern for pattern in patterns if any(name in FrozenNames((pattern,)) for name in names))
+    return () if all(name in FrozenNames(fitting) for name in names) else fitting
 
 
 def parse_candidate(text: str, config: RunConfig) -> Candidate:

@@ -30,6 +30,9 @@ from llmtrain.errors import ConfigError, Problem
 OVERRIDE_FORM = "write key.path=value, for example optim.lr=1e-4 or data.train.0.path=data/shards/train."
 OVERRIDE = re.compile(r"([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)", re.DOTALL)
 
+OWN_BASES = ("finetune.base",)
+"""Keys of that name that mean something of their own, and no file of settings."""
+
 DEEPEST_BASES = 16
 """Files that rest on each other in a row."""
 MOST_FILES = 100
@@ -175,12 +178,13 @@ class _Reading:
             return Node(entries, node.where)
         if not isinstance(node.value, dict):
             return node
+        rests = "base" in node.value and dotted(key, "base") not in OWN_BASES
         own = {
             name: self._with_bases(child, dotted(key, name), chain)
             for name, child in node.value.items()
-            if name != "base"
+            if name != "base" or not rests
         }
-        if "base" not in node.value:
+        if not rests:
             return Node(own, node.where)
         below = Node({}, node.where)
         for entry in self._base_entries(node.value["base"], dotted(key, "base")):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.reading.document import Node
 from llmtrain.config.reading.load import LoadedConfig, Schema, load_file, top_keys
 from llmtrain.config.rules.pipeline import pipeline_problems

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 
-from llmtrain.config.parameters import declare_parameters, is_frozen
+from llmtrain.config.parameters import FrozenNames, declare_parameters
 from llmtrain.config.reading.suggestions import (
     all_keys,
     either,
@@ -20,6 +20,7 @@ from llmtrain.config.reading.suggestions import (
 from llmtrain.config.rules.augment import AUGMENT_RULES
 from llmtrain.config.rules.engine import ENGINE_RULES
 from llmtrain.config.rules.evaluation import EVALUATION_RULES
+from llmtrain.config.rules.finetune import FINETUNE_RULES
 from llmtrain.config.rules.launch import LAUNCH_RULES
 from llmtrain.config.rules.mixture import MIXTURE_RULES
 from llmtrain.config.rules.model import MODEL_RULES
@@ -193,13 +194,13 @@ def freeze_names_parameters(config: RunConfig) -> Found:
     patterns = config.optim.freeze
     if not patterns:
         return
-    names = list(declare_parameters(config.model.with_any_sizes()))
+    names = list(declare_parameters(config.model.with_any_sizes(), config.finetune))
     for number, pattern in enumerate(patterns):
-        if not any(is_frozen(name, [pattern]) for name in names):
+        if not any(name in FrozenNames((pattern,)) for name in names):
             tries = get_close_matches(pattern, names, 1, 0.3) or names[:1]
             message = f"fits no parameter of the model. Try {tries[0]}, or a pattern with * such as embeddings.*."
             yield Problem(f"optim.freeze.{number}", message, pattern, uses=("model",))
-    if all(is_frozen(name, patterns) for name in names):
+    if all(name in config.frozen for name in names):
         message = "fits every parameter, so nothing is left to train. Try fewer patterns."
         yield Problem("optim.freeze", message, ", ".join(patterns), uses=("model",))
 
@@ -241,6 +242,7 @@ RULES = (
     lr_falls,
     eps_is_used,
     freeze_names_parameters,
+    *FINETUNE_RULES,
     loss_scale_has_room,
     *MIXTURE_RULES,
     *EVALUATION_RULES,

@@ -8,7 +8,7 @@ from llmtrain.config.reading.rendering import shown
 from llmtrain.config.reading.suggestions import either, nearest_multiples
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.section import Section
-from llmtrain.config.sequence_lengths import Lengths, num_sentinels, num_spans, sample_lengths
+from llmtrain.config.sequence_lengths import Lengths, num_sentinels, num_spans
 from llmtrain.errors import Problem
 
 FAMILIES = {
@@ -113,18 +113,19 @@ def samples_can_be_split(config: RunConfig) -> Found:
 def samples_fit_model(config: RunConfig) -> Found:
     """The model accepts the sequences that come of a sample."""
     data, longest = config.data, config.model.max_seq_len
-    needed = _longest(sample_lengths(config.model.family, data))
+    needed = _longest(config.lengths)
     if needed <= longest:
         return
     if config.model.family != "encoder_decoder":
-        message = f"must be at most model.max_seq_len = {longest}. Try {longest}, or model.max_seq_len={needed}."
+        most = longest - config.prompt_tokens
+        behind = f" - finetune.prompt.tokens = {config.prompt_tokens}" if config.prompt_tokens else ""
+        message = f"must be at most model.max_seq_len = {longest}{behind}. Try {most}, or model.max_seq_len={needed}."
         yield Problem("data.seq_len", message, data.seq_len, uses=("model.max_seq_len",))
         return
     fits = [seq_len for seq_len in range(2, data.seq_len) if _longest(_with_seq_len(config, seq_len)) <= longest]
     smaller = f"data.seq_len={fits[-1]}, or " if fits else ""
     message = (
-        f"makes {_told(sample_lengths('encoder_decoder', data))}, and model.max_seq_len = {longest}. "
-        f"Try {smaller}model.max_seq_len={needed}."
+        f"makes {_told(config.lengths)}, and model.max_seq_len = {longest}. Try {smaller}model.max_seq_len={needed}."
     )
     yield Problem("data.seq_len", message, data.seq_len, uses=("model.max_seq_len", *LENGTH_KEYS))
 
@@ -133,7 +134,7 @@ def axes_divide_sequences(config: RunConfig) -> Found:
     """Context parallel splits sequences, and sequence parallel what is left of them over the tensor ranks."""
     parallel, family, seq_len = config.parallel, config.model.family, config.data.seq_len
     parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
-    lengths = sample_lengths(family, config.data)
+    lengths = config.lengths
     if not _undivided(lengths, parts):
         return
     axes = f"parallel.context = {parallel.context}"
@@ -206,7 +207,7 @@ def _longest(lengths: Lengths) -> int:
 
 
 def _with_seq_len(config: RunConfig, seq_len: int) -> Lengths:
-    return sample_lengths(config.model.family, config.data.with_keys({"seq_len": seq_len}))
+    return config.lengths_of(config.data.with_keys({"seq_len": seq_len}))
 
 
 def _undivided(lengths: Lengths, parts: int) -> bool:

@@ -2,7 +2,7 @@
 
 from urllib.parse import urlsplit
 
-from llmtrain.config.pipeline import ExecutorConfig, PipelineConfig, ReadConfig
+from llmtrain.config.pipelines.schema import ExecutorConfig, PipelineConfig, ReadConfig
 from llmtrain.config.reading.credentials import text_without_credentials
 from llmtrain.config.reading.suggestions import either, nearest_multiples
 from llmtrain.config.rules.launch import HEAD, NO_HEAD

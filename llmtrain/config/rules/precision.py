@@ -6,7 +6,6 @@ from math import gcd
 from llmtrain.config.reading.suggestions import either, nearest_multiples
 from llmtrain.config.rules.engine import or_engine, row_of
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.errors import Problem
 
 Found = Iterator[Problem]
@@ -82,7 +81,7 @@ def fp8_has_sizes(config: RunConfig) -> Found:
             head_size = f" (model.head_dim is {model.head_size})" if "heads" in key else ""
             value = getattr(model, key.removeprefix("model."))
             yield Problem(key, f"{message}{head_size}. Try another size, or bf16.", value, uses=("train.precision",))
-    lengths = sample_lengths(model.family, config.data)
+    lengths = config.lengths
     for length in {lengths.main, lengths.encoder or lengths.main}:
         if micro * length % FLOAT8_MULTIPLE:
             nearby = either(nearest_multiples(FLOAT8_MULTIPLE // gcd(FLOAT8_MULTIPLE, length), micro))

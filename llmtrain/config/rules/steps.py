@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from llmtrain.config.quality import QualityStep
-from llmtrain.config.steps import (
+from llmtrain.config.pipelines.quality import QualityStep
+from llmtrain.config.pipelines.steps import (
     DecontaminateStep,
     HtmlStep,
     LanguageStep,

@@ -15,6 +15,7 @@ from llmtrain.data.objectives.chat import chat
 from llmtrain.data.objectives.corruption import prefix_length, span_corruption, split_at_prefix, ul2
 from llmtrain.data.objectives.labels import labels
 from llmtrain.data.objectives.masking import masked
+from llmtrain.data.objectives.prompt import with_prompt
 from llmtrain.data.row_config import RowConfig
 from llmtrain.data.stream import Sample
 from llmtrain.values.batch import IGNORED_LABEL, PADDING
@@ -56,6 +57,8 @@ def pack_sample(sample: Sample, row_config: RowConfig) -> PackedSample:
         row = _filled_up(row, sample.padding, row_config.family)
     if row_config.augmented and not sample.blank:
         row = augmented(row, sample.number, row_config)
+    if row_config.prompt_tokens:
+        row = with_prompt(row, row_config.prompt_tokens)
     return replace(row, labels_S=np.full_like(row.labels_S, IGNORED_LABEL)) if sample.blank else row
 
 

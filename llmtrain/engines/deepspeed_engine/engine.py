@@ -55,13 +55,13 @@ class DeepSpeedEngine(SteppingEngine):
         prepare_deepspeed(config, device)
         super().__init__(config, device)
         self.groups = build_groups(self.layout)
-        self.declared = declare_parameters(config.model)
+        self.declared = declare_parameters(config.model, config.finetune)
         self.placements: dict[nn.Parameter, Placement] = {}
         stage = self._build_stage()
         self.optimizer, self.engine, self.sharding = self._build_sharding(stage)
-        self.routers = Routers(config.model, iter_moe(stage.model.stacks), device)
+        self.routers = Routers(config, iter_moe(stage.model.stacks), device)
         self.averaged_over = self.sharding.averaged_over
-        self.load_weights(InitialWeights(config.model, config.seed))
+        self.load_weights(InitialWeights(config.model, config.seed, config.finetune))
         if self.joins_projections:  # last: ZeRO has moved the weights into its buffers
             join_projections(stage, move=False)
 

@@ -12,9 +12,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import Parameter, declare_parameters, is_frozen
+from llmtrain.config.parameters import Parameter, declare_parameters
 from llmtrain.config.schema import RunConfig
-from llmtrain.config.sequence_lengths import sample_lengths
 from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import DTYPES, Master, Placement, make_state, moments_of, sum_over_ranks
 from llmtrain.engines.megatron_engine.optimizers import build_optimizers, iter_pairs, round_weights
@@ -54,9 +53,9 @@ class MegatronEngine(SteppingEngine):
         self.groups = build_groups(self.layout)
         self.megatron_config = transformer_config(config, self.layout, DTYPES[config.train.precision])
         self.megatron_config.finalize_model_grads_func = self._finalize
-        self.lengths = sample_lengths(config.model.family, config.data)
+        self.lengths = config.lengths
         self.weight_gradients = WeightGradients() if self.layout.pipeline_schedule == "zero_bubble" else None
-        self.declared = declare_parameters(config.model)
+        self.declared = declare_parameters(config.model, config.finetune)
         self.placements: dict[nn.Parameter, Placement] = {}
         split, place = config.parallel.pipeline_split, self.groups.place.pipeline
         chunks = plan_chunks(self.layout, config.model.total_layers, split, place)
@@ -70,8 +69,8 @@ class MegatronEngine(SteppingEngine):
             (chunk,) = self.chunks
             self.zero_bubble = ZeroBubble(chunk, self.weight_gradients, self.groups, *self._message_lengths)
         stages = [cast(PipelineChunk, chunk.module).stage for chunk in self.chunks]
-        self.routers = Routers(config.model, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
-        self.load_weights(InitialWeights(config.model, config.seed))
+        self.routers = Routers(config, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
+        self.load_weights(InitialWeights(config.model, config.seed, config.finetune))
         if self.joins_projections:
             # Last: ZeRO has moved the weights into its buffers, where they lie the other way round.
             for stage in stages:
@@ -87,7 +86,7 @@ class MegatronEngine(SteppingEngine):
         stage.to(DTYPES[self.config.train.precision])
         if self.joins_projections:
             join_projections(stage, move=True)
-        tied = self.config.model.ties_head and not is_frozen(WORD, self.config.optim.freeze)
+        tied = self.config.model.ties_head and WORD not in self.config.frozen
         module = PipelineChunk(stage, self.megatron_config, tied, number)
         # Marks before DDP: by `allreduce` it chooses the buffer, and so the group, of each gradient.
         for parameter, placement in stage.named_placements():
@@ -197,7 +196,7 @@ class MegatronEngine(SteppingEngine):
             sum_over_ranks(self._reduced_grads(partial), self.groups.tensor)
         if self.layout.num_chunks > 1:
             for declared in self.declared.values():
-                if declared.on_all_stages and not is_frozen(declared.name, self.config.optim.freeze):
+                if declared.on_all_stages and declared.name not in self.config.frozen:
                     self._sum_over_stages(declared)
 
     def _reduced_grads(self, names: set[str]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from llmtrain.models.attention.linear import decode, linear_attention
 from llmtrain.models.attention.patterns import PATTERNS, Extent, Full, Strided
 from llmtrain.models.attention.ring import ring_attention
 from llmtrain.models.attention.scoring import ProbabilityDropout, Scoring, Visibility, repeated_kv, scores_by_distance
+from llmtrain.models.low_rank import projected
 from llmtrain.models.pointwise import RMSNorm
 from llmtrain.models.positions import PositionBias, Rotary, at_least_fp32, rotate
 from llmtrain.parallel.ring import Ring
@@ -140,20 +141,20 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[S, B, H]. Cross-attention needs the memory, but where its cache has seen it."""
         if self.cross:
-            q = self.heads_of(self.q(x_SBH), self.q_norm)
-            k, v = self.keys_and_values_of_memory(memory_TBH, cache)
+            q = self.heads_of(projected(self.q, x_SBH, inputs.draws), self.q_norm)
+            k, v = self.keys_and_values_of_memory(memory_TBH, inputs.draws, cache)
         else:
             linears = (self.q, self.k, self.v)
             if self.joint:
                 outputs = joint_outputs(x_SBH, *self.joint, linears, self.joint_product)
             else:
-                outputs = [each(x_SBH) for each in linears]
+                outputs = [projected(each, x_SBH, inputs.draws) for each in linears]
             q, k, v = map(self.heads_of, outputs, (self.q_norm, self.k_norm, None))
             if inputs.rotary is not None:
                 q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
         if isinstance(cache, StateCache):
             out, cache.state = decode(q, *self.repeated(q, k, v), inputs.visible, cache.state)
-            return self.out(out.flatten(-2))
+            return projected(self.out, out.flatten(-2), inputs.draws)
         if isinstance(cache, KeyValueCache):
             k, v = cache.extend(k, v)
         # A ring keeps little more than what goes into it, and would have to go round again.
@@ -162,17 +163,20 @@ class Attention(nn.Module):
             out = checkpoint(self.attend, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self.attend(q, k, v, inputs)
-        return self.out(out.flatten(-2))
+        return projected(self.out, out.flatten(-2), inputs.draws)
 
     def heads_of(self, output: Tensor, norm: RMSNorm | None) -> Tensor:
         """[S, B, N, D] of what a linear has put out."""
         heads = output.unflatten(-1, (-1, self.head_dim))
         return heads if norm is None else norm(heads)
 
-    def keys_and_values_of_memory(self, memory_TBH: Tensor | None, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+    def keys_and_values_of_memory(
+        self, memory_TBH: Tensor | None, draws: Draws | None, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
         def computed() -> tuple[Tensor, Tensor]:
             assert memory_TBH is not None, "cross-attention needs a memory"
-            return self.heads_of(self.k(memory_TBH), self.k_norm), self.heads_of(self.v(memory_TBH), None)
+            keys, values = (projected(linear, memory_TBH, draws) for linear in (self.k, self.v))
+            return self.heads_of(keys, self.k_norm), self.heads_of(values, None)
 
         return cache.kept(computed) if isinstance(cache, MemoryCache) else computed()
 

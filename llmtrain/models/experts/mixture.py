@@ -130,14 +130,28 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
         self.product: Callable[[Tensor, Tensor, Tensor | list[int]], Tensor] = grouped_linear
+        self.update_scale = 0.0
+        """The factor of the weights' low-rank updates, where there are some: see models/low_rank.py."""
+        for name in ("up", "gate", "down"):
+            self.register_parameter(f"{name}_lora_a", None)
+            self.register_parameter(f"{name}_lora_b", None)
 
     def forward(self, x_PH: Tensor, counts_E: Tensor) -> Tensor:
         """Rows lie expert by expert, `counts_E` of each."""
         # On the CPU, and in fp32, the host waits: rows are split by numbers of the host.
         counts = counts_E.cumsum(0).to(torch.int32) if runs_grouped(x_PH) else counts_E.tolist()
-        inputs = [self.product(x_PH, weight, counts) for weight in (self.up, self.gate) if weight is not None]
+        inputs = [self._multiplied(name, x_PH, counts) for name in ("up", "gate")[: 1 + (self.gate is not None)]]
         recompute = self.recompute if self.training else "none"
-        return activated(self.activate, lambda inner: self.product(inner, self.down, counts), inputs, recompute)
+        return activated(self.activate, lambda inner: self._multiplied("down", inner, counts), inputs, recompute)
+
+    def _multiplied(self, name: str, x_PH: Tensor, counts: Tensor | list[int]) -> Tensor:
+        """Rows times the weights of a name, with their updates."""
+        y_PF = self.product(x_PH, getattr(self, name), counts)
+        a_ERH, b_EFR = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
+        if a_ERH is None:
+            return y_PF
+        # Nothing is summed over tensor ranks between the two: what leaves the block is.
+        return y_PF + self.product(self.product(x_PH, a_ERH, counts) * self.update_scale, b_EFR, counts)
 
     def activate(self, up: Tensor, gate: Tensor | None = None) -> Tensor:
         return self.pointwise(up) if gate is None else self.pointwise(gate) * up
@@ -205,7 +219,7 @@ class MoE(nn.Module):
         weighted_PH = done_PH * weights_P[:, None].to(done_PH.dtype)
         out_SBH = self.leave(Sum.apply(weighted_PH, pairs).view_as(inner_SBH))
         if self.shared is not None:
-            out_SBH = out_SBH + self.shared(x_SBH)
+            out_SBH = out_SBH + self.shared(x_SBH, draws)
         if balance and torch.is_grad_enabled():
             out_SBH = WithLoss.apply(out_SBH, routing.loss, balance)
         return out_SBH, routing.report

@@ -14,7 +14,7 @@ from data_pipelines.pipeline.plan import Plan, result_settings
 from data_pipelines.pipeline.stages.document_files import REMOVED
 from data_pipelines.pipeline.tasks import WorkspaceKey, perform
 from data_pipelines.pipeline.work import DONE_FOLDER, DataTask, Done, Output, Workspace
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from tests.support.memory import peak_growth
 
 DOCUMENTS_OF_A_CHUNK = 20_000

@@ -13,8 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from llmtrain.models.attention.multi_head import join_projections
-from llmtrain.models.compiled_graphs import CACHE_VARIABLE, compile_layers
-from llmtrain.models.pointwise import dropped
+from llmtrain.models.compiled_graphs import CACHE_VARIABLE, compile_layers, dropped
 from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model
 from llmtrain.parallel.stateless_random import Draws, dropout_hidden, site_key
@@ -105,14 +104,14 @@ def test_a_dropout_is_one_graph_for_all_sites_and_steps_and_the_same_elements(mo
     torch._dynamo.reset()
     counters.clear()
     built = torch.compile(dropout_hidden, backend="aot_eager", dynamic=False)
-    monkeypatch.setattr("llmtrain.models.pointwise.compiled", lambda function: built)
+    monkeypatch.setattr("llmtrain.models.compiled_graphs.compiled", lambda function: built)
     x = torch.randn(8, 2, 16)
     for step in (1, 2):
         for site in ("attention", "mlp"):
             draws = Draws.of_micro_batch(1, step, 0, torch.device("cpu"))
             results, grads = [], []
             for fused in (False, True):
-                monkeypatch.setattr("llmtrain.models.pointwise.is_fused", lambda x, chosen=fused: chosen)
+                monkeypatch.setattr("llmtrain.models.compiled_graphs.is_fused", lambda x, chosen=fused: chosen)
                 leaf = x.clone().requires_grad_()
                 results.append(dropped(leaf, 0.5, site_key(site), draws))
                 results[-1].sum().backward()

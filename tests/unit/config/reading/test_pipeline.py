@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.reading.pipeline import is_pipeline, load_pipeline
 from llmtrain.config.reading.rendering import plain_yaml
 from llmtrain.config.reading.shipped import shipped_names

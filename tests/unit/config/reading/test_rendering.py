@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from llmtrain.config.reading.load import OWN_BASES
 from llmtrain.config.reading.rendering import json_schema, to_yaml
 from llmtrain.config.reading.suggestions import all_keys
 from llmtrain.config.schema import RunConfig
@@ -13,7 +14,7 @@ SMALLEST = {"name": "a", "model": {}, "data": {"train": [{"path": "p"}]}, "train
 def iter_schema_keys(schema: dict[str, Any], section: dict[str, Any], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section["properties"].items():
-        if name == "base":
+        if name == "base" and f"{prefix}base" not in OWN_BASES:
             continue
         keys.append(prefix + name)
         text = str(field.get("items") or field)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.rules.pipeline import pipeline_problems, slurm_job_problems
 
 

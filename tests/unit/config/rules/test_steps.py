@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from llmtrain.config.pipelines.steps import AnyStep, StepConfig
 from llmtrain.config.rules.steps import STEP_RULES, step_problems
-from llmtrain.config.steps import AnyStep, StepConfig
 
 STEPS = TypeAdapter(list[AnyStep])
 

@@ -12,7 +12,7 @@ from data_pipelines.pipeline.chunks import InputChunk, ScannedFile, SourceFile, 
 from data_pipelines.reading.formats import iter_records
 from data_pipelines.reading.inputs import InputFile, ReadReport
 from data_pipelines.reading.records import ReadOptions
-from llmtrain.config.pipeline import ReadConfig
+from llmtrain.config.pipelines.schema import ReadConfig
 from llmtrain.errors import DataError
 
 

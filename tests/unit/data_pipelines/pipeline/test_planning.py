@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from data_pipelines.pipeline.planning import storage_problems
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from data_pipelines.reading.formats import iter_records
 from data_pipelines.reading.inputs import InputFile, ReadReport, find_files
 from data_pipelines.reading.records import ReadOptions
-from llmtrain.config.pipeline import FormatName
+from llmtrain.config.pipelines.schema import FormatName
 from llmtrain.errors import ConfigError, DataError
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.addresses import Addresses
-from llmtrain.config.steps import UrlsStep
+from llmtrain.config.pipelines.steps import UrlsStep
 from llmtrain.errors import DataError
 
 

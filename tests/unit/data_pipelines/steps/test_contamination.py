@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.contamination import Contamination
-from llmtrain.config.steps import DecontaminateStep
+from llmtrain.config.pipelines.steps import DecontaminateStep
 from llmtrain.errors import ConfigError
 from tests.support.real_text import real_documents
 from tests.unit.data_pipelines.steps.borderline import words

@@ -14,7 +14,7 @@ from data_pipelines.documents import Dropped
 from data_pipelines.steps.quality.marks import MARKS, SENTENCE_ENDS, num_sentences
 from data_pipelines.steps.quality.split_text import SplitText
 from data_pipelines.steps.quality.step import RULES
-from llmtrain.config.quality import QualityStep
+from llmtrain.config.pipelines.quality import QualityStep
 from tests.support.readers import require_datatrove
 from tests.support.real_text import real_documents
 from tests.unit.data_pipelines.steps import borderline

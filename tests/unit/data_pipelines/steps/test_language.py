@@ -7,7 +7,7 @@ import pytest
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.language import Language
-from llmtrain.config.steps import LanguageCode, LanguageStep
+from llmtrain.config.pipelines.steps import LanguageCode, LanguageStep
 
 TEXTS = {
     "en": "The committee met on Thursday and decided that the old bridge should be closed during the winter months.",

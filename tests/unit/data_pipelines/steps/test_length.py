@@ -7,7 +7,7 @@ import pytest
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.length import Length
-from llmtrain.config.steps import LengthStep
+from llmtrain.config.pipelines.steps import LengthStep
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.main_text import MainText
-from llmtrain.config.steps import HtmlStep
+from llmtrain.config.pipelines.steps import HtmlStep
 
 PARAGRAPHS = [
     f"{first} The committee met on Thursday, and it was decided that the old bridge should be closed for the winter, "

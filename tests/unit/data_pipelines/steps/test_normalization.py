@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.documents import Document
 from data_pipelines.steps.normalization import Normalization
-from llmtrain.config.steps import NormalizeStep
+from llmtrain.config.pipelines.steps import NormalizeStep
 
 
 def normalized(text: str, counts: Counter[str] | None = None, **keys: Any) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipelines.documents import Document
 from data_pipelines.steps.personal_data import PersonalData
-from llmtrain.config.steps import PiiStep
+from llmtrain.config.pipelines.steps import PiiStep
 
 DEFAULT = PersonalData(PiiStep())
 LOCAL = PersonalData(PiiStep(public_only=False, phone_regions=("US", "DE")))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from data_pipelines.documents import Document, DocumentStep, Dropped
 from data_pipelines.steps.table import STEPS
-from llmtrain.config.quality import QualityStep
-from llmtrain.config.steps import StepConfig
+from llmtrain.config.pipelines.quality import QualityStep
+from llmtrain.config.pipelines.steps import StepConfig
 
 PARTS = (
     *(

@@ -10,7 +10,7 @@ from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.quality import repetition
 from data_pipelines.steps.quality.split_text import SplitText
 from data_pipelines.steps.quality.step import Quality
-from llmtrain.config.quality import QualityStep
+from llmtrain.config.pipelines.quality import QualityStep
 from tests.support.real_text import real_documents
 from tests.unit.data_pipelines.steps import borderline
 

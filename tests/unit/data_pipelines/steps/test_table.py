@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from pydantic import TypeAdapter
 
 from data_pipelines.steps.table import STEPS, package_problems
-from llmtrain.config.quality import QualityStep, RuleName
-from llmtrain.config.steps import AnyStep, StepConfig
+from llmtrain.config.pipelines.quality import QualityStep, RuleName
+from llmtrain.config.pipelines.steps import AnyStep, StepConfig
 
 ROOT = Path(__file__).resolve().parents[4]
 OVER_GROUPS = {"exact_dedup", "near_dedup"}

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.documents import Document, Dropped
 from data_pipelines.steps.word_list import WordList
-from llmtrain.config.steps import WordsStep
+from llmtrain.config.pipelines.steps import WordsStep
 
 
 def step(folder: Path, **keys: Any) -> WordList:

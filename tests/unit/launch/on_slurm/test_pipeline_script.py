@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launch.on_slurm import batch_script
 from launch.on_slurm.asked_job import BODY_MARK, COMMAND, PIPELINE_ON_RAY
 from llmtrain.cli import main
-from llmtrain.config.pipeline import PipelineConfig
+from llmtrain.config.pipelines.schema import PipelineConfig
 from llmtrain.config.reading.pipeline import load_pipeline
 from llmtrain.errors import ConfigError
 from tests.architecture.source_tree import ROOT

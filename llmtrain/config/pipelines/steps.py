@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from llmtrain.config.quality import QualityStep
+from llmtrain.config.pipelines.quality import QualityStep
 from llmtrain.config.section import AsTuple, AsWhole, CountOrZero, Section, Steps, StepsOrZero, Text
 
 Chance = Annotated[float, Field(ge=0, le=1)]

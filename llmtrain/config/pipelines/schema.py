@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llmtrain.config.launch import SlurmConfig
+from llmtrain.config.pipelines.steps import AnyStep
 from llmtrain.config.schema import RUN_NAME_PATTERN
 from llmtrain.config.section import AsTuple, AsWhole, Section, Text, Threads
-from llmtrain.config.steps import AnyStep
 
 Size = Annotated[int, Field(ge=1, le=10**18), AsWhole]
 """Bytes, documents or tokens of a whole collection."""

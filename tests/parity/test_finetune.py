@@ -1,0 +1,138 @@
+"""LoRA, adapters and soft prompts in every engine and layout: the numbers of one process."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from llmtrain.config import parameters
+from llmtrain.config.parameters import FrozenNames, Parameter
+from llmtrain.config.schema import RunConfig
+from llmtrain.engines import stage
+from llmtrain.engines.masters import freeze
+from llmtrain.finetune.additions import TensorPart
+from llmtrain.models.compiled_graphs import dropped
+from llmtrain.models.low_rank import Update
+from llmtrain.models.transformer import Embeddings
+from llmtrain.parallel.stateless_random import Draws
+from tests.parity.cases import parity_run, short_and_whole, verdict
+from tests.parity.test_freeze import LAYOUTS, PLACES, laid_out
+
+LORA: dict[str, Any] = {"method": "lora", "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}}
+SOME: dict[str, Any] = {
+    "method": "lora",
+    "lora": {"rank": 3, "targets": ["attention.q", "mlp.down", "decoder.layers.1.*"], "train_also": ["*norm*"]},
+}
+EXPERTS: dict[str, Any] = {"method": "lora", "lora": {"rank": 8, "rslora": True}}
+OUTPUT: dict[str, Any] = {"method": "adapter", "adapter": {"size": 8}}
+BOTH: dict[str, Any] = {"method": "adapter", "adapter": {"size": 8, "placement": "both", "activation": "silu"}}
+PROMPT: dict[str, Any] = {"method": "prompt", "prompt": {"tokens": 8}}
+METHODS = {
+    "lora": ("dropout", LORA), "some": ("gpt", SOME), "output": ("llama", OUTPUT), "both": ("gpt", BOTH),
+    "prompt": ("llama", PROMPT), "experts": ("top_2", EXPERTS), "shared": ("shared", EXPERTS), "bert": ("bert", LORA),
+    "bert_both": ("bert", BOTH), "t5": ("t5", LORA), "t5_prompt": ("t5", PROMPT), "switch": ("switch_t5", EXPERTS),
+}  # fmt: skip
+"""A model and a section by name."""
+
+GRID = [
+    (method, *place)
+    for method, place in [
+        *zip(cycle(("lora", "some", "output", "both", "prompt")), PLACES, strict=False),
+        *((method, (layout, stage)) for method in ("experts", "shared", "switch")
+          for layout, stage in (("megatron:dp2+ep2", 1), ("deepspeed:dp2", 2), ("megatron:tp2+sp", 0))),
+        *((method, place) for method in ("bert", "bert_both", "t5", "t5_prompt")
+          for place in (("megatron:pp2", 0), ("megatron:tp2+sp", 1), ("deepspeed:dp2", 3), ("megatron:cp2", 1))),
+    ]
+]  # fmt: skip
+PAIRWISE = [
+    *(("lora", "torch:dp2", 0), ("lora", "megatron:tp2+sp", 1), ("some", "megatron:pp2", 0)),
+    *(("output", "megatron:tp2", 1), ("both", "deepspeed:dp2", 3), ("prompt", "megatron:pp2+vp2", 1)),
+    *(("lora", "deepspeed:dp2", 3), ("some", "deepspeed:tp2+sp", 2), ("prompt", "deepspeed:cp2", 1)),
+    *(("experts", "megatron:dp2+ep2", 1), ("shared", "megatron:tp2+sp", 0), ("t5", "megatron:pp2", 1)),
+    *(("lora", "megatron:cp2", 0), ("bert", "megatron:tp2", 0), ("t5_prompt", "megatron:tp2+sp", 0)),
+]
+
+
+def finetune_run(method: str, **keys: Any) -> RunConfig:
+    model, section = METHODS[method]
+    return parity_run(model).with_keys({"finetune": section, **keys})
+
+
+@pytest.mark.parametrize(("method", "layout", "stage", "num_steps"), short_and_whole(PAIRWISE, GRID))
+def test_fp32_equals_one_process(method: str, layout: str, stage: int, num_steps: int) -> None:
+    assert layout in LAYOUTS
+    config = finetune_run(method)
+    assert verdict(config, *laid_out(config, layout, stage), num_steps=num_steps).problems == []
+
+
+def a_column_update_keeps_its_part() -> None:
+    change_declared(lambda each: replace(each, partial=False))
+
+
+def an_update_begins_with_other_values() -> None:
+    change_declared(lambda each: replace(each, draw="zeros") if each.name.endswith("lora_a") else each)
+
+
+def change_declared(change: Callable[[Parameter], Parameter]) -> None:
+    declare = parameters._lora
+    parameters._lora = lambda model, finetune: map(change, declare(model, finetune))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def a_row_update_is_not_summed() -> None:
+    change_part(lambda part: replace(part, leave=None))
+
+
+def a_rank_drops_the_columns_of_another() -> None:
+    change_part(lambda part: replace(part, place=0))
+
+
+def change_part(change: Callable[[TensorPart], TensorPart]) -> None:
+    stage.TensorPart = lambda *fields: change(TensorPart(*fields))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def updates_draw_as_if_outside_of_blocks() -> None:
+    def dropped_here(self: Update, x_SBH: Tensor, draws: Draws | None) -> Tensor:
+        inside = draws and replace(draws, sequence=None)
+        return dropped(x_SBH, self.dropout, self.site, inside, self.columns)
+
+    Update.dropped = dropped_here
+
+
+def what_is_added_is_frozen() -> None:
+    stage.freeze = lambda found, frozen: freeze(found, FrozenNames((*frozen.patterns, "*lora_b"), frozen.trained))
+
+
+def the_model_is_trained_too() -> None:
+    stage.freeze = lambda found, frozen: freeze(found, FrozenNames(frozen.patterns))
+
+
+def a_prompt_stands_at_this_ranks_positions() -> None:
+    def prompted(self: Embeddings, x_SBH: Tensor, positions_BS: Tensor) -> Tensor:
+        return whole(self, x_SBH, positions_BS - positions_BS[:, :1])
+
+    whole = Embeddings._prompted
+    Embeddings._prompted = prompted
+
+
+@pytest.mark.parametrize(
+    ("mutation", "method", "layout", "stage_number"),
+    [
+        (a_column_update_keeps_its_part, "lora", "megatron:tp2", 0),
+        (a_column_update_keeps_its_part, "experts", "megatron:tp2", 0),
+        (an_update_begins_with_other_values, "lora", "megatron:dp2", 0),
+        (a_row_update_is_not_summed, "lora", "megatron:tp2", 0),
+        (a_rank_drops_the_columns_of_another, "lora", "deepspeed:tp2+sp", 1),
+        (updates_draw_as_if_outside_of_blocks, "lora", "megatron:cp2", 0),
+        (what_is_added_is_frozen, "lora", "megatron:dp2", 1),
+        (the_model_is_trained_too, "lora", "megatron:dp2", 1),
+        (a_prompt_stands_at_this_ranks_positions, "prompt", "megatron:cp2", 0),
+    ],
+)  # fmt: skip
+def test_a_rule_that_is_broken_is_caught(
+    mutation: Callable[[], None], method: str, layout: str, stage_number: int
+) -> None:
+    config = finetune_run(method)
+    assert verdict(config, *laid_out(config, layout, stage_number), mutation=mutation).problems

@@ -102,6 +102,7 @@ def _told(export: "Export", dtype: Precision) -> dict[str, Any]:
         "logit_positions_compared": proof.num_tokens,
         "greedy_tokens_equal": proof.num_greedy_tokens,
         "text_characters_equal": proof.num_text_characters,
+        **({"conversations_equal": proof.num_chats} if proof.num_chats else {}),
         "notes": export.notes,
     }
 
@@ -170,6 +171,12 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this much probability.")] = 1.0,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed draws the same text.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is what a user says; answered with the model's chat template.")
+    ] = False,
+    messages: Annotated[
+        Path | None, typer.Option(help="With --chat: a JSON file with the messages before, and tools.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
 ) -> None:
@@ -178,11 +185,13 @@ def generate(
     Sentinels are spelled as the tokenizer calls them, else <extra_id_0>, <extra_id_1>, ... (of fill-in-the-middle
     <fim_prefix>, <fim_suffix>, <fim_middle>); masks likewise, such as <mask> or [MASK].
     """
+    if messages is not None and not chat:
+        raise typer.BadParameter("goes with --chat", param_hint="--messages")
     from llmtrain.checkpoint.find import best_checkpoint
-    from llmtrain.infer.generate import Sampling, answer_of
+    from llmtrain.infer.generate import Asked, Sampling, answer_of
     from llmtrain.infer.model import load_model, named_device
 
     place, sampling = named_device(device), Sampling(temperature, top_k, top_p, seed)
     trained = load_model(best_checkpoint(model) if best else model, place)
-    for piece in answer_of(trained, prompt, sampling, max_tokens, tokenizer):
+    for piece in answer_of(trained, Asked(prompt, chat, messages), sampling, max_tokens, tokenizer):
         typer.echo(piece, nl=False)

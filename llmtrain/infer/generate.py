@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.errors import ConfigError
+from llmtrain.infer.chat import chat_prompt
 from llmtrain.infer.model import TrainedModel
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
@@ -156,29 +157,44 @@ def decode_with_names(ids: Sequence[int], tokenizer: Tokenizer, names: Mapping[s
 NUM_FILLINGS = 5
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A prompt: a text to continue or to fill, or with `chat` what a user says, behind the messages of a JSON file."""
+
+    text: str
+    chat: bool = False
+    earlier: Path | None = None
+
+
 def answer_of(
-    trained: TrainedModel, prompt: str, sampling: Sampling, max_tokens: int, tokenizer: Path | None = None
+    trained: TrainedModel, asked: Asked, sampling: Sampling, max_tokens: int, tokenizer: Path | None = None
 ) -> Iterator[str]:
-    """The pieces of the text: a continuation, or of an encoder the fillings of each mask.
+    """The pieces of the text: a continuation, an answer, or of an encoder the fillings of each mask.
 
     `tokenizer` takes the place of the one beside the model. Raises ConfigError where there is none, or no mask.
     """
     model = trained.model
     text = model_tokenizer(tokenizer, trained.tokenizer_path, model.config, trained.tokens)
     named = named_tokens(text, trained.data)
-    if model.config.family == "encoder":
-        yield from _fillings(model, text, named, prompt, sampling.top_k or NUM_FILLINGS)
+    if asked.chat and model.config.family != "decoder":
+        raise ConfigError(f"--chat: goes with a decoder, and the model is an {model.config.family}.")
+    if asked.chat:
+        prompt_ids = chat_prompt(text, asked.text, asked.earlier)
+        yield from _continuation(model, text, named, prompt_ids, (sampling, max_tokens))
+    elif model.config.family == "encoder":
+        yield from _fillings(model, text, named, asked.text, sampling.top_k or NUM_FILLINGS)
     else:
-        yield from _continuation(model, text, named, prompt, (sampling, max_tokens))
+        before, behind = named.frame(model.config.family)
+        prompt_ids = [*before, *encode_with_names(asked.text, text, named.sentinels), *behind]
+        yield from _continuation(model, text, named, prompt_ids, (sampling, max_tokens))
 
 
 def _continuation(
-    model: Transformer, text: Tokenizer, named: NamedTokens, prompt: str, how: tuple[Sampling, int]
+    model: Transformer, text: Tokenizer, named: NamedTokens, prompt_ids: Sequence[int], how: tuple[Sampling, int]
 ) -> Iterator[str]:
     names = named.sentinels
-    before, behind = named.frame(model.config.family)
     # The places of a soft prompt: the model replaces their embeddings.
-    prompt_ids = [*[0] * model.prompt_tokens, *before, *encode_with_names(prompt, text, names), *behind]
+    prompt_ids = [*[0] * model.prompt_tokens, *prompt_ids]
     ids: list[int] = []
     shown = ""
     tokens = iter_tokens(model, prompt_ids, *how, named.start_id)

@@ -22,6 +22,7 @@ from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.errors import ConfigError
 from llmtrain.files import read_bytes
 from llmtrain.finetune.merging import MergedWeights
+from llmtrain.infer.chat import chat_examples
 from llmtrain.infer.model import (
     build_from,
     checkpoint_tensors,
@@ -54,7 +55,8 @@ def export_checkpoint(
     tokens = TrainedTokens.of(checkpoint.about)
     text = model_tokenizer(tokenizer, find_tokenizer_of(checkpoint.path), model, tokens)
     named = named_tokens(text, saved_data(checkpoint))
-    settings = replace(settings, facts=_facts(checkpoint), tokens=named)
+    chats = chat_examples(text) if named.is_chat else None
+    settings = replace(settings, facts=_facts(checkpoint), tokens=named, chats=chats)
     return checkpoint, write_export(out, model, weights, text, settings)
 
 

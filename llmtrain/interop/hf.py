@@ -156,10 +156,9 @@ def family_for(model: ModelConfig, wanted: str | None = None) -> Family:
 def hf_config(model: ModelConfig, tokens: NamedTokens, wanted: str | None = None) -> PretrainedConfig:
     """transformers' configuration of a model. Raises ConfigError where no family fits."""
     config: Any = family_for(model, wanted).to_config(model)
-    # Where no text of training had a beginning of its own, none is named: readers would put it there. As with GPT-2, a
-    # document then begins after the end of another.
-    begin = tokens.eos_id if model.family == "decoder" else None
-    config.eos_token_id, config.bos_token_id = tokens.eos_id, next(iter(tokens.bos_ids), begin)
+    # Where no text of training had a beginning of its own, none is named: readers would put it there.
+    begin = tokens.begin_id if model.family == "decoder" else next(iter(tokens.bos_ids), None)
+    config.eos_token_id, config.bos_token_id = tokens.eos_id, begin
     config.pad_token_id = None if tokens.pad is None else tokens.pad[1]
     if model.family == "encoder_decoder":
         config.pad_token_id = config.decoder_start_token_id = tokens.start_id

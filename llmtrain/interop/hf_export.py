@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from llmtrain.interop.model_card import model_card, reader_notes
 from llmtrain.interop.name_table import ReadTensor, iter_theirs
 from llmtrain.interop.proof import LayerGroup, Proof, compare_models, layer_parts, real_texts
 from llmtrain.interop.text.carried import carry_config
-from llmtrain.interop.text.proof import TextReader
+from llmtrain.interop.text.proof import ChatExamples, TextReader
 from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
 from llmtrain.interop.text.tokenizer_json import TokenizerSettings, text_frame, write_tokenizer
 from llmtrain.values.tokenizer import Tokenizer
@@ -65,6 +65,8 @@ class ExportSettings:
     proof_bytes: int = 16_000_000_000
     tokens: NamedTokens | None = None
     """Special tokens that the model was trained with; None: those of the tokenizer."""
+    chats: ChatExamples | None = None
+    """The conversations that it was trained to take part in; None: there were none."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,9 @@ class _Source:
         write_config_json(folder, config)
         if model.family != "encoder":
             GenerationConfig.from_model_config(config).save_pretrained(folder)
+        ends = self.tokens.ends if self.settings.chats else ()
         start_id = self.tokens.start_id if model.family == "encoder_decoder" else None
-        return carry_config(folder, self.tokenizer.roles.files, start_id)
+        return carry_config(folder, self.tokenizer.roles.files, start_id, ends)
 
 
 def write_export(
@@ -119,6 +122,8 @@ def write_export(
         writing.mkdir(parents=True)
         notes += source.write_config(writing, model)
         text = TokenizerSettings(model.max_seq_len, model.family, model.token_types, family.config_class.model_type)
+        if settings.chats is not None:
+            text = replace(text, template=settings.chats.template, controls=settings.chats.controls)
         notes += write_tokenizer(writing, tokenizer, source.tokens, text)
         dtype = DTYPES[settings.dtype]
         theirs = iter_theirs(family.tables_for(model)[0], model, weights.read)
@@ -143,6 +148,9 @@ def _prove(folder: Path, source: _Source) -> Proof:
     texts = real_texts()
     reader = TextReader(folder, source.tokenizer, text_frame(source.tokenizer, source.tokens, source.model.family))
     token_ids = reader.compare(texts)
+    chats = source.settings.chats
+    if chats is not None:
+        reader.compare_chats(chats)
     prompt = reader.prompt(texts[0], source.model.max_seq_len)
     mask, pad = source.tokens.mask, source.tokens.pad
     tokens = ExampleTokens(pad[1] if pad else 0, source.tokens.start_id, mask[1] if mask else None)
@@ -157,7 +165,7 @@ def _prove(folder: Path, source: _Source) -> Proof:
             logits = _build_part(folder, part, source)
             agreements.append(compare_models(folder / _PART, part.model, logits, token_ids, tokens, prompt))
             shutil.rmtree(folder / _PART)
-    return Proof.of(agreements, sum(map(len, texts)))
+    return replace(Proof.of(agreements, sum(map(len, texts))), num_chats=len(chats.examples) if chats else 0)
 
 
 def proof_bytes(model: ModelConfig) -> int:

@@ -62,6 +62,16 @@ model = AutoModelForSeq2SeqLM.from_pretrained(folder)
 inputs = tokenizer("def <extra_id_0>(self):", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
 
+_CHAT = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+messages = [{{"role": "user", "content": "Hello."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=50)[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
+
 _USES = {"decoder": _DECODER, "encoder": _ENCODER, "encoder_decoder": _ENCODER_DECODER}
 
 _SPECIAL = {
@@ -85,6 +95,12 @@ def model_card(name: str, model: ModelConfig, facts: Mapping[str, str], notes: S
     )
     other = "".join(f"\n- {note}" for note in reader_notes(model))
     readers = f"\n## Other readers\n{other}\n" if other else ""
+    texts = (
+        f"{proof.num_text_characters:,} characters of text have equal token ids, alone and as `tokenizer(text)` gives"
+    )
+    texts += " them"
+    if proof.num_chats:
+        texts += f";\n- {proof.num_chats} conversations have equal token ids with `apply_chat_template`"
     compared = "as a whole"
     if proof.num_parts > 1:
         compared = f"in {proof.num_parts} parts: some of the layers at a time, between the embeddings and the head"
@@ -105,7 +121,7 @@ tags: [llmtrain]
 ## Use
 
 ```python
-{_USES[model.family].format(name=name)}
+{(_CHAT if proof.num_chats else _USES[model.family]).format(name=name)}
 ```
 
 {_SPECIAL[model.family]}
@@ -117,7 +133,7 @@ Before this folder was given its name, transformers loaded it, and it was compar
 
 - {proof.num_tokens:,} positions: logits in fp32 differ by at most {proof.max_difference:.2e};
 - {proof.num_greedy_tokens} {"best fillings of masks" if model.family == "encoder" else "greedy tokens"} are equal;
-- {proof.num_text_characters:,} characters of text have equal token ids, alone and as `tokenizer(text)` gives them.
+- {texts}.
 """
 
 

@@ -78,6 +78,8 @@ class Proof:
     num_greedy_tokens: int
     num_text_characters: int
     num_parts: int = 1
+    num_chats: int = 0
+    """Conversations that transformers gives the ids of training."""
 
     @staticmethod
     def of(agreements: Sequence[Agreement], num_text_characters: int) -> "Proof":

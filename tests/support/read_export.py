@@ -26,6 +26,9 @@ def with_transformers(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     name = next((auto for end, auto in kinds.items() if architecture.endswith(end)), "AutoModelForCausalLM")
     model = getattr(transformers, name).from_pretrained(folder).eval()
     answer: dict[str, Any] = {"ids": [tokenizer(text)["input_ids"] for text in job["texts"]]}
+    if "chats" in job:
+        rendered = (tokenizer.apply_chat_template(chat, return_dict=True) for chat in job["chats"])
+        answer["chats"] = [found["input_ids"] for found in rendered]
     prompt = tokenizer(job["prompt"], return_tensors="pt")
     tokens = torch.tensor(job["tokens"])
     inputs = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if "Seq2Seq" in name else {})

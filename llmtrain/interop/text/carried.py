@@ -6,7 +6,7 @@ what is known here. Nothing is executed: code that a folder names (auto_map) is 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def reader_tokenizer(folder: Path, notes: list[str]) -> ReaderTokenizer | None:
 
 
 CONFIG, GENERATION, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = re.compile(r"special_tokens_map\.json|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja")
 """Files that are written back whole; their names come from a file, so no others are."""
 
@@ -72,11 +73,11 @@ _OURS = {
 """Keys that the trained model answers, or nobody does."""
 
 
-def carry_config(folder: Path, files: Mapping[str, Any], start_id: int | None) -> list[str]:
+def carry_config(folder: Path, files: Mapping[str, Any], start_id: int | None, ends: Sequence[int] = ()) -> list[str]:
     """Put the keys of the imported config.json and generation_config.json into those of an export; returns notes.
 
     Token ids become exactly those of the imported file. `start_id` is what a trained decoder begins with, where there
-    is an encoder: it stays.
+    is an encoder: it stays. Generation stops at `ends`, where there are some, beside the file's.
     """
     notes: list[str] = []
     written, said = read_json(folder / CONFIG), files.get(CONFIG)
@@ -96,6 +97,13 @@ def carry_config(folder: Path, files: Mapping[str, Any], start_id: int | None) -
         _write_json(folder / GENERATION, generation)
     elif said is not None:
         (folder / GENERATION).unlink(missing_ok=True)  # transformers derives one from config.json, as before
+    if ends:
+        generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+        generation.pop("_from_model_config", None)  # else readers make it anew of config.json, with one end alone
+        was = generation.get("eos_token_id", read_json(folder / CONFIG).get("eos_token_id"))
+        named = was if isinstance(was, list) else [] if was is None else [was]
+        generation["eos_token_id"] = list(dict.fromkeys((*ends, *named)))
+        _write_json(folder / GENERATION, {**generation, "transformers_version": transformers.__version__})
     return notes
 
 
@@ -120,6 +128,19 @@ def carry_tokenizer(folder: Path, files: Mapping[str, Any], added: Mapping[str, 
         else:
             _write_json(folder / name, content)
     return notes
+
+
+def write_template(folder: Path, template: str | None) -> list[str]:
+    """Write the chat template that a model was trained with, of which the control tokens are those; returns notes."""
+    if template is None:
+        return []
+    (folder / CHAT_TEMPLATE).write_text(template, "utf-8")
+    content = read_json(folder / TOKENIZER_CONFIG)
+    older = content.pop("chat_template", None)
+    # Without it, readers of some versions spell the names of control tokens out.
+    _write_json(folder / TOKENIZER_CONFIG, {**content, "split_special_tokens": False})
+    changed = older is not None and older != template
+    return [f"{TOKENIZER_CONFIG}: its chat_template is replaced by that of training"] if changed else []
 
 
 def follow_training(folder: Path, converted: HfTokenizer, own: Around, wanted: Around) -> list[str]:

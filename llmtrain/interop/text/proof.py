@@ -29,6 +29,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class ChatExample:
+    """A conversation as a template takes it, and the ids that training gives it; `prompts`: an answer follows."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Any, ...] | None
+    prompts: bool
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChatExamples:
+    """What a model was trained to take part in: a template, the control tokens that it writes, and conversations."""
+
+    template: str
+    controls: frozenset[int]
+    examples: tuple[ChatExample, ...]
+
+
+@dataclass(frozen=True)
 class TextReader:
     """An exported tokenizer beside the one of training."""
 
@@ -60,6 +79,23 @@ class TextReader:
                     f"The exported tokenizer decodes to {actual_text[:80]!r} what is {expected_text[:80]!r} for ours."
                 )
         return all_ids
+
+    def compare_chats(self, chats: ChatExamples) -> None:
+        """Raises ExportError where transformers gives a conversation other ids than training."""
+        for example in chats.examples:
+            tools = None if example.tools is None else [dict(tool) for tool in example.tools]
+            messages = [dict(message) for message in example.messages]
+            try:
+                found = self.theirs.apply_chat_template(
+                    messages,
+                    tools=tools,
+                    add_generation_prompt=example.prompts,
+                    return_dict=True,
+                    tokenizer_kwargs={"verbose": False},
+                )
+            except Exception as error:  # of jinja and of transformers, without a common class
+                raise ExportError(f"transformers cannot render a conversation with the template: {error}.") from error
+            self._require_equal(example.ids, found["input_ids"])
 
     def prompt(self, text: str, max_seq_len: int) -> Prompt:
         """The longest beginning of a text that leaves room for a continuation. Raises ExportError where a user's call

@@ -26,11 +26,19 @@ class NamedTokens:
     around: Around = ((), ())
     bos_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
+    is_chat: bool = False
+    """Training had conversations, each alone: no other document stood before one."""
 
     @property
     def ends(self) -> tuple[int, ...]:
         """All ids at which a text ends."""
         return self.end_ids or (self.eos_id,)
+
+    @property
+    def begin_id(self) -> int | None:
+        """The token before a text of a decoder: what stood there in training. As with GPT-2, that is the end of another
+        document, where there were others; None where there is nothing."""
+        return next(iter(self.bos_ids), None if self.is_chat else self.eos_id)
 
     @property
     def start_id(self) -> int:
@@ -83,6 +91,7 @@ def named_tokens(tokenizer: Tokenizer, data: Mapping[str, Any] | None = None) ->
         tokenizer.around,
         tokenizer.bos_ids,
         tokenizer.end_ids,
+        (data or {}).get("objective") == "chat",
     )
 
 

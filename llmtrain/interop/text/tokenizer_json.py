@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
@@ -20,7 +21,7 @@ from tokenizers import AddedToken, Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from llmtrain.errors import ExportError
-from llmtrain.interop.text.carried import TOKENIZER_CONFIG, carry_tokenizer, follow_training
+from llmtrain.interop.text.carried import TOKENIZER_CONFIG, carry_tokenizer, follow_training, write_template
 from llmtrain.interop.text.sentencepiece_model import decoder_of, is_plain, normalizer_of, trial_texts
 from llmtrain.interop.text.special_tokens import NamedTokens, around_of
 from llmtrain.values.tokenizer import Around, Tokenizer
@@ -43,6 +44,10 @@ class TokenizerSettings:
     family: str = "decoder"
     token_types: int = 0
     kind: str = "llama"
+    template: str | None = None
+    """The chat template that the model was trained with."""
+    controls: frozenset[int] = frozenset()
+    """The control tokens that it writes."""
 
 
 def text_frame(tokenizer: Tokenizer, named: NamedTokens, family: str) -> Around:
@@ -68,21 +73,24 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, named: NamedTokens, sett
     frame = text_frame(tokenizer, named, settings.family)
     if tokenizer.path.suffix == ".json":
         shutil.copyfile(tokenizer.path, target)
+        if tokenizer.roles.names:
+            _rename(target, tokenizer.roles.names)
         converted = HfTokenizer.from_file(str(target))
     else:
         # The control pieces that a text can spell: those of training, of a mask only an encoder's.
         before, behind = named.frame(settings.family)
-        known = {tokenizer.eos_id, *named.all.values(), *before, *behind}
+        known = {tokenizer.eos_id, *named.all.values(), *before, *behind, *settings.controls}
         masks = {named.mask[1]} if named.mask is not None and settings.family != "encoder" else set()
-        converted = convert(tokenizer.path, known - masks)
+        converted = convert(tokenizer.path, known - masks, tokenizer.roles.names)
         converted.save(str(target))
         # llama.cpp's converter takes such a file rightly for these kinds alone, and as byte pairs, whatever it is. For
         # Qwen3 it puts a space before every text, for T5 it has no bytes for what has no piece: without the file it
         # refuses, which is better.
-        proto = _read_model(tokenizer.path)
+        proto = _read_model(tokenizer.path, tokenizer.roles.names)
         is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
         if settings.kind in ("llama", "mistral", "mixtral") and is_bpe and is_plain(proto):
-            (folder / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+            renamed = proto.SerializeToString() if tokenizer.roles.names else tokenizer.path.read_bytes()
+            (folder / "tokenizer.model").write_bytes(renamed)
     added = _add_names(converted, named.all)
     if added:
         converted.save(str(target))
@@ -90,10 +98,11 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, named: NamedTokens, sett
         content = _tokenizer_config(converted, tokenizer, named, settings)
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         own = around_of(HfTokenizer.from_file(str(target)))
-        return follow_training(folder, converted, own, frame)
+        return [*write_template(folder, settings.template), *follow_training(folder, converted, own, frame)]
     used = {"mask_token": named.mask, "pad_token": named.pad}
     roles = {role: found[0] for role, found in used.items() if found is not None and found[0] in added}
     notes = carry_tokenizer(folder, tokenizer.roles.files, roles)
+    notes += write_template(folder, settings.template)
     return notes + follow_training(folder, converted, tokenizer.around, frame)
 
 
@@ -106,7 +115,7 @@ def _tokenizer_config(
     special = {"eos_token": tokenizer.eos_id, "mask_token": named.mask and named.mask[1]}
     special |= {"pad_token": named.pad and named.pad[1]}
     if settings.family == "decoder":
-        special["bos_token"] = tokenizer.eos_id  # what stood before every document but the first
+        special["bos_token"] = named.begin_id
     around = {"bos_token": tokenizer.bos_id, "cls_token": tokenizer.cls_id, "sep_token": tokenizer.sep_id}
     special |= {role: token for role, token in around.items() if token in (*before, *behind)}
     if settings.family == "encoder" and tokenizer.path.suffix == ".json":  # its own, whether it puts them there or not
@@ -146,13 +155,27 @@ def _add_names(converted: HfTokenizer, names: Mapping[str, int]) -> set[str]:
     return {name for _, name in nameless}
 
 
-def convert(path: Path, spelled: Collection[int] | None = None) -> HfTokenizer:
+def _rename(path: Path, names: Mapping[str, int]) -> None:
+    """Give tokens of a tokenizer.json other names."""
+    content = json.loads(path.read_text("utf-8"))
+    texts = {token: name for name, token in names.items()}
+    for added in content["added_tokens"]:
+        added["content"] = texts.get(added["id"], added["content"])
+    vocab = content["model"]["vocab"]
+    if isinstance(vocab, dict):
+        content["model"]["vocab"] = {texts.get(token, text): token for text, token in vocab.items()}
+    else:
+        content["model"]["vocab"] = [[texts.get(token, text), score] for token, (text, score) in enumerate(vocab)]
+    path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+
+
+def convert(path: Path, spelled: Collection[int] | None = None, names: Mapping[str, int] | None = None) -> HfTokenizer:
     """The tokenizer of a sentencepiece file. Raises ExportError with all settings that have no equivalent.
 
     `spelled` are the control pieces that a text can spell there, None: all. What training never had is better no token
-    at all: text that spells it stays text.
+    at all: text that spells it stays text. `names` are those of reserved pieces.
     """
-    proto = _read_model(path)
+    proto = _read_model(path, names or {})
     if problems := _obstacles(proto):
         listed = "\n  ".join(problems)
         raise ExportError(
@@ -202,9 +225,12 @@ def export_obstacles(tokenizer: Tokenizer) -> list[str]:
     return []
 
 
-def _read_model(path: Path) -> Any:
+def _read_model(path: Path, names: Mapping[str, int] = MappingProxyType({})) -> Any:
     # The module makes its classes when it is imported, where a type checker does not see them.
-    return sentencepiece_model.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    proto = sentencepiece_model.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    for name, token in names.items():
+        proto.pieces[token].piece = name
+    return proto
 
 
 def _obstacles(proto: Any) -> list[str]:

@@ -55,6 +55,8 @@ def export_checkpoint(
     tokens = TrainedTokens.of(checkpoint.about)
     text = model_tokenizer(tokenizer, find_tokenizer_of(checkpoint.path), model, tokens)
     named = named_tokens(text, saved_data(checkpoint))
+    if model.predicts_labels and model.family == "encoder" and text.cls_id is not None and text.sep_id is not None:
+        named = replace(named, around=((text.cls_id,), (text.sep_id,)))  # as `data labels` frames texts
     chats = chat_examples(text) if named.is_chat else None
     settings = replace(settings, facts=_facts(checkpoint), tokens=named, chats=chats)
     return checkpoint, write_export(out, model, weights, text, settings)
@@ -158,6 +160,9 @@ def _iter_fragments(folder: HuggingFaceFolder) -> Iterator[Fragment]:
 def _config_yaml(folder: HuggingFaceFolder, tokenizer: Tokenizer | None) -> str:
     """The base for a run's configuration: the model, and the objective that suits it."""
     config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
+    if folder.model.predicts_labels:
+        config["data"] = {"objective": "labels"}
+        return plain_yaml(config)
     objectives: dict[str, ObjectiveName] = {"encoder": "masked", "encoder_decoder": "span_corruption"}
     if objective := objectives.get(folder.model.family):
         config["data"] = {"objective": objective, "special_tokens": _special_tokens(folder, tokenizer, objective)}

@@ -68,15 +68,16 @@ def named_device(name: str) -> torch.device:
 
 @torch.no_grad()
 def logits_of(model: Transformer, example: Example) -> Tensor:
-    """[B, S, V] in fp32."""
+    """[B, S, V] in fp32; of a head for labels as `LabelHead` has them."""
     inputs = ModelInputs(
         example.tokens_BS,
         counted_positions(example.tokens_BS),
         segments_of(example.valid_BS),
         encoder_tokens_BT=example.encoder_tokens_BT,
         encoder_segments_BT=segments_of(example.encoder_valid_BT),
+        token_types_BS=example.types_BS,
     )
-    return model.logits(model(inputs)[0])
+    return model.logits(model(inputs)[0], inputs)
 
 
 def segments_of(valid: Tensor | None) -> Tensor | None:

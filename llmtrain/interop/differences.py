@@ -17,6 +17,7 @@ from llmtrain.interop.families.rotary import stretched_theta
 TRAINING_ONLY = (
     "dropout",
     "attention_dropout",
+    "head_dropout",
     "moe.capacity_factor",
     "moe.jitter",
     "moe.aux_loss_coeff",
@@ -29,6 +30,10 @@ def effective_values(model: ModelConfig) -> dict[str, Any]:
     """Dotted keys and values of everything that a trained model's results rest on, sizes that follow written out."""
     found = dict(_flattened(model.model_dump(exclude={"init", "attention", "rope_scaling", "moe"})))
     found |= {"num_kv_heads": model.kv_heads, "head_dim": model.head_size, "ffn_hidden_size": model.ffn_size}
+    found["head_dropout"] = model.label_dropout if model.predicts_labels else None
+    if model.predicts_labels:
+        found.pop("tie_embeddings")  # of a head that there is none of
+        found["num_labels"] = model.num_classes
     found["num_encoder_layers"] = model.encoder_layers if model.family == "encoder_decoder" else None
     if model.position != "rope":
         found.pop("rope_theta")

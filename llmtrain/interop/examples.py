@@ -25,6 +25,8 @@ class Example:
     valid_BS: Tensor | None = None
     encoder_tokens_BT: Tensor | None = None
     encoder_valid_BT: Tensor | None = None
+    types_BS: Tensor | None = None
+    """Where a model has token types and reads pairs of texts: the text that a token is of."""
 
 
 Logits = Callable[[Example], Tensor]
@@ -53,6 +55,10 @@ def build_example(model: ModelConfig, token_ids: Sequence[int], tokens: ExampleT
     starts = range(0, len(token_ids) - length + 1, length)
     windows_BS = torch.tensor([list(token_ids[start : start + length]) for start in starts[: 2 * NUM_SAMPLES]])
     first_BS, second_BS = windows_BS[:NUM_SAMPLES], windows_BS[-NUM_SAMPLES:]
+    if model.predicts_labels:
+        types_BS = torch.zeros_like(first_BS)
+        types_BS[:, length // 8 :] = 1
+        return Example(*_padded(first_BS, tokens.pad_id), types_BS=types_BS if model.token_types > 1 else None)
     match model.family:
         case "decoder":
             return Example(first_BS)

@@ -12,6 +12,15 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.interop.differences import differences
 from llmtrain.interop.families import bert, gpt2, llama, mistral, mixtral, qwen3, switch, t5
+from llmtrain.interop.families.label_heads import (
+    BERT_HEADS,
+    GPT2_HEADS,
+    NO_HEADS,
+    ClassNames,
+    add_labels,
+    decoder_heads,
+    label_fields,
+)
 from llmtrain.interop.families.rotary import require_one_spelling
 from llmtrain.interop.name_table import Table, covers
 from llmtrain.interop.text.carried import USE_KEYS
@@ -43,20 +52,40 @@ class Family:
     """Beginnings of names that have no prefix."""
     left_out: str = r"(?!)"
     """Tensors of published folders that the model does not use: of heads for other tasks, or of nothing."""
+    label_heads: ClassNames = NO_HEADS
 
     def tables_for(self, model: ModelConfig) -> list[Table]:
         """The forms that a model can lie in, the one that is written first."""
-        found = [table for table in self.tables if covers(table, model)]
+        whole = [(*table, *self.label_heads.table(model.head)) for table in self.tables]
+        found = [table for table in whole if covers(table, model)]
         assert found, f"no table of {self.title} names each parameter exactly once"
         return found
 
-    def is_left_out(self, name: str) -> bool:
-        return re.search(self.left_out, name) is not None
+    def is_left_out(self, name: str, model: ModelConfig) -> bool:
+        """True for a tensor that a model has no use for."""
+        return re.search(self.left_out, name) is not None and not (model.has_pooler and ".pooler." in name)
+
+    def config_of(self, model: ModelConfig) -> Any:
+        """The nearest configuration of a model, its head for labels included."""
+        return add_labels(self.to_config(model), model, self.label_heads)
+
+    def fields_of(self, config: Any) -> tuple[dict[str, Any], list[str]]:
+        """The fields of a ModelConfig, those of a head for labels included, and what llmtrain cannot express."""
+        fields, obstacles = self.from_config(config)
+        more, against = label_fields(config, self.label_heads)
+        return {**fields, **more}, [*obstacles, *against]
 
 
 FAMILIES = {
     "gpt2": Family(
-        "GPT-2", "decoder", (gpt2.TABLE,), "transformer.", gpt2.GPT2Config, gpt2.to_config, gpt2.from_config
+        "GPT-2",
+        "decoder",
+        (gpt2.TABLE,),
+        "transformer.",
+        gpt2.GPT2Config,
+        gpt2.to_config,
+        gpt2.from_config,
+        label_heads=GPT2_HEADS,
     ),
     "llama": Family(
         "Llama",
@@ -67,12 +96,27 @@ FAMILIES = {
         llama.to_config,
         llama.from_config,
         llama.limits,
+        label_heads=decoder_heads("Llama"),
     ),
     "mistral": Family(
-        "Mistral", "decoder", (llama.TABLE,), "model.", mistral.MistralConfig, mistral.to_config, mistral.from_config
+        "Mistral",
+        "decoder",
+        (llama.TABLE,),
+        "model.",
+        mistral.MistralConfig,
+        mistral.to_config,
+        mistral.from_config,
+        label_heads=decoder_heads("Mistral"),
     ),
     "qwen3": Family(
-        "Qwen3", "decoder", (qwen3.TABLE,), "model.", qwen3.Qwen3Config, qwen3.to_config, qwen3.from_config
+        "Qwen3",
+        "decoder",
+        (qwen3.TABLE,),
+        "model.",
+        qwen3.Qwen3Config,
+        qwen3.to_config,
+        qwen3.from_config,
+        label_heads=decoder_heads("Qwen3"),
     ),
     "mixtral": Family(
         "Mixtral",
@@ -82,6 +126,7 @@ FAMILIES = {
         mixtral.MixtralConfig,
         mixtral.to_config,
         mixtral.from_config,
+        label_heads=decoder_heads("Mixtral"),
     ),
     "bert": Family(
         "BERT",
@@ -93,6 +138,7 @@ FAMILIES = {
         bert.from_config,
         heads=("cls.",),
         left_out=r"^bert\.pooler\.|^cls\.seq_relationship\.",
+        label_heads=BERT_HEADS,
     ),
     "t5": Family(
         "T5",
@@ -124,7 +170,7 @@ def judged(family: Family, model: ModelConfig) -> tuple[list[str], list[str]]:
     if model.family != family.stacks:
         return [f"model.family = {model.family}, {family.title} has {family.stacks}"], []
     try:
-        fields, obstacles = family.from_config(family.to_config(model))
+        fields, obstacles = family.fields_of(family.config_of(model))
         assert not obstacles, f"{family.title} does not read what it writes: {obstacles}"
         expressed = ModelConfig(**fields)
     except Exception as error:  # classes of transformers validate with several libraries and no common class of error
@@ -155,7 +201,7 @@ def family_for(model: ModelConfig, wanted: str | None = None) -> Family:
 
 def hf_config(model: ModelConfig, tokens: NamedTokens, wanted: str | None = None) -> PretrainedConfig:
     """transformers' configuration of a model. Raises ConfigError where no family fits."""
-    config: Any = family_for(model, wanted).to_config(model)
+    config: Any = family_for(model, wanted).config_of(model)
     # Where no text of training had a beginning of its own, none is named: readers would put it there.
     begin = tokens.begin_id if model.family == "decoder" else next(iter(tokens.bos_ids), None)
     config.eos_token_id, config.bos_token_id = tokens.eos_id, begin
@@ -167,7 +213,7 @@ def hf_config(model: ModelConfig, tokens: NamedTokens, wanted: str | None = None
 
 def model_config(config: PretrainedConfig) -> ModelConfig:
     """The model that a configuration of a known family describes. Raises ConfigError with every obstacle."""
-    fields, obstacles = FAMILIES[config.model_type].from_config(config)
+    fields, obstacles = FAMILIES[config.model_type].fields_of(config)
     if getattr(config, "quantization_config", None) is not None:
         obstacles.append("quantization_config is set: the weights are quantized")
     if obstacles:
@@ -184,7 +230,7 @@ def model_config(config: PretrainedConfig) -> ModelConfig:
 
 def not_taken_over(content: Mapping[str, Any], config: PretrainedConfig, model: ModelConfig) -> list[str]:
     """Keys of a config.json whose values are lost on the way to a model and back."""
-    back = FAMILIES[config.model_type].to_config(model).to_dict()
+    back = FAMILIES[config.model_type].config_of(model).to_dict()
     here = config.to_dict()
     return [
         f"{key} = {value!r} is not taken over"
@@ -197,7 +243,7 @@ _ELSEWHERE = {
     "architectures", "transformers_version", "dtype", "torch_dtype", "model_type", "use_cache", "_name_or_path",
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "rope_scaling", "rope_theta",
     "num_sparse_encoder_layers", "num_sparse_decoder_layers", "is_encoder_decoder", "id2label", "label2id",
-    "gradient_checkpointing", "return_dict", "output_past", "max_window_layers", "tie_word_embeddings",
+    "problem_type", "gradient_checkpointing", "return_dict", "output_past", "max_window_layers", "tie_word_embeddings",
     *USE_KEYS,
 }  # fmt: skip
 """Keys that the tokenizer or the weights answer, or that say nothing about the model and are carried along."""

@@ -97,7 +97,7 @@ class _Source:
         config: Any = hf_config(model, self.tokens, self.family.config_class.model_type)
         config.dtype = DTYPES[self.settings.dtype]
         write_config_json(folder, config)
-        if model.family != "encoder":
+        if model.family != "encoder" and not model.predicts_labels:
             GenerationConfig.from_model_config(config).save_pretrained(folder)
         ends = self.tokens.ends if self.settings.chats else ()
         start_id = self.tokens.start_id if model.family == "encoder_decoder" else None

@@ -109,7 +109,7 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     content = read_json(config_path)
     config = parse_config(content, str(config_path))
     family, model = FAMILIES[config.model_type], model_config(config)
-    headers, notes = _named_headers(path, family)
+    headers, notes = _named_headers(path, family, model)
     model = _with_head_as_stored(model, family, headers, notes)
     # Of several forms of the same weights, the one that most of the files' tensors are named after.
     tables = family.tables_for(model)
@@ -122,16 +122,20 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     return HuggingFaceFolder(path, family, model, table, files, notes, changed)
 
 
-def _named_headers(path: Path, family: Family) -> tuple[dict[str, Header], list[str]]:
+def _named_headers(path: Path, family: Family, model: ModelConfig) -> tuple[dict[str, Header], list[str]]:
     """Headers by their full names in transformers, and what is told of those that are left out."""
     headers, left_out = {}, []
     for name, header in all_headers(path).items():
         if _NOT_WEIGHTS.search(name):
             continue
-        full = name if name.startswith((family.prefix, *family.heads)) else family.prefix + name
+        full = (
+            name
+            if name.startswith((family.prefix, *family.heads, *family.label_heads.heads()))
+            else family.prefix + name
+        )
         for old, new in _OLD_NAMES.items():
             full = full.removesuffix(old) + new if full.endswith(old) else full
-        if family.is_left_out(full):
+        if family.is_left_out(full, model):
             left_out.append(full)
         else:
             headers[full] = header
@@ -144,7 +148,7 @@ def _with_head_as_stored(
     """As transformers has it: where a tied head is in the files too and differs, it is not tied."""
     table = family.tables_for(model)[0]
     head = head_name(table)
-    if not model.tie_embeddings or head not in headers:
+    if not model.ties_head or head not in headers:
         return model
     word = next(pairing for pairing in pairings(table, model) if pairing.ours == ("embeddings.word.weight",))
     embedding = next((name for name in (word.theirs, *word.copies) if name in headers), None)

@@ -74,6 +74,19 @@ print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 _USES = {"decoder": _DECODER, "encoder": _ENCODER, "encoder_decoder": _ENCODER_DECODER}
 
+MOST_LABELS_SHOWN = 20
+
+_LABELS = """from transformers import pipeline
+
+print(pipeline("{task}", model="{name}")({call}))"""
+
+_LABEL_KINDS = {
+    "classifier": ("A classifier of texts", "text-classification", '"def main("'),
+    "token_classifier": ("A classifier of words", "token-classification", '"def main("'),
+    "span": ("A finder of answers", "question-answering", 'question="What?", context="def main("'),
+}
+"""By model.head."""
+
 _SPECIAL = {
     "decoder": "A text that spells the end token or padding is taken for it; in training it was ordinary text, which\n"
     "`tokenizer(text, split_special_tokens=True)` gives.",
@@ -87,7 +100,7 @@ def model_card(name: str, model: ModelConfig, facts: Mapping[str, str], notes: S
 
     `facts` are told as they are; `notes` say what of the model this format does not hold.
     """
-    title, tag = _KINDS[model.family]
+    title, tag, use, proved = _kind(model, name, proof)
     rows = "\n".join(f"| {label} | {value} |" for label, value in {**_sizes(model), **facts}.items())
     missing = "".join(f"\n- {note}" for note in notes)
     missing = (
@@ -121,7 +134,7 @@ tags: [llmtrain]
 ## Use
 
 ```python
-{(_CHAT if proof.num_chats else _USES[model.family]).format(name=name)}
+{use}
 ```
 
 {_SPECIAL[model.family]}
@@ -132,9 +145,20 @@ Before this folder was given its name, transformers loaded it, and it was compar
 {compared}:
 
 - {proof.num_tokens:,} positions: logits in fp32 differ by at most {proof.max_difference:.2e};
-- {proof.num_greedy_tokens} {"best fillings of masks" if model.family == "encoder" else "greedy tokens"} are equal;
+- {proof.num_greedy_tokens} {proved} are equal;
 - {texts}.
 """
+
+
+def _kind(model: ModelConfig, name: str, proof: Proof) -> tuple[str, str, str, str]:
+    """(title, tag, example of use, what of it was compared beside logits)."""
+    if model.predicts_labels:
+        title, task, call = _LABEL_KINDS[model.head]
+        return title, task, _LABELS.format(task=task, name=name, call=call), "best labels"
+    title, tag = _KINDS[model.family]
+    proved = "best fillings of masks" if model.family == "encoder" else "greedy tokens"
+    use = _CHAT if proof.num_chats else _USES[model.family]
+    return title, tag, use.format(name=name), proved
 
 
 def _sizes(model: ModelConfig) -> dict[str, str]:
@@ -142,6 +166,9 @@ def _sizes(model: ModelConfig) -> dict[str, str]:
     if model.family == "encoder_decoder":
         layers = f"{model.encoder_layers} of the encoder, {model.decoder_layers} of the decoder"
     found = {"Parameters": f"{num_parameters(model):,}"}
+    if model.labels is not None:
+        shown = ", ".join(f"`{label}`" for label in model.labels[:MOST_LABELS_SHOWN])
+        found["Labels"] = f"{shown}, and more: {len(model.labels)}" if len(model.labels) > MOST_LABELS_SHOWN else shown
     if model.moe is not None:
         found["Active parameters"] = f"{num_active_parameters(model):,}"
         found["Experts"] = f"{model.moe.num_experts} in every layer that has some"

@@ -126,7 +126,7 @@ def _of_row(row: Row, layer: int, model: ModelConfig, shapes: dict[str, tuple[in
         ours = tuple(f"{module}.{suffix}" for module in modules)
         if ours[0] in shapes:
             copies = tuple(f"{module}.{suffix}" for module in row.copies)
-            written = copies if row.written_untied and not model.tie_embeddings else ()
+            written = copies if row.written_untied and not (model.ties_head or model.predicts_labels) else ()
             yield Pairing(ours, f"{theirs}.{suffix}", row.shape, None, copies, written, row.stack, layer)
 
 

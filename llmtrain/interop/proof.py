@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ExportError
 from llmtrain.interop.examples import Example, ExampleTokens, Logits, build_example
+from llmtrain.interop.families.label_heads import AUTO_CLASSES as LABEL_CLASSES
 from llmtrain.interop.name_table import Pairing, ReadTensor, Table, pairings
 from llmtrain.interop.text.proof import NUM_GREEDY, Prompt
 
@@ -62,7 +63,7 @@ class Agreement:
     """Largest difference of two logits, in fp32."""
     num_tokens: int
     num_greedy_tokens: int
-    """Equal tokens of a greedy continuation; of an encoder, equal best fillings of masks."""
+    """Equal tokens of a greedy continuation; of an encoder, equal best fillings of masks; equal best labels."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def compare_models(
 ) -> Agreement:
     """Load a folder with transformers and compare it with our model. Raises ExportError that says what differs."""
     example = build_example(model, token_ids, tokens)
-    theirs = load_theirs(folder, model.family)
+    theirs = load_theirs(folder, model)
+    if model.predicts_labels:
+        return _compare_labels(theirs, ours, example)
     difference = _compare_logits(theirs, ours, example)
     if model.family == "encoder":
         num_greedy = _compare_fillings(theirs, ours, example, tokens.mask_id)
@@ -115,20 +118,21 @@ def compare_models(
     return Agreement(difference, example.tokens_BS.numel() if valid is None else int(valid.sum()), num_greedy)
 
 
-def load_theirs(folder: Path, family: str) -> Any:
+def load_theirs(folder: Path, model: ModelConfig) -> Any:
     """transformers' model of a folder, in fp32. Raises ExportError where it misses tensors or knows more."""
+    auto_class = LABEL_CLASSES[model.head] if model.predicts_labels else AUTO_CLASSES[model.family]
     with _quiet():
-        loaded: Any = AUTO_CLASSES[family].from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
         )
-    model, report = loaded
+    theirs, report = loaded
     if wrong := {kind: sorted(map(str, found)) for kind, found in report.items() if found}:
         raise ExportError(f"transformers does not find exactly the tensors that it expects: {wrong}")
-    model.eval()
-    if family != "encoder":
+    theirs.eval()
+    if model.family != "encoder" and not model.predicts_labels:
         # The likeliest tokens are compared, past the end of a text too, whatever a folder says of penalties.
-        model.generation_config = GenerationConfig()
-    return model
+        theirs.generation_config = GenerationConfig()
+    return theirs
 
 
 @contextmanager
@@ -148,7 +152,8 @@ def _quiet() -> Iterator[None]:
 def their_inputs(example: Example) -> dict[str, Tensor | None]:
     """An example as transformers' models take it."""
     if example.encoder_tokens_BT is None:
-        return {"input_ids": example.tokens_BS, "attention_mask": _mask(example.valid_BS)}
+        types = {} if example.types_BS is None else {"token_type_ids": example.types_BS}
+        return {"input_ids": example.tokens_BS, "attention_mask": _mask(example.valid_BS), **types}
     return {
         "input_ids": example.encoder_tokens_BT,
         "attention_mask": _mask(example.encoder_valid_BT),
@@ -162,13 +167,30 @@ def _mask(valid: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
+def _compare_labels(theirs: Any, ours: Logits, example: Example) -> Agreement:
+    """Of a head for labels: of samples, or of all positions that are no padding. The best labels are equal, too."""
+    assert example.valid_BS is not None
+    ours_BL, output = ours(example).cpu(), theirs(**their_inputs(example))
+    theirs_BL = torch.stack((output.start_logits, output.end_logits), -1) if "start_logits" in output else output.logits
+    valid = example.valid_BS if theirs_BL.dim() == 3 else torch.ones(len(theirs_BL), dtype=torch.bool)
+    difference = _difference(ours_BL, theirs_BL, valid)
+    num_wrong = int((ours_BL.argmax(-1) != theirs_BL.argmax(-1))[valid].sum())
+    if num_wrong:
+        raise ExportError(f"The best labels of {num_wrong} of {int(valid.sum())} differ.")
+    return Agreement(difference, int(example.valid_BS.sum()), int(valid.sum()))
+
+
+@torch.no_grad()
 def _compare_logits(theirs: Any, ours: Logits, example: Example) -> float:
-    ours_BSV, theirs_BSV = ours(example).cpu(), theirs(**their_inputs(example)).logits
+    return _difference(ours(example).cpu(), theirs(**their_inputs(example)).logits, example.valid_BS)
+
+
+def _difference(ours_BSV: Tensor, theirs_BSV: Tensor, valid_BS: Tensor | None) -> float:
     if ours_BSV.shape != theirs_BSV.shape:
         raise ExportError(f"Logits have the shape {list(ours_BSV.shape)} here and {list(theirs_BSV.shape)} there.")
     apart_BS = (ours_BSV - theirs_BSV).abs().amax(-1)
-    if example.valid_BS is not None:
-        apart_BS = apart_BS.masked_fill(~example.valid_BS, 0.0)
+    if valid_BS is not None:
+        apart_BS = apart_BS.masked_fill(~valid_BS, 0.0)
     difference = float(apart_BS.max())
     allowed = TOLERANCE * max(1.0, float(theirs_BSV.abs().max()) / 10)
     if not difference <= allowed:  # a NaN fails too

@@ -143,14 +143,17 @@ def write_template(folder: Path, template: str | None) -> list[str]:
     return [f"{TOKENIZER_CONFIG}: its chat_template is replaced by that of training"] if changed else []
 
 
-def follow_training(folder: Path, converted: HfTokenizer, own: Around, wanted: Around) -> list[str]:
+def follow_training(
+    folder: Path, converted: HfTokenizer, own: Around, wanted: Around, joins_pairs: bool = False
+) -> list[str]:
     """Have an exported tokenizer put the tokens of training around a text, and not `own`, those it puts by itself.
 
-    Returns notes. Then a reader's prompt has the ids that `llmtrain generate` gives it.
+    `joins_pairs`: one beginning for both texts of a pair, the second of which is of type 1 (BERT). Returns notes. Then
+    a reader's prompt has the ids that `llmtrain generate` gives it.
     """
     if own == wanted:
         return []
-    converted.post_processor = _template(wanted, converted)
+    converted.post_processor = _template(wanted, converted, joins_pairs)
     converted.save(str(folder / "tokenizer.json"))
     if own == ((), ()):
         return []
@@ -176,10 +179,12 @@ def follow_training(folder: Path, converted: HfTokenizer, own: Around, wanted: A
     return notes
 
 
-def _template(around: Around, converted: HfTokenizer) -> Any:
+def _template(around: Around, converted: HfTokenizer, joins_pairs: bool) -> Any:
     ids = [(str(converted.id_to_token(token)), token) for token in dict.fromkeys((*around[0], *around[1]))]
     before, behind = ([str(converted.id_to_token(token)) for token in side] for side in around)
     single, pair = [*before, "$A", *behind], [*before, "$A", *behind, *before, "$B", *behind]
+    if joins_pairs:
+        pair = [*before, "$A", *behind, "$B:1", *(f"{name}:1" for name in behind)]
     return processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
 
 

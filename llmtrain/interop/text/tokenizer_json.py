@@ -94,16 +94,17 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, named: NamedTokens, sett
     added = _add_names(converted, named.all)
     if added:
         converted.save(str(target))
+    joined = settings.family == "encoder"
     if not _is_carried(tokenizer):
         content = _tokenizer_config(converted, tokenizer, named, settings)
         (folder / TOKENIZER_CONFIG).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
         own = around_of(HfTokenizer.from_file(str(target)))
-        return [*write_template(folder, settings.template), *follow_training(folder, converted, own, frame)]
+        return [*write_template(folder, settings.template), *follow_training(folder, converted, own, frame, joined)]
     used = {"mask_token": named.mask, "pad_token": named.pad}
     roles = {role: found[0] for role, found in used.items() if found is not None and found[0] in added}
     notes = carry_tokenizer(folder, tokenizer.roles.files, roles)
     notes += write_template(folder, settings.template)
-    return notes + follow_training(folder, converted, tokenizer.around, frame)
+    return notes + follow_training(folder, converted, tokenizer.around, frame, joined)
 
 
 def _tokenizer_config(

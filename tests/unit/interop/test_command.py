@@ -101,7 +101,7 @@ def test_export_import_and_export_again(config, small_tokenizer, tmp_path):
 
     told = _json("export", told["checkpoint"], tmp_path / "again", "--proof", "layers")
     assert told["proof"] != "the whole model"
-    theirs, example = load_theirs(tmp_path / "again", config.family), random_example(config)
+    theirs, example = load_theirs(tmp_path / "again", config), random_example(config)
     with torch.no_grad():
         apart_BS = (theirs(**their_inputs(example)).logits - logits_of(original.model, example)).abs().amax(-1)
     assert float((apart_BS if example.valid_BS is None else apart_BS[example.valid_BS]).max()) <= 1e-4

@@ -47,7 +47,7 @@ def test_reloads_with_equal_logits_and_comes_back_bit_for_bit(name, small_tokeni
     proof = write_export(out, config, weights_of(model), small_tokenizer, ExportSettings(proof="full")).proof
     assert proof.max_difference <= 1e-4 and proof.num_parts == 1
     assert proof.num_greedy_tokens == 32 if config.family != "encoder" else proof.num_greedy_tokens > 20
-    theirs = load_theirs(out, config.family)
+    theirs = load_theirs(out, config)
     assert theirs.num_parameters() >= num_parameters(config), "no rows that pad 307 to 384"
     example = random_example(config)
     with torch.no_grad():

@@ -54,7 +54,9 @@ class LowRank(nn.Module):
             low_SBR = F.linear(self.update.dropped(x_SBH, draws), self.lora_a)
         if self.update.leave is not None:
             low_SBR = self.update.leave(low_SBR)
-        return y_SBF + F.linear(low_SBR * self.update.scale, self.lora_b)  # multiplied where it is narrow
+        # One pass over the output: a product, a factor and a sum of their own would be three.
+        rows, low_rows = y_SBF.flatten(0, -2), low_SBR.flatten(0, -2)
+        return torch.addmm(rows, low_rows, self.lora_b.T, alpha=self.update.scale).view_as(y_SBF)
 
 
 @contextmanager

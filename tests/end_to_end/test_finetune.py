@@ -19,6 +19,7 @@ from tests.support.command import llmtrain
 
 KEYS = ("evaluate.every_steps=0", "data.valid=[]", "checkpoint.every_steps=2", "checkpoint.keep=5", "optim.lr=1e-2")
 LORA = ("finetune={base: runs/tiny, method: lora, lora: {rank: 4, dropout: 0.1}}", "optim.decay_steps=6")
+SHORT = ("optim.decay_steps=6", "data.seq_len=48")
 MEGATRON = ("engine.name=megatron", "engine.zero_stage=1", "launch.num_workers=2", "parallel.tensor=2")
 
 
@@ -106,11 +107,11 @@ def test_what_was_trained_is_used_with_its_base(tuned: Path) -> None:
 def test_other_methods_train_continue_and_generate(tuned: Path, section: str) -> None:
     name = f"other{len(section)}"
     for steps in (2, 4):
-        train(tuned, f"finetune={section}", f"name={name}", f"train.steps={steps}", "optim.decay_steps=6")
+        train(tuned, f"finetune={section}", f"name={name}", f"train.steps={steps}", *SHORT)
     first = losses(tuned, name)
     assert len(first) == 4
     shutil.rmtree(tuned / "runs" / name / "checkpoints" / "step-00000004")
-    train(tuned, f"finetune={section}", f"name={name}", "train.steps=4", "optim.decay_steps=6")
+    train(tuned, f"finetune={section}", f"name={name}", "train.steps=4", *SHORT)
     assert losses(tuned, name) == first, "it continues at step 2, at which the other stopped"
     done = llmtrain("generate", f"runs/{name}", "--prompt", "a", "--max-tokens", "3", folder=tuned)
     assert done.returncode == 0, done.stderr

@@ -63,6 +63,28 @@ DATA: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+LORA: dict[str, Any] = {"method": "lora", "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}}
+SOME: dict[str, Any] = {
+    "method": "lora",
+    "lora": {"rank": 3, "targets": ["attention.q", "mlp.down", "decoder.layers.1.*"], "train_also": ["*norm*"]},
+}
+EXPERTS: dict[str, Any] = {"method": "lora", "lora": {"rank": 8, "rslora": True}}
+OUTPUT: dict[str, Any] = {"method": "adapter", "adapter": {"size": 8}}
+BOTH: dict[str, Any] = {"method": "adapter", "adapter": {"size": 8, "placement": "both", "activation": "silu"}}
+PROMPT: dict[str, Any] = {"method": "prompt", "prompt": {"tokens": 8}}
+FINETUNED: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("dropout", LORA), "some": ("gpt", SOME), "output": ("llama", OUTPUT), "both": ("gpt", BOTH),
+    "prompt": ("llama", PROMPT), "experts": ("top_2", EXPERTS), "shared": ("shared", EXPERTS), "bert": ("bert", LORA),
+    "bert_both": ("bert", BOTH), "t5": ("t5", LORA), "t5_prompt": ("t5", PROMPT), "switch": ("switch_t5", EXPERTS),
+}  # fmt: skip
+"""A model and a section `finetune` by name."""
+
+
+def finetune_run(name: str, precision: str = "fp32") -> RunConfig:
+    model, section = FINETUNED[name]
+    return parity_run(model, precision).with_keys({"finetune": section})
+
+
 def parity_run(model: str, precision: str = "fp32", recompute: str = "none") -> RunConfig:
     """The run that the reference does: 4 micro-batches of 2 samples, so that 4 replicas have one each."""
     train = {"global_batch_size": 8, "micro_batch_size": 2, "precision": precision, "recompute": recompute}

@@ -16,23 +16,26 @@ import torch.distributed as dist
 
 from launch.rank.rendezvous import TorchRankStore
 from llmtrain.checkpoint.manager import CheckpointManager
-from llmtrain.checkpoint.reader import open_checkpoint
+from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.checks.parity.compare import Pieces, Tensors, assemble, pieces
 from llmtrain.checks.parity.layouts import build_candidate, iter_candidates, short_name
 from llmtrain.config.budget import Budget
 from llmtrain.config.data import SourceConfig, SpecialTokensConfig
 from llmtrain.config.engines import ENGINES
+from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import CheckpointConfig, RunConfig
 from llmtrain.engines.masters import DTYPES
+from llmtrain.finetune.base_weights import BaseWeights
+from llmtrain.models.init import InitialWeights
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.preflight.resolve import resolve
 from llmtrain.train.setup import build_loader, engine_class
-from llmtrain.train.state import Saving, TrainState, restore
+from llmtrain.train.state import Saving, TrainState, restore, saved_state
 from llmtrain.values.fragment import Box, Fragment
 from llmtrain.values.progress import StepResult
-from tests.parity.cases import GRID_STEPS, parity_run
+from tests.parity.cases import GRID_STEPS, finetune_run, parity_run
 from tests.parity.test_deepspeed import small_pieces
 from tests.support.datasets import VOCAB_SIZE
 
@@ -76,7 +79,8 @@ def layout_name(config: RunConfig) -> str:
 
 
 def resharding_run(model: str, precision: str) -> RunConfig:
-    run = parity_run(model, precision)
+    name, _, method = model.partition("+")
+    run = finetune_run(method, precision) if method else parity_run(name, precision)
     return run.with_keys({"train.steps": SAVED_STEP + GRID_STEPS})
 
 
@@ -175,10 +179,19 @@ def load_and_continue(
     if mutation:
         mutation()
     engine = build_engine(config)
-    state = restore(open_checkpoint(checkpoint, verify=rank == 0), engine)
+    state = restored(open_checkpoint(checkpoint, verify=rank == 0), engine, config)
     outcome = held_by(engine, config), weights_of(engine), engine.state()
     _, results, samples = train(engine, config, state, more_steps, rank)
     return Outcome(*outcome, results, samples)
+
+
+def restored(saved: CheckpointReader, engine: Any, config: RunConfig) -> TrainState:
+    """Continue a checkpoint; frozen weights, which it does not hold, are the initial ones here."""
+    if not config.frozen:
+        return restore(saved, engine)
+    engine.load(BaseWeights(saved, config))
+    engine.load_state(saved.state["engine"])
+    return saved_state(saved)
 
 
 def build_engine(config: RunConfig) -> Any:
@@ -258,7 +271,10 @@ def _num_different(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _weight_problems(masters: Tensors, outcomes: Sequence[Outcome], config: RunConfig) -> Iterator[str]:
-    """Weights on any rank that are not the masters, rounded."""
+    """Weights on any rank that are not the masters, rounded; of what is frozen, the initial weights."""
+    initial = InitialWeights(config.model, config.seed, config.finetune)
+    frozen = {name: shape for name, shape in parameter_shapes(config.model).items() if name in config.frozen}
+    masters = masters | {name: initial.read(name, "master", Box.whole(shape)).numpy() for name, shape in frozen.items()}
     dtype, seen = DTYPES[config.train.precision], set()
     for rank, outcome in enumerate(outcomes):
         for name, shape, box, data in outcome.weights:

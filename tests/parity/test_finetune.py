@@ -3,14 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import cycle
-from typing import Any
 
 import pytest
 from torch import Tensor
 
 from llmtrain.config import parameters
 from llmtrain.config.parameters import FrozenNames, Parameter
-from llmtrain.config.schema import RunConfig
 from llmtrain.engines import stage
 from llmtrain.engines.masters import freeze
 from llmtrain.finetune.additions import TensorPart
@@ -18,24 +16,8 @@ from llmtrain.models.compiled_graphs import dropped
 from llmtrain.models.low_rank import Update
 from llmtrain.models.transformer import Embeddings
 from llmtrain.parallel.stateless_random import Draws
-from tests.parity.cases import parity_run, short_and_whole, verdict
+from tests.parity.cases import finetune_run, short_and_whole, verdict
 from tests.parity.test_freeze import LAYOUTS, PLACES, laid_out
-
-LORA: dict[str, Any] = {"method": "lora", "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.1}}
-SOME: dict[str, Any] = {
-    "method": "lora",
-    "lora": {"rank": 3, "targets": ["attention.q", "mlp.down", "decoder.layers.1.*"], "train_also": ["*norm*"]},
-}
-EXPERTS: dict[str, Any] = {"method": "lora", "lora": {"rank": 8, "rslora": True}}
-OUTPUT: dict[str, Any] = {"method": "adapter", "adapter": {"size": 8}}
-BOTH: dict[str, Any] = {"method": "adapter", "adapter": {"size": 8, "placement": "both", "activation": "silu"}}
-PROMPT: dict[str, Any] = {"method": "prompt", "prompt": {"tokens": 8}}
-METHODS = {
-    "lora": ("dropout", LORA), "some": ("gpt", SOME), "output": ("llama", OUTPUT), "both": ("gpt", BOTH),
-    "prompt": ("llama", PROMPT), "experts": ("top_2", EXPERTS), "shared": ("shared", EXPERTS), "bert": ("bert", LORA),
-    "bert_both": ("bert", BOTH), "t5": ("t5", LORA), "t5_prompt": ("t5", PROMPT), "switch": ("switch_t5", EXPERTS),
-}  # fmt: skip
-"""A model and a section by name."""
 
 GRID = [
     (method, *place)
@@ -54,11 +36,6 @@ PAIRWISE = [
     *(("experts", "megatron:dp2+ep2", 1), ("shared", "megatron:tp2+sp", 0), ("t5", "megatron:pp2", 1)),
     *(("lora", "megatron:cp2", 0), ("bert", "megatron:tp2", 0), ("t5_prompt", "megatron:tp2+sp", 0)),
 ]
-
-
-def finetune_run(method: str, **keys: Any) -> RunConfig:
-    model, section = METHODS[method]
-    return parity_run(model).with_keys({"finetune": section, **keys})
 
 
 @pytest.mark.parametrize(("method", "layout", "stage", "num_steps"), short_and_whole(PAIRWISE, GRID))

@@ -38,8 +38,12 @@ from tests.support.tokenizers import train_sentencepiece
 
 PAIRS = draw_pairs(60, seed=7034)
 FAMILY_PAIRS = draw_family_pairs(45, seed=7017, models=("bert", "switch_t5", "top_2", "t5", "shared"))
+FINETUNE_PAIRS = draw_family_pairs(
+    18, seed=7015, models=("+lora", "+experts", "+both", "+t5", "+some", "+prompt", "+output")
+)
+"""What is frozen is in no checkpoint: where it lies is the same in every layout."""
 IN_SHORT = 12
-SHORT = ((PAIRS, IN_SHORT), (FAMILY_PAIRS, 2))
+SHORT = ((PAIRS, IN_SHORT), (FAMILY_PAIRS, 2), (FINETUNE_PAIRS, 3))
 """So many of the first pairs run in `make test`, for few steps: from every engine to every engine."""
 
 LOSS_FP32 = 1e-5

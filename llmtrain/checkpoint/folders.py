@@ -27,6 +27,8 @@ LONGEST_MANIFEST = 256 << 20
 MANIFEST_HASH = "manifest.json.sha256"
 CONFIG = "config.yaml"
 STATE = "state.json"
+BASE = "base"
+"""In a manifest's `about`: path and manifest_sha256 of the checkpoint that has its frozen weights."""
 
 _STEP_FOLDER = re.compile(r"^step-(\d{8,})$")
 

@@ -12,9 +12,15 @@ from typing import Any
 
 from llmtrain.checkpoint.agreement import RankStore, SaveMessages
 from llmtrain.checkpoint.find import find_newest_valid
-from llmtrain.checkpoint.folders import best_of, checkpoint_steps, step_folder_name, step_of_folder, steps_to_remove
-from llmtrain.checkpoint.manifest import (
+from llmtrain.checkpoint.folders import (
     BASE,
+    best_of,
+    checkpoint_steps,
+    step_folder_name,
+    step_of_folder,
+    steps_to_remove,
+)
+from llmtrain.checkpoint.manifest import (
     ManifestPart,
     load_manifest,
     writing_folder_name,

@@ -148,10 +148,6 @@ def merge_parts(parts: Iterable[ManifestPart], step: int, about: dict[str, Any])
     return manifest
 
 
-BASE = "base"
-"""In a manifest's `about`: path and manifest_sha256 of the checkpoint that has its frozen weights."""
-
-
 def manifest_sha256(folder: Path) -> str:
     """The hash of a checkpoint's manifest, which names the hashes of all its files. Raises as `load_manifest`."""
     return hashlib.sha256(_read(folder / MANIFEST)).hexdigest()

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.folders import CONFIG, MANIFEST, MANIFEST_HASH, STATE, wrong_name
+from llmtrain.checkpoint.folders import BASE, CONFIG, MANIFEST, MANIFEST_HASH, STATE, wrong_name
 from llmtrain.checkpoint.manifest import (
-    BASE,
     TENSOR_FILE_SUFFIX,
     CheckpointManifest,
     TensorEntry,

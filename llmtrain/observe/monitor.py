@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import is_of_label_head, parameter_shapes
+from llmtrain.config.parameters import FrozenNames, is_of_label_head, parameter_shapes
 from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.errors import RunFolderInUseError
 from llmtrain.observe.console import ConsoleTracker
@@ -34,18 +34,22 @@ _SLOWER_BOARDS = ("H100 PCIe", "H100 NVL", "H200 NVL")
 """Boards with a lower peak than the table's: none is reported for them rather than a wrong one."""
 
 
-def flops_per_sample(config: ModelConfig, lengths: Lengths) -> float:
+def flops_per_sample(config: ModelConfig, lengths: Lengths, frozen: FrozenNames | None = None) -> float:
     """Floating-point operations to train on one sample, forward and backward, in the "full" convention.
 
     Per position 6 x (parameters in matrix products) + 12 x num_heads x head_dim x keys in each layer: attention is not
     halved for causality, nor reduced for sparse kinds; the input embedding is left out, recomputation is not counted
-    (Chowdhery et al. 2022, appendix B). Of experts, those count that a token goes to. Raises ValueError while the
-    vocabulary size is not known.
+    (Chowdhery et al. 2022, appendix B). Of experts, those count that a token goes to. A weight that is `frozen` has no
+    gradient: 4 in place of 6. Raises ValueError while the vocabulary size is not known.
     """
+    frozen = FrozenNames() if frozen is None else frozen
     both = config.family == "encoder_decoder"
     encoder, main = (lengths.encoder if both else lengths.main), lengths.main
     # A head for labels is of those that are counted by their shapes; that of a classifier meets one position.
-    products = 0.0 if config.predicts_labels else main * config.hidden_size * config.vocabulary
+    head = "embeddings.word.weight" if config.ties_head else "head.weight"
+    products = 0.0
+    if not config.predicts_labels:
+        products = main * config.hidden_size * config.vocabulary * (4.0 if head in frozen else 6.0)
     for name, shape in parameter_shapes(config).items():
         if len(shape) < 2 or name.startswith(NO_PRODUCTS) or name.endswith(".position_bias.weight"):
             continue
@@ -54,9 +58,9 @@ def flops_per_sample(config: ModelConfig, lengths: Lengths) -> float:
         if config.head == "classifier" and is_of_label_head(name):
             positions = 1
         share = config.moe.choices / config.moe.num_experts if config.moe and ".moe.experts." in name else 1.0
-        products += positions * prod(shape) * share
+        products += positions * prod(shape) * share * (4 if name in frozen else 6)
     scores = config.encoder_layers * encoder**2 + config.decoder_layers * main * (main + (encoder if both else 0))
-    return 6.0 * products + 12.0 * config.num_heads * config.head_size * scores
+    return products + 12.0 * config.num_heads * config.head_size * scores
 
 
 NO_PRODUCTS = ("embeddings.", "head.")

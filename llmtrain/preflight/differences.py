@@ -3,11 +3,20 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from llmtrain.checkpoint.folders import CONFIG
+from llmtrain.checkpoint.folders import (
+    BASE,
+    CONFIG,
+    MANIFEST,
+    checkpoint_steps,
+    folder_of_checkpoints,
+    is_checkpoint,
+    step_folder_name,
+)
 from llmtrain.checkpoint.origin import Origin
 from llmtrain.config.data import USUAL_PACKING, DataConfig
 from llmtrain.config.finetune import FinetuneConfig
@@ -67,6 +76,7 @@ def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest]
         found.append(_plain(origin, "seed", was, config.seed, config.seed))
     found += _optimizer_differences(origin, config.optim)
     found += _training_differences(origin, config)
+    found += _other_base(origin, config)
     found += _data_differences(origin, config.data)
     found += _tokenizer_differences(origin, config, manifests)
     return found + _source_differences(origin, config, manifests)
@@ -201,6 +211,22 @@ def _base_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]
         advice = "Merge them: `llmtrain export RUN OUT --to hf`, then import OUT, and name the import."
         base = config.finetune.base
         yield Difference("finetune.base", method, "full", base, text, True, advice)
+
+
+def _other_base(origin: Origin, config: RunConfig) -> Iterator[Difference]:
+    """The frozen weights of a run are those that it began with, wherever they lie by now."""
+    base, told = config.finetune.base if config.finetune else None, origin.about.get(BASE)
+    if base is None or not isinstance(told, dict):
+        return
+    path = Path(base)
+    folder = folder_of_checkpoints(path)
+    steps = checkpoint_steps(folder) if folder else []
+    found = [path] if is_checkpoint(path) else [folder / step_folder_name(step) for step in steps if folder]
+    manifests = [each / MANIFEST for each in found if (each / MANIFEST).is_file()]
+    if manifests and str(told.get("manifest_sha256")) not in map(file_sha256, manifests):
+        text = f"the checkpoint {origin.path} rests on {told.get('path')}, which is not among its checkpoints"
+        advice = "Set it back. To train on another base, choose another name."
+        yield Difference("finetune.base", told.get("path"), base, base, text, True, advice)
 
 
 def _optimizer_differences(origin: Origin, optim: OptimConfig) -> Iterator[Difference]:

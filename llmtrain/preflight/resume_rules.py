@@ -13,7 +13,7 @@ from llmtrain.config.reading.rendering import shown
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.errors import Problem
-from llmtrain.preflight.beginning import is_elsewhere, run_origin
+from llmtrain.preflight.beginning import begins_at_base, is_elsewhere, run_origin
 from llmtrain.preflight.differences import Difference, differences
 from llmtrain.words import looked_from
 
@@ -59,7 +59,8 @@ def resume_problems(config: RunConfig) -> Iterator[Problem]:
     resume = config.checkpoint.resume
     if resume not in ("auto", "none"):
         yield from _path_problems("checkpoint.resume", resume, "Write auto, none, or")
-    if config.finetune is not None and config.finetune.base is not None:
+    # A run that has checkpoints of its own knows its base by them.
+    if config.finetune is not None and config.finetune.base is not None and begins_at_base(config):
         yield from _path_problems("finetune.base", config.finetune.base, "Write")
 
 

@@ -70,7 +70,7 @@ def build_monitor(
         start_tokens=state.tokens,
         log_every_steps=config.observe.log_every_steps,
         sources=source_names(config),
-        flops_per_token=flops_per_sample(config.model, resolved.lengths) / config.data.seq_len,
+        flops_per_token=flops_per_sample(config.model, resolved.lengths, config.frozen) / config.data.seq_len,
         peak_flops=peak_of_run(config, device),
         attempt=attempt.number,
     )

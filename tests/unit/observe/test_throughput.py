@@ -1,6 +1,7 @@
 import pytest
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import FrozenNames
 from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.observe.monitor import flops_per_sample, mfu, peak_flops
 
@@ -17,6 +18,14 @@ LLAMA_3_8B = ModelConfig(
 
 def test_llama_3_8b_costs_the_published_58_gflop_per_token():
     assert flops_per_sample(LLAMA_3_8B, Lengths(8192)) / 8192 / 1e9 == pytest.approx(57.9, abs=0.05)
+
+
+def test_weights_that_are_frozen_have_no_gradient() -> None:
+    whole, frozen = (flops_per_sample(LLAMA_3_8B, Lengths(1), names) for names in (None, FrozenNames(("*",))))
+    attention = 12 * 32 * 128 * 32
+    assert (frozen - attention) * 6 == (whole - attention) * 4
+    layers = flops_per_sample(LLAMA_3_8B, Lengths(1), FrozenNames(("decoder.layers.*",)))
+    assert layers - frozen == 2 * 4096 * 128256, "the head's"
 
 
 def test_the_published_throughput_of_an_h100_is_its_published_mfu():

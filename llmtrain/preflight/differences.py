@@ -216,8 +216,8 @@ def _base_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]
 def _other_base(origin: Origin, config: RunConfig) -> Iterator[Difference]:
     """The frozen weights of a run are those that it began with, wherever they lie by now."""
     base, told = config.finetune.base if config.finetune else None, origin.about.get(BASE)
-    if base is None or not isinstance(told, dict):
-        return
+    if base is None or not isinstance(told, dict) or not Path(str(told.get("path"))).is_dir():
+        return  # where it is gone, whoever opens the checkpoint says so
     path = Path(base)
     folder = folder_of_checkpoints(path)
     steps = checkpoint_steps(folder) if folder else []

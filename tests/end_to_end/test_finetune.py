@@ -139,7 +139,7 @@ def test_what_cannot_begin_is_explained(tuned: Path, options: list[str], expecte
         ("finetune.lora.alpha=16", "finetune.lora.alpha"),
         ("finetune.method=full", "finetune.method"),
         ("finetune.lora.targets=[attention]", "finetune.lora.targets"),
-        ("finetune.base=runs/whole", "rests on"),
+        ("finetune.base=runs/lora", "rests on"),
     ],
 )
 def test_a_run_does_not_change_what_it_trains(tuned: Path, option: str, expected: str) -> None:

@@ -85,3 +85,6 @@ def read_by(name: str, folders: Sequence[Path], job: dict[str, Any]) -> dict[Pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return {Path(folder): answer for folder, answer in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+PEFT = READERS / "peft"

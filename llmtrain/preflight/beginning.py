@@ -41,7 +41,9 @@ def _checkpoints_of(path: Path) -> Path:
 def begins_at_base(config: RunConfig) -> bool:
     """True where the run takes the weights of finetune.base, and nothing else of it."""
     base = _base(config)
-    return base is not None and resume_target(config) == base and config.checkpoint.resume in ("auto", "none")
+    if base is None or base.resolve().is_relative_to(config.run_dir.resolve()):
+        return False
+    return resume_target(config) == base and config.checkpoint.resume in ("auto", "none")
 
 
 def is_elsewhere(config: RunConfig) -> bool:

@@ -75,6 +75,10 @@ $(READERS)/torchao/.installed: | $(STAMP)
 $(READERS)/datatrove/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'datatrove>=0.10,<0.11' 'loguru>=0.7' 'humanize>=4' && touch $@
 
+# The judge of adapters: 7 MB, in a process of its own. What it needs is the project's already.
+$(READERS)/peft/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'peft>=0.21,<0.22' && touch $@
+
 $(READERS)/ctranslate2/.installed: | $(STAMP)
 	$(INTO) $(@D) 'ctranslate2>=4.6'
 	touch $@
@@ -97,11 +101,12 @@ $(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
 
 # Where one cannot be had (no compiler, no network), its tests are skipped and say so.
 readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
-  $(READERS)/datasketch/.installed
+  $(READERS)/datasketch/.installed $(READERS)/peft/.installed
 	-$(MAKE) $(READERS)/ctranslate2/.installed
 	-$(MAKE) $(READERS)/llama_cpp/.installed
 
-test: $(STAMP) $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed
+test: $(STAMP) $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
+  $(READERS)/peft/.installed
 	$(PYTEST) -m 'not whole_grid'
 
 test-all: $(STAMP) readers

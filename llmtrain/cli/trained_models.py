@@ -25,6 +25,7 @@ class Format(StrEnum):
     """What a model is written as."""
 
     HF = "hf"
+    PEFT = "peft"
 
 
 class ProofKind(StrEnum):
@@ -46,7 +47,9 @@ class Precision(StrEnum):
 def export(
     source: Annotated[Path, typer.Argument(help="A run (its newest valid checkpoint) or a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[Format, typer.Option(help="hf: a folder that transformers loads.")] = Format.HF,
+    to: Annotated[
+        Format, typer.Option(help="hf: a folder that transformers loads. peft: what finetuning has added to its base.")
+    ] = Format.HF,
     dtype: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FLOAT32,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the checkpoints.")] = None,
@@ -58,11 +61,16 @@ def export(
     proof_memory: Annotated[str, typer.Option(help="Memory that a full proof may take with auto.")] = "16GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     best: BestOption = False,
+    max_rounding: Annotated[
+        float, typer.Option(min=0, help="Share of merged low-rank updates that rounding to --dtype may change.")
+    ] = 0.1,
+    base: Annotated[str | None, typer.Option(help="peft: name or folder of the base, for who loads it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder, and prove that transformers computes the same from it.
 
     Weights are read and written some at a time: memory is that of the largest file, and of the proof.
+    With --to peft: write the low-rank updates or the soft prompt of a finetuning as a folder that PEFT loads.
     """
     from llmtrain.interop.installation import require_transformers
 
@@ -72,6 +80,11 @@ def export(
     from llmtrain.interop.hf_export import ExportSettings, require_free
     from llmtrain.runs.file_system import require_place
 
+    if to is Format.PEFT:
+        _export_adapter(best_checkpoint(source) if best else source, out, dtype, base, (overwrite, family), as_json)
+        return
+    if base is not None:
+        raise ConfigError("--base: names the base of an adapter, and goes with --to peft.")
     max_shard_bytes = _size_bytes("--max-shard-size", max_shard_size)
     proof_bytes = _size_bytes("--proof-memory", proof_memory)
     require_free(out, overwrite)
@@ -83,11 +96,36 @@ def export(
         family=family,
         proof=proof.value,
         proof_bytes=proof_bytes,
+        max_rounding=max_rounding,
     )
     source = best_checkpoint(source) if best else source
     checkpoint, export = export_checkpoint(source, out, tokenizer, settings)
     _print_result(
         {"format": to.value, "folder": str(out), "checkpoint": str(checkpoint.path)} | _told(export, dtype), as_json
+    )
+
+
+def _export_adapter(
+    source: Path, out: Path, dtype: Precision, base: str | None, settings: tuple[bool, str | None], as_json: bool
+) -> None:
+    """`settings` are overwrite and family."""
+    from llmtrain.infer.adapters import export_adapter
+    from llmtrain.interop.hf_export import DTYPES
+    from llmtrain.runs.file_system import require_place
+
+    require_place(out)
+    checkpoint, export = export_adapter(source, out, DTYPES[dtype.value], base, *settings)
+    _print_result(
+        {
+            "format": Format.PEFT.value,
+            "folder": str(out),
+            "checkpoint": str(checkpoint.path),
+            "family": export.family,
+            "dtype": dtype.value,
+            "max_relative_difference_read_again": export.max_difference,
+            "notes": [] if base else ["names no base: give --base, or load the base and this folder by hand"],
+        },
+        as_json,
     )
 
 
@@ -110,9 +148,13 @@ def _told(export: "Export", dtype: Precision) -> dict[str, Any]:
 def import_(
     source: Annotated[Path, typer.Argument(help="A Hugging Face folder with config.json and safetensors.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Of an adapter's folder: the Hugging Face folder that it goes with.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read a Hugging Face folder as a checkpoint of step 0, with its configuration and tokenizer beside it.
+    """Read a Hugging Face folder, or a PEFT folder and its base, as a checkpoint of step 0, with its configuration and
+    tokenizer beside it.
 
     Train from it with `base: OUT/config.yaml` and `checkpoint.resume=OUT`. Weights are read and written some at a time.
     """
@@ -124,9 +166,15 @@ def import_(
 
     require_place(out)
     require_transformers()
+    from llmtrain.infer.adapters import import_adapter
     from llmtrain.infer.hugging_face import import_folder
 
-    imported = import_folder(source, out)
+    if (source / "adapter_config.json").is_file():
+        imported = import_adapter(source, base, out)
+    elif base is not None:
+        raise ConfigError(f"--base: goes with an adapter's folder, and {source} holds no adapter_config.json.")
+    else:
+        imported = import_folder(source, out)
     folder, found = imported.folder, imported.tokenizer
     _print_result(
         {

@@ -1,9 +1,10 @@
 """Between runs and Hugging Face folders: a checkpoint exported as one, and one imported as a run folder."""
 
 import hashlib
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,9 +20,10 @@ from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.reading.rendering import plain_yaml
 from llmtrain.data.storage.manifest import MANIFEST_BYTES
 from llmtrain.data.token_roles import TrainedTokens
-from llmtrain.errors import ConfigError
+from llmtrain.errors import ConfigError, ExportError
 from llmtrain.files import read_bytes
 from llmtrain.finetune.merging import MergedWeights
+from llmtrain.finetune.rounding import rounding_error
 from llmtrain.infer.chat import chat_examples
 from llmtrain.infer.model import (
     build_from,
@@ -36,6 +38,7 @@ from llmtrain.infer.model import (
 from llmtrain.infer.tokenizer import FolderTokenizer, decoder_start, folder_tokenizer, model_tokenizer
 from llmtrain.interop.hf_export import DTYPES, Export, ExportSettings, TrainedWeights, write_export
 from llmtrain.interop.hf_import import HuggingFaceFolder, open_hf_folder
+from llmtrain.interop.peft.reading import PeftFolder
 from llmtrain.interop.text.special_tokens import named_tokens
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
 from llmtrain.values.tokenizer import Tokenizer
@@ -58,7 +61,8 @@ def export_checkpoint(
     if model.predicts_labels and model.family == "encoder" and text.cls_id is not None and text.sep_id is not None:
         named = replace(named, around=((text.cls_id,), (text.sep_id,)))  # as `data labels` frames texts
     chats = chat_examples(text) if named.is_chat else None
-    settings = replace(settings, facts=_facts(checkpoint), tokens=named, chats=chats)
+    facts = {**training_facts(checkpoint), **merging_facts(checkpoint, model, settings)}
+    settings = replace(settings, facts=facts, tokens=named, chats=chats)
     return checkpoint, write_export(out, model, weights, text, settings)
 
 
@@ -75,7 +79,24 @@ def merged(checkpoint: CheckpointReader, model: ModelConfig) -> FragmentSource:
     )
 
 
-def _facts(checkpoint: CheckpointReader) -> dict[str, str]:
+def merging_facts(checkpoint: CheckpointReader, model: ModelConfig, settings: ExportSettings) -> dict[str, str]:
+    """What the model card says of updates that were added to weights. Raises ExportError where rounding has eaten more
+    of them than is allowed."""
+    finetune = saved_finetune(checkpoint)
+    if finetune is None or finetune.method != "lora":
+        return {}
+    error = rounding_error(checkpoint, model, finetune, DTYPES[settings.dtype])
+    told = f"rounding to {settings.dtype} has changed the updates by {error:.2%}"
+    if error > settings.max_rounding:
+        raise ExportError(
+            f"{checkpoint.path}: merged, {told} of their norm, and --max-rounding = {settings.max_rounding:g} allows "
+            f"{settings.max_rounding:.0%}. Try --dtype float32, or --to peft, which keeps them apart, or allow it with "
+            f"--max-rounding {math.ceil(100 * error) / 100:g}."
+        )
+    return {"Merged": f"low-rank updates in fp32; {told} of their norm"}
+
+
+def training_facts(checkpoint: CheckpointReader) -> dict[str, str]:
     """The model card's facts about training. Data sets are named by the hash of their manifest, not by a path."""
     config = saved_config(checkpoint)
     progress = checkpoint.state.get("train", {})
@@ -112,16 +133,20 @@ IMPORT_PART_BYTES = 1_000_000_000
 
 
 def write_imported(
-    folder: HuggingFaceFolder, found: FolderTokenizer, out: Path, part_bytes: int = IMPORT_PART_BYTES
+    folder: HuggingFaceFolder,
+    found: FolderTokenizer,
+    out: Path,
+    part_bytes: int = IMPORT_PART_BYTES,
+    adapter: PeftFolder | None = None,
 ) -> Path:
     """Write OUT as a run folder with one checkpoint; returns the checkpoint. Nothing is left where it fails."""
-    config_text = _config_yaml(folder, found.tokenizer)
+    config_text = _config_yaml(folder, found.tokenizer, adapter)
     target = out.resolve()
     writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
     try:
         unfinished = start_checkpoint(writing / CHECKPOINTS, step=0)
         # Part after part takes the place of rank after rank: nobody has to hold it all.
-        groups = enumerate(_iter_groups(folder, part_bytes))
+        groups = enumerate(_iter_groups(_iter_fragments(folder, adapter), part_bytes))
         parts = [write_rank_files(unfinished, number, group) for number, group in groups]
         contents = Contents(0, {}, config_text, {"imported": folder.family.title, **found.about()})
         checkpoint = publish(unfinished, parts, contents, before_publish=lambda: None)
@@ -135,10 +160,10 @@ def write_imported(
     return out / checkpoint.relative_to(writing)
 
 
-def _iter_groups(folder: HuggingFaceFolder, part_bytes: int) -> Iterator[list[Fragment]]:
+def _iter_groups(fragments: Iterable[Fragment], part_bytes: int) -> Iterator[list[Fragment]]:
     """Fragments that together take at most so much, or a single one."""
     group: list[Fragment] = []
-    for fragment in _iter_fragments(folder):
+    for fragment in fragments:
         if group and size_bytes(group) + fragment.tensor.nbytes > part_bytes:
             yield group
             group = []
@@ -146,10 +171,14 @@ def _iter_groups(folder: HuggingFaceFolder, part_bytes: int) -> Iterator[list[Fr
     yield group
 
 
-def _iter_fragments(folder: HuggingFaceFolder) -> Iterator[Fragment]:
-    """Every tensor of a folder as a fragment; each expert of stacked ones is one."""
-    shapes = parameter_shapes(folder.model)
+def _iter_fragments(folder: HuggingFaceFolder, adapter: PeftFolder | None) -> Iterator[Fragment]:
+    """Every tensor of a folder as a fragment, and of an adapter; each expert of stacked ones is one."""
+    shapes, added = parameter_shapes(folder.model), adapter.tensors if adapter else {}
+    for name, tensor in added.items():
+        yield Fragment.whole(name, "master", tensor)
     for name, expert, tensor in folder.iter_tensors():
+        if name in added:
+            continue
         if expert is None:
             yield Fragment.whole(name, "master", tensor)
         else:
@@ -157,9 +186,11 @@ def _iter_fragments(folder: HuggingFaceFolder) -> Iterator[Fragment]:
             yield Fragment(name, "master", shapes[name], box, tensor[None])
 
 
-def _config_yaml(folder: HuggingFaceFolder, tokenizer: Tokenizer | None) -> str:
-    """The base for a run's configuration: the model, and the objective that suits it."""
+def _config_yaml(folder: HuggingFaceFolder, tokenizer: Tokenizer | None, adapter: PeftFolder | None) -> str:
+    """The base for a run's configuration: the model, the objective that suits it, and what an adapter adds."""
     config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
+    if adapter is not None:
+        config["finetune"] = adapter.finetune.model_dump(mode="json", exclude_unset=True)
     if folder.model.predicts_labels:
         config["data"] = {"objective": "labels"}
         return plain_yaml(config)

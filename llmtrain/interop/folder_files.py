@@ -37,7 +37,7 @@ class Header:
 
 def all_headers(folder: Path) -> dict[str, Header]:
     """The tensors of all files by their names. Raises ConfigError where there are none, DataError for damaged files."""
-    return {name: header for file in _files(folder) for name, header in _headers(file).items()}
+    return {name: header for file in _files(folder) for name, header in file_headers(file).items()}
 
 
 def equal_tensors(one: Header, other: Header) -> bool:
@@ -87,7 +87,8 @@ def _files(folder: Path) -> list[Path]:
     raise ConfigError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}.")
 
 
-def _headers(file: Path) -> dict[str, Header]:
+def file_headers(file: Path) -> dict[str, Header]:
+    """The tensors of a file by their names. Raises DataError where it is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)

@@ -63,6 +63,8 @@ class ExportSettings:
     proof: Literal["auto", "full", "layers"] = "auto"
     """full: both models as a whole. layers: a few layers at a time. auto: full where it takes at most `proof_bytes`."""
     proof_bytes: int = 16_000_000_000
+    max_rounding: float = 0.1
+    """Of updates that are added to weights, the share of their norm that rounding may change."""
     tokens: NamedTokens | None = None
     """Special tokens that the model was trained with; None: those of the tokenizer."""
     chats: ChatExamples | None = None

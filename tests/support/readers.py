@@ -88,3 +88,17 @@ def read_by(name: str, folders: Sequence[Path], job: dict[str, Any]) -> dict[Pat
 
 
 PEFT = READERS / "peft"
+_JUDGE = Path(__file__).with_name("peft_judge.py")
+
+
+def judged_by_peft(tasks: Sequence[dict[str, Any]]) -> list[str]:
+    """What PEFT finds wrong with tasks of peft_judge.py, all in one process: "" where it is nothing. Skips where it is
+    not installed."""
+    if not (PEFT / ".installed").is_file():
+        pytest.skip(f"peft is not installed in {PEFT}: make readers")
+    done = subprocess.run(
+        [sys.executable, "-P", str(_JUDGE)], input=json.dumps(tasks), capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(PEFT), "HF_HUB_OFFLINE": "1"}, timeout=560, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

@@ -80,14 +80,19 @@ class ChatSource:
 
 
 def chat_source(
-    tokenizer: Tokenizer, template: str, controls: Sequence[str], special_in_text: SpecialInText
+    tokenizer: Tokenizer,
+    template: str,
+    controls: Sequence[str],
+    special_in_text: SpecialInText,
+    grow: bool = False,
 ) -> tuple[ChatSource, dict[str, str]]:
-    """How conversations are written, and which reserved pieces have been given the names of control tokens.
+    """How conversations are written, and which reserved pieces have been given the names of control tokens; with
+    `grow`, which have new ids where none is left.
 
     Raises ConfigError and DataError for a template or a tokenizer that does not do.
     """
     text, name = read_template(template)
-    tokenizer, given = with_controls(tokenizer, (*CONTROLS.get(name, ()), *controls))
+    tokenizer, given = with_controls(tokenizer, (*CONTROLS.get(name, ()), *controls), grow)
     compiled = ChatTemplate(text, name, control_names(tokenizer), template_variables(tokenizer))
     return ChatSource.of(compiled, tokenizer, special_in_text), given
 

@@ -32,7 +32,7 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
     stream = build_stream(config.data.train, config.data, config.seed, manifests=resolved.train)
     row_config = build_row_config(config, stream, lambda: resolved.tokenizer, trained=True)
     row = pack_sample(stream.sample(number), row_config)
-    tokenizer = load_tokenizer(resolved.tokenizer)
+    tokenizer = load_tokenizer(resolved.tokenizer, run_settings(config.data, resolved.train[0]))
     texts = {"input": row.tokens_S, "targets": row.labels_S}
     if row.encoder_tokens_T is not None:
         texts = {"encoder": row.encoder_tokens_T, "decoder": row.tokens_S, "targets": row.labels_S}

@@ -33,6 +33,12 @@ def chat(
         list[str] | None,
         typer.Option(help="A control token of the template; a reserved piece gets its name where there is no such."),
     ] = None,
+    grow: Annotated[
+        bool,
+        typer.Option(
+            "--grow", help="Control tokens that no reserved piece is left for are new, above the tokenizer's."
+        ),
+    ] = False,
     special_in_text: Annotated[
         SpecialChoice,
         typer.Option(help="A message that spells a control token is refused, or is ordinary text."),
@@ -49,11 +55,14 @@ def chat(
     """
     from data_pipelines.conversations import chat_source, write_chat_shards
     from data_pipelines.dataset_writer import ShardingConfig
+    from llmtrain.data.chat.control_pieces import NEW
     from llmtrain.data.tokenizer import load_tokenizer
 
-    source, given = chat_source(load_tokenizer(tokenizer), template, control or [], special_in_text.value)
+    source, given = chat_source(load_tokenizer(tokenizer), template, control or [], special_in_text.value, grow)
     for name, piece in given.items():
-        typer.echo(f"{name} is the piece {piece} of {tokenizer}", err=True)
+        token = source.encoder.tokenizer.special_id(name)
+        told = f"a new token, with the id {token}" if piece == NEW else f"the piece {piece} of {tokenizer}"
+        typer.echo(f"{name} is {told}", err=True)
     config = ShardingConfig(valid_fraction, shard_tokens, overwrite=overwrite)
     manifests = write_chat_shards(inputs, out, source, config, lambda line: typer.echo(line, err=True))
     for name, manifest in manifests.items():

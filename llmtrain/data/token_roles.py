@@ -199,7 +199,8 @@ def read_settings(path: Path, sha256: str | None = None, vocab_size: int | None 
         *names.values(),
         *(token for value in lists.values() for token in value or ()),
     ]
-    limit = 1 << 32 if vocab_size is None else vocab_size
+    # Names may be those of new tokens, above the tokenizer's own.
+    limit = 1 << 32 if vocab_size is None else vocab_size + len(names)
     if any(token is not None and (type(token) is not int or not 0 <= token < limit) for token in numbers):
         raise _damaged(path, f"ids must be whole numbers below {limit}")
     texts = {name: raw.get(name) for name in ("absent", "equal_sha256")}

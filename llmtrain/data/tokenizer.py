@@ -77,6 +77,7 @@ class SentencePieceTokenizer:
         self.sha256 = file_sha256(path)
         self.vocab_size: int = self._model.get_piece_size()
         self.roles = _roles(self, said, self._id_of)
+        self._own_size, self.vocab_size = self.vocab_size, _grown(self.vocab_size, self.roles)
         own = {"eos": self._model.eos_id(), "bos": self._model.bos_id(), "pad": self._model.pad_id()}
         ids = {role: token for role, token in own.items() if token >= 0}  # -1: the model has none such
         for role, names in (("mask", _MASK_NAMES), ("cls", _CLS_NAMES), ("sep", _SEP_NAMES)):
@@ -104,17 +105,20 @@ class SentencePieceTokenizer:
 
     @property
     def pieces(self) -> list[str]:
-        return _renamed(self._model.id_to_piece(list(range(self.vocab_size))), self.roles)
+        return _renamed(self._model.id_to_piece(list(range(self._own_size))), self.roles)
 
     @property
     def special(self) -> NDArray[np.bool_]:
         model = self._model
         kinds = (model.is_control, model.is_unknown, model.is_unused)
-        return np.array([any(kind(token) for kind in kinds) for token in range(self.vocab_size)], bool)
+        found = [any(kind(token) for kind in kinds) for token in range(self._own_size)]
+        return np.array(found + [True] * (self.vocab_size - self._own_size), bool)
 
     def special_id(self, name: str) -> int | None:
-        token = self.roles.names.get(name, self._model.piece_to_id(name))
-        if name not in self.roles.names and token in self.roles.names.values():
+        if name in self.roles.names:
+            return self.roles.names[name]
+        token = self._model.piece_to_id(name)
+        if token in self.roles.names.values():
             return None  # it has another name now
         return token if self._model.is_control(token) else None  # what users define comes from text as well
 
@@ -160,7 +164,7 @@ class SentencePieceTokenizer:
         return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode([int(token) for token in ids])
+        return self._model.decode([int(token) for token in ids if token < self._own_size])
 
     def _byte_ids_of_mark(self) -> NDArray[Any] | None:
         """The byte pieces of the mark, or None for a model that does not give a text back when it is joined by them."""
@@ -190,6 +194,7 @@ class HuggingFaceTokenizer:
         self.sha256 = file_sha256(path)
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.roles = _roles(self, said, self._tokenizer.token_to_id)
+        self._own_size, self.vocab_size = self.vocab_size, _grown(self.vocab_size, self.roles)
         behind = self._put_around()[1]
         ids = {role: token for role in _HF_SPECIALS if (token := self._special(role)) is not None}
         eos_id = self.roles.eos_id
@@ -211,7 +216,7 @@ class HuggingFaceTokenizer:
 
     @property
     def pieces(self) -> list[str]:
-        pieces = [""] * self.vocab_size
+        pieces = [""] * self._own_size
         for piece, token in self._tokenizer.get_vocab(with_added_tokens=True).items():
             pieces[token] = piece
         return _renamed(pieces, self.roles)
@@ -220,14 +225,17 @@ class HuggingFaceTokenizer:
     def special(self) -> NDArray[np.bool_]:
         """Ids that the tokenizer leaves out among them."""
         special = np.array([piece == "" for piece in self.pieces], bool)
+        special[self._own_size :] = True
         for token, added in self._tokenizer.get_added_tokens_decoder().items():
             special[token] |= added.special
         special[[self.eos_id, *self.bos_ids]] = True  # a file beside may name a piece that is not marked as special
         return special
 
     def special_id(self, name: str) -> int | None:
-        token = self.roles.names.get(name, self._tokenizer.token_to_id(name))
-        if name not in self.roles.names and token in self.roles.names.values():
+        if name in self.roles.names:
+            return self.roles.names[name]
+        token = self._tokenizer.token_to_id(name)
+        if token in self.roles.names.values():
             return None  # it has another name now
         added = self._tokenizer.get_added_tokens_decoder().get(token) if token is not None else None
         return token if added is not None and added.special else None
@@ -261,7 +269,8 @@ class HuggingFaceTokenizer:
         return found.ids, found.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+        own = [int(token) for token in ids if token < self._own_size]
+        return self._tokenizer.decode(own, skip_special_tokens=True)
 
     def _special(self, role: str) -> int | None:
         """The token of a role: as the files beside say, else the first added token with one of the known names."""
@@ -293,8 +302,14 @@ class HuggingFaceTokenizer:
         return (), ()
 
 
+def _grown(size: int, roles: TokenRoles) -> int:
+    """The size of a vocabulary with the new tokens that have ids above it."""
+    return max([size, *(token + 1 for token in roles.names.values())])
+
+
 def _renamed(pieces: list[str], roles: TokenRoles) -> list[str]:
-    """Pieces with the names that some were given."""
+    """Pieces with the names that some were given, and behind them the names of new tokens."""
+    pieces += [""] * (_grown(len(pieces), roles) - len(pieces))
     for name, token in roles.names.items():
         pieces[token] = name
     return pieces

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.data.bijection import keyed_permutation
 from llmtrain.models.init import InitialWeights
@@ -18,25 +19,44 @@ WORD, PROMPT = "embeddings.word.weight", "embeddings.prompt.weight"
 class BaseWeights:
     """A source of fragments: each element is the base's, or a function of seed, name and index, in every layout.
 
-    `prompt_ids` are the pieces of finetune.prompt.text.
+    `prompt_ids` are the pieces of finetune.prompt.text. Where the vocabulary is larger than the base's, of `base_vocab`
+    tokens, the rows of new tokens are drawn.
     """
 
-    def __init__(self, base: FragmentSource, config: RunConfig, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, base: FragmentSource, config: RunConfig, prompt_ids: Sequence[int] = (), base_vocab: int | None = None
+    ) -> None:
         self._base = base
+        grows = base_vocab is not None and config.model.vocabulary > base_vocab
+        self._known_rows = base_vocab if grows else None
+        declared = declare_parameters(config.model, config.finetune)
+        self._growing = {name for name, parameter in declared.items() if parameter.vocabulary and grows}
         self._config = config
         self._drawn = InitialWeights(config.model, config.seed, config.finetune)
         self._prompt_ids = prompt_ids
 
     def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
-        found = self._base.global_shape(name, kind)
+        found = None if name in self._growing else self._base.global_shape(name, kind)
         return self._drawn.global_shape(name, kind) if found is None else found
 
     def read(self, name: str, kind: str, box: Box) -> Tensor:
         if self._base.global_shape(name, kind) is not None:
-            return self._base.read(name, kind, box)
+            return self._grown(name, kind, box) if name in self._growing else self._base.read(name, kind, box)
         if name == PROMPT:
             return self._prompt(kind, box)
         return self._drawn.read(name, kind, box)
+
+    def _grown(self, name: str, kind: str, box: Box) -> Tensor:
+        """Rows of the base, and behind them drawn ones."""
+        assert self._known_rows is not None
+        known = min(max(0, self._known_rows - box.offsets[0]), box.shape[0])
+        parts = []
+        if known:
+            parts.append(self._base.read(name, kind, Box(box.offsets, (known, *box.shape[1:]))))
+        if known < box.shape[0]:
+            rest = Box((box.offsets[0] + known, *box.offsets[1:]), (box.shape[0] - known, *box.shape[1:]))
+            parts.append(self._drawn.read(name, kind, rest))
+        return torch.cat(parts)
 
     def _prompt(self, kind: str, box: Box) -> Tensor:
         """Rows of the word embedding."""

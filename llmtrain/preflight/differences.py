@@ -70,7 +70,7 @@ def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest]
     """
     found = _model_differences(origin, config, manifests)
     if not origin.trained:
-        found = [*(item for item in found if item.fixed), *_tokenizer_differences(origin, config, manifests)]
+        found = [*_fixed(found, config), *_tokenizer_differences(origin, config, manifests)]
         return [*found, *_base_differences(origin, config)]
     if (was := origin.config.get("seed", config.seed)) != config.seed:
         found.append(_plain(origin, "seed", was, config.seed, config.seed))
@@ -80,6 +80,23 @@ def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest]
     found += _data_differences(origin, config.data)
     found += _tokenizer_differences(origin, config, manifests)
     return found + _source_differences(origin, config, manifests)
+
+
+def _fixed(found: Sequence[Difference], config: RunConfig) -> Iterator[Difference]:
+    """Of differences from imported weights those that cannot be. New tokens can: their rows are drawn, and trained."""
+    for item in found:
+        if item.key == "model.vocab_size" and begins_at_base(config) and item.now > item.was:
+            declared = declare_parameters(config.model, config.finetune) if config.model.vocab_size else {}
+            frozen = [name for name, parameter in declared.items() if parameter.vocabulary and name in config.frozen]
+            if frozen:
+                text = f"the base {config.finetune and config.finetune.base} has {item.was} tokens, and new ones would "
+                text += f"never be trained: {', '.join(frozen)} is frozen"
+                advice = (
+                    "Train it too (finetune.lora.train_also, optim.freeze), or give control tokens reserved pieces."
+                )
+                yield Difference(item.key, item.was, item.now, item.value, text, True, advice)
+        elif item.fixed:
+            yield item
 
 
 def noted_changes(origin: Origin, config: RunConfig) -> list[Difference]:

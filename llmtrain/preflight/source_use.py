@@ -14,7 +14,7 @@ from llmtrain.data.storage.folders import fetch_config, open_folder
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.data.stream import DataUse, data_use, sample_limit, samples_of_epochs
-from llmtrain.errors import Problem
+from llmtrain.errors import ConfigError, Problem
 from llmtrain.preflight.beginning import run_origin
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.words import counted
@@ -70,6 +70,18 @@ def use_notes(uses: Sequence[SourceUse]) -> Iterator[str]:
         if use.leaves_at_step is not None:
             step = f"{use.leaves_at_step:,}"
             yield f"{use.path}: has given all that it may in step {step}; the others go on without it"
+
+
+def too_long_problems(config: RunConfig, train: Sequence[Manifest], valid: Sequence[Manifest]) -> list[Problem]:
+    """Documents that no sample of the run can hold, where none may be left out. Raises DataError as `packing_of`."""
+    if config.data.too_long != "error":
+        return []
+    try:
+        _packings(config, config.data.train, train)
+        _packings(config, config.data.valid, valid)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def lasting_problems(config: RunConfig, manifests: Sequence[Manifest]) -> list[Problem]:

@@ -43,7 +43,7 @@ from llmtrain.preflight.resolve import (
     with_windows,
 )
 from llmtrain.preflight.resume_rules import difference_problems, resume_problems
-from llmtrain.preflight.source_use import lasting_problems
+from llmtrain.preflight.source_use import lasting_problems, too_long_problems
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.file_system import folder_fault
 from llmtrain.words import bytes_text, looked_from
@@ -111,7 +111,9 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     problems.extend(resume_problems(config))
     training = [manifests.get(f"data.train.{number}.path") for number in range(len(config.data.train))]
     if not problems and all(training):
-        problems.extend(lasting_problems(config, [manifest for manifest in training if manifest]))
+        trained = [manifest for manifest in training if manifest]
+        valid = [manifests[key] for key in manifests if key.startswith("data.valid.")]
+        problems.extend(too_long_problems(config, trained, valid) or lasting_problems(config, trained))
     # A size that could not be filled in differs from the checkpoint's for that reason only.
     unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size", *LABEL_KEYS)
     problems.extend(found for found in difference_problems(config, manifests) if not found.key.startswith(unknown))

@@ -138,5 +138,9 @@ def begin(checkpoint: CheckpointReader | None, engine: Engine, resolved: Resolve
     finetune, ids = resolved.config.finetune, list[int]()
     if finetune is not None and finetune.method == "prompt" and finetune.prompt.text is not None:
         ids = load_tokenizer(resolved.tokenizer).encode(finetune.prompt.text)
-    engine.load_weights(BaseWeights(checkpoint, resolved.config, ids))
+    base_vocab = None
+    if begins_at_base(resolved.config):
+        origin = origin_of(checkpoint.path, checkpoint.state, checkpoint.config_text, checkpoint.about)
+        base_vocab = origin.section("model").get("vocab_size")
+    engine.load_weights(BaseWeights(checkpoint, resolved.config, ids, base_vocab))
     return TrainState()

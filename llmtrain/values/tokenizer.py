@@ -36,7 +36,8 @@ class TokenRoles:
     files: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     names: Mapping[str, int] = field(default_factory=dict)
-    """Names that reserved pieces were given, such as those of control tokens of a chat template."""
+    """Names that reserved pieces were given, such as those of control tokens of a chat template; and the ids of new
+    tokens above those of the tokenizer's file."""
 
     def as_trained(self, eos_id: int, bos_ids: tuple[int, ...]) -> "TokenRoles":
         """With the end and the begin that documents really have."""

@@ -7,7 +7,6 @@ same tokens. The names stand in the settings file beside it, which goes with dat
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 
@@ -22,6 +21,9 @@ CONTROLS = {
 }
 """What the built-in templates write."""
 
+NEW = "new"
+"""In place of a piece that was reserved: a token that the tokenizer did not have."""
+
 RESERVED = re.compile(r"<\|reserved_\d+\|>|<\|reserved_special_token_\d+\|>|<unused\d+>|\[unused\d+\]")
 """Names of pieces that mean nothing yet: ours, Llama's, Gemma's and BERT's."""
 
@@ -32,10 +34,11 @@ def reserved_pieces_of(tokenizer: Tokenizer) -> list[int]:
     return [token for token in np.flatnonzero(tokenizer.special).tolist() if RESERVED.fullmatch(pieces[token])]
 
 
-def with_controls(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[Tokenizer, dict[str, str]]:
+def with_controls(tokenizer: Tokenizer, names: Sequence[str], grow: bool = False) -> tuple[Tokenizer, dict[str, str]]:
     """The tokenizer in which all these names are special tokens, and which pieces have been given some.
 
-    Raises ConfigError where it has too few that are reserved.
+    With `grow`, names that no reserved piece is left for have new ids, above the tokenizer's. Raises ConfigError where
+    it has too few that are reserved.
     """
     for name in names:
         if not name.strip() or len(name) > 100:
@@ -47,14 +50,15 @@ def with_controls(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[Tokenizer
             f"--control {ordinary}: is an ordinary piece of {tokenizer.path}, which texts contain. Choose another name."
         )
     reserved = reserved_pieces_of(tokenizer)
-    if len(missing) > len(reserved):
+    if len(missing) > len(reserved) and not grow:
         raise ConfigError(
             f"{tokenizer.path}: has no token {', '.join(missing)}, and {len(reserved)} reserved pieces to give "
             f"{'them' if len(missing) > 1 else 'it'} to. Train one with `llmtrain data tokenizer --control-pieces 16`, "
-            "or use a template of tokens that it has."
+            "use a template of tokens that it has, or have new ones with --grow."
         )
-    given = dict(zip(missing, islice(reserved, len(missing)), strict=True))
-    pieces = tokenizer.pieces
+    size = tokenizer.vocab_size
+    given = dict(zip(missing, [*reserved, *range(size, size + len(missing))][: len(missing)], strict=True))
+    pieces = [*tokenizer.pieces, *[NEW] * len(missing)]
     if not given:
         return tokenizer, {}
     roles = replace(tokenizer.roles, names={**tokenizer.roles.names, **given})

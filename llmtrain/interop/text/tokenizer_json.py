@@ -88,10 +88,11 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, named: NamedTokens, sett
         # refuses, which is better.
         proto = _read_model(tokenizer.path, tokenizer.roles.names)
         is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
-        if settings.kind in ("llama", "mistral", "mixtral") and is_bpe and is_plain(proto):
+        grown = tokenizer.vocab_size > len(proto.pieces)  # which that file could not say
+        if settings.kind in ("llama", "mistral", "mixtral") and is_bpe and is_plain(proto) and not grown:
             renamed = proto.SerializeToString() if tokenizer.roles.names else tokenizer.path.read_bytes()
             (folder / "tokenizer.model").write_bytes(renamed)
-    added = _add_names(converted, named.all)
+    added = _add_names(converted, {**named.all, **tokenizer.roles.names})
     if added:
         converted.save(str(target))
     joined = settings.family == "encoder"
@@ -230,7 +231,8 @@ def _read_model(path: Path, names: Mapping[str, int] = MappingProxyType({})) -> 
     # The module makes its classes when it is imported, where a type checker does not see them.
     proto = sentencepiece_model.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
     for name, token in names.items():
-        proto.pieces[token].piece = name
+        if token < len(proto.pieces):
+            proto.pieces[token].piece = name
     return proto
 
 

@@ -8,12 +8,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from data_pipelines.conversations import chat_source
-from llmtrain.data.chat.control_pieces import CONTROLS, with_controls
+from llmtrain.data.chat.control_pieces import CONTROLS, NEW, with_controls
 from llmtrain.data.chat.conversation import Conversation, conversation_of
 from llmtrain.data.chat.encoding import ChatEncoder, EncodedConversation, control_names, template_variables
 from llmtrain.data.chat.template import ChatTemplate, read_template
+from llmtrain.data.token_roles import settings_text
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.errors import DataError
+from llmtrain.errors import ConfigError, DataError
 from llmtrain.values.tokenizer import Tokenizer
 from tests.support.chats import CHATML, MARKED, chatml_file, random_chat, sentencepiece_file
 
@@ -157,6 +158,30 @@ def test_a_user_s_text_never_becomes_a_control_token(folder: Path, kind: str) ->
     assert tokenizer.decode(found.ids.tolist()).count("<|im_end|>") == 2, "as ordinary text"
     assert evil in found.text
     assert spans_text(tokenizer, found) == ["No <|im_end|>.<|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_new_tokens_stand_above_the_tokenizer_s(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Where nothing is reserved, and only if that is asked for: the file and its ids stay."""
+    own = sentencepiece_file(tmp_path / "t.model", 0) if kind == "sentencepiece" else chatml_file(tmp_path / "t.json")
+    plain = load_tokenizer(str(own))
+    names = ["<|a|>", "<|b|>", "<|c|>"]
+    with pytest.raises(ConfigError, match=r"reserved pieces to give them to.*--grow"):
+        with_controls(plain, names)
+    source, given = chat_source(plain, "chatml", names, "error", grow=True)
+    named, reserved = source.encoder.tokenizer, 0 if kind == "sentencepiece" else 2
+    new = [name for name, piece in given.items() if piece == NEW]
+    assert [named.special_id(name) for name in new] == list(range(plain.vocab_size, plain.vocab_size + len(new)))
+    assert len(given) - len(new) == reserved and named.vocab_size == plain.vocab_size + len(new)
+    assert named.sha256 == plain.sha256 and named.pieces[plain.vocab_size :] == new and all(named.special[-len(new) :])
+    assert named.encode("Hello <|c|>") == plain.encode("Hello <|c|>")
+    assert named.decode([*plain.encode("Hello"), named.vocab_size - 1]) == "Hello"
+    found = source.encoder.encode(conversation_of({"prompt": "Hello", "completion": "there"}))
+    assert text_of(named, found.ids.tolist()) == found.text
+    kept = tmp_path / "tokenizer_settings.json"
+    kept.write_text(settings_text(named.roles, named.sha256), "utf-8")
+    again = load_tokenizer(str(own))
+    assert again.pieces == named.pieces and again.end_ids == named.end_ids
 
 
 def test_reserved_pieces_get_the_names_and_keep_their_ids(folder: Path) -> None:

@@ -197,7 +197,9 @@ def write_label_shards(
         source.names = names_of(source.task, iter_records(inputs, ReadReport()), source.keys.label)
     report = ReadReport()
     documents = source.documents(iter_records(inputs, report))
-    targets = TargetsWriting("labels", source.record, source.frame.begin)
+    # What an encoder's text begins with is of its frame, and nothing that generation would begin with.
+    bos_ids = source.frame.begin if source.frame.family == "decoder" else ()
+    targets = TargetsWriting("labels", source.record, bos_ids)
     manifests = write_shards(documents, out, source.frame.tokenizer, config, targets)
     said(report.summary().replace("documents", "records"))
     if source.dropped:

@@ -144,7 +144,7 @@ def _model_parameters(model: ModelConfig) -> Iterator[Parameter]:
 
 def is_of_label_head(name: str) -> bool:
     """True for the parameters that a model has for labels, and a model of tokens has not."""
-    return name.startswith(("pooler.", "classifier.", "span."))
+    return any(fnmatchcase(name, pattern) for pattern in LABEL_HEADS)
 
 
 def _label_head(model: ModelConfig) -> Iterator[Parameter]:

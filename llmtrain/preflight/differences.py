@@ -38,6 +38,9 @@ FREE_MODEL_KEYS = ("init",)
 HEAD_KEYS = ("num_heads", "num_kv_heads", "head_dim")
 """How heads lie in the tensors, whatever their shapes."""
 
+SWAPPED_KEYS = {"head", "num_labels", "labels", "head_dropout", "tie_embeddings", "scaled_head"}
+"""The keys of a head. One for labels may take the place of a base's head for tokens: its weights are drawn."""
+
 SHOWN_DIGITS = 12
 
 
@@ -151,6 +154,8 @@ def _model_differences(origin: Origin, config: RunConfig, manifests: Sequence[Ma
         now = now.with_keys({"labels": was.labels, "num_labels": was.num_labels})
     now = now.with_any_sizes()
     shaping = shape_keys(was, now)
+    if not origin.trained and now.predicts_labels and not was.predicts_labels:
+        shaping -= SWAPPED_KEYS
     before, after = _effective(was, now), _effective(now, was)
     if "learned" not in (was.position, now.position):
         before["max_seq_len"] = after["max_seq_len"]  # no weight and no number depends on it
@@ -167,7 +172,7 @@ def shape_keys(was: ModelConfig, now: ModelConfig) -> set[str]:
     for name in changed:
         for base, other in ((was, now), (now, was)):
             one = base.with_keys({name: getattr(other, name)})
-            if parameter_shapes(one) != parameter_shapes(base):
+            if parameter_shapes(one.with_any_sizes()) != parameter_shapes(base):
                 found.add(name)
     return found
 

@@ -14,7 +14,7 @@ from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of, read_origin, require_state
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
-from llmtrain.config.parameters import declare_parameters
+from llmtrain.config.parameters import declare_parameters, is_of_label_head
 from llmtrain.config.reading.rendering import record_of
 from llmtrain.config.schema import DataConfig, RunConfig
 from llmtrain.data.loader import Window
@@ -126,6 +126,19 @@ def require_continuity(resolved: ResolvedRun, folder: RunFolder, checkpoint: Che
     said = one_line([*found, *noted_changes(origin, resolved.config)])
     if said:
         _logger.info("changed since %s: %s", checkpoint.path, said)
+    if text := new_head_text(checkpoint, resolved.config):
+        _logger.info(text)
+
+
+def new_head_text(checkpoint: CheckpointReader, config: RunConfig) -> str | None:
+    """The sentence that a run has a head for labels that its base has not, and what of the base it leaves out."""
+    declared, held = declare_parameters(config.model), {info.name for info in checkpoint.tensors()}
+    new = [name for name in declared if is_of_label_head(name) and name not in held]
+    if not new:
+        return None
+    gone = sorted(held - declared.keys())
+    left = f"; {', '.join(gone)}: of its head for tokens, left out" if gone else ""
+    return f"{checkpoint.path} has no {', '.join(new)}: drawn by the seed{left}"
 
 
 def describe_start(start: Start) -> dict[str, Any]:

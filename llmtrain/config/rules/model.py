@@ -65,6 +65,13 @@ def label_heads_fit_families(config: RunConfig) -> Found:
     yield Problem("model.head", message, model.head, uses=("model.family",))
 
 
+def answers_have_no_prompt(config: RunConfig) -> Found:
+    """Positions of answers count from the begin of a text, and a soft prompt moves it."""
+    if config.model.head == "span" and config.prompt_tokens:
+        message = "moves the text, and model.head = span looks for positions in it. Try lora, adapter or full."
+        yield Problem("finetune.method", message, "prompt", uses=("model.head",))
+
+
 def label_keys_are_used(config: RunConfig) -> Found:
     """Numbers and names of labels go with heads that have some; both at once must agree."""
     model = config.model
@@ -288,6 +295,7 @@ MODEL_RULES = (
     mlm_head_needs_encoder,
     label_heads_need_labels,
     label_heads_fit_families,
+    answers_have_no_prompt,
     label_keys_are_used,
     head_is_scaled_where_tied,
     choices_fit_experts,

@@ -27,6 +27,7 @@ def with_prompt(row: PackedSample, length: int) -> PackedSample:
         labels_S=_behind(row.labels_S, length, IGNORED_LABEL),
         positions_S=np.concatenate((np.arange(length), row.positions_S + length)),
         segments_S=None if segments_S is None else _behind(segments_S, length, int(segments_S[0])),
+        token_types_S=None if row.token_types_S is None else _behind(row.token_types_S, length, 0),
         prefix=None if row.prefix is None else row.prefix + length,
     )
 

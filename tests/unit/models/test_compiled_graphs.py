@@ -12,6 +12,9 @@ import torch._inductor.config as inductor_config
 from torch import nn
 from torch._dynamo.utils import counters
 
+from llmtrain.config.finetune import FinetuneConfig
+from llmtrain.config.parameters import declare_parameters
+from llmtrain.finetune.additions import add_trained_parts
 from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.compiled_graphs import CACHE_VARIABLE, compile_layers, dropped
 from llmtrain.models.stack import Pass
@@ -58,11 +61,18 @@ FEW, MANY = 3, 12
 """Layers. PyTorch gives up compiling a function after its eighth graph."""
 
 
-def graphs(num_layers: int, recompute: str = "none", joint: bool = False, **changes: Any) -> dict[str, int]:
+def graphs(
+    num_layers: int,
+    recompute: str = "none",
+    joint: bool = False,
+    finetune: FinetuneConfig | None = None,
+    **changes: Any,
+) -> dict[str, int]:
     """How many graphs all layers of a model with dropout take in two steps, and how often the compiler gave up."""
     torch._dynamo.reset()
     counters.clear()
     model = build_model(tiny_model(num_layers=num_layers, dropout=0.1, **changes), recompute)
+    add_trained_parts(model, finetune, declare_parameters(model.config, finetune))
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -86,6 +96,20 @@ def test_layers_with_dropout_share_one_graph(recompute: str) -> None:
 def test_layers_with_joint_products_share_one_graph() -> None:
     """As on a GPU: each layer has a matrix that is none of its parameters, over the memory of three that are."""
     assert graphs(MANY, joint=True) == {"graphs": 1, "given up": 0}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"method": "lora", "lora": {"rank": 4, "dropout": 0.1}},
+        {"method": "lora", "lora": {"rank": 4, "targets": ["attention.q", "attention.v"]}},
+        {"method": "adapter", "adapter": {"size": 8, "placement": "both"}},
+    ],
+)
+def test_layers_with_what_finetuning_adds_share_one_graph(section: dict[str, Any]) -> None:
+    finetune = FinetuneConfig.model_validate(section)
+    assert graphs(MANY, finetune=finetune) == {"graphs": 1, "given up": 0}
+    assert graphs(MANY, "full", finetune=finetune) == {"graphs": 1, "given up": 0}
 
 
 def test_attention_dropout_takes_no_more_graphs_in_more_layers() -> None:

@@ -124,6 +124,15 @@ class LossScaleConfig(Section):
     )
 
 
+class LrScaleConfig(Section):
+    """Parameters with a learning rate of their own."""
+
+    names: Annotated[tuple[Text, ...], AsTuple, Field(min_length=1, max_length=1_000)] = Field(
+        description="Patterns of parameter names, such as embeddings.* or *lora_b."
+    )
+    scale: Positive = Field(description="Their learning rate is the schedule's times this.")
+
+
 class OptimConfig(Section):
     """The optimizer and the learning-rate schedule."""
 
@@ -156,7 +165,17 @@ class OptimConfig(Section):
         description="Patterns of parameter names, such as embeddings.* or decoder.layers.0.*: these keep the values "
         "that they have where the run begins, in the training precision, without gradients, masters and moments.",
     )
+    lr_scale: Annotated[tuple[LrScaleConfig, ...], AsTuple, Field(max_length=1_000)] = Field(
+        default=(),
+        description="Learning rates of their own, such as [{names: ['*lora_b'], scale: 16}] (LoRA+). "
+        "Of several entries that fit a parameter, the first counts.",
+    )
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig)
+
+    def scale_of(self, name: str) -> float:
+        """The factor of a parameter's learning rate."""
+        fitting = (entry.scale for entry in self.lr_scale if name in FrozenNames(entry.names))
+        return next(fitting, 1.0)
 
 
 PipelineSchedule = Literal["zero_bubble"]

@@ -204,7 +204,7 @@ class SteppingEngine(ABC):
         for optimizer in self.optimizers:
             optimizer.grad_scale = divisor  # pyright: ignore[reportAttributeAccessIssue]  # read by torch's fused AdamW
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
         self.update()
         self.num_updates += 1
 

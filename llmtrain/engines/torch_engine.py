@@ -66,7 +66,7 @@ class TorchEngine(SteppingEngine):
             name: Placement(name, tuple(parameter.shape), Box.whole(parameter.shape), replica=self.rank)
             for name, parameter in self.parameters.items()
         }
-        groups = parameter_groups(self.masters.values(), config.optim.weight_decay)
+        groups = parameter_groups(self.masters, config.optim)
         self.optimizer = self.row.build(groups, config.optim)
         make_state(self.optimizer, self.row, self.masters.values())
         # Made once: a step asks for them twice, and all but the gradients stays the same.

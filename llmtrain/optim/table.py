@@ -6,7 +6,7 @@ arithmetic before a run reads it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,14 +53,19 @@ class OptimizerRow:
         return FP32_BYTES + self.state_bytes
 
 
-def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices and embeddings decay towards zero; biases and norm weights, all vectors, do not."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+def parameter_groups(parameters: Mapping[str, Tensor], optim: OptimConfig) -> list[dict[str, Any]]:
+    """Optimizer groups of parameters by name, one for each learning rate and decay.
+
+    Matrices and embeddings decay towards zero; biases and norm weights, all vectors, do not. `lr_scale` is what a
+    step's learning rate is multiplied by.
+    """
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((optim.scale_of(name), parameter.dim() < 2), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": 0.0 if key[1] else optim.weight_decay, "lr_scale": key[0]}
+        for key in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]  # frozen, there may be none of one kind
 
 
 def build_adamw(groups: Groups, optim: OptimConfig) -> Optimizer:

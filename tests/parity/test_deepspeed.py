@@ -149,7 +149,9 @@ def drop_sequence_reduction() -> None:
 def decay_everything() -> None:
     from llmtrain.engines.deepspeed_engine import engine
 
-    engine.parameter_groups = lambda parameters, decay: [{"params": list(parameters), "weight_decay": decay}]
+    engine.parameter_groups = lambda named, optim: [
+        {"params": list(named.values()), "weight_decay": optim.weight_decay}
+    ]
 
 
 def mean_of_means() -> None:

@@ -24,7 +24,7 @@ GRID = [
     for method, place in [
         *zip(cycle(("lora", "some", "output", "both", "prompt")), PLACES, strict=False),
         *((method, (layout, stage)) for method in ("experts", "shared", "switch")
-          for layout, stage in (("megatron:dp2+ep2", 1), ("deepspeed:dp2", 2), ("megatron:tp2+sp", 0))),
+          for layout, stage in (("megatron:dp2+ep2", 1), ("deepspeed:dp2+ep2", 2), ("megatron:tp2+sp", 0))),
         *((method, place) for method in ("bert", "bert_both", "t5", "t5_prompt")
           for place in (("megatron:pp2", 0), ("megatron:tp2+sp", 1), ("deepspeed:dp2", 3), ("megatron:cp2", 1))),
     ]
@@ -33,7 +33,12 @@ PAIRWISE = [
     *(("lora", "torch:dp2", 0), ("lora", "megatron:tp2+sp", 1), ("some", "megatron:pp2", 0)),
     *(("output", "megatron:tp2", 1), ("both", "deepspeed:dp2", 3), ("prompt", "megatron:pp2+vp2", 1)),
     *(("lora", "deepspeed:dp2", 3), ("some", "deepspeed:tp2+sp", 2), ("prompt", "deepspeed:cp2", 1)),
-    *(("experts", "megatron:dp2+ep2", 1), ("shared", "megatron:tp2+sp", 0), ("t5", "megatron:pp2", 1)),
+    *(
+        ("experts", "megatron:dp2+ep2", 1),
+        ("switch", "deepspeed:dp2+ep2", 1),
+        ("shared", "megatron:tp2+sp", 0),
+        ("t5", "megatron:pp2", 1),
+    ),
     *(("lora", "megatron:cp2", 0), ("bert", "megatron:tp2", 0), ("t5_prompt", "megatron:tp2+sp", 0)),
 ]
 
@@ -43,6 +48,29 @@ def test_fp32_equals_one_process(method: str, layout: str, stage: int, num_steps
     assert layout in LAYOUTS
     config = finetune_run(method)
     assert verdict(config, *laid_out(config, layout, stage), num_steps=num_steps).problems == []
+
+
+RATES = {
+    "finetuned": ("lora", [{"names": ["*lora_b"], "scale": 16.0}, {"names": ["decoder.layers.0.*"], "scale": 0.5}]),
+    "experts": ("experts", [{"names": ["*experts.up_lora*"], "scale": 4.0}, {"names": ["*.q.*"], "scale": 2.0}]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "stage_number"),
+    [
+        ("finetuned", "megatron:tp2+sp", 1), ("finetuned", "megatron:pp2", 0), ("finetuned", "deepspeed:dp2", 3),
+        ("finetuned", "deepspeed:dp2", 1), ("finetuned", "torch:dp2", 0), ("experts", "megatron:dp2+ep2", 1),
+        ("experts", "deepspeed:dp2+ep2", 2),
+    ],
+)  # fmt: skip
+def test_learning_rates_of_their_own(name: str, layout: str, stage_number: int) -> None:
+    method, rates = RATES[name]
+    config = finetune_run(method).with_keys({"optim.lr_scale": rates})
+    assert verdict(config, *laid_out(config, layout, stage_number)).problems == []
+    if layout == "megatron:tp2+sp":
+        plain = laid_out(finetune_run(method), layout, stage_number)
+        assert verdict(config, *plain).problems, "they are used"
 
 
 def a_column_update_keeps_its_part() -> None:

@@ -29,6 +29,7 @@ FROZEN: dict[str, tuple[str, ...]] = {
 LAYOUTS = {
     **{f"megatron:{name}": ("megatron", *layout) for name, layout in test_megatron.LAYOUTS.items()},
     "megatron:dp2+ep2": ("megatron", 2, {"expert": 2}),
+    "deepspeed:dp2+ep2": ("deepspeed", 2, {"expert": 2}),
     **{f"deepspeed:{name}": ("deepspeed", *layout) for name, layout in test_deepspeed.LAYOUTS.items()},
     "torch:dp2": ("torch", 2, {}),
 }
@@ -48,7 +49,7 @@ PAIRWISE = [
     *(("gpt", "megatron:pp2+vp2", 1), ("dropout", "megatron:cp2", 1), ("gpt", "deepspeed:dp2", 0)),
     *(("dropout", "deepspeed:tp2+sp", 1), ("llama", "deepspeed:cp2", 2), ("gpt", "deepspeed:dp2", 3)),
     ("gpt", "megatron:pp2", 1),
-    *(("top_2", "megatron:dp2+ep2", 1), ("t5", "megatron:pp2", 0)),
+    *(("top_2", "megatron:dp2+ep2", 1), ("top_2", "deepspeed:dp2+ep2", 1), ("t5", "megatron:pp2", 0)),
 ]
 
 

@@ -205,6 +205,20 @@ def freeze_names_parameters(config: RunConfig) -> Found:
         yield Problem("optim.freeze", message, ", ".join(patterns), uses=("model",))
 
 
+def rates_are_of_parameters(config: RunConfig) -> Found:
+    """Every pattern fits something that is trained. The vocabulary's size does not matter here."""
+    if not config.optim.lr_scale:
+        return
+    declared = declare_parameters(config.model.with_any_sizes(), config.finetune)
+    names = [name for name in declared if name not in config.frozen]
+    for number, entry in enumerate(config.optim.lr_scale):
+        for place, pattern in enumerate(entry.names):
+            if not any(name in FrozenNames((pattern,)) for name in names):
+                tries = get_close_matches(pattern, names, 1, 0.3) or names[:1]
+                message = f"fits no parameter that is trained. Try {tries[0]}, or a pattern with * such as *norm*."
+                yield Problem(f"optim.lr_scale.{number}.names.{place}", message, pattern, uses=("model", "finetune"))
+
+
 def schedule_warnings(config: RunConfig) -> list[str]:
     """The parts of its schedule that a run which keeps the rules is too short for.
 
@@ -242,6 +256,7 @@ RULES = (
     lr_falls,
     eps_is_used,
     freeze_names_parameters,
+    rates_are_of_parameters,
     *FINETUNE_RULES,
     loss_scale_has_room,
     *MIXTURE_RULES,

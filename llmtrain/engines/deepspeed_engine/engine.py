@@ -83,7 +83,8 @@ class DeepSpeedEngine(SteppingEngine):
             self.placements[parameter] = placement
         if self.layout.expert > 1:
             assert self.config.model.moe is not None, "config/rules/parallel.py: expert_divides_replicas"
-            register_experts(stage, self.config.model.moe.num_experts, self.groups)
+            experts = [parameter for parameter, place in self.placements.items() if self._is_spread(place.name)]
+            register_experts(stage, experts, self.config.model.moe.num_experts, self.groups)
         return stage
 
     def _is_spread(self, name: str) -> bool:
@@ -102,11 +103,14 @@ class DeepSpeedEngine(SteppingEngine):
         }
         groups = [
             {**group, "params": [masters.get(shapes[shape], shapes[shape]) for shape in group["params"]]}
-            for group in parameter_groups(shapes, optim.weight_decay)
+            for group in parameter_groups({trained[each].name: shape for shape, each in shapes.items()}, optim)
         ]
-        experts = [parameter for parameter, place in trained.items() if self._is_spread(place.name)]
-        if experts:
-            group = expert_group(experts, optim.weight_decay, self.groups)
+        experts: dict[float, list[nn.Parameter]] = {}
+        for parameter, place in trained.items():
+            if self._is_spread(place.name):
+                experts.setdefault(optim.scale_of(place.name), []).append(parameter)
+        for scale in sorted(experts):
+            group = {**expert_group(experts[scale], optim.weight_decay, self.groups), "lr_scale": scale}
             groups.append({**group, "params": [masters.get(parameter, parameter) for parameter in group["params"]]})
         optimizer = self.row.build(groups, optim)
         engine = build_deepspeed(self.config, stage, optimizer, self.groups, self.device)

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,9 +185,12 @@ def group_name(groups: Groups) -> str:
     return f"ep_size_{groups.layout.expert}"
 
 
-def register_experts(stage: nn.Module, num_experts: int, groups: Groups) -> None:
-    """Let DeepSpeed find experts that are spread over ranks, and their groups. Call before its engine is made."""
+def register_experts(stage: nn.Module, experts: Sequence[nn.Parameter], num_experts: int, groups: Groups) -> None:
+    """Let DeepSpeed find experts that are spread over ranks, trained or not, and their groups. Call before its engine
+    is made."""
     name = group_name(groups)
+    for parameter in experts:
+        parameter.group_name = name  # type: ignore[attr-defined]  # read by DeepSpeed under this name
     # Private registries: no public call takes groups of experts that are made already.
     known: Any = deepspeed_groups
     for group, registry in (
@@ -196,12 +199,10 @@ def register_experts(stage: nn.Module, num_experts: int, groups: Groups) -> None
     ):
         getattr(known, registry[0])[name] = group
         getattr(known, registry[1])[name] = dist.get_process_group_ranks(group)
-    stage.add_module("expert_marker", Marker(num_experts))
+    if any(parameter.requires_grad for parameter in experts):  # where none is trained, its optimizers want none
+        stage.add_module("expert_marker", Marker(num_experts))
 
 
 def expert_group(parameters: Iterable[nn.Parameter], weight_decay: float, groups: Groups) -> dict[str, Any]:
     """The optimizer group of experts, which are sharded over the ranks that hold the same ones."""
-    name, parameters = group_name(groups), list(parameters)
-    for parameter in parameters:
-        parameter.group_name = name  # type: ignore[attr-defined]  # read by DeepSpeed under this name
-    return {"params": parameters, "weight_decay": weight_decay, "name": name, "moe": True}
+    return {"params": list(parameters), "weight_decay": weight_decay, "name": group_name(groups), "moe": True}

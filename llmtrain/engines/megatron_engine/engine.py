@@ -16,7 +16,7 @@ from llmtrain.config.parameters import Parameter, declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import DTYPES, Master, Placement, make_state, moments_of, sum_over_ranks
-from llmtrain.engines.megatron_engine.optimizers import build_optimizers, iter_pairs, round_weights
+from llmtrain.engines.megatron_engine.optimizers import LR_SCALE, build_optimizers, iter_pairs, round_weights
 from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, transformer_config
 from llmtrain.engines.megatron_engine.zero_bubble import ZeroBubble, defer_weight_gradients
 from llmtrain.engines.routers import Routers, iter_moe
@@ -97,6 +97,7 @@ class MegatronEngine(SteppingEngine):
                 # Gradients of parts of it are summed over stages: parts must be the same on all of them.
                 parameter.shared_embedding = True  # type: ignore[attr-defined]  # read by megatron-core under this name
                 parameter.shared = first_layer(name, self.config.model) not in chunk.layers  # type: ignore[attr-defined]
+            setattr(parameter, LR_SCALE, self.config.optim.scale_of(name))
             self.placements[parameter] = placement
         word = module.shared_embedding_or_output_weight()
         if tied and self.layout.pipeline > 1 and word is not None:

@@ -1,17 +1,22 @@
 """megatron-core's optimizers around ours: how they are built, and where they keep each parameter's fp32 master."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor, nn
 
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.masters import DTYPES
 from llmtrain.optim.table import OptimizerRow
+
+LR_SCALE = "lr_scale"
+"""The attribute of a parameter, and the key of an optimizer's group, for its learning rate's factor."""
 
 
 def build_optimizers(
@@ -34,6 +39,7 @@ def build_optimizers(
             clip_grad=0.0,
         ),
         [*chunks],
+        {**get_standard_config_overrides(OptimizerConfig()), **_rate_overrides(config)},
         use_gloo_process_groups=False,
     )
     assert isinstance(chained, ChainedOptimizer)
@@ -52,6 +58,16 @@ def build_optimizers(
         for built, group in zip(optimizer.optimizer.param_groups, groups, strict=True):
             built["params"] = group["params"]
     return optimizers
+
+
+def _rate_overrides(config: RunConfig) -> dict[ParamKey, Any]:
+    """Groups for learning rates of their own: each parameter has its scale as an attribute."""
+
+    def key(scale: float) -> ParamKey:
+        fits = ParamPredicate(f"{LR_SCALE} {scale}", lambda parameter: getattr(parameter, LR_SCALE, 1.0) == scale)
+        return ParamKey(predicate=fits)
+
+    return {key(scale): {LR_SCALE: scale} for scale in {entry.scale for entry in config.optim.lr_scale} - {1.0}}
 
 
 def iter_pairs(optimizer: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor, tuple[int, int]]]:

@@ -52,3 +52,18 @@ def test_a_schedule_that_the_run_has_room_for_is_not_spoken_of(optim: dict[str, 
 def test_patterns_of_frozen_parameters(patterns: list[str], key: str, says: str) -> None:
     assert says in broken(run(optim={"freeze": patterns}))[key]
     assert broken(run(optim={"freeze": ["embeddings.*"]})) == {}
+
+
+def test_patterns_of_learning_rates() -> None:
+    scaled = [{"names": ["embeddings.*"], "scale": 2}, {"names": ["*norm*", "encoder.*"], "scale": 0.5}]
+    found = broken(run(optim={"lr_scale": scaled}))
+    assert "fits no parameter that is trained" in found.pop("optim.lr_scale.1.names.1")
+    assert found == {}
+    frozen = broken(run(optim={"lr_scale": scaled[:1], "freeze": ["embeddings.*"]}))
+    assert list(frozen) == ["optim.lr_scale.0.names.0"]
+
+
+def test_the_first_pattern_that_fits_counts() -> None:
+    optim = run(optim={"lr_scale": [{"names": ["*.q.*"], "scale": 2}, {"names": ["decoder.*"], "scale": 3}]}).optim
+    names = ("decoder.layers.0.attention.q.weight", "decoder.layers.0.attention.k.weight", "embeddings.word.weight")
+    assert [optim.scale_of(name) for name in names] == [2, 3, 1]

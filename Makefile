@@ -118,7 +118,7 @@ check: $(STAMP)
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-bench: $(STAMP) $(READERS)/datatrove/.installed $(READERS)/datasketch/.installed
+bench: $(STAMP) $(READERS)/datatrove/.installed $(READERS)/datasketch/.installed $(READERS)/peft/.installed
 	$(BIN)/python -m tests.benchmarks
 
 # On a machine with a GPU eight minutes; elsewhere the same in tiny sizes.

@@ -23,6 +23,16 @@ Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class Targets:
+    """The text that a row's words are found in, and the places whose words are neither dropped nor replaced; where they
+    are `fixed`, nor swapped."""
+
+    text_S: Tokens
+    places_S: Flags
+    fixed: bool = False
+
+
+@dataclass(frozen=True)
 class Noised:
     """The tokens of a row with words replaced, the columns that are left of it in their new order, and where a target
     within a word went that was replaced: nothing that is read leads to it."""
@@ -40,16 +50,22 @@ class Noised:
 def augmented(row: PackedSample, number: int, row_config: RowConfig) -> PackedSample:
     """The row of sample `number` with noise in its text: an encoder-decoder's input, else what the model reads."""
     if row.encoder_tokens_T is not None:
-        noised = _noised(row.encoder_tokens_T, None, number, row_config)
+        nothing_T = np.zeros(len(row.encoder_tokens_T), bool)
+        noised = _noised(row.encoder_tokens_T, Targets(row.encoder_tokens_T, nothing_T), number, row_config)
         segments_T = row.encoder_segments_T
         return replace(
             row,
             encoder_tokens_T=noised.filled(noised.tokens_S, row_config.pad_id),
             encoder_segments_T=None if segments_T is None else noised.filled(segments_T, PADDING),
         )
-    # A hidden token's target is the token itself: a word that has one is what is to be predicted, and stays.
-    targets_S = row.labels_S if row_config.data.objective == "masked" else None
-    noised = _noised(row.tokens_S, targets_S, number, row_config)
+    targets = Targets(row.tokens_S, np.zeros(len(row.tokens_S), bool))
+    if row_config.data.objective == "masked":
+        # A hidden token's target is the token itself: a word that has one is what is to be predicted, and stays.
+        hidden_S = row.labels_S != IGNORED_LABEL
+        targets = Targets(np.where(hidden_S, row.labels_S, row.tokens_S), hidden_S)
+    elif row_config.data.objective == "labels":
+        targets = Targets(row.tokens_S, row.labels_S != IGNORED_LABEL, fixed=True)  # where a label is predicted
+    noised = _noised(row.tokens_S, targets, number, row_config)
     labels_S = np.where(noised.lost_S, IGNORED_LABEL, row.labels_S)
     prefix = None if row.prefix is None else max(1, int((noised.columns_C < row.prefix).sum()))
     return replace(
@@ -59,15 +75,15 @@ def augmented(row: PackedSample, number: int, row_config: RowConfig) -> PackedSa
         positions_S=_recounted(row.positions_S, noised.columns_C),
         segments_S=None if row.segments_S is None else noised.filled(row.segments_S, PADDING),
         prefix=prefix,
+        token_types_S=None if row.token_types_S is None else noised.filled(row.token_types_S, 0),
     )
 
 
-def _noised(tokens_S: Tokens, targets_S: Tokens | None, number: int, row_config: RowConfig) -> Noised:
+def _noised(tokens_S: Tokens, targets: Targets, number: int, row_config: RowConfig) -> Noised:
     """Every word has its draws, whatever happens to the others."""
     assert row_config.pieces is not None, "augmentation needs the tokenizer's pieces"
     augment, draws = row_config.data.augment, row_config.draws(number, "augment")
-    hidden_S = np.zeros(len(tokens_S), bool) if targets_S is None else targets_S != IGNORED_LABEL
-    text_S = tokens_S if targets_S is None else np.where(hidden_S, targets_S, tokens_S)
+    text_S, hidden_S = targets.text_S, targets.places_S
     usable_S = _usable(text_S, row_config)
     words = find_words(np.where(usable_S, text_S, 0), usable_S, np.zeros(0, np.int64), row_config.pieces)
     num_words, sizes_W = len(words.begins), words.ends - words.begins
@@ -84,7 +100,9 @@ def _noised(tokens_S: Tokens, targets_S: Tokens | None, number: int, row_config:
     gone_S |= (draws.uniform(len(tokens_S)) < augment.drop_tokens) & usable_S & ~hidden_S
     order_S = np.arange(len(tokens_S))
     done = 0
-    for word in np.flatnonzero(swapped_W[: max(0, num_words - 1)] < augment.swap_words).tolist():
+    moves_W = free_W | (not targets.fixed)
+    wanted_W = (swapped_W < augment.swap_words) & moves_W & np.append(moves_W[1:], False)
+    for word in np.flatnonzero(wanted_W[: max(0, num_words - 1)]).tolist():
         begin, middle, end = words.begins[word], words.ends[word], words.ends[word + 1]
         if word >= done and middle == words.begins[word + 1]:
             order_S[begin:end] = np.concatenate((np.arange(middle, end), np.arange(begin, middle)))

@@ -34,6 +34,16 @@ def test_encoders_take_all(model: dict[str, Any], objective: str) -> None:
     assert broken(run(model=model, data={"objective": objective, "augment": augment})) == {}
 
 
+@pytest.mark.parametrize("head", ["classifier", "token_classifier", "span"])
+@pytest.mark.parametrize("model", [BERT, {}])
+def test_texts_to_classify_take_all_and_what_is_told_by_its_places_none(model: dict[str, Any], head: str) -> None:
+    augment = dict.fromkeys(AugmentConfig.model_fields, 0.1)
+    problems = broken(run(model={**model, "head": head}, data={"objective": "labels", "augment": augment}))
+    about = [text for key, text in problems.items() if key.startswith("data.augment")]
+    assert len(about) == (0 if head == "classifier" else len(augment))
+    assert all(f"model.head = {head}" in text for text in about)
+
+
 def test_a_run_goes_on_with_the_noise_that_it_began_with() -> None:
     """Its samples are compared at a resume."""
     assert stream_keys(run().data) != stream_keys(run(data={"augment": {"drop_tokens": 0.1}}).data)

@@ -16,6 +16,7 @@ from llmtrain.data.loader import BatchLoader, build_stream
 from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.objectives.table import pack_sample
 from llmtrain.data.row_config import PieceTable, RowConfig
+from llmtrain.data.storage.targets import LabelsRecord
 from llmtrain.data.stream import Sample
 from llmtrain.values.batch import IGNORED_LABEL, PADDING, TENSORS
 from tests.support.datasets import EOS_ID, VOCAB_SIZE, random_documents, write_dataset
@@ -119,7 +120,7 @@ def test_what_is_dropped_leaves_padding_that_nobody_sees(family: str, objective:
 
 def test_a_causal_row_is_what_the_slow_reference_makes_of_it() -> None:
     """Words drop out of the pairs of (token that is read, token that is to be predicted)."""
-    row_config = noisy("decoder", "causal", {"delete_words": 0.5})
+    row_config, deleted = noisy("decoder", "causal", {"delete_words": 0.5}), 0
     for sample in numbers():
         clean, noised = both(sample, row_config)
         pairs = list(zip(clean.tokens_S.tolist(), clean.labels_S.tolist(), strict=True))
@@ -127,7 +128,7 @@ def test_a_causal_row_is_what_the_slow_reference_makes_of_it() -> None:
         left = list(zip(noised.tokens_S.tolist(), noised.labels_S.tolist(), strict=True))
         left = [pair for pair in left if pair[1] != IGNORED_LABEL]
         # Each word is there as a whole or not at all: go through both side by side.
-        place, deleted = 0, 0
+        place = 0
         for begin, end in _units(words, len(pairs)):
             unit = pairs[begin:end]
             if left[place : place + len(unit)] == unit:
@@ -192,6 +193,29 @@ def test_swapped_words_stay_whole_and_take_their_hidden_tokens_along() -> None:
                 moved, place = moved + 1, place + 1
             place += 1
     assert moved > 50
+
+
+@pytest.mark.parametrize("family", ["encoder", "decoder"])
+def test_a_text_that_is_classified_keeps_its_label_and_where_it_is_predicted(family: str) -> None:
+    """At an encoder's first token, and at a decoder's last one, which stays with its word."""
+    record = LabelsRecord("classification", ("a", "b", "c"), family)  # type: ignore[arg-type]
+    augment = {"drop_tokens": 0.1, "delete_words": 0.3, "replace_words": 0.2, "swap_words": 0.2}
+    row_config = replace(noisy(family, "labels", augment), labels=record)
+    changed = 0
+    for sample in numbers():
+        text = replace(sample, padding=sample.number % 9, targets=np.array([sample.number % 3]))
+        text.tokens[0] = MASK
+        text.tokens[SEQ_LEN + 1 - text.padding :] = EOS
+        clean, noised = both(text, row_config)
+        (place,) = np.flatnonzero(noised.labels_S != IGNORED_LABEL)
+        assert noised.segments_S is not None
+        last = int((noised.segments_S != PADDING).sum()) - 1
+        assert noised.labels_S[place] == sample.number % 3
+        assert place == (0 if family == "encoder" else last)
+        (before,) = np.flatnonzero(clean.labels_S != IGNORED_LABEL)
+        assert noised.tokens_S[place] == clean.tokens_S[before]
+        changed += not np.array_equal(clean.tokens_S, noised.tokens_S)
+    assert changed > 30
 
 
 @given(share=st.sampled_from([0.1, 0.3, 0.6]), operation=st.sampled_from(OPERATIONS[:3]))

@@ -133,11 +133,13 @@ def _tokens_read(records: list[RunRecord]) -> str:
 
 
 def _packing_text(source: dict[str, Any]) -> str:
-    """The share of positions that packing fills up, and how many documents it cuts."""
+    """The share of positions that packing fills up, and how many documents it cuts or leaves out."""
     share, cut = source.get("padding_share"), source.get("cut_documents")
     if not source.get("is_packed") or not isinstance(share, int | float) or not isinstance(cut, int):
         return "none"
-    return f"{share:.2%}, {cut:,} documents cut"
+    dropped = source.get("dropped_documents")
+    left_out = f", {dropped:,} dropped" if isinstance(dropped, int) and dropped > 0 else ""
+    return f"{share:.2%}, {cut:,} documents cut{left_out}"
 
 
 def _sources(data: object) -> list[dict[str, Any]]:

@@ -27,7 +27,9 @@ class NamedTokens:
     bos_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
     is_chat: bool = False
-    """Training had conversations, each alone: no other document stood before one."""
+    """Training had conversations."""
+    is_alone: bool = False
+    """A document of training saw nothing of one before it, though it may have stood behind it."""
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -36,9 +38,9 @@ class NamedTokens:
 
     @property
     def begin_id(self) -> int | None:
-        """The token before a text of a decoder: what stood there in training. As with GPT-2, that is the end of another
-        document, where there were others; None where there is nothing."""
-        return next(iter(self.bos_ids), None if self.is_chat else self.eos_id)
+        """The token before a text of a decoder: what a document of training saw there. As with GPT-2, that is the end
+        of another one, where it saw others; None where there is nothing."""
+        return next(iter(self.bos_ids), None if self.is_alone else self.eos_id)
 
     @property
     def start_id(self) -> int:
@@ -91,7 +93,8 @@ def named_tokens(tokenizer: Tokenizer, data: Mapping[str, Any] | None = None) ->
         tokenizer.around,
         tokenizer.bos_ids,
         tokenizer.end_ids,
-        (data or {}).get("objective") == "chat",
+        is_chat := (data or {}).get("objective") == "chat",
+        is_chat or (data or {}).get("reset_attention") is True,
     )
 
 

@@ -121,6 +121,20 @@ def test_a_begin_that_training_has_seen_is_named(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(folder).bos_token == "<s>"
 
 
+@pytest.mark.parametrize(("data", "begin"), [({}, "</s>"), ({"reset_attention": True}, None)])
+def test_pretraining_names_the_begin_that_a_document_saw(
+    data: dict[str, Any], begin: str | None, tmp_path: Path
+) -> None:
+    """The end of the document before it, or where documents are kept apart nothing."""
+    tokenizer = load_tokenizer(str(sentencepiece_file(tmp_path / "t.model")))
+    model = random_model(LLAMA.with_keys({"vocab_size": tokenizer.vocab_size}))
+    settings = ExportSettings(tokens=named_tokens(tokenizer, data))
+    write_export(tmp_path / "out", model.config, weights_of(model), tokenizer, settings)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token == begin
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["bos_token_id"] == (None if begin is None else tokenizer.eos_id)
+
+
 def test_other_ids_of_a_conversation_are_caught(tmp_path: Path) -> None:
     source = source_of("sentencepiece", tmp_path)
     chats = chat_examples(source.encoder.tokenizer)

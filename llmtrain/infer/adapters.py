@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llmtrain.checkpoint.find import find_checkpoint
-from llmtrain.checkpoint.manifest import BASE
+from llmtrain.checkpoint.folders import BASE
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.files import replace_folder

@@ -62,7 +62,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     best: BestOption = False,
     max_rounding: Annotated[
-        float, typer.Option(min=0, help="Share of merged low-rank updates that rounding to --dtype may change.")
+        float,
+        typer.Option(min=0, max=1e6, help="Share of merged low-rank updates that rounding to --dtype may change."),
     ] = 0.1,
     base: Annotated[str | None, typer.Option(help="peft: name or folder of the base, for who loads it.")] = None,
     as_json: JsonOption = False,

@@ -44,6 +44,9 @@ READERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("data", "shards", "texts", "out", "--tokenizer", "tokenizer.model"),
         ("data", "tokenizer", "texts", "out.model", "--vocab-size", "300"),
     ),
+    "chats.jsonl": (
+        ("data", "chat", "chats.jsonl", "out", "--tokenizer", "tokenizer.model", "--template", "chatml", "--grow"),
+    ),
     "texts/1.txt": (("data", "shards", "texts", "out", "--tokenizer", "tokenizer.model"),),
     "runs/tiny/status.json": (
         ("status", "runs"),

@@ -67,6 +67,10 @@ def make_good_things(server: Server, folder: Path) -> None:
         (folder / "texts" / f"{number}.txt").write_text(line)
     rows = [json.dumps({"text": " ".join(WORDS[n:] + WORDS[:n])}) for n in range(len(WORDS))]
     (folder / "texts" / "more.jsonl").write_text("\n".join(rows) + "\n")
+    talks = [json.dumps({"prompt": " ".join(WORDS[:n]), "completion": WORDS[n]}) for n in range(1, len(WORDS))]
+    (folder / "chats.jsonl").write_text("\n".join(talks) + "\n")
+    labels = [json.dumps({"text": " ".join(WORDS[n:]), "label": WORDS[n % 3]}) for n in range(len(WORDS))]
+    (folder / "labels.jsonl").write_text("\n".join(labels) + "\n")
     (folder / "run.yaml").write_text(RUN)
     (folder / "pipeline.yaml").write_text(PIPELINE)
     for arguments in STEPS:

@@ -160,7 +160,7 @@ TABLE: dict[str, dict[str, str]] = {
         "generate import": "3333333",
         "export import": "3333333",
     },
-    "imported/config.yaml": {"continue import": "2-22222", "generate import": "=======", "export import": "======="},
+    "imported/config.yaml": {"continue import": "2222222", "generate import": "=======", "export import": "======="},
     **{
         f"{IMPORTED}/{name}": dict.fromkeys(
             ("continue import", "generate import", "export import", "verify import"), "3" * 7

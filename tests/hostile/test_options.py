@@ -7,6 +7,8 @@ from tests.hostile.command_lines import options_of, verbs
 CHECKED_BY_VERB = {
     "generate": {"temperature", "top_k", "top_p", "seed", "max_tokens"},
     "data shards": {"valid_fraction"},
+    "data chat": {"valid_fraction"},
+    "data labels": {"valid_fraction"},
 }
 """Options whose verb says itself what they may be."""
 

@@ -79,6 +79,10 @@ $(READERS)/datatrove/.installed: | $(STAMP)
 $(READERS)/peft/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'peft>=0.21,<0.22' && touch $@
 
+# The judge of bottleneck adapters, 3 MB; it needs transformers 4, which it is given.
+$(READERS)/adapters/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'adapters>=1.3,<1.4' && touch $@
+
 $(READERS)/ctranslate2/.installed: | $(STAMP)
 	$(INTO) $(@D) 'ctranslate2>=4.6'
 	touch $@
@@ -101,7 +105,7 @@ $(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
 
 # Where one cannot be had (no compiler, no network), its tests are skipped and say so.
 readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
-  $(READERS)/datasketch/.installed $(READERS)/peft/.installed
+  $(READERS)/datasketch/.installed $(READERS)/peft/.installed $(READERS)/adapters/.installed
 	-$(MAKE) $(READERS)/ctranslate2/.installed
 	-$(MAKE) $(READERS)/llama_cpp/.installed
 

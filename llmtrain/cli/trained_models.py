@@ -26,6 +26,7 @@ class Format(StrEnum):
 
     HF = "hf"
     PEFT = "peft"
+    ADAPTERHUB = "adapterhub"
 
 
 class ProofKind(StrEnum):
@@ -44,12 +45,20 @@ class Precision(StrEnum):
     FLOAT16 = "float16"
 
 
+FormatOption = Annotated[
+    Format,
+    typer.Option(help="hf: a folder that transformers loads. peft, adapterhub: what finetuning has added to its base."),
+]
+RoundingOption = Annotated[
+    float, typer.Option(min=0, max=1e6, help="Share of merged low-rank updates that rounding to --dtype may change.")
+]
+BaseOption = Annotated[str | None, typer.Option(help="peft, adapterhub: name or folder of the base, for who loads it.")]
+
+
 def export(
     source: Annotated[Path, typer.Argument(help="A run (its newest valid checkpoint) or a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[
-        Format, typer.Option(help="hf: a folder that transformers loads. peft: what finetuning has added to its base.")
-    ] = Format.HF,
+    to: FormatOption = Format.HF,
     dtype: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FLOAT32,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the checkpoints.")] = None,
@@ -61,17 +70,15 @@ def export(
     proof_memory: Annotated[str, typer.Option(help="Memory that a full proof may take with auto.")] = "16GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     best: BestOption = False,
-    max_rounding: Annotated[
-        float,
-        typer.Option(min=0, max=1e6, help="Share of merged low-rank updates that rounding to --dtype may change."),
-    ] = 0.1,
-    base: Annotated[str | None, typer.Option(help="peft: name or folder of the base, for who loads it.")] = None,
+    max_rounding: RoundingOption = 0.1,
+    base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder, and prove that transformers computes the same from it.
 
     Weights are read and written some at a time: memory is that of the largest file, and of the proof.
-    With --to peft: write the low-rank updates or the soft prompt of a finetuning as a folder that PEFT loads.
+    With --to peft: write the low-rank updates or the soft prompt of a finetuning as a folder that PEFT loads; with
+    --to adapterhub bottleneck adapters as one that the library adapters loads.
     """
     from llmtrain.interop.installation import require_transformers
 
@@ -81,11 +88,11 @@ def export(
     from llmtrain.interop.hf_export import ExportSettings, require_free
     from llmtrain.runs.file_system import require_place
 
-    if to is Format.PEFT:
-        _export_adapter(best_checkpoint(source) if best else source, out, dtype, base, (overwrite, family), as_json)
+    _require_use(to, base, {"--tokenizer": tokenizer is not None, "--proof": proof is not ProofKind.AUTO})
+    if to is not Format.HF:
+        source = best_checkpoint(source) if best else source
+        _export_adapter(source, out, to, (dtype, base), (overwrite, family), as_json)
         return
-    if base is not None:
-        raise ConfigError("--base: names the base of an adapter, and goes with --to peft.")
     max_shard_bytes = _size_bytes("--max-shard-size", max_shard_size)
     proof_bytes = _size_bytes("--proof-memory", proof_memory)
     require_free(out, overwrite)
@@ -106,19 +113,36 @@ def export(
     )
 
 
+def _require_use(to: Format, base: str | None, only_hf: Mapping[str, bool]) -> None:
+    """Raise ConfigError for an option that was given, and has nothing to say about what is written."""
+    if to is Format.HF and base is not None:
+        raise ConfigError("--base: names the base of an adapter, and goes with --to peft and --to adapterhub.")
+    for name, is_given in only_hf.items():
+        if is_given and to is not Format.HF:
+            raise ConfigError(f"{name}: goes with --to hf. An adapter (--to {to.value}) has no such thing.")
+
+
 def _export_adapter(
-    source: Path, out: Path, dtype: Precision, base: str | None, settings: tuple[bool, str | None], as_json: bool
+    source: Path,
+    out: Path,
+    to: Format,
+    content: tuple[Precision, str | None],
+    settings: tuple[bool, str | None],
+    as_json: bool,
 ) -> None:
-    """`settings` are overwrite and family."""
+    """`content` is the type of the tensors and the base's name, `settings` are overwrite and family."""
     from llmtrain.infer.adapters import export_adapter
     from llmtrain.interop.hf_export import DTYPES
+    from llmtrain.interop.peft.writing import PeftSettings
     from llmtrain.runs.file_system import require_place
 
     require_place(out)
-    checkpoint, export = export_adapter(source, out, DTYPES[dtype.value], base, *settings)
+    dtype, base = content
+    form = "peft" if to is Format.PEFT else "adapterhub"
+    checkpoint, export = export_adapter(source, out, form, PeftSettings(DTYPES[dtype.value], base), *settings)
     _print_result(
         {
-            "format": Format.PEFT.value,
+            "format": to.value,
             "folder": str(out),
             "checkpoint": str(checkpoint.path),
             "family": export.family,

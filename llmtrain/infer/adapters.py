@@ -1,13 +1,15 @@
-"""Between runs and folders of adapters: what a finetuning has added, written in PEFT's form, and one read as a run."""
+"""Between runs and folders of adapters: what a finetuning has added, as PEFT or AdapterHub has it, and back."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
+from safetensors.torch import load_file
 
 from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.folders import BASE
@@ -17,6 +19,7 @@ from llmtrain.files import replace_folder
 from llmtrain.infer.hugging_face import Imported, training_facts, write_imported
 from llmtrain.infer.model import saved_architecture, saved_finetune
 from llmtrain.infer.tokenizer import folder_tokenizer
+from llmtrain.interop.adapterhub import WEIGHTS, adapterhub_files, write_adapterhub
 from llmtrain.interop.hf import family_for
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.peft.reading import open_peft_folder, read_settings
@@ -47,11 +50,17 @@ def trained_adapter(checkpoint: CheckpointReader, family: str | None = None) -> 
 
 
 def export_adapter(
-    source: Path, out: Path, dtype: torch.dtype, base: str | None, overwrite: bool = False, family: str | None = None
+    source: Path,
+    out: Path,
+    to: Literal["peft", "adapterhub"],
+    settings: PeftSettings,
+    overwrite: bool = False,
+    family: str | None = None,
 ) -> tuple[CheckpointReader, AdapterExport]:
-    """Write the adapter of the checkpoint that a path means as a PEFT folder, and read it again before it has its name.
+    """Write the adapter of the checkpoint that a path means as a folder, and read it again before it has its name.
 
-    Raises as `find_checkpoint` and `write_peft` do; ExportError where what is read is not what was trained.
+    Facts for the card are filled in. Raises as `find_checkpoint` and the writers do; ExportError where what is read is
+    not what was trained.
     """
     require_free_adapter(out, overwrite)
     checkpoint = find_checkpoint(source)
@@ -60,10 +69,16 @@ def export_adapter(
     about = checkpoint.about.get(BASE)
     if isinstance(about, dict):
         facts["Base"] = f"weights of a checkpoint whose manifest has sha256 {about['manifest_sha256']}"
+    settings = replace(settings, facts={**facts, **settings.facts})
     with written(out) as folder:
-        write_peft(folder, adapter, PeftSettings(dtype, base, facts))
-        difference = _difference(folder, adapter)
-        if not difference <= TOLERANCES[dtype]:
+        if to == "peft":
+            write_peft(folder, adapter, settings)
+            difference = _difference(folder, adapter)
+        else:
+            write_adapterhub(folder, adapter, settings)
+            stored, trained = load_file(folder / WEIGHTS), adapterhub_files(adapter, None)[1]
+            difference = max(_apart(stored[name].float(), tensor) for name, tensor in trained.items())
+        if not difference <= TOLERANCES[settings.dtype]:
             raise ExportError(
                 f"{out}: an update of the adapter differs by {difference:.3g} from the trained one when it is read "
                 "again. Nothing is left of the folder."

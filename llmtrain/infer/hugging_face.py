@@ -75,7 +75,8 @@ def merged(checkpoint: CheckpointReader, model: ModelConfig) -> FragmentSource:
         return MergedWeights(checkpoint, model, finetune)
     raise ConfigError(
         f"{checkpoint.path}: was trained with finetune.method = {finetune.method}, which adds what no class of Hugging "
-        "Face's has. `llmtrain generate` uses it from here."
+        f"Face's has. Try --to {'adapterhub' if finetune.method == 'adapter' else 'peft'}; `llmtrain generate` uses it "
+        "from here."
     )
 
 

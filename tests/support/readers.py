@@ -102,3 +102,21 @@ def judged_by_peft(tasks: Sequence[dict[str, Any]]) -> list[str]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+ADAPTERS = READERS / "adapters"
+_ADAPTERHUB = Path(__file__).with_name("adapterhub_judge.py")
+
+
+def judged_by_adapterhub(tasks: Sequence[dict[str, str]]) -> None:
+    """Let the library `adapters`, which needs transformers 4, compute what tasks of adapterhub_judge.py ask for, all in
+    one process. Skips where one of them is not installed."""
+    require_reader("transformers 4")
+    if not (ADAPTERS / ".installed").is_file():
+        pytest.skip(f"adapters is not installed in {ADAPTERS}: make readers")
+    path = os.pathsep.join(map(str, (ADAPTERS, READERS / "transformers")))
+    done = subprocess.run(
+        [sys.executable, "-P", str(_ADAPTERHUB)], input=json.dumps(tasks), capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}, timeout=560, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -110,6 +110,8 @@ def require_readable(settings: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError for adapters of another kind, and for settings that change what an adapter computes."""
     kind = settings.get("peft_type")
     if kind not in ("LORA", "PROMPT_TUNING"):
+        if kind is None and "model_type" in settings:
+            raise ConfigError(f"{where}: is an adapter of the library `adapters` (AdapterHub), which are only written.")
         why = f": it {OTHER_TYPES[kind]}" if isinstance(kind, str) and kind in OTHER_TYPES else ""
         raise ConfigError(f"{where}: peft_type = {shown(kind)} is not read{why}. LORA and PROMPT_TUNING are.")
     unknown = sorted(settings.keys() - _READ - _SAID_BY_FILES)

@@ -166,6 +166,11 @@ def test_a_mixture_of_experts_is_measured_expert_by_expert() -> None:
     [
         ({"method": "full"}, ["--to", "peft"], 2, "the whole model was trained"),
         ({"method": "adapter"}, ["--to", "peft"], 2, "PEFT has no bottlenecks"),
+        ({"method": "adapter"}, ["--to", "hf"], 2, "Try --to adapterhub"),
+        ({"method": "prompt"}, [], 2, "Try --to peft"),
+        (LORA, ["--to", "adapterhub"], 2, "Try --to peft"),
+        (LORA, ["--to", "peft", "--tokenizer", "x"], 2, "--tokenizer: goes with --to hf"),
+        (LORA, ["--to", "peft", "--proof", "full"], 2, "--proof: goes with --to hf"),
         (LORA, ["--base", "x"], 2, "goes with --to peft"),
         (LORA, ["--to", "peft", "--family", "gpt2"], 2, "No Hugging Face family"),
     ],
@@ -177,6 +182,20 @@ def test_exports_that_are_refused(
     found = call("export", run, tmp_path / "out", *arguments)
     assert found[0] == code and says in found[1], found
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.parametrize(
+    ("finetune", "to"), [({"method": "adapter", "adapter": {"size": 5}}, "adapterhub"), ({"method": "prompt"}, "peft")]
+)
+def test_bottlenecks_and_prompts_are_written_too(
+    tmp_path: Path, model_file: Path, finetune: dict[str, Any], to: str
+) -> None:
+    run = write_run(tmp_path / "run", random_adapter("llama", finetune), model_file)
+    code, said = call("export", run, tmp_path / "out", "--to", to, "--json", "--dtype", "bfloat16")
+    assert code == 0, said
+    told = json.loads(said)
+    assert told["format"] == to and 0 < told["max_relative_difference_read_again"] < 0.01
+    assert (tmp_path / "out/adapter_config.json").is_file()
 
 
 def test_only_an_adapter_is_replaced(tmp_path: Path, model_file: Path) -> None:

@@ -75,6 +75,7 @@ WRONG: list[tuple[str, Change, type[LlmtrainError], str]] = [
     ("settings are no JSON", lambda f: (f / "adapter_config.json").write_text("{"), DataError, "no valid JSON"),
     ("settings are a list", lambda f: (f / "adapter_config.json").write_text("[]"), DataError, "must be a JSON object"),
     ("no kind", setting(peft_type=None), ConfigError, "peft_type = None is not read. LORA and PROMPT_TUNING are"),
+    ("of AdapterHub", setting(peft_type=None, model_type="llama"), ConfigError, "AdapterHub.*only written"),
     ("unknown kind", setting(peft_type="FOO"), ConfigError, "peft_type = 'FOO' is not read. LORA"),
     ("kind is a list", setting(peft_type=["LORA"]), ConfigError, "peft_type = .*is not read"),
     *(

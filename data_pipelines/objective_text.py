@@ -7,11 +7,13 @@ from pathlib import Path
 from llmtrain.config.data import DataConfig
 from llmtrain.config.reading.load import load_config
 from llmtrain.data.loader import build_stream
+from llmtrain.data.objectives.causal import PackedSample
 from llmtrain.data.objectives.chat import trained_tokens
 from llmtrain.data.objectives.table import pack_sample
 from llmtrain.data.row_config import build_row_config
 from llmtrain.data.storage.folders import find_tokenizer, run_settings
 from llmtrain.data.storage.manifest import read_manifest
+from llmtrain.data.storage.targets import LabelsRecord
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.preflight.resolve import resolve
 from llmtrain.values.batch import IGNORED_LABEL
@@ -37,7 +39,19 @@ def objective_texts(run: Path, dataset: Path, number: int) -> dict[str, str]:
     if row.encoder_tokens_T is not None:
         texts = {"encoder": row.encoder_tokens_T, "decoder": row.tokens_S, "targets": row.labels_S}
     names = _names(config.data, tokenizer)
-    return {title: _text(ids.tolist(), tokenizer, names) for title, ids in texts.items()}
+    shown = {title: _text(ids.tolist(), tokenizer, names) for title, ids in texts.items()}
+    labels = {} if row_config.labels is None else {"targets": _labels_text(row, row_config.labels, tokenizer)}
+    return shown | labels
+
+
+def _labels_text(row: PackedSample, record: LabelsRecord, tokenizer: Tokenizer) -> str:
+    """The answer, or each label behind the piece that has it."""
+    if record.task == "qa":
+        begin, end = row.labels_S[:2].tolist()
+        return tokenizer.decode(row.tokens_S[begin : end + 1].tolist()) if end >= 0 else SKIPPED
+    pieces = tokenizer.pieces
+    places = (row.labels_S != IGNORED_LABEL).nonzero()[0].tolist()
+    return "\n".join(f"{pieces[row.tokens_S[place]]}: {record.names[row.labels_S[place]]}" for place in places)
 
 
 def conversation_texts(dataset: Path, number: int, seq_len: int, seed: int, marks: tuple[str, str]) -> Iterator[str]:

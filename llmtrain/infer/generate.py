@@ -174,6 +174,11 @@ def answer_of(
     `tokenizer` takes the place of the one beside the model. Raises ConfigError where there is none, or no mask.
     """
     model = trained.model
+    if model.config.predicts_labels:
+        raise ConfigError(
+            f"model.head = {model.config.head}: the model says what a text is, and does not write any. Export it, and "
+            "ask the pipeline that the export's README.md shows."
+        )
     text = model_tokenizer(tokenizer, trained.tokenizer_path, model.config, trained.tokens)
     named = named_tokens(text, trained.data)
     if asked.chat and model.config.family != "decoder":

@@ -72,6 +72,11 @@ def test_an_encoder_becomes_a_classifier(folder: Path) -> None:
     config = load_config(folder / "runs" / "classifier" / "config.yaml", []).config
     assert config.model.labels == ("code", "result", "use")
 
+    shown = llmtrain("data", "show", "labels/valid", "--run", "classifier.yaml", folder=folder).stdout
+    label = shown.splitlines()[-1].removeprefix("<cls>: ")
+    assert label in config.model.labels and {"code": "def", "use": "import", "result": "return"}[label] in shown
+    refused = llmtrain("generate", "runs/classifier", "--prompt", "def", folder=folder)
+    assert refused.returncode == 2 and "model.head = classifier: the model says what a text is" in refused.stderr
     out = llmtrain("export", "runs/classifier", "out", "--to", "hf", folder=folder)
     assert out.returncode == 0, out.stderr
     tokenizer = AutoTokenizer.from_pretrained(folder / "out")

@@ -7,6 +7,7 @@ from itertools import cycle
 import pytest
 from torch import Tensor
 
+from llmtrain.checks.parity.compare import LOW_PRECISION
 from llmtrain.config import parameters
 from llmtrain.config.parameters import FrozenNames, Parameter
 from llmtrain.engines import stage
@@ -18,6 +19,7 @@ from llmtrain.models.transformer import Embeddings
 from llmtrain.parallel.stateless_random import Draws
 from tests.parity.cases import finetune_run, short_and_whole, verdict
 from tests.parity.test_freeze import LAYOUTS, PLACES, laid_out
+from tests.parity.test_zero_bubble import more_micro_batches
 
 GRID = [
     (method, *place)
@@ -48,6 +50,36 @@ def test_fp32_equals_one_process(method: str, layout: str, stage: int, num_steps
     assert layout in LAYOUTS
     config = finetune_run(method)
     assert verdict(config, *laid_out(config, layout, stage), num_steps=num_steps).problems == []
+
+
+@pytest.mark.parametrize(
+    ("method", "layout", "stage_number", "recompute"),
+    [
+        ("lora", "megatron:tp2+sp", 1, "none"), ("some", "deepspeed:dp2", 3, "full"),
+        ("both", "megatron:pp2", 0, "full"), ("prompt", "torch:dp2", 0, "selective"),
+        ("experts", "megatron:dp2+ep2", 1, "none"),
+    ],
+)  # fmt: skip
+def test_bf16_stays_within_its_bounds(method: str, layout: str, stage_number: int, recompute: str) -> None:
+    # What begins as zero is nothing but its updates, and Adam's are the signs of small gradients, which are noise here.
+    # With a large eps an update is as its gradient.
+    config = finetune_run(method, "bf16").with_keys({"train.recompute": recompute, "optim.eps": 1.0})
+    assert verdict(config, *laid_out(config, layout, stage_number), levels=LOW_PRECISION).problems == []
+
+
+@pytest.mark.parametrize(("method", "recompute"), [("lora", "full"), ("some", "selective"), ("experts", "full")])
+def test_what_is_computed_again_is_the_same(method: str, recompute: str) -> None:
+    config = finetune_run(method)
+    again, ranks = laid_out(config.with_keys({"train.recompute": recompute}), "megatron:tp2+sp", 0)
+    assert verdict(config, again, ranks).problems == []
+
+
+@pytest.mark.parametrize("method", ["lora", "some", "both", "prompt", "experts"])
+def test_a_zero_bubble_pipeline_has_little_or_nothing_to_leave_for_later(method: str) -> None:
+    config = more_micro_batches(finetune_run(method))
+    parallel = {"pipeline": 2, "pipeline_schedule": "zero_bubble"}
+    changed = config.with_keys({"engine": {"name": "megatron"}, "parallel": parallel})
+    assert verdict(config, changed, 2).problems == []
 
 
 RATES = {

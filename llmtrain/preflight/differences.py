@@ -224,13 +224,27 @@ def _trained(config: RunConfig) -> dict[str, tuple[int, ...]]:
     return {name: parameter.shape for name, parameter in declared.items() if name not in config.frozen}
 
 
+def _goes_on(was: FinetuneConfig, config: RunConfig) -> bool:
+    """True where a run trains what its base has beside its weights, and computes the same with it."""
+    now = config.finetune
+    if now is None or now.method != was.method:
+        return False
+    before, after = (declare_parameters(config.model, finetune) for finetune in (was, now))
+    return before == after and was.lora.scale == now.lora.scale and was.adapter.activation == now.adapter.activation
+
+
 def _base_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]:
-    """A base is a whole model: one that was finetuned by additions is merged with them first."""
+    """A base is a whole model: one that was finetuned by additions is merged first, or they are trained on."""
     finetune = _finetune_of(origin)
     method = finetune.method if finetune else "full"
-    if begins_at_base(config) and config.finetune is not None and method != "full":
+    if not begins_at_base(config) or config.finetune is None or finetune is None or _goes_on(finetune, config):
+        return
+    if method != "full":
         text = f"has a {method} beside its weights, which would be lost"
-        advice = "Merge them: `llmtrain export RUN OUT --to hf`, then import OUT, and name the import."
+        advice = (
+            "Train it on with the same section finetune, or merge it: `llmtrain export RUN OUT --to hf`, then import "
+            "OUT, and name the import."
+        )
         base = config.finetune.base
         yield Difference("finetune.base", method, "full", base, text, True, advice)
 

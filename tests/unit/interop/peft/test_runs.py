@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from llmtrain.checkpoint.find import find_checkpoint
@@ -14,13 +15,16 @@ from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, writ
 from llmtrain.cli.app import app
 from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.data.tokenizer import SentencePieceTokenizer
+from llmtrain.errors import ConfigError
 from llmtrain.finetune.base_weights import BaseWeights
 from llmtrain.finetune.rounding import rounding_error
 from llmtrain.infer.model import load_checkpoint, logits_of, saved_finetune
 from llmtrain.interop.peft.writing import TrainedAdapter
 from llmtrain.interop.proof import load_theirs, their_inputs
 from llmtrain.values.fragment import Box, Fragment
+from tests.support.datasets import UNREAD_TOKENIZER, random_documents, write_dataset
 from tests.support.samples import tiny_run
+from tests.support.small_runs import rows_of, small_run, train_here
 from tests.unit.interop.models import random_example
 from tests.unit.interop.peft.adapters import MODELS, adapted_logits, random_adapter, write_base
 
@@ -219,3 +223,32 @@ def test_imports_say_what_they_need(tmp_path: Path, model_file: Path) -> None:
     code, said = call("import", base, tmp_path / "out", "--base", base)
     assert code == 2 and "holds no adapter_config.json" in said
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+
+
+def test_a_run_goes_on_training_an_imported_adapter(tmp_path: Path, model_file: Path) -> None:
+    """Its first evaluation, of weights that have hardly moved, is the adapter's, which is not the base's."""
+    adapter = random_adapter("llama", LORA)
+    run, base = write_run(tmp_path / "run", adapter, model_file), write_base(tmp_path / "base", "llama")
+    assert call("export", run, tmp_path / "adapter", "--to", "peft")[0] == 0
+    assert call("import", tmp_path / "adapter", tmp_path / "imported", "--base", base)[0] == 0
+    assert call("import", base, tmp_path / "plain")[0] == 0
+    for name, seed in (("train", 0), ("valid", 1)):
+        shards = [random_documents(100, seed)]
+        write_dataset(tmp_path / name, shards, tokenizer=UNREAD_TOKENIZER, vocab_size=adapter.model.vocabulary)
+    losses = {}
+    for name in ("imported", "plain"):
+        finetune = adapter.finetune.with_keys({"base": str(tmp_path / name)})
+        settings = {"train": {"steps": 1}, "evaluate": {"every_steps": 1}, "optim": {"lr": 1e-9, "min_lr": 0.0}}
+        config = small_run(tmp_path, **settings).with_keys({"model": adapter.model, "finetune": finetune, "name": name})
+        assert train_here(config) == 0
+        losses[name] = next(row["valid_loss"] for row in rows_of(config) if "valid_loss" in row)
+        checkpoint = find_checkpoint(config.run_dir)
+        trained = {tensor.name for tensor in checkpoint.tensors() if tensor.kind == "master"}
+        assert trained == {f"{linear}.lora_{which}" for linear in adapter.pairs() for which in "ab"}
+    assert abs(losses["imported"] - losses["plain"]) > 1e-3
+    other = adapter.finetune.with_keys({"base": str(tmp_path / "imported"), "lora.rank": 5})
+    with pytest.raises(ConfigError, match="Train it on with the same section finetune"):
+        train_here(small_run(tmp_path).with_keys({"model": adapter.model, "finetune": other, "name": "other"}))
+    assert call("export", tmp_path / "runs/imported", tmp_path / "again", "--to", "peft")[0] == 0
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    assert all(torch.allclose(first[name], again[name], atol=1e-7) for name in first)

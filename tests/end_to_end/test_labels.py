@@ -117,20 +117,9 @@ def test_the_head_of_a_base_without_one_is_drawn_by_name_and_index(folder: Path)
 
 
 def test_wrong_settings_are_refused_before_anything_starts(folder: Path) -> None:
-    for options, says in (
-        (
-            ("model.head=token_classifier",),
-            "model.head = token_classifier (command line): the labels of labels/train are of classification",
-        ),
-        (("model.num_labels=5",), "labels/train has 3 labels. Try 3, or null to take it from the data."),
-        (("model.labels=[a, b, c]",), 'are ["code", "result", "use"]. Remove it to take those.'),
-        (("data.train=[{path: data/train}]",), "has no labels members, which data.objective = labels needs"),
-        (
-            ("data.objective=masked",),
-            "model.head = classifier (classifier.yaml:3): predicts labels, and data.objective",
-        ),
-        (("data.seq_len=8",), "data.labels.too_long"),
-    ):
-        done = llmtrain("train", "classifier.yaml", "name=wrong", *options, "--dry-run", folder=folder)
-        assert done.returncode == 2 and says in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
+    options = ("name=wrong", "model.head=token_classifier", "data.seq_len=8", "--dry-run")
+    done = llmtrain("train", "classifier.yaml", *options, folder=folder)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert (
+        "model.head = token_classifier (command line): the labels of labels/train are of classification" in done.stderr
+    )

@@ -38,11 +38,10 @@ GRID = [
     if "expert" not in parallel or model == "mixtral"
 ]
 PAIRWISE = [
-    *(("bert", "megatron:tp2+sp", 1), ("bert", "megatron:cp2", 0), ("bert", "megatron:pp2", 1)),
-    *(("bert", "deepspeed:dp2", 3), ("bert_tags", "megatron:tp2+sp", 0), ("bert_tags", "megatron:cp2", 1)),
-    *(("bert_span", "megatron:cp2", 0), ("bert_span", "megatron:tp2+sp", 1), ("bert_span", "deepspeed:tp2+sp", 2)),
-    *(("llama", "megatron:cp2", 0), ("llama", "torch:dp2", 0), ("gpt_tags", "megatron:pp2", 0)),
-    *(("mixtral", "megatron:dp2+ep2", 1), ("bert_span", "megatron:tp2", 0)),
+    *(("bert", "megatron:tp2+sp", 1), ("bert", "megatron:pp2", 1), ("bert", "deepspeed:dp2", 3)),
+    *(("bert_tags", "megatron:tp2+sp", 0), ("bert_tags", "megatron:cp2", 1), ("bert_span", "megatron:cp2", 0)),
+    *(("bert_span", "deepspeed:tp2+sp", 2), ("llama", "megatron:cp2", 0), ("gpt_tags", "torch:dp2", 0)),
+    ("mixtral", "megatron:dp2+ep2", 1),
 ]
 
 

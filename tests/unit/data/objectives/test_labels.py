@@ -101,3 +101,14 @@ def test_data_without_labels_is_refused(tmp_path: Path) -> None:
     sources = [{"path": str(tmp_path / name)} for name in ("ab", "ba")]
     with pytest.raises(DataError, match=r"has other labels \(names = \('b', 'a'\), not \('a', 'b'\)\)"):
         rows_of(tmp_path / "ab", train=sources)
+
+
+def test_a_soft_prompt_is_of_the_first_text_and_no_target(tmp_path: Path) -> None:
+    record = LabelsRecord("classification", ("a", "b"), separator_id=SEPARATOR)
+    write_target_dataset(tmp_path, [[(np.array([7, SEPARATOR, 8, SEPARATOR]), np.array([1]))]], record)
+    ((row, sample),) = rows_of(tmp_path)
+    data = DataConfig.model_validate({"train": [{"path": str(tmp_path)}], "objective": "labels", "seq_len": SEQ_LEN})
+    prompted = pack_sample(sample, RowConfig(data, 1, EOS_ID, "encoder", labels=record, prompt_tokens=2))
+    assert prompted.labels_S.tolist() == [IGNORED_LABEL] * 2 + row.labels_S.tolist()
+    assert prompted.token_types_S.tolist() == [0] * 2 + row.token_types_S.tolist()  # type: ignore[union-attr]
+    assert row.token_types_S.tolist()[:4] == [0, 0, 1, 1]

@@ -15,10 +15,10 @@ from tests.benchmarks.measuring import Options
 
 BENCHMARKS = {
     "step": "a training step beside a bare loop, Hugging Face's GPT-2 and HF Trainer",
-    "finetuning": "a LoRA beside PEFT in HF Trainer: speed and peak memory",
     "engines": "a step of each engine beside a bare loop, one rank",
     "overhead": "what loop, loader and trackers add to a step of about a millisecond",
     "trackers": "what Weights & Biases adds to a step: offline, and online without a server",
+    "finetuning": "a LoRA beside PEFT in HF Trainer: speed and peak memory",
     "stream": "shards to packed batches beside webdataset and raw mmap",
     "resume": "how long the data stream takes to its first batch, far into a run",
     "sharding": "raw text to shards beside the tokenizer alone",

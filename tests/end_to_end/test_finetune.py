@@ -122,7 +122,7 @@ def test_other_methods_train_continue_and_generate(tuned: Path, section: str) ->
     [
         (["finetune={method: lora}"], "finetune.method = lora"),
         (["finetune={method: lora, base: nowhere}"], "finetune.base = nowhere"),
-        (["finetune={method: lora, base: runs/lora}"], "Merge them"),
+        (["finetune={method: lora, base: runs/lora}"], "Train it on with the same section"),
         (["finetune={method: lora, base: runs/tiny}", "model.num_layers=3"], "model.num_layers"),
     ],
 )

@@ -122,7 +122,7 @@ def headers(file):
         torch.load(file)
     return {}
 
-folder_files._headers = headers
+folder_files.file_headers = headers
 cli.main(sys.argv[1:])
 """
     folder = evil / "model"

@@ -226,7 +226,7 @@ def test_transformers_trains_the_same_on_single_conversations(folder: Path) -> N
             logits = theirs(torch.from_numpy(ids[:-1])[None]).logits[0]
             loss = cross_entropy(logits.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
             loss.backward()
-            total, count = total + float(loss), count + int((labels != IGNORED_LABEL).sum())
+            total, count = total + loss.item(), count + int((labels != IGNORED_LABEL).sum())
         for parameter in theirs.parameters():
             parameter.grad /= count
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), optim.grad_clip)

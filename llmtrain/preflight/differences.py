@@ -237,16 +237,16 @@ def _base_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]
     """A base is a whole model: one that was finetuned by additions is merged first, or they are trained on."""
     finetune = _finetune_of(origin)
     method = finetune.method if finetune else "full"
-    if not begins_at_base(config) or config.finetune is None or finetune is None or _goes_on(finetune, config):
-        return
-    if method != "full":
+    if finetune is not None and method != "full" and not _goes_on(finetune, config):
         text = f"has a {method} beside its weights, which would be lost"
         advice = (
             "Train it on with the same section finetune, or merge it: `llmtrain export RUN OUT --to hf`, then import "
             "OUT, and name the import."
         )
-        base = config.finetune.base
-        yield Difference("finetune.base", method, "full", base, text, True, advice)
+        key, base = "checkpoint.resume", config.checkpoint.resume
+        if begins_at_base(config) and config.finetune is not None and config.finetune.base is not None:
+            key, base = "finetune.base", config.finetune.base
+        yield Difference(key, method, "full", base, text, True, advice)
 
 
 def _other_base(origin: Origin, config: RunConfig) -> Iterator[Difference]:

@@ -1,5 +1,6 @@
 """`finetune` through the command: a base, what is added to it, what is saved, what continues, what comes of it."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -145,6 +146,26 @@ def test_what_cannot_begin_is_explained(tuned: Path, options: list[str], expecte
 def test_a_run_does_not_change_what_it_trains(tuned: Path, option: str, expected: str) -> None:
     said = train(tuned, *LORA, "name=lora", "train.steps=8", option, code=2)
     assert expected in said
+
+
+def test_an_import_with_an_adapter_is_not_continued_without_it(tuned: Path) -> None:
+    folder = tuned / "runs" / "imported"
+    shutil.copytree(tuned / "runs" / "lora", folder)
+    newest = folder / "checkpoints" / "step-00000006"
+    manifest = json.loads((newest / "manifest.json").read_text("utf-8"))
+    manifest["about"]["imported"] = "Llama"
+    (newest / "state.json").write_text("{}", "utf-8")
+    state = (newest / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {
+        **manifest["files"]["state.json"], "size_bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()
+    }  # fmt: skip
+    content = json.dumps(manifest).encode()
+    (newest / "manifest.json").write_bytes(content)
+    line = f"{hashlib.sha256(content).hexdigest()}  manifest.json\n"
+    (newest / "manifest.json.sha256").write_text(line, "utf-8")
+    said = train(tuned, "name=plain", "train.steps=2", "checkpoint.resume=runs/imported", code=2)
+    assert "checkpoint.resume" in said
+    assert "has a lora beside its weights, which would be lost" in said
 
 
 def test_a_base_that_has_changed_is_noticed(tuned: Path) -> None:

@@ -13,7 +13,8 @@ from tests.support.memory import peak_growth
 from tests.support.ranks import run_ranks
 from tests.support.samples import tiny_model
 
-SHORT, LONG = 1024, 4096
+SHORT, LONG = 8192, 32768  # shorter ones take less than what C's library happens to hold already, some MB
+IN_ONE_PIECE = 2048
 HEADS = 2
 
 
@@ -40,7 +41,7 @@ def measured(rank: int, world_size: int, seq_len: int, block: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak of memory")
 def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
-    """Four times the length takes about four times the memory; in one piece, a fourth of it takes more than that."""
+    """Four times the length takes about four times the memory; in one piece, a sixteenth of it takes more than that."""
     short, long = peak_of(SHORT), peak_of(LONG)
     assert long < 6 * short
-    assert peak_of(SHORT, block=SHORT) > 2 * long
+    assert peak_of(IN_ONE_PIECE, block=IN_ONE_PIECE) > 2 * long

@@ -242,6 +242,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: from all. Fillings shown.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this much probability.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed draws the same text.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     chat: Annotated[
@@ -261,10 +264,12 @@ def generate(
     if messages is not None and not chat:
         raise typer.BadParameter("goes with --chat", param_hint="--messages")
     from llmtrain.checkpoint.find import best_checkpoint
-    from llmtrain.infer.generate import Asked, Sampling, answer_of
+    from llmtrain.infer.batching.sampling import Sampling
+    from llmtrain.infer.generate import Asked, answer_of
     from llmtrain.infer.model import load_model, named_device
+    from llmtrain.infer.text_model import TextModel
 
-    place, sampling = named_device(device), Sampling(temperature, top_k, top_p, seed)
+    place, sampling = named_device(device), Sampling(temperature, top_k, top_p, seed, min_p)
     trained = load_model(best_checkpoint(model) if best else model, place)
-    for piece in answer_of(trained, Asked(prompt, chat, messages), sampling, max_tokens, tokenizer):
+    for piece in answer_of(TextModel(trained, tokenizer), Asked(prompt, chat, messages), sampling, max_tokens):
         typer.echo(piece, nl=False)

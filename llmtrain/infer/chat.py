@@ -55,18 +55,24 @@ def chat_encoder(tokenizer: Tokenizer) -> ChatEncoder:
     return ChatEncoder(template, tokenizer, "text")
 
 
-def chat_prompt(tokenizer: Tokenizer, text: str, earlier: Path | None = None) -> list[int]:
-    """The ids before an assistant's answer to a user's text, behind the messages of a JSON file.
+def chat_prompt(encoder: ChatEncoder, said: Mapping[str, Any], place: str = "") -> list[int]:
+    """The ids before the next message of a conversation, an object with `messages` and perhaps `tools`.
+
+    Raises DataError, which begins with the place, for what is no conversation.
+    """
+    # As training reads them; the answer that is asked for stands for one here.
+    answered = {**said, "messages": [*said["messages"], {"role": "assistant", "content": "."}]}
+    whole = conversation_of(answered, place)
+    return encoder.prompt(Conversation(whole.messages[:-1], frozenset(), whole.tools))
+
+
+def said_with(text: str, earlier: Path | None) -> dict[str, Any]:
+    """A conversation that ends with a user's text, behind the messages of a JSON file.
 
     Raises ConfigError, and DataError for a file that is no conversation.
     """
     said: dict[str, Any] = {} if earlier is None else _earlier(earlier)
-    messages = [*said.get("messages", ()), {"role": "user", "content": text}]
-    # As training reads them; the answer that is asked for stands for one here.
-    whole = conversation_of(
-        {**said, "messages": [*messages, {"role": "assistant", "content": "."}]}, str(earlier or "")
-    )
-    return chat_encoder(tokenizer).prompt(Conversation(whole.messages[:-1], frozenset(), whole.tools))
+    return {**said, "messages": [*said.get("messages", ()), {"role": "user", "content": text}]}
 
 
 def _earlier(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.models.attention.caches import KeyValueCache, MemoryCache, StateCache, build_cache
+from llmtrain.models.attention.caches import ChunkCache, MemoryCache, RowCache, RowStates
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
 from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.bottleneck import Bottleneck
@@ -93,13 +93,8 @@ class Layer(nn.Module):
 class LayerCaches:
     """The memory of one layer in decoding: of self-attention, and behind an encoder of cross-attention."""
 
-    own: KeyValueCache | StateCache
-    cross: MemoryCache
-
-
-def build_caches(config: ModelConfig, max_seq_len: int) -> list[LayerCaches]:
-    """Caches for all layers of the decoder, with room for `max_seq_len` positions."""
-    return [LayerCaches(build_cache(config, max_seq_len), MemoryCache()) for _ in range(config.decoder_layers)]
+    own: ChunkCache | RowCache | RowStates
+    cross: MemoryCache | RowCache | None = None
 
 
 @dataclass(frozen=True)

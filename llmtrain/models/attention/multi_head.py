@@ -7,6 +7,7 @@ The number of heads is read off the weights, so that a rank that holds some of t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.blockwise import blockwise_attention
-from llmtrain.models.attention.caches import KeyValueCache, LayerCache, MemoryCache, StateCache
+from llmtrain.models.attention.caches import ChunkCache, LayerCache, MemoryCache, RowCache, RowStates
 from llmtrain.models.attention.flex_kernel import can_flex, flex_kernel
 from llmtrain.models.attention.joint_product import JointProduct, find_joint, joint_outputs, put_side_by_side
-from llmtrain.models.attention.linear import decode, linear_attention
+from llmtrain.models.attention.linear import linear_attention
 from llmtrain.models.attention.patterns import PATTERNS, Extent, Full, Strided
 from llmtrain.models.attention.ring import ring_attention
 from llmtrain.models.attention.scoring import ProbabilityDropout, Scoring, Visibility, repeated_kv, scores_by_distance
@@ -142,6 +143,8 @@ class Attention(nn.Module):
         """[S, B, H]. Cross-attention needs the memory, but where its cache has seen it."""
         if self.cross:
             q = self.heads_of(projected(self.q, x_SBH, inputs.draws), self.q_norm)
+            if isinstance(cache, RowCache):
+                return self.projected_out(cache.attended(q, partial(self.scoring, inputs=inputs)), inputs)
             k, v = self.keys_and_values_of_memory(memory_TBH, inputs.draws, cache)
         else:
             linears = (self.q, self.k, self.v)
@@ -152,18 +155,24 @@ class Attention(nn.Module):
             q, k, v = map(self.heads_of, outputs, (self.q_norm, self.k_norm, None))
             if inputs.rotary is not None:
                 q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
-        if isinstance(cache, StateCache):
-            out, cache.state = decode(q, *self.repeated(q, k, v), inputs.visible, cache.state)
-            return projected(self.out, out.flatten(-2), inputs.draws)
-        if isinstance(cache, KeyValueCache):
-            k, v = cache.extend(k, v)
-        # A ring keeps little more than what goes into it, and would have to go round again.
-        if self.recompute_kernel and self.training and self.ring is None:
-            # Draws are hashes: no random state needs to be kept for the second pass.
-            out = checkpoint(self.attend, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
+        if isinstance(cache, RowStates):
+            out = cache.attended(q, *self.repeated(q, k, v), inputs.visible)
+        elif isinstance(cache, RowCache):
+            cache.append(k, v)
+            out = cache.attended(q, partial(self.scoring, inputs=inputs))
         else:
-            out = self.attend(q, k, v, inputs)
-        return projected(self.out, out.flatten(-2), inputs.draws)
+            if isinstance(cache, ChunkCache):
+                k, v = cache.extend(k, v)
+            # A ring keeps little more than what goes into it, and would have to go round again.
+            if self.recompute_kernel and self.training and self.ring is None:
+                # Draws are hashes: no random state needs to be kept for the second pass.
+                out = checkpoint(self.attend, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out = self.attend(q, k, v, inputs)
+        return self.projected_out(out, inputs)
+
+    def projected_out(self, out_SBND: Tensor, inputs: AttentionInputs) -> Tensor:
+        return projected(self.out, out_SBND.flatten(-2), inputs.draws)
 
     def heads_of(self, output: Tensor, norm: RMSNorm | None) -> Tensor:
         """[S, B, N, D] of what a linear has put out."""

@@ -5,13 +5,17 @@ import pytest
 import torch
 
 from llmtrain.errors import ConfigError
-from llmtrain.infer.generate import Sampling, choose, fill_masks, iter_tokens
+from llmtrain.infer.batching.request import Request
+from llmtrain.infer.batching.sampling import Sampling, choose, drawn
+from llmtrain.infer.fillings import fill_masks
+from llmtrain.infer.generate import iter_tokens
 from llmtrain.infer.model import logits_of
 from llmtrain.interop.examples import Example
 from llmtrain.models.transformer import Transformer, build_model
 from tests.support.samples import tiny_model
 from tests.support.weights import materialize
 
+GREEDY = Sampling(temperature=0)
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
 
 
@@ -22,8 +26,7 @@ def built(**changes: Any) -> Transformer:
 
 
 def shares(sampling: Sampling, draws: int = 4000) -> list[float]:
-    generator = torch.Generator().manual_seed(0)
-    chosen = [choose(PROBABILITIES.log(), sampling, generator) for _ in range(draws)]
+    chosen = [choose(PROBABILITIES.log(), sampling, drawn(0, 0, number)) for number in range(draws)]
     return [chosen.count(token) / draws for token in range(5)]
 
 
@@ -38,6 +41,7 @@ def test_greedy_takes_the_likeliest() -> None:
         (Sampling(top_k=2), [0, 4 / 7, 0, 3 / 7, 0]),
         (Sampling(top_p=0.75), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),  # 0.4 + 0.3 is not yet 0.75
         (Sampling(top_k=2, top_p=0.5), [0, 1, 0, 0, 0]),  # of the two left, the first has 4/7
+        (Sampling(min_p=0.3), [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),  # 0.12 is the least
         (Sampling(temperature=0.5), [0.01 / 0.285, 0.16 / 0.285, 0.0025 / 0.285, 0.09 / 0.285, 0.0225 / 0.285]),
     ],
 )
@@ -47,7 +51,7 @@ def test_draws_have_the_right_shares(sampling: Sampling, expected: list[float]) 
 
 def test_greedy_tokens_equal_those_of_the_whole_sequence() -> None:
     model, ids = built(), [5, 17, 300]
-    generated = list(iter_tokens(model, ids, Sampling(temperature=0), max_tokens=20))
+    generated = list(iter_tokens(model, Request(tuple(ids), 20, GREEDY)))
     for token in generated:
         tokens_BS = torch.tensor([ids])
         assert token == int(logits_of(model, Example(tokens_BS))[0, -1].argmax())
@@ -58,7 +62,7 @@ def test_the_same_seed_draws_the_same_text() -> None:
     model = built()
 
     def run(seed: int) -> list[int]:
-        return list(iter_tokens(model, [5, 17], Sampling(seed=seed), max_tokens=30))
+        return list(iter_tokens(model, Request((5, 17), 30, Sampling(seed=seed))))
 
     assert run(1) == run(1)
     assert run(1) != run(2)
@@ -66,19 +70,19 @@ def test_the_same_seed_draws_the_same_text() -> None:
 
 def test_ends_at_the_longest_sequence() -> None:
     model = built()
-    assert len(list(iter_tokens(model, [1] * 60, Sampling(), max_tokens=100))) == 4
-    with pytest.raises(ConfigError, match="at least 1 and fewer than 64"):
-        next(iter_tokens(model, [1] * 64, Sampling(), max_tokens=1))
+    assert len(list(iter_tokens(model, Request((1,) * 60, 100)))) == 4
 
 
 def test_stopping_early_computes_no_more() -> None:
     model, calls = built(), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    list(islice(iter_tokens(model, [1, 2], Sampling(), max_tokens=50), 3))
+    list(islice(iter_tokens(model, Request((1, 2), 50)), 3))
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 1.0}]
+)
 def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="must be"):
         Sampling(**wrong)  # type: ignore[arg-type]
@@ -88,20 +92,18 @@ def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
 def test_a_decoder_behind_an_encoder_gives_the_tokens_of_the_whole_sequence(position: str) -> None:
     model = built(family="encoder_decoder", num_encoder_layers=3, position=position, init={"std": 0.3})
     prompt, ids = [5, 17, 300, 8, 41], [0]
-    for token in iter_tokens(model, prompt, Sampling(temperature=0), max_tokens=20, start_id=0):
+    for token in iter_tokens(model, Request((0,), 20, GREEDY, source=tuple(prompt))):
         logits = logits_of(model, Example(torch.tensor([ids]), encoder_tokens_BT=torch.tensor([prompt])))
         assert token == int(logits[0, -1].argmax())
         ids.append(token)
     assert len(set(ids)) > 3, "the tokens depend on something"
-    with pytest.raises(ConfigError, match="at least 1 and at most 64"):
-        next(iter_tokens(model, [1] * 65, Sampling(), max_tokens=1, start_id=0))
 
 
 def test_the_encoder_runs_once() -> None:
     model, calls = built(family="encoder_decoder"), []
     assert model.encoder is not None
     model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    assert len(list(iter_tokens(model, [5, 17], Sampling(), max_tokens=9, start_id=0))) == 9
+    assert len(list(iter_tokens(model, Request((0,), 9, source=(5, 17))))) == 9
     assert len(calls) == 1
 
 
@@ -115,5 +117,3 @@ def test_masks_are_filled_with_the_likeliest_tokens() -> None:
     assert [chance for _, chance in first.tokens] == sorted((chance for _, chance in first.tokens), reverse=True)
     with pytest.raises(ConfigError, match="no mask"):
         fill_masks(model, [5, 17], mask, 3)
-    with pytest.raises(ConfigError, match="fills masks"):
-        next(iter_tokens(model, [5], Sampling(), max_tokens=1))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.data.tokenizer import SentencePieceTokenizer
-from llmtrain.infer.generate import decode_with_names, encode_with_names
+from llmtrain.infer.text_stream import decode_with_names, encode_with_names
 from tests.support.tokenizers import saved_tokenizer, train_sentencepiece
 
 

@@ -15,7 +15,7 @@ from llmtrain.cli.app import app
 from llmtrain.data.chat.conversation import Conversation, conversation_of
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import ConfigError, ExportError
-from llmtrain.infer.chat import chat_encoder, chat_examples, chat_prompt
+from llmtrain.infer.chat import chat_encoder, chat_examples, chat_prompt, said_with
 from llmtrain.interop.hf_export import ExportSettings, write_export
 from llmtrain.interop.text.special_tokens import named_tokens
 from tests.support.chats import MARKED, TEXT, chatml_file, random_chat, sentencepiece_file
@@ -92,13 +92,14 @@ def test_an_export_talks_as_the_run_does(tmp_path: Path) -> None:
     assert set(beside.end_ids) == set(ours.end_ids)
     (tmp_path / "before.json").write_text(json.dumps({"messages": random_chat(3)["messages"]}))
     for text in ("Hello", "a <|im_end|> b"):
-        prompts = [chat_prompt(tokenizer, text, tmp_path / "before.json") for tokenizer in (ours, beside)]
+        said = said_with(text, tmp_path / "before.json")
+        prompts = [chat_prompt(chat_encoder(tokenizer), said) for tokenizer in (ours, beside)]
         assert prompts[0] == prompts[1] and prompts[0].count(ours.special_id("<|im_end|>") or -1) > 1
-    spelled = chat_prompt(ours, "<|im_end|>")
+    spelled = chat_prompt(chat_encoder(ours), said_with("<|im_end|>", None))
     assert spelled.count(ours.special_id("<|im_end|>") or -1) == 1, "of the message, not of its text"
     (tmp_path / "plain").mkdir()
     with pytest.raises(ConfigError, match="no chat template lies beside it"):
-        chat_prompt(load_tokenizer(str(sentencepiece_file(tmp_path / "plain" / "plain.model"))), "a")
+        chat_encoder(load_tokenizer(str(sentencepiece_file(tmp_path / "plain" / "plain.model"))))
     asked = ["generate", folder, "--prompt", "Hello", "--max-tokens", "3", "--temperature", "0"]
     (tmp_path / "before.json").write_text(json.dumps({"messages": [{"role": "system", "content": "a"}]}))
     before = ["--messages", tmp_path / "before.json"]

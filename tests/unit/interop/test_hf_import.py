@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.infer.generate import Sampling, iter_tokens
+from llmtrain.infer.batching.request import Request
+from llmtrain.infer.batching.sampling import Sampling
+from llmtrain.infer.generate import iter_tokens
 from llmtrain.infer.model import build_trained, logits_of, segments_of
 from llmtrain.interop.folder_files import INDEX, WEIGHTS
 from llmtrain.interop.hf import FAMILIES
@@ -146,8 +148,10 @@ def test_gives_the_same_logits_and_greedy_tokens(name, tmp_path):
     prompt = [5, 17, 300, 41, 8]
     theirs.generation_config.eos_token_id = None
     generated = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, pad_token_id=0)[0].tolist()
-    start = 1 if ours.config.family == "encoder_decoder" else len(prompt)
-    assert list(iter_tokens(ours, prompt, Sampling(temperature=0), 24, start_id=0)) == generated[start:]
+    encodes = ours.config.family == "encoder_decoder"
+    begin, source = ((0,), tuple(prompt)) if encodes else (tuple(prompt), ())
+    ours_too = iter_tokens(ours, Request(begin, 24, Sampling(temperature=0), source=source))
+    assert list(ours_too) == generated[len(begin) :]
 
 
 def _loss(model: Transformer, inputs: ModelInputs, labels_BS: torch.Tensor) -> float:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from llmtrain.data.tokenizer import SentencePieceTokenizer
-from llmtrain.infer.generate import Sampling, iter_tokens
+from llmtrain.infer.batching.request import Request
+from llmtrain.infer.batching.sampling import Sampling
+from llmtrain.infer.generate import iter_tokens
 from llmtrain.infer.model import logits_of
 from llmtrain.interop.examples import Example
 from llmtrain.interop.hf_export import ExportSettings, write_export
@@ -67,8 +69,11 @@ def _ours(name: str, tokenizer: SentencePieceTokenizer) -> tuple[list[list[int]]
     ids = [[*before, *tokenizer.encode(text), *behind] for text in [*TEXTS, JOB["prompt"]]]
     if config.family == "encoder":
         return ids[:-1], []
-    new = iter_tokens(random_model(config), ids[-1], Sampling(0.0), NUM_NEW, named.start_id)
-    return ids[:-1], list(takewhile(lambda token: token != tokenizer.eos_id, new))
+    encodes = config.family == "encoder_decoder"
+    begin, source = ([named.start_id], ids[-1]) if encodes else (ids[-1], [])
+    ends = frozenset([tokenizer.eos_id])
+    request = Request(tuple(begin), NUM_NEW, Sampling(temperature=0), ends, source=tuple(source))
+    return ids[:-1], list(iter_tokens(random_model(config), request))
 
 
 def _require_equal(answer: dict[str, Any], name: str, tokenizer: SentencePieceTokenizer, but: tuple[str, ...] = ()):

@@ -4,7 +4,6 @@ import torch
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import num_parameters, parameter_shapes
 from llmtrain.models.head import Objective
-from llmtrain.models.stack import Pass, build_caches
 from llmtrain.models.transformer import Transformer, build_model
 from llmtrain.parallel.parts import VocabularyPart
 from llmtrain.parallel.stateless_random import Draws
@@ -91,34 +90,6 @@ def test_a_decoder_sees_all_of_the_encoder_but_padding_and_nothing_ahead() -> No
     ahead = hidden(encoder, changed(decoder.tokens_BS, 4))
     torch.testing.assert_close(ahead[:4], before[:4])
     assert not torch.allclose(ahead[4], before[4])
-
-
-def test_decoding_with_a_memory_equals_the_whole_sequence() -> None:
-    config = tiny_model(**T5, moe={"num_experts": 4, "router": "switch"})
-    model, batch = built(config).eval(), random_batch(num_samples=2, seq_len=6)
-    encoder = random_batch(num_samples=2, seq_len=9, seed=3).tokens_BS
-    whole = ModelInputs(batch.tokens_BS, batch.positions_BS, encoder_tokens_BT=encoder)
-    expected = model.logits(model(whole)[0])
-    memory, caches = model.encode(whole, Pass())[0], build_caches(config, 6)
-    parts = []
-    for place in range(6):
-        part = slice(place, place + 1)
-        inputs = ModelInputs(batch.tokens_BS[:, part], batch.positions_BS[:, part], encoder_tokens_BT=encoder)
-        parts.append(model.logits(model(inputs, caches=caches, memory_TBH=memory)[0]))
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("changes", SHAPES)
-def test_decoding_with_caches_equals_the_whole_sequence(changes: dict[str, object]) -> None:
-    config = tiny_model(**changes)
-    model, batch = built(config).eval(), random_batch(num_samples=2, seq_len=12)
-    whole = model.logits(hidden_states(model, batch))
-    caches = build_caches(config, 12)
-    parts = [
-        model.logits(model(ModelInputs(batch.tokens_BS[:, a:b], batch.positions_BS[:, a:b]), caches=caches)[0])
-        for a, b in ((0, 5), (5, 6), (6, 7), (7, 12))
-    ]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_packed_sample_with_resets_equals_its_documents_alone() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -13,6 +14,8 @@ from llmtrain.data.storage.manifest import read_manifest
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.files import sealed, unsealed
+from llmtrain.infer.batching.arena import Arena
+from llmtrain.infer.batching.scheduler import BatchStep, PromptChunk
 from tests.support.hf_folders import FOLDERS, LLAMA_BOS, write_llama
 
 PROMPTS = ("def export(self):", "the lazy dog", "")
@@ -94,21 +97,21 @@ def test_a_run_knows_which_tokens_end_and_begin_texts(tmp_path: Path) -> None:
 def test_generate_begins_as_training_did_and_stops_at_every_end(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmtrain.infer import generate
-
     _json("import", write_llama(tmp_path / "hf"), tmp_path / "run")
     tokenizer = load_tokenizer(tmp_path / "hf" / "tokenizer.json")
-    prompts, answer = [], tokenizer.encode("fox")
+    prompt, answer = (0, *tokenizer.encode("the lazy")), tokenizer.encode("fox")
     for end in tokenizer.end_ids:
 
-        def drawn(model: Any, prompt: list[int], *how: Any, end: int = end) -> Any:
-            prompts.append(prompt)
-            return iter([*answer, end, *tokenizer.encode("dog")])
+        def written(self: Arena, step: BatchStep, end: int = end) -> torch.Tensor:
+            (part,) = step.chosen
+            if isinstance(part, PromptChunk):
+                assert part.tokens == prompt
+            token = [*answer, end, *tokenizer.encode("dog")][part.end - len(prompt)]
+            return torch.eye(tokenizer.vocab_size)[[token]]
 
-        monkeypatch.setattr(generate, "iter_tokens", drawn)
-        result = _call("generate", tmp_path / model, "--prompt", "the lazy")
+        monkeypatch.setattr(Arena, "run", written)
+        result = _call("generate", tmp_path / model, "--prompt", "the lazy", "--temperature", "0")
         assert result.exit_code == 0 and result.stdout == "fox\n", result.stderr
-    assert prompts == [[0, *tokenizer.encode("the lazy")]] * 2
 
 
 def _shards(place: Path, tokenizer: Path, *options: str) -> Path:

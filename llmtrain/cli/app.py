@@ -44,7 +44,7 @@ VERBS = {
     "status": Verb("llmtrain.cli.watching", "status", "Say how far runs are, and what is to be done.", WATCHING),
     "logs": Verb("llmtrain.cli.watching", "logs", "Print and follow the logs of a run's ranks.", WATCHING),
     "report": Verb("llmtrain.cli.watching", "report", "Write one HTML page about one run or several.", WATCHING),
-    "generate": Verb("llmtrain.cli.trained_models", "generate", "Continue a text with a trained model.", RESULTS),
+    "generate": Verb("llmtrain.cli.generating", "generate", "Continue a text with a trained model.", RESULTS),
     "export": Verb("llmtrain.cli.trained_models", "export", "Write a model as a Hugging Face folder.", RESULTS),
     "import": Verb("llmtrain.cli.trained_models", "import_", "Read a Hugging Face folder as a checkpoint.", RESULTS),
 }

@@ -1,4 +1,4 @@
-"""`llmtrain export`, `import` and `generate`: trained models to and from Hugging Face folders, and their texts."""
+"""`llmtrain export` and `import`: trained models to and from Hugging Face folders."""
 
 import json
 import re
@@ -233,43 +233,3 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
         elif value is not None:
             shown = f"{value:,}" if isinstance(value, int) else f"{value:.2e}" if isinstance(value, float) else value
             typer.echo(f"{key.replace('_', ' ')}: {shown}")
-
-
-def generate(
-    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
-    prompt: Annotated[str, typer.Option(help="The text to continue; with an encoder's masks in it, to fill.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: from all. Fillings shown.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this much probability.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed draws the same text.")] = 0,
-    tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is what a user says; answered with the model's chat template.")
-    ] = False,
-    messages: Annotated[
-        Path | None, typer.Option(help="With --chat: a JSON file with the messages before, and tools.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    best: BestOption = False,
-) -> None:
-    """Continue a text with a decoder, answer it with an encoder-decoder, or fill its masks with an encoder.
-
-    Sentinels are spelled as the tokenizer calls them, else <extra_id_0>, <extra_id_1>, ... (of fill-in-the-middle
-    <fim_prefix>, <fim_suffix>, <fim_middle>); masks likewise, such as <mask> or [MASK].
-    """
-    if messages is not None and not chat:
-        raise typer.BadParameter("goes with --chat", param_hint="--messages")
-    from llmtrain.checkpoint.find import best_checkpoint
-    from llmtrain.infer.batching.sampling import Sampling
-    from llmtrain.infer.generate import Asked, answer_of
-    from llmtrain.infer.model import load_model, named_device
-    from llmtrain.infer.text_model import TextModel
-
-    place, sampling = named_device(device), Sampling(temperature, top_k, top_p, seed, min_p)
-    trained = load_model(best_checkpoint(model) if best else model, place)
-    for piece in answer_of(TextModel(trained, tokenizer), Asked(prompt, chat, messages), sampling, max_tokens):
-        typer.echo(piece, nl=False)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.request import Request
-from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.chat import said_with
+from llmtrain.infer.prompt_file import Writing
 from llmtrain.infer.text_model import PromptIds, TextModel
 from llmtrain.models.transformer import Transformer
 
@@ -25,24 +25,26 @@ class Asked:
     earlier: Path | None = None
 
 
-def answer_of(model: TextModel, asked: Asked, sampling: Sampling, max_tokens: int) -> Iterator[str]:
+def answer_of(model: TextModel, asked: Asked, how: Writing) -> Iterator[str]:
     """The pieces of the text: a continuation, an answer, or of an encoder the fillings of each mask.
 
     Raises ConfigError where the prompt is none for this model.
     """
     if asked.chat:
-        yield from continued(model, model.answer(said_with(asked.text, asked.earlier)), sampling, max_tokens)
+        yield from continued(model, model.answer(said_with(asked.text, asked.earlier)), how)
     elif model.continues:
-        yield from continued(model, model.continuation(asked.text), sampling, max_tokens)
+        yield from continued(model, model.continuation(asked.text), how)
     else:
-        yield from _fillings(model, asked.text, sampling.top_k or NUM_FILLINGS)
+        yield from _fillings(model, asked.text, how.sampling.top_k or NUM_FILLINGS)
 
 
-def continued(model: TextModel, prompt: PromptIds, sampling: Sampling, max_tokens: int) -> Iterator[str]:
+def continued(model: TextModel, prompt: PromptIds, how: Writing) -> Iterator[str]:
     """The pieces of one text, and the end of its last line."""
-    stream = model.stream()
-    for token in iter_tokens(model.model, model.request(prompt, max_tokens, sampling)):
+    stream = model.stream(how.stops)
+    for token in iter_tokens(model.model, model.request(prompt, how.max_tokens, how.sampling)):
         yield stream.push(token)
+        if stream.stopped:
+            break
     yield f"{stream.end()}\n"
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from llmtrain.checkpoint.find import find_checkpoint
+from llmtrain.checkpoint.folders import LONGEST_MANIFEST, MANIFEST
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.data import SpecialTokensConfig
@@ -24,6 +26,7 @@ from llmtrain.config.parameters import declare_parameters, parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.data.tokenizer import TOKENIZER_NAMES
 from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.files import read_bytes
 from llmtrain.finetune.additions import add_trained_parts
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
@@ -198,3 +201,13 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
             _logger.warning("%s", text)
         return TrainedModel(build_trained(folder.model, folder, device), folder.tokenizer_path)
     return load_checkpoint(path, device, ["a Hugging Face folder (with config.json and safetensors)"])
+
+
+def weights_identity(path: Path) -> str:
+    """A hash that is another one where the weights at a path have changed: of the manifest of the checkpoint that it
+    means, else of the names, sizes and times of a Hugging Face folder's files."""
+    if not (path / "config.json").is_file():
+        return hashlib.sha256(read_bytes(find_checkpoint(path).path / MANIFEST, LONGEST_MANIFEST)).hexdigest()
+    files = sorted(found for found in path.iterdir() if found.suffix in (".safetensors", ".json"))
+    facts = [(found.name, found.stat().st_size, found.stat().st_mtime_ns) for found in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -35,7 +35,7 @@ def decode_with_names(ids: Sequence[int], tokenizer: Tokenizer, names: Mapping[s
 
 class TextStream:
     """The text of tokens that come one at a time. With what `end` returns, the pieces are what all tokens decode to, up
-    to the first of the stop strings; `stopped` says that there was one."""
+    to the stop string that is complete first; `stopped` says that there was one."""
 
     def __init__(self, tokenizer: Tokenizer, names: Mapping[str, int], stops: Sequence[str] = ()) -> None:
         self.stopped = False
@@ -68,10 +68,11 @@ class TextStream:
 
     def _released(self, new: str, at_end: bool) -> str:
         text = self._held + new
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        # The one that is complete first, however tokens cut the text.
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         held = 0 if at_end else max((beginning_at_end(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -221,7 +221,7 @@ llmtrain tran run.yaml
 llmtrain train run.yaml --dry-rum
 llmtrain train run.yaml optim.lr=1 optim.lrr=1
 llmtrain data show shards --sample -1
-llmtrain generate a-run
+llmtrain export a-run
 llmtrain data
 ```
 """

@@ -3,7 +3,6 @@
 Shape suffix: V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +33,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         allowed = f"0 (greedy), or {LEAST_TEMPERATURE:g} or more"
-        tempered = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
+        tempered = self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE
         ranges = (
             ("temperature", self.temperature, tempered, allowed),
             ("top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),

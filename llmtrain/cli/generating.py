@@ -1,0 +1,116 @@
+"""`llmtrain generate`: texts of a trained model, one as it is written, or those of a file of prompts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmtrain.cli.trained_models import BestOption
+from llmtrain.words import counted
+
+if TYPE_CHECKING:
+    from llmtrain.infer.prompt_file import Writing
+    from llmtrain.infer.text_model import TextModel
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="The text to continue; with an encoder's masks in it, to fill.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with an object in each line: prompt, or messages; answers go to --out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --prompts: file of answers, in the order of prompts.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: from all. Fillings shown.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this much probability.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed draws the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="The text ends before this one; may be given again.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is what a user says; answered with the model's chat template.")
+    ] = False,
+    messages: Annotated[
+        Path | None, typer.Option(help="With --chat: a JSON file with the messages before, and tools.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, max=4096, help="With --prompts: texts that are written together.")] = 8,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="With --prompts: to the last bit what each would be alone. Slower.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out, or begin it again.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    best: BestOption = False,
+) -> None:
+    """Continue a text with a decoder, answer it with an encoder-decoder, or fill its masks with an encoder.
+
+    Sentinels are spelled as the tokenizer calls them, else <extra_id_0>, <extra_id_1>, ... (of fill-in-the-middle
+    <fim_prefix>, <fim_suffix>, <fim_middle>); masks likewise, such as <mask> or [MASK].
+    """
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give either a text, or a file with --prompts", param_hint="--prompt")
+    _require_partner("--prompt --chat", {"--messages": messages is not None and not chat})
+    of_files = {"--out": out is not None, "--exact": exact, "--overwrite": overwrite}
+    _require_partner("--prompts", {} if prompt is None else of_files)
+    _require_partner("--prompt: lines of --prompts have messages", {"--chat": chat and prompt is None})
+    _require_partner("--out, the file of answers", {"--prompts": prompts is not None and out is None})
+    from llmtrain.checkpoint.find import best_checkpoint
+    from llmtrain.infer.batching.sampling import Sampling
+    from llmtrain.infer.generate import Asked, answer_of
+    from llmtrain.infer.model import load_model, named_device, weights_identity
+    from llmtrain.infer.prompt_file import Writing
+    from llmtrain.infer.text_model import TextModel
+
+    how = Writing(Sampling(temperature, top_k, top_p, seed, min_p), max_tokens, tuple(stop or ()))
+    source = best_checkpoint(model) if best else model
+    text_model = TextModel(load_model(source, named_device(device)), tokenizer)
+    if prompts is not None and out is not None:
+        about = {"weights": weights_identity(source), "exact": exact}
+        return _answer_file(text_model, (prompts, out), how, about, slots, overwrite)
+    for piece in answer_of(text_model, Asked(prompt or "", chat, messages), how):
+        typer.echo(piece, nl=False)
+
+
+def _require_partner(partner: str, given: dict[str, bool]) -> None:
+    """Raise BadParameter for an option that was given without another one."""
+    for name, is_alone in given.items():
+        if is_alone:
+            raise typer.BadParameter(f"goes with {partner}", param_hint=name)
+
+
+def _answer_file(
+    model: "TextModel",
+    files: tuple[Path, Path],
+    how: "Writing",
+    about: dict[str, Any],
+    slots: int,
+    overwrite: bool,
+) -> None:
+    """Answer a file of prompts, on from where an earlier call has stopped, with a bar on a terminal."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from llmtrain.infer.answers import AnswerFile, iter_answers
+    from llmtrain.infer.batching.scheduler import Limits
+    from llmtrain.infer.prompt_file import PromptFile
+
+    source = PromptFile(files[0], model, how)
+    total, digest = source.require_good()
+    settings = {**asdict(how.sampling), "max_tokens": how.max_tokens, "stop": list(how.stops)}
+    about = {"prompts": digest, **about, "tokenizer": model.tokenizer.sha256, **settings}
+    target = AnswerFile(files[1], about)
+    done = target.num_written(overwrite)
+    if done:
+        typer.echo(f"{counted(done, 'answer')} of {total:,} are there already", err=True)
+    answers = iter_answers(model, source.iter_from(done), Limits.of(model.config, slots, exact=about["exact"]))
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("answers", total=total, completed=done)
+        target.write(answers, lambda answer: bars.advance(bar))
+    typer.echo(f"wrote {files[1]}: {counted(total, 'answer')}", err=True)

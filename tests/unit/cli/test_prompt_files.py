@@ -1,0 +1,129 @@
+"""`llmtrain generate --prompts`: answers in order, as one at a time, gone on with where the writing stopped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmtrain.cli.app import app
+from llmtrain.infer.batching.batch import ContinuousBatch
+from tests.support.hf_folders import write_llama
+
+
+def _call(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("place")
+    write_llama(place / "hf")
+    assert _call("import", place / "hf", place / "run").exit_code == 0
+    return place / "run"
+
+
+LINES = [
+    {"prompt": "the fox", "id": number, "max_tokens": 3 + number % 7, "seed": number % 2} for number in range(24)
+] + [{"prompt": "the lazy dog", "temperature": 0, "stop": " "}, {"prompt": "the", "top_k": 1, "note": "中"}]
+
+
+def written(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def generated(run: Path, prompts: Path, out: Path, *more: str) -> list[dict[str, Any]]:
+    result = _call("generate", run, "--prompts", prompts, "--out", out, *more)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "" and f"wrote {out}: {len(LINES)} answers" in result.stderr
+    return answers(out)
+
+
+def test_answers_come_in_order_and_are_those_of_one_at_a_time(run: Path, tmp_path: Path) -> None:
+    prompts = written(tmp_path / "prompts.jsonl", LINES)
+    together = generated(run, prompts, tmp_path / "eight.jsonl", "--slots", "8", "--max-tokens", "9")
+    assert together == generated(run, prompts, tmp_path / "one.jsonl", "--slots", "1", "--max-tokens", "9")
+    assert together == generated(run, prompts, tmp_path / "exact.jsonl", "--exact", "--max-tokens", "9")
+    for line, answer in zip(LINES, together, strict=True):
+        assert line.items() <= answer.items()
+        assert answer["ending"] in ("stop", "length") and answer["new_tokens"] <= answer.get("max_tokens", 9)
+    texts = [answer["text"] for answer in together if answer.get("seed") == 0 and answer["new_tokens"] > 2]
+    assert len(set(texts)) > 3, "equal prompts of one seed have answers of their own"
+    alone = _call("generate", run, "--prompt", "the lazy dog", "--temperature", "0", "--stop", " ", "--max-tokens", "9")
+    assert alone.stdout == f"{together[24]['text']}\n" and " " not in together[24]["text"]
+
+
+def test_what_was_written_is_gone_on_with(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = written(tmp_path / "prompts.jsonl", LINES)
+    expected = generated(run, prompts, tmp_path / "whole.jsonl")
+    out, unfinished = tmp_path / "out.jsonl", tmp_path / "out.jsonl.unfinished"
+    steps, step = [], ContinuousBatch.step
+
+    def interrupted(self: ContinuousBatch) -> Any:
+        steps.append(1)
+        if len(steps) > 14:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinuousBatch, "step", interrupted)
+        assert _call("generate", run, "--prompts", prompts, "--out", out).exit_code != 0
+    assert not out.exists()
+    before = unfinished.read_bytes()
+    count = before.count(b"\n") - 1
+    assert 0 < count < len(LINES)
+    unfinished.write_bytes(before + b'{"prompt": "the f')  # a crash amid a line
+    changed = _call("generate", run, "--prompts", prompts, "--out", out, "--temperature", "0.5")
+    assert changed.exit_code == 2 and "answers of other temperature" in changed.stderr
+    result = _call("generate", run, "--prompts", prompts, "--out", out)
+    assert f"{count} answer" in result.stderr and f"of {len(LINES)} are there already" in result.stderr
+    assert answers(out) == expected and not unfinished.exists()
+    assert _call("generate", run, "--prompts", prompts, "--out", out).exit_code == 2, "it exists"
+    assert _call("generate", run, "--prompts", prompts, "--out", out, "--overwrite").exit_code == 0
+    assert answers(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "either prompt"),
+        ({"prompt": "a", "messages": []}, "either prompt"),
+        ({"prompt": 3}, "prompt: must be a text"),
+        ({"prompt": "a", "text": "b"}, "text: is a key of the answer"),
+        ({"prompt": "a", "top_k": 1.5}, "top_k: must be a whole number"),
+        ({"prompt": "a", "temperature": True}, "temperature: must be a number"),
+        ({"prompt": "a", "temperature": -1}, "must be 0 (greedy)"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens: 0"),
+        ({"prompt": "a", "stop": [""]}, "stop: must be"),
+        ({"prompt": "the " * 9000}, "model.max_seq_len"),
+        ('{"prompt": "a", "id": "\\ud800"}', "is no JSON"),
+        ({"messages": [{"role": "user"}]}, "messages[0]"),
+    ],
+    ids=range(13),
+)
+def test_bad_lines_are_told_before_anything_is_written(run: Path, tmp_path: Path, line: Any, told: str) -> None:
+    prompts = written(tmp_path / "prompts.jsonl", [{"prompt": "good"}, line])
+    result = _call("generate", run, "--prompts", prompts, "--out", tmp_path / "out")
+    assert result.exit_code == 3 and f"{prompts}:2: " in result.stderr and told in result.stderr, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_options_that_do_not_go_together(run: Path, tmp_path: Path) -> None:
+    prompts = written(tmp_path / "prompts.jsonl", LINES)
+    for more in (
+        ["--prompts", prompts],
+        ["--prompts", prompts, "--prompt", "a", "--out", "x"],
+        ["--prompt", "a", "--exact"],
+        ["--prompts", prompts, "--out", "x", "--chat"],
+        ["--prompts", tmp_path / "nowhere", "--out", tmp_path / "x"],
+        [],
+    ):
+        result = _call("generate", run, *more)
+        assert result.exit_code == 2 and result.stderr, more

@@ -70,8 +70,8 @@ def generate(
     text_model = TextModel(load_model(source, named_device(device)), tokenizer)
     if prompts is not None and out is not None:
         about = {"weights": weights_identity(source), "exact": exact}
-        return _answer_file(text_model, (prompts, out), how, about, slots, overwrite)
-    for piece in answer_of(text_model, Asked(prompt or "", chat, messages), how):
+        _answer_file(text_model, (prompts, out), how, about, slots, overwrite)
+    for piece in () if prompt is None else answer_of(text_model, Asked(prompt, chat, messages), how):
         typer.echo(piece, nl=False)
 
 

@@ -43,10 +43,10 @@ def slow_forward(self: MLP, *inputs: Any) -> Any:
     return forward(self, *inputs)
 
 
-def slow_preparation(self: BatchLoader, first_sample: int) -> Any:
+def slow_preparation(self: BatchLoader, step: int, first_sample: int) -> Any:
     if is_due():
         time.sleep(SECONDS)
-    return prepare(self, first_sample)
+    return prepare(self, step, first_sample)
 
 
 if __name__ == "__main__":

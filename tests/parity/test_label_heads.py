@@ -31,12 +31,12 @@ LAYOUTS = {
 STAGES = {"megatron": (0, 1), "deepspeed": (0, 1, 2, 3), "torch": (0,)}
 
 GRID = [
-    (model, layout, stage)
-    for model in MODELS
-    for layout, (engine, _, parallel) in LAYOUTS.items()
-    for stage in STAGES[engine]
+    (model, layout, STAGES[engine][(place + number) % len(STAGES[engine])])
+    for place, model in enumerate(MODELS)
+    for number, (layout, (engine, _, parallel)) in enumerate(LAYOUTS.items())
     if "expert" not in parallel or model == "mixtral"
 ]
+"""Every head in every layout, ZeRO's stages in turn: those are one code for all models."""
 PAIRWISE = [
     *(("bert", "megatron:tp2+sp", 1), ("bert", "megatron:pp2", 1), ("bert", "deepspeed:dp2", 3)),
     *(("bert_tags", "megatron:tp2+sp", 0), ("bert_tags", "megatron:cp2", 1), ("bert_span", "megatron:cp2", 0)),

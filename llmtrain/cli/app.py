@@ -45,6 +45,7 @@ VERBS = {
     "logs": Verb("llmtrain.cli.watching", "logs", "Print and follow the logs of a run's ranks.", WATCHING),
     "report": Verb("llmtrain.cli.watching", "report", "Write one HTML page about one run or several.", WATCHING),
     "generate": Verb("llmtrain.cli.generating", "generate", "Continue a text with a trained model.", RESULTS),
+    "serve": Verb("llmtrain.cli.serving", "serve", "Serve a model as OpenAI's clients expect it.", RESULTS),
     "export": Verb("llmtrain.cli.trained_models", "export", "Write a model as a Hugging Face folder.", RESULTS),
     "import": Verb("llmtrain.cli.trained_models", "import_", "Read a Hugging Face folder as a checkpoint.", RESULTS),
 }

@@ -60,8 +60,12 @@ class TextModel:
 
     def continuation(self, text: str) -> PromptIds:
         """The prompt of a text, in which sentinels are spelled by their names."""
+        return self.prompt(self.framed(text))
+
+    def framed(self, text: str) -> list[int]:
+        """The ids of a text between what stands before and behind one."""
         before, behind = self.named.frame(self.config.family)
-        return self.prompt([*before, *encode_with_names(text, self.tokenizer, self.named.sentinels), *behind])
+        return [*before, *encode_with_names(text, self.tokenizer, self.named.sentinels), *behind]
 
     def answer(self, said: Mapping[str, Any], place: str = "") -> PromptIds:
         """The prompt of a conversation, an object with `messages` and perhaps `tools`, whose next message is asked for.

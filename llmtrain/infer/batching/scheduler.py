@@ -44,6 +44,16 @@ class Limits:
         exact = exact or (config.moe is not None and config.moe.router == "expert_choice")
         return Limits(slots, slots * each, config.max_seq_len, exact=exact, shares_prompts=shares)
 
+    def cache_bytes(self, config: ModelConfig, item_bytes: int = 4) -> int:
+        """Memory of all layers' keys and values, or sums, once everything is taken."""
+        if config.attention.kind == "linear":
+            own = (self.slots + 1) * config.num_heads * config.head_size * (config.head_size + 1)
+        else:
+            own = 0
+        keys = 2 * (self.blocks + 1) * BLOCK * config.kv_heads * config.head_size
+        stores = (own == 0) + (config.family == "encoder_decoder")
+        return config.decoder_layers * item_bytes * (own + stores * keys)
+
     def blocks_of(self, request: Request) -> int:
         """The most blocks that a request can come to own."""
         positions = min(self.max_seq_len, len(request.prompt) + request.max_tokens)

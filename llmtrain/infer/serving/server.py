@@ -1,0 +1,56 @@
+"""A server on a port of this machine, until it is told to stop: then what was begun is finished."""
+
+import signal
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from llmtrain.errors import ConfigError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SHORTEST_KEY = 16
+
+
+def serving_key(file: Path | None, variable: str | None, host: str) -> str | None:
+    """The API key: what a file holds, else the environment's variable.
+
+    Raises ConfigError for one that is too short, and where there is none and others than this machine could call.
+    """
+    key = variable
+    if file is not None:
+        try:
+            key = file.read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--key-file {file}: cannot be read: {error}.") from None
+    if key is not None and len(key) < SHORTEST_KEY:
+        place = "LLMTRAIN_API_KEY" if file is None else f"--key-file {file}"
+        raise ConfigError(f"{place}: the key has {len(key)} characters, and must have at least {SHORTEST_KEY}.")
+    if key is None and host not in LOOPBACK:
+        raise ConfigError(
+            f"--host {host}: others than this machine can call there, so a key is needed. Put one into a file and give "
+            "--key-file FILE, or set LLMTRAIN_API_KEY."
+        )
+    return key
+
+
+def run_server(app: Starlette, host: str, port: int, drain_seconds: int) -> None:
+    """Serve until SIGTERM or SIGINT, finish what was begun within so many seconds, and return.
+
+    Raises ConfigError where the port cannot be had.
+    """
+    config = uvicorn.Config(
+        app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_seconds, lifespan="off",
+        server_header=False,
+    )  # fmt: skip
+    try:
+        bound = config.bind_socket()
+    except SystemExit:
+        raise ConfigError(f"--port {port}: cannot be had on {host}. Give another one, or 0 for any.") from None
+    # uvicorn raises a signal again when it has ended: by then it has been obeyed.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    with bound:
+        shown = f"[{host}]" if ":" in host else host
+        print(f"http://{shown}:{bound.getsockname()[1]}/v1", flush=True)
+        uvicorn.Server(config).run(sockets=[bound])

@@ -1,0 +1,173 @@
+"""What the server can be asked: prompts of calls, what is computed for them, and their limits."""
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from llmtrain.errors import ConfigError, DataError
+from llmtrain.infer.batching.request import Request
+from llmtrain.infer.serving.asked import AskedChat, AskedCompletion, AskedError, Written
+from llmtrain.infer.serving.batch_thread import BatchThread
+from llmtrain.infer.serving.choices import Choices
+from llmtrain.infer.serving.metrics import ServingMetrics
+from llmtrain.infer.text_model import PromptIds, TextModel
+
+Result = TypeVar("Result")
+
+DEFAULT_NEW_TOKENS = 16
+"""Of a completion that says no more, as OpenAI has it. A chat goes on to the limit."""
+
+
+@dataclass(frozen=True)
+class ServingLimits:
+    """What one call may ask for."""
+
+    max_tokens: int
+    """New tokens of a text."""
+    max_body: int = 4 << 20
+    """Bytes."""
+    body_seconds: float = 30.0
+    """Within which a body has to arrive."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Requests of one call, what is echoed before each text, and the number of tokens of its prompts."""
+
+    requests: list[Request]
+    prefixes: list[str]
+    prompt_tokens: int
+    likely: int | None
+    stops: tuple[str, ...]
+
+
+class Service:
+    """A model with a name, and the thread that writes with it."""
+
+    def __init__(self, model: TextModel, name: str, batch: BatchThread, limits: ServingLimits) -> None:
+        self.model, self.name, self.batch, self.limits = model, name, batch, limits
+        self.metrics = ServingMetrics()
+        self.metrics.watch("open_texts", "Texts that are being written or wait", lambda: batch.num_open)
+        self.metrics.watch("room", "Texts that may be written or wait", lambda: batch.room)
+
+    def require_model(self, name: str | None) -> None:
+        """Raises AskedError for another model than this one."""
+        if name is not None and name != self.name:
+            told = f"The model {name[:200]!r} is not here. There is {self.name!r}."
+            raise AskedError(told, "model", 404, "model_not_found")
+
+    def completion(self, asked: AskedCompletion) -> Call:
+        """Raises AskedError."""
+        self._require_writing()
+        if asked.best_of not in (None, asked.n or 1):
+            raise AskedError("best_of: must be n: texts are not chosen among.", "best_of")
+        if asked.echo and asked.logprobs is not None:
+            raise AskedError("echo: does not go with logprobs: those of prompts are not told.", "echo")
+        prompts = [self._completion_prompt(each) for each in several(asked.prompt)]
+        decode = self.model.tokenizer.decode
+        echoed = [each if isinstance(each, str) else decode(each) for each in several(asked.prompt) if asked.echo]
+        prefixes = echoed or [""] * len(prompts)
+        return self._call(asked, "prompt", prompts, prefixes, asked.max_tokens or DEFAULT_NEW_TOKENS, asked.logprobs)
+
+    def chat(self, asked: AskedChat) -> Call:
+        """Raises AskedError."""
+        self._require_writing()
+        wanted = (asked.response_format or {}).get("type", "text")
+        if wanted != "text":
+            told = f"response_format: {wanted!r:.60}: this server writes text only."
+            raise AskedError(told, "response_format", code="unsupported_value")
+        if asked.top_logprobs is not None and not asked.logprobs:
+            raise AskedError("top_logprobs: goes with logprobs: true.", "top_logprobs")
+        said: dict[str, Any] = {"messages": [plain_message(message) for message in asked.messages]}
+        if asked.tools and asked.tool_choice != "none":
+            said["tools"] = asked.tools
+        prompt = self.faults_as("messages", lambda: self.model.answer(said))
+        longest = asked.max_completion_tokens or asked.max_tokens or self.limits.max_tokens
+        return self._call(
+            asked, "messages", [prompt], [""], longest, (asked.top_logprobs or 0) if asked.logprobs else None
+        )
+
+    def written(self, call: Call) -> Choices:
+        """The texts of a call, as a context."""
+        self.metrics.prompt(call.prompt_tokens)
+        streams = [self.model.stream(call.stops) for _ in call.requests]
+        return Choices(self.batch, self.metrics, call.requests, streams)
+
+    def faults_as(self, param: str, work: Callable[[], Result]) -> Result:
+        """What work returns; its errors are those of a field."""
+        try:
+            return work()
+        except (ConfigError, DataError) as error:
+            raise AskedError(f"{param}: {str(error).removeprefix('--chat: ')}", param) from None
+
+    def _require_writing(self) -> None:
+        if not self.model.continues:
+            raise AskedError("The model is an encoder: ask /v1/fill-mask or /v1/embeddings.", status=404)
+
+    def _call(
+        self,
+        asked: Written,
+        param: str,
+        prompts: Sequence[PromptIds],
+        prefixes: Sequence[str],
+        max_tokens: int,
+        likely: int | None,
+    ) -> Call:
+        limit = self.limits.max_tokens
+        if max_tokens > limit:
+            raise AskedError(f"max_tokens: {max_tokens}: must be at most {limit} here.", "max_tokens")
+        count, seed = asked.n or 1, secrets.randbelow(1 << 63)
+        if len(prompts) * count > self.batch.room:
+            told = (
+                f"{param}: {len(prompts)} prompts with n = {count} are more texts than the {self.batch.room} allowed."
+            )
+            raise AskedError(told, param)
+        sampling = self.faults_as(param, lambda: asked.sampling(seed))
+        requests = [
+            self.model.request(prompt, max_tokens, sampling, text=text, logprobs=likely)
+            for prompt in prompts
+            for text in range(count)
+        ]
+        tokens = sum(prompt.num_tokens for prompt in prompts)
+        repeated = [prefix for prefix in prefixes for _ in range(count)]
+        return Call(requests, repeated, tokens, likely, asked.stops)
+
+    def _completion_prompt(self, given: str | list[int]) -> PromptIds:
+        def made() -> PromptIds:
+            if isinstance(given, str):
+                return self.model.continuation(given)
+            return self.model.prompt(require_ids(given, self.model.config.vocabulary))
+
+        return self.faults_as("prompt", made)
+
+
+def several(given: str | Sequence[Any]) -> list[Any]:
+    """Texts, or lists of ids, one by one. Raises AskedError where there is none."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    if not given:
+        raise AskedError("The list of texts is empty.")
+    return list(given)
+
+
+def require_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
+    """Raises DataError for ids that are no tokens."""
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise DataError(f"the id {token} is no token: ids are from 0 to {vocabulary - 1}.")
+    return list(ids)
+
+
+def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is a text. Raises AskedError for parts that are none."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    texts = list[str]()
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            raise AskedError("messages: parts of a content must be texts: {type: text, text: ...}.", "messages")
+        texts.append(text)
+    return {**message, "content": "".join(texts)}

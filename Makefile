@@ -79,6 +79,13 @@ $(READERS)/datatrove/.installed: | $(STAMP)
 $(READERS)/peft/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'peft>=0.21,<0.22' && touch $@
 
+# The judge of evaluations and the extra `eval`, 330 MB, in a process of its own; with what the project does not have.
+$(READERS)/lm_eval/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'lm-eval>=0.4.13,<0.5' 'datasets>=2.16' evaluate multiprocess dill scikit-learn scipy joblib \
+	  threadpoolctl cloudpickle narwhals nltk rouge-score sacrebleu portalocker tabulate colorama sqlitedict \
+	  pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy word2number more-itertools \
+	  'chardet<7' && touch $@
+
 # The judge of bottleneck adapters, 3 MB; it needs transformers 4, which it is given.
 $(READERS)/adapters/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'adapters>=1.3,<1.4' && touch $@
@@ -105,7 +112,7 @@ $(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
 
 # Where one cannot be had (no compiler, no network), its tests are skipped and say so.
 readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
-  $(READERS)/datasketch/.installed $(READERS)/peft/.installed $(READERS)/adapters/.installed
+  $(READERS)/datasketch/.installed $(READERS)/peft/.installed $(READERS)/adapters/.installed $(READERS)/lm_eval/.installed
 	-$(MAKE) $(READERS)/ctranslate2/.installed
 	-$(MAKE) $(READERS)/llama_cpp/.installed
 

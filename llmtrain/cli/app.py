@@ -46,6 +46,7 @@ VERBS = {
     "report": Verb("llmtrain.cli.watching", "report", "Write one HTML page about one run or several.", WATCHING),
     "generate": Verb("llmtrain.cli.generating", "generate", "Continue a text with a trained model.", RESULTS),
     "serve": Verb("llmtrain.cli.serving", "serve", "Serve a model as OpenAI's clients expect it.", RESULTS),
+    "eval": Verb("llmtrain.cli.evaluation", "evaluate", "Measure a trained model on tasks.", RESULTS),
     "export": Verb("llmtrain.cli.trained_models", "export", "Write a model as a Hugging Face folder.", RESULTS),
     "import": Verb("llmtrain.cli.trained_models", "import_", "Read a Hugging Face folder as a checkpoint.", RESULTS),
 }

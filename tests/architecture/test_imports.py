@@ -16,6 +16,7 @@ ROOMS = {
     "transformers": ("llmtrain/interop/",),
     "jinja2": ("llmtrain/data/",),
     "torchao": ("llmtrain/models/float8.py",),
+    "lm_eval": ("llmtrain/infer/evaluation/harness.py",),
     "ftfy": ("data_pipelines/steps/normalization.py",),
     "resiliparse": ("data_pipelines/",),
     "trafilatura": ("data_pipelines/steps/main_text.py",),

@@ -27,6 +27,8 @@ CALLED_BY_LIBRARIES = {
     "get_data_parallel_rank": "DeepSpeed's mpu",
     "get_data_parallel_world_size": "DeepSpeed's mpu",
     "get_data_parallel_group_ranks": "DeepSpeed's mpu",
+    "eot_token_id": "lm-eval asks models for it",
+    "loglikelihood_rolling": "lm-eval puts whole texts to models with it",
     "readable": "Python's buffers ask a stream whether they may read it",
     "readinto": "Python's buffers read a stream so",
 }

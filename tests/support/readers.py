@@ -120,3 +120,25 @@ def judged_by_adapterhub(tasks: Sequence[dict[str, str]]) -> None:
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}, timeout=560, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+LM_EVAL = READERS / "lm_eval"
+_LM_EVAL_JUDGE = Path(__file__).with_name("lm_eval_judge.py")
+
+
+def lm_eval_environment() -> dict[str, str]:
+    """The environment of a process that may import lm-eval. Skips a test where it is not installed."""
+    if not (LM_EVAL / ".installed").is_file():
+        pytest.skip(f"lm-eval is not installed in {LM_EVAL}: make readers")
+    return {**os.environ, "PYTHONPATH": str(LM_EVAL), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def judged_by_lm_eval(folder: Path, include: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """What lm-eval's adapter for Hugging Face makes of a folder: `metrics` by task, and what the model `said`."""
+    job = {"folder": str(folder), "include": str(include), "tasks": list(tasks)}
+    done = subprocess.run(
+        [sys.executable, "-P", str(_LM_EVAL_JUDGE)], input=json.dumps(job), capture_output=True, text=True,
+        env=lm_eval_environment(), timeout=560, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

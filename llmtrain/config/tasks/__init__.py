@@ -1,0 +1,1 @@
+"""The file of evaluation tasks, and the templates in it."""

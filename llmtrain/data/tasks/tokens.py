@@ -1,0 +1,87 @@
+"""Texts to be scored, as tokens: which are given, and which are to be said how likely they are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llmtrain.data.tasks.samples import TaskSample
+from llmtrain.values.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """Ids of which those from `first` on are scored, each by what stands before it. `first` is at least 1.
+
+    Of an encoder-decoder, `source` is what its encoder reads, and the ids are its decoder's.
+    """
+
+    ids: tuple[int, ...]
+    first: int
+    source: tuple[int, ...] = ()
+
+    @property
+    def num_scored(self) -> int:
+        return len(self.ids) - self.first
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Makes tokens of texts as a model was trained on them, at most `limit` positions of it at a time.
+
+    `bos_ids` stand before every text. `begin_id` is the token before a text of which nothing is given. Of an
+    encoder-decoder, `source_frame` stands around what its encoder reads.
+    """
+
+    tokenizer: Tokenizer
+    limit: int
+    bos_ids: tuple[int, ...]
+    begin_id: int
+    source_frame: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """A text as the model has seen it in training."""
+        return [*self.bos_ids, *self.tokenizer.encode(text)]
+
+    def pair(self, prompt: str, continuation: str) -> ScoredText:
+        """A continuation behind a prompt; too long, it loses its begin.
+
+        White space at the end of the prompt goes to the continuation, as words take it with them; then both are
+        encoded in one piece. Raises DataError for what is not valid Unicode.
+        """
+        if self.source_frame is not None:
+            before, behind = self.source_frame
+            room = self.limit - len(before) - len(behind)
+            source = self.tokenizer.encode(prompt)[-room:]
+            ids = (self.begin_id, *self.tokenizer.encode(continuation)[-self.limit :])
+            return ScoredText(ids, 1, (*before, *source, *behind))
+        if not prompt:
+            ids = self.tokenizer.encode(continuation)
+            # One begin is enough: where a text spells it, it is what is given.
+            return self.cut(ids, 1) if ids[:1] == [self.begin_id] else self.cut([self.begin_id, *ids], 1)
+        kept = prompt.rstrip()
+        given = self.encode(kept)
+        whole = self.encode(kept + prompt[len(kept) :] + continuation)
+        return self.cut(whole, len(given)) if given else self.cut([self.begin_id, *whole], 1)
+
+    def cut(self, ids: Sequence[int], first: int) -> ScoredText:
+        """The end of ids, as much as the model takes; the last one is only scored."""
+        surplus = max(0, len(ids) - self.limit - 1)
+        return ScoredText(tuple(ids[surplus:]), max(1, first - surplus))
+
+    def windows(self, text: str) -> Iterator[ScoredText]:
+        """A text in windows that score each of its tokens once: the first behind what begins a text, each later one
+        behind as much of the text before it as it has room for."""
+        begin, ids = self.bos_ids or (self.begin_id,), self.tokenizer.encode(text)
+        whole = [*begin, *ids]
+        for start in range(len(begin), len(whole), self.limit):
+            end = min(start + self.limit, len(whole))
+            given = whole[max(0, end - self.limit - 1) : start]
+            yield ScoredText((*given, *whole[start:end]), len(given))
+
+    def texts(self, sample: TaskSample) -> list[ScoredText]:
+        """What is scored for a sample: each of its continuations behind the prompt, or the windows of its text.
+
+        Raises DataError for what is not valid Unicode.
+        """
+        if sample.prompt:
+            return [self.pair(sample.prompt, continuation) for continuation in sample.continuations]
+        return [window for text in sample.continuations for window in self.windows(text)]

@@ -1,0 +1,182 @@
+"""An evaluation of a trained model on tasks of our own."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain.config.tasks.schema import GENERATED, TaskConfig
+from llmtrain.data.storage.manifest import file_sha256
+from llmtrain.data.tasks.metrics import Outcome, answered, scored, standard_errors, task_metrics
+from llmtrain.data.tasks.samples import TaskSample, read_samples
+from llmtrain.data.tasks.tokens import TextEncoder
+from llmtrain.errors import ConfigError, InstallationError
+from llmtrain.infer.evaluation.answers import Answering, iter_answers
+from llmtrain.infer.evaluation.samples_file import SamplesFile
+from llmtrain.infer.evaluation.scoring import log_likelihoods
+from llmtrain.infer.text_model import PromptIds, TextModel
+
+SAMPLES_AT_A_TIME = 128
+"""Samples whose texts are sorted into batches together, and written together."""
+
+OnProgress = Callable[[str, int, int], None]
+"""Hears of a task's name, how many of its samples are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What an evaluation says of a task."""
+
+    kind: str
+    num_samples: int
+    metrics: Mapping[str, float]
+    errors: Mapping[str, float]
+    """Standard errors of those that are means over samples."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """The first `limit` samples of each task (None: all), and a file for all of them, from which an evaluation that
+    was stopped goes on."""
+
+    on_progress: OnProgress
+    limit: int | None = None
+    out: Path | None = None
+
+
+def require_harness() -> None:
+    """Raise InstallationError where lm-eval is not there."""
+    if find_spec("lm_eval") is None:
+        raise InstallationError(
+            "--tasks: what is no file is a task of lm-eval, which is not installed. Run pip install 'llmtrain[eval]', "
+            "or give files of tasks (.yaml)."
+        )
+
+
+def evaluate_tasks(model: TextModel, tasks: Sequence[TaskConfig], options: EvaluationOptions) -> dict[str, TaskResult]:
+    """The results by task.
+
+    Raises ConfigError for tasks that the model cannot do, DataError for samples that are none.
+    """
+    require_able(model, tasks)
+    # All of them first: faults are told before it begins.
+    read = {task.name: read_samples(task, options.limit) for task in tasks}
+    results = dict[str, TaskResult]()
+    with SamplesFile(options.out, _digests(model, tasks)) as file:
+        for task in tasks:
+            outcomes = _outcomes(model, task, read[task.name], file, options.on_progress)
+            results[task.name] = TaskResult(
+                task.kind, len(outcomes), task_metrics(task, outcomes), standard_errors(outcomes)
+            )
+    return results
+
+
+def require_able(model: TextModel, tasks: Sequence[TaskConfig]) -> None:
+    """Raise ConfigError where the model is none that tasks can be put to."""
+    if not model.continues:
+        raise ConfigError(
+            "model.family = encoder: it fills masks, and neither writes on nor says how likely a text is. Evaluate a "
+            "decoder or an encoder-decoder."
+        )
+    if model.config.family == "encoder_decoder":
+        names = [task.name for task in tasks if task.kind == "perplexity"]
+        if names:
+            raise ConfigError(
+                f"tasks {', '.join(names)}: kind = perplexity has no prompt that an encoder could read, and the model "
+                "is an encoder-decoder. Try cloze, with a prompt and an answer."
+            )
+    for task in tasks:
+        longest = model.config.max_seq_len - model.model.prompt_tokens
+        if task.max_length is not None and task.max_length > longest:
+            raise ConfigError(
+                f"task {task.name}: max_length = {task.max_length} is more than the {longest} positions of the model."
+            )
+        if task.kind in GENERATED and task.max_tokens >= (task.max_length or longest):
+            raise ConfigError(
+                f"task {task.name}: max_tokens = {task.max_tokens} leaves no room for a prompt in the "
+                f"{task.max_length or longest} positions of a text. Try {max(1, (task.max_length or longest) // 2)}."
+            )
+
+
+def text_encoder(model: TextModel, max_length: int | None = None) -> TextEncoder:
+    """Texts as the model was trained on them."""
+    named, encodes = model.named, model.config.family == "encoder_decoder"
+    limit = max_length or model.config.max_seq_len - model.model.prompt_tokens
+    if encodes:
+        return TextEncoder(model.tokenizer, limit, (), named.start_id, named.frame("encoder_decoder"))
+    begin = named.eos_id if named.begin_id is None else named.begin_id
+    return TextEncoder(model.tokenizer, limit, named.bos_ids, begin)
+
+
+def _outcomes(
+    model: TextModel, task: TaskConfig, samples: Sequence[TaskSample], file: SamplesFile, on_progress: OnProgress
+) -> list[Outcome]:
+    found = {sample.number: row for sample in samples if (row := file.found(task.name, sample.number))}
+    missing = [sample for sample in samples if sample.number not in found]
+    on_progress(task.name, len(found), len(samples))
+    measure = _answer if task.kind in GENERATED else _score
+    for start in range(0, len(missing), SAMPLES_AT_A_TIME):
+        new = measure(model, task, missing[start : start + SAMPLES_AT_A_TIME])
+        file.add(task.name, ((number, {"prompt": prompt, **outcome}) for number, prompt, outcome in new))
+        found |= {number: dict(outcome) for number, _, outcome in new}
+        on_progress(task.name, len(found), len(samples))
+    return [found[sample.number] for sample in samples]
+
+
+Measured = list[tuple[int, str, Outcome]]
+"""The number of each sample, its prompt, and what was found."""
+
+
+def _score(model: TextModel, task: TaskConfig, samples: Sequence[TaskSample]) -> Measured:
+    encoder = text_encoder(model, task.max_length)
+    texts = [encoder.texts(sample) for sample in samples]
+    scores = iter(log_likelihoods(model.model, [text for each in texts for text in each]))
+    return [
+        (sample.number, sample.prompt, scored(task, sample, [next(scores) for _ in each]))
+        for sample, each in zip(samples, texts, strict=True)
+    ]
+
+
+def _answer(model: TextModel, task: TaskConfig, samples: Sequence[TaskSample]) -> Measured:
+    encoder = text_encoder(model, task.max_length)
+    prompts = [prompt_of(model, encoder, sample.prompt, task.max_tokens) for sample in samples]
+    answers = dict(iter_answers(model, prompts, Answering(task.max_tokens, task.stop)))
+    return [
+        (sample.number, sample.prompt, answered(task, sample, answers[place])) for place, sample in enumerate(samples)
+    ]
+
+
+def prompt_of(model: TextModel, encoder: TextEncoder, text: str, max_tokens: int) -> PromptIds:
+    """The end of a prompt, as much as leaves room for an answer; of an encoder-decoder what its encoder can read."""
+    frame = encoder.source_frame
+    before, behind = (encoder.bos_ids, ()) if frame is None else frame
+    room = encoder.limit - len(before) - len(behind) - (max_tokens if frame is None else 0)
+    ids = model.tokenizer.encode(text)
+    if frame is None and not ids and not before:
+        ids = [encoder.begin_id]
+    return model.prompt([*before, *ids[-max(1, room) :], *behind])
+
+
+def model_digest(model: TextModel) -> str:
+    """Tells models apart, by a little of each tensor: training moves all of them."""
+    digest = hashlib.sha256(model.tokenizer.sha256.encode())
+    for name, parameter in model.model.named_parameters():
+        flat = parameter.detach().flatten()
+        ends = torch.cat((flat[:64], flat[-64:])).float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digests(model: TextModel, tasks: Sequence[TaskConfig]) -> dict[str, str]:
+    """By task what its samples are of: the model, the task's settings and its files."""
+    digest, found = model_digest(model), dict[str, str]()
+    for task in tasks:
+        files = [file_sha256(Path(name)) for name in (task.data, task.examples_data) if name is not None]
+        said: dict[str, Any] = task.model_dump(mode="json", exclude={"data", "examples_data"})
+        found[task.name] = hashlib.sha256(json.dumps([digest, said, files], sort_keys=True).encode()).hexdigest()[:16]
+    return found

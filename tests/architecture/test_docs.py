@@ -17,6 +17,7 @@ from docs import generate
 from llmtrain import errors
 from llmtrain.cli.app import VERBS, app, load_verb
 from llmtrain.config.reading.suggestions import all_keys
+from llmtrain.config.reading.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -264,8 +265,13 @@ def test_make_targets_exist(page: Path) -> None:
 
 
 @pages
-def test_keys_in_yaml_blocks_exist(page: Path) -> None:
+def test_keys_in_yaml_blocks_exist(page: Path, tmp_path: Path) -> None:
     for block in blocks(page.read_text("utf-8"), "yaml"):
+        if block.startswith("tasks:"):
+            file = tmp_path / "tasks.yaml"
+            file.write_text(block, "utf-8")
+            assert load_tasks([file])  # every key and value
+            continue
         keys = set(dotted_keys(YAML(typ="safe", pure=True).load(io.StringIO(block))))
         assert keys <= set(all_keys()), keys - set(all_keys())
 

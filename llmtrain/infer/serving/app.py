@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from llmtrain.errors import LlmtrainError
 from llmtrain.files import parse_json
@@ -152,10 +153,25 @@ async def written(service: Service, request: Request, asked: Written, call: Call
     context = service.written(call)
     if asked.stream:
         context.__enter__()  # what is refused is refused before the answer begins
-        return StreamingResponse(events(context, asked, call, form), media_type="text/event-stream")
+        return EventStream(context, events(context, asked, call, form))
     with context as choices:
         found = await unless_left(request, choices)
     return JSONResponse(form.envelope(form.whole(found, call.prefixes), usage=usage(call.prompt_tokens, found)))
+
+
+class EventStream(StreamingResponse):
+    """Events of some texts. Whatever is not finished when it ends is given up, also where the client leaves before the
+    first event is asked for."""
+
+    def __init__(self, context: Choices, parts: AsyncIterator[bytes]) -> None:
+        super().__init__(parts, media_type="text/event-stream")
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._context.__exit__(None, None, None)
 
 
 async def unless_left(request: Request, choices: Choices) -> list[WrittenText]:
@@ -177,7 +193,7 @@ async def unless_left(request: Request, choices: Choices) -> list[WrittenText]:
 
 
 async def events(context: Choices, asked: Written, call: Call, form: Form) -> AsyncIterator[bytes]:
-    """Server-sent events of some texts. It is closed where the client leaves: what is not finished is given up."""
+    """Server-sent events of some texts."""
     try:
         counts = {"usage": None} if asked.tells_usage else {}
         offsets = [len(prefix) for prefix in call.prefixes]
@@ -197,8 +213,6 @@ async def events(context: Choices, asked: Written, call: Call, form: Form) -> As
         yield b"data: [DONE]\n\n"
     except AskedError as error:
         yield f"data: {json.dumps(error.body())}\n\n".encode()
-    finally:
-        context.__exit__(None, None, None)
 
 
 def event(form: Form, choices: list[dict[str, Any]], **more: Any) -> bytes:

@@ -124,6 +124,21 @@ def test_a_full_queue_says_when_to_come_back(held: Held) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_has_left_before_the_answer_begins_frees_its_texts(held: Held, stream: bool) -> None:
+    batch, thread, app = held
+
+    async def leave() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        await call(app, {"prompt": "a", "n": 2, "stream": stream}, leave)
+        await until(lambda: not batch.texts and thread.num_open == 0)
+        assert batch.added in (0, 2)
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_texts(held: Held, stream: bool) -> None:
     batch, thread, app = held
 

@@ -39,7 +39,9 @@ def evaluate(
     tasks: Annotated[
         list[str] | None, typer.Option(help="Files of tasks (.yaml), or names of lm-eval's tasks.", metavar="TASK...")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="First samples of each task; all without it.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="First samples of each task; all without it.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="JSON lines, one per sample, written as it goes. Called again, it goes on.")
     ] = None,

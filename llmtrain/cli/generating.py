@@ -53,7 +53,7 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("give either a text, or a file with --prompts", param_hint="--prompt")
-    _require_partner("--prompt --chat", {"--messages": messages is not None and not chat})
+    _require_partner("--chat", {"--messages": messages is not None and not chat})
     of_files = {"--out": out is not None, "--exact": exact, "--overwrite": overwrite}
     _require_partner("--prompts", {} if prompt is None else of_files)
     _require_partner("--prompt: lines of --prompts have messages", {"--chat": chat and prompt is None})

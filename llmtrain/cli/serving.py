@@ -19,9 +19,11 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on. Beyond this machine a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000,
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Texts that are written together.")] = 8,
-    max_queue: Annotated[int, typer.Option(min=0, help="Texts that may wait; more are told to come back.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest text that a call may ask for.")] = 4096,
-    max_body: Annotated[int, typer.Option(min=1024, help="Largest body of a call, in bytes.")] = 4 << 20,
+    max_queue: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Texts that may wait; more are told to come back.")
+    ] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Longest text that a call may ask for.")] = 4096,
+    max_body: Annotated[int, typer.Option(min=1024, max=1 << 30, help="Largest body of a call, in bytes.")] = 4 << 20,
     exact: Annotated[
         bool, typer.Option("--exact", help="Scores are the same to the last bit, alone or in a crowd. Slower.")
     ] = False,
@@ -29,7 +31,9 @@ def serve(
     key_file: Annotated[
         Path | None, typer.Option(help=f"File with the API key; else the variable {KEY_VARIABLE}.")
     ] = None,
-    drain: Annotated[int, typer.Option(min=0, help="Seconds that begun texts have when told to stop.")] = 60,
+    drain: Annotated[
+        int, typer.Option(min=0, max=86_400, help="Seconds that begun texts have when told to stop.")
+    ] = 60,
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
@@ -63,5 +67,5 @@ def serve(
     thread = BatchThread(ContinuousBatch(text_model.model, limits), slots + max_queue)
     longest = min(max_tokens, text_model.config.max_seq_len)
     service = Service(text_model, name or model.absolute().name, thread, ServingLimits(longest, max_body))
-    run_server(build_app(service, key), host, port, drain)
+    run_server(build_app(service, key), host, port, drain, lambda url: typer.echo(url))
     thread.stop()

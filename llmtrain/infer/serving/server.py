@@ -1,6 +1,7 @@
 """A server on a port of this machine, until it is told to stop: then what was begun is finished."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -34,8 +35,8 @@ def serving_key(file: Path | None, variable: str | None, host: str) -> str | Non
     return key
 
 
-def run_server(app: Starlette, host: str, port: int, drain_seconds: int) -> None:
-    """Serve until SIGTERM or SIGINT, finish what was begun within so many seconds, and return.
+def run_server(app: Starlette, host: str, port: int, drain_seconds: int, told: Callable[[str], None]) -> None:
+    """Tell the address, serve until SIGTERM or SIGINT, finish what was begun within so many seconds, and return.
 
     Raises ConfigError where the port cannot be had.
     """
@@ -52,5 +53,5 @@ def run_server(app: Starlette, host: str, port: int, drain_seconds: int) -> None
         signal.signal(number, lambda *_: None)
     with bound:
         shown = f"[{host}]" if ":" in host else host
-        print(f"http://{shown}:{bound.getsockname()[1]}/v1", flush=True)
+        told(f"http://{shown}:{bound.getsockname()[1]}/v1")
         uvicorn.Server(config).run(sockets=[bound])

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hmac
 import json
+import logging
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from llmtrain.errors import LlmtrainError
+from llmtrain.errors import ConfigError, LlmtrainError
 from llmtrain.files import parse_json
 from llmtrain.infer.embedding import embedding
 from llmtrain.infer.serving.answers import Form, usage
@@ -29,8 +30,11 @@ from llmtrain.infer.serving.asked import (
     AskedFilling,
     Written,
 )
+from llmtrain.infer.serving.batch_thread import DeadError
 from llmtrain.infer.serving.choices import Choices, WrittenText
 from llmtrain.infer.serving.service import Call, Service, require_ids, several
+
+_logger = logging.getLogger(__name__)
 
 LEFT = 499
 """The status of a call whose client has gone; nobody reads it."""
@@ -75,8 +79,13 @@ def guarded(service: Service, path: str, key: str | None, endpoint: Endpoint) ->
             response = fault(error)
         except ClientDisconnect:
             response = Response(status_code=LEFT)
+        except DeadError as error:
+            response = fault(AskedError(str(error), status=503))
         except LlmtrainError as error:
             response = fault(AskedError(str(error)))
+        except Exception:
+            _logger.exception("%s has failed", path)
+            response = fault(AskedError("The server has failed at this call.", status=500))
         service.metrics.answered(path, response.status_code, time.perf_counter() - begin)
         return response
 
@@ -233,7 +242,7 @@ async def embed(service: Service, request: Request) -> Response:
             ids = service.faults_as("input", lambda given=given: require_ids(given, model.config.vocabulary))
         try:
             vector = await asyncio.wrap_future(service.batch.call(lambda ids=ids: embedding(model.model, ids).tolist()))
-        except LlmtrainError as error:
+        except ConfigError as error:
             raise AskedError(f"input: {error}", "input") from None
         if asked.encoding_format == "base64":
             vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
@@ -253,7 +262,7 @@ async def fill(service: Service, request: Request) -> Response:
         work = service.batch.call(lambda text=text: model.fillings(text, asked.top_k or NUM_FILLINGS))
         try:
             _, fillings = await asyncio.wrap_future(work)
-        except LlmtrainError as error:
+        except ConfigError as error:
             raise AskedError(f"input: {str(error).removeprefix('--prompt: ')}", "input") from None
         masks = [
             [

@@ -91,6 +91,8 @@ class BatchThread:
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                if self.failure is not None:
+                    raise self.failure
                 future.set_result(work())
             except Exception as error:
                 future.set_exception(error)
@@ -132,9 +134,8 @@ class BatchThread:
                     self._changed.wait()
                 if self._stops:
                     return False
-                asked, self._asked = self._asked, deque()
-            for work in asked:
-                work()
+            while self._asked:
+                self._asked.popleft()()
             if not self._batch.is_idle:
                 return True
 
@@ -154,7 +155,8 @@ class BatchThread:
         with self._changed:
             self.failure = failure
             left, self._open = self._open, set()
-            asked, self._asked = self._asked, deque()
+            self._by_number.clear()
         for ticket in left:
             ticket.tell(failure)
-        del asked  # futures in it are cancelled with what waits for them
+        while self._asked:  # who waits for work of his own is told, too
+            self._asked.popleft()()

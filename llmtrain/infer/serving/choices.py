@@ -70,7 +70,7 @@ class Choices:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._arrived.put_nowait, (place, new))
 
-        self._begin = self._last = time.perf_counter()
+        self._last = [time.perf_counter()] * len(self.choices)
         try:
             self._tickets = self._batch.submit(self._requests, tell)
         except FullError as error:
@@ -98,8 +98,8 @@ class Choices:
             if choice.ending is not None:
                 continue  # written before its stop string was seen
             now = time.perf_counter()
-            self._metrics.token(now - (self._last if choice.tokens else self._begin), first=not choice.tokens)
-            self._last = now
+            self._metrics.token(now - self._last[place], first=not choice.tokens)
+            self._last[place] = now
             piece = choice.grown(place, new)
             if piece.ending is not None:
                 left -= 1

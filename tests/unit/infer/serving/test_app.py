@@ -173,8 +173,7 @@ def test_a_model_that_fails_is_told_without_its_secrets(held: Held) -> None:
             assert answer.status_code == 503 and "secret" not in answer.text
             assert (await client.post("/completions", json={"prompt": "a"})).status_code == 503
             assert (await client.get("http://tiny/health")).status_code == 503
-            with pytest.raises(KeyError):
-                (await client.post("/embeddings", json={"input": "a"})).json()["data"]
+            assert (await client.post("/embeddings", json={"input": "a"})).status_code == 503
 
     asyncio.run(work())
 

@@ -18,6 +18,7 @@ from llmtrain.checks.parity.compare import (
     trace_layout,
     trace_rank,
 )
+from llmtrain.checks.parity.layouts import STEADY_EPS
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.torch_engine import TorchEngine
 from tests.support.ranks import run_ranks
@@ -88,7 +89,7 @@ def finetune_run(name: str, precision: str = "fp32") -> RunConfig:
 def parity_run(model: str, precision: str = "fp32", recompute: str = "none") -> RunConfig:
     """The run that the reference does: 4 micro-batches of 2 samples, so that 4 replicas have one each."""
     train = {"global_batch_size": 8, "micro_batch_size": 2, "precision": precision, "recompute": recompute}
-    run = tiny_run(tiny_model(**MODELS[model]), train, {"lr": 1e-3})
+    run = tiny_run(tiny_model(**MODELS[model]), train, {"lr": 1e-3, "eps": STEADY_EPS})
     return run.with_keys({"data": run.data.with_keys(DATA.get(model, {}))})
 
 

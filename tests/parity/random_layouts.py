@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from llmtrain.checks.parity.compare import FP32, LOW_PRECISION, Levels
-from llmtrain.checks.parity.layouts import build_candidate, short_name
+from llmtrain.checks.parity.layouts import STEADY_EPS, build_candidate, short_name
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import LossScaleConfig, RunConfig
 from tests.parity.cases import DATA, MODELS, SHORT_STEPS
@@ -77,8 +77,9 @@ def draw_run(draw: random.Random) -> tuple[str, RunConfig]:
         "global_batch_size": micro_batch_size * draw.choice((4, 6, 8, 12)),
         "precision": draw.choice(("fp32", "fp32", "fp32", "fp32", "bf16", "fp16")),
     }
-    optim = {"lr": 1e-3, "grad_clip": draw.choice((0.0, 0.1, 1.0)), "weight_decay": draw.choice((0.0, 0.1))}
-    run = tiny_run(tiny_model(**model), train, {**optim, "loss_scale": LossScaleConfig(initial=1024.0)})
+    optim = {"grad_clip": draw.choice((0.0, 0.1, 1.0)), "weight_decay": draw.choice((0.0, 0.1))}
+    fixed = {"lr": 1e-3, "eps": STEADY_EPS, "loss_scale": LossScaleConfig(initial=1024.0)}
+    run = tiny_run(tiny_model(**model), train, {**optim, **fixed})
     data = {**DATA.get(name, {}), "reset_attention": name not in DATA and draw.random() < 0.3}
     return name, run.with_keys({"data": run.data.with_keys(data)})
 

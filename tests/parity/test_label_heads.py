@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmtrain.checks.parity.compare import LOW_PRECISION
+from llmtrain.checks.parity.layouts import STEADY_EPS
 from llmtrain.config.schema import RunConfig
 from tests.parity import test_deepspeed, test_megatron
 from tests.parity.cases import BERT, GPT_UNTIED, GQA_TIED, short_and_whole, verdict
@@ -47,7 +48,7 @@ PAIRWISE = [
 
 def labelled_run(model: str, precision: str = "fp32", recompute: str = "none") -> RunConfig:
     train = {"global_batch_size": 8, "micro_batch_size": 2, "precision": precision, "recompute": recompute}
-    run = tiny_run(tiny_model(**MODELS[model]), train, {"lr": 1e-3})
+    run = tiny_run(tiny_model(**MODELS[model]), train, {"lr": 1e-3, "eps": STEADY_EPS})
     return run.with_keys({"data.objective": "labels"})
 
 

@@ -25,6 +25,15 @@ def test_a_shrunk_model_has_no_activation_with_a_kink(given: str, compared: str)
     assert shrink(tiny_run(tiny_model(activation=given)), "fp32").model.activation == compared
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "compared"), [("adamw", 1e-8, 1e-6), ("adamw", 1e-5, 1e-5), ("lion", 1e-8, 1e-8)]
+)
+def test_a_shrunk_run_makes_no_visible_step_of_rounding(name: str, given: float, compared: float) -> None:
+    small = shrink(tiny_run(optim={"name": name, "eps": given}), "fp32")
+    assert small.optim.eps == compared
+    assert arithmetic_problems(small, 1) == []
+
+
 @pytest.mark.parametrize(("kind", "block_size"), [("full", 64), ("bigbird", 4)])
 def test_only_a_pattern_that_is_in_use_is_shrunk(kind: str, block_size: int) -> None:
     small = shrink(tiny_run(tiny_model(attention={"kind": kind})), "fp32")

@@ -248,6 +248,12 @@ class EvaluateConfig(Section):
         default=0.0,
         description="With stop_after: the loss must fall by more than this below the last one that was an improvement.",
     )
+    tasks: Annotated[tuple[Text, ...], AsTuple, Field(max_length=1_000)] = Field(
+        default=(),
+        description="Files of tasks, as for `llmtrain eval`, that the model in training is measured on: choices, cloze "
+        "and perplexity.",
+    )
+    tasks_every_steps: StepsOrZero = Field(default=0, description="Steps between evaluations on tasks; 0: never.")
 
 
 class CheckpointConfig(Section):

@@ -96,7 +96,7 @@ class SteppingEngine(ABC):
         """Forward, and backward where there is a step. Returns the sum of the loss over the targets of this rank.
 
         Every tensor rank has the whole loss of its part of the batch; of a pipeline, the last stage has it. Without a
-        step the counts of a head for labels stand behind it.
+        step the counts of a head for labels stand behind it, or the sums of each text where batches tell them apart.
         """
 
     @abstractmethod
@@ -154,8 +154,10 @@ class SteppingEngine(ABC):
         loss_sum, *counts = sums.flatten().tolist()  # the host waits here
         return EvalResult(loss_sum, num_tokens, tuple(counts))
 
-    def zero_sums(self, step: int | None) -> Tensor:
-        """What `run` adds to: the loss, [], and in an evaluation for labels the counts behind it, [1 + K]."""
+    def zero_sums(self, micro_batches: Sequence[Batch], step: int | None) -> Tensor:
+        """What `run` adds to: the loss, [], and in an evaluation what stands behind it, [1 + K]."""
+        if micro_batches[0].num_texts:
+            return torch.zeros(1 + 2 * micro_batches[0].num_texts, dtype=torch.float64, device=self.device)
         counts = num_counts(self.config.model) if step is None else 0
         return torch.zeros(1 + counts if counts else (), device=self.device)
 

@@ -114,7 +114,7 @@ class TorchEngine(SteppingEngine):
         if self.model.training != (step is not None):  # setting the mode visits every module
             self.model.train(step is not None)
         whole = chosen_from(self.config.model)
-        loss_sum = self.zero_sums(step)  # read once per step, by `_totals`
+        loss_sum = self.zero_sums(micro_batches, step)  # read once per step, by `_totals`
         for number, batch in enumerate(micro_batches):
             global_number = self.place.data + number * self.layout.data
             draws = None if step is None else Draws.of_micro_batch(self.config.seed, step, global_number, self.device)

@@ -13,6 +13,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.models.pointwise import build_norm, build_pointwise
 from llmtrain.parallel.parts import VocabularyPart
 from llmtrain.parallel.stateless_random import Draws
+from llmtrain.values.batch import Batch
 
 
 class MlmHead(nn.Module):
@@ -57,15 +58,19 @@ class Objective:
     draws: Draws | None = None
 
 
+def chunk_logits(hidden_CH: Tensor, head: Head) -> Tensor:
+    """[C, V]; in fp32 where there is a bias."""
+    logits_CV = hidden_CH @ head.weight_VH.T
+    return logits_CV if head.bias_V is None else logits_CV.float() + head.bias_V.float()
+
+
 def chunk_loss(
     hidden_CH: Tensor, head: Head, labels_C: Tensor, objective: Objective, grads: ChunkGradients | None
 ) -> Tensor:
     """Sum of -log softmax(h W^T + b)[label] over the chunk's targets, in fp32; adds `scale` times its gradients."""
     valid_C, targets_C = labels_C >= 0, labels_C.clamp(min=0)
     weight_VH = head.weight_VH
-    logits_CV = hidden_CH @ weight_VH.T
-    if head.bias_V is not None:
-        logits_CV = logits_CV.float() + head.bias_V.float()
+    logits_CV = chunk_logits(hidden_CH, head)
     scale_C = None if grads is None else valid_C * objective.scale
     loss_C, d_logits_CV = objective.part.cross_entropy(logits_CV, targets_C, scale_C)
     if grads is not None and d_logits_CV is not None:
@@ -134,3 +139,20 @@ def head_cross_entropy(
     every rank gets the whole loss, and a gradient for the hidden states that is to be summed over the ranks.
     """
     return HeadCrossEntropy.apply(hidden_TH, weight_VH, labels_T, objective, bias_V)
+
+
+@torch.no_grad()
+def text_sums(hidden_TH: Tensor, head: Head, labels_T: Tensor, objective: Objective, batch: Batch) -> Tensor:
+    """[1 + 2 x texts] in fp64: the sum of the loss over the targets, and of each text its own, and how many of its
+    tokens were not the likeliest. `T` are the positions of this rank, those of a batch's rows in turn."""
+    assert batch.texts_B is not None
+    place_N = (labels_T >= 0).nonzero()[:, 0]  # the host waits: most positions of a task's texts are no targets
+    row_N, label_N = place_N % len(batch.texts_B), labels_T[place_N]
+    sums = hidden_TH.new_zeros(2, batch.num_texts, dtype=torch.float64)
+    for start in range(0, len(place_N), objective.chunk_tokens):
+        chunk = slice(start, start + objective.chunk_tokens)
+        logits_CV, labels_C = chunk_logits(hidden_TH[place_N[chunk]], head), label_N[chunk]
+        missed_C = objective.part.likeliest(logits_CV) != labels_C
+        loss_C, _ = objective.part.cross_entropy(logits_CV, labels_C, None)  # last: it may overwrite the logits
+        sums.index_add_(1, batch.texts_B[row_N[chunk]], torch.stack((loss_C.double(), missed_C.double())))
+    return torch.cat((sums[0].sum()[None], sums.flatten()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.compiled_graphs import dropped
-from llmtrain.models.head import MlmHead, Objective, head_cross_entropy
+from llmtrain.models.head import Head, MlmHead, Objective, head_cross_entropy, text_sums
 from llmtrain.models.label_heads import Pooler, build_classifier
 from llmtrain.models.label_loss import LabelHead
 from llmtrain.models.pointwise import Recompute, build_norm, identity
@@ -20,7 +20,7 @@ from llmtrain.models.positions import sinusoids
 from llmtrain.models.stack import LayerCaches, Pass, Reports, Side, Stack, with_memory
 from llmtrain.parallel.parts import WHOLE, SequenceParts, VocabularyPart
 from llmtrain.parallel.stateless_random import Draws, site_key
-from llmtrain.values.batch import ModelInputs
+from llmtrain.values.batch import Batch, ModelInputs
 
 
 class Embeddings(nn.Module):
@@ -227,19 +227,24 @@ class Transformer(nn.Module):
         return logits_BSV if self.mlm is None else logits_BSV + self.mlm.bias[:rows].float()
 
     def loss(
-        self, hidden_SBH: Tensor, labels_BS: Tensor, objective: Objective, inputs: ModelInputs | None = None
+        self, hidden_SBH: Tensor, labels_BS: Tensor, objective: Objective, batch: Batch | None = None
     ) -> tuple[Tensor, Tensor]:
         """(scaled loss to call backward on, detached sum of the loss over this rank's part of the targets).
 
-        In the evaluation of a head for labels the sum has the counts of `values/label_metrics.py` behind it, [1 + K].
+        In the evaluation of a head for labels the sum has the counts of `values/label_metrics.py` behind it, [1 + K];
+        where the batch tells texts apart, what `text_sums` gives.
         """
         if self.config.predicts_labels:
-            assert inputs is not None, "where ends are looked for follows from its padding"
-            return self.label_head.loss(hidden_SBH, labels_BS, objective, inputs)
+            assert batch is not None, "where ends are looked for follows from its padding"
+            return self.label_head.loss(hidden_SBH, labels_BS, objective, batch)
         rows = objective.part.rows
         bias_V = None if self.mlm is None else self.mlm.bias[:rows]
-        labels_T = self._inside(labels_BS).T.flatten()
-        return head_cross_entropy(hidden_SBH.flatten(0, 1), self.head_weight(rows), labels_T, objective, bias_V)
+        hidden_TH, labels_T = hidden_SBH.flatten(0, 1), self._inside(labels_BS).T.flatten()
+        weight_VH = self.head_weight(rows)
+        if batch is not None and batch.num_texts:
+            sums = text_sums(hidden_TH, Head(weight_VH, bias_V), labels_T, objective, batch)
+            return sums[0], sums
+        return head_cross_entropy(hidden_TH, weight_VH, labels_T, objective, bias_V)
 
 
 def main_visibility(config: ModelConfig, inputs: ModelInputs) -> Visibility:

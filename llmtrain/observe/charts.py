@@ -5,7 +5,7 @@ Weights & Biases and TensorBoard group charts by the first part of their names; 
 
 from pathlib import Path
 
-from llmtrain.values.progress import RESUMED_FROM, Row
+from llmtrain.values.progress import RESUMED_FROM, TASK_SECONDS, Row
 
 CHART_NAMES = {
     "loss": "train/loss",
@@ -14,6 +14,7 @@ CHART_NAMES = {
     "tokens": "train/tokens",
     "skipped": "train/skipped_steps",
     "loss_scale": "train/loss_scale",
+    TASK_SECONDS: "task/seconds",
     "attempt": "train/attempt",
     "tokens_per_second": "perf/tokens_per_second",
     "mfu": "perf/mfu",

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtrain.values.label_metrics import METRICS, titled
-from llmtrain.values.progress import Row
+from llmtrain.values.progress import TASK, Row, row_kind, task_title
 from llmtrain.words import counted, duration, short_number
 
 PLAIN_LINE_SECONDS = 5.0
@@ -59,6 +59,9 @@ class ConsoleTracker:
         self._status.row.update(row)
         if "valid_loss" in row:
             self.say(f"step {row['step']:,}: validation loss {row['valid_loss']:.4f}, {quality_text(row)}")
+        elif row_kind(row) == "tasks":
+            found = (f"{task_title(key)} {row[key]:.4f}" for key in row if key.startswith(TASK))
+            self.say(f"step {row['step']:,}: {', '.join(found)}")
         elif (self._live is None or self._log) and self._line_is_due(row["step"]):
             self._said_at, self._said_step = self._clock(), row["step"]
             self._print(escape("  ".join(self._status.cells(width=None))), on_terminal=self._live is None)

@@ -18,7 +18,7 @@ from llmtrain.config.sequence_lengths import Lengths
 from llmtrain.errors import RunFolderInUseError
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.trackers import Tracker
-from llmtrain.values.progress import RESUMED_FROM, SOURCE_TOKENS, Phase, Reading, Row, StepResult
+from llmtrain.values.progress import RESUMED_FROM, SOURCE_TOKENS, TASK_SECONDS, Phase, Reading, Row, StepResult
 
 _TERA = 1e12
 
@@ -204,6 +204,12 @@ class Monitor:
             "valid_tokens": num_tokens,
             "valid_seconds": self._evaluate_seconds,
         }
+        self._evaluate_seconds = 0.0
+        self._record(row)
+
+    def measured(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of tasks, by the names of their columns. Call it after the phase."""
+        row = {"step": step, "time": time.time(), **metrics, TASK_SECONDS: self._evaluate_seconds}
         self._evaluate_seconds = 0.0
         self._record(row)
 

@@ -146,8 +146,10 @@ def build_trackers(
             )
             shown = {**redacted(config.model_dump(mode="json")), "run": describe_run(config, layout, attempt)}
             tracker = WandbTracker(run, run_dir, shown, console.say, final_checkpoint if wants_checkpoint else None)
-            before = newest_rows(run_dir / METRICS_FILE, 1, attempt.step) if attempt.step else NewestRows()
-            for row in (*before.training, before.evaluation):
+            before = NewestRows()
+            if attempt.step:
+                before = newest_rows(run_dir / METRICS_FILE, 1, attempt.step, tasks=bool(config.evaluate.tasks))
+            for row in (*before.training, before.evaluation, before.tasks):
                 tracker.summarize(row or {})
             return tracker
 

@@ -164,6 +164,19 @@ class VocabularyPart:
         # The logits are exponentials by now: over their sum they are the softmax.
         return loss_C, logits_CV.mul_(scale_C[:, None] / sum_C1).scatter_add_(1, label_C1, -scale_C[:, None])
 
+    def likeliest(self, logits_CV: Tensor) -> Tensor:
+        """[C]: the id with the largest logit in the whole vocabulary, the lowest of equal ones."""
+        if self.group is None:
+            return logits_CV.argmax(-1)
+        own_2C = torch.full((2, len(logits_CV)), float("-inf"), dtype=torch.float64, device=logits_CV.device)
+        if self.rows:
+            place_C = logits_CV.argmax(-1, keepdim=True)
+            own_2C[0], own_2C[1] = logits_CV.gather(1, place_C)[:, 0], place_C[:, 0] + self.first
+        parts = own_2C.new_empty(2 * self.group.size(), len(logits_CV))
+        dist.all_gather_into_tensor(parts, own_2C, group=self.group)
+        peaks_RC, ids_RC = parts.unflatten(0, (-1, 2)).unbind(1)
+        return ids_RC.gather(0, peaks_RC.argmax(0, keepdim=True))[0].long()
+
     def _split_cross_entropy(
         self, logits_CV: Tensor, labels_C: Tensor, scale_C: Tensor | None, group: ProcessGroup
     ) -> tuple[Tensor, Tensor | None]:

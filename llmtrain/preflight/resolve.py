@@ -17,6 +17,7 @@ from llmtrain.config.reading.rendering import shown
 from llmtrain.config.rules.mixture import first_sample_of
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import NUM_SENTINELS, Lengths, num_sentinels
+from llmtrain.config.tasks.schema import TaskConfig
 from llmtrain.data.storage.folders import fetch_config, open_folder, run_settings, run_tokenizer
 from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
@@ -25,6 +26,7 @@ from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.preflight.beginning import run_origin
 from llmtrain.preflight.data_identity import evaluation_record, windows_of
 from llmtrain.preflight.label_fit import fill_labels
+from llmtrain.preflight.task_files import run_tasks
 
 if TYPE_CHECKING:
     from llmtrain.values.tokenizer import Tokenizer
@@ -51,6 +53,7 @@ class ResolvedRun:
     asked: RunConfig
     train: tuple[Manifest, ...]
     valid: tuple[Manifest, ...]
+    tasks: tuple[TaskConfig, ...] = ()
 
     @property
     def run_dir(self) -> Path:
@@ -91,7 +94,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
     if isinstance(filled, list):
         raise ConfigError(filled)
     valid = read_manifests(config.data.valid, config.data, manifests)
-    return ResolvedRun(with_windows(filled), config, train, valid)
+    return ResolvedRun(with_windows(filled), config, train, valid, run_tasks(config))
 
 
 def read_manifests(sources: tuple[DataSetConfig, ...], data: DataConfig, manifests: Manifests) -> tuple[Manifest, ...]:

@@ -7,11 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.checkpoint.folders import (
-    CHECKPOINTS,
-    Room,
-    plan_room,
-)
+from llmtrain.checkpoint.folders import CHECKPOINTS, Room, plan_room
 from llmtrain.checkpoint.origin import newest_origin
 from llmtrain.config.budget import Budget, Seen, seen_by
 from llmtrain.config.data import DataSetConfig
@@ -44,6 +40,7 @@ from llmtrain.preflight.resolve import (
 )
 from llmtrain.preflight.resume_rules import difference_problems, resume_problems
 from llmtrain.preflight.source_use import lasting_problems, too_long_problems
+from llmtrain.preflight.task_files import run_tasks, task_problems
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.file_system import folder_fault
 from llmtrain.words import bytes_text, looked_from
@@ -102,6 +99,8 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     problems.extend(_disagreements(config, manifests))
     problems.extend(_target_problems(config, manifests))
     problems.extend(_tokenizer_problems(config, manifests))
+    tokenizer_known = not any(problem.key == "data.tokenizer" for problem in problems)
+    problems.extend(task_problems(config, manifests.get(FIRST) if tokenizer_known else None))
     # Before the checkpoint and the disk are looked at: both need the vocabulary's size.
     filled = fill_vocabulary(config, manifests[FIRST]) if FIRST in manifests else []
     if isinstance(filled, RunConfig):
@@ -126,7 +125,7 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     if problems:
         return StorageCheck(problems)
     train, valid = (read_manifests(sources, config.data, read) for sources in (config.data.train, config.data.valid))
-    return StorageCheck([], ResolvedRun(config, asked, train, valid))
+    return StorageCheck([], ResolvedRun(config, asked, train, valid, run_tasks(config)))
 
 
 def storage_warnings(config: RunConfig) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from llmtrain.runs.audit import STARTED, iter_events
 from llmtrain.runs.metrics_file import METRICS_FILE, iter_rows
-from llmtrain.values.progress import RESUMED_FROM
+from llmtrain.values.progress import RESUMED_FROM, TASK_SECONDS
 from llmtrain.words import duration
 
 DONE = "done"
@@ -152,7 +152,7 @@ def measure(rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any
         if RESUMED_FROM in entry:
             steps.go_back(entry[RESUMED_FROM])
         took = steps.add(entry["step"], entry.get("step_seconds", 0.0)) if "loss" in entry else 0.0
-        evaluating += entry.get("valid_seconds", 0.0)
+        evaluating += entry.get("valid_seconds", 0.0) + entry.get(TASK_SECONDS, 0.0)
         saving += entry.get("checkpoint_seconds", 0.0)
         began = time - took if began is None else began
         ended = time

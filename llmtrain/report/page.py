@@ -14,7 +14,7 @@ from typing import Any
 
 from llmtrain.errors import ConfigError
 from llmtrain.report.results import checkpoint_section, comparison, tiles, time_section, timeline_section
-from llmtrain.report.run_record import MOST_POINTS, RunRecord, load_run, smoothed, thinned
+from llmtrain.report.run_record import MOST_POINTS, RunRecord, load_run, smoothed, task_columns, thinned
 from llmtrain.report.settings import config_section, data_section, environment_section, model_section
 
 LABEL_CURVES = ("valid_accuracy", "valid_macro_f1", "valid_entity_f1", "valid_exact_match", "valid_token_f1")
@@ -85,10 +85,10 @@ this browser runs none. Their numbers are in metrics.jsonl.</p></noscript></sect
 
 def chart_data(records: list[RunRecord]) -> dict[str, Any]:
     """The data of the page's script: per run a label, where it was resumed, and its curves; null is not finite."""
-    labels = [record.name for record in records]
+    labels, tasks = [record.name for record in records], task_columns(records)
     runs = []
     for record in records:
-        curves = {key: record.curve(key) for key in CURVES}
+        curves = {key: record.curve(key) for key in (*CURVES, *tasks)}
         for key in SMOOTHED_CURVES:
             steps, values = curves[key]
             curves[f"smooth_{key}"] = (steps, smoothed(values))

@@ -1,15 +1,16 @@
 """The parts of the report that say what came of runs: totals side by side, checkpoints, time, and what happened."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
 from typing import Any
 
 from llmtrain.report.efficiency import DONE, STOPPED_EARLY, Efficiency, event_time
-from llmtrain.report.run_record import RunRecord, flat
+from llmtrain.report.run_record import RunRecord, flat, task_columns
 from llmtrain.runs.audit import STARTED
 from llmtrain.values.label_metrics import METRICS, titled
+from llmtrain.values.progress import TASK_SECONDS, task_title
 from llmtrain.words import counted, duration, short_number
 
 _ABSENT = "–"
@@ -129,7 +130,7 @@ def tiles(record: RunRecord) -> str:
     """Totals of one run, the most asked for first."""
     cells = [
         (label, value, note)
-        for label, value, note in summary(record)
+        for label, value, note in summary(record, task_columns([record]))
         if value != _ABSENT or label in ("Training loss", "Validation loss")
     ]
     items = "".join(
@@ -139,8 +140,8 @@ def tiles(record: RunRecord) -> str:
     return f'<dl class="tiles">{items}</dl>'
 
 
-def summary(record: RunRecord) -> list[tuple[str, str, str]]:
-    """(label, value, note) for each total."""
+def summary(record: RunRecord, tasks: Sequence[str] = ()) -> list[tuple[str, str, str]]:
+    """(label, value, note) for each total; `tasks` are the columns of metrics of tasks."""
     last = record.rows[-1] if record.rows else {}
     valid = record.evaluations[-1] if record.evaluations else {}
     best = min(
@@ -155,7 +156,9 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
     # All of them for every run: runs side by side have the same totals, and those that none has are left out.
     metrics = [(name, valid.get(f"valid_{name}")) for name in METRICS]
     perplexity = "per label" if any(value is not None for _, value in metrics) else perplexity
+    measured = record.tasks[-1] if record.tasks else {}
     evaluating = sum(row.get("valid_seconds", 0.0) for row in record.evaluations)
+    evaluating += sum(row.get(TASK_SECONDS, 0.0) for row in record.tasks)
     saving = sum(row.get("checkpoint_seconds", 0.0) for row in record.rows)
     sizes = [row["memory_bytes"] for row in record.rows if "memory_bytes" in row]
     spent = record.efficiency
@@ -164,6 +167,7 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
         ("Training loss", _loss(last.get("loss")), f"at step {last['step']:,}" if last else ""),
         ("Validation loss", _loss(valid.get("valid_loss")), perplexity),
         *((titled(name), _ABSENT if value is None else f"{value:.2%}", "validation") for name, value in metrics),
+        *((task_title(key), f"{measured[key]:.4f}" if key in measured else _ABSENT, "task") for key in tasks),
         ("Best validation", _loss(best.get("valid_loss")), f"at step {best['step']:,}" if best else ""),
         ("Steps", f"{last.get('step', 0):,}", f"of {planned:,}" if isinstance(planned, int) else ""),
         ("Tokens", _ABSENT if tokens is None else short_number(tokens), f"{tokens:,}" if tokens else ""),
@@ -188,7 +192,8 @@ def summary(record: RunRecord) -> list[tuple[str, str, str]]:
 
 def comparison(records: list[RunRecord]) -> str:
     """Totals side by side, and the configuration keys in which the runs differ."""
-    columns = [summary(record) for record in records]
+    tasks = task_columns(records)
+    columns = [summary(record, tasks) for record in records]
     head = "".join(
         f'<th scope="col"><span class="swatch s{index % 6}"></span>{escape(record.name)}'
         f"<small>{escape(str(record.status.get('status', 'unknown')))}</small></th>"

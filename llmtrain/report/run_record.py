@@ -17,7 +17,7 @@ from llmtrain.observe.machine import ENVIRONMENT_FILE
 from llmtrain.report.efficiency import Efficiency, measure
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.metrics_file import METRICS_FILE, iter_rows, rows_that_count
-from llmtrain.values.progress import RESUMED_FROM
+from llmtrain.values.progress import RESUMED_FROM, TASK, row_kind
 
 MOST_POINTS = 2000
 """A curve with more points than this is thinned for drawing."""
@@ -38,14 +38,16 @@ class CheckpointEntry:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run folder. `rows` are training rows, `evaluations` those with `valid_loss`; replaced ones are
-    in neither. `resumes` are the steps that rows say the run went back to, `events` its audit log.
+    """The content of a run folder. `rows` are training rows, `evaluations` those with `valid_loss`, `tasks` those of
+    tasks; replaced ones are in none. `resumes` are the steps that rows say the run went back to, `events` its audit
+    log.
     """
 
     path: Path
     name: str
     rows: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    tasks: list[dict[str, Any]]
     resumes: list[int]
     events: list[dict[str, Any]]
     efficiency: Efficiency
@@ -56,8 +58,8 @@ class RunRecord:
     checkpoints: list[CheckpointEntry]
 
     def curve(self, key: str) -> Curve:
-        """A column of the rows (`valid_...`: of the evaluations) over steps."""
-        rows = self.evaluations if key.startswith("valid_") else self.rows
+        """A column of the rows (`valid_...`: of the evaluations, `task/...`: of those on tasks) over steps."""
+        rows = self.evaluations if key.startswith("valid_") else self.tasks if key.startswith(TASK) else self.rows
         points = [(row["step"], float(row[key])) for row in rows if isinstance(row.get(key), int | float)]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -108,7 +110,8 @@ def load_run(path: Path) -> RunRecord:
         path=path,
         name=str(config.get("name") or path.resolve().name),
         rows=[row for row in rows if "loss" in row],
-        evaluations=[row for row in rows if "valid_loss" in row],
+        evaluations=[row for row in rows if row_kind(row) == "evaluation"],
+        tasks=[row for row in rows if row_kind(row) == "tasks"],
         resumes=[row[RESUMED_FROM] for row in written if RESUMED_FROM in row],
         events=events,
         efficiency=measure(written, events),
@@ -118,6 +121,12 @@ def load_run(path: Path) -> RunRecord:
         environment=_json(path / ENVIRONMENT_FILE),
         checkpoints=list(_checkpoints(path / "checkpoints")),
     )
+
+
+def task_columns(records: Sequence[RunRecord]) -> list[str]:
+    """The columns with metrics of tasks that any of the runs has."""
+    rows = (row for record in records for row in record.tasks)
+    return list(dict.fromkeys(key for row in rows for key in row if key.startswith(TASK)))
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmtrain.errors import DataError
 from llmtrain.files import LINE_BYTES, iter_lines, open_regular, parse_json
-from llmtrain.values.progress import RESUMED_FROM, Row
+from llmtrain.values.progress import RESUMED_FROM, ROW_KINDS, TASK_SECONDS, Row, RowKind, row_kind
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -27,7 +27,7 @@ MOST = 10**18
 BLOCK_BYTES = 1 << 20
 
 _TRAINING = frozenset(("loss", "time", "step_seconds", "tokens_per_second"))
-_MARKS = tuple(f'"{key}"'.encode() for key in ("valid_loss", RESUMED_FROM))
+_MARKS = tuple(f'"{key}"'.encode() for key in ("valid_loss", TASK_SECONDS, RESUMED_FROM))
 """Keys of the rows that are looked for once there are enough training rows."""
 
 
@@ -148,8 +148,8 @@ def _goes_back(kept: list[dict[str, Any]], row: Row) -> bool:
         return False
     if row["step"] < kept[-1]["step"]:
         return True
-    same_step = [other for other in kept[-2:] if other["step"] == row["step"]]
-    return any(("valid_loss" in other) == ("valid_loss" in row) for other in same_step)
+    same_step = [other for other in kept[-len(ROW_KINDS) :] if other["step"] == row["step"]]
+    return any(row_kind(other) == row_kind(row) for other in same_step)
 
 
 def _end_of_last_whole_line(descriptor: int) -> int:
@@ -166,20 +166,22 @@ def _end_of_last_whole_line(descriptor: int) -> int:
 
 @dataclass(frozen=True)
 class NewestRows:
-    """Of the rows that count: the last training rows of the newest attempt that has any, and the last evaluation."""
+    """Of the rows that count: the last training rows of the newest attempt that has any, the last evaluation, and where
+    it is asked for, the last evaluation on tasks."""
 
     training: list[Row] = field(default_factory=list)
     evaluation: Row | None = None
+    tasks: Row | None = None
 
 
-def newest_rows(metrics: Path, most: int, last_step: int | None = None) -> NewestRows:
-    """The last `most` training rows and the last evaluation. Rows that cannot be read are left out.
+def newest_rows(metrics: Path, most: int, last_step: int | None = None, tasks: bool = False) -> NewestRows:
+    """The last `most` training rows and the last evaluations. Rows that cannot be read are left out.
 
     `last_step` is that of a run that has gone back to it and written no row since: later ones will be replaced.
     Which rows count is as in `rows_that_count`. Where a run is never evaluated the whole file is looked through, and
     few rows of it are parsed. Raises DataError where something else stands in the file's place.
     """
-    search = _Search(most, last_step)
+    search = _Search(most, last_step, {"evaluation", "tasks"} if tasks else {"evaluation"})
     try:
         with open_regular(metrics) as file:
             for block in _iter_blocks_back(file):
@@ -189,22 +191,23 @@ def newest_rows(metrics: Path, most: int, last_step: int | None = None) -> Newes
         return NewestRows()
     except OSError as error:
         raise DataError(f"{metrics}: cannot be read: {error.strerror}. Remove it: a run writes another one.") from None
-    return NewestRows(search.training[::-1], search.evaluation)
+    return NewestRows(search.training[::-1], search.found.get("evaluation"), search.found.get("tasks"))
 
 
 class _Search:
     """Goes through rows from the last one on. A row counts that none behind it in the file replaces."""
 
-    def __init__(self, most: int, last_step: int | None) -> None:
+    def __init__(self, most: int, last_step: int | None, wanted: set[RowKind]) -> None:
         self.training: list[Row] = []
-        self.evaluation: Row | None = None
-        self._most = most
+        self.found: dict[RowKind, Row] = {}
+        """The last row of each kind that is wanted."""
+        self._most, self._wanted = most, wanted
         self._has_training = False
         self._limit = last_step
         """Rows of later steps are replaced."""
         self._may_repeat = True
-        """Any row of this very step counts too; else, where an evaluation was seen, the training row does."""
-        self._saw_evaluation = False
+        """Any row of this very step counts too; else those that are recorded before the one that was seen last."""
+        self._seen: RowKind = "training"
 
     def takes(self, block: bytes) -> bool:
         """True where a block may hold a row that is looked for."""
@@ -218,14 +221,14 @@ class _Search:
                     self._look_at(parse_row(line))
                 except ValueError:
                     continue
-                if self._has_training and self.evaluation is not None:
+                if self._has_training and self.found.keys() == self._wanted:
                     return True
         return False
 
     def _look_at(self, row: dict[str, Any]) -> None:
         if self._counts(row):
-            if "valid_loss" in row:
-                self.evaluation = self.evaluation or row
+            if (kind := row_kind(row)) in self._wanted:
+                self.found.setdefault(kind, row)
             elif not self._has_training and row.keys() >= _TRAINING:
                 self.training.append(row)
         # Rows after the step that a start continued from are replaced by that start, those of the step itself are not.
@@ -236,12 +239,12 @@ class _Search:
         self._has_training = self._has_training or begins_attempt or len(self.training) == self._most
 
     def _counts(self, row: dict[str, Any]) -> bool:
-        step, is_evaluation = row["step"], "valid_loss" in row
+        step, kind = row["step"], row_kind(row)
         # A step is recorded before it is evaluated: what stands before its training row is of an attempt before.
-        repeats = self._may_repeat or (self._saw_evaluation and not is_evaluation)
+        repeats = self._may_repeat or ROW_KINDS.index(kind) < ROW_KINDS.index(self._seen)
         if self._limit is not None and (step > self._limit or (step == self._limit and not repeats)):
             return False
-        self._limit, self._may_repeat, self._saw_evaluation = step, False, is_evaluation
+        self._limit, self._may_repeat, self._seen = step, False, kind
         return True
 
 

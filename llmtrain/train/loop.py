@@ -16,6 +16,7 @@ from llmtrain.optim.schedule import learning_rate
 from llmtrain.train.health import Health, StallLimit
 from llmtrain.train.rollback import Rollbacks
 from llmtrain.train.state import Saving, TrainState
+from llmtrain.train.tasks import TaskEvaluation
 from llmtrain.values.label_metrics import label_metrics
 from llmtrain.values.progress import Reading
 
@@ -75,11 +76,26 @@ class Run:
     engine: Engine
     monitor: Monitor
     evaluation: Evaluation
+    tasks: TaskEvaluation
     saving: Saving
     health: Health
     rollbacks: Rollbacks
     state: TrainState
     config: RunConfig
+
+
+def evaluate(run: Run, step: int, saved: bool) -> float | None:
+    """Measure what is due at a step. Returns the validation loss, None where that is not."""
+    valid_loss, monitor = None, run.monitor
+    if run.evaluation.due(step, saved):
+        with monitor.phase("evaluate"):
+            valid_loss, num_tokens, counts = run.evaluation.run(run.engine)
+        monitor.evaluated(step, valid_loss, num_tokens, label_metrics(run.config.model, counts))
+    if run.tasks.due(step):
+        with monitor.phase("evaluate"):
+            metrics = run.tasks.run(run.engine)
+        monitor.measured(step, metrics)
+    return valid_loss
 
 
 def train(
@@ -124,11 +140,8 @@ def train(
 
             # Evaluated before it is saved: the manifest of a checkpoint has its validation loss.
             saved = run.saving.due(step) or step == budget.last_step(state.seen)
-            valid_loss = None
-            if run.evaluation.due(step, saved):
-                with monitor.phase("evaluate"):
-                    valid_loss, num_tokens, counts = run.evaluation.run(run.engine)
-                monitor.evaluated(step, valid_loss, num_tokens, label_metrics(run.config.model, counts))
+            valid_loss = evaluate(run, step, saved)
+            if valid_loss is not None:
                 state, early = run.evaluation.judge(state, valid_loss, anybody)
 
             stopping = stop_requested()  # after the step on every rank: all of them stop behind the same one

@@ -21,6 +21,7 @@ from llmtrain.train.recording import build_monitor, profiled
 from llmtrain.train.rollback import Rollbacks
 from llmtrain.train.start import Start, record_start
 from llmtrain.train.state import Saving, begin
+from llmtrain.train.tasks import build_tasks
 from llmtrain.values.progress import Phase
 
 _logger = logging.getLogger(__name__)
@@ -65,12 +66,13 @@ def setup(
         config.checkpoint.keep_best,
         resolved.early_stop,
     )
+    tasks = build_tasks(resolved, start, rank)
     log = start.manager.reports.record if folder else lambda event, **facts: None
     report = partial(setattr, folder, "verdict") if folder else lambda verdict: None
     health = Health(config.health, config.optim.loss_scale.minimum, log, monitor.say, report)
     rollbacks = Rollbacks(config.health, start.manager, folder.path if folder else None, start.ranks, log, monitor.say)
     loader = build_loader(resolved, "train", rank).skipping(start.skipped).sized(config.train.batch_sizes)
-    return Run(loader, engine, monitor, evaluation, saving, health, rollbacks, state, config)
+    return Run(loader, engine, monitor, evaluation, tasks, saving, health, rollbacks, state, config)
 
 
 def build_loader(

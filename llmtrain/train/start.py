@@ -16,10 +16,10 @@ from llmtrain.checkpoint.origin import origin_of, read_origin, require_state
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.parameters import declare_parameters, is_of_label_head
 from llmtrain.config.reading.rendering import record_of
-from llmtrain.config.schema import DataConfig, RunConfig
+from llmtrain.config.schema import RunConfig
 from llmtrain.data.loader import Window
 from llmtrain.data.storage.folders import run_settings
-from llmtrain.data.storage.manifest import LONGEST_TOKENIZER, Manifest
+from llmtrain.data.storage.manifest import LONGEST_TOKENIZER
 from llmtrain.data.token_roles import SETTINGS_NAME, TrainedTokens, read_settings, settings_text, settings_tokenizer
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_bytes, replace_file, sealed_text
@@ -191,9 +191,7 @@ def save_run_files(resolved: ResolvedRun, path: Path, checkpoint: Path | None = 
     content = read_bytes(tokenizer, LONGEST_TOKENIZER)
     if hashlib.sha256(content).hexdigest() != manifest.tokenizer_sha256:
         raise DataError(f"{tokenizer}: was changed while it was read. See who writes there, then start again.")
-    roles = trained_roles(config.data, manifest, checkpoint)
-    if roles is None and tokenizer.suffix == ".json":
-        roles = TokenRoles().as_trained(manifest.eos_id, manifest.bos_ids)
+    roles = run_roles(resolved, checkpoint)
     # Nothing is written before all that it is made of was found whole: what the folder has stays good.
     replace_file(path / "config.yaml", sealed_text(record_of(config)).encode())
     save_environment(path)
@@ -204,12 +202,13 @@ def save_run_files(resolved: ResolvedRun, path: Path, checkpoint: Path | None = 
         replace_file(path / SETTINGS_NAME, settings_text(roles, manifest.tokenizer_sha256).encode())
 
 
-def trained_roles(data: DataConfig, manifest: Manifest, checkpoint: Path | None) -> TokenRoles | None:
+def run_roles(resolved: ResolvedRun, checkpoint: Path | None) -> TokenRoles | None:
     """The roles of a run's tokens, with the end and begin that its documents have; None where nothing names them.
 
-    Raises DataError where a file that says it is damaged.
+    `checkpoint` is the one that the run continues. Raises DataError where a file that says it is damaged.
     """
-    settings, sha256 = run_settings(data, manifest), manifest.tokenizer_sha256
+    manifest = resolved.train[0]
+    settings, sha256 = run_settings(resolved.config.data, manifest), manifest.tokenizer_sha256
     roles = read_settings(settings, sha256, manifest.vocab_size) if settings else None
     if checkpoint is not None:
         before = checkpoint.absolute().parent.parent / SETTINGS_NAME
@@ -219,4 +218,6 @@ def trained_roles(data: DataConfig, manifest: Manifest, checkpoint: Path | None)
                 roles = roles.with_model_of(found) if roles else found
         elif TrainedTokens.of(read_origin(checkpoint).about).has_settings:
             raise DataError(f"{before}: missing, and there was one. Copy it there again: it says what the model needs.")
+    if roles is None and resolved.tokenizer.suffix == ".json":
+        roles = TokenRoles()
     return None if roles is None else roles.as_trained(manifest.eos_id, manifest.bos_ids)

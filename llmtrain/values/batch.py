@@ -24,6 +24,7 @@ TENSORS = (
     "encoder_tokens_BT",
     "encoder_segments_BT",
     "token_types_BS",
+    "texts_B",
 )
 
 
@@ -57,6 +58,9 @@ class Batch(ModelInputs):
     labels_BS: Tensor = field(kw_only=True)
     first_sample: int = field(default=0, kw_only=True)
     """Global number of the first sample; the others follow it, but for those that the run skips."""
+    texts_B: Tensor | None = field(default=None, kw_only=True)
+    """Where an evaluation tells texts apart, the number of each row's among those of the step, over all ranks."""
+    num_texts: int = field(default=0, kw_only=True)
 
     @property
     def num_valid_tokens(self) -> int:

@@ -36,7 +36,8 @@ class Reading:
 @dataclass(frozen=True)
 class EvalResult:
     """Sum of the loss over valid target tokens, and their number, over all ranks; of a head for labels also the
-    counts that `values/label_metrics.py` makes metrics of, which add up."""
+    counts that `values/label_metrics.py` makes metrics of, which add up. Where batches tell texts apart, `counts` are
+    the sums of the loss of each text, and behind them how many of its tokens were not the likeliest."""
 
     loss_sum: float
     num_tokens: int
@@ -44,7 +45,8 @@ class EvalResult:
 
 
 Row = Mapping[str, Any]
-"""Metrics of one step by name. `step` is always there; training rows carry `loss`, evaluation rows `valid_loss`."""
+"""Metrics of one step by name. `step` is always there; training rows carry `loss`, evaluation rows `valid_loss`, and
+those of tasks `task_seconds`."""
 
 RESUMED_FROM = "resumed_from"
 """In a row: the step that the run went back to. The row replaces all earlier ones after that step."""
@@ -52,6 +54,29 @@ RESUMED_FROM = "resumed_from"
 
 SOURCE_TOKENS = "source_tokens/"
 """Begins the columns with the tokens of data of each source so far, padding included."""
+
+
+TASK = "task/"
+"""Begins the columns with the metrics of tasks: `task/`, the task, `/` and the metric."""
+
+TASK_SECONDS = "task_seconds"
+"""What an evaluation on tasks took: a row that has it has nothing but tasks."""
+
+
+def task_title(column: str) -> str:
+    """The column of a task's metric as pages show it: capitals: accuracy per byte."""
+    _, task, metric = column.split("/")
+    return f"{task}: {metric.replace('_', ' ')}"
+
+
+RowKind = Literal["training", "evaluation", "tasks"]
+ROW_KINDS: tuple[RowKind, ...] = get_args(RowKind)
+"""In the order in which the rows of a step are recorded."""
+
+
+def row_kind(row: Row) -> RowKind:
+    """The kind of a row of metrics."""
+    return "evaluation" if "valid_loss" in row else "tasks" if TASK_SECONDS in row else "training"
 
 
 Phase = Literal["setup", "data", "step", "evaluate", "checkpoint"]

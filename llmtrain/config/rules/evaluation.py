@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from llmtrain.config.reading.suggestions import either, nearest_multiples
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 
@@ -57,10 +58,55 @@ def improvement_has_a_use(config: RunConfig) -> Found:
         yield Problem("evaluate.min_improvement", message, evaluate.min_improvement, uses=("evaluate.stop_after",))
 
 
+def tasks_have_steps(config: RunConfig) -> Found:
+    evaluate = config.evaluate
+    if evaluate.tasks and not evaluate.tasks_every_steps:
+        message = f"is needed for evaluate.tasks = {_files(config)}. Try 500, or evaluate.tasks=[]."
+        yield Problem("evaluate.tasks_every_steps", message, 0, uses=("evaluate.tasks",))
+    if evaluate.tasks_every_steps and not evaluate.tasks:
+        message = "needs evaluate.tasks, which is empty. Try 0, or evaluate.tasks=[tasks.yaml]."
+        yield Problem("evaluate.tasks_every_steps", message, evaluate.tasks_every_steps, uses=("evaluate.tasks",))
+
+
+def tasks_suit_the_model(config: RunConfig) -> Found:
+    """Texts are scored by what stands before each token, whatever else is in their batch."""
+    model = config.model
+    if not config.evaluate.tasks:
+        return
+    if model.predicts_labels or model.family == "encoder":
+        key, value = ("model.head", model.head) if model.predicts_labels else ("model.family", model.family)
+        message = f"are put to models that say how likely the next token is, and {key} = {value}. Try []."
+        yield Problem("evaluate.tasks", message, _files(config), uses=(key,))
+    elif model.moe is not None and model.moe.router == "expert_choice":
+        message = (
+            "do not go with model.moe.router = expert_choice in training: experts choose among all tokens of a batch, "
+            "so texts would change each other's scores. Try [], and `llmtrain eval` on checkpoints."
+        )
+        yield Problem("evaluate.tasks", message, _files(config), uses=("model.moe.router",))
+
+
+def tasks_fit_the_parts(config: RunConfig) -> Found:
+    """Texts are padded to what ranks can cut, and an encoder has no positions beyond the model's."""
+    model, parallel = config.model, config.parallel
+    parts = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    if config.evaluate.tasks and model.family == "encoder_decoder" and model.max_seq_len % parts:
+        tries = either(nearest_multiples(parts, model.max_seq_len))
+        message = f"must be a multiple of the {parts} parts of a sequence with evaluate.tasks. Try {tries}."
+        uses = ("evaluate.tasks", "model.family", "parallel.context", "parallel.tensor", "parallel.sequence")
+        yield Problem("model.max_seq_len", message, model.max_seq_len, uses=uses)
+
+
+def _files(config: RunConfig) -> str:
+    return f"[{', '.join(config.evaluate.tasks)}]"
+
+
 EVALUATION_RULES = (
     evaluation_needs_data,
     best_needs_evaluation,
     early_stop_needs_evaluation,
     early_stop_keeps_the_best,
     improvement_has_a_use,
+    tasks_have_steps,
+    tasks_suit_the_model,
+    tasks_fit_the_parts,
 )

@@ -1,7 +1,8 @@
 """Rules between the keys of a file of evaluation tasks. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from llmtrain.config.model import ModelConfig
 from llmtrain.config.tasks.schema import GENERATED, TaskConfig, TasksConfig
 from llmtrain.config.tasks.template import Field, Template
 from llmtrain.errors import Problem
@@ -36,6 +37,29 @@ def task_problems(config: TasksConfig) -> list[Problem]:
         names.setdefault(task.name, number)
         problems += [*_needs(task, key), *_unread(task, key), *_template_problems(task, key)]
     return problems
+
+
+def task_faults(tasks: Sequence[TaskConfig], model: ModelConfig, prompt_tokens: int) -> Iterator[str]:
+    """What a model cannot do of tasks; `prompt_tokens` of its positions are taken by a soft prompt."""
+    if model.family == "encoder_decoder":
+        names = [task.name for task in tasks if task.kind == "perplexity"]
+        if names:
+            yield (
+                f"tasks {', '.join(names)}: kind = perplexity has no prompt that an encoder could read, and the model "
+                "is an encoder-decoder. Try cloze, with a prompt and an answer."
+            )
+    longest = model.max_seq_len - prompt_tokens
+    for task in tasks:
+        room = task.max_length or longest
+        if room > longest:
+            yield (
+                f"task {task.name}: max_length = {task.max_length} is more than the {longest} positions of the model."
+            )
+        if task.kind in GENERATED and task.max_tokens >= room:
+            yield (
+                f"task {task.name}: max_tokens = {task.max_tokens} leaves no room for a prompt in the {room} positions "
+                f"of a text. Try {max(1, room // 2)}."
+            )
 
 
 def _needs(task: TaskConfig, key: str) -> Iterator[Problem]:

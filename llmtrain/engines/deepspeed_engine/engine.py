@@ -142,7 +142,7 @@ class DeepSpeedEngine(SteppingEngine):
 
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
         self.engine.train(step is not None)
-        loss_sum = self.zero_sums(step)
+        loss_sum = self.zero_sums(micro_batches, step)
         for number, batch in enumerate(micro_batches):
             global_number = self.place.data + number * self.layout.data
             draws = None if step is None else Draws.of_micro_batch(self.config.seed, step, global_number, self.device)

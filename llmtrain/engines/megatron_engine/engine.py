@@ -53,7 +53,6 @@ class MegatronEngine(SteppingEngine):
         self.groups = build_groups(self.layout)
         self.megatron_config = transformer_config(config, self.layout, DTYPES[config.train.precision])
         self.megatron_config.finalize_model_grads_func = self._finalize
-        self.lengths = config.lengths
         self.weight_gradients = WeightGradients() if self.layout.pipeline_schedule == "zero_bubble" else None
         self.declared = declare_parameters(config.model, config.finetune)
         self.placements: dict[nn.Parameter, Placement] = {}
@@ -67,7 +66,8 @@ class MegatronEngine(SteppingEngine):
         self.zero_bubble: ZeroBubble | None = None
         if self.weight_gradients is not None:
             (chunk,) = self.chunks
-            self.zero_bubble = ZeroBubble(chunk, self.weight_gradients, self.groups, *self._message_lengths)
+            length, size = config.lengths.encoder + config.lengths.main, config.train.micro_batch_size
+            self.zero_bubble = ZeroBubble(chunk, self.weight_gradients, self.groups, length, size)
         stages = [cast(PipelineChunk, chunk.module).stage for chunk in self.chunks]
         self.routers = Routers(config, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
         self.load_weights(InitialWeights(config.model, config.seed, config.finetune))
@@ -116,11 +116,6 @@ class MegatronEngine(SteppingEngine):
         return DistributedDataParallel(self.megatron_config, ddp, module, disable_bucketing=number > 0)
 
     @property
-    def _message_lengths(self) -> tuple[int, int]:
-        """Positions and samples of what stages send; an encoder-decoder sends both sequences."""
-        return self.lengths.encoder + self.lengths.main, self.config.train.micro_batch_size
-
-    @property
     def data_group(self) -> dist.ProcessGroup:
         return self.groups.data
 
@@ -160,7 +155,7 @@ class MegatronEngine(SteppingEngine):
         if self.zero_bubble is not None and step is not None:
             reports = self.zero_bubble.run(forward, iter(numbered), len(numbered))
         else:
-            seq_length, micro_batch_size = self._message_lengths
+            micro_batch_size, seq_length = message_shape(micro_batches[0])
             reports = get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=[iter(numbered) for _ in self.chunks] if len(self.chunks) > 1 else iter(numbered),
@@ -170,7 +165,7 @@ class MegatronEngine(SteppingEngine):
                 micro_batch_size=micro_batch_size,
                 forward_only=step is None,
             )
-        return sum(reports, self.zero_sums(step))
+        return sum(reports, self.zero_sums(micro_batches, step))
 
     def _forward(
         self, step: int | None, scales: Scales, data: Iterator[MicroBatch], chunk: DistributedDataParallel
@@ -237,6 +232,12 @@ class MegatronEngine(SteppingEngine):
         if self.config.engine.zero_stage == 1:  # each rank has written a part of the weights: fetch the others
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
+
+
+def message_shape(batch: Batch) -> tuple[int, int]:
+    """Samples and positions of what stages send; an encoder-decoder sends both sequences."""
+    samples, length = batch.tokens_BS.shape
+    return samples, length + (0 if batch.encoder_tokens_BT is None else batch.encoder_tokens_BT.shape[1])
 
 
 def first_layer(name: str, model: ModelConfig) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llmtrain.config.rules.tasks import task_faults
 from llmtrain.config.tasks.schema import GENERATED, TaskConfig
 from llmtrain.data.storage.manifest import file_sha256
 from llmtrain.data.tasks.metrics import Outcome, answered, scored, standard_errors, task_metrics
@@ -20,6 +21,8 @@ from llmtrain.infer.evaluation.answers import Answering, iter_answers
 from llmtrain.infer.evaluation.samples_file import SamplesFile
 from llmtrain.infer.evaluation.scoring import log_likelihoods
 from llmtrain.infer.text_model import PromptIds, TextModel
+from llmtrain.interop.text.special_tokens import NamedTokens
+from llmtrain.values.tokenizer import Tokenizer
 
 SAMPLES_AT_A_TIME = 128
 """Samples whose texts are sorted into batches together, and written together."""
@@ -83,34 +86,22 @@ def require_able(model: TextModel, tasks: Sequence[TaskConfig]) -> None:
             "model.family = encoder: it fills masks, and neither writes on nor says how likely a text is. Evaluate a "
             "decoder or an encoder-decoder."
         )
-    if model.config.family == "encoder_decoder":
-        names = [task.name for task in tasks if task.kind == "perplexity"]
-        if names:
-            raise ConfigError(
-                f"tasks {', '.join(names)}: kind = perplexity has no prompt that an encoder could read, and the model "
-                "is an encoder-decoder. Try cloze, with a prompt and an answer."
-            )
-    for task in tasks:
-        longest = model.config.max_seq_len - model.model.prompt_tokens
-        if task.max_length is not None and task.max_length > longest:
-            raise ConfigError(
-                f"task {task.name}: max_length = {task.max_length} is more than the {longest} positions of the model."
-            )
-        if task.kind in GENERATED and task.max_tokens >= (task.max_length or longest):
-            raise ConfigError(
-                f"task {task.name}: max_tokens = {task.max_tokens} leaves no room for a prompt in the "
-                f"{task.max_length or longest} positions of a text. Try {max(1, (task.max_length or longest) // 2)}."
-            )
+    if faults := [*task_faults(tasks, model.config, model.model.prompt_tokens)]:
+        raise ConfigError("\n".join(faults))
 
 
 def text_encoder(model: TextModel, max_length: int | None = None) -> TextEncoder:
     """Texts as the model was trained on them."""
-    named, encodes = model.named, model.config.family == "encoder_decoder"
     limit = max_length or model.config.max_seq_len - model.model.prompt_tokens
-    if encodes:
-        return TextEncoder(model.tokenizer, limit, (), named.start_id, named.frame("encoder_decoder"))
+    return trained_encoder(model.tokenizer, model.named, model.config.family, limit)
+
+
+def trained_encoder(tokenizer: Tokenizer, named: NamedTokens, family: str, limit: int) -> TextEncoder:
+    """Texts as a model of this `model.family` was trained on them, at most `limit` positions at a time."""
+    if family == "encoder_decoder":
+        return TextEncoder(tokenizer, limit, (), named.start_id, named.frame(family))
     begin = named.eos_id if named.begin_id is None else named.begin_id
-    return TextEncoder(model.tokenizer, limit, named.bos_ids, begin)
+    return TextEncoder(tokenizer, limit, named.bos_ids, begin)
 
 
 def _outcomes(

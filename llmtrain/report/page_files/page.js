@@ -55,6 +55,12 @@ const CHARTS = [
   },
 ];
 
+for (const key of new Set(runs.flatMap((run) => Object.keys(run.curves)).filter((name) => name.startsWith("task/")))) {
+  const [, task, metric] = key.split("/");
+  const title = `${task}: ${metric.replaceAll("_", " ")}`;
+  CHARTS.push({ title, unit: "task", format: significant, lines: [{ key, label: "in training", style: "" }] });
+}
+
 // What a curve can be drawn over. `of` is where a run was at a step; `unit` is chosen by the largest value.
 const AXES = {
   step: { label: "Step", of: (run, step) => step, unit: () => ({ name: "step", size: 1, whole: true }) },

@@ -221,7 +221,8 @@ def test_the_newest_rows_are_those_that_count(data: st.DataObject, tmp_path_fact
         first = True
         for _ in range(data.draw(st.integers(0, 12))):
             step += 1
-            kinds = data.draw(st.sampled_from([("loss",), ("loss", "valid_loss"), ("valid_loss",)]))
+            after = [("valid_loss",), ("task_seconds",), ("valid_loss", "task_seconds")]
+            kinds = data.draw(st.sampled_from([("loss",), *(("loss", *kinds) for kinds in after), *after]))
             for kind in kinds:
                 row = {"step": step, "time": 1.0, kind: float(len(rows)), "step_seconds": 1.0, "tokens_per_second": 1.0}
                 if attempt and first:
@@ -231,7 +232,10 @@ def test_the_newest_rows_are_those_that_count(data: st.DataObject, tmp_path_fact
         step = data.draw(st.integers(0, step))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = rows_that_count(rows)
-    found = newest_rows(file, 5)
+    found, with_tasks = newest_rows(file, 5), newest_rows(file, 5, tasks=True)
+    tasks = [row for row in kept if "task_seconds" in row]
+    assert with_tasks == NewestRows(with_tasks.training, found.evaluation, tasks[-1] if tasks else None)
+    assert found.tasks is None
     evaluations = [row for row in kept if "valid_loss" in row]
     assert found.evaluation == (evaluations[-1] if evaluations else None)
     training = [row for row in kept if "loss" in row]

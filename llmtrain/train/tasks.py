@@ -103,6 +103,6 @@ def _require_same(files: Sequence[str], content: str) -> None:
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     if found.tolist() != [digest, -digest]:
         raise DataError(
-            f"evaluate.tasks = {', '.join(files)}: ranks have read different tasks or samples. Put the same files where "
-            "each of them reads, and leave them alone while a run starts."
+            f"evaluate.tasks = {', '.join(files)}: ranks have read different tasks or samples. Put the same files "
+            "where each of them reads, and leave them alone while a run starts."
         )

@@ -150,7 +150,7 @@ def scored(name: str, layout: str, stage: int, mutation: Callable[[], None] | No
 
 def differences(found: list[LogLikelihood], name: str) -> list[str]:
     """Texts of which another sum, or another answer to whether all their tokens are the likeliest, was found."""
-    texts, wanted = expected(name)
+    _, wanted = expected(name)
     return [
         f"text {number}: {ours}, not {theirs}"
         for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True))

@@ -1,4 +1,4 @@
-"""Tasks in training: the numbers of `llmtrain eval` on the checkpoint of the step, interrupted or not, wherever shown."""
+"""Tasks in training: the numbers of `llmtrain eval` on the checkpoint of the step, interrupted or not, and shown."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Every text is scored once, in rows that hold it, on whichever rank; every rank has as many micro-batches of a shape."""
+"""Every text is scored once, in a row that holds it; ranks have equally many micro-batches, all of one shape."""
 
 import random
 

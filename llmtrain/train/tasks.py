@@ -45,7 +45,8 @@ class TaskEvaluation:
 
     def run(self, engine: Engine) -> dict[str, float]:
         """The metrics of all tasks, by `task/` and the names of task and metric. On all ranks alike."""
-        found = iter(text_scores(engine, [*self._texts()], self.dealing))
+        texts = [text for task in self.tasks for texts in task.texts for text in texts]
+        found = iter(text_scores(engine, texts, self.dealing))
         metrics = dict[str, float]()
         for task in self.tasks:
             outcomes = [
@@ -55,9 +56,6 @@ class TaskEvaluation:
             measured = task_metrics(task.config, outcomes)
             metrics |= {f"{TASK}{task.config.name}/{name}": value for name, value in measured.items()}
         return metrics
-
-    def _texts(self) -> list[ScoredText]:
-        return [text for task in self.tasks for texts in task.texts for text in texts]
 
 
 def text_scores(engine: Engine, texts: Sequence[ScoredText], dealing: Dealing) -> list[LogLikelihood]:

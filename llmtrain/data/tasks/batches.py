@@ -20,6 +20,9 @@ from llmtrain.values.batch import IGNORED_LABEL, PADDING, Batch
 SHORTEST = 16
 """Positions of the shortest rows. Others have twice as many, four times, ...: a compiler meets few shapes."""
 
+FULL = 8
+"""Micro-batches of a step for each pipeline stage: more would hardly shorten the time in which stages wait."""
+
 BLANK = ScoredText((0,), 1, (0,))
 """Fills up the last step: nothing of it is scored, and it sees itself."""
 
@@ -45,14 +48,15 @@ class Dealing:
 
     @staticmethod
     def of(config: RunConfig, layout: Layout, dp_rank: int) -> "Dealing":
-        """Steps as large as those of training."""
+        """Micro-batches as large as those of training, and steps that are no larger."""
         train = config.train
         return Dealing(
             tokens=train.micro_batch_size * (config.lengths.main + config.lengths.encoder),
             limit=config.model.max_seq_len,
             prompt_tokens=config.prompt_tokens,
             parts=layout.sequence_parts,
-            per_rank=train.global_batch_size // (train.micro_batch_size * layout.data),
+            # Enough to keep pipelines busy: each micro-batch has sums for all texts of its step.
+            per_rank=min(train.global_batch_size // (train.micro_batch_size * layout.data), FULL * layout.pipeline),
             round=layout.pipeline if layout.virtual_pipeline > 1 else 1,
             dp_rank=dp_rank,
             dp_size=layout.data,

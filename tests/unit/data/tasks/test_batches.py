@@ -92,6 +92,8 @@ def test_short_texts_share_a_batch_and_few_shapes_are_met() -> None:
     texts = [ScoredText(tuple(range(size)), 1) for size in range(2, 1500)]
     steps = list(plan_steps(texts, dealing))
     assert {step.length for step in steps} <= {16, 32, 64, 128, 256, 512, 1024, 2048}
-    assert steps[0].rows == 2 and max(step.rows for step in steps) >= 128
+    assert steps[0].rows == 2 and steps[-1].rows > 8
     lengths = [step.length for step in steps]
     assert lengths == sorted(lengths, reverse=True), "memory that suffices at first suffices"
+    (step,) = plan_steps([ScoredText(tuple(range(9)), 1)] * 3000, dealing)
+    assert (step.length, step.rows, step.micro_batches) == (16, 256, 12)

@@ -11,11 +11,10 @@ from llmtrain.config.tasks.schema import TaskConfig
 from llmtrain.data.tasks.batches import Dealing, plan_steps, step_batches
 from llmtrain.data.tasks.metrics import LogLikelihood, scored, task_metrics
 from llmtrain.data.tasks.samples import TaskSample, read_samples
-from llmtrain.data.tasks.tokens import ScoredText
+from llmtrain.data.tasks.tokens import ScoredText, TextEncoder
 from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.engines.base import Engine
 from llmtrain.errors import DataError
-from llmtrain.infer.evaluation.run import trained_encoder
 from llmtrain.interop.text.special_tokens import named_tokens
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.train.start import Start, run_roles
@@ -84,7 +83,7 @@ def build_tasks(resolved: ResolvedRun, start: Start, rank: int) -> TaskEvaluatio
     named, limit = named_tokens(tokenizer, config.data.model_dump(mode="json")), dealing.limit - dealing.prompt_tokens
     encoded = list[EncodedTask]()
     for task in resolved.tasks:
-        encoder = trained_encoder(tokenizer, named, config.model.family, task.max_length or limit)
+        encoder = TextEncoder.of(tokenizer, named, config.model.family, task.max_length or limit)
         samples = read_samples(task)
         encoded.append(EncodedTask(task, samples, [encoder.texts(sample) for sample in samples]))
     evaluation = TaskEvaluation(encoded, config.evaluate.tasks_every_steps, dealing)

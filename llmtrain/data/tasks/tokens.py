@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from llmtrain.data.tasks.samples import TaskSample
-from llmtrain.values.tokenizer import Tokenizer
+from llmtrain.values.tokenizer import Around, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,24 @@ class ScoredText:
         return len(self.ids) - self.first
 
 
+class DocumentTokens(Protocol):
+    """The tokens that stood around texts in training, as `interop/text/special_tokens.py` has them."""
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def bos_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def begin_id(self) -> int | None: ...
+
+    @property
+    def start_id(self) -> int: ...
+
+    def frame(self, family: str) -> Around: ...
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """Makes tokens of texts as a model was trained on them, at most `limit` positions of it at a time.
@@ -35,7 +54,15 @@ class TextEncoder:
     limit: int
     bos_ids: tuple[int, ...]
     begin_id: int
-    source_frame: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    source_frame: Around | None = None
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, named: DocumentTokens, family: str, limit: int) -> "TextEncoder":
+        """Of a model of this `model.family`."""
+        if family == "encoder_decoder":
+            return TextEncoder(tokenizer, limit, (), named.start_id, named.frame(family))
+        begin = named.eos_id if named.begin_id is None else named.begin_id
+        return TextEncoder(tokenizer, limit, named.bos_ids, begin)
 
     def encode(self, text: str) -> list[int]:
         """A text as the model has seen it in training."""

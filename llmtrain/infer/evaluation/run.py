@@ -21,8 +21,6 @@ from llmtrain.infer.evaluation.answers import Answering, iter_answers
 from llmtrain.infer.evaluation.samples_file import SamplesFile
 from llmtrain.infer.evaluation.scoring import log_likelihoods
 from llmtrain.infer.text_model import PromptIds, TextModel
-from llmtrain.interop.text.special_tokens import NamedTokens
-from llmtrain.values.tokenizer import Tokenizer
 
 SAMPLES_AT_A_TIME = 128
 """Samples whose texts are sorted into batches together, and written together."""
@@ -93,15 +91,7 @@ def require_able(model: TextModel, tasks: Sequence[TaskConfig]) -> None:
 def text_encoder(model: TextModel, max_length: int | None = None) -> TextEncoder:
     """Texts as the model was trained on them."""
     limit = max_length or model.config.max_seq_len - model.model.prompt_tokens
-    return trained_encoder(model.tokenizer, model.named, model.config.family, limit)
-
-
-def trained_encoder(tokenizer: Tokenizer, named: NamedTokens, family: str, limit: int) -> TextEncoder:
-    """Texts as a model of this `model.family` was trained on them, at most `limit` positions at a time."""
-    if family == "encoder_decoder":
-        return TextEncoder(tokenizer, limit, (), named.start_id, named.frame(family))
-    begin = named.eos_id if named.begin_id is None else named.begin_id
-    return TextEncoder(tokenizer, limit, named.bos_ids, begin)
+    return TextEncoder.of(model.tokenizer, model.named, model.config.family, limit)
 
 
 def _outcomes(

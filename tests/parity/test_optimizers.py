@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from llmtrain.checks.parity.layouts import STEADY_LR
 from llmtrain.config.schema import RunConfig
 from llmtrain.optim.table import OPTIMIZERS
 from tests.parity import test_deepspeed, test_megatron
@@ -38,8 +39,7 @@ PAIRWISE = [
 
 
 def optimized(name: str, model: str = "llama", **settings: Any) -> RunConfig:
-    """A run of an optimizer at a rate that suits it."""
-    return parity_run(model).with_keys({"optim.name": name, "optim.lr": 3e-4, **settings})
+    return parity_run(model).with_keys({"optim.name": name, "optim.lr": STEADY_LR[name], **settings})
 
 
 @pytest.mark.parametrize(("engine", "layout", "zero_stage", "optimizer", "num_steps"), short_and_whole(PAIRWISE, GRID))

@@ -23,6 +23,9 @@ differ for good, though every layout is right."""
 STEADY_EPS = 1e-6
 """The least of `optim.eps`. AdamW's first step is g / (|g| + eps): of a gradient of 1e-8, a millionth of its tensor's,
 the usual 1e-8 makes a step of visible size that follows the last bits of every sum, whose order is the layout's."""
+STEADY_LR = {"adamw": 1e-3, "lion": 1e-5}
+"""The most of `optim.lr` by optimizer. Each of lion's steps is a sign: where rounding turns one, a weight is two steps
+off for good, which has to stay below what is allowed."""
 AXES = {"tp": "tensor", "pp": "pipeline", "vp": "virtual_pipeline", "cp": "context", "ep": "expert"}
 PART = re.compile(
     r"(tp|pp|vp|cp|ep|dp|zero)([0-9]{1,3})|split([0-9]{1,3}(?:\.[0-9]{1,3}){0,63})|sp|zb|heads|ring|overlap|offload"
@@ -50,7 +53,7 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
 
     There are as many layers as the run's own pipeline needs, if it fits on `own_ranks`. Kept are the kinds of
     everything (but for activations, see SMOOTH), the ratio of query to key heads, dropout, recompute and the optimizer
-    (but for its eps, see STEADY_EPS).
+    (but for its eps and lr, see STEADY_EPS and STEADY_LR).
     """
     model = config.model
     group = model.num_heads // model.kv_heads
@@ -76,7 +79,8 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
     }  # fmt: skip
     shrunk = model.with_keys(sizes)
     freeze = fitting_patterns(shrunk, config.optim.freeze)
-    optim = {"lr": min(config.optim.lr, 1e-3), "warmup_steps": 0, "min_lr": 0.0, "freeze": freeze}
+    steady_lr = min(config.optim.lr, STEADY_LR[config.optim.name])
+    optim = {"lr": steady_lr, "warmup_steps": 0, "min_lr": 0.0, "freeze": freeze}
     if config.optim.name != "lion":  # it divides by nothing
         optim["eps"] = max(config.optim.eps, STEADY_EPS)
     return config.with_keys(

@@ -3,11 +3,19 @@ from typing import Any
 import pytest
 import torch
 
-from llmtrain.checks.parity.layouts import iter_candidates, own_candidate, parse_candidate, shrink, shrunk_split
+from llmtrain.checks.parity.layouts import (
+    STEADY_LR,
+    iter_candidates,
+    own_candidate,
+    parse_candidate,
+    shrink,
+    shrunk_split,
+)
 from llmtrain.config.attention import ATTENTION_KINDS
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.errors import ConfigError
 from llmtrain.models.attention.patterns import PATTERNS
+from llmtrain.optim.table import OPTIMIZERS
 from tests.support.samples import tiny_model, tiny_run
 from tests.unit.config.small_run import run
 
@@ -32,6 +40,12 @@ def test_a_shrunk_run_makes_no_visible_step_of_rounding(name: str, given: float,
     small = shrink(tiny_run(optim={"name": name, "eps": given}), "fp32")
     assert small.optim.eps == compared
     assert arithmetic_problems(small, 1) == []
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_shrunk_run_has_a_rate_of_its_optimizer(name: str) -> None:
+    rates = [shrink(tiny_run(optim={"name": name, "lr": lr}), "fp32").optim.lr for lr in (1.0, 1e-9)]
+    assert rates == [STEADY_LR[name], 1e-9]
 
 
 @pytest.mark.parametrize(("kind", "block_size"), [("full", 64), ("bigbird", 4)])

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -259,14 +260,19 @@ class HuggingFaceTokenizer:
         return not self.roles.names
 
     def encode_with_offsets(self, text: str, spelled: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        self._tokenizer.encode_special_tokens = not spelled
         try:
-            found = self._tokenizer.encode(text, add_special_tokens=False)
+            found = (self._naming if spelled else self._tokenizer).encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             raise _surrogate_error([text]) from None
-        finally:
-            self._tokenizer.encode_special_tokens = True
         return found.ids, found.offsets
+
+    @cached_property
+    def _naming(self) -> tokenizers.Tokenizer:
+        """One that takes the name of a special token for it: another, since threads may be in the first, which must not
+        change then."""
+        naming = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        naming.encode_special_tokens = False
+        return naming
 
     def decode(self, ids: Sequence[int]) -> str:
         own = [int(token) for token in ids if token < self._own_size]

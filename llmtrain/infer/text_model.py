@@ -14,6 +14,7 @@ from llmtrain.infer.chat import chat_encoder, chat_prompt
 from llmtrain.infer.fillings import Filling, fill_masks
 from llmtrain.infer.model import TrainedModel
 from llmtrain.infer.text_stream import TextStream, encode_with_names
+from llmtrain.infer.token_bytes import token_bytes
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.text.special_tokens import named_tokens
 
@@ -45,6 +46,14 @@ class TextModel:
         self.tokenizer = model_tokenizer(tokenizer, trained.tokenizer_path, self.config, trained.tokens)
         self.named = named_tokens(self.tokenizer, trained.data)
         self.ends = frozenset(self.named.ends)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """What each id adds to a text; None where that cannot be said byte by byte."""
+        try:
+            return token_bytes(self.tokenizer)
+        except ConfigError:
+            return None
 
     @property
     def continues(self) -> bool:

@@ -16,6 +16,7 @@ ROOMS = {
     "transformers": ("llmtrain/interop/",),
     "jinja2": ("llmtrain/data/",),
     "torchao": ("llmtrain/models/float8.py",),
+    "llguidance": ("llmtrain/infer/guides.py",),
     "lm_eval": ("llmtrain/infer/evaluation/harness.py",),
     "ftfy": ("data_pipelines/steps/normalization.py",),
     "resiliparse": ("data_pipelines/",),

@@ -6,10 +6,11 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from tests.support.command import TIMEOUT_SECONDS
@@ -159,9 +160,57 @@ def test_errors_are_openais(client: openai.OpenAI, kind: type[openai.APIStatusEr
 
 
 def test_a_chat_asks_for_what_is_not_done(client: openai.OpenAI) -> None:
-    for more in ({"response_format": {"type": "json_object"}}, {"top_logprobs": 2}, {"tool_choice": "required"}):
+    for more in ({"top_logprobs": 2}, {"tool_choice": "required"}):
         with pytest.raises(openai.BadRequestError):
             chatted(client, **more)
+
+
+class Answer(pydantic.BaseModel):
+    """Short enough to be whole in a few tokens."""
+
+    yes: bool
+    kind: Literal["a", "b"]
+
+
+def test_answers_in_json(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "a"}]
+
+    def parsed(seed: int) -> Any:
+        answer = client.chat.completions.parse(
+            model="llama", messages=messages, response_format=Answer, max_tokens=48, seed=seed
+        ).choices[0]
+        assert answer.finish_reason == "stop" and isinstance(answer.message.parsed, Answer), answer
+        return answer.message.parsed
+
+    assert len({str(parsed(seed)) for seed in range(8)}) > 1, "what the schema leaves open, the model says"
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [7, "b", None]}, "strict": True}}
+    several = chatted(client, response_format=schema, n=4).choices
+    assert all(json.loads(choice.message.content) in (7, "b", None) for choice in several)
+    stream = chatted(client, response_format=schema, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in stream) == several[0].message.content
+    cut = chatted(client, response_format={"type": "json_object"}, max_tokens=2).choices[0]
+    assert cut.message.content.startswith("{") and cut.finish_reason == "length"
+    logs = chatted(client, response_format=schema, logprobs=True, top_logprobs=20).choices[0].logprobs.content
+    assert "".join(bytes(entry.bytes).decode() for entry in logs) == several[0].message.content
+    assert logs[0].logprob < logs[0].top_logprobs[0].logprob, "the model's own, not what the schema leaves"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"type": "xml"}, "response_format.type"),
+        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "json_object", "json_schema": {"name": "x", "schema": {}}}, "json_schema"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": []}}, "response_format.json_schema.schema"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "person"}}}, "Invalid type"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://127.0.0.1:9/x"}}}, "fetch"),
+    ],
+    ids=range(6),
+)
+def test_forms_that_are_refused(client: openai.OpenAI, wanted: Any, told: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chatted(client, response_format=wanted)
+    assert told in caught.value.message and caught.value.param.startswith("response_format")
 
 
 def test_a_wrong_key_is_refused(server: Server) -> None:

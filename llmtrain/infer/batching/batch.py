@@ -46,14 +46,21 @@ class ContinuousBatch:
         rows = {part.request: row for part, row in zip(parts, logits, strict=True)}
         found = list[NewToken]()
         for new in self.scheduler.done(plan, tokens):
-            count, row_V = self._requests[new.request].logprobs, rows[new.request]
-            found.append(new if count is None else replace(new, logprobs=LogProbs.of(row_V, new.token, count)))
+            request, row_V = self._requests[new.request], rows[new.request]
+            if request.logprobs is not None:
+                new = replace(new, logprobs=LogProbs.of(row_V, new.token, request.logprobs))
+            if request.guide is not None and not request.guide.take(new.token) and new.ending is None:
+                new = replace(new, ending="length")
+                self.scheduler.cancel(new.request)
+            found.append(new)
             if new.ending is not None:
                 del self._requests[new.request]
         return found
 
     def _chosen(self, part: PromptChunk | DecodeRow, logits_V: torch.Tensor, best: int) -> int:
         request = self._requests[part.request]
-        if request.sampling.temperature == 0:
+        if request.guide is not None:
+            logits_V = logits_V.masked_fill(~request.guide.allowed().to(logits_V.device), -torch.inf)
+        elif request.sampling.temperature == 0:
             return best
         return choose(logits_V, request.sampling, drawn(request.sampling.seed, request.text, part.end))

@@ -1,12 +1,26 @@
 """What is asked of a batch: a prompt and how to go on from it; and what comes back, token by token."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from llmtrain.infer.batching.sampling import LogProbs, Sampling
 
 Ending = Literal["stop", "length"]
 """Why a text has ended: at one of its ends, or because nothing more was asked for or would fit."""
+
+
+class Guide(Protocol):
+    """What one text may go on with. It goes along with the text, and so belongs to one request."""
+
+    def allowed(self) -> Tensor:
+        """[vocabulary], true for the tokens that may come next."""
+        ...
+
+    def take(self, token: int) -> bool:
+        """Go on by a token. False where nothing more can be said, and the text has to end."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class Request:
     logprobs: int | None = None
     """How many of the likeliest tokens are told with each; None: no probabilities."""
     source: tuple[int, ...] = ()
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)

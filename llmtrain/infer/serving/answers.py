@@ -72,9 +72,9 @@ class Form:
         pairs = list(zip(tokens, logs, strict=False))
         if self.is_chat:
             return {"content": [self._told(token, each) for token, each in pairs], "refusal": None}
-        names = [self._name(token)[0] for token, _ in pairs]
+        names = [self._name(token) for token, _ in pairs]
         offsets = [offset + sum(map(len, names[:number])) for number in range(len(names))]
-        likeliest = [{self._name(token)[0]: log for token, log in each.likeliest} for _, each in pairs]
+        likeliest = [{self._name(token): log for token, log in each.likeliest} for _, each in pairs]
         return {
             "tokens": names, "token_logprobs": [each.chosen for _, each in pairs], "text_offset": offsets,
             "top_logprobs": likeliest if self.likely else None,
@@ -87,14 +87,14 @@ class Form:
         }
 
     def _entry(self, token: int, log: float) -> dict[str, Any]:
-        name, whole = self._name(token)
-        return {"token": name, "logprob": log, "bytes": list(name.encode()) if whole else None}
+        known = self.model.token_bytes or []
+        spelled = known[token] if token < len(known) else b""
+        return {"token": self._name(token), "logprob": log, "bytes": list(spelled) or None}
 
-    def _name(self, token: int) -> tuple[str, bool]:
-        """(The token's text, True); of one that is no whole character, or gives none, (as the tokenizer writes it,
-        False)."""
+    def _name(self, token: int) -> str:
+        """The token's text; of one that is no whole character, or gives none, as the tokenizer writes it."""
         text = decode_with_names([token], self.model.tokenizer, self.model.named.sentinels)
-        pieces = self.model.tokenizer.pieces
         if text and INCOMPLETE not in text:
-            return text, True
-        return (pieces[token] if token < len(pieces) else f"<{token}>"), False
+            return text
+        pieces = self.model.tokenizer.pieces
+        return pieces[token] if token < len(pieces) else f"<{token}>"

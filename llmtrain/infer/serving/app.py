@@ -151,7 +151,8 @@ async def complete(service: Service, request: Request) -> Response:
 async def chat(service: Service, request: Request) -> Response:
     asked = AskedChat.of(await content_of(service, request))
     service.require_model(asked.model)
-    call = service.chat(asked)
+    guide = await asyncio.to_thread(service.guide, asked)  # others are answered meanwhile
+    call = service.chat(asked, guide)
     return await written(
         service, request, asked, call, Form(service.model, service.name, "chat.completion", call.likely)
     )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llmtrain.infer.batching.sampling import LEAST_TEMPERATURE, Sampling
 
@@ -142,6 +142,39 @@ class AskedCompletion(Written):
     best_of: int | None = None
 
 
+class AskedSchema(BaseModel):
+    """What a text must be. `strict` or not, it is."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    name: str
+    content: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class AskedFormat(BaseModel):
+    """The form of an answer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: AskedSchema | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "AskedFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema: goes with the type json_schema, which needs it")
+        return self
+
+    @property
+    def wanted(self) -> dict[str, Any] | None:
+        """The JSON schema of an answer; None for a text of any kind."""
+        if self.json_schema is not None:
+            return self.json_schema.content
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class AskedChat(Written):
     """/v1/chat/completions"""
 
@@ -152,7 +185,7 @@ class AskedChat(Written):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LIKELY)] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: AskedFormat | None = None
 
 
 class AskedEmbedding(RequestFields):

@@ -2,11 +2,13 @@
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.infer.batching.request import Request
+from llmtrain.infer.guides import JsonGuide, JsonGuides
 from llmtrain.infer.serving.asked import AskedChat, AskedCompletion, AskedError, Written
 from llmtrain.infer.serving.batch_thread import BatchThread
 from llmtrain.infer.serving.choices import Choices
@@ -70,13 +72,20 @@ class Service:
         prefixes = echoed or [""] * len(prompts)
         return self._call(asked, "prompt", prompts, prefixes, asked.max_tokens or DEFAULT_NEW_TOKENS, asked.logprobs)
 
-    def chat(self, asked: AskedChat) -> Call:
+    def guide(self, asked: AskedChat) -> JsonGuide | None:
+        """What holds an answer to its form. It may take seconds to make, in any thread. Raises AskedError."""
+        schema = asked.response_format and asked.response_format.wanted
+        if schema is None:
+            return None
+        return self.faults_as("response_format", lambda: self._guides.of_schema(schema))
+
+    @cached_property
+    def _guides(self) -> JsonGuides:
+        return JsonGuides(self.model.tokenizer, self.model.config.vocabulary, self.model.ends)
+
+    def chat(self, asked: AskedChat, guide: JsonGuide | None) -> Call:
         """Raises AskedError."""
         self._require_writing()
-        wanted = (asked.response_format or {}).get("type", "text")
-        if wanted != "text":
-            told = f"response_format: {wanted!r:.60}: this server writes text only."
-            raise AskedError(told, "response_format", code="unsupported_value")
         if asked.top_logprobs is not None and not asked.logprobs:
             raise AskedError("top_logprobs: goes with logprobs: true.", "top_logprobs")
         said: dict[str, Any] = {"messages": [plain_message(message) for message in asked.messages]}
@@ -84,9 +93,11 @@ class Service:
             said["tools"] = asked.tools
         prompt = self.faults_as("messages", lambda: self.model.answer(said))
         longest = asked.max_completion_tokens or asked.max_tokens or self.limits.max_tokens
-        return self._call(
-            asked, "messages", [prompt], [""], longest, (asked.top_logprobs or 0) if asked.logprobs else None
-        )
+        likely = (asked.top_logprobs or 0) if asked.logprobs else None
+        call = self._call(asked, "messages", [prompt], [""], longest, likely)
+        if guide is None:
+            return call
+        return replace(call, requests=[replace(request, guide=guide.copy()) for request in call.requests])
 
     def written(self, call: Call) -> Choices:
         """The texts of a call, as a context."""

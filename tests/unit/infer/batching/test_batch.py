@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.infer.batching.batch import ContinuousBatch
-from llmtrain.infer.batching.request import Request
+from llmtrain.infer.batching.request import NewToken, Request
 from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.batching.scheduler import BatchStep, Limits
 from llmtrain.infer.model import logits_of
@@ -154,3 +154,41 @@ def test_an_end_is_the_last_token() -> None:
     found = [new for _ in range(9) for new in batch.step()]
     assert [new.token for new in found] == first[: first.index(first[3]) + 1]
     assert found[-1].ending == "stop" and not batch.step()
+
+
+class OneOf:
+    """Lets a text go on with these tokens only, and ends it after so many."""
+
+    def __init__(self, tokens: set[int], most: int) -> None:
+        self.tokens, self.left = tokens, most
+
+    def allowed(self) -> Tensor:
+        return torch.tensor([token in self.tokens for token in range(tiny_model().vocabulary)])
+
+    def take(self, token: int) -> bool:
+        assert token in self.tokens
+        self.left -= 1
+        return self.left > 0
+
+
+def test_a_guided_text_goes_its_way_among_others() -> None:
+    """Alone or in a crowd that is put back and forth, with its own tokens only; it ends where its guide has no more to
+    say, and leaves nothing behind."""
+    model, ways = built(), (Sampling(0), Sampling(1.0, seed=4), Sampling(1.0, top_p=0.5, seed=5))
+
+    def told(others: list[Request], limits: Limits) -> list[list[NewToken]]:
+        batch = ContinuousBatch(model, limits)
+        guided = [batch.add(Request((5, 6, 7), 40, way, guide=OneOf({3, 9, 11}, 6))) for way in ways]
+        for request in others:
+            batch.add(request)
+        found: dict[int, list[NewToken]] = {number: [] for number in guided}
+        while not batch.is_idle:
+            for new in batch.step():
+                found.get(new.request, []).append(new)
+        assert batch.scheduler.pool.available == batch.scheduler.pool.size
+        return [found[number] for number in guided]
+
+    alone = told([], Limits.of(model.config, 3))
+    assert [[new.ending for new in text] for text in alone] == [[None] * 5 + ["length"]] * 3
+    crowded = told(requests(random.Random(2), encodes=False), replace(Limits.of(model.config, 5), chunk=2 * BLOCK))
+    assert [[new.token for new in text] for text in crowded] == [[new.token for new in text] for text in alone]

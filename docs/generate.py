@@ -25,8 +25,8 @@ INTRODUCTION = """\
 
 Written by `make docs` from the modules of `llmtrain/config/`. Do not edit it by hand.
 
-A run is one YAML 1.2 file. It must give `name`, `model`, `data.train`, and either `train.steps` or `train.tokens`.
-A key that is not on this page is an error.
+A run is one YAML 1.2 file. It must give `name`, `model`, `data.train`, and one of `train.steps`, `train.tokens` and
+`train.epochs`. A key that is not on this page is an error.
 
 - `base: FILE`, or a list of files, may stand at the top of the file and of any section. The keys of that file come
   first, the keys beside `base` win over them. The path is relative to the file that it stands in.

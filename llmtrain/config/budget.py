@@ -2,7 +2,8 @@
 
 A budget in tokens counts what was read, whatever the batch size was: the run ends with the first whole step that
 reaches it. Its schedule goes by tokens too. It counts them in steps of the size that the run's first step had, so
-that `optim.warmup_steps` and `optim.decay_steps` keep meaning the same tokens when the batch size changes.
+that `optim.warmup_steps` and `optim.decay_steps` keep meaning the same tokens when the batch size changes. A budget in
+epochs of the data is one in tokens, once the data was looked at.
 """
 
 from collections.abc import Mapping

@@ -57,12 +57,17 @@ class RampConfig(Section):
 class TrainConfig(Section):
     """How long, how large, how precise."""
 
-    steps: Steps | None = Field(default=None, description="Optimizer steps in all; absent: from tokens.")
+    steps: Steps | None = Field(default=None, description="Optimizer steps in all; absent: from tokens or epochs.")
     tokens: Annotated[int, Field(ge=1, le=10**18), AsWhole] | None = Field(
         default=None,
         description="Tokens of data in all, instead of steps; rounded up to whole steps. A step reads "
         "global_batch_size x data.seq_len, however few of them the objective predicts. What was read counts, whatever "
         "the batch size was; the schedule goes by it.",
+    )
+    epochs: Annotated[int, Field(ge=1, le=10**6), AsWhole] | None = Field(
+        default=None,
+        description="How often the one source of data.train is read, instead of steps: as many tokens as its samples "
+        "of so many epochs have. The run's config.yaml has these tokens too.",
     )
     global_batch_size: Batch = Field(
         default=16, description="Sequences per step over all ranks. With a batch_ramp, those that the run begins with."
@@ -361,9 +366,10 @@ class RunConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run; a budget in tokens is rounded up to whole steps."""
+        """Optimizer steps of the whole run; a budget in tokens is rounded up to whole steps. Of epochs nobody knows it
+        until the data is read."""
         if self.train.steps is not None:
             return self.train.steps
         if self.train.tokens is None:
-            raise ValueError("neither train.steps nor train.tokens is set")
+            raise ValueError("neither train.steps nor train.tokens is known")
         return self.train.batch_sizes.last_step(-(-self.train.tokens // self.data.seq_len))

@@ -1,8 +1,8 @@
 """A run's configuration with everything that follows from it and from its data, derived once per process and handed on.
 
 What the configuration leaves open is filled in here, before a run starts, so that the run folder says it: the kind of
-windows, and the ids that the model has to know, of the data's tokenizer and of its objective. Imports no torch, and a
-tokenizer only where one has to be asked.
+windows, the ids that the model has to know, of the data's tokenizer and of its objective, and how many tokens epochs
+are. Imports no torch, and a tokenizer only where one has to be asked.
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -25,6 +25,7 @@ from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.parallel.layout import Layout, plan_layout
 from llmtrain.preflight.beginning import run_origin
 from llmtrain.preflight.data_identity import evaluation_record, windows_of
+from llmtrain.preflight.epochs import with_epochs
 from llmtrain.preflight.label_fit import fill_labels
 from llmtrain.preflight.task_files import run_tasks
 
@@ -47,7 +48,8 @@ source may be named twice: a process reads each manifest once."""
 @dataclass(frozen=True)
 class ResolvedRun:
     """All that a run is made from. In `config` everything that the data decides is filled in: vocabulary size, special
-    tokens and kind of windows. `asked` is the user's. `train` and `valid` are manifests of the sources, in order."""
+    tokens, kind of windows, tokens of epochs. `asked` is the user's. `train` and `valid` are manifests of the sources,
+    in order."""
 
     config: RunConfig
     asked: RunConfig
@@ -94,7 +96,8 @@ def resolve(config: RunConfig) -> ResolvedRun:
     if isinstance(filled, list):
         raise ConfigError(filled)
     valid = read_manifests(config.data.valid, config.data, manifests)
-    return ResolvedRun(with_windows(filled), config, train, valid, run_tasks(config))
+    filled = with_epochs(with_windows(filled), train)
+    return ResolvedRun(filled, config, train, valid, run_tasks(config))
 
 
 def read_manifests(sources: tuple[DataSetConfig, ...], data: DataConfig, manifests: Manifests) -> tuple[Manifest, ...]:

@@ -115,7 +115,8 @@ def lasting_problems(config: RunConfig, manifests: Sequence[Manifest]) -> list[P
         f"run takes {needed:,}, up to step {last_step:,}. Raise one of them"
         + (f", or set train.steps={fitting}." if fitting > seen.step else ".")
     )
-    return [Problem("data.train", message, uses=(*keys, "train.steps", "train.tokens", "train.global_batch_size"))]
+    uses = (*keys, "train.steps", "train.tokens", "train.epochs", "train.global_batch_size")
+    return [Problem("data.train", message, uses=uses)]
 
 
 def _position(config: RunConfig) -> tuple[Seen, int]:

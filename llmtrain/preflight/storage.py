@@ -29,6 +29,7 @@ from llmtrain.data.stream import data_use
 from llmtrain.data.target_sources import target_faults
 from llmtrain.errors import ConfigError, DataError, Problem
 from llmtrain.optim.table import row_of
+from llmtrain.preflight.epochs import epochs_problems, with_epochs
 from llmtrain.preflight.label_fit import LABEL_KEYS
 from llmtrain.preflight.resolve import (
     SPECIAL_KEY,
@@ -112,7 +113,9 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
     if not problems and all(training):
         trained = [manifest for manifest in training if manifest]
         valid = [manifests[key] for key in manifests if key.startswith("data.valid.")]
-        problems.extend(too_long_problems(config, trained, valid) or lasting_problems(config, trained))
+        problems.extend(too_long_problems(config, trained, valid) or epochs_problems(config, trained))
+        config = config if problems else with_epochs(config, trained)
+        problems.extend([] if problems else lasting_problems(config, trained))
     # A size that could not be filled in differs from the checkpoint's for that reason only.
     unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size", *LABEL_KEYS)
     problems.extend(found for found in difference_problems(config, manifests) if not found.key.startswith(unknown))

@@ -20,7 +20,7 @@ Pid = Annotated[int, Field(gt=0, lt=2**31)]
 NEXT_ACTIONS: dict[Status, str] = {
     "running": "wait",
     "restarting": "wait: all ranks are started again from the newest valid checkpoint",
-    "done": "nothing: more than {step} steps go on (train.steps or train.tokens)",
+    "done": "nothing: more than {step} steps go on (train.steps, train.tokens or train.epochs)",
     "preempted": "start the same command again: it continues",
     "failed": "mend the cause, then start the same command again: it continues from the newest valid checkpoint",
     "stalled": "mend the cause first: started again as it is, it would fail at the same place",

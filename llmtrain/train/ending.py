@@ -11,7 +11,10 @@ from llmtrain.words import counted
 
 def nothing_left(config: RunConfig, seen: Seen) -> str:
     """The text of a run that has nothing left to do, with the key that would change that."""
-    steps, tokens = config.train.steps, config.train.tokens
+    steps, tokens, epochs = config.train.steps, config.train.tokens, config.train.epochs
+    if epochs is not None:
+        done = f"{seen.data_tokens} tokens in {seen.step} steps, and train.epochs = {epochs} are {tokens}"
+        return f"already done, {done}. Raise train.epochs to go on."
     if tokens is not None:
         done = f"{seen.data_tokens} tokens in {seen.step} steps, and train.tokens asks for {tokens}"
         return f"already done, {done}. Raise train.tokens above {seen.data_tokens} to go on."

@@ -181,7 +181,7 @@ class StallLimit:
         """Raise NoProgressError where a run that has made its last step has nothing to show for it."""
         skipped = state.skipped_in_row
         if skipped and (skipped == state.step or skipped >= SKIPPED_AT_END):
-            more = f"More than {state.step:,} steps (train.steps or train.tokens) go on from here"
+            more = f"More than {state.step:,} steps (train.steps, train.tokens or train.epochs) go on from here"
             raise NoProgressError(f"{skipped_text(state)}. {self._advice(state)} {more}.")
 
     def _advice(self, state: TrainState) -> str:

@@ -1,4 +1,5 @@
-"""`train.tokens` through the command: another batch size on resume, a longer budget, and a run that has had its own."""
+"""`train.tokens` and `train.epochs` through the command: another batch size on resume, a longer budget, and a run that
+has had its own."""
 
 import json
 from pathlib import Path
@@ -45,3 +46,17 @@ def test_the_dry_run_says_where_the_budget_ends(workspace: Path) -> None:
     options = ("train.steps=null", f"train.tokens={20 * STEP}", "train.global_batch_size=32", "--dry-run", "--json")
     outline = json.loads(llmtrain("train", "run.yaml", *options, folder=workspace).stdout)
     assert (outline["steps"], outline["tokens"], outline["continues"]["step"]) == (15, 20 * STEP, 10)
+
+
+def test_epochs_of_the_data_end_where_its_samples_do(workspace: Path) -> None:
+    """The ranks, who read the run again for themselves, see the same length; so does a resume with more epochs."""
+    run, tokens = workspace / "runs" / "tiny", json.loads((workspace / "data" / "train" / "manifest.json").read_text())
+    stream = sum(shard["tokens"] + shard["samples"] for shard in tokens["shards"])
+    rare = ("train.steps=null", "evaluate.every_steps=0", "checkpoint.every_steps=0")
+    for epochs, size in ((1, 256), (2, 512)):
+        asked = (*rare, f"train.epochs={epochs}", f"train.global_batch_size={size}", "launch.num_workers=2")
+        done = llmtrain("train", "run.yaml", *asked, folder=workspace)
+        assert done.returncode == 0, done.stderr
+        state = json.loads(sorted(run.glob("checkpoints/*/state.json"))[-1].read_text("utf-8"))["train"]
+        assert 0 <= state["samples"] - (epochs * stream - 1) // 64 < size
+    assert "train.epochs = 2 are" in llmtrain("train", "run.yaml", *asked, folder=workspace).stdout

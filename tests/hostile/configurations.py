@@ -24,10 +24,10 @@ TRAIN = ("train", "run.yaml", "checkpoint.resume=none", "name=other", "train.ste
 TOO_LARGE_TO_TRAIN = (
     *("model.hidden_size", "model.num_layers", "model.num_heads", "model.head_dim", "model.ffn_hidden_size"),
     *("model.vocab_size", "model.max_seq_len", "model.token_types", "model.num_kv_heads", "model.relative_buckets"),
-    *("model.attention.stride", "data.seq_len", "train.steps", "train.tokens", "launch.num_workers", "evaluate.steps"),
+    *("model.attention.stride", "data.seq_len", "train.steps", "train.tokens", "train.epochs", "launch.num_workers"),
     *("train.global_batch_size", "train.micro_batch_size", "observe.wandb", "launch.backend", "data.cache_dir"),
     *("model.num_encoder_layers", "launch.max_stalled_attempts", "output_dir", "model.moe.num_experts"),
-    *("train.compile", "model.moe.num_shared_experts", "model.moe.ffn_hidden_size"),
+    *("train.compile", "model.moe.num_shared_experts", "model.moe.ffn_hidden_size", "evaluate.steps"),
 )
 """Keys whose legal values need more memory, time or places than a test has."""
 

@@ -72,6 +72,7 @@ def drill_config(config: RunConfig, steps: int = STEPS) -> RunConfig:
             "output_dir": f"{config.run_dir}-drill",
             "train.steps": steps,
             "train.tokens": None,
+            "train.epochs": None,
             "train.deterministic": True,  # runs are compared bit for bit
             "checkpoint.every_steps": SAVE_EVERY,
             "checkpoint.keep": 3,

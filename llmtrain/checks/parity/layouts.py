@@ -75,7 +75,7 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
         sizes["num_labels"] = UNKNOWN_LABELS
     train = {
         "global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False,
-        "steps": 100, "tokens": None,
+        "steps": 100, "tokens": None, "epochs": None,
     }  # fmt: skip
     shrunk = model.with_keys(sizes)
     freeze = fitting_patterns(shrunk, config.optim.freeze)

@@ -16,6 +16,8 @@ FAMILIAR_NAMES = {
     "batch_size": "train.global_batch_size",
     "max_steps": "train.steps",
     "max_iters": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
     "dtype": "train.precision",
     "context_length": "data.seq_len",
     "gpus": "launch.num_workers",

@@ -46,16 +46,29 @@ def name_is_a_folder(config: RunConfig) -> Found:
 
 
 def one_budget(config: RunConfig) -> Found:
-    steps, tokens = config.train.steps, config.train.tokens
-    if steps is None and tokens is None:
-        message = "needs train.steps or train.tokens. Try train.steps=1000."
-        yield Problem("train", message, uses=("train.steps", "train.tokens"))
-    if steps is not None and tokens is not None:
+    """Tokens beside epochs are what these come to; whether they are, the data knows."""
+    steps, others = config.train.steps, {"tokens": config.train.tokens, "epochs": config.train.epochs}
+    given = {name: value for name, value in others.items() if value is not None}
+    if steps is None and not given:
+        message = "needs train.steps, train.tokens or train.epochs. Try train.steps=1000."
+        yield Problem("train", message, uses=("train.steps", "train.tokens", "train.epochs"))
+    for name, value in given.items() if steps is not None else ():
         message = (
-            f"train.steps = {steps} already says how long to train. Remove one of the two: train.tokens=null, or "
+            f"train.steps = {steps} already says how long to train. Remove one of the two: train.{name}=null, or "
             "train.steps=null."
         )
-        yield Problem("train.tokens", message, tokens, uses=("train.steps",))
+        yield Problem(f"train.{name}", message, value, uses=("train.steps",))
+
+
+def epochs_are_of_one_source(config: RunConfig) -> Found:
+    epochs, sources = config.train.epochs, len(config.data.train)
+    if epochs is not None and sources > 1:
+        message = (
+            f"data.train has {sources} sources, of which weights and limits decide how often each is read: they have "
+            "no epoch together. Set train.steps or train.tokens; `llmtrain train --dry-run` says how many epochs of "
+            "each source that is."
+        )
+        yield Problem("train.epochs", message, epochs, uses=("data.train",))
 
 
 def heads_divide_hidden_size(config: RunConfig) -> Found:
@@ -139,7 +152,7 @@ def profile_is_inside_the_run(config: RunConfig) -> Found:
         yield Problem("observe.profile.steps", message, [first, last])
         return
     if (config.train.steps is None) == (config.train.tokens is None):
-        return
+        return  # of epochs the data has to be asked first
     end = config.total_steps
     if last > end:
         uses = ("train.steps", "train.tokens", "train.global_batch_size", "data.seq_len")
@@ -246,6 +259,7 @@ def schedule_warnings(config: RunConfig) -> list[str]:
 RULES = (
     name_is_a_folder,
     one_budget,
+    epochs_are_of_one_source,
     heads_divide_hidden_size,
     kv_heads_divide_heads,
     rope_needs_even_heads,

@@ -193,7 +193,9 @@ CASES = [
         append="  tokens: 1e6\n",
     ),
     Case(
-        "no budget", ("train (run.yaml:10): needs train.steps or train.tokens.", "Try"), replace=("  steps: 10\n", "")
+        "no budget",
+        ("train (run.yaml:10): needs train.steps, train.tokens or train.epochs.", "Try"),
+        replace=("  steps: 10\n", ""),
     ),
     Case(
         "heads do not divide the width",

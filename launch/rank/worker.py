@@ -122,7 +122,8 @@ class Attempt:
         """All that is said at the end of a run that is done: an early stop, skipped steps, the best checkpoint."""
         best = ""
         if self.resolved.config.checkpoint.keep_best:
-            best = best_text(self.resolved.run_dir / CHECKPOINTS, self.start.manager.best())
+            metric = self.resolved.config.evaluate.metric
+            best = best_text(self.resolved.run_dir / CHECKPOINTS, self.start.manager.best(), metric)
         return "; ".join(filter(None, (self._stopped_early(state), skipped_text(state), best)))
 
     @property

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmtrain.checkpoint.folders import (
+    BEST_BY,
     CHECKPOINTS,
     MANIFEST,
     best_of,
@@ -17,6 +18,7 @@ from llmtrain.checkpoint.folders import (
 )
 from llmtrain.checkpoint.manifest import CheckpointUnusableError, load_manifest
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.config.metrics import row_of_metric
 from llmtrain.errors import CheckpointError, ConfigError
 
 _logger = logging.getLogger(__name__)
@@ -39,16 +41,17 @@ def open_newest(path: Path) -> CheckpointReader:
     return open_checkpoint(checkpoint_folders(path)[-1])
 
 
-def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
+def find_checkpoint(path: Path, also: Sequence[str] = (), moved_base: Path | None = None) -> CheckpointReader:
     """The checkpoint at a path, or the newest valid one of the run at a path; every file is hashed.
 
-    `also` are other kinds of folders that could have been given, for the error. Raises ConfigError where there is
+    `also` are other kinds of folders that could have been given, for the error; `moved_base` is as in
+    `open_checkpoint`. Raises ConfigError where there is
     neither, CheckpointError where it is damaged.
     """
     if is_checkpoint(path):
-        return open_checkpoint(path)
+        return open_checkpoint(path, moved_base=moved_base)
     folder = folder_of_checkpoints(path)
-    newest = find_newest_valid(folder, warn=_logger.warning)[0] if folder else None
+    newest = find_newest_valid(folder, _logger.warning, moved_base=moved_base)[0] if folder else None
     if newest is not None:
         return newest
     kinds = [
@@ -67,9 +70,9 @@ def find_checkpoint(path: Path, also: Sequence[str] = ()) -> CheckpointReader:
 
 
 def best_checkpoint(run: Path) -> Path:
-    """The checkpoint with the lowest validation loss of the run at a path, by the manifests.
+    """The best checkpoint by evaluate.metric of the run at a path, by the manifests.
 
-    Only losses that were measured as the newest one are compared. Raises ConfigError where there is none.
+    Only values that were measured as the newest one are compared. Raises ConfigError where there is none.
     """
     folder = None if is_checkpoint(run) else folder_of_checkpoints(run)
     if folder is None:
@@ -79,22 +82,27 @@ def best_checkpoint(run: Path) -> Path:
         with suppress(CheckpointError):  # what is damaged is not the best; who takes it would say so
             abouts[step] = load_manifest(folder / step_folder_name(step)).about
     measured = {step: about for step, about in abouts.items() if isinstance(about.get("metric"), int | float)}
-    newest = measured[max(measured)].get("evaluated_on") if measured else None
-    best = best_of({step: about["metric"] for step, about in measured.items() if about.get("evaluated_on") == newest})
+    newest = measured[max(measured)] if measured else {}
+    row, on = row_of_metric(newest.get(BEST_BY, "loss")), newest.get("evaluated_on")
+    compared = {step: about["metric"] for step, about in measured.items() if about.get("evaluated_on") == on}
+    best = best_of(compared, row.rises) if row else None
     if best is None:
         raise ConfigError(
-            f"{run}: no checkpoint has a validation loss, so none is the best. Name one of them, or train with "
-            "evaluate.every_steps and checkpoint.keep_best=true."
+            f"{run}: no checkpoint was measured by a metric that is known, so none is the best. Name one of them, or "
+            "train with evaluate.every_steps and checkpoint.keep_best=true."
         )
     return folder / step_folder_name(best[0])
 
 
 def find_newest_valid(
-    checkpoints: Path, warn: Callable[[str], object], before_step: int | None = None
+    checkpoints: Path,
+    warn: Callable[[str], object],
+    before_step: int | None = None,
+    moved_base: Path | None = None,
 ) -> tuple[CheckpointReader | None, list[tuple[Path, CheckpointError]]]:
     """The newest checkpoint that is whole, and the damaged ones that were passed over. Changes nothing.
 
-    With `before_step`, of those before that step.
+    With `before_step`, of those before that step; `moved_base` is as in `open_checkpoint`.
 
     None only for a folder without checkpoints. Raises CheckpointError where there are some and none is valid: a run
     must not start again from nothing by itself. CheckpointUnusableError (a newer format, no permission) is
@@ -106,7 +114,7 @@ def find_newest_valid(
             continue
         path = checkpoints / step_folder_name(step)
         try:
-            return open_checkpoint(path), damaged
+            return open_checkpoint(path, moved_base=moved_base), damaged
         except CheckpointUnusableError:
             raise  # to go on from an older one would throw away training that is whole
         except CheckpointError as error:

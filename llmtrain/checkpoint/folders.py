@@ -27,6 +27,9 @@ LONGEST_MANIFEST = 256 << 20
 MANIFEST_HASH = "manifest.json.sha256"
 CONFIG = "config.yaml"
 STATE = "state.json"
+BEST_BY = "best_by"
+"""In a manifest: the name of its metric; older ones have none, and it is the loss."""
+
 BASE = "base"
 """In a manifest's `about`: path and manifest_sha256 of the checkpoint that has its frozen weights."""
 
@@ -70,6 +73,14 @@ def folder_of_checkpoints(path: Path) -> Path | None:
     return next((folder for folder in (path / CHECKPOINTS, path) if checkpoint_steps(folder)), None)
 
 
+def checkpoints_at(path: Path) -> list[Path]:
+    """The checkpoints with a manifest that a path means: itself, or those of a run, the newest first."""
+    folder = folder_of_checkpoints(path)
+    steps = checkpoint_steps(folder) if folder else []
+    found = [path] if is_checkpoint(path) else [folder / step_folder_name(step) for step in steps if folder]
+    return [each for each in found if (each / MANIFEST).is_file()]
+
+
 def nearest_checkpoint(path: Path) -> Path | None:
     """The likely meaning of a wrong path: a run below it, or a checkpoint or a run beside or above it.
 
@@ -107,27 +118,28 @@ def _as_written(found: Path, given: Path) -> Path:
     return found.relative_to(here) if not given.is_absolute() and found.is_relative_to(here) else found
 
 
-def steps_to_remove(metrics: Mapping[int, float | None], settings: CheckpointConfig) -> list[int]:
+def steps_to_remove(metrics: Mapping[int, float | None], settings: CheckpointConfig, rises: bool = False) -> list[int]:
     """Which checkpoints to delete, oldest first.
 
-    Kept are the newest `keep`, every multiple of `keep_every_steps`, and with `keep_best` the one with the lowest
-    metric (of equal ones the oldest). `metrics` holds all that exist, None where a checkpoint has no metric.
+    Kept are the newest `keep`, every multiple of `keep_every_steps`, and with `keep_best` the best by `best_of`.
+    `metrics` holds all that exist, None where a checkpoint has no metric.
     """
     kept = set(sorted(metrics)[-settings.keep :])
     if settings.keep_every_steps:
         kept |= {step for step in metrics if step % settings.keep_every_steps == 0}
-    best = best_of(metrics)
+    best = best_of(metrics, rises)
     if settings.keep_best and best is not None:
         kept.add(best[0])
     return sorted(metrics.keys() - kept)
 
 
-def best_of(metrics: Mapping[int, float | None]) -> tuple[int, float] | None:
-    """The step with the lowest metric (of equal ones the oldest) and that metric; None where no step has one."""
+def best_of(metrics: Mapping[int, float | None], rises: bool = False) -> tuple[int, float] | None:
+    """The step with the lowest metric, the highest where it `rises` (of equal ones the oldest), and that metric; None
+    where no step has one."""
     measured = [(metric, step) for step, metric in metrics.items() if metric is not None]
     if not measured:
         return None
-    metric, step = min(measured)
+    metric, step = min(measured, key=lambda found: (-found[0] if rises else found[0], found[1]))
     return step, metric
 
 

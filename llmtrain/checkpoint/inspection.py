@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from llmtrain.checkpoint.folders import step_of_folder
+from llmtrain.checkpoint.folders import BEST_BY, step_of_folder
 from llmtrain.checkpoint.manifest import CheckpointManifest, load_manifest
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader, TensorInfo, checkpoint_problems, open_checkpoint
@@ -26,6 +26,7 @@ class Summary:
     size_bytes: int
     num_tensors: int
     metric: float | None
+    metric_name: str
     problem: str | None
 
 
@@ -33,11 +34,11 @@ def summary_of(path: Path) -> Summary:
     """Reads the manifest only, and hashes nothing."""
     try:
         reader = open_checkpoint(path, verify=False)
-        num_tensors, metric = len(list(reader.tensors())), reader.about.get("metric")
-        return Summary(str(path), reader.step, reader.size_bytes, num_tensors, metric, None)
+        num_tensors, name = len(list(reader.tensors())), str(reader.about.get(BEST_BY, "loss"))
+        return Summary(str(path), reader.step, reader.size_bytes, num_tensors, reader.about.get("metric"), name, None)
     except CheckpointError as error:
         size_bytes = sum(entry.lstat().st_size for entry in path.iterdir())
-        return Summary(str(path), step_of_folder(path.resolve().name), size_bytes, 0, None, str(error))
+        return Summary(str(path), step_of_folder(path.resolve().name), size_bytes, 0, None, "", str(error))
 
 
 def verified(path: Path) -> tuple[CheckpointManifest | None, list[str]]:

@@ -14,6 +14,7 @@ from llmtrain.checkpoint.agreement import RankStore, SaveMessages
 from llmtrain.checkpoint.find import find_newest_valid
 from llmtrain.checkpoint.folders import (
     BASE,
+    BEST_BY,
     best_of,
     checkpoint_steps,
     step_folder_name,
@@ -25,7 +26,7 @@ from llmtrain.checkpoint.manifest import (
     load_manifest,
     writing_folder_name,
 )
-from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.checkpoint.writer import (
     Contents,
     HostCopy,
@@ -37,6 +38,7 @@ from llmtrain.checkpoint.writer import (
     start_checkpoint,
     write_rank_files,
 )
+from llmtrain.config.metrics import row_of_metric
 from llmtrain.config.schema import CheckpointConfig
 from llmtrain.errors import CheckpointError, SaveError
 from llmtrain.files import sync_folder
@@ -63,8 +65,8 @@ class CheckpointManager:
     """Saves and finds the checkpoints of one run.
 
     `folder` is the run's `checkpoints` folder. Make one only while holding the run folder's lock: it removes what
-    killed saves left behind. `about` says where checkpoints come from (layout, engine), and with `evaluated_on` what
-    their metric was measured on; it goes into each manifest.
+    killed saves left behind. `about` says where checkpoints come from (layout, engine), and with `evaluated_on` and
+    `best_by` what their metric is and was measured on; it goes into each manifest.
     Where several ranks hold the state, each has a manager with `ranks`; all save the same steps, in the same order.
     Rank 0, which holds the lock, publishes what all have written, and reports. Where one rank cannot write, the
     checkpoint is not there for any of them.
@@ -91,6 +93,8 @@ class CheckpointManager:
         self._running: tuple[int, Future[None]] | None = None
         self._failure: SaveError | None = None
         self._metrics: dict[int, float | None] = {}
+        self.moved_base: Path | None = None
+        """Where a base is looked for that is not where it was: see `open_checkpoint`."""
         if self._reports_here:
             recover(self._folder)
 
@@ -108,7 +112,17 @@ class CheckpointManager:
 
     def best(self) -> tuple[int, float] | None:
         """The step and the metric of the best checkpoint on the disk, of those whose metrics can be compared."""
-        return best_of({step: self._metric(step) for step in self.latest_steps()})
+        return best_of({step: self._metric(step) for step in self.latest_steps()}, self._rises)
+
+    @property
+    def _rises(self) -> bool:
+        row = row_of_metric(self._about.get(BEST_BY, "loss"))
+        assert row is not None, "a key of the configuration"
+        return row.rises
+
+    def open(self, path: Path) -> CheckpointReader:
+        """One that another rank has found valid: its tensor files are not hashed again."""
+        return open_checkpoint(path, verify=False, moved_base=self.moved_base)
 
     def newest_valid(self, before_step: int | None = None) -> CheckpointReader | None:
         """The newest checkpoint that is whole, every file hashed, of those before a step; None where there is none.
@@ -117,7 +131,7 @@ class CheckpointManager:
         again. Raises as `find_newest_valid` does, and then renames nothing.
         """
         self.wait()
-        reader, damaged = find_newest_valid(self._folder, self._warn, before_step)
+        reader, damaged = find_newest_valid(self._folder, self._warn, before_step, self.moved_base)
         for path, error in damaged:
             self._set_aside(path, "damaged", str(error))
         if before_step is None and not damaged:
@@ -136,7 +150,7 @@ class CheckpointManager:
         """Write the checkpoint of a step; with `async_save` it returns once the state is copied.
 
         Waits for the save before: two never run at once. `before_publish` runs right before the checkpoint becomes
-        visible, with `async_save` in the writer's thread. `metric` is the validation loss that `keep_best` goes by.
+        visible, with `async_save` in the writer's thread. `metric` is the value that `keep_best` goes by.
         What the file system does not take leaves nothing, is reported, and the next save may succeed. With
         `on_save_error` stop it is raised as SaveError: where it ran behind training, by `poll`, `wait` or the next one.
         """
@@ -269,7 +283,7 @@ class CheckpointManager:
         self.reports.ensure_held()
         metrics = {step: self._metric(step) for step in self.latest_steps()}
         try:
-            for step in steps_to_remove(metrics, self._settings):
+            for step in steps_to_remove(metrics, self._settings, self._rises):
                 remove_checkpoint(self._folder / step_folder_name(step))
                 self._metrics.pop(step, None)
         except OSError as error:
@@ -279,7 +293,7 @@ class CheckpointManager:
     def _metric(self, step: int) -> float | None:
         """The metric of a checkpoint, from its manifest when this process did not write it.
 
-        None where it was measured on something else than this process measures on: such losses cannot be compared.
+        None where it was measured on something else than this process measures on: such values cannot be compared.
         """
         if step not in self._metrics:
             try:

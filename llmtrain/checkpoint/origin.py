@@ -38,7 +38,10 @@ class _History(_Stored):
 
 
 class _Patience(_Stored):
-    loss: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    value: Annotated[float, Field(allow_inf_nan=False)] | None = Field(
+        default=None, validation_alias=AliasChoices("value", "loss")
+    )
+    """Older checkpoints, of runs that could go by nothing else, name the loss."""
     step: Number = 0
     evaluations: Number = 0
     measured_on: str | None = None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.checkpoint.folders import BASE, CONFIG, MANIFEST, MANIFEST_HASH, STATE, wrong_name
+from llmtrain.checkpoint.folders import BASE, CONFIG, MANIFEST, MANIFEST_HASH, STATE, checkpoints_at, wrong_name
 from llmtrain.checkpoint.manifest import (
     TENSOR_FILE_SUFFIX,
     CheckpointManifest,
@@ -117,12 +117,19 @@ class CheckpointReader:
         """True where the base has the weight, as the checkpoint itself holds nothing of this parameter."""
         return name not in self._manifest.tensors
 
+    @property
+    def base_moved_to(self) -> Path | None:
+        """Where its base lies, where that is not the place that it names."""
+        if self.base is None or not isinstance(self.about.get(BASE), dict):
+            return None
+        return None if str(self.base.path.absolute()) == self.about[BASE]["path"] else self.base.path
+
     def base_of(self, frozen: Collection[str]) -> dict[str, str] | None:
         """The entry in the manifest of a checkpoint that leaves frozen parameters in this one; None without any."""
         if not frozen:
             return None
         if self.base is not None and all(map(self._is_frozen, frozen)):
-            return self.about[BASE]
+            return {**self.about[BASE], "path": str(self.base.path.absolute())}
         return {"path": str(self.path.absolute()), "manifest_sha256": manifest_sha256(self.path)}
 
     def read(self, name: str, kind: str, box: Box) -> Tensor:
@@ -174,12 +181,14 @@ class CheckpointReader:
             raise unreadable(self.path / name, error) from error
 
 
-def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
+def open_checkpoint(path: Path, verify: bool = True, moved_base: Path | None = None) -> CheckpointReader:
     """Check a checkpoint folder and open it.
 
     Manifest, file names, sizes, tensor headers and the hashes of the small files are always checked; `verify` also
-    hashes the tensor files, which one rank of a job does once. Raises CheckpointError with every problem,
-    CheckpointUnusableError for a newer format or missing permission, ConfigError where the path does not exist.
+    hashes the tensor files, which one rank of a job does once. Where the checkpoint that has its frozen weights is not
+    where it was, the very same one is looked for at `moved_base`, a checkpoint or a run. Raises CheckpointError with
+    every problem, CheckpointUnusableError for a newer format or missing permission, ConfigError where the path does not
+    exist.
     """
     path = Path(path)
     if not path.is_dir():
@@ -196,10 +205,10 @@ def open_checkpoint(path: Path, verify: bool = True) -> CheckpointReader:
             raise ValueError(f"{STATE} is no JSON object")
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: {STATE} or {CONFIG} cannot be decoded: {error}. {WHAT_TO_DO}") from error
-    return CheckpointReader(path, manifest, state, config_text, _open_base(path, manifest.about, verify))
+    return CheckpointReader(path, manifest, state, config_text, _open_base(path, manifest.about, verify, moved_base))
 
 
-def _open_base(path: Path, about: Mapping[str, Any], verify: bool) -> CheckpointReader | None:
+def _open_base(path: Path, about: Mapping[str, Any], verify: bool, moved: Path | None) -> CheckpointReader | None:
     """The checkpoint that has the frozen weights of the one at `path`, once it is known to be the very same."""
     if BASE not in about:
         return None
@@ -207,7 +216,12 @@ def _open_base(path: Path, about: Mapping[str, Any], verify: bool) -> Checkpoint
         place, sha256 = Path(about[BASE]["path"]), str(about[BASE]["manifest_sha256"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST}: about.{BASE} names no checkpoint: {about[BASE]!r}") from error
-    advice = f"{path} has its frozen weights there. Put that checkpoint back, as it was when the run began."
+    if not place.is_dir() and moved is not None:
+        place = next((found for found in checkpoints_at(moved) if manifest_sha256(found) == sha256), place)
+    advice = (
+        f"{path} has its frozen weights there. Put that checkpoint back, as it was when the run began; where it lies "
+        "elsewhere by now, name that place as finetune.base and train on, or give it with --base."
+    )
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such checkpoint. {advice}")
     if manifest_sha256(place) != sha256:

@@ -39,7 +39,7 @@ def list_checkpoints(run: RunArgument, as_json: JsonOption = False) -> None:
             str(row["step"]),
             _size(row["size_bytes"]),
             str(row["num_tensors"]),
-            "" if row["metric"] is None else f"{row['metric']:.6g}",
+            "" if row["metric"] is None else f"{row['metric_name']} {row['metric']:.6g}",
             "damaged" if row["problem"] else "ok",
             row["path"],
         ]

@@ -48,7 +48,9 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of lm-eval's kind.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    best: Annotated[bool, typer.Option("--best", help="Of a run's checkpoints the one with the best loss.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run's checkpoints the best one by evaluate.metric.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a trained model on tasks: choices, cloze, perplexity, answers that match, questions and answers.

@@ -148,10 +148,11 @@ def _start(plan: "DryRun") -> str:
 
 
 def _early_stop(plan: "DryRun") -> str:
+    from llmtrain.config.metrics import titled
     from llmtrain.words import counted
 
-    after = plan.stop_after
-    return f"; the run ends after {counted(after, 'evaluation')} in a row without a better loss" if after else ""
+    after, metric = plan.stop_after, titled(plan.metric).lower()
+    return f"; the run ends after {counted(after, 'evaluation')} in a row without a better {metric}" if after else ""
 
 
 def _memory(plan: "DryRun") -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-BestOption = Annotated[bool, typer.Option("--best", help="Of a run's checkpoints the one with the best loss.")]
+BestOption = Annotated[bool, typer.Option("--best", help="Of a run's checkpoints the best one by evaluate.metric.")]
 
 
 class Format(StrEnum):

@@ -15,6 +15,7 @@ from llmtrain.config.data import DataConfig
 from llmtrain.config.engines import DEFAULT_ENGINE, EngineName
 from llmtrain.config.finetune import FinetuneConfig, Method
 from llmtrain.config.launch import LaunchConfig
+from llmtrain.config.metrics import MetricName
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.observe import HealthConfig, ObserveConfig
 from llmtrain.config.parameters import FrozenNames, frozen_by
@@ -247,11 +248,16 @@ class EvaluateConfig(Section):
     stop_after: Count | None = Field(
         default=None,
         description="Early stopping: end the run after so many evaluations in a row without an improvement of the "
-        "validation loss; null: never.",
+        "metric; null: never.",
+    )
+    metric: MetricName = Field(
+        default="loss",
+        description="What checkpoint.keep_best and stop_after go by, of an evaluation: loss, or a metric of a head for "
+        "labels, of which more is better.",
     )
     min_improvement: NotNegative = Field(
         default=0.0,
-        description="With stop_after: the loss must fall by more than this below the last one that was an improvement.",
+        description="With stop_after: an improvement is a value better by more than this than the last improvement.",
     )
     tasks: Annotated[tuple[Text, ...], AsTuple, Field(max_length=1_000)] = Field(
         default=(),
@@ -271,7 +277,7 @@ class CheckpointConfig(Section):
     )
     keep_best: bool = Field(
         default=False,
-        description="Also keep the checkpoint with the lowest validation loss. Steps that are saved are then evaluated "
+        description="Also keep the best checkpoint by evaluate.metric. Steps that are saved are then evaluated "
         "too, whatever evaluate.every_steps is.",
     )
     async_save: bool = Field(

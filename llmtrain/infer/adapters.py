@@ -1,9 +1,5 @@
 """Between runs and folders of adapters: what a finetuning has added, as PEFT or AdapterHub has it, and back."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,11 +11,11 @@ from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.folders import BASE
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.errors import ConfigError, ExportError
-from llmtrain.files import replace_folder
 from llmtrain.infer.hugging_face import Imported, training_facts, write_imported
 from llmtrain.infer.model import saved_architecture, saved_finetune
 from llmtrain.infer.tokenizer import folder_tokenizer
 from llmtrain.interop.adapterhub import WEIGHTS, adapterhub_files, write_adapterhub
+from llmtrain.interop.folder_files import written
 from llmtrain.interop.hf import family_for
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.peft.reading import open_peft_folder, read_settings
@@ -84,23 +80,6 @@ def export_adapter(
                 "again. Nothing is left of the folder."
             )
     return checkpoint, AdapterExport(adapter.family.title, difference)
-
-
-@contextmanager
-def written(out: Path) -> Iterator[Path]:
-    """A folder that gets its name when everything in it is there; nothing is left where that fails."""
-    target = out.resolve()
-    writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
-    try:
-        writing.mkdir(parents=True)
-        yield writing
-        replaced = target.with_name(f".replaced-{target.name}-{os.getpid()}")
-        replace_folder(writing, target, replaced)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise ExportError(f"{error.filename or out}: the export could not be written: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
 
 
 def require_free_adapter(out: Path, overwrite: bool) -> None:

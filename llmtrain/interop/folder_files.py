@@ -8,6 +8,9 @@ writes weights and tokenizers by hand: changed ones are refused. Of changed sett
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llmtrain import files
-from llmtrain.errors import ConfigError, DataError
+from llmtrain.errors import ConfigError, DataError, ExportError
 from llmtrain.files import open_regular
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,6 +36,27 @@ class Header:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+@contextmanager
+def written(out: Path) -> Iterator[Path]:
+    """A folder to write into, that gets the name `out` when everything in it is there, in place of what has it.
+
+    It lies beside it, under a name that nobody looks for. Nothing is left where anything fails. Raises ExportError
+    where the file system refuses something.
+    """
+    target = out.resolve()
+    writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
+    try:
+        writing.mkdir(parents=True)
+        yield writing
+        replaced = target.with_name(f".replaced-{target.name}-{os.getpid()}")
+        files.replace_folder(writing, target, replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise ExportError(f"{error.filename or out}: the export could not be written: {error.strerror}.") from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 def all_headers(folder: Path) -> dict[str, Header]:

@@ -1,7 +1,6 @@
 """Writing a model as a Hugging Face folder that loads without remote code, and proving it before it is visible."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -18,11 +17,10 @@ from transformers import GenerationConfig
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import num_parameters
-from llmtrain.errors import ConfigError, ExportError
-from llmtrain.files import replace_folder
+from llmtrain.errors import ConfigError
 from llmtrain.interop.examples import ExampleTokens, Logits
 from llmtrain.interop.families.rotary import older_rope_keys
-from llmtrain.interop.folder_files import INDEX, WEIGHTS, write_record
+from llmtrain.interop.folder_files import INDEX, WEIGHTS, write_record, written
 from llmtrain.interop.hf import Family, family_for, hf_config, judged
 from llmtrain.interop.model_card import model_card, reader_notes
 from llmtrain.interop.name_table import ReadTensor, iter_theirs
@@ -118,10 +116,7 @@ def write_export(
     family = family_for(model, settings.family)
     source = _Source(model, weights, tokenizer, settings, family)
     notes = list(judged(family, model)[1])
-    target = folder.resolve()
-    writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
-    try:
-        writing.mkdir(parents=True)
+    with written(folder) as writing:
         notes += source.write_config(writing, model)
         text = TokenizerSettings(model.max_seq_len, model.family, model.token_types, family.config_class.model_type)
         if settings.chats is not None:
@@ -130,18 +125,12 @@ def write_export(
         dtype = DTYPES[settings.dtype]
         theirs = iter_theirs(family.tables_for(model)[0], model, weights.read)
         write_weights(writing, ((name, tensor.to(dtype)) for name, tensor in theirs), settings.max_shard_bytes)
-        # Proved under a name that nobody looks for: a folder with the export's name is always a proved one.
+        # Proved before it has its name: a folder with the export's name is always a proved one.
         proof = _prove(writing, source)
         write_record(writing, (tokenizer.sha256, *tokenizer.roles.equal_sha256))
         facts = {"Architecture": family.title, **settings.facts, "Weights": settings.dtype}
-        (writing / "README.md").write_text(model_card(target.name, model, facts, notes, proof), "utf-8")
-        replaced = target.with_name(f".replaced-{target.name}-{os.getpid()}")
-        replace_folder(writing, target, replaced)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise ExportError(f"{error.filename or folder}: the export could not be written: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
+        card = model_card(folder.resolve().name, model, facts, notes, proof)
+        (writing / "README.md").write_text(card, "utf-8")
     return Export(family.title, proof, [*notes, *reader_notes(model)])
 
 

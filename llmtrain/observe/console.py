@@ -11,7 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from llmtrain.values.label_metrics import METRICS, titled
+from llmtrain.config.metrics import titled
+from llmtrain.values.label_metrics import LABEL_METRICS
 from llmtrain.values.progress import TASK, Row, row_kind, task_title
 from llmtrain.words import counted, duration, short_number
 
@@ -102,7 +103,7 @@ def quality_text(row: Row) -> str:
     if "valid_perplexity" in row:
         tokens = f" of {row['valid_tokens']:,} tokens" if "valid_tokens" in row else ""
         return f"perplexity {row['valid_perplexity']:,.2f}{tokens}"
-    found = [f"{titled(name).lower()} {row[f'valid_{name}']:.4f}" for name in METRICS if f"valid_{name}" in row]
+    found = [f"{titled(name).lower()} {row[f'valid_{name}']:.4f}" for name in LABEL_METRICS if f"valid_{name}" in row]
     return f"{', '.join(found)} of {counted(row['valid_tokens'], 'label')}"
 
 

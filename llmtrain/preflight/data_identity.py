@@ -59,9 +59,10 @@ def data_record(config: RunConfig, manifests: Sequence[Manifest]) -> dict[str, A
 
 
 def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str | None:
-    """A hash of what a validation loss is measured on; `manifests` are those of data.valid. None where there are none.
+    """A hash of what the metric of an evaluation is, and measured on; `manifests` are those of data.valid. None where
+    there are none.
 
-    Losses are compared where it is equal: validation data and how much of it is read may change at any time.
+    Values are compared where it is equal: the metric, the data and how much of it is read may change at any time.
     """
     if not manifests:
         return None
@@ -75,7 +76,9 @@ def evaluation_record(config: RunConfig, manifests: Sequence[Manifest]) -> str |
     for name in ("chat", "labels"):
         if config.data.objective != name:
             del keys[name]  # so with these
-    return hashlib.sha256(json.dumps([sources, samples, keys, config.seed]).encode()).hexdigest()
+    # As before there was a choice: losses from then are compared.
+    metric = [] if config.evaluate.metric == "loss" else [config.evaluate.metric]
+    return hashlib.sha256(json.dumps([sources, samples, keys, config.seed, *metric]).encode()).hexdigest()
 
 
 def windows_of(data: Mapping[str, Any]) -> WindowKind:

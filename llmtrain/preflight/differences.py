@@ -12,10 +12,7 @@ from llmtrain.checkpoint.folders import (
     BASE,
     CONFIG,
     MANIFEST,
-    checkpoint_steps,
-    folder_of_checkpoints,
-    is_checkpoint,
-    step_folder_name,
+    checkpoints_at,
 )
 from llmtrain.checkpoint.origin import Origin
 from llmtrain.config.data import USUAL_PACKING, DataConfig
@@ -252,14 +249,10 @@ def _base_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]
 def _other_base(origin: Origin, config: RunConfig) -> Iterator[Difference]:
     """The frozen weights of a run are those that it began with, wherever they lie by now."""
     base, told = config.finetune.base if config.finetune else None, origin.about.get(BASE)
-    if base is None or not isinstance(told, dict) or not Path(str(told.get("path"))).is_dir():
-        return  # where it is gone, whoever opens the checkpoint says so
-    path = Path(base)
-    folder = folder_of_checkpoints(path)
-    steps = checkpoint_steps(folder) if folder else []
-    found = [path] if is_checkpoint(path) else [folder / step_folder_name(step) for step in steps if folder]
-    manifests = [each / MANIFEST for each in found if (each / MANIFEST).is_file()]
-    if manifests and str(told.get("manifest_sha256")) not in map(file_sha256, manifests):
+    if base is None or not isinstance(told, dict):
+        return
+    hashes = [file_sha256(found / MANIFEST) for found in checkpoints_at(Path(base))]  # none: who opens it says so
+    if hashes and str(told.get("manifest_sha256")) not in hashes:
         text = f"the checkpoint {origin.path} rests on {told.get('path')}, which is not among its checkpoints"
         advice = "Set it back. To train on another base, choose another name."
         yield Difference("finetune.base", told.get("path"), base, base, text, True, advice)

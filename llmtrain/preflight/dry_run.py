@@ -36,7 +36,7 @@ class Continuation:
     data_tokens: int
     last_step: int
     patience: Patience = field(default_factory=Patience)
-    """Its evaluations without a better loss."""
+    """Its evaluations without a better one."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class DryRun:
     checkpoint_bytes: int
     memory: MemoryPlan
     continues: Continuation | None
+    metric: str
     stop_after: int | None
     stopped_early: bool
     """What it would continue has ended before its last step, and would again."""
@@ -140,6 +141,7 @@ def plan_dry_run(resolved: ResolvedRun, continues: Continuation | None = None) -
         checkpoint_bytes=row_of(config.optim).stored_bytes * trained,
         memory=plan_memory(config, layout, resolved.lengths),
         continues=continues,
+        metric=config.evaluate.metric,
         stop_after=config.evaluate.stop_after,
         stopped_early=early,
         context_exchange=config.context_exchange if layout.context > 1 else None,

@@ -5,6 +5,7 @@ Imports no torch.
 
 from collections.abc import Iterator
 
+from llmtrain.config.metrics import METRIC_TABLE
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.reading.rendering import shown
 from llmtrain.config.schema import RunConfig
@@ -12,6 +13,7 @@ from llmtrain.data.storage.manifest import Manifest
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.data.storage.targets import LabelsRecord
 from llmtrain.errors import Problem
+from llmtrain.values.label_metrics import has_entities
 
 HEADS = {"classification": "classifier", "tagging": "token_classifier", "qa": "span"}
 """The head for the labels of a task."""
@@ -40,6 +42,9 @@ def fill_labels(config: RunConfig, manifest: Manifest) -> RunConfig | list[Probl
         return [Problem("data.train.0.path", message, path, uses=("model.head",))]
     problems = list(_misfits(config.model, manifest.labels, path))
     filled = with_labels(config.model, manifest)
+    if not problems and METRIC_TABLE[config.evaluate.metric].of_entities and not has_entities(filled):
+        message = f"is of tags of entities, B- and I- before their kind, and {path} has no such labels. Try accuracy."
+        problems = [Problem("evaluate.metric", message, config.evaluate.metric)]
     return problems or config.with_keys({"model.labels": filled.labels, "model.num_labels": filled.num_labels})
 
 

@@ -6,10 +6,11 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
+from llmtrain.config.metrics import METRIC_TABLE, MetricName, titled
 from llmtrain.report.efficiency import DONE, STOPPED_EARLY, Efficiency, event_time
 from llmtrain.report.run_record import RunRecord, flat, task_columns
 from llmtrain.runs.audit import STARTED
-from llmtrain.values.label_metrics import METRICS, titled
+from llmtrain.values.label_metrics import LABEL_METRICS
 from llmtrain.values.progress import TASK_SECONDS, task_title
 from llmtrain.words import counted, duration, short_number
 
@@ -144,9 +145,6 @@ def summary(record: RunRecord, tasks: Sequence[str] = ()) -> list[tuple[str, str
     """(label, value, note) for each total; `tasks` are the columns of metrics of tasks."""
     last = record.rows[-1] if record.rows else {}
     valid = record.evaluations[-1] if record.evaluations else {}
-    best = min(
-        record.evaluations, key=lambda row: math.inf if math.isnan(row["valid_loss"]) else row["valid_loss"], default={}
-    )
     planned = (record.config.get("train") or {}).get("steps")
     seconds, rate = record.training_seconds, record.tokens_per_second
     tokens = last.get("tokens")
@@ -154,7 +152,7 @@ def summary(record: RunRecord, tasks: Sequence[str] = ()) -> list[tuple[str, str
     skipped = record.skipped
     perplexity = f"perplexity {valid['valid_perplexity']:,.2f}" if "valid_perplexity" in valid else "not evaluated"
     # All of them for every run: runs side by side have the same totals, and those that none has are left out.
-    metrics = [(name, valid.get(f"valid_{name}")) for name in METRICS]
+    metrics = [(name, valid.get(f"valid_{name}")) for name in LABEL_METRICS]
     perplexity = "per label" if any(value is not None for _, value in metrics) else perplexity
     measured = record.tasks[-1] if record.tasks else {}
     evaluating = sum(row.get("valid_seconds", 0.0) for row in record.evaluations)
@@ -168,7 +166,7 @@ def summary(record: RunRecord, tasks: Sequence[str] = ()) -> list[tuple[str, str
         ("Validation loss", _loss(valid.get("valid_loss")), perplexity),
         *((titled(name), _ABSENT if value is None else f"{value:.2%}", "validation") for name, value in metrics),
         *((task_title(key), f"{measured[key]:.4f}" if key in measured else _ABSENT, "task") for key in tasks),
-        ("Best validation", _loss(best.get("valid_loss")), f"at step {best['step']:,}" if best else ""),
+        ("Best validation", *_best(record)),
         ("Steps", f"{last.get('step', 0):,}", f"of {planned:,}" if isinstance(planned, int) else ""),
         ("Tokens", _ABSENT if tokens is None else short_number(tokens), f"{tokens:,}" if tokens else ""),
         ("Tokens per second", _ABSENT if rate is None else short_number(rate), "mean, training only"),
@@ -188,6 +186,27 @@ def summary(record: RunRecord, tasks: Sequence[str] = ()) -> list[tuple[str, str
         ("Slow ranks", _any(spent.stragglers), "times that one was named"),
         ("Skipped steps", str(skipped), "gradient not finite" if skipped else "none"),
     ]
+
+
+def _best(record: RunRecord) -> tuple[str, str]:
+    """The best value of the metric that the run goes by, and what is to be said of it."""
+    name = _metric(record)
+    row, column = METRIC_TABLE[name], f"valid_{name}"
+    measured = [found for found in record.evaluations if math.isfinite(found.get(column, math.nan))]
+    if not measured:
+        return _ABSENT, ""
+    best = max(measured, key=lambda found: (found[column] if row.rises else -found[column], -found["step"]))
+    return _valid_text(best, name), ("" if name == "loss" else f"{titled(name).lower()} ") + f"at step {best['step']:,}"
+
+
+def _metric(record: RunRecord) -> MetricName:
+    asked = (record.config.get("evaluate") or {}).get("metric")
+    return next((name for name in METRIC_TABLE if name == asked), "loss")
+
+
+def _valid_text(row: Mapping[str, Any], name: MetricName) -> str:
+    value = row.get(f"valid_{name}")
+    return _ABSENT if value is None else _loss(value) if name == "loss" else f"{value:.2%}"
 
 
 def comparison(records: list[RunRecord]) -> str:
@@ -211,13 +230,17 @@ def comparison(records: list[RunRecord]) -> str:
 def checkpoint_section(records: list[RunRecord]) -> str:
     rows = ""
     for record in records:
-        losses = {row["step"]: row["valid_loss"] for row in record.evaluations}
+        name, measured = _metric(record), {row["step"]: row for row in record.evaluations}
         for entry in record.checkpoints:
             run = f"<td>{escape(record.name)}</td>" if len(records) > 1 else ""
+            row = measured.get(entry.step, {})
+            valid = _valid_text(row, "loss") + (
+                f", {titled(name).lower()} {_valid_text(row, name)}" if name != "loss" else ""
+            )
             state = "complete" if entry.complete else "no checksum: damaged or still being written"
             rows += (
                 f'<tr>{run}<th scope="row"><code>{escape(entry.name)}</code></th><td>{entry.step:,}</td>'
-                f"<td>{size_text(entry.size_bytes)}</td><td>{_loss(losses.get(entry.step))}</td><td>{state}</td></tr>"
+                f"<td>{size_text(entry.size_bytes)}</td><td>{valid}</td><td>{state}</td></tr>"
             )
     if not rows:
         return ""

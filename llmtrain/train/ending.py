@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llmtrain.checkpoint.folders import step_folder_name
 from llmtrain.config.budget import Seen
+from llmtrain.config.metrics import METRIC_TABLE, MetricName, titled
 from llmtrain.config.patience import EarlyStop, Patience
 from llmtrain.config.schema import RunConfig
 from llmtrain.words import counted
@@ -25,18 +26,19 @@ def nothing_left(config: RunConfig, seen: Seen) -> str:
 def early_stop_text(stop: EarlyStop, patience: Patience, step: int) -> str:
     """Why a run has ended before its last step."""
     number = counted(patience.evaluations, "evaluation")
-    if patience.loss is None:
-        return f"stopped early at step {step:,}: none of {number} gave a finite loss"
+    name, than = titled(stop.metric).lower(), "above" if METRIC_TABLE[stop.metric].rises else "below"
+    if patience.value is None:
+        return f"stopped early at step {step:,}: none of {number} gave a finite {name}"
     more = f" by more than {stop.min_improvement:g}" if stop.min_improvement else ""
     return (
-        f"stopped early at step {step:,}: {number} in a row without a validation loss below the {patience.loss:.6g} of "
-        f"step {patience.step:,}{more} (evaluate.stop_after = {stop.stop_after})"
+        f"stopped early at step {step:,}: {number} in a row without a validation {name} {than} the "
+        f"{patience.value:.6g} of step {patience.step:,}{more} (evaluate.stop_after = {stop.stop_after})"
     )
 
 
-def best_text(checkpoints: Path, best: tuple[int, float] | None) -> str:
-    """Which checkpoint is the best, and its loss; empty where none has one."""
+def best_text(checkpoints: Path, best: tuple[int, float] | None, metric: MetricName) -> str:
+    """Which checkpoint is the best, and by what; empty where none was measured."""
     if best is None:
         return ""
-    step, loss = best
-    return f"best checkpoint: {checkpoints / step_folder_name(step)}, validation loss {loss:.6g}"
+    step, value = best
+    return f"best checkpoint: {checkpoints / step_folder_name(step)}, validation {titled(metric).lower()} {value:.6g}"

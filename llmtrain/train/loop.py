@@ -26,7 +26,7 @@ class Evaluation:
     """Every `every_steps` steps (0: never), the mean loss over `num_batches` global batches, weighted by tokens.
 
     Data that has fewer is read once: its loader is one of a stream that is, so that no token counts twice.
-    With `before_saves` also at every step that is saved in any case: the best checkpoint is known by its loss.
+    With `before_saves` also at every step that is saved in any case: the best checkpoint is known by what it measures.
     """
 
     loader: BatchLoader | None
@@ -57,14 +57,14 @@ class Evaluation:
         counts = [sum(found) for found in zip(*(result.counts for result in results), strict=True)]
         return sum(result.loss_sum for result in results) / max(1, num_tokens), num_tokens, counts
 
-    def judge(self, state: TrainState, valid_loss: float, anybody: Callable[[bool], bool]) -> tuple[TrainState, bool]:
+    def judge(self, state: TrainState, value: float, anybody: Callable[[bool], bool]) -> tuple[TrainState, bool]:
         """The state with an evaluation counted, and whether the run stops early because of it, on all ranks alike.
 
         Those that only a save has brought about do not count: where saves lie must not decide where a run ends.
         """
         if self.early_stop is None or not self._is_regular(state.step):
             return state, False
-        patience = self.early_stop.after(state.patience, state.step, valid_loss)
+        patience = self.early_stop.after(state.patience, state.step, value)
         return replace(state, patience=patience), anybody(self.early_stop.is_over(patience))
 
 
@@ -85,17 +85,19 @@ class Run:
 
 
 def evaluate(run: Run, step: int, saved: bool) -> float | None:
-    """Measure what is due at a step. Returns the validation loss, None where that is not."""
-    valid_loss, monitor = None, run.monitor
+    """Measure what is due at a step. Returns the value of evaluate.metric, None where that is not."""
+    value, monitor = None, run.monitor
     if run.evaluation.due(step, saved):
         with monitor.phase("evaluate"):
             valid_loss, num_tokens, counts = run.evaluation.run(run.engine)
-        monitor.evaluated(step, valid_loss, num_tokens, label_metrics(run.config.model, counts))
+        metrics = label_metrics(run.config.model, counts)
+        monitor.evaluated(step, valid_loss, num_tokens, metrics)
+        value = {"loss": valid_loss, **metrics}[run.config.evaluate.metric]
     if run.tasks.due(step):
         with monitor.phase("evaluate"):
-            metrics = run.tasks.run(run.engine)
-        monitor.measured(step, metrics)
-    return valid_loss
+            measured = run.tasks.run(run.engine)
+        monitor.measured(step, measured)
+    return value
 
 
 def train(
@@ -138,16 +140,16 @@ def train(
                     continue
             stall_limit.require_progress(state)
 
-            # Evaluated before it is saved: the manifest of a checkpoint has its validation loss.
+            # Evaluated before it is saved: the manifest of a checkpoint has what the best one is known by.
             saved = run.saving.due(step) or step == budget.last_step(state.seen)
-            valid_loss = evaluate(run, step, saved)
-            if valid_loss is not None:
-                state, early = run.evaluation.judge(state, valid_loss, anybody)
+            value = evaluate(run, step, saved)
+            if value is not None:
+                state, early = run.evaluation.judge(state, value, anybody)
 
             stopping = stop_requested()  # after the step on every rank: all of them stop behind the same one
             if saved or stopping or early:
                 with monitor.phase("checkpoint"):
-                    run.saving.save(state, run.engine, valid_loss)
+                    run.saving.save(state, run.engine, value)
     finally:
         steps.close()
     run.saving.finish()  # after a good end only: the error of a run must not hide behind one of its last save

@@ -13,7 +13,7 @@ from typing import Any
 from llmtrain.checkpoint.agreement import RankStore
 from llmtrain.checkpoint.manager import CheckpointManager
 from llmtrain.checkpoint.origin import require_state
-from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.schema import HealthConfig
 from llmtrain.data.loader import Window
 from llmtrain.engines.base import Engine
@@ -89,7 +89,7 @@ class Rollbacks:
         if "checkpoint" not in said:
             return None
         # All ranks restore, as weights may lie on several; rank 0 has hashed the files.
-        restored = restore(open_checkpoint(Path(said["checkpoint"]), verify=False), engine)
+        restored = restore(self.manager.open(Path(said["checkpoint"])), engine)
         return GoneBack(restored, (restored.samples, state.samples))
 
     def _decide(self, trouble: Trouble, state: TrainState) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from llmtrain.checkpoint.agreement import RankStore
 from llmtrain.checkpoint.find import find_checkpoint
-from llmtrain.checkpoint.folders import CHECKPOINTS
+from llmtrain.checkpoint.folders import BASE, BEST_BY, CHECKPOINTS
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of, read_origin, require_state
-from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
+from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.parameters import declare_parameters, is_of_label_head
 from llmtrain.config.reading.rendering import record_of
 from llmtrain.config.schema import RunConfig
@@ -86,7 +86,7 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: RankStore | None
         return Start(manager, None, skipped, ranks)
     # Own checkpoints that a rollback left are not the newest, even if the run was killed before it set them aside.
     own = folder.path / CHECKPOINTS
-    checkpoint = newest_kept(manager, skipped) if target == own else find_checkpoint(target)
+    checkpoint = newest_kept(manager, skipped) if target == own else find_checkpoint(target, (), manager.moved_base)
     start = Start(manager, checkpoint, skipped, ranks, at_base)
     if start.checkpoint:
         # First: the comparison relies on a position that is one.
@@ -123,6 +123,10 @@ def require_continuity(resolved: ResolvedRun, folder: RunFolder, checkpoint: Che
     for item in found:
         place = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
         folder.record("changed", key=item.key, was=item.was, now=item.now, **place)
+    if base := checkpoint.base_moved_to:
+        was = checkpoint.about[BASE]["path"]
+        folder.record("changed", key="finetune.base", was=was, now=str(base), step=checkpoint.step)
+        _logger.info("the base of %s, %s, lies in %s now: it is the same, by its hash", checkpoint.path, was, base)
     said = one_line([*found, *noted_changes(origin, resolved.config)])
     if said:
         _logger.info("changed since %s: %s", checkpoint.path, said)
@@ -149,9 +153,10 @@ def describe_start(start: Start) -> dict[str, Any]:
 
 def join_start(resolved: ResolvedRun, said: Mapping[str, Any], ranks: RankStore) -> Start:
     """The start that rank 0 has decided and described. It has hashed the files: they are not hashed again."""
-    reader = open_checkpoint(Path(said["checkpoint"]), verify=False) if said["checkpoint"] else None
+    manager = build_manager(resolved, ranks)
+    reader = manager.open(Path(said["checkpoint"])) if said["checkpoint"] else None
     skipped = tuple((first, end) for first, end in said["skipped"])
-    return Start(build_manager(resolved, ranks), reader, skipped, ranks, said["at_base"])
+    return Start(manager, reader, skipped, ranks, said["at_base"])
 
 
 def build_manager(resolved: ResolvedRun, ranks: RankStore | None, folder: RunFolder | None = None) -> CheckpointManager:
@@ -163,11 +168,14 @@ def build_manager(resolved: ResolvedRun, ranks: RankStore | None, folder: RunFol
         "precision": config.train.precision,
         "data": data_record(config, resolved.train),
         "evaluated_on": evaluation_record(config, resolved.valid),
+        BEST_BY: config.evaluate.metric,
     }
     reports = Reports(record=folder.record, ensure_held=folder.ensure_held) if folder else Reports()
-    return CheckpointManager(
-        resolved.run_dir / CHECKPOINTS, config.checkpoint, record_of(config), about, reports, ranks
-    )
+    checkpoints = resolved.run_dir / CHECKPOINTS
+    manager = CheckpointManager(checkpoints, config.checkpoint, record_of(config), about, reports, ranks)
+    if config.finetune is not None and config.finetune.base is not None:
+        manager.moved_base = Path(config.finetune.base)
+    return manager
 
 
 def record_start(resolved: ResolvedRun, folder: RunFolder, start: Start) -> StartedAttempt:

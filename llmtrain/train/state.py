@@ -98,10 +98,10 @@ class Saving:
         self.manager.poll()
         return self.every_steps > 0 and step % self.every_steps == 0
 
-    def save(self, state: TrainState, engine: Engine, valid_loss: float | None) -> None:
-        """Write a checkpoint of what `restore` needs."""
+    def save(self, state: TrainState, engine: Engine, metric: float | None) -> None:
+        """Write a checkpoint of what `restore` needs. `metric`: see CheckpointManager."""
         contents = {"train": state.to_json(), "engine": engine.state()}
-        self.manager.save(state.step, engine.fragments(), contents, self.before_publish, valid_loss)
+        self.manager.save(state.step, engine.fragments(), contents, self.before_publish, metric)
 
     def finish(self) -> None:
         """Return once the last save is complete. Raises SaveError where it has failed: the run must not end so."""

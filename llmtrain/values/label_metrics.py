@@ -5,17 +5,11 @@ Counts add up over samples, ranks and batches, so that the metrics of every layo
 
 from collections.abc import Sequence
 
+from llmtrain.config.metrics import METRIC_TABLE
 from llmtrain.config.model import ModelConfig
 
-METRICS = (
-    "accuracy", "macro_f1", "micro_f1", "entity_precision", "entity_recall", "entity_f1", "exact_match", "token_f1",
-)  # fmt: skip
-"""The names of all metrics. Rows of evaluations have them behind `valid_`."""
-
-
-def titled(name: str) -> str:
-    """A metric's name as pages show it: Macro F1."""
-    return name.replace("_", " ").replace("f1", "F1")[:1].upper() + name.replace("_", " ").replace("f1", "F1")[1:]
+LABEL_METRICS = tuple(name for name, row in METRIC_TABLE.items() if row.heads)
+"""The names of all metrics of labels."""
 
 
 def has_entities(model: ModelConfig) -> bool:

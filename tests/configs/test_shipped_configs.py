@@ -58,14 +58,27 @@ def test_model_loads(file: Path, tmp_path: Path) -> None:
     assert any(str(file) in place for place in locations.values())
 
 
+LABEL_PRESETS = ("classification", "tagging", "qa")
+
+
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 def test_preset_loads(file: Path, tmp_path: Path) -> None:
-    run = run_around(CONFIGS / "models" / "llama-tiny.yaml", tmp_path)
-    run.write_text(f"base: {file}\n{run.read_text('utf-8')}finetune: {{base: nowhere}}\n", "utf-8")
-    # A run names its data; one of conversations leaves the objective to the preset.
-    method, objective = ("full", ["data.objective=chat"]) if file.stem == "chat" else (file.stem, [])
-    config = load_config(run, ["train.steps=100", *objective]).config
+    """A run names its data; one of conversations or labels leaves the objective to the preset."""
+    labels = file.stem in LABEL_PRESETS
+    model = CONFIGS / "models" / ("bert-tiny.yaml" if labels else "llama-tiny.yaml")
+    run = run_around(model, tmp_path)
+    text = run.read_text("utf-8").replace("train: {steps: 1}\n", "")
+    if labels:  # behind an import, whose head it takes the place of
+        (tmp_path / "import.yaml").write_text(f"model: {{base: {model}}}\ndata: {{objective: masked}}\n", "utf-8")
+        text = "name: preset\ndata: {train: [{path: nowhere}], valid: [{path: nowhere}], seq_len: 16}\n"
+        base, overrides = f"[{tmp_path / 'import.yaml'}, {file}]", list[str]()
+    else:
+        base, overrides = str(file), ["train.steps=100", *(["data.objective=chat"] if file.stem == "chat" else [])]
+    run.write_text(f"base: {base}\n{text}finetune: {{base: nowhere}}\n", "utf-8")
+    config = load_config(run, overrides).config
+    method = "full" if labels or file.stem == "chat" else file.stem
     assert (config.method, config.finetune and config.finetune.base) == (method, "nowhere")
+    assert config.model.predicts_labels == labels and (config.train.epochs is not None) == labels
 
 
 def test_a_broken_model_is_caught(tmp_path: Path) -> None:

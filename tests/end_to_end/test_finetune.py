@@ -180,3 +180,29 @@ def test_a_base_that_has_changed_is_noticed(tuned: Path) -> None:
         assert str(base) in said
     finally:
         aside.rename(base)
+
+
+def test_a_base_that_was_moved_is_named_anew(tuned: Path) -> None:
+    """The same by its hash: the run goes on as if it lay where it was, and rests on the new place from then on."""
+    runs = tuned / "runs"
+    shutil.copytree(runs / "lora", runs / "followed")
+    train(tuned, *LORA, "name=followed", "train.steps=8")
+    (runs / "tiny").rename(runs / "elsewhere")
+    try:
+        shutil.copytree(runs / "lora", runs / "other")
+        shutil.rmtree(runs / "other" / "checkpoints" / "step-00000006")
+        options = (*LORA, "name=other", "train.steps=8", "finetune.base=runs/elsewhere")
+        for ranks in ((), MEGATRON):
+            said = train(tuned, *options, *ranks)
+            assert "lies in runs/elsewhere/checkpoints/step-00000004 now: it is the same, by its hash" in said
+            rows = read_rows(runs / "other" / "metrics.jsonl")
+            expected = losses(tuned, "followed")
+            assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5 if ranks else 0)
+            newest = checkpoint(tuned, "other", 8)
+            assert newest.about["base"]["path"] == str(runs / "elsewhere" / "checkpoints" / "step-00000004")
+            shutil.rmtree(newest.path)
+            shutil.rmtree(runs / "other" / "checkpoints" / "step-00000006")
+        wrong = train(tuned, *LORA, "name=other", "train.steps=8", "finetune.base=runs/lora", code=2)
+        assert "finetune.base = runs/lora" in wrong and "is not among its checkpoints" in wrong
+    finally:
+        (runs / "elsewhere").rename(runs / "tiny")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from llmtrain.config.metrics import METRIC_TABLE
 from llmtrain.config.reading.suggestions import either, nearest_multiples
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
@@ -18,7 +19,7 @@ def evaluation_needs_data(config: RunConfig) -> Found:
 
 def best_needs_evaluation(config: RunConfig) -> Found:
     if config.checkpoint.keep_best and config.evaluate.every_steps == 0:
-        message = "needs a validation loss, and evaluate.every_steps = 0. Try false, or evaluate.every_steps=50."
+        message = "needs evaluations, and evaluate.every_steps = 0. Try false, or evaluate.every_steps=50."
         yield Problem("checkpoint.keep_best", message, "true", uses=("evaluate.every_steps",))
 
 
@@ -100,6 +101,18 @@ def _files(config: RunConfig) -> str:
     return f"[{', '.join(config.evaluate.tasks)}]"
 
 
+def metric_is_measured(config: RunConfig) -> Found:
+    metric, head = config.evaluate.metric, config.model.head
+    heads = METRIC_TABLE[metric].heads
+    if heads and head not in heads:
+        known = [name for name, row in METRIC_TABLE.items() if not row.heads or head in row.heads]
+        message = f"is measured where model.head is {either(heads)}, and it is {head}. Try {either(known)}."
+        yield Problem("evaluate.metric", message, metric, uses=("model.head",))
+    elif metric != "loss" and not config.checkpoint.keep_best and config.evaluate.stop_after is None:
+        message = "has no effect without checkpoint.keep_best. Try loss, or checkpoint.keep_best=true."
+        yield Problem("evaluate.metric", message, metric, uses=("checkpoint.keep_best",))
+
+
 EVALUATION_RULES = (
     evaluation_needs_data,
     best_needs_evaluation,
@@ -109,4 +122,5 @@ EVALUATION_RULES = (
     tasks_have_steps,
     tasks_suit_the_model,
     tasks_fit_the_parts,
+    metric_is_measured,
 )

@@ -24,6 +24,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_entities_are_measured_where_labels_are_tags_of_some(folder: Path) -> None:
+    for names, fits in ((("O", "B-name", "I-name"), True), (("noun", "verb"), False)):
+        path = folder / f"tags-{len(names)}"
+        write_target_dataset(path, [[(np.arange(6, 9), np.array([0, 1, 0]))]], LabelsRecord("tagging", names))
+        config = config_of(folder, path.name, head="token_classifier", token_types=0)
+        config = config.with_keys({"evaluate.metric": "entity_f1"})
+        if fits:
+            assert resolve(config).config.model.labels == names
+        else:
+            with pytest.raises(ConfigError, match=r"evaluate.metric = entity_f1: is of tags of entities.*Try accuracy"):
+                resolve(config)
+
+
 def config_of(folder: Path, data: str = "labels", **keys: Any) -> RunConfig:
     model = {"family": "encoder", "position": "learned", "token_types": 2, "head": "classifier", "max_seq_len": 64}
     tree = {"name": "run", "model": {**model, **keys}, "output_dir": str(folder / "runs"), "train": {"steps": 1},

@@ -4,14 +4,22 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launch.rank.place import Rank
 from launch.rank.signals import StopSignal
+from llmtrain.checkpoint.find import best_checkpoint
 from llmtrain.checkpoint.folders import checkpoint_steps, step_folder_name
 from llmtrain.checkpoint.manifest import load_manifest
+from llmtrain.cli import main
 from llmtrain.config.schema import RunConfig
+from llmtrain.data.storage.targets import LabelsRecord
+from llmtrain.report.results import checkpoint_section, summary
+from llmtrain.report.run_record import load_run
+from llmtrain.runs.status import read_status
 from llmtrain.train.loop import Evaluation, Run
+from tests.support.datasets import write_target_dataset
 from tests.support.small_runs import rows_of, small_run, train_here, write_data
 
 NEVER_TOGETHER: dict[str, dict[str, Any]] = {
@@ -95,3 +103,70 @@ def test_losses_on_other_validation_data_are_not_compared(tmp_path: Path, change
     config = small_run(tmp_path, **{**settings, **longer})
     assert train_here(config, worsening) == 0
     assert checkpoint_steps(folder_of(config, best).parent) == [16, best]
+
+
+LABELLED: dict[str, Any] = {
+    "model": {"family": "encoder", "position": "learned", "head": "classifier"},
+    "train": {"steps": 12},
+    "evaluate": {"every_steps": 4, "metric": "accuracy"},
+    "checkpoint": {"keep": 1, "keep_best": True},
+}
+
+
+def labelled_run(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    """A classifier of labels at random."""
+    if not (folder / "labels").exists():
+        texts = [(np.arange(6, 12), np.array([n % 3])) for n in range(9)]
+        write_target_dataset(folder / "labels", [texts], LabelsRecord("classification", ("a", "b", "c")))
+    sources = [{"path": str(folder / "labels")}]
+    data = {"objective": "labels", "train": sources, "valid": sources}
+    merged = {name: {**LABELLED.get(name, {}), **sections.get(name, {})} for name in {**LABELLED, **sections}}
+    return small_run(folder, data=data, **merged)
+
+
+def judged(run: Run, place: Rank) -> Run:
+    """Of ten texts 5, 9 and 7 are right at steps 4, 8 and 12, while the loss falls."""
+
+    class Judged(Evaluation):
+        def run(self, engine: Any) -> tuple[float, int, list[float]]:
+            step = engine.state()["updates"]
+            right = {4: 5.0, 8: 9.0, 12: 7.0, 16: 8.0}[step]
+            return 20.0 - step, 10, [right, 0, 0, right, 10 - right, 0, 10, 0, 0]
+
+    evaluation = {each.name: getattr(run.evaluation, each.name) for each in fields(run.evaluation)}
+    return replace(run, evaluation=Judged(**evaluation))
+
+
+def test_the_best_by_another_metric_is_kept_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = labelled_run(tmp_path)
+    assert train_here(config, judged) == 0
+    assert checkpoint_steps(folder_of(config, 8).parent) == [12, 8]
+    assert best_checkpoint(config.run_dir) == folder_of(config, 8)
+    status = read_status(config.run_dir)
+    assert status is not None and status.message.endswith("step-00000008, validation accuracy 0.9")
+    cells = {label: told for label, *told in summary(load_run(config.run_dir))}
+    assert cells["Best validation"] == ["90.00%", "accuracy at step 8"]
+    page = checkpoint_section([load_run(config.run_dir)])
+    assert "12.0000, accuracy 90.00%" in page
+    with pytest.raises(SystemExit):
+        main(["checkpoint", "list", str(config.run_dir)])
+    assert "accuracy 0.9\t" in capsys.readouterr().out
+
+
+def test_it_ends_early_by_another_metric(tmp_path: Path) -> None:
+    stop = {"evaluate": {"every_steps": 4, "metric": "accuracy", "stop_after": 2}, "train": {"steps": 40}}
+    config = labelled_run(tmp_path, **stop)
+    assert train_here(config, judged) == 0
+    status = read_status(config.run_dir)
+    assert status is not None and (status.status, status.step) == ("done", 16)
+    assert "2 evaluations in a row without a validation accuracy above the 0.9 of step 8" in status.message
+
+
+def test_values_of_another_metric_are_not_compared(tmp_path: Path) -> None:
+    assert train_here(labelled_run(tmp_path), judged) == 0
+    by_loss = {"evaluate": {"every_steps": 4, "metric": "loss"}, "train": {"steps": 16}}
+    config = labelled_run(tmp_path, **by_loss)
+    assert train_here(config, judged) == 0
+    assert checkpoint_steps(folder_of(config, 16).parent) == [16]
+    assert best_checkpoint(config.run_dir) == folder_of(config, 16)
+    assert load_manifest(folder_of(config, 16)).about["best_by"] == "loss"

@@ -166,7 +166,7 @@ def test_other_validation_data_begins_the_count_anew(tmp_path: Path) -> None:
     more = small_run(tmp_path, **{**SETTINGS, "evaluate": {**SETTINGS["evaluate"], "steps": 2}})
     assert train_here(more, with_losses((*LOSSES, 2.0))) == 0
     assert state_of(more, 20)["patience"]["evaluations"] == 1
-    assert state_of(more, 20)["patience"]["loss"] == 1.0
+    assert state_of(more, 20)["patience"]["value"] == 1.0
 
 
 def test_without_stop_after_nothing_is_counted(tmp_path: Path) -> None:
@@ -197,10 +197,20 @@ def test_counts() -> None:
     assert not EarlyStop(1, 0, "y").is_over(outcome([1, 1, 1, 1])[1])
 
 
+def test_counts_of_what_rises() -> None:
+    up: Any = {"metric": "accuracy"}
+    assert outcome([0.1, 0.2, 0.2, 0.3, 0.29, 0.1], **up) == (None, Patience(0.3, 4, 2, "x"))
+    assert outcome([0.9, 0.2, 0.2, 0.3], **up) == (4, Patience(0.9, 1, 3, "x"))
+    assert outcome([0.5, 0.6, 0.7, 0.71], min_improvement=0.3, **up)[0] == 4
+    assert outcome([math.nan, -math.inf, math.inf], **up) == (3, Patience(None, 0, 3, "x"))
+
+
 def test_the_count_survives_a_checkpoint() -> None:
     state = TrainState(step=3, patience=Patience(2.5, 2, 1, "x"))
     assert TrainState.from_json(json.loads(json.dumps(state.to_json())), {}) == state
     assert state.advanced(4, 100, 128).patience == state.patience
+    older = {**state.to_json(), "patience": {"loss": 2.5, "step": 2, "evaluations": 1, "measured_on": "x"}}
+    assert TrainState.from_json(older, {}) == state
 
 
 @pytest.mark.parametrize("given", ["run without a loss", "checkpoint"])

@@ -24,6 +24,7 @@ def test_the_base_run_breaks_no_rule() -> None:
         ({"train": {"steps": None}}, "train", "train.steps, train.tokens or train.epochs"),
         ({"train": {"tokens": 5}}, "train.tokens", "Remove one"),
         ({"train": {"epochs": 5}}, "train.epochs", "Remove one"),
+        ({"evaluate": {"metric": "accuracy"}}, "evaluate.metric", "model.head is classifier or token_classifier, and"),
         ({"model": {"num_heads": 6}}, "model.num_heads", "Try 1, 2, 4 or 8."),
         ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads", "model.num_heads = 4"),
         ({"model": {"hidden_size": 12}}, "model.num_heads", "Try 1, 2, 3 or 6, or model.position=learned."),

@@ -72,6 +72,12 @@ def base_of(name: str) -> Tensors:
     return Tensors({key: value.detach().clone() for key, value in random_model(MODELS[name]).named_parameters()})
 
 
+def held_by(adapter: TrainedAdapter) -> dict[str, Tensor]:
+    """The tensors of an adapter that was made here."""
+    assert isinstance(adapter.source, Tensors)
+    return adapter.source.held
+
+
 def write_base(folder: Path, name: str) -> Path:
     """The Hugging Face folder of a model, without tokenizer."""
     model, source, family = MODELS[name], base_of(name), FAMILIES[name.split()[0]]

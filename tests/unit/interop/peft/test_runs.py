@@ -26,7 +26,7 @@ from tests.support.datasets import UNREAD_TOKENIZER, random_documents, write_dat
 from tests.support.samples import tiny_run
 from tests.support.small_runs import rows_of, small_run, train_here
 from tests.unit.interop.models import random_example
-from tests.unit.interop.peft.adapters import MODELS, adapted_logits, random_adapter, write_base
+from tests.unit.interop.peft.adapters import MODELS, adapted_logits, held_by, random_adapter, write_base
 
 CPU = torch.device("cpu")
 LORA = {"method": "lora", "lora": {"rank": 4, "alpha": 8}}
@@ -36,7 +36,7 @@ Cut = Callable[[torch.Tensor], int]
 def fragments(adapter: TrainedAdapter, parts: int) -> Iterator[list[Fragment]]:
     """What so many ranks would hold of all weights: rows of every tensor, and of one row all of it on the first."""
     held: list[list[Fragment]] = [[] for _ in range(parts)]
-    for name, tensor in adapter.source.held.items():  # type: ignore[attr-defined]
+    for name, tensor in held_by(adapter).items():
         size = -(-len(tensor) // parts)
         for rank, start in enumerate(range(0, len(tensor), size)):
             piece = tensor[start : start + size]
@@ -108,7 +108,7 @@ def test_an_adapter_and_its_base_become_a_run_that_computes_the_same(
     checkpoint = find_checkpoint(tmp_path / "imported")
     assert saved_finetune(checkpoint) == adapter.finetune.with_keys({"lora.targets": ("attention", "mlp")})
     begins = BaseWeights(checkpoint, tiny_run(adapter.model).with_keys({"finetune": adapter.finetune}))
-    for key, tensor in adapter.source.held.items():  # type: ignore[attr-defined]
+    for key, tensor in held_by(adapter).items():
         if "lora" in key:
             assert torch.equal(begins.read(key, "master", Box.whole(tensor.shape)), tensor)
 
@@ -129,7 +129,7 @@ def test_merged_it_is_a_plain_model_and_the_card_says_what_rounding_has_eaten(tm
 
 def shrunk(adapter: TrainedAdapter, factor: float) -> TrainedAdapter:
     """The same adapter with smaller updates."""
-    for name, tensor in adapter.source.held.items():  # type: ignore[attr-defined]
+    for name, tensor in held_by(adapter).items():
         if name.endswith("lora_b"):
             tensor.mul_(factor)
     return adapter
@@ -157,8 +157,8 @@ def test_a_mixture_of_experts_is_measured_expert_by_expert() -> None:
     error = rounding_error(adapter.source, adapter.model, adapter.finetune, torch.bfloat16)
     lost = whole = 0.0
     for linear, (a, b) in adapter.pairs().items():
-        name = linear if linear in adapter.source.held else f"{linear}.weight"  # type: ignore[attr-defined]
-        weight, update = adapter.source.held[name], adapter.finetune.lora.scale * (b @ a)  # type: ignore[attr-defined]
+        name = linear if linear in held_by(adapter) else f"{linear}.weight"
+        weight, update = held_by(adapter)[name], adapter.finetune.lora.scale * (b @ a)
         rounded = (weight + update).bfloat16().double() - weight.bfloat16().double()
         lost += float((rounded - update).square().sum())
         whole += float(update.square().sum())

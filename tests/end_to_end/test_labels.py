@@ -1,6 +1,9 @@
 """From an encoder of tokens to a classifier, by the commands: labels, a base without a head, metrics, and an export."""
 
 import json
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -123,3 +126,30 @@ def test_wrong_settings_are_refused_before_anything_starts(folder: Path) -> None
     assert (
         "model.head = token_classifier (command line): the labels of labels/train are of classification" in done.stderr
     )
+
+
+@pytest.mark.whole_grid
+@pytest.mark.parametrize(
+    ("preset", "kind", "task"),
+    [("classification", "classes", "classification"), ("tagging", "tags", "tagging"), ("qa", "answers", "qa")],
+)
+def test_presets_run_on_the_data_that_is_made_for_them(folder: Path, preset: str, kind: str, task: str) -> None:
+    script = Path(__file__).parents[2] / "docs" / "examples" / "code_texts.py"
+    texts = sorted((Path(sysconfig.get_path("stdlib")) / "json").glob("*.py"))
+    subprocess.run([sys.executable, script, kind, f"{kind}.jsonl", *texts], cwd=folder, check=True)
+    made = ("data", "labels", f"{kind}.jsonl", kind, "--tokenizer", "data/tokenizer.model", "--task", task)
+    sources = f"data: {{train: [{{path: {kind}/train}}], valid: [{{path: {kind}/valid}}], seq_len: 64}}\n"
+    begin = (
+        f"base: [encoder.yaml, 'llmtrain:finetune/{preset}.yaml']\nname: {preset}\nfinetune: {{base: runs/encoder}}\n"
+    )
+    (folder / f"{preset}.yaml").write_text(f"{begin}{sources}train: {{steps: null, epochs: 1}}\n", "utf-8")
+    drop = ("--max-tokens", "64", "--too-long", "drop")
+    for arguments in (
+        (*made, *drop),
+        ("train", f"{preset}.yaml", "evaluate.every_steps=1", "checkpoint.every_steps=1"),
+    ):
+        done = llmtrain(*arguments, folder=folder)
+        assert done.returncode == 0, done.stderr
+    metric = load_config(folder / f"{preset}.yaml").config.evaluate.metric
+    evaluations = [row for row in read_rows(folder / f"runs/{preset}/metrics.jsonl") if f"valid_{metric}" in row]
+    assert evaluations and f"validation {metric.replace('_', ' ')}" in done.stderr

@@ -201,7 +201,8 @@ def _best(record: RunRecord) -> tuple[str, str]:
 
 def _metric(record: RunRecord) -> MetricName:
     asked = (record.config.get("evaluate") or {}).get("metric")
-    return next((name for name in METRIC_TABLE if name == asked), "loss")
+    usual: MetricName = "loss"
+    return next((name for name in METRIC_TABLE if name == asked), usual)
 
 
 def _valid_text(row: Mapping[str, Any], name: MetricName) -> str:

@@ -201,8 +201,8 @@ def _best(record: RunRecord) -> tuple[str, str]:
 
 def _metric(record: RunRecord) -> MetricName:
     asked = (record.config.get("evaluate") or {}).get("metric")
-    usual: MetricName = "loss"
-    return next((name for name in METRIC_TABLE if name == asked), usual)
+    known: list[MetricName] = [name for name in METRIC_TABLE if name == asked]
+    return known[0] if known else "loss"
 
 
 def _valid_text(row: Mapping[str, Any], name: MetricName) -> str:

@@ -18,8 +18,9 @@ HANGING_SECONDS = 120
 MOST_OUTPUT = 1_000_000
 
 ALLOWED = frozenset({0, 2, 3})
-MAY_SAY_MORE = {"status": {1}, "diff": {1}}
-"""Verbs whose exit code 1 is an answer: a run of which nothing is known, checkpoints that differ."""
+MAY_SAY_MORE = {"status": {1}, "diff": {1}, "eval": {1}}
+"""Verbs whose exit code 1 is an answer: a run of which nothing is known, checkpoints that differ, a task that only an
+extra brings."""
 
 Spoil = Callable[[Path], None]
 

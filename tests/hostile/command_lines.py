@@ -19,6 +19,8 @@ GOOD = {
     "logs": ("logs", "runs/tiny"),
     "report": ("report", "runs/tiny"),
     "generate": ("generate", "runs/tiny", "--prompt", "the", "--max-tokens", "2"),
+    "serve": ("serve", "runs/tiny", "--slots", "2", "--host", "127.0.0.1"),
+    "eval": ("eval", "runs/tiny", "--tasks", "tasks.yaml", "--limit", "2"),
     "export": ("export", "runs/tiny", "out"),
     "import": ("import", "hf", "out"),
     "data tokenizer": ("data", "tokenizer", "texts", "out.model", "--vocab-size", "300"),
@@ -54,7 +56,7 @@ GOOD = {
     "checkpoint verify": ("checkpoint", "verify", "runs/tiny"),
     "checkpoint diff": ("checkpoint", "diff", "runs/tiny", "runs/tiny"),
 }
-"""A command line of each verb that works; a drill would start whole runs, so that its key is wrong."""
+"""A command line of each verb that works; what would not end gets a wrong word in `command_cases`."""
 
 WITHOUT_END = {"--watch", "-w", "--follow", "-f", "--address", "--status", "--logs", "--stop"}
 """Options that wait for a run or ask a server."""
@@ -103,6 +105,8 @@ def command_cases(random: Random) -> Case:
         words.insert(1, "--dry-run")
     if name in ("drill", "parity"):  # they would start whole runs
         words.append("model.num_layers=0")
+    if name == "serve":
+        words += ["--port", "65536"]
     return Case("command line", tuple(word.replace("\0", "") for word in words if word not in WITHOUT_END))
 
 

@@ -30,6 +30,12 @@ tokenizer: tokenizer.model
 run: {workers: 1}
 """
 
+TASKS = """\
+tasks:
+  - {name: next, kind: cloze, data: asked.jsonl, prompt: '{text}', answer: '{word}'}
+  - {name: say, kind: exact_match, data: asked.jsonl, prompt: '{text}', answer: '{word}', max_tokens: 4}
+"""
+
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards box five dozen jugs of liquid ink"
 WORDS = SENTENCE.split(" ")
 
@@ -71,6 +77,9 @@ def make_good_things(server: Server, folder: Path) -> None:
     (folder / "chats.jsonl").write_text("\n".join(talks) + "\n")
     labels = [json.dumps({"text": " ".join(WORDS[n:]), "label": WORDS[n % 3]}) for n in range(len(WORDS))]
     (folder / "labels.jsonl").write_text("\n".join(labels) + "\n")
+    asked = [json.dumps({"text": " ".join(WORDS[:n]), "word": WORDS[n]}) for n in range(1, len(WORDS))]
+    (folder / "asked.jsonl").write_text("\n".join(asked) + "\n")
+    (folder / "tasks.yaml").write_text(TASKS)
     (folder / "run.yaml").write_text(RUN)
     (folder / "pipeline.yaml").write_text(PIPELINE)
     for arguments in STEPS:

@@ -59,12 +59,12 @@ def works(run: str, parallel: dict[str, Any]) -> bool:
 
 
 GRID = [
-    (run, layout, stage)
-    for run in RUNS
-    for layout, (engine, _, parallel) in LAYOUTS.items()
-    for stage in STAGES[engine]
+    (run, layout, STAGES[engine][(place + number) % len(STAGES[engine])])
+    for place, run in enumerate(RUNS)
+    for number, (layout, (engine, _, parallel)) in enumerate(LAYOUTS.items())
     if works(run, parallel)
 ]
+"""Every run in every layout, ZeRO's stages in turn: what a stage shards is gathered alike for all of them."""
 
 
 class DrawnWeights:

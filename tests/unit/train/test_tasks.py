@@ -11,6 +11,7 @@ import torch
 
 from launch.rank.place import Rank
 from llmtrain.checkpoint.folders import step_folder_name
+from llmtrain.cli import main
 from llmtrain.config.reading.tasks import load_tasks
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import DataError
@@ -25,9 +26,10 @@ from llmtrain.train import tasks as training
 from llmtrain.train.loop import Run
 from llmtrain.train.tasks import TaskEvaluation
 from llmtrain.values.progress import TASK, row_kind
+from tests.support.chats import sentencepiece_file
 from tests.support.evaluated_run import QUESTIONS, TEXTS, write_lines, write_run_data
 from tests.support.ranks import run_ranks
-from tests.support.small_runs import rows_of, train_here
+from tests.support.small_runs import rows_of, small_run, train_here
 
 TASKS = """tasks:
   - {name: pick, data: QUESTIONS, prompt: '{q}', choices: ['{options}'], answer: '{a}'}
@@ -40,18 +42,23 @@ ENCODES: dict[str, Any] = {
 }
 
 
-def task_run(folder: Path, with_text: bool = True, **sections: dict[str, Any]) -> RunConfig:
-    """A run of 6 steps that is measured at the 3rd and at the 6th, and saved there."""
+def task_sections(folder: Path, with_text: bool = True) -> dict[str, dict[str, Any]]:
+    """Of a run of 6 steps that is measured at the 3rd and at the 6th, and saved there."""
     files = {"QUESTIONS": write_lines(folder / "q.jsonl", QUESTIONS), "TEXTS": write_lines(folder / "t.jsonl", TEXTS)}
     content = TASKS + (TEXT if with_text else "")
     for name, file in files.items():
         content = content.replace(name, str(file))
     (folder / "tasks.yaml").write_text(content, "utf-8")
-    base: dict[str, dict[str, Any]] = {
+    return {
         "train": {"steps": 6},
         "checkpoint": {"every_steps": 3},
         "evaluate": {"tasks": [str(folder / "tasks.yaml")], "tasks_every_steps": 3},
     }
+
+
+def task_run(folder: Path, with_text: bool = True, **sections: dict[str, Any]) -> RunConfig:
+    """A run on texts."""
+    base = task_sections(folder, with_text)
     return write_run_data(folder, **{n: {**base.get(n, {}), **sections.get(n, {})} for n in {**base, **sections}})
 
 
@@ -85,6 +92,30 @@ def assert_equal(config: RunConfig) -> None:
 @pytest.mark.parametrize("sections", [{}, ENCODES], ids=["decoder", "encoder_decoder"])
 def test_scores_in_training_are_those_of_an_evaluation(tmp_path: Path, sections: dict[str, Any]) -> None:
     config = task_run(tmp_path, with_text=not sections, **sections)
+    assert train_here(config) == 0
+    assert_equal(config)
+
+
+def test_a_model_of_conversations_reads_texts_as_documents(tmp_path: Path) -> None:
+    talks = write_lines(tmp_path / "talks.jsonl", [{"prompt": row["q"], "completion": "a tree"} for row in QUESTIONS])
+    tokenizer, out = sentencepiece_file(tmp_path / "tokenizer.model"), tmp_path / "out"
+    rest = ["--tokenizer", str(tokenizer), "--template", "chatml", "--valid-fraction", "0"]
+    with pytest.raises(SystemExit) as ended:
+        main(["data", "chat", str(talks), str(out), *rest])
+    assert not ended.value.code
+    config = small_run(
+        tmp_path,
+        model={"num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": None, "max_seq_len": 96},
+        data={
+            "train": [{"path": str(out / "train")}],
+            "valid": [],
+            "objective": "chat",
+            "seq_len": 96,
+            "cache_dir": str(tmp_path),
+        },
+        optim={"lr": 5e-3, "warmup_steps": 0},
+        **task_sections(tmp_path),
+    )
     assert train_here(config) == 0
     assert_equal(config)
 

@@ -14,6 +14,8 @@ from tests.hostile import values
 from tests.hostile.command import ALLOWED, Case
 
 STEP = "runs/tiny/checkpoints/step-00000004"
+EVAL = ("eval", "runs/tiny", "--tasks", "tasks.yaml", "--limit", "2")
+IN_TRAINING = ("evaluate.tasks=[tasks.yaml]", "evaluate.tasks_every_steps=2")
 READERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "data/train/manifest.json": (
         *(("data", "inspect", "data"), ("data", "verify", "data"), ("data", "show", "data/train", "--seq-len", "16")),
@@ -47,6 +49,8 @@ READERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "chats.jsonl": (
         ("data", "chat", "chats.jsonl", "out", "--tokenizer", "tokenizer.model", "--template", "chatml", "--grow"),
     ),
+    "tasks.yaml": (EVAL, ("train", "run.yaml", "name=other", "--dry-run", *IN_TRAINING)),
+    "asked.jsonl": (EVAL, ("train", "run.yaml", "name=other", "--dry-run", *IN_TRAINING)),
     "texts/1.txt": (("data", "shards", "texts", "out", "--tokenizer", "tokenizer.model"),),
     "runs/tiny/status.json": (
         ("status", "runs"),

@@ -109,6 +109,7 @@ def _print_dry_run(plan: "DryRun", as_json: bool) -> None:
         + (f"of {plan.tokens_per_step:,} tokens" if not plan.batch_ramp else "of changing size")
         + f", {plan.tokens:,} tokens in all",
         "evaluation": f"every {counted(evaluate, 'step')}{_early_stop(plan)}" if evaluate else "never",
+        "tasks": f"every {counted(plan.tasks_every_steps, 'step')}: {', '.join(plan.tasks)}" if plan.tasks else "none",
         "checkpoints": (f"every {counted(checkpoint, 'step')} and " if checkpoint else "")
         + f"at the end, {short_bytes(plan.checkpoint_bytes)} each",
         "memory": f"about {_memory(plan)}",

@@ -64,6 +64,8 @@ class DryRun:
     engine: str
     zero_stage: int
     evaluate_every_steps: int
+    tasks: tuple[str, ...]
+    tasks_every_steps: int
     checkpoint_every_steps: int
     windows: str | None
     sources: tuple[SourceUse, ...]
@@ -135,6 +137,8 @@ def plan_dry_run(resolved: ResolvedRun, continues: Continuation | None = None) -
         engine=config.engine.name,
         zero_stage=config.engine.zero_stage,
         evaluate_every_steps=config.evaluate.every_steps,
+        tasks=tuple(task.name for task in resolved.tasks),
+        tasks_every_steps=config.evaluate.tasks_every_steps,
         checkpoint_every_steps=config.checkpoint.every_steps,
         windows=config.data.windows,
         sources=tuple(source_uses(resolved)),

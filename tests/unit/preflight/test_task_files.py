@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.config.schema import RunConfig
+from llmtrain.preflight.dry_run import plan_dry_run
 from llmtrain.preflight.resolve import resolve
 from llmtrain.preflight.storage import check_storage
 from tests.support.evaluated_run import QUESTIONS, write_lines, write_run_data
@@ -33,6 +34,8 @@ def test_good_tasks_are_part_of_the_run(config: RunConfig, tmp_path: Path) -> No
     assert told(config, tmp_path, GAP) == []
     run = resolve(config.with_keys({"evaluate.tasks": [str(tmp_path / "tasks.yaml")]}))
     assert [task.name for task in run.tasks] == ["gap"]
+    outline = plan_dry_run(run)
+    assert (outline.tasks, outline.tasks_every_steps) == (("gap",), 5)
 
 
 def test_tasks_that_write_answers_are_refused(config: RunConfig, tmp_path: Path) -> None:

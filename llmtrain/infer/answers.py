@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,12 @@ from llmtrain.files import iter_lines, parse_line, sealed_line
 from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.request import NewToken
 from llmtrain.infer.batching.scheduler import Limits
-from llmtrain.infer.prompt_file import PromptLine
-from llmtrain.infer.text_model import TextModel
+from llmtrain.infer.prompt_file import PromptLine, Writing
+from llmtrain.infer.text_model import PromptIds, TextModel
 from llmtrain.infer.text_stream import TextStream
 
+SLOTS = 8
+"""Of a batch whose prompts are known."""
 AHEAD = 8
 """Prompts for each slot that may be answered before one that comes first."""
 NUM_FILLINGS = 5
@@ -65,6 +67,17 @@ def iter_answers(model: TextModel, lines: Iterator[PromptLine], limits: Limits) 
                 done[new.request] = answer
         while order and order[0] in done:
             yield done.pop(order.popleft())
+
+
+def iter_texts(model: TextModel, prompts: Sequence[PromptIds], how: Writing) -> Iterator[str]:
+    """The text of the answer to each prompt, in their order; prompts are among those of `TextModel.prompt`."""
+    if not prompts:
+        return
+    positions = min(max(len(prompt.ids) for prompt in prompts) + how.max_tokens, model.config.max_seq_len)
+    limits = Limits.of(model.config, min(SLOTS, len(prompts)), positions)
+    lines = (PromptLine(number, {}, prompt, how) for number, prompt in enumerate(prompts))
+    for answer in iter_answers(model, lines, limits):
+        yield answer["text"]
 
 
 def _grown(answer: Open, new: NewToken) -> dict[str, Any] | None:

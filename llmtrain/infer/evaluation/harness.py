@@ -18,8 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyr
 
 from llmtrain.data.tasks.tokens import ScoredText
 from llmtrain.errors import ConfigError
+from llmtrain.infer.answers import iter_texts
 from llmtrain.infer.batching.sampling import Sampling
-from llmtrain.infer.evaluation.answers import Answering, iter_answers
 from llmtrain.infer.evaluation.run import (
     EvaluationOptions,
     OnProgress,
@@ -30,6 +30,7 @@ from llmtrain.infer.evaluation.run import (
 )
 from llmtrain.infer.evaluation.samples_file import SamplesFile
 from llmtrain.infer.evaluation.scoring import log_likelihoods
+from llmtrain.infer.prompt_file import Writing
 from llmtrain.infer.text_model import TextModel
 
 _MAX_TOKENS = 256
@@ -94,22 +95,21 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts up to a stop string; requests that are written alike go together."""
         answers = [""] * len(requests)
-        alike: defaultdict[Answering, list[int]] = defaultdict(list)
+        alike: defaultdict[Writing, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            alike[_answering(request.args[1])].append(number)
+            alike[_writing(request.args[1])].append(number)
         done = 0
-        for answering, numbers in alike.items():
-            if answering.max_tokens >= self.max_length:
+        for how, numbers in alike.items():
+            if how.max_tokens >= self.max_length:
                 raise ConfigError(
-                    f"max_gen_toks = {answering.max_tokens} leaves no room for a prompt in the {self.max_length} "
+                    f"max_gen_toks = {how.max_tokens} leaves no room for a prompt in the {self.max_length} "
                     "positions of the model. Set it in the task's generation_kwargs."
                 )
             prompts = [
-                prompt_of(self._model, self._encoder, requests[number].args[0], answering.max_tokens)
-                for number in numbers
+                prompt_of(self._model, self._encoder, requests[number].args[0], how.max_tokens) for number in numbers
             ]
-            for place, text in iter_answers(self._model, prompts, answering):
-                number, done = numbers[place], done + 1
+            for number, text in zip(numbers, iter_texts(self._model, prompts, how), strict=True):
+                done += 1
                 # The earliest stop ends a text there already. lm-eval cuts once more, at the text of the end itself.
                 answers[number] = text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -125,7 +125,7 @@ class HarnessModel(TemplateLM):
         return found
 
 
-def _answering(said: Mapping[str, Any]) -> Answering:
+def _writing(said: Mapping[str, Any]) -> Writing:
     """What a task's generation_kwargs ask for. Raises ConfigError for what we do not do."""
     asked = dict(normalize_gen_kwargs(dict(said), _MAX_TOKENS))
     until, max_tokens = asked.pop("until", []), asked.pop("max_gen_toks")
@@ -137,7 +137,7 @@ def _answering(said: Mapping[str, Any]) -> Answering:
             "temperature, top_p and top_k."
         )
     sampling = Sampling(float(temperature) if draws else 0.0, int(top_k), float(top_p))
-    return Answering(int(max_tokens), tuple(stop for stop in until if stop), sampling)
+    return Writing(sampling, int(max_tokens), tuple(stop for stop in until if stop))
 
 
 def evaluate_harness(

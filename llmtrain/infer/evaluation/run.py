@@ -17,13 +17,17 @@ from llmtrain.data.tasks.metrics import Outcome, answered, scored, standard_erro
 from llmtrain.data.tasks.samples import TaskSample, read_samples
 from llmtrain.data.tasks.tokens import TextEncoder
 from llmtrain.errors import ConfigError, InstallationError
-from llmtrain.infer.evaluation.answers import Answering, iter_answers
+from llmtrain.infer.answers import iter_texts
+from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.evaluation.samples_file import SamplesFile
 from llmtrain.infer.evaluation.scoring import log_likelihoods
+from llmtrain.infer.prompt_file import Writing
 from llmtrain.infer.text_model import PromptIds, TextModel
 
 SAMPLES_AT_A_TIME = 128
 """Samples whose texts are sorted into batches together, and written together."""
+
+GREEDY = Sampling(0)
 
 OnProgress = Callable[[str, int, int], None]
 """Hears of a task's name, how many of its samples are done, and how many there are."""
@@ -126,9 +130,10 @@ def _score(model: TextModel, task: TaskConfig, samples: Sequence[TaskSample]) ->
 def _answer(model: TextModel, task: TaskConfig, samples: Sequence[TaskSample]) -> Measured:
     encoder = text_encoder(model, task.max_length)
     prompts = [prompt_of(model, encoder, sample.prompt, task.max_tokens) for sample in samples]
-    answers = dict(iter_answers(model, prompts, Answering(task.max_tokens, task.stop)))
+    texts = iter_texts(model, prompts, Writing(GREEDY, task.max_tokens, task.stop))
     return [
-        (sample.number, sample.prompt, answered(task, sample, answers[place])) for place, sample in enumerate(samples)
+        (sample.number, sample.prompt, answered(task, sample, text))
+        for sample, text in zip(samples, texts, strict=True)
     ]
 
 

@@ -90,6 +90,10 @@ $(READERS)/lm_eval/.installed: | $(STAMP)
 $(READERS)/adapters/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'adapters>=1.3,<1.4' && touch $@
 
+# The extra `gguf`, 100 MB, and llama.cpp's own reader and writer of its files.
+$(READERS)/gguf/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'xllamacpp>=2026.7' 'gguf>=0.19' && touch $@
+
 $(READERS)/ctranslate2/.installed: | $(STAMP)
 	$(INTO) $(@D) 'ctranslate2>=4.6'
 	touch $@
@@ -112,12 +116,13 @@ $(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
 
 # Where one cannot be had (no compiler, no network), its tests are skipped and say so.
 readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
-  $(READERS)/datasketch/.installed $(READERS)/peft/.installed $(READERS)/adapters/.installed $(READERS)/lm_eval/.installed
+  $(READERS)/datasketch/.installed $(READERS)/peft/.installed $(READERS)/adapters/.installed $(READERS)/lm_eval/.installed \
+  $(READERS)/gguf/.installed
 	-$(MAKE) $(READERS)/ctranslate2/.installed
 	-$(MAKE) $(READERS)/llama_cpp/.installed
 
 test: $(STAMP) $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
-  $(READERS)/peft/.installed
+  $(READERS)/peft/.installed $(READERS)/gguf/.installed
 	$(PYTEST) -m 'not whole_grid'
 
 test-all: $(STAMP) readers

@@ -1,4 +1,4 @@
-"""`llmtrain export` and `import`: trained models to and from Hugging Face folders."""
+"""`llmtrain export` and `import`: trained models to and from Hugging Face folders and GGUF files."""
 
 import json
 import re
@@ -27,6 +27,7 @@ class Format(StrEnum):
     HF = "hf"
     PEFT = "peft"
     ADAPTERHUB = "adapterhub"
+    GGUF = "gguf"
 
 
 class ProofKind(StrEnum):
@@ -43,14 +44,21 @@ class Precision(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+    Q8_0 = "q8_0"
 
 
 FormatOption = Annotated[
     Format,
-    typer.Option(help="hf: a folder that transformers loads. peft, adapterhub: what finetuning has added to its base."),
+    typer.Option(
+        help="hf: a folder that transformers loads. gguf: a file for llama.cpp. peft, adapterhub: what finetuning has "
+        "added to its base."
+    ),
 ]
 RoundingOption = Annotated[
     float, typer.Option(min=0, max=1e6, help="Share of merged low-rank updates that rounding to --dtype may change.")
+]
+PerplexityOption = Annotated[
+    float, typer.Option(min=0, max=1e6, help="gguf: share of the perplexity that storing in --dtype may add.")
 ]
 BaseOption = Annotated[str | None, typer.Option(help="peft, adapterhub: name or folder of the base, for who loads it.")]
 
@@ -59,7 +67,7 @@ def export(
     source: Annotated[Path, typer.Argument(help="A run (its newest valid checkpoint) or a checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: FormatOption = Format.HF,
-    dtype: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FLOAT32,
+    dtype: Annotated[Precision, typer.Option(help="Type of the weights; q8_0: of gguf.")] = Precision.FLOAT32,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the checkpoints.")] = None,
     family: Annotated[str | None, typer.Option(help="transformers' model_type, where several would do.")] = None,
@@ -71,12 +79,14 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     best: BestOption = False,
     max_rounding: RoundingOption = 0.1,
+    max_perplexity_increase: PerplexityOption = 0.02,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder, and prove that transformers computes the same from it.
 
     Weights are read and written some at a time: memory is that of the largest file, and of the proof.
+    With --to gguf: write a file for llama.cpp, and prove it there where that is installed (llmtrain[gguf]).
     With --to peft: write the low-rank updates or the soft prompt of a finetuning as a folder that PEFT loads; with
     --to adapterhub bottleneck adapters as one that the library adapters loads.
     """
@@ -88,7 +98,11 @@ def export(
     from llmtrain.interop.hf_export import ExportSettings, require_free
     from llmtrain.runs.file_system import require_place
 
-    _require_use(to, base, {"--tokenizer": tokenizer is not None, "--proof": proof is not ProofKind.AUTO})
+    _require_use(to, dtype, base, {"--tokenizer": tokenizer is not None, "--proof": proof is not ProofKind.AUTO})
+    if to is Format.GGUF:
+        source = best_checkpoint(source) if best else source
+        _export_gguf(source, out, tokenizer, dtype, (max_perplexity_increase, overwrite, family), as_json)
+        return
     if to is not Format.HF:
         source = best_checkpoint(source) if best else source
         _export_adapter(source, out, to, (dtype, base), (overwrite, family), as_json)
@@ -113,13 +127,54 @@ def export(
     )
 
 
-def _require_use(to: Format, base: str | None, only_hf: Mapping[str, bool]) -> None:
+def _require_use(to: Format, dtype: Precision, base: str | None, only_hf: Mapping[str, bool]) -> None:
     """Raise ConfigError for an option that was given, and has nothing to say about what is written."""
-    if to is Format.HF and base is not None:
+    if (to is Format.GGUF and dtype is Precision.BFLOAT16) or (to is not Format.GGUF and dtype is Precision.Q8_0):
+        allowed = "float32, float16 or q8_0" if to is Format.GGUF else "float32, bfloat16 or float16"
+        raise ConfigError(f"--dtype {dtype.value}: must be {allowed} with --to {to.value}.")
+    if to in (Format.HF, Format.GGUF) and base is not None:
         raise ConfigError("--base: names the base of an adapter, and goes with --to peft and --to adapterhub.")
     for name, is_given in only_hf.items():
-        if is_given and to is not Format.HF:
-            raise ConfigError(f"{name}: goes with --to hf. An adapter (--to {to.value}) has no such thing.")
+        if is_given and to is not Format.HF and not (to is Format.GGUF and name == "--tokenizer"):
+            raise ConfigError(f"{name}: goes with --to hf; --to {to.value} has no such thing.")
+
+
+def _export_gguf(
+    source: Path,
+    out: Path,
+    tokenizer: Path | None,
+    dtype: Precision,
+    settings: tuple[float, bool, str | None],
+    as_json: bool,
+) -> None:
+    """`settings` are the bound on the perplexity, overwrite and family."""
+    from llmtrain.infer.gguf import export_gguf
+    from llmtrain.interop.gguf.export import GgufSettings, require_free_gguf
+    from llmtrain.interop.gguf.file_format import TensorType
+    from llmtrain.runs.file_system import require_place
+
+    bound, overwrite, family = settings
+    require_free_gguf(out, overwrite)
+    require_place(out)
+    types = {Precision.FLOAT32: TensorType.F32, Precision.FLOAT16: TensorType.F16, Precision.Q8_0: TensorType.Q8_0}
+    wanted = GgufSettings(types[dtype], bound, overwrite=overwrite, family=family)
+    checkpoint, export = export_gguf(source, out, tokenizer, wanted)
+    proof = export.proof
+    missing = "not proved: llama.cpp is not installed. Run pip install 'llmtrain[gguf]', and export again"
+    proved: dict[str, Any] = {"proof": missing}
+    if proof is not None:
+        proved = {
+            "proof": f"llama.cpp ({proof.version})",
+            "max_log_likelihood_difference": proof.max_difference,
+            "likelihoods_compared": proof.num_likelihoods,
+            "greedy_tokens_equal": proof.num_greedy_tokens,
+            "text_characters_equal": proof.num_text_characters,
+            **({"conversations_equal": proof.num_chats} if proof.num_chats else {}),
+        }
+    told = {"format": "gguf", "file": str(out / export.file), "checkpoint": str(checkpoint.path)}
+    told |= {"architecture": export.architecture, "dtype": dtype.value}
+    told |= {"perplexity_trained": export.perplexities[0], "perplexity_written": export.perplexities[1]}
+    _print_result({**told, **proved, "notes": export.notes}, as_json)
 
 
 def _export_adapter(
@@ -171,15 +226,15 @@ def _told(export: "Export", dtype: Precision) -> dict[str, Any]:
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face folder with config.json and safetensors.")],
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder (config.json, safetensors), or FILE.gguf.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
     base: Annotated[
         Path | None, typer.Option(help="Of an adapter's folder: the Hugging Face folder that it goes with.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Read a Hugging Face folder, or a PEFT folder and its base, as a checkpoint of step 0, with its configuration and
-    tokenizer beside it.
+    """Read a Hugging Face folder, a PEFT folder and its base, or a GGUF file (F32, F16, BF16, Q8_0) as a checkpoint of
+    step 0, with its configuration and tokenizer beside it.
 
     Train from it with `base: OUT/config.yaml` and `checkpoint.resume=OUT`. Weights are read and written some at a time.
     """
@@ -192,12 +247,15 @@ def import_(
     require_place(out)
     require_transformers()
     from llmtrain.infer.adapters import import_adapter
+    from llmtrain.infer.gguf import gguf_file, import_gguf
     from llmtrain.infer.hugging_face import import_folder
 
     if (source / "adapter_config.json").is_file():
         imported = import_adapter(source, base, out)
     elif base is not None:
         raise ConfigError(f"--base: goes with an adapter's folder, and {source} holds no adapter_config.json.")
+    elif (file := gguf_file(source)) is not None:
+        imported = import_gguf(file, out)
     else:
         imported = import_folder(source, out)
     folder, found = imported.folder, imported.tokenizer
@@ -207,7 +265,7 @@ def import_(
             "checkpoint": str(imported.checkpoint),
             "config": str(out / "config.yaml"),
             "tokenizer": None if found.name is None else str(out / found.name),
-            "family": folder.family.title,
+            "family": folder.title,
             "parameters": num_parameters(folder.model),
             "notes": [*folder.notes, *found.notes],
         },

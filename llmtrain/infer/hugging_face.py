@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.folders import CHECKPOINTS
@@ -37,11 +39,24 @@ from llmtrain.infer.model import (
 )
 from llmtrain.infer.tokenizer import FolderTokenizer, decoder_start, folder_tokenizer, model_tokenizer
 from llmtrain.interop.hf_export import DTYPES, Export, ExportSettings, TrainedWeights, write_export
-from llmtrain.interop.hf_import import HuggingFaceFolder, open_hf_folder
+from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.peft.reading import PeftFolder
-from llmtrain.interop.text.special_tokens import named_tokens
+from llmtrain.interop.text.proof import ChatExamples
+from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
 from llmtrain.values.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ExportParts:
+    """What is exported of a checkpoint: the model, its tokenizer and special tokens, and its conversations."""
+
+    checkpoint: CheckpointReader
+    model: ModelConfig
+    weights: TrainedWeights
+    tokenizer: Tokenizer
+    tokens: NamedTokens
+    chats: ChatExamples | None
 
 
 def export_checkpoint(
@@ -49,21 +64,30 @@ def export_checkpoint(
 ) -> tuple[CheckpointReader, Export]:
     """Write the checkpoint that a path means, and prove the export. Facts and special tokens are filled in.
 
-    `tokenizer` takes the place of the one beside the checkpoints. Raises as `find_checkpoint` and `write_export` do.
+    Raises as `export_parts` and `write_export` do.
+    """
+    parts = export_parts(source, tokenizer, settings.dtype)
+    checkpoint = parts.checkpoint
+    facts = {**training_facts(checkpoint), **merging_facts(checkpoint, parts.model, settings)}
+    settings = replace(settings, facts=facts, tokens=parts.tokens, chats=parts.chats)
+    return checkpoint, write_export(out, parts.model, parts.weights, parts.tokenizer, settings)
+
+
+def export_parts(source: Path, tokenizer: Path | None, dtype: str) -> ExportParts:
+    """The parts of the checkpoint that a path means, weights rounded to `dtype`.
+
+    `tokenizer` takes the place of the one beside the checkpoints. Raises as `find_checkpoint` and `model_tokenizer` do.
     """
     checkpoint = find_checkpoint(source)
     model = saved_architecture(checkpoint)
-    read = checkpoint_tensors(merged(checkpoint, model), model, DTYPES[settings.dtype])
+    read = checkpoint_tensors(merged(checkpoint, model), model, DTYPES[dtype])
     weights = TrainedWeights(read, lambda part, read_part: partial(logits_of, build_from(part, read_part)))
     tokens = TrainedTokens.of(checkpoint.about)
     text = model_tokenizer(tokenizer, find_tokenizer_of(checkpoint.path), model, tokens)
     named = named_tokens(text, saved_data(checkpoint))
     if model.predicts_labels and model.family == "encoder" and text.cls_id is not None and text.sep_id is not None:
         named = replace(named, around=((text.cls_id,), (text.sep_id,)))  # as `data labels` frames texts
-    chats = chat_examples(text) if named.is_chat else None
-    facts = {**training_facts(checkpoint), **merging_facts(checkpoint, model, settings)}
-    settings = replace(settings, facts=facts, tokens=named, chats=chats)
-    return checkpoint, write_export(out, model, weights, text, settings)
+    return ExportParts(checkpoint, model, weights, text, named, chat_examples(text) if named.is_chat else None)
 
 
 def merged(checkpoint: CheckpointReader, model: ModelConfig) -> FragmentSource:
@@ -113,11 +137,32 @@ def training_facts(checkpoint: CheckpointReader) -> dict[str, str]:
     return facts
 
 
+class WeightSource(Protocol):
+    """A folder or file of another program's whose weights are a model of ours."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+
+    @property
+    def title(self) -> str:
+        """What it is, in words."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What of it is not taken over."""
+        ...
+
+    def iter_tensors(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        """Every parameter in fp32: (global name, expert where it is that of one, tensor)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Imported:
-    """The folder that was read, the tokenizer found in it, and the checkpoint that was written."""
+    """What was read, the tokenizer found in it, and the checkpoint that was written."""
 
-    folder: HuggingFaceFolder
+    folder: WeightSource
     tokenizer: FolderTokenizer
     checkpoint: Path
 
@@ -134,7 +179,7 @@ IMPORT_PART_BYTES = 1_000_000_000
 
 
 def write_imported(
-    folder: HuggingFaceFolder,
+    folder: WeightSource,
     found: FolderTokenizer,
     out: Path,
     part_bytes: int = IMPORT_PART_BYTES,
@@ -149,7 +194,7 @@ def write_imported(
         # Part after part takes the place of rank after rank: nobody has to hold it all.
         groups = enumerate(_iter_groups(_iter_fragments(folder, adapter), part_bytes))
         parts = [write_rank_files(unfinished, number, group) for number, group in groups]
-        contents = Contents(0, {}, config_text, {"imported": folder.family.title, **found.about()})
+        contents = Contents(0, {}, config_text, {"imported": folder.title, **found.about()})
         checkpoint = publish(unfinished, parts, contents, before_publish=lambda: None)
         (writing / "config.yaml").write_text(config_text, "utf-8")
         found.write(writing)
@@ -172,7 +217,7 @@ def _iter_groups(fragments: Iterable[Fragment], part_bytes: int) -> Iterator[lis
     yield group
 
 
-def _iter_fragments(folder: HuggingFaceFolder, adapter: PeftFolder | None) -> Iterator[Fragment]:
+def _iter_fragments(folder: WeightSource, adapter: PeftFolder | None) -> Iterator[Fragment]:
     """Every tensor of a folder as a fragment, and of an adapter; each expert of stacked ones is one."""
     shapes, added = parameter_shapes(folder.model), adapter.tensors if adapter else {}
     for name, tensor in added.items():
@@ -187,7 +232,7 @@ def _iter_fragments(folder: HuggingFaceFolder, adapter: PeftFolder | None) -> It
             yield Fragment(name, "master", shapes[name], box, tensor[None])
 
 
-def _config_yaml(folder: HuggingFaceFolder, tokenizer: Tokenizer | None, adapter: PeftFolder | None) -> str:
+def _config_yaml(folder: WeightSource, tokenizer: Tokenizer | None, adapter: PeftFolder | None) -> str:
     """The base for a run's configuration: the model, the objective that suits it, and what an adapter adds."""
     config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
     if adapter is not None:
@@ -201,7 +246,7 @@ def _config_yaml(folder: HuggingFaceFolder, tokenizer: Tokenizer | None, adapter
     return plain_yaml(config)
 
 
-def _special_tokens(folder: HuggingFaceFolder, tokenizer: Tokenizer | None, objective: ObjectiveName) -> dict[str, Any]:
+def _special_tokens(folder: WeightSource, tokenizer: Tokenizer | None, objective: ObjectiveName) -> dict[str, Any]:
     """Ids of the folder's tokenizer for data.special_tokens, those that the objective needs."""
     if tokenizer is None:
         return {}

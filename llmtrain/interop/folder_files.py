@@ -132,7 +132,7 @@ def write_record(folder: Path, equal_tokenizers: tuple[str, ...]) -> None:
     """Record the hashes of an export, and of the tokenizers that its own was proved equal to: data sets that were
     written with them stay usable."""
     paths = sorted(path for pattern in _HASHED for path in folder.glob(pattern))
-    files = {path.name: _sha256(path) for path in paths}
+    files = {path.name: sha256_of(path) for path in paths}
     own = files["tokenizer.json"]
     equal = [sha256 for sha256 in dict.fromkeys(equal_tokenizers) if sha256 != own]
     content = {"tokenizer_sha256": own, "equal_sha256": equal, "files": files}
@@ -154,7 +154,7 @@ def require_as_exported(folder: Path) -> list[str]:
     for name, expected in files.items():
         path = folder / Path(name).name
         try:
-            actual = f"actual {_sha256(path)}"
+            actual = f"actual {sha256_of(path)}"
         except OSError as error:
             actual = f"it cannot be read: {error.strerror}"
         if actual == f"actual {expected}":
@@ -169,6 +169,7 @@ def require_as_exported(folder: Path) -> list[str]:
     return changed
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a regular file. Raises OSError."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -45,6 +45,10 @@ class HuggingFaceFolder:
     changed: list[str] = field(default_factory=list)
 
     @property
+    def title(self) -> str:
+        return self.family.title
+
+    @property
     def tokenizer_path(self) -> Path | None:
         """The tokenizer in the folder, None where there is none that llmtrain reads."""
         return next((self.path / name for name in _TOKENIZERS if (self.path / name).is_file()), None)

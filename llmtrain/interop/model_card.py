@@ -101,7 +101,7 @@ def model_card(name: str, model: ModelConfig, facts: Mapping[str, str], notes: S
     `facts` are told as they are; `notes` say what of the model this format does not hold.
     """
     title, tag, use, proved = _kind(model, name, proof)
-    rows = "\n".join(f"| {label} | {value} |" for label, value in {**_sizes(model), **facts}.items())
+    rows = "\n".join(f"| {label} | {value} |" for label, value in {**model_sizes(model), **facts}.items())
     missing = "".join(f"\n- {note}" for note in notes)
     missing = (
         f"\n## Not in this format\n\nSettings of the training that have no place here:\n{missing}\n" if notes else ""
@@ -161,7 +161,8 @@ def _kind(model: ModelConfig, name: str, proof: Proof) -> tuple[str, str, str, s
     return title, tag, use.format(name=name), proved
 
 
-def _sizes(model: ModelConfig) -> dict[str, str]:
+def model_sizes(model: ModelConfig) -> dict[str, str]:
+    """Rows of a card: how large a model is."""
     layers = str(model.num_layers)
     if model.family == "encoder_decoder":
         layers = f"{model.encoder_layers} of the encoder, {model.decoder_layers} of the decoder"

@@ -32,6 +32,10 @@ class Shape(Enum):
     """The weight is [in, out] there."""
     FUSED = "fused"
     """Several of our modules, their outputs one after the other and then transposed, are one module there."""
+    JOINED = "joined"
+    """Several of our modules, their outputs one after the other, are one module there."""
+    INTERLEAVED = "interleaved"
+    """Of the outputs of each head, those of the first half and of the second half alternate there."""
     VOCABULARY = "vocabulary"
     """The rows that pad the vocabulary are not there."""
     EXPERT = "expert"
@@ -121,7 +125,7 @@ def _of_row(row: Row, layer: int, model: ModelConfig, shapes: dict[str, tuple[in
             name = f"{theirs.replace(EXPERT, str(expert))}.weight"
             yield Pairing(tuple(modules), name, row.shape, expert, stack=row.stack, layer=layer)
         return
-    # A fused row's modules have biases together or not at all, so the first one decides.
+    # A row's modules have biases together or not at all, so the first one decides.
     for suffix in ("weight", "bias"):
         ours = tuple(f"{module}.{suffix}" for module in modules)
         if ours[0] in shapes:
@@ -168,6 +172,10 @@ def to_theirs(pairing: Pairing, tensors: Sequence[Tensor], model: ModelConfig) -
             return _transposed(tensors[0])
         case Shape.FUSED:
             return _transposed(torch.cat(list(tensors)))
+        case Shape.JOINED:
+            return torch.cat(list(tensors))
+        case Shape.INTERLEAVED:
+            return tensors[0].unflatten(0, (-1, 2, model.head_size // 2)).transpose(1, 2).reshape(tensors[0].shape)
         case Shape.STACKED:
             return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=1)
         case Shape.VOCABULARY:
@@ -183,6 +191,10 @@ def to_ours(pairing: Pairing, tensor: Tensor, model: ModelConfig) -> list[Tensor
             return [_transposed(tensor)]
         case Shape.FUSED:
             return [part.contiguous() for part in _transposed(tensor).chunk(len(pairing.ours))]
+        case Shape.JOINED:
+            return [part.contiguous() for part in tensor.chunk(len(pairing.ours))]
+        case Shape.INTERLEAVED:
+            return [tensor.unflatten(0, (-1, model.head_size // 2, 2)).transpose(1, 2).reshape(tensor.shape)]
         case Shape.STACKED:
             return [part.contiguous() for part in tensor.chunk(len(pairing.ours), dim=1)]
         case Shape.VOCABULARY:

@@ -17,6 +17,7 @@ ROOMS = {
     "jinja2": ("llmtrain/data/",),
     "torchao": ("llmtrain/models/float8.py",),
     "llguidance": ("llmtrain/infer/guides.py",),
+    "xllamacpp": ("llmtrain/interop/gguf/judge.py",),
     "lm_eval": ("llmtrain/infer/evaluation/harness.py",),
     "ftfy": ("data_pipelines/steps/normalization.py",),
     "resiliparse": ("data_pipelines/",),

@@ -68,11 +68,12 @@ def with_llama_cpp(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     from llama_cpp import Llama
 
     with tempfile.TemporaryDirectory() as place:
-        file = Path(place, "model.gguf")
-        command = [sys.executable, os.environ["CONVERTER"], str(folder), "--outfile", str(file), "--outtype", "f32"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return {"refused": done.stderr[-600:]}
+        file = folder if folder.suffix == ".gguf" else Path(place, "model.gguf")
+        if file is not folder:
+            command = [sys.executable, os.environ["CONVERTER"], str(folder), "--outfile", str(file), "--outtype", "f32"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                return {"refused": done.stderr[-600:]}
         model = Llama(str(file), n_ctx=job["n_ctx"], n_threads=1, verbose=False, kv_overrides=job.get("overrides"))
         ids = [model.tokenize(text.encode()) for text in job["texts"]]
         prompt = model.tokenize(job["prompt"].encode())

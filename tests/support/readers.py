@@ -87,6 +87,17 @@ def read_by(name: str, folders: Sequence[Path], job: dict[str, Any]) -> dict[Pat
     return {Path(folder): answer for folder, answer in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
+GGUF = READERS / "gguf"
+
+
+def use_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process and those that it starts import what the extra gguf brings. Skips where it is not installed."""
+    if not (GGUF / ".installed").is_file():
+        pytest.skip(f"xllamacpp and gguf are not installed in {GGUF}: make readers")
+    monkeypatch.syspath_prepend(GGUF)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(GGUF), os.environ.get("PYTHONPATH")))))
+
+
 PEFT = READERS / "peft"
 _JUDGE = Path(__file__).with_name("peft_judge.py")
 

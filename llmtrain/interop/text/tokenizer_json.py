@@ -86,7 +86,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, named: NamedTokens, sett
         # llama.cpp's converter takes such a file rightly for these kinds alone, and as byte pairs, whatever it is. For
         # Qwen3 it puts a space before every text, for T5 it has no bytes for what has no piece: without the file it
         # refuses, which is better.
-        proto = _read_model(tokenizer.path, tokenizer.roles.names)
+        proto = read_model(tokenizer.path, tokenizer.roles.names)
         is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
         grown = tokenizer.vocab_size > len(proto.pieces)  # which that file could not say
         if settings.kind in ("llama", "mistral", "mixtral") and is_bpe and is_plain(proto) and not grown:
@@ -177,7 +177,7 @@ def convert(path: Path, spelled: Collection[int] | None = None, names: Mapping[s
     `spelled` are the control pieces that a text can spell there, None: all. What training never had is better no token
     at all: text that spells it stays text. `names` are those of reserved pieces.
     """
-    proto = _read_model(path, names or {})
+    proto = read_model(path, names or {})
     if problems := _obstacles(proto):
         listed = "\n  ".join(problems)
         raise ExportError(
@@ -214,7 +214,7 @@ def export_obstacles(tokenizer: Tokenizer) -> list[str]:
     """
     if tokenizer.path.suffix == ".json":
         return []
-    proto = _read_model(tokenizer.path)
+    proto = read_model(tokenizer.path)
     if (problems := _obstacles(proto)) or is_plain(proto):
         return problems
     converted = convert(tokenizer.path)
@@ -227,7 +227,8 @@ def export_obstacles(tokenizer: Tokenizer) -> list[str]:
     return []
 
 
-def _read_model(path: Path, names: Mapping[str, int] = MappingProxyType({})) -> Any:
+def read_model(path: Path, names: Mapping[str, int] = MappingProxyType({})) -> Any:
+    """The content of a sentencepiece file, with other names for some pieces."""
     # The module makes its classes when it is imported, where a type checker does not see them.
     proto = sentencepiece_model.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
     for name, token in names.items():

@@ -1,0 +1,69 @@
+"""Between runs and GGUF files: a checkpoint exported as one, and one imported as a run folder."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.data.source_reader import StreamConfig
+from llmtrain.data.stream import SampleStream, load_sources
+from llmtrain.errors import ConfigError
+from llmtrain.infer.hugging_face import Imported, export_parts, merging_facts, training_facts, write_imported
+from llmtrain.infer.model import saved_data
+from llmtrain.infer.tokenizer import folder_tokenizer
+from llmtrain.interop.folder_files import require_as_exported
+from llmtrain.interop.gguf.export import MEASURED, MEASURED_LENGTH, GgufExport, GgufSettings, write_gguf
+from llmtrain.interop.gguf.importing import open_gguf
+from llmtrain.interop.gguf.tokenizer_files import write_tokenizer_files
+from llmtrain.interop.hf_export import ExportSettings
+
+
+def export_gguf(
+    source: Path, out: Path, tokenizer: Path | None, settings: GgufSettings
+) -> tuple[CheckpointReader, GgufExport]:
+    """Write the checkpoint that a path means as a GGUF file, and prove it. Facts, special tokens and the validation
+    data of its run are filled in.
+
+    Raises as `find_checkpoint` and `write_gguf` do.
+    """
+    parts = export_parts(source, tokenizer, "float32")
+    checkpoint, model = parts.checkpoint, parts.model
+    facts = {**training_facts(checkpoint), **merging_facts(checkpoint, model, ExportSettings())}
+    held_out = _validation_windows(saved_data(checkpoint), min(MEASURED_LENGTH, model.max_seq_len))
+    settings = replace(settings, facts=facts, tokens=parts.tokens, chats=parts.chats, held_out=held_out)
+    return checkpoint, write_gguf(out, model, parts.weights, parts.tokenizer, settings)
+
+
+def _validation_windows(data: Mapping[str, Any], length: int) -> list[Sequence[int]]:
+    """The first windows of a run's validation data, each as long; none where it is not there (any more)."""
+    paths = [str(source.get("path")) for source in data.get("valid") or () if isinstance(source, dict)]
+    if not paths or not all(Path(path, "manifest.json").is_file() for path in paths):
+        return []
+    stream = SampleStream(load_sources(paths, [1] * len(paths)), StreamConfig(0, length, once=True))
+    samples = (stream.sample(number) for number in range(min(MEASURED, int(stream.length_once))))
+    return [sample.tokens[:length].tolist() for sample in samples]
+
+
+def gguf_file(source: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one of a folder that is none of Hugging Face's. None: there
+    is none. Raises ConfigError where a folder has several, DataError where an own export's is not what was written."""
+    if source.is_file():
+        return source
+    found = [] if (source / "config.json").is_file() else sorted(source.glob("*.gguf"))
+    if len(found) > 1:
+        raise ConfigError(f"{source}: holds {len(found)} GGUF files. Name one of them, such as {found[0]}.")
+    if found:
+        require_as_exported(source)
+    return found[0] if found else None
+
+
+def import_gguf(source: Path, out: Path) -> Imported:
+    """Read a GGUF file and write OUT. Weights are read and written some at a time."""
+    file = open_gguf(source)
+    with TemporaryDirectory(prefix="llmtrain-") as place:
+        notes = write_tokenizer_files(Path(place), file.header.metadata, source)
+        found = folder_tokenizer(Path(place), file.model)
+        found = replace(found, notes=(*notes, *found.notes))
+    return Imported(file, found, write_imported(file, found, out))

@@ -1,0 +1,249 @@
+"""Writing a model as a GGUF file, in a folder with its card, and proving it in llama.cpp before it has its name."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmtrain.config.model import ModelConfig
+from llmtrain.errors import ConfigError, ExportError
+from llmtrain.files import replace_folder
+from llmtrain.interop.examples import Example, Logits
+from llmtrain.interop.folder_files import RECORD_NAME, sha256_of
+from llmtrain.interop.gguf.architectures import (
+    KEPT_WHOLE,
+    ROPE_FACTORS,
+    ROPE_RULE,
+    Architecture,
+    architecture_for,
+    context_length,
+    rope_factors,
+)
+from llmtrain.interop.gguf.card import gguf_card
+from llmtrain.interop.gguf.file_format import FILE_TYPES, QUANTIZED_BLOCK, TensorType, Value
+from llmtrain.interop.gguf.importing import open_gguf
+from llmtrain.interop.gguf.proof import (
+    ALLOWED,
+    ALLOWED_BY_TABLE,
+    NUM_WINDOWS,
+    Comparison,
+    LlamaCppProof,
+    can_prove,
+    prove,
+)
+from llmtrain.interop.gguf.vocabulary import FileVocabulary, file_vocabulary
+from llmtrain.interop.gguf.writing import StoredTensor, write_file
+from llmtrain.interop.hf import FAMILIES, family_for
+from llmtrain.interop.hf_export import TrainedWeights
+from llmtrain.interop.name_table import Pairing, pairings, their_shape, to_theirs
+from llmtrain.interop.proof import real_texts
+from llmtrain.interop.text.proof import NUM_GREEDY, ChatExamples, Prompt
+from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
+from llmtrain.interop.text.tokenizer_json import text_frame
+from llmtrain.values.tokenizer import Tokenizer
+
+_LONGEST_PROMPT = 16
+MEASURED, MEASURED_LENGTH = 16, 256
+"""Windows of text that perplexity is measured on, and their tokens."""
+
+
+@dataclass(frozen=True)
+class GgufSettings:
+    """How weights are stored and proved, and facts for the card by their label."""
+
+    type: TensorType = TensorType.F32
+    max_perplexity_increase: float = 0.02
+    """Of the perplexity of the trained weights, the share that storing may add."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    overwrite: bool = False
+    family: str | None = None
+    tokens: NamedTokens | None = None
+    chats: ChatExamples | None = None
+    held_out: Sequence[Sequence[int]] = ()
+    """Windows of validation data; empty: the texts of the proof."""
+
+
+@dataclass(frozen=True)
+class GgufExport:
+    """What was written and found. `proof` is None where llama.cpp is not installed: then nothing was proved there."""
+
+    file: str
+    architecture: str
+    perplexities: tuple[float, float]
+    """Of the trained weights, and of those in the file."""
+    proof: LlamaCppProof | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The parts of an export."""
+
+    model: ModelConfig
+    weights: TrainedWeights
+    tokenizer: Tokenizer
+    settings: GgufSettings
+    architecture: Architecture
+    vocabulary: FileVocabulary
+
+    @property
+    def tokens(self) -> NamedTokens:
+        return self.settings.tokens or named_tokens(self.tokenizer)
+
+    def metadata(self) -> dict[str, Value]:
+        """All keys of the file, in the order in which they are written."""
+        keys: dict[str, Value] = {
+            "general.architecture": self.architecture.name,
+            "general.type": "model",
+            "general.quantization_version": 2,
+            "general.file_type": FILE_TYPES[self.settings.type],
+            **self.architecture.keys_of(self.model),
+        }
+        if (scaling := self.model.rope_scaling) is not None and scaling.kind == "llama3":
+            rule = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len)
+            keys[ROPE_RULE] = [float(number) for number in rule]
+        return keys | self.vocabulary.keys
+
+    def tensors(self) -> Iterator[StoredTensor]:
+        scaling = self.model.rope_scaling
+        if scaling is not None and scaling.kind == "llama3":
+            size, theta = self.model.head_size, self.model.rope_theta
+            yield StoredTensor(ROPE_FACTORS, (size // 2,), TensorType.F32, lambda: rope_factors(scaling, size, theta))
+        for pairing in pairings(self.architecture.table, self.model):
+            shape = their_shape(pairing, self.model)
+            yield StoredTensor(
+                pairing.theirs, shape, stored_type(pairing.theirs, shape, self.settings.type), self._reading(pairing)
+            )
+
+    def _reading(self, pairing: Pairing) -> Callable[[], Tensor]:
+        return lambda: to_theirs(pairing, [self.weights.read(name) for name in pairing.ours], self.model)
+
+
+def stored_type(name: str, shape: tuple[int, ...], wanted: TensorType) -> TensorType:
+    """The type of a tensor in a file that is to have `wanted`: vectors, and matrices that llama.cpp's converter keeps
+    as they are, are in fp32; rows that Q8_0 cannot divide are in fp16."""
+    if len(shape) == 1 or name.endswith(KEPT_WHOLE):
+        return TensorType.F32
+    if wanted is TensorType.Q8_0 and shape[-1] % QUANTIZED_BLOCK:
+        return TensorType.F16
+    return wanted
+
+
+def write_gguf(
+    folder: Path, model: ModelConfig, weights: TrainedWeights, tokenizer: Tokenizer, settings: GgufSettings
+) -> GgufExport:
+    """Write a folder with NAME.gguf, a card and a record, prove it, and only then give it its name.
+
+    Raises ConfigError where the folder exists or llama.cpp has no such model, ExportError where the tokenizer has no
+    form there, where the perplexity grows too much, or where llama.cpp computes something else. Nothing is left then.
+    """
+    require_free_gguf(folder, settings.overwrite)
+    family = family_for(model, settings.family)
+    name = next(name for name, known in FAMILIES.items() if known is family)
+    architecture = architecture_for(model, name, family.title)
+    chats, tokens = settings.chats, settings.tokens or named_tokens(tokenizer)
+    template, controls = (None, frozenset[int]()) if chats is None else (chats.template, chats.controls)
+    vocabulary = file_vocabulary(tokenizer, tokens, model.vocabulary, template, controls)
+    source = _Source(model, weights, tokenizer, settings, architecture, vocabulary)
+    target = folder.resolve()
+    writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
+    try:
+        writing.mkdir(parents=True)
+        file = writing / f"{target.name}.gguf"
+        stored = list(source.tensors())
+        write_file(file, source.metadata(), stored)
+        perplexities, proof = _proved(file, source)
+        export = GgufExport(file.name, architecture.name, perplexities, proof, _notes(source, stored))
+        facts = {**settings.facts, "Weights": settings.type.name}
+        (writing / "README.md").write_text(gguf_card(target.name, model, facts, export), "utf-8")
+        record = {
+            "proved": None if proof is None else proof.to_json(),
+            "perplexities": list(perplexities),
+            "files": {file.name: sha256_of(file)},
+        }
+        (writing / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        replaced = target.with_name(f".replaced-{target.name}-{os.getpid()}")
+        replace_folder(writing, target, replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise ExportError(f"{error.filename or folder}: the export could not be written: {error.strerror}.") from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return export
+
+
+def require_free_gguf(folder: Path, overwrite: bool) -> None:
+    """Raise ConfigError where a folder holds something, unless it is such an export and may be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigError(f"{folder}: exists already. Choose another name, remove it, or give --overwrite.")
+    if not folder.is_dir() or not any(folder.glob("*.gguf")):
+        raise ConfigError(f"{folder}: holds no GGUF file, so --overwrite leaves it. Remove it yourself.")
+
+
+def _notes(source: _Source, stored: Sequence[StoredTensor]) -> list[str]:
+    notes, model, wanted = [*source.vocabulary.notes], source.model, source.settings.type
+    if context_length(model) < model.max_seq_len:
+        notes.append(f"llama.cpp has no window for this model: the file is for texts of {context_length(model)} tokens")
+    halves = [tensor.name for tensor in stored if tensor.type is TensorType.F16 and wanted is TensorType.Q8_0]
+    if halves:
+        notes.append(f"{len(halves)} tensors have rows that are no multiple of {QUANTIZED_BLOCK}, and are in F16")
+    return notes
+
+
+def _proved(file: Path, source: _Source) -> tuple[tuple[float, float], LlamaCppProof | None]:
+    """The perplexities before and after, and what llama.cpp makes of the file."""
+    settings, model = source.settings, source.model
+    texts = real_texts()
+    ids = [source.tokenizer.encode(text) for text in texts]
+    windows = settings.held_out or _windows([token for text in ids for token in text], model)
+    before = _perplexity(source.weights.build(model, source.weights.read), windows)
+    # What llama.cpp is compared with are the numbers in the file, read again.
+    ours = source.weights.build(model, open_gguf(file).tensor)
+    after = _perplexity(ours, windows)
+    if settings.type is TensorType.F32 and before != after:
+        raise ExportError(f"The file holds other weights: perplexity {before!r} with those trained, {after!r} with it.")
+    if not after <= before * (1 + settings.max_perplexity_increase):
+        raise ExportError(
+            f"As {settings.type.name}, perplexity grows from {before:.4f} to {after:.4f}, by {after / before - 1:.2%}, "
+            f"and --max-perplexity-increase = {settings.max_perplexity_increase:g} allows "
+            f"{settings.max_perplexity_increase:.2%}. Try --dtype float16, or allow it."
+        )
+    if not can_prove():
+        return (before, after), None
+    frame = text_frame(source.tokenizer, source.tokens, "decoder")
+    longest = max(1, min(_LONGEST_PROMPT, context_length(model) - NUM_GREEDY))
+    prompt = Prompt((*frame[0], *ids[0][:longest]), {})
+    equal = [text for text in texts if source.vocabulary.is_equal_for(text)]
+    asked = Comparison(equal, windows[:NUM_WINDOWS], prompt, settings.chats, source.tokenizer, frame)
+    allowed = max(ALLOWED[settings.type], ALLOWED_BY_TABLE if model.activation == "gelu" else 0.0)
+    return (before, after), prove(file, ours, model.vocabulary, asked, allowed)
+
+
+def _windows(ids: Sequence[int], model: ModelConfig) -> list[Sequence[int]]:
+    """Windows of real tokens. Raises ExportError for ids that the model does not have."""
+    length = min(MEASURED_LENGTH, context_length(model))
+    if max(ids) >= model.vocabulary:
+        raise ExportError(
+            f"The tokenizer gives the id {max(ids)}, the model has {model.vocabulary} tokens: it was trained with "
+            "another tokenizer. Name that one."
+        )
+    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:MEASURED]
+
+
+@torch.no_grad()
+def _perplexity(ours: Logits, windows: Sequence[Sequence[int]]) -> float:
+    """Over the tokens of windows of one length, each predicted from those before it."""
+    tokens_BS = torch.tensor([list(window) for window in windows])
+    total = torch.zeros((), dtype=torch.float64)
+    for row_S in tokens_BS:
+        logits_SV = ours(Example(row_S[None]))[0, :-1].cpu().double()
+        total += torch.nn.functional.cross_entropy(logits_SV, row_S[1:], reduction="sum")
+    return math.exp(float(total) / (tokens_BS.numel() - len(tokens_BS)))

@@ -1,0 +1,178 @@
+"""The proof that llmtrain's model and llama.cpp's are the same: ids of texts and conversations, the likelihoods of all
+next tokens along texts, and a greedy continuation, all in llama.cpp itself.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmtrain.errors import ExportError
+from llmtrain.interop.examples import Example, Logits
+from llmtrain.interop.gguf.file_format import TensorType
+from llmtrain.interop.proof import TOLERANCE
+from llmtrain.interop.text.proof import NUM_GREEDY, ChatExamples, Prompt
+from llmtrain.values.tokenizer import Around, Tokenizer
+
+BINDING = "xllamacpp"
+
+NUM_WINDOWS, FIRST, POSITIONS = 4, 8, 16
+"""Texts along which likelihoods are compared, and at which positions."""
+
+_CONTEXT = 256
+_LEAST = -40.0
+"""Likelihoods below e^-40 are none in the numbers that llama.cpp tells them in."""
+
+ALLOWED = {TensorType.F32: TOLERANCE, TensorType.F16: 2e-2, TensorType.Q8_0: 3e-1}
+"""Difference of two logarithms of likelihoods. For fp16 and Q8_0 weights llama.cpp rounds activations alike, to 11 bits
+and to 8 of the largest of 32, which no other program does; beyond logits of 10 in proportion."""
+
+ALLOWED_BY_TABLE = 1e-2
+"""For models with gelu: llama.cpp looks it up in a table of fp16."""
+
+
+@dataclass(frozen=True)
+class LlamaCppProof:
+    """What was compared in llama.cpp, and found equal or near."""
+
+    max_difference: float
+    """Of logarithms of likelihoods."""
+    num_likelihoods: int
+    num_greedy_tokens: int
+    """Equal ones, of NUM_GREEDY; with weights in fp32 all are."""
+    num_texts: int
+    num_text_characters: int
+    num_chats: int
+    version: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What both sides are asked."""
+
+    texts: Sequence[str]
+    windows: Sequence[Sequence[int]]
+    prompt: Prompt
+    chats: ChatExamples | None
+    tokenizer: Tokenizer
+    frame: Around
+
+
+def can_prove() -> bool:
+    """True where llama.cpp is installed as the extra gguf brings it."""
+    return find_spec(BINDING) is not None
+
+
+def prove(path: Path, ours: Logits, num_tokens: int, asked: Comparison, allowed: float) -> LlamaCppProof:
+    """Compare a file in llama.cpp with a model of the numbers that it holds. Raises ExportError that says what differs,
+    or with llama.cpp's own words where it does not take the file."""
+    questions = [list(window[:end]) for window in asked.windows for end in _ends(window)]
+    chats = [] if asked.chats is None else [_chat(example) for example in asked.chats.examples]
+    job = {
+        "file": str(path.resolve()),
+        "context": _CONTEXT,
+        "num_tokens": num_tokens,
+        "texts": list(asked.texts),
+        "chats": chats,
+        "questions": questions,
+        "prompt": list(asked.prompt.ids),
+        "num_new": NUM_GREEDY,
+    }
+    answers, theirs_QV = _judged(job)
+    _compare_ids(answers, asked)
+    greedy = [[*asked.prompt.ids, *answers["greedy"][:count]] for count in range(NUM_GREEDY)]
+    ours_QV = _log_probs(ours, [*questions, *greedy], num_tokens)
+    difference = _difference(ours_QV, theirs_QV, allowed)
+    own = ours_QV[len(questions) :].argmax(-1).tolist()
+    num_equal = sum(one == other for one, other in zip(own, answers["greedy"], strict=True))
+    if num_equal < NUM_GREEDY and allowed <= TOLERANCE:
+        raise ExportError(f"Greedy continuations differ: ours {own}, llama.cpp's {answers['greedy']}.")
+    return LlamaCppProof(
+        difference,
+        len(ours_QV),
+        num_equal,
+        len(asked.texts),
+        sum(map(len, asked.texts)),
+        len(chats),
+        answers["version"],
+    )
+
+
+def _ends(window: Sequence[int]) -> range:
+    return range(min(FIRST, len(window)), min(FIRST + POSITIONS, len(window)) + 1)
+
+
+def _chat(example: Any) -> dict[str, Any]:
+    tools = {} if example.tools is None else {"tools": [dict(tool) for tool in example.tools]}
+    messages = [dict(message) for message in example.messages]
+    return {"messages": messages, "add_generation_prompt": example.prompts, **tools}
+
+
+def _judged(job: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """llama.cpp's answers, from a process of its own."""
+    with TemporaryDirectory(prefix="llmtrain-") as folder:
+        script = Path(__file__).with_name("judge.py")
+        done = subprocess.run(
+            [sys.executable, "-P", str(script), folder], input=json.dumps(job), capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode:
+            said = (done.stderr.strip() or f"it ended with {done.returncode}")[-600:]
+            raise ExportError(f"llama.cpp does not take the file: {said}")
+        answers = json.loads(Path(folder, "ids.json").read_text("utf-8"))
+        return answers, torch.from_numpy(np.load(Path(folder, "log_probs.npy"), allow_pickle=False))
+
+
+def _compare_ids(answers: Mapping[str, Any], asked: Comparison) -> None:
+    before, behind = asked.frame
+    for text, plain, framed in zip(asked.texts, answers["plain"], answers["framed"], strict=True):
+        expected = asked.tokenizer.encode(text)
+        _require_equal(expected, plain, text)
+        _require_equal([*before, *expected, *behind], framed, text)
+    examples = () if asked.chats is None else asked.chats.examples
+    for example, found in zip(examples, answers["chats"], strict=True):
+        _require_equal(example.ids, found, str(example.messages))
+
+
+def _require_equal(expected: Sequence[int], actual: Sequence[int], text: str) -> None:
+    if list(expected) == list(actual):
+        return
+    pairs = enumerate(zip(expected, actual, strict=False))
+    place = next((at for at, (one, other) in pairs if one != other), min(len(expected), len(actual)))
+    raise ExportError(
+        f"llama.cpp gives other ids for a text that begins with {text[:40]!r}: at token {place} trained with "
+        f"{list(expected[place : place + 6])}, there {list(actual[place : place + 6])}."
+    )
+
+
+@torch.no_grad()
+def _log_probs(ours: Logits, questions: Sequence[Sequence[int]], num_tokens: int) -> Tensor:
+    """[questions, V]: of the token behind each."""
+    rows = [ours(Example(torch.tensor([list(ids)])))[0, -1, :num_tokens] for ids in questions]
+    return torch.stack(rows).cpu().float().log_softmax(-1)
+
+
+def _difference(ours_QV: Tensor, theirs_QV: Tensor, allowed: float) -> float:
+    if ours_QV.shape != theirs_QV.shape:
+        raise ExportError(f"Likelihoods have the shape {list(ours_QV.shape)} here and {list(theirs_QV.shape)} there.")
+    apart_QV = (ours_QV - theirs_QV).abs().masked_fill((ours_QV < _LEAST) & (theirs_QV < _LEAST), 0.0)
+    difference = float(apart_QV.max())
+    allowed *= max(1.0, float((ours_QV.amax(-1) - ours_QV.mean(-1)).max()) / 10)
+    if not difference <= allowed:  # a NaN fails too
+        raise ExportError(
+            f"llama.cpp computes another model: logarithms of likelihoods differ by up to {difference:.3g}; at most "
+            f"{allowed:.3g} is allowed."
+        )
+    return difference

@@ -1,0 +1,181 @@
+"""`llmtrain export --to gguf` and `llmtrain import FILE.gguf` as a user calls them."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.infer.model import load_checkpoint
+from llmtrain.interop.hf_export import ExportSettings, write_export
+from tests.support.readers import read_by, require_reader
+from tests.unit.interop.gguf.files import without_llama_cpp
+from tests.unit.interop.models import GPT2, LLAMA, MIXTRAL, QWEN3, SCALING, random_model, weights_of
+from tests.unit.interop.test_command import CPU, DAMAGED, USAGE, _call, _json, _run_folder
+from tests.unit.interop.test_readers import JOB, MODELS_READ, TEXTS
+
+LLAMA3 = LLAMA.with_keys({"rope_scaling": SCALING})
+
+
+@pytest.mark.parametrize("config", [LLAMA3, MIXTRAL, QWEN3, GPT2], ids=["llama3", "mixtral", "qwen3", "gpt2"])
+def test_export_and_import(config, small_tokenizer, tmp_path, monkeypatch):
+    without_llama_cpp(monkeypatch)
+    run = _run_folder(tmp_path / "run", config, small_tokenizer.path)
+    told = _json("export", run, tmp_path / "out", "--to", "gguf")
+    assert told["proof"].startswith("not proved: llama.cpp is not installed")
+    assert told["perplexity_trained"] == told["perplexity_written"]
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "| Training steps | 40 |" in card and str(tmp_path) not in card
+
+    told = _json("import", tmp_path / "out", tmp_path / "back")
+    original, back = load_checkpoint(run, CPU), load_checkpoint(tmp_path / "back", CPU)
+    assert all(
+        torch.equal(one, other) for one, other in zip(original.model.parameters(), back.model.parameters(), strict=True)
+    )
+    tokenizer = back.tokenizer()
+    for text in TEXTS:
+        assert tokenizer.encode(text) == small_tokenizer.encode(text), text
+    assert (tokenizer.eos_id, tokenizer.bos_ids) == (small_tokenizer.eos_id, ())
+    assert back.model.config.rope_scaling == config.rope_scaling
+    answers = [
+        _call("generate", place, "--prompt", "def a", "--temperature", "0") for place in (run, tmp_path / "back")
+    ]
+    assert answers[0].exit_code == answers[1].exit_code == 0 and answers[0].stdout == answers[1].stdout
+
+    # And out again: the tokenizer is a tokenizer.json now.
+    again = _json("export", tmp_path / "back", tmp_path / "again", "--to", "gguf")
+    assert again["perplexity_written"] == told.get("perplexity_written", again["perplexity_trained"])
+
+
+def test_the_proof_is_told(llama_cpp, small_tokenizer, tmp_path):
+    run = _run_folder(tmp_path / "run", LLAMA3, small_tokenizer.path)
+    told = _json("export", run, tmp_path / "out", "--to", "gguf")
+    assert told["proof"].startswith("llama.cpp (xllamacpp") and told["greedy_tokens_equal"] == 32
+    _json("import", tmp_path / "out" / "out.gguf", tmp_path / "back")
+    again = _json("export", tmp_path / "back", tmp_path / "again", "--to", "gguf")
+    assert again["greedy_tokens_equal"] == 32 and again["text_characters_equal"] == told["text_characters_equal"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--to", "gguf", "--dtype", "bfloat16"), "--dtype bfloat16: must be float32, float16 or q8_0"),
+        (("--to", "hf", "--dtype", "q8_0"), "--dtype q8_0: must be float32, bfloat16 or float16"),
+        (("--to", "gguf", "--proof", "layers"), "--proof: goes with --to hf"),
+        (("--to", "gguf", "--base", "x"), "--base: names the base of an adapter"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(arguments, told, small_tokenizer, tmp_path):
+    run = _run_folder(tmp_path / "run", LLAMA, small_tokenizer.path)
+    result = _call("export", run, tmp_path / "out", *arguments)
+    assert result.exit_code == USAGE and told in result.stderr
+
+
+def test_damaged_files_end_with_their_code(small_tokenizer, tmp_path, monkeypatch):
+    without_llama_cpp(monkeypatch)
+    run = _run_folder(tmp_path / "run", LLAMA, small_tokenizer.path)
+    _json("export", run, tmp_path / "out", "--to", "gguf")
+    file = tmp_path / "out" / "out.gguf"
+    content = file.read_bytes()
+    changed = bytearray(content)
+    changed[-100] ^= 1
+    file.write_bytes(changed)
+    result = _call("import", tmp_path / "out", tmp_path / "back")
+    assert result.exit_code == DAMAGED and "is not what was exported" in result.stderr
+    for place, damage in (("cut", content[:-100]), ("none", b"GGML"), ("empty", b"")):
+        path = tmp_path / f"{place}.gguf"
+        path.write_bytes(damage)
+        result = _call("import", path, tmp_path / "back")
+        assert result.exit_code == DAMAGED and str(path) in result.stderr, place
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_file_read_by_other_programs(llama_cpp, small_tokenizer, tmp_path):
+    """The gguf package, and transformers' `gguf_file`, in F32 and Q8_0: the same numbers as our own reader."""
+    from llmtrain.interop.gguf.importing import open_gguf
+
+    config = LLAMA.with_keys({"hidden_size": 64, "ffn_hidden_size": 96, "rope_scaling": SCALING})
+    run = _run_folder(tmp_path / "run", config, small_tokenizer.path)
+    for dtype in ("float32", "q8_0"):
+        out = tmp_path / dtype
+        _json("export", run, out, "--to", "gguf", "--dtype", dtype, "--max-perplexity-increase", "100")
+        from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
+        from gguf.quants import dequantize  # pyright: ignore[reportMissingImports]
+
+        header = open_gguf(out / f"{dtype}.gguf").header
+        theirs = GGUFReader(out / f"{dtype}.gguf")
+        assert {tensor.name for tensor in theirs.tensors} == header.tensors.keys()
+        for tensor in theirs.tensors:
+            found = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            assert torch.equal(found.reshape(-1), header.tensor(tensor.name).reshape(-1)), tensor.name
+        for key, field in theirs.fields.items():
+            if not key.startswith("GGUF."):
+                assert field.contents() == header.metadata[key], key
+
+
+@pytest.mark.whole_grid
+def test_files_of_llama_cpps_converter_are_read(llama_cpp, small_tokenizer, tmp_path):
+    """Written by its own tool from our exports; tokens and weights are those of the run."""
+    require_reader("llama_cpp")
+    import subprocess
+    import sys
+
+    from tests.support.readers import READERS
+
+    for name in ("llama", "llama tied", "mixtral", "llama yarn", "llama biases"):
+        folder, file = tmp_path / name.replace(" ", "-"), tmp_path / f"{name.replace(' ', '-')}.gguf"
+        config = MODELS_READ[name]
+        model = random_model(config)
+        write_export(folder, config, weights_of(model), small_tokenizer, ExportSettings())
+        script = str(READERS / "llama.cpp" / "convert_hf_to_gguf.py")
+        for type in ("f32", "f16", "bf16", "q8_0"):
+            file.unlink(missing_ok=True)
+            command = [sys.executable, script, str(folder), "--outfile", str(file), "--outtype", type]
+            subprocess.run(command, check=True, capture_output=True, env=os.environ)
+            out = tmp_path / f"back-{type}-{name.replace(' ', '-')}"
+            _json("import", file, out)
+            back = load_checkpoint(out, CPU)
+            for one, other in zip(model.parameters(), back.model.parameters(), strict=True):
+                apart = float((one - other).abs().max()) / float(one.abs().max())
+                assert apart <= {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 2**-7}[type], (name, type)
+            assert back.tokenizer().encode("def f(x):\n\t") == small_tokenizer.encode("def f(x):\n\t")
+
+
+@pytest.mark.whole_grid
+def test_another_build_of_llama_cpp_reads_our_files(small_tokenizer, tmp_path, monkeypatch):
+    """llama-cpp-python's, which another compiler made; transformers reads them too, but for tokenizers."""
+    require_reader("llama_cpp")
+    without_llama_cpp(monkeypatch)
+    from tests.unit.interop.gguf.files import written
+    from tests.unit.interop.test_readers import _require_equal
+
+    files = {name: tmp_path / name.replace(" ", "-") for name in ("llama", "qwen3", "mixtral", "llama scaled", "gpt2")}
+    for name, folder in files.items():
+        written(folder, MODELS_READ[name], small_tokenizer)
+    paths = [folder / f"{folder.name}.gguf" for folder in files.values()]
+    answers = read_by("llama_cpp", paths, JOB)
+    for name, path in zip(files, paths, strict=True):
+        _require_equal(answers[path], name, small_tokenizer, ("a\u2581b",))
+
+
+@pytest.mark.whole_grid
+@pytest.mark.parametrize("name", ["llama-spm", "llama-bpe", "gpt-2", "qwen2", "starcoder", "refact"])
+def test_published_vocabularies_give_the_published_ids(name, tmp_path):
+    """Those that llama.cpp's tests use, with the ids that Hugging Face's tokenizers give."""
+    from llmtrain.interop.gguf.reading import read_header
+    from llmtrain.interop.gguf.tokenizer_files import write_tokenizer_files
+    from tests.support.readers import READERS
+
+    require_reader("llama_cpp")
+    path = Path(READERS, "llama.cpp", "models", f"ggml-vocab-{name}.gguf")
+    header = read_header(path)
+    assert write_tokenizer_files(tmp_path, header.metadata, path) == []
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    texts = path.with_name(f"{path.name}.inp").read_text("utf-8").split("\n__ggml_vocab_test__\n")
+    expected = [list(map(int, line.split())) for line in path.with_name(f"{path.name}.out").read_text().splitlines()]
+    assert len(texts) > 30
+    different = [
+        text for text, ids in zip(texts, expected, strict=False) if tokenizer.encode(text) != ids and text.strip("\n")
+    ]
+    assert different == []

@@ -1,7 +1,6 @@
 """Writing a model as a GGUF file, in a folder with its card, and proving it in llama.cpp before it has its name."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -246,4 +245,4 @@ def _perplexity(ours: Logits, windows: Sequence[Sequence[int]]) -> float:
     for row_S in tokens_BS:
         logits_SV = ours(Example(row_S[None]))[0, :-1].cpu().double()
         total += torch.nn.functional.cross_entropy(logits_SV, row_S[1:], reduction="sum")
-    return math.exp(float(total) / (tokens_BS.numel() - len(tokens_BS)))
+    return float(torch.exp(total / (tokens_BS.numel() - len(tokens_BS))))

@@ -8,7 +8,6 @@ for. Answers: FOLDER/ids.json, and FOLDER/log_probs.npy [questions, vocabulary],
 """
 
 import json
-import os
 import sys
 import urllib.request
 from pathlib import Path
@@ -27,9 +26,10 @@ def load(job: dict[str, Any]) -> Any:
     settings.n_parallel = 1
     settings.warmup = settings.fit_params = False
     settings.verbosity = -1
-    settings.use_jinja = True
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = len(os.sched_getaffinity(0))
-    # Keys and values in fp32, and no GPU: what is compared is the file, not what a device makes of it.
+    settings.use_jinja, settings.prefill_assistant = True, False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = job["threads"]
+    # Everything in fp32, and no GPU: what is compared is the file, not what a device or a faster way makes of it.
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.n_gpu_layers = 0
     return xllamacpp.Server(settings)

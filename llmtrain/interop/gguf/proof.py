@@ -83,6 +83,7 @@ def prove(path: Path, ours: Logits, num_tokens: int, asked: Comparison, allowed:
     job = {
         "file": str(path.resolve()),
         "context": _CONTEXT,
+        "threads": torch.get_num_threads(),
         "num_tokens": num_tokens,
         "texts": list(asked.texts),
         "chats": chats,

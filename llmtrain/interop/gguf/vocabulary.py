@@ -62,6 +62,7 @@ def file_vocabulary(
         )
     notes, is_equal_for = list[str](), _always
     spelled = {named.eos_id, *named.ends, *named.all.values(), *before, *behind, *controls}
+    spelled -= {named.mask[1]} if named.mask is not None else set()
     if tokenizer.path.suffix != ".json":
         pieces = _sentencepiece(tokenizer, spelled)
     else:

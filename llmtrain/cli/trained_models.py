@@ -100,20 +100,18 @@ def export(
 
     _require_use(to, dtype, base, {"--tokenizer": tokenizer is not None, "--proof": proof is not ProofKind.AUTO})
     if to is Format.GGUF:
-        source = best_checkpoint(source) if best else source
-        _export_gguf(source, out, tokenizer, dtype, (max_perplexity_increase, overwrite, family), as_json)
+        _export_gguf((source, best), out, tokenizer, dtype, (max_perplexity_increase, overwrite, family), as_json)
         return
     if to is not Format.HF:
         source = best_checkpoint(source) if best else source
         _export_adapter(source, out, to, (dtype, base), (overwrite, family), as_json)
         return
-    max_shard_bytes = _size_bytes("--max-shard-size", max_shard_size)
     proof_bytes = _size_bytes("--proof-memory", proof_memory)
     require_free(out, overwrite)
     require_place(out)
     settings = ExportSettings(
         dtype=dtype.value,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=_size_bytes("--max-shard-size", max_shard_size),
         overwrite=overwrite,
         family=family,
         proof=proof.value,
@@ -140,14 +138,16 @@ def _require_use(to: Format, dtype: Precision, base: str | None, only_hf: Mappin
 
 
 def _export_gguf(
-    source: Path,
+    source: tuple[Path, bool],
     out: Path,
     tokenizer: Path | None,
     dtype: Precision,
     settings: tuple[float, bool, str | None],
     as_json: bool,
 ) -> None:
-    """`settings` are the bound on the perplexity, overwrite and family."""
+    """`source` is the path and whether its best checkpoint is meant; `settings` are the bound on the perplexity,
+    overwrite and family."""
+    from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.gguf import export_gguf
     from llmtrain.interop.gguf.export import GgufSettings, require_free_gguf
     from llmtrain.interop.gguf.file_format import TensorType
@@ -158,7 +158,8 @@ def _export_gguf(
     require_place(out)
     types = {Precision.FLOAT32: TensorType.F32, Precision.FLOAT16: TensorType.F16, Precision.Q8_0: TensorType.Q8_0}
     wanted = GgufSettings(types[dtype], bound, overwrite=overwrite, family=family)
-    checkpoint, export = export_gguf(source, out, tokenizer, wanted)
+    path, best = source
+    checkpoint, export = export_gguf(best_checkpoint(path) if best else path, out, tokenizer, wanted)
     proof = export.proof
     missing = "not proved: llama.cpp is not installed. Run pip install 'llmtrain[gguf]', and export again"
     proved: dict[str, Any] = {"proof": missing}

@@ -47,10 +47,13 @@ def _validation_windows(data: Mapping[str, Any], length: int) -> list[Sequence[i
 
 
 def gguf_file(source: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only one of a folder that is none of Hugging Face's. None: there
-    is none. Raises ConfigError where a folder has several, DataError where an own export's is not what was written."""
+    """The GGUF file that a path means: itself (`.gguf`), or the only one of a folder that is none of Hugging Face's.
+
+    None: there is none. Raises ConfigError where a folder has several, DataError where an own export's is not what was
+    written.
+    """
     if source.is_file():
-        return source
+        return source if source.suffix == ".gguf" else None
     found = [] if (source / "config.json").is_file() else sorted(source.glob("*.gguf"))
     if len(found) > 1:
         raise ConfigError(f"{source}: holds {len(found)} GGUF files. Name one of them, such as {found[0]}.")

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.interop.model_card import model_sizes
-from llmtrain.interop.text.proof import NUM_GREEDY
 
 if TYPE_CHECKING:
     from llmtrain.interop.gguf.export import GgufExport
@@ -51,5 +50,5 @@ Before it had its name, llama.cpp ({proof.version}) loaded it:
 
 - {proof.num_texts} texts of {proof.num_text_characters:,} characters have equal token ids;
 {chats}- logarithms of all tokens' likelihoods at {proof.num_likelihoods} places {near};
-- {proof.num_greedy_tokens} of {NUM_GREEDY} greedy tokens are equal.
+- {proof.num_greedy_tokens} of {proof.num_greedy_compared} greedy tokens are equal.
 """

@@ -221,7 +221,8 @@ def _proved(file: Path, source: _Source) -> tuple[tuple[float, float], LlamaCppP
     longest = max(1, min(_LONGEST_PROMPT, context_length(model) - NUM_GREEDY))
     prompt = Prompt((*frame[0], *ids[0][:longest]), {})
     equal = [text for text in texts if source.vocabulary.is_equal_for(text)]
-    asked = Comparison(equal, windows[:NUM_WINDOWS], prompt, settings.chats, source.tokenizer, frame)
+    num_new = min(NUM_GREEDY, context_length(model) - len(prompt.ids))
+    asked = Comparison(equal, windows[:NUM_WINDOWS], prompt, settings.chats, num_new, source.tokenizer, frame)
     allowed = max(ALLOWED[settings.type], ALLOWED_BY_TABLE if model.activation == "gelu" else 0.0)
     return (before, after), prove(file, ours, model.vocabulary, asked, allowed)
 

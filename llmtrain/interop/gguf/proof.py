@@ -20,7 +20,7 @@ from llmtrain.errors import ExportError
 from llmtrain.interop.examples import Example, Logits
 from llmtrain.interop.gguf.file_format import TensorType
 from llmtrain.interop.proof import TOLERANCE
-from llmtrain.interop.text.proof import NUM_GREEDY, ChatExamples, Prompt
+from llmtrain.interop.text.proof import ChatExamples, Prompt
 from llmtrain.values.tokenizer import Around, Tokenizer
 
 BINDING = "xllamacpp"
@@ -48,7 +48,8 @@ class LlamaCppProof:
     """Of logarithms of likelihoods."""
     num_likelihoods: int
     num_greedy_tokens: int
-    """Equal ones, of NUM_GREEDY; with weights in fp32 all are."""
+    num_greedy_compared: int
+    """All are equal where weights are in fp32."""
     num_texts: int
     num_text_characters: int
     num_chats: int
@@ -66,6 +67,8 @@ class Comparison:
     windows: Sequence[Sequence[int]]
     prompt: Prompt
     chats: ChatExamples | None
+    num_new: int
+    """Tokens of the greedy continuation."""
     tokenizer: Tokenizer
     frame: Around
 
@@ -89,21 +92,22 @@ def prove(path: Path, ours: Logits, num_tokens: int, asked: Comparison, allowed:
         "chats": chats,
         "questions": questions,
         "prompt": list(asked.prompt.ids),
-        "num_new": NUM_GREEDY,
+        "num_new": asked.num_new,
     }
     answers, theirs_QV = _judged(job)
     _compare_ids(answers, asked)
-    greedy = [[*asked.prompt.ids, *answers["greedy"][:count]] for count in range(NUM_GREEDY)]
+    greedy = [[*asked.prompt.ids, *answers["greedy"][:count]] for count in range(asked.num_new)]
     ours_QV = _log_probs(ours, [*questions, *greedy], num_tokens)
     difference = _difference(ours_QV, theirs_QV, allowed)
     own = ours_QV[len(questions) :].argmax(-1).tolist()
     num_equal = sum(one == other for one, other in zip(own, answers["greedy"], strict=True))
-    if num_equal < NUM_GREEDY and allowed <= TOLERANCE:
+    if num_equal < asked.num_new and allowed <= TOLERANCE:
         raise ExportError(f"Greedy continuations differ: ours {own}, llama.cpp's {answers['greedy']}.")
     return LlamaCppProof(
         difference,
         len(ours_QV),
         num_equal,
+        asked.num_new,
         len(asked.texts),
         sum(map(len, asked.texts)),
         len(chats),
@@ -112,7 +116,9 @@ def prove(path: Path, ours: Logits, num_tokens: int, asked: Comparison, allowed:
 
 
 def _ends(window: Sequence[int]) -> range:
-    return range(min(FIRST, len(window)), min(FIRST + POSITIONS, len(window)) + 1)
+    """How many of a window's tokens stand before each question; the last one is not asked about."""
+    last = min(FIRST + POSITIONS, len(window)) - 1
+    return range(min(FIRST, last), last + 1)
 
 
 def _chat(example: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
-from llmtrain.errors import DataError
+from llmtrain.errors import DataError, ExportError
 from llmtrain.interop.gguf.pretokenizers import CUTTINGS, OTHER_NAMES, pretokenizer_steps
 from llmtrain.interop.gguf.vocabulary import UNUSED, USER_DEFINED
 from llmtrain.interop.text.tokenizer_json import BYTE, CONTROL, NORMAL, UNKNOWN, convert
@@ -93,6 +93,8 @@ def _write_sentencepiece(
     spelled = {number for number, kind in enumerate(kinds) if kind == CONTROL}
     try:
         convert(model, spelled).save(str(folder / "tokenizer.json"))
+    except ExportError as error:
+        return [f"the tokenizer is not kept: {str(error).splitlines()[1].strip()}"]
     finally:
         model.unlink()
     return []

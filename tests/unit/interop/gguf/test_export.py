@@ -13,9 +13,11 @@ from llmtrain.interop.gguf.architectures import ARCHITECTURES
 from llmtrain.interop.gguf.export import GgufSettings, write_gguf
 from llmtrain.interop.gguf.file_format import TensorType
 from llmtrain.interop.gguf.importing import open_gguf
-from llmtrain.interop.gguf.proof import ALLOWED
+from llmtrain.interop.gguf.proof import ALLOWED, ALLOWED_BY_TABLE
 from llmtrain.interop.name_table import Shape
 from llmtrain.interop.text.proof import NUM_GREEDY
+from llmtrain.models.transformer import counted_positions
+from llmtrain.values.batch import ModelInputs
 from tests.support.tokenizers import saved_tokenizer, train_sentencepiece
 from tests.unit.interop.gguf.files import without_llama_cpp, written
 from tests.unit.interop.models import GPT2, LLAMA, MIXTRAL, MODELS, QWEN3, random_model, scaled, weights_of
@@ -40,10 +42,7 @@ MODELS_WRITTEN = {
     "gpt2 wide": GPT2.with_keys({"hidden_size": 64, "ffn_hidden_size": 96}),
 }
 F32, F16, Q8_0 = TensorType.F32, TensorType.F16, TensorType.Q8_0
-SHORT = [
-    ("llama scaled", F32), ("llama yarn factor", F32), ("llama biases", F32), ("qwen3 tied window", F32),
-    ("mixtral", F32), ("gpt2", F32), ("qwen3 wide", F16), ("llama wide", Q8_0), ("mixtral wide", Q8_0),
-]  # fmt: skip
+SHORT = [("llama scaled", F32), ("qwen3 tied window", F32), ("mixtral", F32), ("gpt2", F32), ("llama wide", Q8_0)]
 REST = [(name, type) for name in MODELS_WRITTEN for type in (F32, F16, Q8_0) if (name, type) not in SHORT]
 
 
@@ -53,11 +52,13 @@ REST = [(name, type) for name in MODELS_WRITTEN for type in (F32, F16, Q8_0) if 
 def test_llama_cpp_computes_the_model(name, type, llama_cpp, small_tokenizer, tmp_path):
     config = MODELS_WRITTEN[name]
     found = written(tmp_path / "out", config, small_tokenizer, type)
-    proof = found.proof
-    assert proof is not None and proof.max_difference <= ALLOWED[type] * 3 and proof.num_likelihoods >= 90
+    proof, by_table = found.proof, ALLOWED_BY_TABLE * (config.activation == "gelu")
+    assert proof is not None and proof.max_difference <= 3 * max(ALLOWED[type], by_table)
+    assert proof.num_likelihoods > 60 or config.attention.window
     assert proof.num_text_characters > 3000
     if type is F32 and config.activation != "gelu":
-        assert proof.num_greedy_tokens == NUM_GREEDY
+        expected = NUM_GREEDY if config.attention.window is None else 8
+        assert proof.num_greedy_tokens == proof.num_greedy_compared == expected
     record = json.loads((tmp_path / "out" / "llmtrain.json").read_text("utf-8"))
     assert record["proved"]["num_greedy_tokens"] == proof.num_greedy_tokens
     assert "Before it had its name, llama.cpp" in (tmp_path / "out" / "README.md").read_text("utf-8")
@@ -110,7 +111,10 @@ def test_f32_is_read_again_bit_by_bit(name, small_tokenizer, tmp_path, monkeypat
     found = {key: tensor for key, _, tensor in read.iter_tensors()}
     assert found.keys() == own.keys()
     assert all(torch.equal(found[key], own[key]) for key in own)
-    assert (read.model.rope_scaling == config.rope_scaling and read.model.moe == config.moe) or config.moe is not None
+    if (scaling := config.rope_scaling) is not None:
+        assert read.model.rope_scaling is not None
+        assert read.model.rope_scaling.model_dump() == pytest.approx(scaling.model_dump())
+    assert (read.model.moe is None) == (config.moe is None)
 
 
 def _plain_rows() -> architectures.Architecture:
@@ -182,25 +186,31 @@ def test_other_weights_are_caught_in_f32(small_tokenizer, tmp_path, monkeypatch)
 
 
 def test_perplexity_is_bounded(small_tokenizer, tmp_path, monkeypatch):
-    """Texts that the model writes itself are the likeliest to it: whatever changes its weights makes them less so."""
+    """A model that knows a text by heart, with a column of outliers that a norm takes back: it computes the same, but
+    in Q8_0 all else in the blocks of that column is lost."""
     without_llama_cpp(monkeypatch)
     config = LLAMA.with_keys({"hidden_size": 64, "ffn_hidden_size": 96})
     model = random_model(config)
+    ids_S = torch.randint(8, 300, (48,), generator=torch.Generator().manual_seed(2))
+    inputs = ModelInputs(ids_S[None], counted_positions(ids_S[None]), None)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        loss = torch.nn.functional.cross_entropy(model.logits(model(inputs)[0], inputs)[0, :-1], ids_S[1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("mlp.down.weight", "attention.out.weight")):
-                parameter[:, ::32] *= 300  # an outlier in each block
-    weights = weights_of(model)
-    ids = [5]
-    logits = weights.build(config, weights.read)
-    for _ in range(60):
-        ids.append(int(logits(export.Example(torch.tensor([ids])))[0, -1, :300].argmax()))
-    settings = GgufSettings(Q8_0, 0.001, held_out=[ids])
+            if name.endswith("mlp_norm.weight"):
+                parameter[::32] /= 4096
+            if name.endswith(("mlp.gate.weight", "mlp.up.weight")):
+                parameter[:, ::32] *= 4096
+    settings = GgufSettings(Q8_0, 0.02, held_out=[ids_S.tolist()])
     with pytest.raises(ExportError, match="perplexity grows from"):
-        write_gguf(tmp_path / "out", config, weights, small_tokenizer, settings)
+        write_gguf(tmp_path / "out", config, weights_of(model), small_tokenizer, settings)
     assert list(tmp_path.iterdir()) == []
-    found = write_gguf(tmp_path / "out", config, weights, small_tokenizer, replace(settings, type=F32))
-    assert found.perplexities[0] == found.perplexities[1]
+    found = write_gguf(tmp_path / "out", config, weights_of(model), small_tokenizer, replace(settings, type=F32))
+    assert found.perplexities[0] == found.perplexities[1] < 100
 
 
 @pytest.mark.parametrize("when", ["write_file", "replace_folder"])

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,13 +31,13 @@ from llmtrain.interop.gguf.proof import (
     ALLOWED,
     ALLOWED_BY_TABLE,
     NUM_WINDOWS,
-    Comparison,
     LlamaCppProof,
+    LlamaCppQuestions,
     can_prove,
     prove,
 )
 from llmtrain.interop.gguf.vocabulary import FileVocabulary, file_vocabulary
-from llmtrain.interop.gguf.writing import StoredTensor, write_file
+from llmtrain.interop.gguf.writing import GgufPart, write_file
 from llmtrain.interop.hf import FAMILIES, family_for
 from llmtrain.interop.hf_export import TrainedWeights
 from llmtrain.interop.name_table import Pairing, pairings, their_shape, to_theirs
@@ -109,19 +109,18 @@ class _Source:
             keys[ROPE_RULE] = [float(number) for number in rule]
         return keys | self.vocabulary.keys
 
-    def tensors(self) -> Iterator[StoredTensor]:
+    def tensors(self) -> Iterator[GgufPart]:
         scaling = self.model.rope_scaling
         if scaling is not None and scaling.kind == "llama3":
             size, theta = self.model.head_size, self.model.rope_theta
-            yield StoredTensor(ROPE_FACTORS, (size // 2,), TensorType.F32, lambda: rope_factors(scaling, size, theta))
+            yield GgufPart(ROPE_FACTORS, (size // 2,), TensorType.F32, lambda: rope_factors(scaling, size, theta))
         for pairing in pairings(self.architecture.table, self.model):
             shape = their_shape(pairing, self.model)
-            yield StoredTensor(
-                pairing.theirs, shape, stored_type(pairing.theirs, shape, self.settings.type), self._reading(pairing)
-            )
 
-    def _reading(self, pairing: Pairing) -> Callable[[], Tensor]:
-        return lambda: to_theirs(pairing, [self.weights.read(name) for name in pairing.ours], self.model)
+            def read(pairing: Pairing = pairing) -> Tensor:
+                return to_theirs(pairing, [self.weights.read(name) for name in pairing.ours], self.model)
+
+            yield GgufPart(pairing.theirs, shape, stored_type(pairing.theirs, shape, self.settings.type), read)
 
 
 def stored_type(name: str, shape: tuple[int, ...], wanted: TensorType) -> TensorType:
@@ -187,7 +186,7 @@ def require_free_gguf(folder: Path, overwrite: bool) -> None:
         raise ConfigError(f"{folder}: holds no GGUF file, so --overwrite leaves it. Remove it yourself.")
 
 
-def _notes(source: _Source, stored: Sequence[StoredTensor]) -> list[str]:
+def _notes(source: _Source, stored: Sequence[GgufPart]) -> list[str]:
     notes, model, wanted = [*source.vocabulary.notes], source.model, source.settings.type
     if context_length(model) < model.max_seq_len:
         notes.append(f"llama.cpp has no window for this model: the file is for texts of {context_length(model)} tokens")
@@ -222,7 +221,7 @@ def _proved(file: Path, source: _Source) -> tuple[tuple[float, float], LlamaCppP
     prompt = Prompt((*frame[0], *ids[0][:longest]), {})
     equal = [text for text in texts if source.vocabulary.is_equal_for(text)]
     num_new = min(NUM_GREEDY, context_length(model) - len(prompt.ids))
-    asked = Comparison(equal, windows[:NUM_WINDOWS], prompt, settings.chats, num_new, source.tokenizer, frame)
+    asked = LlamaCppQuestions(equal, windows[:NUM_WINDOWS], prompt, settings.chats, num_new, source.tokenizer, frame)
     allowed = max(ALLOWED[settings.type], ALLOWED_BY_TABLE if model.activation == "gelu" else 0.0)
     return (before, after), prove(file, ours, model.vocabulary, asked, allowed)
 

@@ -67,7 +67,7 @@ FILE_TYPES = {TensorType.F32: 0, TensorType.F16: 1, TensorType.Q8_0: 7, TensorTy
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class GgufTensor:
     """A tensor's row: the shape as PyTorch has it (the file lists it backwards), its type, and where its bytes begin,
     counted from the first byte behind the rows."""
 

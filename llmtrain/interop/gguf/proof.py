@@ -60,7 +60,7 @@ class LlamaCppProof:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LlamaCppQuestions:
     """What both sides are asked."""
 
     texts: Sequence[str]
@@ -78,11 +78,22 @@ def can_prove() -> bool:
     return find_spec(BINDING) is not None
 
 
-def prove(path: Path, ours: Logits, num_tokens: int, asked: Comparison, allowed: float) -> LlamaCppProof:
+def prove(path: Path, ours: Logits, num_tokens: int, asked: LlamaCppQuestions, allowed: float) -> LlamaCppProof:
     """Compare a file in llama.cpp with a model of the numbers that it holds. Raises ExportError that says what differs,
     or with llama.cpp's own words where it does not take the file."""
-    questions = [list(window[:end]) for window in asked.windows for end in _ends(window)]
-    chats = [] if asked.chats is None else [_chat(example) for example in asked.chats.examples]
+    questions = list[list[int]]()
+    for window in asked.windows:
+        last = min(FIRST + POSITIONS, len(window)) - 1
+        questions += [list(window[:end]) for end in range(min(FIRST, last), last + 1)]
+    examples = () if asked.chats is None else asked.chats.examples
+    chats = [
+        {
+            "messages": [dict(message) for message in example.messages],
+            "add_generation_prompt": example.prompts,
+            **({} if example.tools is None else {"tools": [dict(tool) for tool in example.tools]}),
+        }
+        for example in examples
+    ]
     job = {
         "file": str(path.resolve()),
         "context": _CONTEXT,
@@ -115,18 +126,6 @@ def prove(path: Path, ours: Logits, num_tokens: int, asked: Comparison, allowed:
     )
 
 
-def _ends(window: Sequence[int]) -> range:
-    """How many of a window's tokens stand before each question; the last one is not asked about."""
-    last = min(FIRST + POSITIONS, len(window)) - 1
-    return range(min(FIRST, last), last + 1)
-
-
-def _chat(example: Any) -> dict[str, Any]:
-    tools = {} if example.tools is None else {"tools": [dict(tool) for tool in example.tools]}
-    messages = [dict(message) for message in example.messages]
-    return {"messages": messages, "add_generation_prompt": example.prompts, **tools}
-
-
 def _judged(job: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """llama.cpp's answers, from a process of its own."""
     with TemporaryDirectory(prefix="llmtrain-") as folder:
@@ -142,7 +141,7 @@ def _judged(job: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
         return answers, torch.from_numpy(np.load(Path(folder, "log_probs.npy"), allow_pickle=False))
 
 
-def _compare_ids(answers: Mapping[str, Any], asked: Comparison) -> None:
+def _compare_ids(answers: Mapping[str, Any], asked: LlamaCppQuestions) -> None:
     before, behind = asked.frame
     for text, plain, framed in zip(asked.texts, answers["plain"], answers["framed"], strict=True):
         expected = asked.tokenizer.encode(text)

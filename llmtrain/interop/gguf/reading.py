@@ -26,7 +26,7 @@ from llmtrain.interop.gguf.file_format import (
     QUANTIZED_BLOCK,
     SCALARS,
     VERSION,
-    TensorInfo,
+    GgufTensor,
     TensorType,
     ValueType,
     aligned,
@@ -46,7 +46,7 @@ class GgufHeader:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, GgufTensor]
     begin: int
 
     def tensor(self, name: str) -> Tensor:
@@ -168,7 +168,7 @@ def _form(cursor: _Cursor, kind: int, what: str) -> np.dtype[Any]:
     return np.dtype(SCALARS[ValueType(kind)])
 
 
-def _iter_rows(cursor: _Cursor, num_tensors: int) -> Iterator[TensorInfo]:
+def _iter_rows(cursor: _Cursor, num_tensors: int) -> Iterator[GgufTensor]:
     seen = set[str]()
     for _ in range(num_tensors):
         name = cursor.text("the name of a tensor", _LONGEST_NAME)
@@ -188,10 +188,10 @@ def _iter_rows(cursor: _Cursor, num_tensors: int) -> Iterator[TensorInfo]:
             )
         if kind == TensorType.Q8_0 and shape[-1] % QUANTIZED_BLOCK:
             raise cursor.damaged(f"{name[:80]} has rows of {shape[-1]}, and Q8_0 has blocks of {QUANTIZED_BLOCK}")
-        yield TensorInfo(name, shape, TensorType(kind), offset)
+        yield GgufTensor(name, shape, TensorType(kind), offset)
 
 
-def _require_places(cursor: _Cursor, rows: list[TensorInfo], begin: int, alignment: int) -> None:
+def _require_places(cursor: _Cursor, rows: list[GgufTensor], begin: int, alignment: int) -> None:
     """Raise DataError where tensors are empty, lie over each other, or behind the end of the file."""
     end = 0
     for row in sorted(rows, key=lambda row: row.offset):

@@ -26,7 +26,7 @@ from llmtrain.interop.gguf.file_format import (
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class GgufPart:
     """A tensor of a file: its numbers are asked for when it is its turn."""
 
     name: str
@@ -35,7 +35,7 @@ class StoredTensor:
     read: Callable[[], Tensor]
 
 
-def write_file(path: Path, metadata: Mapping[str, Value], tensors: Sequence[StoredTensor]) -> None:
+def write_file(path: Path, metadata: Mapping[str, Value], tensors: Sequence[GgufPart]) -> None:
     """Write a new file, and return once it is on the disk.
 
     Raises ExportError for numbers that a type does not hold, OSError where the file system does not take it.

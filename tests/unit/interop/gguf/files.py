@@ -9,7 +9,7 @@ from llmtrain.data.tokenizer import SentencePieceTokenizer
 from llmtrain.interop.gguf import export
 from llmtrain.interop.gguf.export import GgufExport, GgufSettings, write_gguf
 from llmtrain.interop.gguf.file_format import MAGIC, TensorType, Value
-from llmtrain.interop.gguf.writing import StoredTensor, write_file
+from llmtrain.interop.gguf.writing import GgufPart, write_file
 from tests.unit.interop.models import random_model, weights_of
 
 ANY_INCREASE = 1e6
@@ -42,7 +42,7 @@ def row(name: bytes, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
     return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
 
-def rewritten(path: Path, original: Any, changes: dict[str, Value | None], tensors: list[StoredTensor]) -> Path:
+def rewritten(path: Path, original: Any, changes: dict[str, Value | None], tensors: list[GgufPart]) -> Path:
     """A file with other keys (None: without one) and these tensors."""
     metadata = {**original.metadata, **changes}
     path.unlink(missing_ok=True)

@@ -177,9 +177,9 @@ def test_what_llama_cpp_does_not_take_is_told_in_its_words(llama_cpp, small_toke
 def test_other_weights_are_caught_in_f32(small_tokenizer, tmp_path, monkeypatch):
     """Whatever llama.cpp computes of them."""
     without_llama_cpp(monkeypatch)
-    right = export.StoredTensor
+    right = export.GgufPart
     monkeypatch.setattr(
-        export, "StoredTensor", lambda name, shape, type, read: right(name, shape, type, lambda: read() * 1.001)
+        export, "GgufPart", lambda name, shape, type, read: right(name, shape, type, lambda: read() * 1.001)
     )
     with pytest.raises(ExportError, match="holds other weights"):
         written(tmp_path / "out", LLAMA, small_tokenizer)

@@ -10,7 +10,7 @@ from llmtrain.errors import ConfigError, DataError
 from llmtrain.interop.gguf.file_format import MAGIC, TensorType
 from llmtrain.interop.gguf.importing import open_gguf
 from llmtrain.interop.gguf.reading import read_header
-from llmtrain.interop.gguf.writing import StoredTensor, write_file
+from llmtrain.interop.gguf.writing import GgufPart, write_file
 from tests.support.memory import peak_growth
 from tests.unit.interop.gguf.files import header, rewritten, row, text, without_llama_cpp, written
 from tests.unit.interop.models import LLAMA, MIXTRAL, QWEN3, scaled
@@ -127,12 +127,11 @@ def test_changed_bytes_of_the_header_are_refused_or_read(good, tmp_path):
     assert refused > 30
 
 
-def _tensors(path: Path, **shapes: tuple[int, ...]) -> list[StoredTensor]:
+def _tensors(path: Path, **shapes: tuple[int, ...]) -> list[GgufPart]:
     found = read_header(path)
     changed = {name: shapes.get(name.replace(".", "_"), info.shape) for name, info in found.tensors.items()}
     return [
-        StoredTensor(name, shape, TensorType.F32, lambda shape=shape: torch.zeros(shape))
-        for name, shape in changed.items()
+        GgufPart(name, shape, TensorType.F32, lambda shape=shape: torch.zeros(shape)) for name, shape in changed.items()
     ]
 
 
@@ -167,7 +166,7 @@ def test_tensors_that_do_not_fit_are_refused(good, tmp_path):
     for tensors, told in (
         (_tensors(good["llama"], blk_0_attn_q_weight=(48, 40)), "attn_q.weight: has the shape"),
         (_tensors(good["llama"])[:-1], "is missing"),
-        ([*_tensors(good["llama"]), StoredTensor("x", (4,), TensorType.F32, lambda: torch.zeros(4))], "x: the keys do"),
+        ([*_tensors(good["llama"]), GgufPart("x", (4,), TensorType.F32, lambda: torch.zeros(4))], "x: the keys do"),
     ):
         path = rewritten(tmp_path / "x.gguf", original, {}, tensors)
         with pytest.raises(DataError, match=told):

@@ -1,8 +1,6 @@
 """Writing a model as a GGUF file, in a folder with its card, and proving it in llama.cpp before it has its name."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +10,8 @@ from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError, ExportError
-from llmtrain.files import replace_folder
 from llmtrain.interop.examples import Example, Logits
-from llmtrain.interop.folder_files import RECORD_NAME, sha256_of
+from llmtrain.interop.folder_files import RECORD_NAME, sha256_of, written
 from llmtrain.interop.gguf.architectures import (
     KEPT_WHOLE,
     ROPE_FACTORS,
@@ -143,36 +140,27 @@ def write_gguf(
     """
     require_free_gguf(folder, settings.overwrite)
     family = family_for(model, settings.family)
-    name = next(name for name, known in FAMILIES.items() if known is family)
-    architecture = architecture_for(model, name, family.title)
+    kind = next(kind for kind, known in FAMILIES.items() if known is family)
+    architecture = architecture_for(model, kind, family.title)
     chats, tokens = settings.chats, settings.tokens or named_tokens(tokenizer)
     template, controls = (None, frozenset[int]()) if chats is None else (chats.template, chats.controls)
     vocabulary = file_vocabulary(tokenizer, tokens, model.vocabulary, template, controls)
     source = _Source(model, weights, tokenizer, settings, architecture, vocabulary)
-    target = folder.resolve()
-    writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
-    try:
-        writing.mkdir(parents=True)
-        file = writing / f"{target.name}.gguf"
+    name = folder.resolve().name
+    with written(folder) as writing:
+        file = writing / f"{name}.gguf"
         stored = list(source.tensors())
         write_file(file, source.metadata(), stored)
         perplexities, proof = _proved(file, source)
         export = GgufExport(file.name, architecture.name, perplexities, proof, _notes(source, stored))
         facts = {**settings.facts, "Weights": settings.type.name}
-        (writing / "README.md").write_text(gguf_card(target.name, model, facts, export), "utf-8")
+        (writing / "README.md").write_text(gguf_card(name, model, facts, export), "utf-8")
         record = {
             "proved": None if proof is None else proof.to_json(),
             "perplexities": list(perplexities),
             "files": {file.name: sha256_of(file)},
         }
         (writing / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-        replaced = target.with_name(f".replaced-{target.name}-{os.getpid()}")
-        replace_folder(writing, target, replaced)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        raise ExportError(f"{error.filename or folder}: the export could not be written: {error.strerror}.") from error
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
     return export
 
 

@@ -213,7 +213,7 @@ def test_perplexity_is_bounded(small_tokenizer, tmp_path, monkeypatch):
     assert found.perplexities[0] == found.perplexities[1] < 100
 
 
-@pytest.mark.parametrize("when", ["write_file", "replace_folder"])
+@pytest.mark.parametrize("when", ["write_file", "sha256_of"])
 def test_a_full_disk_leaves_nothing(when, small_tokenizer, tmp_path, monkeypatch):
     without_llama_cpp(monkeypatch)
 

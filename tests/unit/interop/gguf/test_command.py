@@ -94,7 +94,7 @@ def test_damaged_files_end_with_their_code(small_tokenizer, tmp_path, monkeypatc
 
 
 def test_a_file_read_by_other_programs(llama_cpp, small_tokenizer, tmp_path):
-    """The gguf package, and transformers' `gguf_file`, in F32 and Q8_0: the same numbers as our own reader."""
+    """llama.cpp's package for its files finds the keys and numbers that our own reader finds."""
     from llmtrain.interop.gguf.importing import open_gguf
 
     config = LLAMA.with_keys({"hidden_size": 64, "ffn_hidden_size": 96, "rope_scaling": SCALING})
@@ -146,7 +146,7 @@ def test_files_of_llama_cpps_converter_are_read(llama_cpp, small_tokenizer, tmp_
 
 @pytest.mark.whole_grid
 def test_another_build_of_llama_cpp_reads_our_files(small_tokenizer, tmp_path, monkeypatch):
-    """llama-cpp-python's, which another compiler made; transformers reads them too, but for tokenizers."""
+    """llama-cpp-python's, which another compiler made."""
     require_reader("llama_cpp")
     without_llama_cpp(monkeypatch)
     from tests.unit.interop.gguf.files import written

@@ -11,7 +11,6 @@ from typing import Any
 
 from llmtrain.errors import ConfigError
 from llmtrain.files import iter_lines, parse_line, sealed_line
-from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.request import NewToken
 from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.prompt_file import PromptLine, Writing
@@ -47,7 +46,7 @@ def iter_answers(model: TextModel, lines: Iterator[PromptLine], limits: Limits) 
         for line in lines:
             yield {**line.content, "fillings": _fillings(model, line)}
         return
-    batch, opened, done = ContinuousBatch(model.model, limits), dict[int, Open](), dict[int, dict[str, Any]]()
+    batch, opened, done = model.trained.batch(limits), dict[int, Open](), dict[int, dict[str, Any]]()
     order = deque[int]()  # requests whose answers were not given out yet
     while True:
         while len(opened) < 2 * limits.slots and len(order) < AHEAD * limits.slots:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.request import Request
 from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.chat import said_with
+from llmtrain.infer.model import TrainedModel
 from llmtrain.infer.prompt_file import Writing
 from llmtrain.infer.text_model import PromptIds, TextModel
 from llmtrain.models.transformer import Transformer
@@ -41,17 +41,19 @@ def answer_of(model: TextModel, asked: Asked, how: Writing) -> Iterator[str]:
 def continued(model: TextModel, prompt: PromptIds, how: Writing) -> Iterator[str]:
     """The pieces of one text, and the end of its last line."""
     stream = model.stream(how.stops)
-    for token in iter_tokens(model.model, model.request(prompt, how.max_tokens, how.sampling)):
+    for token in iter_tokens(model.trained, model.request(prompt, how.max_tokens, how.sampling)):
         yield stream.push(token)
         if stream.stopped:
             break
     yield f"{stream.end()}\n"
 
 
-def iter_tokens(model: Transformer, request: Request) -> Iterator[int]:
+def iter_tokens(model: Transformer | TrainedModel, request: Request) -> Iterator[int]:
     """The new tokens of one request, without the one that ends it. The caller may stop asking at any time."""
-    positions = min(model.config.max_seq_len, len(request.prompt) + request.max_tokens)
-    batch = ContinuousBatch(model, Limits.of(model.config, 1, positions))
+    trained = model if isinstance(model, TrainedModel) else TrainedModel(model, None)
+    config = trained.model.config
+    positions = min(config.max_seq_len, len(request.prompt) + request.max_tokens)
+    batch = trained.batch(Limits.of(config, 1, positions))
     batch.add(request)
     ending = None
     while ending is None:

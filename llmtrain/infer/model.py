@@ -28,6 +28,9 @@ from llmtrain.data.tokenizer import TOKENIZER_NAMES
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.files import read_bytes
 from llmtrain.finetune.additions import add_trained_parts
+from llmtrain.infer.batching.arena import StepRunner
+from llmtrain.infer.batching.batch import ContinuousBatch
+from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
@@ -40,6 +43,8 @@ from llmtrain.values.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
 
+BuildRunner = Callable[[Limits], StepRunner]
+
 
 @dataclass(frozen=True)
 class TrainedModel:
@@ -51,6 +56,12 @@ class TrainedModel:
     data: Mapping[str, Any] = field(default_factory=dict)
     tokens: TrainedTokens = field(default_factory=TrainedTokens)
     """The checkpoint's record of that tokenizer."""
+    runner: BuildRunner | None = None
+    """What carries out the steps of a batch with these limits, where the model is only this process's part."""
+
+    def batch(self, limits: Limits) -> ContinuousBatch:
+        """A new batch, the only one at a time where the model's parts lie on several ranks."""
+        return ContinuousBatch(self.runner(limits) if self.runner else self.model, limits)
 
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where none was found."""
@@ -163,11 +174,11 @@ def build_trained(
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         parameter.copy_(source.read(name, "master", Box.whole(parameter.shape)))
-    _load_router_biases(model, source, device)
+    load_router_biases(model, source, device)
     return model.eval()
 
 
-def _load_router_biases(model: Transformer, source: FragmentSource, device: torch.device) -> None:
+def load_router_biases(model: Transformer, source: FragmentSource, device: torch.device) -> None:
     """Set the routing biases of training without an auxiliary loss; they are stored in steps of its rate."""
     moe = model.config.moe
     if moe is None or not moe.bias_update_rate:
@@ -180,15 +191,40 @@ def _load_router_biases(model: Transformer, source: FragmentSource, device: torc
                 layer.moe.router.bias_E = steps_E * moe.bias_update_rate
 
 
-def load_checkpoint(path: Path, device: torch.device, also: Sequence[str] = ()) -> TrainedModel:
+@dataclass(frozen=True)
+class FoundModel:
+    """A trained model that is found, and whose weights are not read yet; the rest is as of `TrainedModel`."""
+
+    config: ModelConfig
+    weights: FragmentSource
+    finetune: FinetuneConfig | None = None
+    tokenizer_path: Path | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    tokens: TrainedTokens = field(default_factory=TrainedTokens)
+
+    def read(self, device: torch.device) -> TrainedModel:
+        """The whole model on a device."""
+        return self.trained(build_trained(self.config, self.weights, device, self.finetune))
+
+    def trained(self, model: Transformer, runner: BuildRunner | None = None) -> TrainedModel:
+        """With the weights in a model, or in the part of one that this process holds: see `TrainedModel`."""
+        return TrainedModel(model, self.tokenizer_path, self.data, self.tokens, runner)
+
+
+def find_checkpoint_model(path: Path, also: Sequence[str] = ()) -> FoundModel:
     """The model of a checkpoint or of a run's newest checkpoint; `also` as in `find_checkpoint`."""
     checkpoint = find_checkpoint(path, also)
-    model = build_trained(saved_architecture(checkpoint), checkpoint, device, saved_finetune(checkpoint))
-    tokens = TrainedTokens.of(checkpoint.about)
-    return TrainedModel(model, find_tokenizer_of(checkpoint.path), saved_data(checkpoint), tokens)
+    return FoundModel(
+        saved_architecture(checkpoint),
+        checkpoint,
+        saved_finetune(checkpoint),
+        find_tokenizer_of(checkpoint.path),
+        saved_data(checkpoint),
+        TrainedTokens.of(checkpoint.about),
+    )
 
 
-def load_model(path: Path, device: torch.device) -> TrainedModel:
+def find_model(path: Path) -> FoundModel:
     """The model of a run, a checkpoint or a Hugging Face folder."""
     if (path / "config.json").is_file():
         from llmtrain.interop.installation import require_transformers
@@ -199,8 +235,18 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
         folder = open_hf_folder(path)
         for text in folder.changed:
             _logger.warning("%s", text)
-        return TrainedModel(build_trained(folder.model, folder, device), folder.tokenizer_path)
-    return load_checkpoint(path, device, ["a Hugging Face folder (with config.json and safetensors)"])
+        return FoundModel(folder.model, folder, tokenizer_path=folder.tokenizer_path)
+    return find_checkpoint_model(path, ["a Hugging Face folder (with config.json and safetensors)"])
+
+
+def load_checkpoint(path: Path, device: torch.device) -> TrainedModel:
+    """The model of a checkpoint or of a run's newest checkpoint."""
+    return find_checkpoint_model(path).read(device)
+
+
+def load_model(path: Path, device: torch.device) -> TrainedModel:
+    """The model of a run, a checkpoint or a Hugging Face folder."""
+    return find_model(path).read(device)
 
 
 def weights_identity(path: Path) -> str:

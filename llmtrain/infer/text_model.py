@@ -36,7 +36,7 @@ class TextModel:
     """A trained model and its tokenizer. Raises ConfigError for a model that writes no text."""
 
     def __init__(self, trained: TrainedModel, tokenizer: Path | None = None) -> None:
-        self.model = trained.model
+        self.trained, self.model = trained, trained.model
         self.config = trained.model.config
         if self.config.predicts_labels:
             raise ConfigError(

@@ -77,7 +77,7 @@ class DeepSpeedEngine(SteppingEngine):
             if self.joins_projections:
                 join_projections(stage, move=True)
         # From here on: a tensor that gets memory is a new parameter, without the marks of the old one.
-        for parameter, placement in stage.named_placements():
+        for parameter, placement in stage.part.named_placements():
             dim = self.declared[placement.name].split if self.layout.tensor > 1 else None
             mark_parameter(parameter, dim, self.layout.sequence, self._is_spread(placement.name))
             self.placements[parameter] = placement

@@ -89,7 +89,7 @@ class MegatronEngine(SteppingEngine):
         tied = self.config.model.ties_head and WORD not in self.config.frozen
         module = PipelineChunk(stage, self.megatron_config, tied, number)
         # Marks before DDP: by `allreduce` it chooses the buffer, and so the group, of each gradient.
-        for parameter, placement in stage.named_placements():
+        for parameter, placement in stage.part.named_placements():
             name, declared = placement.name, self.declared[placement.name]
             dim = declared.split if self.layout.tensor > 1 else None
             mark_parameter(parameter, dim, self.layout.sequence, declared.expert and self.layout.expert > 1)

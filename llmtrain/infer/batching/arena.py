@@ -1,10 +1,11 @@
-"""The computation of steps: a model, the stores of its layers, and the scores that a step asks for.
+"""The computation of steps: a model, or a part of one, the stores of its layers, and the scores that a step asks for.
 
 Shape suffixes: B rows, S new positions, T the encoder's positions, K blocks of a row, V vocabulary.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from llmtrain.infer.batching.scheduler import BatchStep, DecodeRow, Limits, Prom
 from llmtrain.models.attention.caches import BlockStore, ChunkCache, MemoryCache, RowCache, RowStates, StateStore
 from llmtrain.models.attention.rows import BLOCK, SPARE, RowGroup, Rows, table_length
 from llmtrain.models.experts.mixture import Experts, grouped_linear
-from llmtrain.models.stack import LayerCaches, Pass
+from llmtrain.models.stack import LayerCaches
 from llmtrain.models.transformer import Transformer
 from llmtrain.values.batch import ModelInputs
 
@@ -22,13 +23,45 @@ TILE = 8
 in another order when it has another number of rows."""
 
 
-class Arena:
-    """A model in evaluation mode with the memory of all sequences; its stores are as large as the limits say."""
+class StepRunner(Protocol):
+    """Whatever carries out steps."""
 
-    def __init__(self, model: Transformer, limits: Limits) -> None:
-        self.model = model
+    def run(self, step: BatchStep) -> Tensor:
+        """[chosen, V] in fp32, in the order of `BatchStep.chosen`."""
+        ...
+
+
+class StageLinks(Protocol):
+    """What joins a part of a model to the parts that other processes hold."""
+
+    def received(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
+        """What the stage before has sent."""
+        ...
+
+    def send(self, hidden_SBH: Tensor) -> None:
+        """Send to the next stage, which takes what is sent in the same order."""
+        ...
+
+    def logits(self, model: Transformer, hidden_SBH: Tensor) -> Tensor:
+        """[B, S, V] in fp32 of a part that ends; all that hold a part of its head call it together."""
+        ...
+
+    def gathered(self, logits_CV: Tensor, chosen: int) -> Tensor:
+        """Behind all passes of a step, the scores that it asks for, where they are wanted."""
+        ...
+
+
+class Arena:
+    """A model in evaluation mode with the memory of all sequences; its stores are as large as the limits say.
+
+    Of a part of a model, which `links` join to the others, the memory is that of its own layers and heads, and every
+    part is given the same steps.
+    """
+
+    def __init__(self, model: Transformer, limits: Limits, links: StageLinks | None = None) -> None:
+        self.model, self.links = model, links
         self.device = next(model.parameters()).device
-        linear, layers = model.config.attention.kind == "linear", range(model.config.decoder_layers)
+        linear, layers = model.config.attention.kind == "linear", model.decoder.layers if model.decoder else ()
         self.own = [StateStore(limits.slots + 1) if linear else BlockStore(limits.blocks + 1) for _ in layers]
         # The keys of an encoder's output are as large as the others: a block has one number for both.
         self.cross = [BlockStore(limits.blocks + 1) for _ in self.own] if model.has_memory else [None] * len(self.own)
@@ -44,7 +77,8 @@ class Arena:
         found = [self._read(chunk) for chunk in step.chunks]
         for start in range(0, len(step.rows), self.tile or len(step.rows) or 1):
             found.append(self._continued(step.rows[start : start + (self.tile or len(step.rows))]))
-        return torch.cat(found) if found else torch.empty(0, self.model.config.vocabulary)
+        logits_CV = torch.cat(found) if found else torch.empty(0, self.model.config.vocabulary, device=self.device)
+        return logits_CV if self.links is None else self.links.gathered(logits_CV, len(step.chosen))
 
     def _read(self, chunk: PromptChunk) -> Tensor:
         """[1, V], or [0, V] where no token is asked for yet."""
@@ -63,23 +97,28 @@ class Arena:
             )
             memory = None if cross is None else MemoryCache(cross, memory_K, len(chunk.source), begins)
             caches.append(LayerCaches(mine, memory))
-        hidden_SBH, _ = self.model(
-            ModelInputs(tokens_BS, positions_BS), caches=caches, memory_TBH=self._memory(chunk.source if begins else ())
-        )
-        return (
-            self.model.logits(hidden_SBH[-1:])[0]
-            if chunk.chooses
-            else hidden_SBH.new_empty(0, self.model.config.vocabulary)
-        )
+        source_BT = torch.tensor([chunk.source if begins else ()], dtype=torch.long, device=self.device)
+        inputs = ModelInputs(tokens_BS, positions_BS, encoder_tokens_BT=source_BT)
+        return self._scores(inputs, caches, [0] if chunk.chooses else [])
 
-    def _memory(self, source: Sequence[int]) -> Tensor | None:
-        """What the encoder makes of a text; of none, something that nobody looks at."""
-        if not self.model.has_memory:
-            return None
-        if not source:
-            return torch.zeros(1, 1, self.model.config.hidden_size, device=self.device)
-        tokens_BT = torch.tensor([source], device=self.device)
-        return self.model.encode(ModelInputs(tokens_BT, tokens_BT, encoder_tokens_BT=tokens_BT), Pass())[0]
+    def _scores(self, inputs: ModelInputs, caches: Sequence[LayerCaches], rows: Sequence[int]) -> Tensor:
+        """[rows, V]: of these rows, the scores behind the newest position; of a part that does not end, [0, V]."""
+        assert inputs.encoder_tokens_BT is not None
+        (num_rows, positions), encoded = inputs.tokens_BS.shape, inputs.encoder_tokens_BT.shape[1]
+        hidden, received, memory_TBH = self.model.config.hidden_size, None, None
+        if self.model.has_memory and not encoded:  # its keys are in the stores: nobody looks at it
+            memory_TBH = torch.empty(0, num_rows, hidden, device=self.device)
+        if self.links is not None and not self.model.starts:
+            length = positions + encoded if self.model.has_memory else positions
+            received = self.links.received((length, num_rows, hidden), self.device)
+        hidden_SBH, _ = self.model(inputs, caches=caches, memory_TBH=memory_TBH, received=received)
+        if self.links is not None and not self.model.ends:
+            self.links.send(hidden_SBH)
+        if not self.model.ends or not rows:
+            return hidden_SBH.new_empty(0, self.model.config.vocabulary)
+        newest_1BH = hidden_SBH[-1:]
+        logits_B1V = self.model.logits(newest_1BH) if self.links is None else self.links.logits(self.model, newest_1BH)
+        return logits_B1V[list(rows), 0]
 
     def _continued(self, rows: Sequence[DecodeRow]) -> Tensor:
         """[rows that choose, V]."""
@@ -101,10 +140,9 @@ class Arena:
             )
             for own, cross in zip(self.own, self.cross, strict=True)
         ]
-        inputs = ModelInputs(numbers[0][:, None], numbers[1][:, None])
-        hidden_SBH, _ = self.model(inputs, caches=caches, memory_TBH=self._memory(()))
-        logits_BV = self.model.logits(hidden_SBH)[:, 0]
-        return logits_BV[[number for number, row in enumerate(rows) if row.chooses]]
+        nothing_BT = numbers.new_empty(len(padded), 0)
+        inputs = ModelInputs(numbers[0][:, None], numbers[1][:, None], encoder_tokens_BT=nothing_BT)
+        return self._scores(inputs, caches, [number for number, row in enumerate(rows) if row.chooses])
 
     def _grouped(self, tables: Sequence[tuple[int, Sequence[int]]]) -> list[RowGroup]:
         """Rows by the length of their tables, filled up with the spare block."""

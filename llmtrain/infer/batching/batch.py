@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from llmtrain.infer.batching.arena import Arena
+from llmtrain.infer.batching.arena import Arena, StepRunner
 from llmtrain.infer.batching.request import NewToken, Request
 from llmtrain.infer.batching.sampling import LogProbs, choose, drawn
 from llmtrain.infer.batching.scheduler import DecodeRow, Limits, PromptChunk, Scheduler
@@ -12,11 +12,11 @@ from llmtrain.models.transformer import Transformer
 
 
 class ContinuousBatch:
-    """Requests on their way through one model."""
+    """Requests on their way through one model, or through whatever else carries out steps within the same limits."""
 
-    def __init__(self, model: Transformer, limits: Limits) -> None:
+    def __init__(self, model: Transformer | StepRunner, limits: Limits) -> None:
         self.scheduler = Scheduler(limits)
-        self.arena = Arena(model, limits)
+        self.arena: StepRunner = Arena(model, limits) if isinstance(model, Transformer) else model
         self._requests = dict[int, Request]()
 
     def add(self, request: Request) -> int:

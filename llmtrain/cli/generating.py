@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ranks that hold the model, such as parallel.tensor=2.", metavar="KEY=VALUE"),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="The text to continue; with an encoder's masks in it, to fill.")
     ] = None,
@@ -58,21 +62,23 @@ def generate(
     _require_partner("--prompts", {} if prompt is None else of_files)
     _require_partner("--prompt: lines of --prompts have messages", {"--chat": chat and prompt is None})
     _require_partner("--out, the file of answers", {"--prompts": prompts is not None and out is None})
+    from launch.decoding import open_trained
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.batching.sampling import Sampling
     from llmtrain.infer.generate import Asked, answer_of
-    from llmtrain.infer.model import load_model, named_device, weights_identity
+    from llmtrain.infer.model import weights_identity
     from llmtrain.infer.prompt_file import Writing
     from llmtrain.infer.text_model import TextModel
 
     how = Writing(Sampling(temperature, top_k, top_p, seed, min_p), max_tokens, tuple(stop or ()))
     source = best_checkpoint(model) if best else model
-    text_model = TextModel(load_model(source, named_device(device)), tokenizer)
-    if prompts is not None and out is not None:
-        about = {"weights": weights_identity(source), "exact": exact}
-        _answer_file(text_model, (prompts, out), how, about, slots, overwrite)
-    for piece in () if prompt is None else answer_of(text_model, Asked(prompt, chat, messages), how):
-        typer.echo(piece, nl=False)
+    with open_trained(source, overrides or [], device) as trained:
+        text_model = TextModel(trained, tokenizer)
+        if prompts is not None and out is not None:
+            about = {"weights": weights_identity(source), "exact": exact}
+            _answer_file(text_model, (prompts, out), how, about, slots, overwrite)
+        for piece in () if prompt is None else answer_of(text_model, Asked(prompt, chat, messages), how):
+            typer.echo(piece, nl=False)
 
 
 def _require_partner(partner: str, given: dict[str, bool]) -> None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 from llmtrain.config.reading.credentials import SECRET_WORD
 from llmtrain.config.reading.document import (
@@ -99,6 +99,23 @@ def load_file(path: Path, overrides: Sequence[str], schema: Schema[Root]) -> Loa
     for text in overrides:
         root = _overridden(root, text, reading.problems)
     root = schema.changed(root, reading.problems)
+    return _checked(root, schema, reading, path)
+
+
+def load_keys(about: Path, overrides: Sequence[str], schema: Schema[Root], given: Mapping[str, Any]) -> Root:
+    """A configuration of overrides alone, without any file; `given` are whole sections that are known already.
+
+    `about` is what they are for. Raises ConfigError with every problem.
+    """
+    reading, root = _Reading(), Node({}, COMMAND_LINE)
+    for text in overrides:
+        root = _overridden(root, text, reading.problems)
+    known = {name: Node(value, str(about)) for name, value in given.items()}
+    return _checked(Node({**root.value, **known}, COMMAND_LINE), schema, reading, about).config
+
+
+def _checked(root: Node, schema: Schema[Root], reading: "_Reading", path: Path) -> LoadedConfig[Root]:
+    """Raises ConfigError with the problems of reading and those that are found here."""
     locations = dict(iter_places(root))
     told = {problem.key for problem in reading.problems}
     # The rules see a configuration whatever is wrong with it: faulty keys stand at their defaults there, and what rests

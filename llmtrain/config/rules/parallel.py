@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from math import gcd
+from typing import Protocol
 
 from llmtrain.config.attention import kind_of
-from llmtrain.config.model import VOCAB_MULTIPLE
+from llmtrain.config.model import VOCAB_MULTIPLE, ModelConfig
 from llmtrain.config.reading.suggestions import either, nearest_divisors, nearest_multiples
 from llmtrain.config.rules.objective import axes_divide_sequences
-from llmtrain.config.schema import RunConfig
+from llmtrain.config.schema import ParallelConfig, RunConfig
 from llmtrain.errors import Problem
 
 MESH_AXES = ("tensor", "pipeline", "context")
@@ -20,7 +21,17 @@ LAYER_KEYS = ("model.num_layers", "model.num_encoder_layers", "model.family")
 Found = Iterator[Problem]
 
 
-def tensor_divides_layers(config: RunConfig) -> Found:
+class ModelOnRanks(Protocol):
+    """A model, and the axes over which ranks hold it."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+
+    @property
+    def parallel(self) -> ParallelConfig: ...
+
+
+def tensor_divides_layers(config: ModelOnRanks) -> Found:
     """Each tensor rank has whole heads and an equal part of the MLP and of the vocabulary."""
     model, tensor = config.model, config.parallel.tensor
     sizes = {
@@ -98,7 +109,7 @@ def schedule_has_stages(config: RunConfig) -> Found:
         yield Problem("parallel.pipeline_schedule", message, parallel.pipeline_schedule, uses=uses)
 
 
-def pipeline_has_layers(config: RunConfig) -> Found:
+def pipeline_has_layers(config: ModelOnRanks) -> Found:
     """Every chunk has a layer, where no split says otherwise."""
     parallel, layers = config.parallel, config.model.total_layers
     if parallel.pipeline_split is not None:
@@ -116,7 +127,7 @@ def pipeline_has_layers(config: RunConfig) -> Found:
         yield Problem("parallel.virtual_pipeline", message, parallel.virtual_pipeline, uses=uses)
 
 
-def split_names_every_layer(config: RunConfig) -> Found:
+def split_names_every_layer(config: ModelOnRanks) -> Found:
     parallel, layers = config.parallel, config.model.total_layers
     split, chunks = parallel.pipeline_split, parallel.pipeline * parallel.virtual_pipeline
     if split is None:
@@ -138,7 +149,7 @@ def split_names_every_layer(config: RunConfig) -> Found:
         yield Problem("parallel.pipeline_split", f"{'; '.join(faults)}. {advice}", list(split), uses=uses)
 
 
-def _layers_text(config: RunConfig) -> str:
+def _layers_text(config: ModelOnRanks) -> str:
     model = config.model
     if model.family != "encoder_decoder":
         return f"model.num_layers = {model.num_layers}"

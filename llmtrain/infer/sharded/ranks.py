@@ -32,7 +32,9 @@ as its connections end with it."""
 def open_word_group() -> ProcessGroup:
     """The group through which the leading rank tells what to do; its followers wait as long as it takes. Whatever a
     step itself waits for has the time limit of the other groups. All ranks call it."""
-    return dist.new_group(backend="gloo", timeout=ANY_LONGER)
+    group = dist.new_group(backend="gloo", timeout=ANY_LONGER)
+    assert isinstance(group, ProcessGroup), "every rank is in it"
+    return group
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.infer.batching.arena import StepRunner
 from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.request import NewToken, Request
 from llmtrain.infer.batching.sampling import Sampling
@@ -63,7 +64,7 @@ def requests(rng: random.Random, encodes: bool, count: int = 10) -> list[Request
 class Recorded(ContinuousBatch):
     """Keeps the scores of each request's positions."""
 
-    def __init__(self, model: Transformer, limits: Limits) -> None:
+    def __init__(self, model: Transformer | StepRunner, limits: Limits) -> None:
         super().__init__(model, limits)
         self.logits = dict[tuple[int, int], Tensor]()
         run = self.arena.run
@@ -76,7 +77,7 @@ class Recorded(ContinuousBatch):
         self.arena.run = recorded  # type: ignore[method-assign]  # looks at what passes
 
 
-def run(model: Transformer, limits: Limits, asked: list[Request], crowd: random.Random | None = None):
+def run(model: Transformer | StepRunner, limits: Limits, asked: list[Request], crowd: random.Random | None = None):
     """(tokens by request, logits by request and position); with a crowd, requests come and some go at random times."""
     batch, tokens, gone = Recorded(model, limits), dict[int, list[int]](), set[int]()
     waiting = list(asked)

@@ -1,0 +1,48 @@
+"""The keys that say over which ranks a trained model is spread for decoding. Pure."""
+
+from pydantic import Field
+
+from llmtrain.config.launch import LaunchConfig
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.rules.parallel import pipeline_has_layers, split_names_every_layer, tensor_divides_layers
+from llmtrain.config.schema import ParallelConfig
+from llmtrain.config.section import Section
+from llmtrain.errors import Problem
+
+ALLOWED = {
+    "parallel": ("tensor", "pipeline", "pipeline_split"),
+    "launch": ("num_workers", "threads_per_worker", "timeout_seconds"),
+}
+
+
+class DecodingConfig(Section):
+    """A trained model, and how ranks hold it. Of the sections, the keys of ALLOWED have a meaning."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that hold one model."""
+        return self.parallel.tensor * self.parallel.pipeline
+
+    def problems(self) -> list[Problem]:
+        """What is wrong between the keys."""
+        found = [
+            Problem(
+                f"{name}.{key}", f"has no meaning in decoding. Known are {', '.join(allowed)}.", where="command line"
+            )
+            for name, allowed in ALLOWED.items()
+            for key in sorted(getattr(self, name).model_fields_set - {*allowed})
+        ]
+        for rule in (tensor_divides_layers, pipeline_has_layers, split_names_every_layer):
+            found += rule(self)
+        workers = self.launch.num_workers
+        if "num_workers" in self.launch.model_fields_set and workers != self.num_ranks:
+            message = f"must be parallel.tensor x parallel.pipeline = {self.num_ranks}. Leave it out, or give that."
+            found.append(Problem("launch.num_workers", message, workers))
+        if self.num_ranks > 1 and self.model.family == "encoder":
+            message = "an encoder fills masks in one process. Leave parallel.* out."
+            found.append(Problem("parallel", message, where="command line"))
+        return found

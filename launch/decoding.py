@@ -131,13 +131,11 @@ def telling_failures(ranks: Sequence[RankProcess]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, LlmtrainError) as error:
-        failures = dict[int, Failure]()
-        deadline = time.monotonic() + GRACE_SECONDS
-        rank_set, numbers = LocalRankSet(ranks), set(range(len(ranks)))
-        while numbers - failures.keys() and time.monotonic() < deadline:
-            for news in rank_set.news(numbers - failures.keys()):
-                number = ranks[news.rank].rank
-                failures[news.rank] = news.failure or Failure.of_exit(number, news.exit_code or 0)
+        failures, deadline = dict[int, Failure](), time.monotonic() + GRACE_SECONDS
+        while len(failures) < len(ranks) and time.monotonic() < deadline:
+            running = [place for place, each in enumerate(ranks) if each.rank not in failures]
+            for news in LocalRankSet(ranks).news(running):
+                failures[news.rank] = news.failure or Failure.of_exit(news.rank, news.exit_code or 0)
         if not failures:
             raise
         cause = first_cause([*failures.values(), Failure.of_error(0, error)])

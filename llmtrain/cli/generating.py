@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from llmtrain.infer.text_model import TextModel
 
 
+RanksArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Ranks that hold the model, such as parallel.tensor=2.", metavar="KEY=VALUE"),
+]
+
+
 def generate(
     model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Ranks that hold the model, such as parallel.tensor=2.", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: RanksArgument = None,
     prompt: Annotated[
         str | None, typer.Option(help="The text to continue; with an encoder's masks in it, to fill.")
     ] = None,

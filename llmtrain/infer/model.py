@@ -239,11 +239,6 @@ def find_model(path: Path) -> FoundModel:
     return find_checkpoint_model(path, ["a Hugging Face folder (with config.json and safetensors)"])
 
 
-def load_checkpoint(path: Path, device: torch.device) -> TrainedModel:
-    """The model of a checkpoint or of a run's newest checkpoint."""
-    return find_checkpoint_model(path).read(device)
-
-
 def load_model(path: Path, device: torch.device) -> TrainedModel:
     """The model of a run, a checkpoint or a Hugging Face folder."""
     return find_model(path).read(device)

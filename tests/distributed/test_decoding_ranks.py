@@ -1,4 +1,4 @@
-"""A model that is opened on several ranks: the text of one process, faults as a user reads them, no rank left behind."""
+"""A model that is opened on several ranks: the text of one process, faults in words, no rank left behind."""
 
 import subprocess
 import sys

@@ -61,11 +61,13 @@ def read_step(numbers: Sequence[int]) -> BatchStep:
 
 def _chunk(reader: NumberReader) -> PromptChunk:
     request, slot, start, chooses = (reader.one() for _ in range(4))
-    tokens, blocks, source, memory_blocks = (reader.some() for _ in range(4))
+    tokens, blocks = reader.some(), reader.some()
+    source, memory_blocks = reader.some(), reader.some()
     return PromptChunk(request, slot, tokens, start, blocks, bool(chooses), source, memory_blocks)
 
 
 def _row(reader: NumberReader) -> DecodeRow:
-    request, slot, token, position, chooses, memory_length = (reader.one() for _ in range(6))
+    request, slot, token, position = (reader.one() for _ in range(4))
+    chooses, memory_length = reader.one(), reader.one()
     blocks, memory_blocks = reader.some(), reader.some()
     return DecodeRow(request, slot, token, position, blocks, bool(chooses), memory_length, memory_blocks)

@@ -20,7 +20,7 @@ from llmtrain.config.model import ModelConfig, MoeConfig
 from llmtrain.config.reading.load import load_config
 from llmtrain.config.reading.rendering import to_yaml
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.infer.model import load_checkpoint, logits_of
+from llmtrain.infer.model import find_checkpoint_model, logits_of
 from llmtrain.interop.proof import load_theirs, their_inputs
 from llmtrain.interop.text.tokenizer_json import convert
 from llmtrain.values.fragment import Box, Fragment
@@ -87,7 +87,7 @@ def test_export_import_and_export_again(config, small_tokenizer, tmp_path):
     assert "| Training steps | 40 |" in card and "| Training tokens | 5,120 |" in card and str(tmp_path) not in card
 
     told = _json("import", tmp_path / "hf", tmp_path / "back")
-    original, back = load_checkpoint(run, CPU), load_checkpoint(tmp_path / "back", CPU)
+    original, back = find_checkpoint_model(run).read(CPU), find_checkpoint_model(tmp_path / "back").read(CPU)
     beside = (tmp_path / "hf" / "tokenizer.model").exists()
     assert told["notes"] == (["not kept: tokenizer.model"] if beside else [])
     assert Path(told["checkpoint"]) == find_checkpoint(tmp_path / "back").path
@@ -187,7 +187,7 @@ def test_biases_of_routers_are_read_and_have_no_place_in_an_export(small_tokeniz
     part = write_rank_files(unfinished, 0, [*_fragments(model), *biases])
     publish(unfinished, [part], Contents(1, {}, to_yaml(tiny_run(config)), {}), lambda: None)
     shutil.copyfile(small_tokenizer.path, path / "tokenizer.model")
-    loaded = load_checkpoint(path, CPU).model
+    loaded = find_checkpoint_model(path).read(CPU).model
     assert loaded.decoder is not None and loaded.decoder.layers["1"].moe is not None
     assert loaded.decoder.layers["1"].moe.router.bias_E.tolist() == [1.5, -1.0, 0.0, 0.0, 0.5]
     example = random_example(config)

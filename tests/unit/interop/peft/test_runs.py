@@ -18,7 +18,7 @@ from llmtrain.data.tokenizer import SentencePieceTokenizer
 from llmtrain.errors import ConfigError
 from llmtrain.finetune.base_weights import BaseWeights
 from llmtrain.finetune.rounding import rounding_error
-from llmtrain.infer.model import load_checkpoint, logits_of, saved_finetune
+from llmtrain.infer.model import find_checkpoint_model, logits_of, saved_finetune
 from llmtrain.interop.peft.writing import TrainedAdapter
 from llmtrain.interop.proof import load_theirs, their_inputs
 from llmtrain.values.fragment import Box, Fragment
@@ -101,7 +101,7 @@ def test_an_adapter_and_its_base_become_a_run_that_computes_the_same(
     assert call("export", run, tmp_path / "adapter", "--to", "peft")[0] == 0
     code, said = call("import", tmp_path / "adapter", tmp_path / "imported", "--base", base)
     assert code == 0, said
-    trained = load_checkpoint(tmp_path / "imported", CPU)
+    trained = find_checkpoint_model(tmp_path / "imported").read(CPU)
     wanted = adapted_logits(adapter.source, adapter.model, adapter.finetune, example)
     with torch.no_grad():
         assert torch.equal(logits_of(trained.model, example), wanted)

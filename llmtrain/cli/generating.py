@@ -18,6 +18,13 @@ RanksArgument = Annotated[
     typer.Argument(help="Ranks that hold the model, such as parallel.tensor=2.", metavar="KEY=VALUE"),
 ]
 
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="The prompt is what a user says; answered with the model's chat template.")
+]
+MessagesOption = Annotated[
+    Path | None, typer.Option(help="With --chat: a JSON file with the messages before, and tools.")
+]
+
 
 def generate(
     model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
@@ -39,12 +46,8 @@ def generate(
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed draws the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="The text ends before this one; may be given again.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is what a user says; answered with the model's chat template.")
-    ] = False,
-    messages: Annotated[
-        Path | None, typer.Option(help="With --chat: a JSON file with the messages before, and tools.")
-    ] = None,
+    chat: ChatOption = False,
+    messages: MessagesOption = None,
     slots: Annotated[int, typer.Option(min=1, max=4096, help="With --prompts: texts that are written together.")] = 8,
     exact: Annotated[
         bool, typer.Option("--exact", help="With --prompts: to the last bit what each would be alone. Slower.")

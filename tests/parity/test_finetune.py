@@ -10,7 +10,7 @@ from torch import Tensor
 from llmtrain.checks.parity.compare import LOW_PRECISION
 from llmtrain.config import parameters
 from llmtrain.config.parameters import FrozenNames, Parameter
-from llmtrain.engines import stage
+from llmtrain.engines import part, stage
 from llmtrain.engines.masters import freeze
 from llmtrain.finetune.additions import TensorPart
 from llmtrain.models.compiled_graphs import dropped
@@ -119,15 +119,15 @@ def change_declared(change: Callable[[Parameter], Parameter]) -> None:
 
 
 def a_row_update_is_not_summed() -> None:
-    change_part(lambda part: replace(part, leave=None))
+    change_part(lambda held: replace(held, leave=None))
 
 
 def a_rank_drops_the_columns_of_another() -> None:
-    change_part(lambda part: replace(part, place=0))
+    change_part(lambda held: replace(held, place=0))
 
 
 def change_part(change: Callable[[TensorPart], TensorPart]) -> None:
-    stage.TensorPart = lambda *fields: change(TensorPart(*fields))  # pyright: ignore[reportAttributeAccessIssue]
+    part.TensorPart = lambda *fields: change(TensorPart(*fields))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def updates_draw_as_if_outside_of_blocks() -> None:

@@ -28,14 +28,14 @@ def drop_sequence_reduction() -> None:
 
 def split_the_wrong_dimension() -> None:
     """A square weight: read and written back by rows, used by columns."""
-    from llmtrain.engines import stage
+    from llmtrain.engines import part
 
-    original, out = stage.split_box, (32, 32)
+    original, out = part.split_box, (32, 32)
 
     def by_rows(shape: tuple[int, ...], cuts: Mapping[int, tuple[int, int]]) -> Any:
         return original(shape, {0: next(iter(cuts.values()))} if shape == out and cuts else cuts)
 
-    stage.split_box = by_rows
+    part.split_box = by_rows
 
 
 def draw_from_local_indices() -> None:
@@ -45,15 +45,15 @@ def draw_from_local_indices() -> None:
 
 
 def swap_shards() -> None:
-    from llmtrain.engines import stage
+    from llmtrain.engines import part
 
-    original, up = stage.split_box, (128, 32)
+    original, up = part.split_box, (128, 32)
 
     def swapped(shape: tuple[int, ...], cuts: Mapping[int, tuple[int, int]]) -> Any:
         other = {dim: (ranks - 1 - rank, ranks) for dim, (rank, ranks) in cuts.items()}
         return original(shape, other if shape == up else cuts)
 
-    stage.split_box = swapped
+    part.split_box = swapped
 
 
 def skip_the_exchange_of_heads() -> None:

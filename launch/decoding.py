@@ -5,9 +5,11 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +25,7 @@ from launch.rank.failure import Failure, failure_text, first_cause
 from launch.rank.place import Rank
 from launch.rank.rendezvous import connect, open_group, serve_store
 from launch.rank.signals import StopSignal
-from launch.supervision.attempt import GRACE_SECONDS
+from launch.supervision.attempt import GRACE_SECONDS, POLL_SECONDS
 from llmtrain.config.decoding import DecodingConfig
 from llmtrain.config.reading.load import Schema, load_keys
 from llmtrain.errors import LaunchError, LlmtrainError
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_trained(path: Path, keys: Sequence[str], device: str) -> Iterator[TrainedModel]:
-    """The model at a path, on as many ranks as keys such as `parallel.tensor=2` say.
+def open_trained(path: Path, keys: Sequence[str], device: str, exact: bool = False) -> Iterator[TrainedModel]:
+    """The model at a path, on as many ranks as keys such as `parallel.tensor=2` say; `exact` is what is asked of it.
 
     Without keys, or with one rank, all of it is in this process. Raises ConfigError for keys that do not fit, and
     LaunchError where another rank fails.
@@ -51,7 +53,7 @@ def open_trained(path: Path, keys: Sequence[str], device: str) -> Iterator[Train
     named_device(device)
     found = find_model(path)
     schema = Schema(DecodingConfig, DecodingConfig.problems)
-    config = load_keys(path, keys, schema, {"model": found.config})
+    config = load_keys(path, keys, schema, {"model": found.config, "exact": exact})
     if config.num_ranks == 1:
         yield found.read(named_device(device))
         return
@@ -71,22 +73,23 @@ class DecodingRanks:
     def open(self) -> Iterator[TrainedModel]:
         """This rank's part as a model, whose batches run over all ranks."""
         from llmtrain.engines import decoding  # megatron-core: imported once, before ranks are forked
-        from llmtrain.infer.sharded.ranks import LeadingArena, tell_end
+        from llmtrain.infer.sharded.ranks import LeadingRank
 
         assert decoding
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
         gc.freeze()
         listener, ranks = socket.create_server((LOOPBACK, 0)), list[RankProcess]()
-        port = listener.getsockname()[1]
+        port, failure = listener.getsockname()[1], Future[str]()
         try:
             for rank in range(1, self.config.num_ranks):
                 ranks.append(start_rank(self._place(rank, port), StopSignal(), [listener], self._work(rank, port)))
             store = serve_store(listener)
-            with telling_failures(ranks):
-                part, links, words = self._join(self._place(0, port))
-                yield self.found.trained(part, lambda limits: LeadingArena(part, limits, links, words))
-                tell_end(words)
+            with RankWatch(ranks, failure).telling_failures() as watch:
+                leader = LeadingRank(*self._join(self._place(0, port)), failure)
+                yield self.found.trained(leader.part, leader)
+                watch.stop()
+                leader.end()
             del store  # not before: ranks talk through it
         finally:
             for each in ranks:
@@ -121,24 +124,50 @@ class DecodingRanks:
         device = choose_device(launch, place)
         open_group(connect(place, launch.timeout_seconds), place, device, launch.timeout_seconds)
         groups = decoding_groups(plan_layout(parallel, place.world_size))
+        words = open_word_group()  # before the weights: then the end of a rank that reads them is noticed at once
         part = load_part(self.found, groups, parallel.pipeline_split, device)
-        return part, RankLinks(groups), open_word_group()
+        dist.barrier(group=words)
+        return part, RankLinks(groups), words
 
 
-@contextmanager
-def telling_failures(ranks: Sequence[RankProcess]) -> Iterator[None]:
-    """Where something fails because another rank has, raise LaunchError with that rank's reason."""
-    try:
-        yield
-    except (RuntimeError, LlmtrainError) as error:
-        failures, deadline = dict[int, Failure](), time.monotonic() + GRACE_SECONDS
-        while len(failures) < len(ranks) and time.monotonic() < deadline:
-            running = [place for place, each in enumerate(ranks) if each.rank not in failures]
-            for news in LocalRankSet(ranks).news(running):
-                failures[news.rank] = news.failure or Failure.of_exit(news.rank, news.exit_code or 0)
-        if not failures:
-            raise
-        cause = first_cause([*failures.values(), Failure.of_error(0, error)])
-        if cause.rank == 0:
-            raise
-        raise LaunchError(failure_text([cause]).removeprefix("error: ")) from error
+class RankWatch:
+    """Hears the ends of ranks in a thread, and says the first of them to those who wait for `failure`."""
+
+    def __init__(self, ranks: Sequence[RankProcess], failure: "Future[str]") -> None:
+        self._ranks, self._failure = ranks, failure
+        self._ended = dict[int, Failure]()
+        self._stops = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="rank watch", daemon=True)
+
+    @contextmanager
+    def telling_failures(self) -> Iterator["RankWatch"]:
+        """Watch. Where something fails because another rank has, raise LaunchError with that rank's reason."""
+        self._thread.start()
+        try:
+            yield self
+        except (RuntimeError, LlmtrainError) as error:
+            if isinstance(error, LlmtrainError) and error.exit_code != LlmtrainError.exit_code:
+                raise  # of what was asked
+            deadline = time.monotonic() + GRACE_SECONDS
+            while len(self._ended) < len(self._ranks) and time.monotonic() < deadline:
+                self._thread.join(POLL_SECONDS)
+            cause = first_cause([*self._ended.values(), Failure.of_error(0, error)])
+            if cause.rank == 0:
+                raise
+            raise LaunchError(failure_text([cause]).removeprefix("error: ")) from error
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """From now on ranks may end."""
+        self._stops.set()
+        self._thread.join()
+
+    def _listen(self) -> None:
+        ranks = LocalRankSet(self._ranks)
+        while not self._stops.is_set() and len(self._ended) < len(self._ranks):
+            for news in ranks.news([at for at, each in enumerate(self._ranks) if each.rank not in self._ended]):
+                found = news.failure or Failure.of_exit(news.rank, news.exit_code or 0)
+                self._ended[news.rank] = found
+                with suppress(InvalidStateError):  # it has been said already
+                    self._failure.set_result(f"rank {found.rank} {found.summary}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -11,12 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmtrain.cli.trained_models import BestOption
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmtrain.infer.evaluation.run import TaskResult
 
 SECONDS_BETWEEN_LINES = 10.0
+
+MoreArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="More tasks, as behind --tasks; and ranks that hold the model, such as parallel.tensor=2.",
+        metavar="TASK... KEY=VALUE...",
+    ),
+]
 
 
 class ProgressLines:
@@ -35,7 +45,7 @@ class ProgressLines:
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
-    more: Annotated[list[str] | None, typer.Argument(help="More tasks, as behind --tasks.", metavar="TASK...")] = None,
+    more: MoreArgument = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="Files of tasks (.yaml), or names of lm-eval's tasks.", metavar="TASK...")
     ] = None,
@@ -48,40 +58,40 @@ def evaluate(
     include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of lm-eval's kind.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    best: Annotated[
-        bool, typer.Option("--best", help="Of a run's checkpoints the best one by evaluate.metric.")
-    ] = False,
+    best: BestOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a trained model on tasks: choices, cloze, perplexity, answers that match, questions and answers.
 
     A name that is no file is a task of lm-eval, which the extra `eval` brings.
     """
-    names = [*(tasks or []), *(more or [])]
+    keys = [word for word in more or [] if is_key(word)]
+    names = [*(tasks or []), *(word for word in more or [] if not is_key(word))]
     if not names:
         raise ConfigError("--tasks: is required: files of tasks (.yaml), or names of lm-eval's tasks.")
     files = [Path(name) for name in names if is_file(name)]
     others = [name for name in names if not is_file(name)]
     if include_path is not None and not others:
         raise ConfigError(f"--include-path {include_path}: goes with names of lm-eval's tasks, and --tasks has none.")
+    from launch.decoding import open_trained
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.config.reading.tasks import load_tasks
     from llmtrain.infer.evaluation.run import EvaluationOptions, TaskResult, evaluate_tasks, require_harness
-    from llmtrain.infer.model import load_model, named_device
     from llmtrain.infer.text_model import TextModel
 
-    loaded, place = load_tasks(files), named_device(device)
+    loaded, results = load_tasks(files), dict[str, TaskResult]()
     if others:
         require_harness()
-    trained = TextModel(load_model(best_checkpoint(model) if best else model, place), tokenizer)
-    results, asked = dict[str, TaskResult](), EvaluationOptions(ProgressLines(), limit, out)
-    if loaded:
-        results |= evaluate_tasks(trained, loaded, asked)
-    if others:
-        with redirect_stdout(sys.stderr):  # what lm-eval prints is no answer of this command
-            from llmtrain.infer.evaluation.harness import evaluate_harness
+    asked = EvaluationOptions(ProgressLines(), limit, out)
+    with open_trained(best_checkpoint(model) if best else model, keys, device) as trained:
+        text_model = TextModel(trained, tokenizer)
+        if loaded:
+            results |= evaluate_tasks(text_model, loaded, asked)
+        if others:
+            with redirect_stdout(sys.stderr):  # what lm-eval prints is no answer of this command
+                from llmtrain.infer.evaluation.harness import evaluate_harness
 
-            results |= evaluate_harness(trained, others, asked, include_path)
+                results |= evaluate_harness(text_model, others, asked, include_path)
     if as_json:
         typer.echo(json.dumps({"model": str(model), "tasks": _told(results)}, indent=1, allow_nan=False))
         return
@@ -115,3 +125,8 @@ def _rows(results: Mapping[str, "TaskResult"]) -> list[list[str]]:
 def is_file(name: str) -> bool:
     """True for what names a file of tasks."""
     return name.endswith((".yaml", ".yml")) or Path(name).is_file()
+
+
+def is_key(word: str) -> bool:
+    """True for what sets a key."""
+    return re.match(r"[a-z_]+\.[a-z_.]+=", word) is not None and not is_file(word)

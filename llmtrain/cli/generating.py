@@ -5,18 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.cli.trained_models import BestOption
+from llmtrain.cli.trained_models import BestOption, RanksArgument
 from llmtrain.words import counted
 
 if TYPE_CHECKING:
     from llmtrain.infer.prompt_file import Writing
     from llmtrain.infer.text_model import TextModel
 
-
-RanksArgument = Annotated[
-    list[str] | None,
-    typer.Argument(help="Ranks that hold the model, such as parallel.tensor=2.", metavar="KEY=VALUE"),
-]
 
 ChatOption = Annotated[
     bool, typer.Option("--chat", help="The prompt is what a user says; answered with the model's chat template.")
@@ -72,16 +67,15 @@ def generate(
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.batching.sampling import Sampling
     from llmtrain.infer.generate import Asked, answer_of
-    from llmtrain.infer.model import weights_identity
     from llmtrain.infer.prompt_file import Writing
     from llmtrain.infer.text_model import TextModel
 
     how = Writing(Sampling(temperature, top_k, top_p, seed, min_p), max_tokens, tuple(stop or ()))
     source = best_checkpoint(model) if best else model
-    with open_trained(source, overrides or [], device) as trained:
+    with open_trained(source, overrides or [], device, exact) as trained:
         text_model = TextModel(trained, tokenizer)
         if prompts is not None and out is not None:
-            about = {"weights": weights_identity(source), "exact": exact}
+            about = {"weights": trained.identity, "exact": exact}
             _answer_file(text_model, (prompts, out), how, about, slots, overwrite)
         for piece in () if prompt is None else answer_of(text_model, Asked(prompt, chat, messages), how):
             typer.echo(piece, nl=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmtrain.cli.trained_models import BestOption
+from llmtrain.cli.trained_models import BestOption, RanksArgument
 from llmtrain.errors import ConfigError
 
 KEY_VARIABLE = "LLMTRAIN_API_KEY"
@@ -16,6 +16,7 @@ PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
 def serve(
     model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
+    overrides: RanksArgument = None,
     host: Annotated[str, typer.Option(help="Address to listen on. Beyond this machine a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000,
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Texts that are written together.")] = 8,
@@ -46,26 +47,25 @@ def serve(
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise ConfigError(f"A server needs {', '.join(missing)}: pip install 'llmtrain[serve]'.")
+    from launch.decoding import open_trained
     from llmtrain.checkpoint.find import best_checkpoint
-    from llmtrain.infer.batching.batch import ContinuousBatch
     from llmtrain.infer.batching.scheduler import Limits
-    from llmtrain.infer.model import load_model, named_device
     from llmtrain.infer.serving.app import build_app
-    from llmtrain.infer.serving.batch_thread import BatchThread
+    from llmtrain.infer.serving.batch_thread import start_batch
     from llmtrain.infer.serving.server import run_server, serving_key
     from llmtrain.infer.serving.service import Service, ServingLimits
     from llmtrain.infer.text_model import TextModel
     from llmtrain.words import short_bytes
 
     key = serving_key(key_file, os.environ.pop(KEY_VARIABLE, None), host)
-    source = best_checkpoint(model) if best else model
-    text_model = TextModel(load_model(source, named_device(device)), tokenizer)
-    limits = Limits.of(text_model.config, slots, exact=exact)
-    if text_model.continues:
-        memory = limits.cache_bytes(text_model.config)
-        typer.echo(f"{slots} slots; the memory of what was read takes {short_bytes(memory)} at most", err=True)
-    thread = BatchThread(ContinuousBatch(text_model.model, limits), slots + max_queue)
-    longest = min(max_tokens, text_model.config.max_seq_len)
-    service = Service(text_model, name or model.absolute().name, thread, ServingLimits(longest, max_body))
-    run_server(build_app(service, key), host, port, drain, lambda url: typer.echo(url))
-    thread.stop()
+    with open_trained(best_checkpoint(model) if best else model, overrides or [], device, exact) as trained:
+        text_model = TextModel(trained, tokenizer)
+        limits = Limits.of(text_model.config, slots, exact=exact)
+        if text_model.continues:
+            memory = limits.cache_bytes(text_model.config)
+            typer.echo(f"{slots} slots; the memory of what was read takes {short_bytes(memory)} at most", err=True)
+        thread = start_batch(trained, limits, slots + max_queue)
+        longest = min(max_tokens, text_model.config.max_seq_len)
+        service = Service(text_model, name or model.absolute().name, thread, ServingLimits(longest, max_body))
+        run_server(build_app(service, key), (host, port), drain, typer.echo, lambda: thread.failure is not None)
+        thread.stop()

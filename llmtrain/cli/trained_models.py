@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RanksArgument = Annotated[
+    list[str] | None,
+    typer.Argument(help="Ranks that hold the model, such as parallel.tensor=2.", metavar="KEY=VALUE"),
+]
 BestOption = Annotated[bool, typer.Option("--best", help="Of a run's checkpoints the best one by evaluate.metric.")]
 
 

@@ -19,6 +19,8 @@ class DecodingConfig(Section):
     """A trained model, and how ranks hold it. Of the sections, the keys of ALLOWED have a meaning."""
 
     model: ModelConfig
+    exact: bool = False
+    """Scores are to be the same to the last bit, alone or in a crowd."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
 
@@ -42,7 +44,10 @@ class DecodingConfig(Section):
         if "num_workers" in self.launch.model_fields_set and workers != self.num_ranks:
             message = f"must be parallel.tensor x parallel.pipeline = {self.num_ranks}. Leave it out, or give that."
             found.append(Problem("launch.num_workers", message, workers))
-        if self.num_ranks > 1 and self.model.family == "encoder":
-            message = "an encoder fills masks in one process. Leave parallel.* out."
-            found.append(Problem("parallel", message, where="command line"))
+        if self.exact and self.parallel.tensor > 2:
+            message = (
+                f"does not go with parallel.tensor = {self.parallel.tensor}: more than two numbers are summed in an "
+                "order that depends on their place in memory. Try parallel.tensor=2, or leave it out."
+            )
+            found.append(Problem("--exact", message, where="command line"))
         return found

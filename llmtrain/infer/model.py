@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -28,9 +28,9 @@ from llmtrain.data.tokenizer import TOKENIZER_NAMES
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.files import read_bytes
 from llmtrain.finetune.additions import add_trained_parts
-from llmtrain.infer.batching.arena import StepRunner
 from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.scheduler import Limits
+from llmtrain.infer.sharded.works import Found, ModelWork
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
@@ -41,9 +41,10 @@ from llmtrain.values.batch import PADDING, ModelInputs
 from llmtrain.values.fragment import Box, FragmentSource
 from llmtrain.values.tokenizer import Tokenizer
 
-_logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from llmtrain.infer.sharded.ranks import LeadingRank
 
-BuildRunner = Callable[[Limits], StepRunner]
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,18 @@ class TrainedModel:
     data: Mapping[str, Any] = field(default_factory=dict)
     tokens: TrainedTokens = field(default_factory=TrainedTokens)
     """The checkpoint's record of that tokenizer."""
-    runner: BuildRunner | None = None
-    """What carries out the steps of a batch with these limits, where the model is only this process's part."""
+    identity: str = ""
+    """A hash that is another one where the weights are others."""
+    ranks: "LeadingRank | None" = None
+    """Those that hold the model, where `model` is only this process's part."""
 
     def batch(self, limits: Limits) -> ContinuousBatch:
         """A new batch, the only one at a time where the model's parts lie on several ranks."""
-        return ContinuousBatch(self.runner(limits) if self.runner else self.model, limits)
+        return ContinuousBatch(self.model if self.ranks is None else self.ranks.runner(limits), limits)
+
+    def do(self, work: ModelWork[Found]) -> Found:
+        """What is found out with the whole model. Not while a step is carried out."""
+        return work.run(self.model) if self.ranks is None else self.ranks.do(work)
 
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where none was found."""
@@ -201,14 +208,15 @@ class FoundModel:
     tokenizer_path: Path | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     tokens: TrainedTokens = field(default_factory=TrainedTokens)
+    identity: str = ""
 
     def read(self, device: torch.device) -> TrainedModel:
         """The whole model on a device."""
         return self.trained(build_trained(self.config, self.weights, device, self.finetune))
 
-    def trained(self, model: Transformer, runner: BuildRunner | None = None) -> TrainedModel:
+    def trained(self, model: Transformer, ranks: "LeadingRank | None" = None) -> TrainedModel:
         """With the weights in a model, or in the part of one that this process holds: see `TrainedModel`."""
-        return TrainedModel(model, self.tokenizer_path, self.data, self.tokens, runner)
+        return TrainedModel(model, self.tokenizer_path, self.data, self.tokens, self.identity, ranks)
 
 
 def find_checkpoint_model(path: Path, also: Sequence[str] = ()) -> FoundModel:
@@ -221,6 +229,7 @@ def find_checkpoint_model(path: Path, also: Sequence[str] = ()) -> FoundModel:
         find_tokenizer_of(checkpoint.path),
         saved_data(checkpoint),
         TrainedTokens.of(checkpoint.about),
+        hashlib.sha256(read_bytes(checkpoint.path / MANIFEST, LONGEST_MANIFEST)).hexdigest(),
     )
 
 
@@ -235,7 +244,8 @@ def find_model(path: Path) -> FoundModel:
         folder = open_hf_folder(path)
         for text in folder.changed:
             _logger.warning("%s", text)
-        return FoundModel(folder.model, folder, tokenizer_path=folder.tokenizer_path)
+        identity = _folder_identity(path)
+        return FoundModel(folder.model, folder, tokenizer_path=folder.tokenizer_path, identity=identity)
     return find_checkpoint_model(path, ["a Hugging Face folder (with config.json and safetensors)"])
 
 
@@ -244,11 +254,8 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
     return find_model(path).read(device)
 
 
-def weights_identity(path: Path) -> str:
-    """A hash that is another one where the weights at a path have changed: of the manifest of the checkpoint that it
-    means, else of the names, sizes and times of a Hugging Face folder's files."""
-    if not (path / "config.json").is_file():
-        return hashlib.sha256(read_bytes(find_checkpoint(path).path / MANIFEST, LONGEST_MANIFEST)).hexdigest()
+def _folder_identity(path: Path) -> str:
+    """A hash of the names, sizes and times of a Hugging Face folder's files: to read them all would take long."""
     files = sorted(found for found in path.iterdir() if found.suffix in (".safetensors", ".json"))
     facts = [(found.name, found.stat().st_size, found.stat().st_mtime_ns) for found in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.data.chat.encoding import ChatEncoder
+from llmtrain.data.tasks.metrics import LogLikelihood
+from llmtrain.data.tasks.tokens import ScoredText
 from llmtrain.errors import ConfigError
 from llmtrain.infer.batching.request import Request
 from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.chat import chat_encoder, chat_prompt
-from llmtrain.infer.fillings import Filling, fill_masks
+from llmtrain.infer.fillings import Filling
 from llmtrain.infer.model import TrainedModel
+from llmtrain.infer.sharded.works import Embedding, MaskFilling, Scoring
 from llmtrain.infer.text_stream import TextStream, encode_with_names
 from llmtrain.infer.token_bytes import token_bytes
 from llmtrain.infer.tokenizer import model_tokenizer
@@ -117,4 +120,22 @@ class TextModel:
             raise ConfigError(f"--prompt: an encoder fills masks. Put {name} where a token is to be found.")
         before, behind = self.named.around
         ids = [*(self.named.bos_ids or before), *encode_with_names(text, self.tokenizer, {name: mask_id}), *behind]
-        return name, fill_masks(self.model, [*[0] * self.model.prompt_tokens, *ids], mask_id, count)
+        return name, self.trained.do(MaskFilling(self._behind_prompt("The prompt", ids), mask_id, count))
+
+    def embedding(self, ids: Sequence[int]) -> list[float]:
+        """The vector of a text. Raises ConfigError for no tokens, and for more than the model can read."""
+        whole = self._behind_prompt("The text", ids)
+        return self.trained.do(Embedding(whole, len(whole) - len(ids))).tolist()
+
+    def log_likelihoods(self, texts: Sequence[ScoredText]) -> list[LogLikelihood]:
+        """How likely the scored ids of each text are; there is room for them."""
+        prompt, encodes = self.model.prompt_tokens, self.config.family == "encoder_decoder"
+        return self.trained.do(Scoring([text.behind(prompt, encodes) for text in texts]))
+
+    def _behind_prompt(self, what: str, ids: Sequence[int]) -> list[int]:
+        whole, limit = [*[0] * self.model.prompt_tokens, *ids], self.config.max_seq_len
+        if not ids or len(whole) > limit:
+            raise ConfigError(
+                f"{what} has {len(whole)} tokens: give it at least 1 and at most {limit} (model.max_seq_len)."
+            )
+        return whole

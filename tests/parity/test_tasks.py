@@ -95,7 +95,8 @@ def expected(name: str) -> tuple[list[ScoredText], list[LogLikelihood]]:
     config = run_of(name)
     model = build_trained(config.model, DrawnWeights(config), torch.device("cpu"), config.finetune)
     texts = texts_for(model, random.Random(5))
-    return texts, log_likelihoods(model, texts)
+    encodes = config.model.family == "encoder_decoder"
+    return texts, log_likelihoods(model, [text.behind(model.prompt_tokens, encodes) for text in texts])
 
 
 def texts_for(model: Transformer, rng: random.Random) -> list[ScoredText]:

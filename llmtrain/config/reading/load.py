@@ -111,6 +111,10 @@ def load_keys(about: Path, overrides: Sequence[str], schema: Schema[Root], given
     for text in overrides:
         root = _overridden(root, text, reading.problems)
     known = {name: Node(value, str(about)) for name, value in given.items()}
+    for name in sorted(root.value.keys() & known):
+        reading.problems.append(
+            Problem(name, "follows from the model or an option, and is no key here.", where=COMMAND_LINE)
+        )
     return _checked(Node({**root.value, **known}, COMMAND_LINE), schema, reading, about).config
 
 

@@ -1,7 +1,7 @@
 """Texts to be scored, as tokens: which are given, and which are to be said how likely they are."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from llmtrain.data.tasks.samples import TaskSample
@@ -22,6 +22,13 @@ class ScoredText:
     @property
     def num_scored(self) -> int:
         return len(self.ids) - self.first
+
+    def behind(self, places: int, source_first: bool) -> "ScoredText":
+        """Behind so many places of a soft prompt, whose ids nobody looks at; `source_first`: it is the encoder's."""
+        prompt = (0,) * places
+        if source_first:
+            return replace(self, source=(*prompt, *self.source))
+        return replace(self, ids=(*prompt, *self.ids), first=places + self.first)
 
 
 class DocumentTokens(Protocol):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.infer.batching.scheduler import BatchStep, DecodeRow, Limits, PromptChunk
+from llmtrain.infer.links import WHOLE, StageLinks, passed
 from llmtrain.models.attention.caches import BlockStore, ChunkCache, MemoryCache, RowCache, RowStates, StateStore
 from llmtrain.models.attention.rows import BLOCK, SPARE, RowGroup, Rows, table_length
 from llmtrain.models.experts.mixture import Experts, grouped_linear
@@ -31,26 +32,6 @@ class StepRunner(Protocol):
         ...
 
 
-class StageLinks(Protocol):
-    """What joins a part of a model to the parts that other processes hold."""
-
-    def received(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-        """What the stage before has sent."""
-        ...
-
-    def send(self, hidden_SBH: Tensor) -> None:
-        """Send to the next stage, which takes what is sent in the same order."""
-        ...
-
-    def logits(self, model: Transformer, hidden_SBH: Tensor) -> Tensor:
-        """[B, S, V] in fp32 of a part that ends; all that hold a part of its head call it together."""
-        ...
-
-    def gathered(self, logits_CV: Tensor, chosen: int) -> Tensor:
-        """Behind all passes of a step, the scores that it asks for, where they are wanted."""
-        ...
-
-
 class Arena:
     """A model in evaluation mode with the memory of all sequences; its stores are as large as the limits say.
 
@@ -58,7 +39,7 @@ class Arena:
     part is given the same steps.
     """
 
-    def __init__(self, model: Transformer, limits: Limits, links: StageLinks | None = None) -> None:
+    def __init__(self, model: Transformer, limits: Limits, links: StageLinks = WHOLE) -> None:
         self.model, self.links = model, links
         self.device = next(model.parameters()).device
         linear, layers = model.config.attention.kind == "linear", model.decoder.layers if model.decoder else ()
@@ -78,7 +59,7 @@ class Arena:
         for start in range(0, len(step.rows), self.tile or len(step.rows) or 1):
             found.append(self._continued(step.rows[start : start + (self.tile or len(step.rows))]))
         logits_CV = torch.cat(found) if found else torch.empty(0, self.model.config.vocabulary, device=self.device)
-        return logits_CV if self.links is None else self.links.gathered(logits_CV, len(step.chosen))
+        return self.links.gathered(logits_CV, len(step.chosen))
 
     def _read(self, chunk: PromptChunk) -> Tensor:
         """[1, V], or [0, V] where no token is asked for yet."""
@@ -104,20 +85,14 @@ class Arena:
     def _scores(self, inputs: ModelInputs, caches: Sequence[LayerCaches], rows: Sequence[int]) -> Tensor:
         """[rows, V]: of these rows, the scores behind the newest position; of a part that does not end, [0, V]."""
         assert inputs.encoder_tokens_BT is not None
-        (num_rows, positions), encoded = inputs.tokens_BS.shape, inputs.encoder_tokens_BT.shape[1]
-        hidden, received, memory_TBH = self.model.config.hidden_size, None, None
+        num_rows, encoded = len(inputs.tokens_BS), inputs.encoder_tokens_BT.shape[1]
+        memory_TBH = None
         if self.model.has_memory and not encoded:  # its keys are in the stores: nobody looks at it
-            memory_TBH = torch.empty(0, num_rows, hidden, device=self.device)
-        if self.links is not None and not self.model.starts:
-            length = positions + encoded if self.model.has_memory else positions
-            received = self.links.received((length, num_rows, hidden), self.device)
-        hidden_SBH, _ = self.model(inputs, caches=caches, memory_TBH=memory_TBH, received=received)
-        if self.links is not None and not self.model.ends:
-            self.links.send(hidden_SBH)
+            memory_TBH = torch.empty(0, num_rows, self.model.config.hidden_size, device=self.device)
+        hidden_SBH, _ = passed(self.model, inputs, self.links, caches, memory_TBH)
         if not self.model.ends or not rows:
             return hidden_SBH.new_empty(0, self.model.config.vocabulary)
-        newest_1BH = hidden_SBH[-1:]
-        logits_B1V = self.model.logits(newest_1BH) if self.links is None else self.links.logits(self.model, newest_1BH)
+        logits_B1V = self.links.logits(self.model, hidden_SBH[-1:])
         return logits_B1V[list(rows), 0]
 
     def _continued(self, rows: Sequence[DecodeRow]) -> Tensor:

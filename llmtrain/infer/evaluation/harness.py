@@ -29,7 +29,6 @@ from llmtrain.infer.evaluation.run import (
     text_encoder,
 )
 from llmtrain.infer.evaluation.samples_file import SamplesFile
-from llmtrain.infer.evaluation.scoring import log_likelihoods
 from llmtrain.infer.prompt_file import Writing
 from llmtrain.infer.text_model import TextModel
 
@@ -119,7 +118,7 @@ class HarnessModel(TemplateLM):
     def _scored(self, texts: Sequence[ScoredText], what: str) -> list[tuple[float, bool]]:
         found = list[tuple[float, bool]]()
         for start in range(0, len(texts), _REQUESTS_AT_A_TIME):
-            scores = log_likelihoods(self._model.model, texts[start : start + _REQUESTS_AT_A_TIME])
+            scores = self._model.log_likelihoods(texts[start : start + _REQUESTS_AT_A_TIME])
             found += [(score.total, bool(score.greedy)) for score in scores]
             self._on_progress(f"lm-eval {what}", len(found), len(texts))
         return found

@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmtrain.config.rules.tasks import task_faults
 from llmtrain.config.tasks.schema import GENERATED, TaskConfig
 from llmtrain.data.storage.manifest import file_sha256
@@ -20,7 +18,6 @@ from llmtrain.errors import ConfigError, InstallationError
 from llmtrain.infer.answers import iter_texts
 from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.evaluation.samples_file import SamplesFile
-from llmtrain.infer.evaluation.scoring import log_likelihoods
 from llmtrain.infer.prompt_file import Writing
 from llmtrain.infer.text_model import PromptIds, TextModel
 
@@ -120,7 +117,7 @@ Measured = list[tuple[int, str, Outcome]]
 def _score(model: TextModel, task: TaskConfig, samples: Sequence[TaskSample]) -> Measured:
     encoder = text_encoder(model, task.max_length)
     texts = [encoder.texts(sample) for sample in samples]
-    scores = iter(log_likelihoods(model.model, [text for each in texts for text in each]))
+    scores = iter(model.log_likelihoods([text for each in texts for text in each]))
     return [
         (sample.number, sample.prompt, scored(task, sample, [next(scores) for _ in each]))
         for sample, each in zip(samples, texts, strict=True)
@@ -149,13 +146,8 @@ def prompt_of(model: TextModel, encoder: TextEncoder, text: str, max_tokens: int
 
 
 def model_digest(model: TextModel) -> str:
-    """Tells models apart, by a little of each tensor: training moves all of them."""
-    digest = hashlib.sha256(model.tokenizer.sha256.encode())
-    for name, parameter in model.model.named_parameters():
-        flat = parameter.detach().flatten()
-        ends = torch.cat((flat[:64], flat[-64:])).float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + ends.numpy().tobytes())
-    return digest.hexdigest()
+    """Tells models apart, as far as samples follow from them."""
+    return hashlib.sha256(f"{model.tokenizer.sha256} {model.trained.identity}".encode()).hexdigest()
 
 
 def _digests(model: TextModel, tasks: Sequence[TaskConfig]) -> dict[str, str]:

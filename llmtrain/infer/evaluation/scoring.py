@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmtrain.data.tasks.metrics import LogLikelihood
 from llmtrain.data.tasks.tokens import ScoredText
+from llmtrain.infer.links import WHOLE, StageLinks, passed
 from llmtrain.models.transformer import Transformer, counted_positions
 from llmtrain.values.batch import PADDING, ModelInputs
 
@@ -21,18 +22,19 @@ _CHUNK_LOGITS = 1 << 24
 
 @torch.no_grad()
 def log_likelihoods(
-    model: Transformer, texts: Sequence[ScoredText], batch_tokens: int = BATCH_TOKENS
+    model: Transformer, texts: Sequence[ScoredText], batch_tokens: int = BATCH_TOKENS, links: StageLinks = WHOLE
 ) -> list[LogLikelihood]:
     """The log-likelihood of the scored ids of each text; what else is in its batch changes nothing but rounding.
 
-    A soft prompt takes its places before each text.
+    Texts stand behind the places of a soft prompt. Of a part of a model, which `links` join to the others, only what
+    the leading rank finds says something.
     """
     found = list[LogLikelihood | None]([None] * len(texts))
     moe = model.config.moe
     if moe is not None and moe.router == "expert_choice":
         batch_tokens = 1  # experts choose among all tokens of a batch: texts would change each other
     for places in _batches(texts, batch_tokens):
-        for place, score in zip(places, _scores(model, [texts[place] for place in places]), strict=True):
+        for place, score in zip(places, _scores(model, [texts[place] for place in places], links), strict=True):
             found[place] = score
     return [score for score in found if score is not None]
 
@@ -55,16 +57,14 @@ def _length(text: ScoredText) -> int:
     return max(len(text.ids), len(text.source))
 
 
-def _scores(model: Transformer, texts: Sequence[ScoredText]) -> list[LogLikelihood]:
+def _scores(model: Transformer, texts: Sequence[ScoredText], links: StageLinks) -> list[LogLikelihood]:
     device = next(model.parameters()).device
     encodes = model.config.family == "encoder_decoder"
-    prompt = model.prompt_tokens
-    before = [0] * (0 if encodes else prompt)
     # The last id is only scored: nothing follows from it.
-    tokens_BS, _ = _padded([[*before, *text.ids[:-1]] for text in texts], device)
+    tokens_BS, _ = _padded([text.ids[:-1] for text in texts], device)
     source_BT = source_valid_BT = None
     if encodes:
-        source_BT, source_valid_BT = _padded([[*[0] * prompt, *text.source] for text in texts], device)
+        source_BT, source_valid_BT = _padded([text.source for text in texts], device)
     # Padding behind a text needs no mask: no position of a decoder sees what follows it.
     inputs = ModelInputs(
         tokens_BS,
@@ -72,27 +72,20 @@ def _scores(model: Transformer, texts: Sequence[ScoredText]) -> list[LogLikeliho
         encoder_tokens_BT=source_BT,
         encoder_segments_BT=None if source_valid_BT is None else torch.where(source_valid_BT, 0, PADDING),
     )
-    hidden_SBH, _ = model(inputs)
-    targets = [
-        (row, len(before) + at, text.ids[at])
-        for row, text in enumerate(texts)
-        for at in range(text.first, len(text.ids))
-    ]
-    row_N, at_N, token_N = torch.tensor(targets, device=device).reshape(-1, 3).unbind(1)
-    hidden_NH = hidden_SBH[at_N - 1, row_N]
-    logs, best = list[Tensor](), list[Tensor]()
-    size = max(1, _CHUNK_LOGITS // model.config.vocabulary)
-    for chunk_NH, chunk_N in zip(hidden_NH.split(size), token_N.split(size), strict=True):
-        logits_NV = model.logits(chunk_NH[:, None])[0]
-        logs.append(logits_NV.log_softmax(-1).gather(1, chunk_N[:, None])[:, 0].double())
-        best.append(logits_NV.argmax(-1) == chunk_N)
-    total_B = torch.zeros(len(texts), dtype=torch.float64, device=device)
-    missed_B = torch.zeros(len(texts), dtype=torch.int64, device=device)
-    if logs:
-        total_B.index_add_(0, row_N, torch.cat(logs))
-        missed_B.index_add_(0, row_N, (~torch.cat(best)).long())
-    rows = zip(texts, total_B.tolist(), missed_B.tolist(), strict=True)  # the host waits here
-    return [LogLikelihood(total, text.num_scored, missed == 0) for text, total, missed in rows]
+    hidden_SBH, _ = passed(model, inputs, links)
+    found_BC = torch.zeros(len(texts) if model.ends else 0, 2, dtype=torch.float64, device=device)
+    if model.ends:
+        targets = [(row, at, text.ids[at]) for row, text in enumerate(texts) for at in range(text.first, len(text.ids))]
+        row_N, at_N, token_N = torch.tensor(targets, device=device).reshape(-1, 3).unbind(1)
+        hidden_NH = hidden_SBH[at_N - 1, row_N]
+        size = max(1, _CHUNK_LOGITS // model.config.vocabulary)
+        for chunk_NH, token_C, row_C in zip(*(each.split(size) for each in (hidden_NH, token_N, row_N)), strict=True):
+            logits_NV = links.logits(model, chunk_NH[:, None])[0]
+            logs_C = logits_NV.log_softmax(-1).gather(1, token_C[:, None])[:, 0]
+            missed_C = logits_NV.argmax(-1) != token_C
+            found_BC.index_add_(0, row_C, torch.stack((logs_C.double(), missed_C.double()), 1))
+    rows = zip(texts, links.gathered(found_BC, len(texts)).tolist(), strict=True)  # the host waits here
+    return [LogLikelihood(total, text.num_scored, missed == 0) for text, (total, missed) in rows]
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

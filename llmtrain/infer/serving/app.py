@@ -20,7 +20,6 @@ from starlette.types import Receive, Scope, Send
 
 from llmtrain.errors import ConfigError, LlmtrainError
 from llmtrain.files import parse_json
-from llmtrain.infer.embedding import embedding
 from llmtrain.infer.serving.answers import Form, usage
 from llmtrain.infer.serving.asked import (
     AskedChat,
@@ -242,7 +241,7 @@ async def embed(service: Service, request: Request) -> Response:
         else:
             ids = service.faults_as("input", lambda given=given: require_ids(given, model.config.vocabulary))
         try:
-            vector = await asyncio.wrap_future(service.batch.call(lambda ids=ids: embedding(model.model, ids).tolist()))
+            vector = await asyncio.wrap_future(service.batch.call(lambda ids=ids: model.embedding(ids)))
         except ConfigError as error:
             raise AskedError(f"input: {error}", "input") from None
         if asked.encoding_format == "base64":

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from llmtrain.errors import LlmtrainError
 from llmtrain.infer.batching.request import NewToken, Request
+from llmtrain.infer.batching.scheduler import Limits
+from llmtrain.infer.model import TrainedModel
 
 _logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class BatchThread:
                     raise self.failure
                 future.set_result(work())
             except Exception as error:
-                future.set_exception(error)
+                future.set_exception(self.failure or error)
 
         with self._changed:
             if self.failure is not None:
@@ -103,11 +105,17 @@ class BatchThread:
             self._ask(done)
         return future
 
+    def fail(self, reason: str) -> None:
+        """The model can do no more: tell whoever waits. The thread may be amid a step that does not end."""
+        self._die(DeadError(f"The model has failed: {reason}."))
+
     def stop(self) -> None:
-        """End the thread; what is on its way is left."""
+        """End the thread; what is on its way is left. Raises DeadError where the model has failed."""
         with self._changed:
             self._stops = True
             self._changed.notify()
+        if self.failure is not None:
+            raise self.failure
         self._thread.join()
 
     def _ask(self, work: Callable[[], Any]) -> None:
@@ -118,12 +126,15 @@ class BatchThread:
         try:
             while self._do_asked():
                 for new in self._batch.step():
+                    if self.failure is not None:
+                        return
                     ticket = self._by_number[new.request]
                     if new.ending is not None:
                         self._drop(ticket)
                     ticket.tell(new)
         except BaseException as error:
-            _logger.exception("the model has failed")
+            if self.failure is None:
+                _logger.exception("the model has failed")
             self._die(DeadError(f"The model has failed: {type(error).__name__}."))
 
     def _do_asked(self) -> bool:
@@ -153,10 +164,22 @@ class BatchThread:
 
     def _die(self, failure: DeadError) -> None:
         with self._changed:
-            self.failure = failure
+            if self.failure is not None:
+                return
+            self.failure, self._stops = failure, True
             left, self._open = self._open, set()
+            asked, self._asked = self._asked, deque()
             self._by_number.clear()
+            self._changed.notify()
         for ticket in left:
             ticket.tell(failure)
-        while self._asked:  # who waits for work of his own is told, too
-            self._asked.popleft()()
+        for work in asked:  # who waits for work of his own is told, too
+            work()
+
+
+def start_batch(trained: TrainedModel, limits: Limits, room: int) -> BatchThread:
+    """A thread that writes with a model within these limits, and dies with the ranks that hold it."""
+    thread = BatchThread(trained.batch(limits), room)
+    if trained.ranks is not None:
+        trained.ranks.failure.add_done_callback(lambda said: thread.fail(said.result()))
+    return thread

@@ -35,11 +35,31 @@ def serving_key(file: Path | None, variable: str | None, host: str) -> str | Non
     return key
 
 
-def run_server(app: Starlette, host: str, port: int, drain_seconds: int, told: Callable[[str], None]) -> None:
-    """Tell the address, serve until SIGTERM or SIGINT, finish what was begun within so many seconds, and return.
+class ModelServer(uvicorn.Server):
+    """A server that ends when its model has failed."""
+
+    def __init__(self, config: uvicorn.Config, has_failed: Callable[[], bool]) -> None:
+        super().__init__(config)
+        self._has_failed = has_failed
+
+    async def on_tick(self, counter: int) -> bool:
+        """Asked several times a second whether to end."""
+        return await super().on_tick(counter) or self._has_failed()
+
+
+def run_server(
+    app: Starlette,
+    address: tuple[str, int],
+    drain_seconds: int,
+    told: Callable[[str], None],
+    has_failed: Callable[[], bool],
+) -> None:
+    """Tell the address, serve until SIGTERM or SIGINT, or until the model has failed, finish what was begun within so
+    many seconds, and return.
 
     Raises ConfigError where the port cannot be had.
     """
+    host, port = address
     config = uvicorn.Config(
         app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_seconds, lifespan="off",
         server_header=False,
@@ -54,4 +74,4 @@ def run_server(app: Starlette, host: str, port: int, drain_seconds: int, told: C
     with bound:
         shown = f"[{host}]" if ":" in host else host
         told(f"http://{shown}:{bound.getsockname()[1]}/v1")
-        uvicorn.Server(config).run(sockets=[bound])
+        ModelServer(config, has_failed).run(sockets=[bound])

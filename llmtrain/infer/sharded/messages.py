@@ -1,4 +1,4 @@
-"""What the leading rank tells the others: limits, steps and the end, as whole numbers. Nothing else travels.
+"""What the leading rank tells the others: limits, steps, works and the end, as whole numbers. Nothing else travels.
 
 A list of numbers stands behind its length.
 """
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from llmtrain.infer.batching.scheduler import BatchStep, DecodeRow, Limits, PromptChunk
 
-END, NEW_BATCH, STEP = range(3)
+END, NEW_BATCH, STEP, WORK = range(4)
 """The first number of a message: there is nothing more to do; forget all texts, from now on these limits hold; a step
-to carry out."""
+to carry out; something else to do with the model."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ Shape suffixes: B rows, S positions, V vocabulary, v this rank's part of it, H h
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -17,7 +19,17 @@ from torch.distributed import ProcessGroup
 
 from llmtrain.infer.batching.arena import Arena
 from llmtrain.infer.batching.scheduler import BatchStep, Limits
-from llmtrain.infer.sharded.messages import END, NEW_BATCH, limits_numbers, read_limits, read_step, step_numbers
+from llmtrain.infer.sharded.messages import (
+    END,
+    NEW_BATCH,
+    WORK,
+    NumberReader,
+    limits_numbers,
+    read_limits,
+    read_step,
+    step_numbers,
+)
+from llmtrain.infer.sharded.works import Found, ModelWork, read_work, work_numbers
 from llmtrain.models.transformer import Transformer
 from llmtrain.parallel.groups import Groups
 from llmtrain.parallel.layout import Coordinates
@@ -60,29 +72,32 @@ class RankLinks:
         ranks = self.groups.layout.tensor
         rows = model.config.padded_vocab_size // ranks
         logits_BSv = (hidden_SBH.transpose(0, 1) @ model.head_weight(rows).T).float()
+        if model.mlm is not None:
+            logits_BSv = logits_BSv + model.mlm.bias[:rows].float()
         if ranks > 1:
             parts = logits_BSv.new_empty(ranks * len(logits_BSv), *logits_BSv.shape[1:])
             dist.all_gather_into_tensor(parts, logits_BSv.contiguous(), group=self.groups.tensor)
             logits_BSv = torch.cat(parts.chunk(ranks), -1)
         return logits_BSv[..., : model.config.vocabulary]  # padding follows the vocabulary
 
-    def gathered(self, logits_CV: Tensor, chosen: int) -> Tensor:
-        """The scores on the leading rank; what other ranks get is of no use."""
+    def gathered(self, found: Tensor, rows: int) -> Tensor:
         layout, place = self.groups.layout, self.groups.place
         last = layout.rank(Coordinates(0, 0, 0, layout.pipeline - 1))
-        # Once for all passes of a step, behind them: a stage that waited for the leading rank between them could be
-        # what that one waits for.
-        if chosen and last != LEADER:
+        if len(found) != rows:  # of a stage that is not the last
+            found = found.new_empty(rows, *found.shape[1:])
+        # Once for some passes, behind them: a stage that waited for the leading rank between them could be what that
+        # one waits for.
+        if rows and last != LEADER:
             if layout.rank(place) == LEADER:
-                logits_CV = logits_CV.new_empty(chosen, logits_CV.shape[1])
-                dist.recv(logits_CV, last)
+                dist.recv(found, last)
             elif layout.rank(place) == last:
-                self.sent.append((dist.isend(logits_CV.contiguous(), LEADER), logits_CV))
+                found = found.contiguous()
+                self.sent.append((dist.isend(found, LEADER), found))
         for work, _ in self.sent:
             if work is not None:
                 work.wait()
         self.sent.clear()
-        return logits_CV
+        return found
 
     def _neighbour(self, away: int) -> int:
         """The rank that holds the same part of the layers of another stage."""
@@ -106,9 +121,37 @@ class LeadingArena:
         return self._own.run(step)
 
 
-def tell_end(words: ProcessGroup) -> None:
-    """Let the others return from `follow`."""
-    _tell([END], words)
+@dataclass(frozen=True)
+class LeadingRank:
+    """A model that several ranks hold, as the leading one uses it: for one thing at a time."""
+
+    part: Transformer
+    links: RankLinks
+    words: ProcessGroup
+    failure: "Future[str]" = field(default_factory=Future)
+    """Says what has happened where the ranks can do no more, as one of them has ended or failed."""
+
+    def runner(self, limits: Limits) -> LeadingArena:
+        """Carries out the steps of one batch; it is the only one until the next is asked for."""
+        return LeadingArena(self.part, limits, self.links, self.words)
+
+    def do(self, work: ModelWork[Found]) -> Found:
+        """Do it on all ranks."""
+        try:
+            _tell([WORK, *work_numbers(work)], self.words)
+            return work.run(self.part, self.links)
+        except Exception as error:  # messages that others wait for, or have sent, would meet the next work
+            self.fail(f"{type(error).__name__}: {error}")
+            raise
+
+    def fail(self, reason: str) -> None:
+        """Say that the ranks can do no more. The first reason counts."""
+        with suppress(InvalidStateError):
+            self.failure.set_result(reason)
+
+    def end(self) -> None:
+        """Let the others return from `follow`."""
+        _tell([END], self.words)
 
 
 def follow(part: Transformer, links: RankLinks, words: ProcessGroup) -> None:
@@ -117,6 +160,8 @@ def follow(part: Transformer, links: RankLinks, words: ProcessGroup) -> None:
     while (said := _heard(words))[0] != END:
         if said[0] == NEW_BATCH:
             arena = Arena(part, read_limits(said), links)
+        elif said[0] == WORK:
+            read_work(NumberReader(iter(said[1:]))).run(part, links)
         else:
             assert arena is not None, "limits are told before steps"
             arena.run(read_step(said))

@@ -69,3 +69,5 @@ def serve(
         service = Service(text_model, name or model.absolute().name, thread, ServingLimits(longest, max_body))
         run_server(build_app(service, key), (host, port), drain, typer.echo, lambda: thread.failure is not None)
         thread.stop()
+        if thread.failure is not None:
+            raise thread.failure

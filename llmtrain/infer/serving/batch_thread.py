@@ -106,17 +106,16 @@ class BatchThread:
         return future
 
     def fail(self, reason: str) -> None:
-        """The model can do no more: tell whoever waits. The thread may be amid a step that does not end."""
+        """The model can do no more: tell whoever waits, also where the thread is amid a step."""
         self._die(DeadError(f"The model has failed: {reason}."))
 
     def stop(self) -> None:
-        """End the thread; what is on its way is left. Raises DeadError where the model has failed."""
+        """End the thread; what is on its way is left."""
         with self._changed:
             self._stops = True
             self._changed.notify()
-        if self.failure is not None:
-            raise self.failure
-        self._thread.join()
+        if self.failure is None:  # else it may be amid a step that does not end
+            self._thread.join()
 
     def _ask(self, work: Callable[[], Any]) -> None:
         self._asked.append(work)

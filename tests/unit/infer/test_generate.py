@@ -115,5 +115,3 @@ def test_masks_are_filled_with_the_likeliest_tokens() -> None:
     probabilities = logits_of(model, Example(torch.tensor([ids])))[0, 3].softmax(-1)
     assert second.tokens[0] == (int(probabilities.argmax()), pytest.approx(float(probabilities.max())))
     assert [chance for _, chance in first.tokens] == sorted((chance for _, chance in first.tokens), reverse=True)
-    with pytest.raises(ConfigError, match="no mask"):
-        fill_masks(model, [5, 17], mask, 3)

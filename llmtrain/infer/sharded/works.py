@@ -96,7 +96,7 @@ KINDS = (Scoring, Embedding, MaskFilling)
 
 
 def work_numbers(work: ModelWork[object]) -> list[int]:
-    return [KINDS.index(type(work)), *work.numbers()]  # type: ignore[arg-type]  # any other is none
+    return [KINDS.index(type(work)), *work.numbers()]
 
 
 def read_work(reader: NumberReader) -> ModelWork[object]:

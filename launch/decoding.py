@@ -29,7 +29,7 @@ from launch.supervision.attempt import GRACE_SECONDS, POLL_SECONDS
 from llmtrain.config.decoding import DecodingConfig
 from llmtrain.config.reading.load import Schema, load_keys
 from llmtrain.errors import LaunchError, LlmtrainError
-from llmtrain.infer.model import FoundModel, TrainedModel, find_model, named_device
+from llmtrain.infer.model import FoundModel, TrainedModel, find_model, load_model, named_device
 from llmtrain.messages import show_messages
 from llmtrain.parallel.layout import plan_layout
 
@@ -46,7 +46,7 @@ def open_trained(path: Path, keys: Sequence[str], device: str, exact: bool = Fal
     LaunchError where another rank fails.
     """
     if not keys:
-        yield find_model(path).read(named_device(device))
+        yield load_model(path, named_device(device))
         return
     torch.set_num_threads(1)  # until ranks are forked: threads of the parent would be missing in them
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that the question does not initialize a GPU

@@ -244,7 +244,10 @@ def find_model(path: Path) -> FoundModel:
         folder = open_hf_folder(path)
         for text in folder.changed:
             _logger.warning("%s", text)
-        identity = _folder_identity(path)
+        # By names, sizes and times: to read all its files would take long.
+        files = sorted(found for found in path.iterdir() if found.suffix in (".safetensors", ".json"))
+        facts = [(found.name, found.stat().st_size, found.stat().st_mtime_ns) for found in files]
+        identity = hashlib.sha256(repr(facts).encode()).hexdigest()
         return FoundModel(folder.model, folder, tokenizer_path=folder.tokenizer_path, identity=identity)
     return find_checkpoint_model(path, ["a Hugging Face folder (with config.json and safetensors)"])
 
@@ -252,10 +255,3 @@ def find_model(path: Path) -> FoundModel:
 def load_model(path: Path, device: torch.device) -> TrainedModel:
     """The model of a run, a checkpoint or a Hugging Face folder."""
     return find_model(path).read(device)
-
-
-def _folder_identity(path: Path) -> str:
-    """A hash of the names, sizes and times of a Hugging Face folder's files: to read them all would take long."""
-    files = sorted(found for found in path.iterdir() if found.suffix in (".safetensors", ".json"))
-    facts = [(found.name, found.stat().st_size, found.stat().st_mtime_ns) for found in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()

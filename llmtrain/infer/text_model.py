@@ -15,7 +15,7 @@ from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.chat import chat_encoder, chat_prompt
 from llmtrain.infer.fillings import Filling
 from llmtrain.infer.model import TrainedModel
-from llmtrain.infer.sharded.works import Embedding, MaskFilling, Scoring
+from llmtrain.infer.sharded.works import Embedding, MaskFilling, TextScoring
 from llmtrain.infer.text_stream import TextStream, encode_with_names
 from llmtrain.infer.token_bytes import token_bytes
 from llmtrain.infer.tokenizer import model_tokenizer
@@ -130,7 +130,7 @@ class TextModel:
     def log_likelihoods(self, texts: Sequence[ScoredText]) -> list[LogLikelihood]:
         """How likely the scored ids of each text are; there is room for them."""
         prompt, encodes = self.model.prompt_tokens, self.config.family == "encoder_decoder"
-        return self.trained.do(Scoring([text.behind(prompt, encodes) for text in texts]))
+        return self.trained.do(TextScoring([text.behind(prompt, encodes) for text in texts]))
 
     def _behind_prompt(self, what: str, ids: Sequence[int]) -> list[int]:
         whole, limit = [*[0] * self.model.prompt_tokens, *ids], self.config.max_seq_len

@@ -16,7 +16,7 @@ from llmtrain.engines.decoding import decoding_groups, load_part
 from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.model import FoundModel, TrainedModel
 from llmtrain.infer.sharded.ranks import LeadingRank, RankLinks, follow, open_word_group
-from llmtrain.infer.sharded.works import Embedding, MaskFilling, Scoring
+from llmtrain.infer.sharded.works import Embedding, MaskFilling, TextScoring
 from llmtrain.models.attention.rows import BLOCK
 from llmtrain.models.init import InitialWeights
 from llmtrain.models.transformer import Transformer
@@ -99,7 +99,7 @@ def works(trained: TrainedModel, wanted: list[Any]) -> dict[str, Any]:
         ScoredText((*each.prompt, *each.prompt), 1 + number % 2, each.source).behind(2, bool(each.source))
         for number, each in enumerate(wanted)
     ]
-    scored = trained.do(Scoring(texts))
+    scored = trained.do(TextScoring(texts))
     return {
         "likelihoods": torch.tensor([each.total for each in scored]),
         "likeliest": [each.greedy for each in scored],

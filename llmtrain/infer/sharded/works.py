@@ -34,7 +34,7 @@ class ModelWork(Protocol[Found]):
 
 
 @dataclass(frozen=True)
-class Scoring:
+class TextScoring:
     """How likely texts are."""
 
     texts: Sequence[ScoredText]
@@ -44,12 +44,12 @@ class Scoring:
         return [len(self.texts), *(number for part in parts for number in part)]
 
     @staticmethod
-    def read(reader: NumberReader) -> "Scoring":
+    def read(reader: NumberReader) -> "TextScoring":
         texts = list[ScoredText]()
         for _ in range(reader.one()):
             first = reader.one()
             texts.append(ScoredText(reader.some(), first, reader.some()))
-        return Scoring(texts)
+        return TextScoring(texts)
 
     def run(self, model: Transformer, links: StageLinks = WHOLE) -> list[LogLikelihood]:
         return log_likelihoods(model, self.texts, links=links)
@@ -92,7 +92,7 @@ class MaskFilling:
         return fill_masks(model, self.ids, self.mask_id, self.count, links)
 
 
-KINDS = (Scoring, Embedding, MaskFilling)
+KINDS = (TextScoring, Embedding, MaskFilling)
 
 
 def work_numbers(work: ModelWork[object]) -> list[int]:

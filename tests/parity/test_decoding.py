@@ -95,9 +95,10 @@ def found_out(trained: TrainedModel, limits: Limits, wanted: list[Any]) -> dict[
 
 
 def works(trained: TrainedModel, wanted: list[Any]) -> dict[str, Any]:
+    longest = trained.model.config.max_seq_len - 2
     texts = [
-        ScoredText((*each.prompt, *each.prompt), 1 + number % 2, each.source).behind(2, bool(each.source))
-        for number, each in enumerate(wanted)
+        ScoredText((*each.prompt, 1, 2, 3)[-longest:], 1, each.source[-longest:]).behind(2, bool(each.source))
+        for each in wanted
     ]
     scored = trained.do(TextScoring(texts))
     return {

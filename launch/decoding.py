@@ -55,6 +55,7 @@ def open_trained(path: Path, keys: Sequence[str], device: str, exact: bool = Fal
     schema = Schema(DecodingConfig, DecodingConfig.problems)
     config = load_keys(path, keys, schema, {"model": found.config, "exact": exact})
     if config.num_ranks == 1:
+        start_threads(num_threads(config.launch, 1))
         yield found.read(named_device(device))
         return
     config = config.with_keys({"launch.device": device})

@@ -10,7 +10,7 @@ from tests.support.hf_folders import write_llama
 
 PROGRAM = """
 import os, signal, sys
-import psutil
+import psutil, torch
 from pathlib import Path
 from launch.decoding import open_trained
 from llmtrain.errors import LlmtrainError
@@ -25,6 +25,8 @@ path, act, keys = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 try:
     with open_trained(path, keys, "cpu") as trained:
         print(written(trained))
+        if act == "threads":
+            print(torch.get_num_threads())
         if act == "kill":
             (other,) = psutil.Process().children()
             other.kill()
@@ -53,6 +55,10 @@ def test_two_ranks_write_what_one_process_writes_text_after_text(folder: Path) -
     alone = opened(folder, "stay")
     assert alone[0] == alone[1] and alone[2] == "left behind: 0"
     assert opened(folder, "stay", "parallel.tensor=2", "launch.num_workers=2") == alone
+
+
+def test_one_rank_has_the_threads_that_are_asked_for(folder: Path) -> None:
+    assert opened(folder, "threads", "launch.threads_per_worker=3")[1] == "3"
 
 
 def test_the_death_of_a_rank_is_told_and_ends_the_others(folder: Path) -> None:

@@ -39,19 +39,22 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def open_trained(path: Path, keys: Sequence[str], device: str, exact: bool = False) -> Iterator[TrainedModel]:
-    """The model at a path, on as many ranks as keys such as `parallel.tensor=2` say; `exact` is what is asked of it.
+def open_trained(
+    path: Path, keys: Sequence[str], device: str, exact: bool = False, base: Path | None = None
+) -> Iterator[TrainedModel]:
+    """The model at a path, on as many ranks as keys such as `parallel.tensor=2` say; `exact` is what is asked of it,
+    `base` as in `find_model`.
 
     Without keys, or with one rank, all of it is in this process. Raises ConfigError for keys that do not fit, and
     LaunchError where another rank fails.
     """
     if not keys:
-        yield load_model(path, named_device(device))
+        yield load_model(path, named_device(device), base)
         return
     torch.set_num_threads(1)  # until ranks are forked: threads of the parent would be missing in them
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that the question does not initialize a GPU
     named_device(device)
-    found = find_model(path)
+    found = find_model(path, base)
     schema = Schema(DecodingConfig, DecodingConfig.problems)
     config = load_keys(path, keys, schema, {"model": found.config, "exact": exact})
     if config.num_ranks == 1:

@@ -220,7 +220,7 @@ def _open_base(path: Path, about: Mapping[str, Any], verify: bool, moved: Path |
         place = next((found for found in checkpoints_at(moved) if manifest_sha256(found) == sha256), place)
     advice = (
         f"{path} has its frozen weights there. Put that checkpoint back, as it was when the run began; where it lies "
-        "elsewhere by now, name that place as finetune.base and train on."
+        "elsewhere by now, name that place as finetune.base and train on, or with --base."
     )
     if not place.is_dir():
         raise CheckpointError(f"{place}: no such checkpoint. {advice}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.cli.trained_models import BestOption
+from llmtrain.cli.trained_models import BaseFolderOption, BestOption
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class ProgressLines:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
+    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or a PEFT folder.")],
     more: MoreArgument = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="Files of tasks (.yaml), or names of lm-eval's tasks.", metavar="TASK...")
@@ -59,6 +59,7 @@ def evaluate(
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
+    base: BaseFolderOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a trained model on tasks: choices, cloze, perplexity, answers that match, questions and answers.
@@ -83,7 +84,7 @@ def evaluate(
     if others:
         require_harness()
     asked = EvaluationOptions(ProgressLines(), limit, out)
-    with open_trained(best_checkpoint(model) if best else model, keys, device) as trained:
+    with open_trained(best_checkpoint(model) if best else model, keys, device, base=base) as trained:
         text_model = TextModel(trained, tokenizer)
         if loaded:
             results |= evaluate_tasks(text_model, loaded, asked)

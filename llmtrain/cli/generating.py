@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.cli.trained_models import BestOption, RanksArgument
+from llmtrain.cli.trained_models import BaseFolderOption, BestOption, RanksArgument
 from llmtrain.words import counted
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MessagesOption = Annotated[
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
+    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or a PEFT folder.")],
     overrides: RanksArgument = None,
     prompt: Annotated[
         str | None, typer.Option(help="The text to continue; with an encoder's masks in it, to fill.")
@@ -50,6 +50,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out, or begin it again.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
+    base: BaseFolderOption = None,
 ) -> None:
     """Continue a text with a decoder, answer it with an encoder-decoder, or fill its masks with an encoder.
 
@@ -72,7 +73,7 @@ def generate(
 
     how = Writing(Sampling(temperature, top_k, top_p, seed, min_p), max_tokens, tuple(stop or ()))
     source = best_checkpoint(model) if best else model
-    with open_trained(source, overrides or [], device, exact) as trained:
+    with open_trained(source, overrides or [], device, exact, base) as trained:
         text_model = TextModel(trained, tokenizer)
         if prompts is not None and out is not None:
             about = {"weights": trained.identity, "exact": exact}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmtrain.cli.trained_models import BestOption, RanksArgument
+from llmtrain.cli.trained_models import BaseFolderOption, BestOption, RanksArgument
 from llmtrain.errors import ConfigError
 
 KEY_VARIABLE = "LLMTRAIN_API_KEY"
@@ -15,7 +15,7 @@ PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
+    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or a PEFT folder.")],
     overrides: RanksArgument = None,
     host: Annotated[str, typer.Option(help="Address to listen on. Beyond this machine a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000,
@@ -38,6 +38,7 @@ def serve(
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
+    base: BaseFolderOption = None,
 ) -> None:
     """Serve a model over HTTP as OpenAI's clients expect it, many texts at a time; prints the address.
 
@@ -58,7 +59,7 @@ def serve(
     from llmtrain.words import short_bytes
 
     key = serving_key(key_file, os.environ.pop(KEY_VARIABLE, None), host)
-    with open_trained(best_checkpoint(model) if best else model, overrides or [], device, exact) as trained:
+    with open_trained(best_checkpoint(model) if best else model, overrides or [], device, exact, base) as trained:
         text_model = TextModel(trained, tokenizer)
         limits = Limits.of(text_model.config, slots, exact=exact)
         if text_model.continues:

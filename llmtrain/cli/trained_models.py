@@ -25,6 +25,12 @@ RanksArgument = Annotated[
 BestOption = Annotated[bool, typer.Option("--best", help="Of a run's checkpoints the best one by evaluate.metric.")]
 
 
+BaseFolderOption = Annotated[
+    Path | None,
+    typer.Option("--base", help="Of a PEFT folder: its base. Of a run: where its base lies now, if that was moved."),
+]
+
+
 class Format(StrEnum):
     """What a model is written as."""
 

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from llmtrain.infer.sharded.ranks import LeadingRank
 
 _logger = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What PEFT calls its settings."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +222,17 @@ class FoundModel:
         return TrainedModel(model, self.tokenizer_path, self.data, self.tokens, self.identity, ranks)
 
 
-def find_checkpoint_model(path: Path, also: Sequence[str] = ()) -> FoundModel:
-    """The model of a checkpoint or of a run's newest checkpoint; `also` as in `find_checkpoint`."""
-    checkpoint = find_checkpoint(path, also)
+BASE_USE = "goes with an adapter's folder, and with a run whose base was moved"
+
+
+def find_checkpoint_model(path: Path, also: Sequence[str] = (), base: Path | None = None) -> FoundModel:
+    """The model of a checkpoint or of a run's newest checkpoint; `also` and `base` as in `find_checkpoint`.
+
+    Raises ConfigError for a `base` where its own lies where it was, or there is none.
+    """
+    checkpoint = find_checkpoint(path, also, base)
+    if base is not None and checkpoint.base_moved_to is None:
+        raise ConfigError(f"--base {base}: {BASE_USE}, and {path} needs none.")
     return FoundModel(
         saved_architecture(checkpoint),
         checkpoint,
@@ -233,9 +244,14 @@ def find_checkpoint_model(path: Path, also: Sequence[str] = ()) -> FoundModel:
     )
 
 
-def find_model(path: Path) -> FoundModel:
-    """The model of a run, a checkpoint or a Hugging Face folder."""
+def find_model(path: Path, base: Path | None = None) -> FoundModel:
+    """The model of a run, a checkpoint, a Hugging Face folder or a PEFT folder; `base` is that of the last one, or of a
+    run whose base was moved."""
+    if (path / ADAPTER_CONFIG).is_file():
+        return _adapted_model(path, base)
     if (path / "config.json").is_file():
+        if base is not None:
+            raise ConfigError(f"--base {base}: {BASE_USE}, and {path} needs none.")
         from llmtrain.interop.installation import require_transformers
 
         require_transformers()
@@ -244,14 +260,35 @@ def find_model(path: Path) -> FoundModel:
         folder = open_hf_folder(path)
         for text in folder.changed:
             _logger.warning("%s", text)
-        # By names, sizes and times: to read all its files would take long.
-        files = sorted(found for found in path.iterdir() if found.suffix in (".safetensors", ".json"))
-        facts = [(found.name, found.stat().st_size, found.stat().st_mtime_ns) for found in files]
-        identity = hashlib.sha256(repr(facts).encode()).hexdigest()
+        identity = _files_identity(path)
         return FoundModel(folder.model, folder, tokenizer_path=folder.tokenizer_path, identity=identity)
-    return find_checkpoint_model(path, ["a Hugging Face folder (with config.json and safetensors)"])
+    kinds = ["a Hugging Face folder (with config.json and safetensors)", f"a PEFT folder (with {ADAPTER_CONFIG})"]
+    return find_checkpoint_model(path, kinds, base)
 
 
-def load_model(path: Path, device: torch.device) -> TrainedModel:
-    """The model of a run, a checkpoint or a Hugging Face folder."""
-    return find_model(path).read(device)
+def _adapted_model(path: Path, base: Path | None) -> FoundModel:
+    """The model of a PEFT folder and its base."""
+    from llmtrain.interop.installation import require_transformers
+
+    require_transformers()
+    from llmtrain.interop.peft.adapted import adapted, base_of_adapter  # brings in transformers
+
+    place = base_of_adapter(path, base)
+    found = find_model(place)
+    weights, finetune = adapted(path, place, found.config, found.weights, found.finetune)
+    own = next((path / name for name in TOKENIZER_NAMES if (path / name).is_file()), None)
+    identity = hashlib.sha256(f"{found.identity}{_files_identity(path)}".encode()).hexdigest()
+    beside = own or found.tokenizer_path
+    return replace(found, weights=weights, finetune=finetune, tokenizer_path=beside, identity=identity)
+
+
+def _files_identity(path: Path) -> str:
+    """A hash of the names, sizes and times of a folder's files: to read them all would take long."""
+    files = sorted(found for found in path.iterdir() if found.suffix in (".safetensors", ".json"))
+    facts = [(found.name, found.stat().st_size, found.stat().st_mtime_ns) for found in files]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def load_model(path: Path, device: torch.device, base: Path | None = None) -> TrainedModel:
+    """What `find_model` finds, on a device."""
+    return find_model(path, base).read(device)

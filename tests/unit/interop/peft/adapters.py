@@ -1,6 +1,5 @@
 """Tiny models with random adapters, their Hugging Face folders, and what they compute."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,25 +46,6 @@ class Tensors:
 
     def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
         return tuple(self.held[name].shape) if name in self.held else None
-
-
-@dataclass(frozen=True)
-class WithAdapter:
-    """A source of fragments: the base's weights, and what an adapter has added to them or has in their place."""
-
-    base: FragmentSource
-    tensors: Mapping[str, Tensor]
-
-    def read(self, name: str, kind: str, box: Box) -> Tensor:
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            return self.base.read(name, kind, box)
-        return tensor[box.slices_in(Box.whole(tensor.shape))].contiguous()
-
-    def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
-        if name in self.tensors and kind == "master":
-            return tuple(self.tensors[name].shape)
-        return self.base.global_shape(name, kind)
 
 
 def base_of(name: str) -> Tensors:

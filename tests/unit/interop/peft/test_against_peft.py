@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from llmtrain.interop.examples import Example
 from llmtrain.interop.hf_import import open_hf_folder
+from llmtrain.interop.peft.adapted import AdaptedWeights
 from llmtrain.interop.peft.reading import open_peft_folder
 from llmtrain.interop.peft.writing import PeftSettings, write_peft
 from llmtrain.interop.proof import their_inputs
@@ -16,7 +17,6 @@ from tests.support.readers import judged_by_peft
 from tests.unit.interop.models import random_example
 from tests.unit.interop.peft.adapters import (
     MODELS,
-    WithAdapter,
     adapted_logits,
     merged_logits,
     random_adapter,
@@ -188,7 +188,7 @@ def test_we_compute_what_peft_computes(place: Path, case: str) -> None:
     name, _ = THEIRS[case]
     base = open_hf_folder(place / "bases" / name)
     found = open_peft_folder(place / "theirs" / case, base.family, base.model)
-    source, example = WithAdapter(base, found.tensors), random_example(MODELS[name])
+    source, example = AdaptedWeights(base, found.tensors), random_example(MODELS[name])
     theirs = logits_in(place / f"theirs-{case}.safetensors")
     for ours in (
         adapted_logits(source, base.model, found.finetune, example),
@@ -206,7 +206,7 @@ def test_soft_prompts_are_the_same_on_both_sides(place: Path, name: str) -> None
     example = shorter_example(name)
     for made, source, finetune in (
         ("ours", adapter.source, adapter.finetune),
-        ("theirs", WithAdapter(base, read.tensors), read.finetune),
+        ("theirs", AdaptedWeights(base, read.tensors), read.finetune),
     ):
         ours = adapted_logits(source, base.model, finetune, prompted(example))[:, -example.tokens_BS.shape[1] :]
         theirs = logits_in(place / f"{made}-prompt {name}.safetensors")["adapted"][:, -example.tokens_BS.shape[1] :]

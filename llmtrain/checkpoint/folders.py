@@ -30,6 +30,9 @@ STATE = "state.json"
 BEST_BY = "best_by"
 """In a manifest: the name of its metric; older ones have none, and it is the loss."""
 
+TEACHER = "teacher"
+"""In a manifest's `about`: path and manifest_sha256 of the checkpoint that taught it."""
+
 BASE = "base"
 """In a manifest's `about`: path and manifest_sha256 of the checkpoint that has its frozen weights."""
 

@@ -15,6 +15,7 @@ from llmtrain.checkpoint.find import find_newest_valid
 from llmtrain.checkpoint.folders import (
     BASE,
     BEST_BY,
+    TEACHER,
     best_of,
     checkpoint_steps,
     step_folder_name,
@@ -105,6 +106,10 @@ class CheckpointManager:
     def rest_on(self, base: Mapping[str, str]) -> None:
         """Name the checkpoint that has the frozen weights in all that is saved from now on."""
         self._about[BASE] = dict(base)
+
+    def learn_from(self, teacher: Mapping[str, str]) -> None:
+        """Name the checkpoint of the teacher in all that is saved from now on."""
+        self._about[TEACHER] = dict(teacher)
 
     def latest_steps(self) -> list[int]:
         """Steps of the checkpoints on the disk, newest first."""

@@ -130,6 +130,11 @@ class CheckpointReader:
             return None
         if self.base is not None and all(map(self._is_frozen, frozen)):
             return {**self.about[BASE], "path": str(self.base.path.absolute())}
+        return self.identity
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """This very checkpoint, as those that rest on it or learn from it name it in their manifest."""
         return {"path": str(self.path.absolute()), "manifest_sha256": manifest_sha256(self.path)}
 
     def read(self, name: str, kind: str, box: Box) -> Tensor:

@@ -164,6 +164,7 @@ def _memory(plan: "DryRun") -> str:
         "weights, gradients and moments": memory.held,
         "activations": memory.activations,
         "logits": memory.logits,
+        **({"teacher": memory.teacher} if memory.teacher else {}),
     }
     text = " + ".join(f"{short_bytes(size)} {name}" for name, size in parts.items())
     whole = short_bytes(sum(parts.values()))

@@ -1,13 +1,16 @@
-"""The section `finetune`: what is trained of a model that has its weights already, and what is added to it. Pure."""
+"""The sections `finetune`, `distill` and `prune`: what is trained of a model that has its weights already and what is
+added to it, what it learns from beside the data, and which weights it loses. Pure."""
 
 import math
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmtrain.config.section import AsTuple, Length, Positive, Probability, Section, Text
+from llmtrain.config.model import ModelConfig
+from llmtrain.config.section import AsTuple, AsWhole, Length, Positive, Probability, Section, Steps, Text
 
 Method = Literal["full", "lora", "adapter", "prompt"]
+PruneKind = Literal["magnitude", "2:4", "kept"]
 
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -83,3 +86,75 @@ class FinetuneConfig(Section):
     lora: LoraConfig = Field(default_factory=LoraConfig)
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     prompt: PromptConfig = Field(default_factory=PromptConfig)
+
+
+class DistillConfig(Section):
+    """Learning from a teacher: (1 - weight) x the plain loss + weight x temperature^2 x the divergence of the student's
+    predictions from the teacher's (Hinton et al. 2015, section 2)."""
+
+    teacher: Text = Field(
+        description="An import, a run (its newest checkpoint) or a checkpoint. It reads the same samples as the model, "
+        "split as the model is, in its precision, and is not trained."
+    )
+    temperature: Annotated[float, Field(gt=0, le=1_000)] = Field(
+        default=1.0, description="The logits of both are divided by this before they are compared."
+    )
+    top_k: Annotated[int, Field(ge=1, le=2**20), AsWhole] = Field(
+        default=64,
+        description="Of each prediction of the teacher so many likeliest tokens are told apart; all others count as "
+        "one. As many as the vocabulary has: all of them.",
+    )
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="Share of the teacher in the loss; the data's targets have the rest."
+    )
+    model: ModelConfig | None = Field(
+        default=None,
+        description="The teacher's architecture, with the keys of `model`. null, as usual: taken from its files.",
+    )
+
+
+class PruneConfig(Section):
+    """Pruning in training. A weight of a target that is zero has no gradient and no moments, and stays zero."""
+
+    kind: PruneKind = Field(
+        default="magnitude",
+        description="magnitude: of each matrix the weights that are nearest to zero. 2:4: of every four neighbours "
+        "along a matrix's input the two nearest to zero. kept: none; the zeros that a run begins with stay zero.",
+    )
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="magnitude: the share of each matrix that is zero in the end."
+    )
+    from_step: Steps = Field(default=1, description="The step behind which weights are pruned first.")
+    until_step: Steps | None = Field(
+        default=None,
+        description="magnitude: the step behind which they are pruned last. The share rises up to there, fast at first "
+        "(Zhu and Gupta 2017, section 3). null: all at from_step.",
+    )
+    every_steps: Steps = Field(default=100, description="magnitude: steps between two prunings.")
+    targets: Annotated[tuple[Text, ...], AsTuple, Field(min_length=1, max_length=1_000)] = Field(
+        default=("attention", "mlp"),
+        description="The linears that are pruned: attention, mlp (experts too), one of their parts such as attention.q "
+        "or mlp.down, or patterns of whole names such as decoder.layers.0.*.",
+    )
+
+    def prunes_behind(self, step: int) -> bool:
+        """True for a step behind which weights are pruned."""
+        if self.kind == "kept":
+            return False
+        last = self.until_step or self.from_step
+        return step == last or (self.from_step <= step < last and (step - self.from_step) % self.every_steps == 0)
+
+    def keeps_zeros(self, step: int) -> bool:
+        """True for a step whose weights have been pruned before it."""
+        return self.kind == "kept" or step > self.from_step
+
+    def sparsity_behind(self, step: int) -> float:
+        """The share of each target that has been pruned up to a step: s (1 - (1 - t)^3), t the share of the time at the
+        last pruning."""
+        first, last = self.from_step, self.until_step or self.from_step
+        if step < first:
+            return 0.0
+        if step >= last:
+            return 0.5 if self.kind == "2:4" else self.sparsity
+        pruned = step - (step - first) % self.every_steps
+        return self.sparsity * (1 - (1 - (pruned - first) / (last - first)) ** 3)

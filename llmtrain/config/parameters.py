@@ -3,7 +3,7 @@
 Sizes, initial weights, sharding, stages and the name tables of other programs are read from here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -243,6 +243,13 @@ BLOCKS = {
     "moe.experts": ("mlp", "experts"),
 }
 """The names of finetune.lora.targets by which the linears of a layer's block are meant."""
+
+
+def pruned_linears(model: ModelConfig, targets: Sequence[str]) -> Iterator[tuple[str, Parameter]]:
+    """Those of `iter_linears` that some of `prune.targets` mean."""
+    for linear, weight in iter_linears(model):
+        if any(is_target(linear, target) for target in targets):
+            yield linear, weight
 
 
 def target_names(linear: str) -> list[str]:

@@ -13,7 +13,7 @@ from llmtrain.config.attention import kind_of
 from llmtrain.config.batch_sizes import BatchSizes
 from llmtrain.config.data import DataConfig
 from llmtrain.config.engines import DEFAULT_ENGINE, EngineName
-from llmtrain.config.finetune import FinetuneConfig, Method
+from llmtrain.config.finetune import DistillConfig, FinetuneConfig, Method, PruneConfig
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.metrics import MetricName
 from llmtrain.config.model import ModelConfig
@@ -314,6 +314,12 @@ class RunConfig(Section):
     train: TrainConfig
     finetune: FinetuneConfig | None = Field(
         default=None, description="Train on from weights that are there already; absent: pretraining."
+    )
+    distill: DistillConfig | None = Field(
+        default=None, description="Learn from a teacher beside the data; absent: from the data alone."
+    )
+    prune: PruneConfig | None = Field(
+        default=None, description="Prune weights while training; absent: none is pruned, and no zero is kept."
     )
     optim: OptimConfig = Field(default_factory=OptimConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

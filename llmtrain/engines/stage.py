@@ -1,12 +1,16 @@
 """One chunk of a model's layers, and its loss, as an engine runs it on one rank."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from llmtrain.config.rules.distill import teacher_run
 from llmtrain.config.schema import ContextExchange, RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import freeze
 from llmtrain.engines.part import ModelPart
+from llmtrain.engines.teacher import TeacherPart
 from llmtrain.models.attention.multi_head import Attention
 from llmtrain.models.float8 import multiply_in_float8
 from llmtrain.models.head import Objective
@@ -14,7 +18,7 @@ from llmtrain.models.stack import Pass, Reports
 from llmtrain.models.transformer import Transformer, build_model, chosen_from
 from llmtrain.parallel.context import spread_over_context
 from llmtrain.parallel.groups import Groups
-from llmtrain.parallel.layout import Chunk
+from llmtrain.parallel.layout import Chunk, plan_chunks
 from llmtrain.parallel.parts import VocabularyPart
 from llmtrain.parallel.ring import Ring
 from llmtrain.parallel.stateless_random import Draws
@@ -78,3 +82,14 @@ class Stage(nn.Module):
             return hidden_sBH, None, reports
         objective = Objective(scales.loss, self.chunk_tokens, self.vocabulary, draws)
         return *self.model.loss(hidden_sBH, batch.labels_BS, objective, batch), reports
+
+
+def staged_teacher(config: RunConfig, groups: Groups, chunk_tokens: int) -> TeacherPart:
+    """The teacher's stage on this rank: one, since a virtual pipeline and the split of its layers are the student's."""
+    run = teacher_run(config)
+    layout = replace(groups.layout, virtual_pipeline=1, pipeline_schedule=None)
+    (chunk,) = plan_chunks(layout, run.model.total_layers, None, groups.place.pipeline)
+    stage = Stage(run, groups, chunk, chunk_tokens)
+    # No parameter is made anew when the model gets memory: the order is that of `parameters()`.
+    places = [placement for _, placement in stage.part.named_placements()]
+    return TeacherPart(stage.model, stage.vocabulary, places, groups.pipeline if layout.pipeline > 1 else None)

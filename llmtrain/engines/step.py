@@ -25,14 +25,16 @@ from llmtrain.engines.masters import (
     require_moments,
     set_updates,
 )
+from llmtrain.engines.pruning import Pruning
 from llmtrain.engines.routers import Routers
+from llmtrain.engines.teacher import Teacher
 from llmtrain.optim.schedule import LossScale
 from llmtrain.optim.table import row_of
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Fragment, FragmentSource
 from llmtrain.values.label_metrics import num_counts
-from llmtrain.values.progress import EvalResult, StepResult
+from llmtrain.values.progress import DISTILL_LOSS, EvalResult, StepResult
 
 COLLECT_EVERY_STEPS = 50
 """A run's ranks turn Python's garbage collector off and collect here, all at the same step: at other times each of them
@@ -43,6 +45,9 @@ class SteppingEngine(ABC):
     """The common part of all engines. A subclass builds its model and optimizer, sets `routers`, and loads weights."""
 
     routers: Routers
+
+    teacher: Teacher | None = None
+    """Of a distillation."""
 
     averaged_over = 1
     """The number that gradients, once reduced, have been divided by."""
@@ -68,6 +73,7 @@ class SteppingEngine(ABC):
         rows = config.model.head_rows // (1 if config.model.predicts_labels else self.layout.tensor)
         self.chunk_tokens = config.train.chunk_tokens(rows, on_gpu)
         self.num_updates = 0
+        self.pruning = Pruning(config, self.resident, device) if config.prune else None
         self.inspect_gradients: GradientInspector | None = None
 
     @property
@@ -95,8 +101,9 @@ class SteppingEngine(ABC):
     def run(self, micro_batches: Sequence[Batch], step: int | None, scales: Scales) -> Tensor:
         """Forward, and backward where there is a step. Returns the sum of the loss over the targets of this rank.
 
-        Every tensor rank has the whole loss of its part of the batch; of a pipeline, the last stage has it. Without a
-        step the counts of a head for labels stand behind it, or the sums of each text where batches tell them apart.
+        Every tensor rank has the whole loss of its part of the batch; of a pipeline, the last stage has it. Behind it
+        stand the divergence from a teacher, or without a step the counts of a head for labels, or the sums of each text
+        where batches tell them apart.
         """
 
     @abstractmethod
@@ -122,21 +129,29 @@ class SteppingEngine(ABC):
         num_micro_batches = len(micro_batches) * self.layout.data
         self.routers.forget()
         scales = Scales(loss_scale / max(1, num_tokens), loss_scale / num_micro_batches)
-        loss_sum = self.run(micro_batches, step, scales)
+        loss_sum = self.run(self._taught(micro_batches), step, scales)
         self.reduce()
+        if self.pruning:
+            self.pruning.keep_zeros(step)
         unscale = self.averaged_over / loss_scale
-        loss, grad_norm, routed = self._totals(loss_sum / max(1, num_tokens), unscale)
+        (loss, *taught), grad_norm, routed = self._totals(loss_sum / max(1, num_tokens), unscale)
         if self.inspect_gradients:  # before the update, which scales them in place
             self.inspect_gradients(self._gradient_fragments(unscale))
         # Both are sums over all ranks, so every rank decides alike without another word.
         finite = math.isfinite(grad_norm) and math.isfinite(loss)
         metrics = self.routers.step_metrics(routed, num_micro_batches)
+        if taught:
+            metrics[DISTILL_LOSS] = taught[0]
         if finite:
             clip = self.config.optim.grad_clip
             self._update((min(1.0, clip / (grad_norm + 1e-6)) if clip else 1.0) * unscale, lr)
             self.routers.rebalance()
         else:
             self.drop()
+        if self.pruning:
+            if self.pruning.prune(step):
+                self.round_weights()
+            metrics.update(self.pruning.metrics(step))
         if self.loss_scale:
             metrics["loss_scale"] = loss_scale
             self.loss_scale.update(finite)
@@ -147,18 +162,25 @@ class SteppingEngine(ABC):
     @torch.no_grad()
     def eval_step(self, micro_batches: Sequence[Batch]) -> EvalResult:
         # Each tensor rank has the whole loss of its part: the sum over the world counts it as often as there are some.
-        sums = self.run(micro_batches, None, Scales(1.0)).double() / self.layout.tensor
+        sums = self.run(self._taught(micro_batches), None, Scales(1.0)).double() / self.layout.tensor
         if dist.is_initialized():
             dist.all_reduce(sums)
         num_tokens = self.sum_over_data(sum(batch.num_valid_tokens for batch in micro_batches))
         loss_sum, *counts = sums.flatten().tolist()  # the host waits here
         return EvalResult(loss_sum, num_tokens, tuple(counts))
 
+    def _taught(self, micro_batches: Sequence[Batch]) -> Sequence[Batch]:
+        """The micro-batches with what a teacher predicts; texts that tasks ask about are no lessons."""
+        if self.teacher is None or micro_batches[0].num_texts:
+            return micro_batches
+        return self.teacher.teach(micro_batches)
+
     def zero_sums(self, micro_batches: Sequence[Batch], step: int | None) -> Tensor:
-        """What `run` adds to: the loss, [], and in an evaluation what stands behind it, [1 + K]."""
+        """What `run` adds to: the loss, [], with a teacher [2], and in an evaluation what stands behind it, [1 + K]."""
         if micro_batches[0].num_texts:
             return torch.zeros(1 + 2 * micro_batches[0].num_texts, dtype=torch.float64, device=self.device)
         counts = num_counts(self.config.model) if step is None else 0
+        counts = 1 if self.config.distill is not None else counts
         return torch.zeros(1 + counts if counts else (), device=self.device)
 
     def sum_over_data(self, count: int) -> int:
@@ -170,16 +192,17 @@ class SteppingEngine(ABC):
         return int(total)
 
     @torch.no_grad()
-    def _totals(self, loss: Tensor, unscale: float) -> tuple[float, float, Tensor]:
-        """The loss of the whole step, the norm of its gradient, and the routers' sums, from the parts of all ranks."""
+    def _totals(self, losses: Tensor, unscale: float) -> tuple[list[float], float, Tensor]:
+        """The losses of the step, the norm of its gradient, and the routers' sums, from the parts of all ranks."""
         norms = [
             torch.nn.utils.get_total_norm(gradients_of(master for master in masters if master.owned))
             for masters in self.resident()
         ]
         squares = sum(norm.double().square().to(self.device) for norm in norms)
         assert isinstance(squares, Tensor), "every rank has masters, or an empty list of them"
-        # All in one collective. Tensor ranks have the same loss, and each its own part of the norm.
-        totals = torch.stack((loss.double() / self.layout.tensor, squares))
+        # All in one collective. Tensor ranks have the same losses, and each its own part of the norm.
+        totals = torch.cat((losses.double().flatten() / self.layout.tensor, squares[None]))
+        routed = len(totals)  # where what the routers have counted begins
         sums = self.routers.sums
         if sums.numel():
             totals = torch.cat((totals, sums.flatten()))
@@ -187,11 +210,11 @@ class SteppingEngine(ABC):
             dist.all_reduce(totals)
         if sums.numel():
             if not self.layout.sequence:
-                totals[2:] /= self.layout.tensor  # each tensor rank has counted every token
-            sums.copy_(totals[2:].view_as(sums))
+                totals[routed:] /= self.layout.tensor  # each tensor rank has counted every token
+            sums.copy_(totals[routed:].view_as(sums))
         host = totals.cpu()  # the host waits here, for all that the device has to do
-        loss_total, squares_total = host[:2].tolist()
-        return loss_total, math.sqrt(squares_total) * unscale, host[2:].view_as(sums)
+        *loss_totals, squares_total = host[:routed].tolist()
+        return loss_totals, math.sqrt(squares_total) * unscale, host[routed:].view_as(sums)
 
     @torch.no_grad()
     def _update(self, factor: float, lr: float) -> None:

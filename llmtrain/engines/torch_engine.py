@@ -27,6 +27,7 @@ from llmtrain.engines.masters import (
 from llmtrain.engines.overlapped_sum import OverlappedSum
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.engines.teacher import Teacher, whole_teacher
 from llmtrain.finetune.additions import add_trained_parts
 from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.compiled_graphs import compile_layers
@@ -89,6 +90,8 @@ class TorchEngine(SteppingEngine):
                 parameter.register_post_accumulate_grad_hook(report)
         self.routers = Routers(config, iter_moe(self.model.stacks), device)
         self.load_weights(InitialWeights(config.model, config.seed, config.finetune))
+        if config.distill is not None:
+            self.teacher = Teacher(config, whole_teacher(config), device, self.chunk_tokens)
         if self.compiles:
             compile_layers(layer for stack in self.model.stacks for layer in stack.layers.values())
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.pointwise import build_norm, build_pointwise
 from llmtrain.parallel.parts import VocabularyPart
+from llmtrain.parallel.soft_targets import divergence
 from llmtrain.parallel.stateless_random import Draws
-from llmtrain.values.batch import Batch
+from llmtrain.values.batch import Batch, SoftTargets
 
 
 class MlmHead(nn.Module):
@@ -38,6 +39,17 @@ class ChunkGradients(NamedTuple):
     weight_VH: Tensor | None
     bias_V: Tensor | None
     first: bool
+
+
+class HeadTargets(NamedTuple):
+    """Of each token the label to predict (a negative one: none), and where there is a teacher, what it predicts."""
+
+    labels_T: Tensor
+    soft: SoftTargets | None = None
+
+    def chunk(self, tokens: slice) -> "HeadTargets":
+        """Those of some of the tokens."""
+        return HeadTargets(self.labels_T[tokens], None if self.soft is None else self.soft.chunk(tokens))
 
 
 class Head(NamedTuple):
@@ -65,14 +77,25 @@ def chunk_logits(hidden_CH: Tensor, head: Head) -> Tensor:
 
 
 def chunk_loss(
-    hidden_CH: Tensor, head: Head, labels_C: Tensor, objective: Objective, grads: ChunkGradients | None
+    hidden_CH: Tensor, head: Head, targets: HeadTargets, objective: Objective, grads: ChunkGradients | None
 ) -> Tensor:
-    """Sum of -log softmax(h W^T + b)[label] over the chunk's targets, in fp32; adds `scale` times its gradients."""
-    valid_C, targets_C = labels_C >= 0, labels_C.clamp(min=0)
+    """The sum of the losses over the chunk's targets, in fp32; adds `scale` times the gradients of their mixture.
+
+    One loss is -log softmax(h W^T + b)[label]; with a teacher the divergence from what it predicts stands behind it.
+    """
+    valid_C, label_C = targets.labels_T >= 0, targets.labels_T.clamp(min=0)
     weight_VH = head.weight_VH
     logits_CV = chunk_logits(hidden_CH, head)
-    scale_C = None if grads is None else valid_C * objective.scale
-    loss_C, d_logits_CV = objective.part.cross_entropy(logits_CV, targets_C, scale_C)
+    scale_C, soft = None if grads is None else valid_C * objective.scale, targets.soft
+    soft_C, d_soft_CV = None, None
+    if soft is not None:  # first: the cross-entropy overwrites the logits
+        # By the square of the temperature gradients stay as large as without one (Hinton et al. 2015, section 2).
+        soft_scale_C = None if scale_C is None else scale_C * (soft.weight * soft.temperature**2)
+        soft_C, d_soft_CV = divergence(logits_CV, objective.part, soft, soft_scale_C)
+        scale_C = None if scale_C is None else scale_C * (1 - soft.weight)
+    loss_C, d_logits_CV = objective.part.cross_entropy(logits_CV, label_C, scale_C)
+    if d_soft_CV is not None and d_logits_CV is not None:
+        d_logits_CV.add_(d_soft_CV)
     if grads is not None and d_logits_CV is not None:
         del logits_CV  # as large as their gradient
         if grads.bias_V is not None:
@@ -88,7 +111,8 @@ def chunk_loss(
             grads.weight_VH.copy_(d_logits_CV.T @ hidden_CH)
         else:
             grads.weight_VH.add_(d_logits_CV.T @ hidden_CH)
-    return (loss_C * valid_C).sum()
+    losses_C = loss_C if soft_C is None else torch.stack((loss_C, soft_C))
+    return (losses_C * valid_C).sum(-1)
 
 
 class HeadCrossEntropy(torch.autograd.Function):
@@ -96,7 +120,12 @@ class HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective, bias_V: Tensor | None
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        targets: HeadTargets,
+        objective: Objective,
+        bias_V: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         with_gradients = any(ctx.needs_input_grad)
         d_hidden_TH = torch.empty_like(hidden_TH) if with_gradients else None
@@ -107,19 +136,23 @@ class HeadCrossEntropy(torch.autograd.Function):
             d_weight_VH = torch.empty_like(weight_VH, dtype=None if one_chunk else torch.float32)
         if bias_V is not None and ctx.needs_input_grad[4]:
             d_bias_V = torch.zeros_like(bias_V, dtype=torch.float32)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
+        soft = targets.soft
+        loss_sum = torch.zeros(() if soft is None else (2,), dtype=torch.float32, device=hidden_TH.device)
         for start in range(0, hidden_TH.shape[0], objective.chunk_tokens):
             chunk = slice(start, start + objective.chunk_tokens)
             grads = None
             if d_hidden_TH is not None:
                 grads = ChunkGradients(d_hidden_TH[chunk], d_weight_VH, d_bias_V, first=start == 0)
-            loss_sum += chunk_loss(hidden_TH[chunk], Head(weight_VH, bias_V), labels_T[chunk], objective, grads)
+            loss_sum += chunk_loss(hidden_TH[chunk], Head(weight_VH, bias_V), targets.chunk(chunk), objective, grads)
         if d_hidden_TH is not None:
             weight_grad = None if d_weight_VH is None else d_weight_VH.to(weight_VH.dtype)
             bias_grad = None if d_bias_V is None or bias_V is None else d_bias_V.to(bias_V.dtype)
             ctx.save_for_backward(d_hidden_TH, weight_grad, bias_grad)
         ctx.mark_non_differentiable(loss_sum)
-        return loss_sum * objective.scale, loss_sum
+        mixed = loss_sum
+        if soft is not None:
+            mixed = (1 - soft.weight) * loss_sum[0] + soft.weight * soft.temperature**2 * loss_sum[1]
+        return mixed * objective.scale, loss_sum
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
@@ -129,16 +162,24 @@ class HeadCrossEntropy(torch.autograd.Function):
 
 
 def head_cross_entropy(
-    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, objective: Objective, bias_V: Tensor | None = None
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    objective: Objective,
+    bias_V: Tensor | None = None,
+    soft: SoftTargets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the head's predictions, summed over the targets; a negative label is no target.
 
-    Returns (loss_sum * scale, to call backward on; loss_sum, fp32, detached). The scale is known before the forward
-    pass (loss scale / valid tokens of the step), and applied before gradients are rounded to a low precision. The
-    weight has the rows of `objective.part`: padded rows take no part in the softmax. Where the vocabulary is split,
-    every rank gets the whole loss, and a gradient for the hidden states that is to be summed over the ranks.
+    Returns (loss_sum * scale, to call backward on; loss_sum, fp32, detached). With `soft` targets the first is that of
+    the mixture, and the second is [2]: the cross-entropy, and the divergence from the teacher at its temperature.
+
+    The scale is known before the forward pass (loss scale / valid tokens of the step), and applied before gradients are
+    rounded to a low precision. The weight has the rows of `objective.part`: padded rows take no part in the softmax.
+    Where the vocabulary is split, every rank gets the whole loss, and a gradient for the hidden states that is to be
+    summed over the ranks.
     """
-    return HeadCrossEntropy.apply(hidden_TH, weight_VH, labels_T, objective, bias_V)
+    return HeadCrossEntropy.apply(hidden_TH, weight_VH, HeadTargets(labels_T, soft), objective, bias_V)
 
 
 @torch.no_grad()

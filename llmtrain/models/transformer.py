@@ -217,6 +217,10 @@ class Transformer(nn.Module):
         # A slice of everything would still cost its backward pass a copy of the gradient.
         return weight if rows == weight.shape[0] else weight[:rows]
 
+    def head_bias(self, rows: int) -> Tensor | None:
+        """[rows]: what is added to the logits of these rows, where something is."""
+        return None if self.mlm is None else self.mlm.bias[:rows]
+
     def logits(self, hidden_SBH: Tensor, inputs: ModelInputs | None = None) -> Tensor:
         """[B, S, V] in fp32, of a model that has the whole vocabulary; for labels, as `LabelHead` gives them."""
         if self.config.predicts_labels:
@@ -224,7 +228,8 @@ class Transformer(nn.Module):
             return self.label_head.logits(hidden_SBH, inputs)
         rows = self.config.vocabulary
         logits_BSV = (hidden_SBH.transpose(0, 1) @ self.head_weight(rows).T).float()
-        return logits_BSV if self.mlm is None else logits_BSV + self.mlm.bias[:rows].float()
+        bias_V = self.head_bias(rows)
+        return logits_BSV if bias_V is None else logits_BSV + bias_V.float()
 
     def loss(
         self, hidden_SBH: Tensor, labels_BS: Tensor, objective: Objective, batch: Batch | None = None
@@ -232,19 +237,19 @@ class Transformer(nn.Module):
         """(scaled loss to call backward on, detached sum of the loss over this rank's part of the targets).
 
         In the evaluation of a head for labels the sum has the counts of `values/label_metrics.py` behind it, [1 + K];
-        where the batch tells texts apart, what `text_sums` gives.
+        where the batch tells texts apart, what `text_sums` gives; with a teacher the divergence from it, [2].
         """
         if self.config.predicts_labels:
             assert batch is not None, "where ends are looked for follows from its padding"
             return self.label_head.loss(hidden_SBH, labels_BS, objective, batch)
         rows = objective.part.rows
-        bias_V = None if self.mlm is None else self.mlm.bias[:rows]
         hidden_TH, labels_T = hidden_SBH.flatten(0, 1), self._inside(labels_BS).T.flatten()
-        weight_VH = self.head_weight(rows)
+        weight_VH, bias_V = self.head_weight(rows), self.head_bias(rows)
         if batch is not None and batch.num_texts:
             sums = text_sums(hidden_TH, Head(weight_VH, bias_V), labels_T, objective, batch)
             return sums[0], sums
-        return head_cross_entropy(hidden_TH, weight_VH, labels_T, objective, bias_V)
+        soft = None if batch is None else batch.soft
+        return head_cross_entropy(hidden_TH, weight_VH, labels_T, objective, bias_V, soft)
 
 
 def main_visibility(config: ModelConfig, inputs: ModelInputs) -> Visibility:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from llmtrain.config.metrics import titled
 from llmtrain.values.label_metrics import LABEL_METRICS
-from llmtrain.values.progress import TASK, Row, row_kind, task_title
+from llmtrain.values.progress import DISTILL_LOSS, TASK, Row, row_kind, task_title
 from llmtrain.words import counted, duration, short_number
 
 PLAIN_LINE_SECONDS = 5.0
@@ -102,7 +102,8 @@ def quality_text(row: Row) -> str:
     """What an evaluation says beside the loss: the perplexity of tokens, or the metrics of labels."""
     if "valid_perplexity" in row:
         tokens = f" of {row['valid_tokens']:,} tokens" if "valid_tokens" in row else ""
-        return f"perplexity {row['valid_perplexity']:,.2f}{tokens}"
+        taught = f", {row[f'valid_{DISTILL_LOSS}']:.4f} from the teacher" if f"valid_{DISTILL_LOSS}" in row else ""
+        return f"perplexity {row['valid_perplexity']:,.2f}{taught}{tokens}"
     found = [f"{titled(name).lower()} {row[f'valid_{name}']:.4f}" for name in LABEL_METRICS if f"valid_{name}" in row]
     return f"{', '.join(found)} of {counted(row['valid_tokens'], 'label')}"
 

@@ -193,7 +193,7 @@ class Monitor:
     ) -> None:
         """Record the mean loss over `num_tokens` targets of the validation data. Call it after the phase.
 
-        `metrics` are those of a head for labels, in place of a perplexity, which tokens have.
+        `metrics` are those of a head for labels or of a distillation, in place of the perplexity that tokens have.
         """
         measured = {f"valid_{name}": value for name, value in (metrics or {}).items()}
         row = {

@@ -25,6 +25,12 @@ from llmtrain.plan.deferred import deferred_elements
 LOGITS_BYTES = 8
 """Of each logit in a chunk of the output layer: its value and its gradient in fp32."""
 
+TAUGHT_BYTES = 4
+"""More of each where there is a teacher: the student's predictions at its temperature, in fp32."""
+
+PREDICTED_BYTES = 8
+"""Of each likeliest token that a teacher predicts: its probability and its id."""
+
 LARGEST_AXIS = 64
 """No axis is suggested beyond this size."""
 
@@ -44,11 +50,12 @@ Settings = Mapping[str, Any]
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on one rank. `held` are weights, gradients, masters and moments; `activations` what a step keeps between
-    forward and backward; `logits` a chunk of the output layer."""
+    forward and backward; `logits` a chunk of the output layer; `teacher` its weights, and its predictions of a step."""
 
     held: int
     activations: int
     logits: int
+    teacher: int = 0
 
 
 def head_rows(config: RunConfig) -> int:
@@ -69,8 +76,24 @@ def plan_memory(config: RunConfig, layout: Layout, lengths: Lengths) -> MemoryPl
     return MemoryPlan(
         round(held_bytes(config, layout)),
         round(activation_bytes(config, layout, lengths, Kernels.of(on_gpu))),
-        tokens * head_rows(config) * LOGITS_BYTES,
+        tokens * head_rows(config) * (LOGITS_BYTES + (TAUGHT_BYTES if config.distill else 0)),
+        round(teacher_bytes(config, layout, lengths)),
     )
+
+
+def teacher_bytes(config: RunConfig, layout: Layout, lengths: Lengths) -> float:
+    """The teacher's weights, which ZeRO does not shard, and of each token of a step what it predicts; of an average
+    stage. Its activations are those of one micro-batch without a backward pass: fewer than the student's."""
+    if config.distill is None or config.distill.model is None:
+        return 0.0
+    teacher, num_bytes = config.distill.model, 4 if config.train.precision == "fp32" else 2
+    weights = sum(
+        num_elements(parameter, teacher) / (layout.expert if parameter.expert else 1)
+        for parameter in declare_parameters(teacher).values()
+    )
+    tokens = max(config.train.batch_sizes.sizes) // layout.data * lengths.main // layout.context
+    predicted = tokens * (config.distill.top_k * PREDICTED_BYTES + 4)
+    return weights * num_bytes / (layout.tensor * layout.pipeline) + predicted
 
 
 def held_bytes(config: RunConfig, layout: Layout) -> float:

@@ -26,15 +26,16 @@ def resume_target(config: RunConfig) -> Path | None:
         return _base(config) or own
     if newest or (checkpoint_steps(own) and not inside):
         return own
-    return _checkpoints_of(path)
+    return checkpoints_of(path)
 
 
 def _base(config: RunConfig) -> Path | None:
     base = config.finetune.base if config.finetune else None
-    return None if base is None else _checkpoints_of(Path(base))
+    return None if base is None else checkpoints_of(Path(base))
 
 
-def _checkpoints_of(path: Path) -> Path:
+def checkpoints_of(path: Path) -> Path:
+    """The checkpoint at a path, or the folder of the checkpoints of a run or an import there."""
     return path if is_checkpoint(path) else folder_of_checkpoints(path) or path
 
 

@@ -12,9 +12,10 @@ from llmtrain.checkpoint.folders import (
     BASE,
     CONFIG,
     MANIFEST,
+    TEACHER,
     checkpoints_at,
 )
-from llmtrain.checkpoint.origin import Origin
+from llmtrain.checkpoint.origin import Origin, newest_origin
 from llmtrain.config.data import USUAL_PACKING, DataConfig
 from llmtrain.config.finetune import FinetuneConfig
 from llmtrain.config.model import ModelConfig
@@ -25,7 +26,7 @@ from llmtrain.data.storage.manifest import TOKENIZER_NAMES, Manifest, file_sha25
 from llmtrain.data.storage.remote import shown_path
 from llmtrain.data.token_roles import SETTINGS_NAME, read_settings
 from llmtrain.errors import CheckpointError
-from llmtrain.preflight.beginning import begins_at_base, is_elsewhere
+from llmtrain.preflight.beginning import begins_at_base, checkpoints_of, is_elsewhere
 from llmtrain.preflight.data_identity import LIMITS, data_record, stream_keys, windows_of
 from llmtrain.preflight.label_fit import with_labels
 
@@ -77,6 +78,7 @@ def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest]
     found += _optimizer_differences(origin, config.optim)
     found += _training_differences(origin, config)
     found += _other_base(origin, config)
+    found += _teacher_differences(origin, config)
     found += _data_differences(origin, config.data)
     found += _tokenizer_differences(origin, config, manifests)
     return found + _source_differences(origin, config, manifests)
@@ -106,6 +108,9 @@ def noted_changes(origin: Origin, config: RunConfig) -> list[Difference]:
     was = {**OptimConfig().model_dump(mode="json"), **origin.section("optim")}
     found = list(_changed(origin, was, config.optim.model_dump(mode="json"), "optim"))
     default = TrainConfig.model_fields["global_batch_size"].default
+    found += _changed(
+        origin, origin.section("prune"), config.prune.model_dump(mode="json") if config.prune else {}, "prune"
+    )
     size, now = origin.section("train").get("global_batch_size", default), config.train.global_batch_size
     found += [_plain(origin, "train.global_batch_size", size, now, now)] if size != now else []
     ramp = [change.model_dump() for change in config.train.batch_ramp]
@@ -258,6 +263,26 @@ def _other_base(origin: Origin, config: RunConfig) -> Iterator[Difference]:
         yield Difference("finetune.base", told.get("path"), base, base, text, True, advice)
 
 
+def _teacher_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]:
+    """What a run learns follows from its teacher, and from how it is asked."""
+    was, now = origin.config.get("distill"), config.distill and config.distill.model_dump(mode="json")
+    if not isinstance(was, dict) or now is None:
+        if was != now:
+            told = [each and f"the teacher {each.get('teacher')}" for each in (was, now)]
+            yield _plain(origin, "distill", told[0], told[1], told[1])
+        return
+    before, after = ({key: each.get(key) for key in now if key not in ("teacher", "model")} for each in (was, now))
+    yield from _changed(origin, before, after, "distill")
+    told, found = origin.about.get(TEACHER), newest_origin(checkpoints_of(Path(now["teacher"])))
+    if isinstance(told, dict) and found is not None:
+        sha256 = file_sha256(found.path / MANIFEST)
+        if told.get("manifest_sha256") != sha256:
+            text = (
+                f"the checkpoint {origin.path} was taught by {told.get('path')}, and this is {found.path}, another one"
+            )
+            yield Difference("distill.teacher", told.get("path"), str(found.path), now["teacher"], text)
+
+
 def _optimizer_differences(origin: Origin, optim: OptimConfig) -> Iterator[Difference]:
     was = origin.section("optim").get("name", OptimConfig().name)
     if was != optim.name:
@@ -281,15 +306,10 @@ def _data_differences(origin: Origin, data: DataConfig) -> Iterator[Difference]:
 def _tokenizer_differences(
     origin: Origin, config: RunConfig, manifests: Sequence[Manifest] | None
 ) -> Iterator[Difference]:
-    was = _saved_tokenizer(origin)
-    if not manifests or was is None or was == manifests[0].tokenizer_sha256:
+    was = saved_tokenizer(origin)
+    if not manifests or was is None or has_tokenizer(origin, manifests[0].tokenizer_sha256):
         return
     now = manifests[0].tokenizer_sha256
-    if not origin.trained:
-        settings = origin.path.absolute().parent.parent / SETTINGS_NAME
-        # An own export has a tokenizer that was proved to give the same ids as the one beside the imported weights.
-        if settings.is_file() and now in read_settings(settings).equal_sha256:
-            return
     text = (
         f"the tokenizer of {shown_path(config.data.train[0].path)} has sha256 {now[:SHOWN_DIGITS]}, "
         f"that of the checkpoint {origin.path} has {was[:SHOWN_DIGITS]}"
@@ -297,7 +317,16 @@ def _tokenizer_differences(
     yield Difference("data.tokenizer", was, now, config.data.tokenizer, text)
 
 
-def _saved_tokenizer(origin: Origin) -> str | None:
+def has_tokenizer(origin: Origin, sha256: str) -> bool:
+    """True where the checkpoint's tokenizer is the one with this hash, or was proved to give the same ids."""
+    if saved_tokenizer(origin) == sha256:
+        return True
+    settings = origin.path.absolute().parent.parent / SETTINGS_NAME
+    # An own export has a tokenizer that was proved to give the same ids as the one beside the imported weights.
+    return not origin.trained and settings.is_file() and sha256 in read_settings(settings).equal_sha256
+
+
+def saved_tokenizer(origin: Origin) -> str | None:
     """The hash that the checkpoint says, or for imported weights that of the file beside them; None for neither."""
     said = origin.about.get("data", {}).get("tokenizer_sha256")
     if said is not None or origin.trained:

@@ -28,6 +28,7 @@ from llmtrain.preflight.data_identity import evaluation_record, windows_of
 from llmtrain.preflight.epochs import with_epochs
 from llmtrain.preflight.label_fit import fill_labels
 from llmtrain.preflight.task_files import run_tasks
+from llmtrain.preflight.teacher import fill_teacher
 
 if TYPE_CHECKING:
     from llmtrain.values.tokenizer import Tokenizer
@@ -93,6 +94,7 @@ def resolve(config: RunConfig) -> ResolvedRun:
     special, needed = config.data.special_tokens, needed_tokens(config.model.family, config.data.objective)
     is_filled = config.model.vocab_size is not None and all(getattr(special, name) is not None for name in needed)
     filled = config if is_filled and not config.model.predicts_labels else fill_vocabulary(config, train[0])
+    filled = filled if isinstance(filled, list) else fill_teacher(filled, train[0])
     if isinstance(filled, list):
         raise ConfigError(filled)
     valid = read_manifests(config.data.valid, config.data, manifests)

@@ -62,6 +62,8 @@ def resume_problems(config: RunConfig) -> Iterator[Problem]:
     # A run that has checkpoints of its own knows its base by them.
     if config.finetune is not None and config.finetune.base is not None and begins_at_base(config):
         yield from _path_problems("finetune.base", config.finetune.base, "Write")
+    if config.distill is not None:
+        yield from _path_problems("distill.teacher", config.distill.teacher, "Write")
 
 
 def _path_problems(key: str, value: str, words: str) -> Iterator[Problem]:

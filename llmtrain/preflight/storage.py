@@ -42,6 +42,7 @@ from llmtrain.preflight.resolve import (
 from llmtrain.preflight.resume_rules import difference_problems, resume_problems
 from llmtrain.preflight.source_use import lasting_problems, too_long_problems
 from llmtrain.preflight.task_files import run_tasks, task_problems
+from llmtrain.preflight.teacher import fill_teacher
 from llmtrain.runs.audit import iter_events
 from llmtrain.runs.file_system import folder_fault
 from llmtrain.words import bytes_text, looked_from
@@ -116,6 +117,10 @@ def check_storage(config: RunConfig, asks_room: bool = True) -> StorageCheck:
         problems.extend(too_long_problems(config, trained, valid) or epochs_problems(config, trained))
         config = config if problems else with_epochs(config, trained)
         problems.extend([] if problems else lasting_problems(config, trained))
+    if isinstance(filled, RunConfig) and not problems:
+        taught = fill_teacher(config, manifests[FIRST])
+        config = taught if isinstance(taught, RunConfig) else config
+        problems.extend(taught if isinstance(taught, list) else ())
     # A size that could not be filled in differs from the checkpoint's for that reason only.
     unknown = () if isinstance(filled, RunConfig) else (SPECIAL_KEY, "model.vocab_size", *LABEL_KEYS)
     problems.extend(found for found in difference_problems(config, manifests) if not found.key.startswith(unknown))

@@ -14,10 +14,10 @@ from llmtrain.engines.base import Engine
 from llmtrain.observe.monitor import Monitor
 from llmtrain.optim.schedule import learning_rate
 from llmtrain.train.health import Health, StallLimit
+from llmtrain.train.recording import evaluation_metrics
 from llmtrain.train.rollback import Rollbacks
 from llmtrain.train.state import Saving, TrainState
 from llmtrain.train.tasks import TaskEvaluation
-from llmtrain.values.label_metrics import label_metrics
 from llmtrain.values.progress import Reading
 
 
@@ -48,7 +48,7 @@ class Evaluation:
         return self.every_steps > 0 and step % self.every_steps == 0
 
     def run(self, engine: Engine) -> tuple[float, int, Sequence[float]]:
-        """(mean loss, number of targets, of a head for labels what its metrics are made of)."""
+        """(mean loss, number of targets, what further metrics are made of)."""
         assert self.loader is not None
         steps = self.loader.steps(first_sample=0)
         num_batches = min(self.num_batches, self.loader.steps_once)
@@ -90,7 +90,7 @@ def evaluate(run: Run, step: int, saved: bool) -> float | None:
     if run.evaluation.due(step, saved):
         with monitor.phase("evaluate"):
             valid_loss, num_tokens, counts = run.evaluation.run(run.engine)
-        metrics = label_metrics(run.config.model, counts)
+        metrics = evaluation_metrics(run.config, valid_loss, num_tokens, counts)
         monitor.evaluated(step, valid_loss, num_tokens, metrics)
         value = {"loss": valid_loss, **metrics}[run.config.evaluate.metric]
     if run.tasks.due(step):

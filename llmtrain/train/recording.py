@@ -1,7 +1,7 @@
 """The recording of a run: its monitor with its trackers, its status, and a profiler where one is wanted."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,14 +14,15 @@ from llmtrain.data.storage.remote import shown_path
 from llmtrain.files import open_log
 from llmtrain.observe.console import ConsoleTracker
 from llmtrain.observe.machine import SystemMeter
-from llmtrain.observe.monitor import Monitor, RunPlan, flops_per_sample, peak_flops
+from llmtrain.observe.monitor import Monitor, RunPlan, flops_per_sample, peak_flops, perplexity
 from llmtrain.observe.trackers import build_trackers
 from llmtrain.preflight.resolve import ResolvedRun
 from llmtrain.runs.audit import StartedAttempt
 from llmtrain.runs.folder import RunFolder
 from llmtrain.runs.rank_logs import log_path
 from llmtrain.train.state import TrainState
-from llmtrain.values.progress import Phase, Row
+from llmtrain.values.label_metrics import label_metrics
+from llmtrain.values.progress import DISTILL_LOSS, Phase, Row
 
 SECONDS_BETWEEN_WRITES = 1.0
 
@@ -51,6 +52,15 @@ class ProgressTracker:
     def close(self, status: str) -> None:
         """The worker writes the end."""
         self._folder.ensure_held()
+
+
+def evaluation_metrics(
+    config: RunConfig, valid_loss: float, num_tokens: int, counts: Sequence[float]
+) -> dict[str, float]:
+    """The metrics of an evaluation beside its loss, where there are others than tokens have anyway."""
+    if config.distill is None:
+        return label_metrics(config.model, counts)
+    return {"perplexity": perplexity(valid_loss), DISTILL_LOSS: counts[0] / max(1, num_tokens)}
 
 
 def build_monitor(

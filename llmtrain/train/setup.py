@@ -52,6 +52,8 @@ def setup(
     attempt = record_start(resolved, folder, start) if folder else StartedAttempt()
     engine = engine_class(config.engine.name)(config, device)
     state = begin(start.checkpoint, engine, resolved)
+    if start.teacher is not None:
+        engine.teacher.load(start.teacher)
     # After the restoring: what measures stands around the engine, and holds nothing that is saved.
     engine = measuring(engine, config)
     # The monitor is made with whoever hears of phases, and tells what they have to say.

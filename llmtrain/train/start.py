@@ -13,7 +13,7 @@ from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.folders import BASE, BEST_BY, CHECKPOINTS
 from llmtrain.checkpoint.manager import CheckpointManager, Reports
 from llmtrain.checkpoint.origin import origin_of, read_origin, require_state
-from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.config.parameters import declare_parameters, is_of_label_head
 from llmtrain.config.reading.rendering import record_of
 from llmtrain.config.schema import RunConfig
@@ -24,7 +24,7 @@ from llmtrain.data.token_roles import SETTINGS_NAME, TrainedTokens, read_setting
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_bytes, replace_file, sealed_text
 from llmtrain.observe.machine import save_environment
-from llmtrain.preflight.beginning import begins_at_base, resume_target
+from llmtrain.preflight.beginning import begins_at_base, checkpoints_of, resume_target
 from llmtrain.preflight.data_identity import data_record, evaluation_record
 from llmtrain.preflight.differences import differences, noted_changes
 from llmtrain.preflight.resolve import ResolvedRun
@@ -45,7 +45,7 @@ class Start:
     """The start of a run: the checkpoint that it continues (None: from nothing), and the manager of the next ones.
 
     `at_base`: of the checkpoint only the weights are taken. `skipped` are the windows of data that the run passes over.
-    `ranks` is absent where there is one.
+    `ranks` is absent where there is one. `teacher` has the weights of a distillation's teacher.
     """
 
     manager: CheckpointManager
@@ -53,6 +53,7 @@ class Start:
     skipped: tuple[Window, ...] = ()
     ranks: RankStore | None = None
     at_base: bool = False
+    teacher: CheckpointReader | None = None
 
     @property
     def state(self) -> TrainState:
@@ -81,13 +82,14 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: RankStore | None
             f"checkpoint.resume = none: {folder.path} holds an earlier run. "
             "Choose another name, remove the folder, or continue the run with checkpoint.resume=auto."
         )
+    teacher = find_teacher(manager, resolved.config)
     if target is None:
         rest_on_base(manager, None, resolved.config)
-        return Start(manager, None, skipped, ranks)
+        return Start(manager, None, skipped, ranks, teacher=teacher)
     # Own checkpoints that a rollback left are not the newest, even if the run was killed before it set them aside.
     own = folder.path / CHECKPOINTS
     checkpoint = newest_kept(manager, skipped) if target == own else find_checkpoint(target, (), manager.moved_base)
-    start = Start(manager, checkpoint, skipped, ranks, at_base)
+    start = Start(manager, checkpoint, skipped, ranks, at_base, teacher)
     if start.checkpoint:
         # First: the comparison relies on a position that is one.
         if not at_base:
@@ -100,6 +102,15 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: RankStore | None
         text = f"going back to step {start.step} of {folder.path}: what it did up to step {later[0]} will be set aside"
         _logger.info(text)
     return start
+
+
+def find_teacher(manager: CheckpointManager, config: RunConfig) -> CheckpointReader | None:
+    """The teacher's newest checkpoint, every file hashed; what the run saves names it."""
+    if config.distill is None:
+        return None
+    teacher = find_checkpoint(checkpoints_of(Path(config.distill.teacher)))
+    manager.learn_from(teacher.identity)
+    return teacher
 
 
 def rest_on_base(manager: CheckpointManager, checkpoint: CheckpointReader | None, config: RunConfig) -> None:
@@ -148,15 +159,18 @@ def new_head_text(checkpoint: CheckpointReader, config: RunConfig) -> str | None
 def describe_start(start: Start) -> dict[str, Any]:
     """The decision of rank 0 for the other ranks, as JSON."""
     path = str(start.checkpoint.path) if start.checkpoint else None
-    return {"checkpoint": path, "skipped": start.skipped, "at_base": start.at_base}
+    # The path that rank 0 has found: a teacher that still trains may have a newer one by now.
+    teacher = str(start.teacher.path) if start.teacher else None
+    return {"checkpoint": path, "skipped": start.skipped, "at_base": start.at_base, "teacher": teacher}
 
 
 def join_start(resolved: ResolvedRun, said: Mapping[str, Any], ranks: RankStore) -> Start:
     """The start that rank 0 has decided and described. It has hashed the files: they are not hashed again."""
     manager = build_manager(resolved, ranks)
     reader = manager.open(Path(said["checkpoint"])) if said["checkpoint"] else None
+    teacher = open_checkpoint(Path(said["teacher"]), verify=False) if said["teacher"] else None
     skipped = tuple((first, end) for first, end in said["skipped"])
-    return Start(manager, reader, skipped, ranks, said["at_base"])
+    return Start(manager, reader, skipped, ranks, said["at_base"], teacher)
 
 
 def build_manager(resolved: ResolvedRun, ranks: RankStore | None, folder: RunFolder | None = None) -> CheckpointManager:

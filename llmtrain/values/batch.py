@@ -1,6 +1,7 @@
 """One micro-batch as tensors.
 
-Shape suffixes: B micro-batch, S sequence, T the encoder's sequence in an encoder-decoder.
+Shape suffixes: B micro-batch, S sequence, T the encoder's sequence in an encoder-decoder; of `SoftTargets` T are all
+tokens of a micro-batch on this rank, K likeliest tokens.
 """
 
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,26 @@ TENSORS = (
     "token_types_BS",
     "texts_B",
 )
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """Of each token's prediction, at the temperature, the K likeliest tokens; all others are one more class.
+
+    `log_probs_TK` and `log_rest_T` are natural logarithms of what adds up to 1; `ids_TK` are ids of the whole
+    vocabulary, each once. `weight` is the share of the divergence from them in the loss.
+    """
+
+    log_probs_TK: Tensor
+    ids_TK: Tensor
+    log_rest_T: Tensor
+    temperature: float
+    weight: float
+
+    def chunk(self, tokens: slice) -> "SoftTargets":
+        """Those of some of the tokens."""
+        parts = (self.log_probs_TK[tokens], self.ids_TK[tokens], self.log_rest_T[tokens])
+        return replace(self, log_probs_TK=parts[0], ids_TK=parts[1], log_rest_T=parts[2])
 
 
 @dataclass(frozen=True)
@@ -61,6 +82,8 @@ class Batch(ModelInputs):
     texts_B: Tensor | None = field(default=None, kw_only=True)
     """Where an evaluation tells texts apart, the number of each row's among those of the step, over all ranks."""
     num_texts: int = field(default=0, kw_only=True)
+    soft: SoftTargets | None = field(default=None, kw_only=True)
+    """What a teacher predicts for the positions of this rank; where there is one, on the ranks that have its head."""
 
     @property
     def num_valid_tokens(self) -> int:

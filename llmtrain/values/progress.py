@@ -21,6 +21,15 @@ class StepResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+DISTILL_LOSS = "distill_loss"
+"""The divergence from a teacher per target, in nats at its temperature: a metric of steps and, with `valid_` before it,
+of evaluations."""
+
+
+SPARSITY = "sparsity"
+"""The share of the weights that `prune.targets` name that has been pruned by the schedule: a metric of steps."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """The data that a step has read: its tokens, and the position of the stream of samples behind it.
@@ -35,9 +44,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Sum of the loss over valid target tokens, and their number, over all ranks; of a head for labels also the
-    counts that `values/label_metrics.py` makes metrics of, which add up. Where batches tell texts apart, `counts` are
-    the sums of the loss of each text, and behind them how many of its tokens were not the likeliest."""
+    """Sum of the loss over valid target tokens, and their number, over all ranks. `counts` add up too: of a head for
+    labels those that `values/label_metrics.py` makes metrics of, with a teacher the sum of the divergence from it.
+    Where batches tell texts apart, `counts` are the sums of the loss of each text, and behind them how many of its
+    tokens were not the likeliest."""
 
     loss_sum: float
     num_tokens: int

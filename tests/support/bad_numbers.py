@@ -141,9 +141,9 @@ def _spoil(fault: Fault, run: Run, seen: Seen, run_dir: Path) -> None:
     chunk_loss, train_step = head.chunk_loss, engine.train_step
     restore, record = rollback.restore, run.rollbacks.record
 
-    def spoiled_loss(hidden: Tensor, weight: Tensor, labels: Tensor, objective: Any, grads: Any) -> Tensor:
-        loss = chunk_loss(hidden, weight, labels, objective, grads)
-        if not now["flickers"] and not bool((labels == POISON).any()):
+    def spoiled_loss(hidden: Tensor, weight: Any, targets: head.HeadTargets, objective: Any, grads: Any) -> Tensor:
+        loss = chunk_loss(hidden, weight, targets, objective, grads)
+        if not now["flickers"] and not bool((targets.labels_T == POISON).any()):
             return loss
         if grads is not None:
             grads.hidden_CH.mul_(math.nan)

@@ -22,7 +22,7 @@ from llmtrain.config.schema import RunConfig
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box, Fragment, tiling_problem
-from llmtrain.values.progress import EvalResult, StepResult
+from llmtrain.values.progress import DISTILL_LOSS, EvalResult, StepResult
 
 PRELOADED = ("llmtrain.checks.parity.compare", *(row.module for row in ENGINES.values()))
 """Modules that take long to import."""
@@ -194,10 +194,11 @@ def _size(error: float) -> float:
 
 
 def worst_metric(reference: Mapping[str, float], other: Mapping[str, float]) -> tuple[str, float]:
-    """The expert metric that differs most, and by how much, relative; a missing one differs by infinity."""
-    errors = [("expert metrics", 0.0)]
+    """The metric of experts or of a teacher that differs most, and by how much, relative; a missing one differs by
+    infinity."""
+    errors = [("metrics", 0.0)]
     for name in reference:
-        if name.startswith("moe/"):
+        if name.startswith("moe/") or name == DISTILL_LOSS:
             apart = abs(reference[name] - other.get(name, float("inf")))
             errors.append((name, apart / max(abs(reference[name]), 1e-3)))
     return max(errors, key=lambda found: _size(found[1]))

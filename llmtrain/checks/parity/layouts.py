@@ -55,13 +55,40 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
     everything (but for activations, see SMOOTH), the ratio of query to key heads, dropout, recompute and the optimizer
     (but for its eps and lr, see STEADY_EPS and STEADY_LR).
     """
-    model = config.model
+    own = config.parallel
+    layers = max(4, own.pipeline * own.virtual_pipeline if own.pipeline <= own_ranks else 0)
+    train = {
+        "global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False,
+        "steps": 100, "tokens": None, "epochs": None,
+    }  # fmt: skip
+    shrunk = shrunk_model(config.model, layers)
+    freeze = fitting_patterns(shrunk, config.optim.freeze)
+    steady_lr = min(config.optim.lr, STEADY_LR[config.optim.name])
+    optim = {"lr": steady_lr, "warmup_steps": 0, "min_lr": 0.0, "freeze": freeze}
+    if config.optim.name != "lion":  # it divides by nothing
+        optim["eps"] = max(config.optim.eps, STEADY_EPS)
+    distill = config.distill and config.distill.with_keys(
+        {"model": shrunk_model(config.distill.model or config.model, layers), "top_k": min(config.distill.top_k, 32)}
+    )
+    return config.with_keys(
+        {
+            "model": shrunk,
+            "distill": distill,
+            "data.seq_len": SHRUNK_SEQ_LEN,
+            "train": config.train.with_keys(train),
+            "optim": config.optim.with_keys(optim),
+            "parallel": ParallelConfig(),
+            "engine": EngineConfig(),
+        }
+    )
+
+
+def shrunk_model(model: ModelConfig, layers: int) -> ModelConfig:
+    """The same kinds of everything in small, with so many layers; of two stacks each has half of them."""
     group = model.num_heads // model.kv_heads
     attention = model.attention
     moe = model.moe and model.moe.with_keys({"num_experts": 4, "ffn_hidden_size": 48})
     both = model.family == "encoder_decoder"
-    own = config.parallel
-    layers = max(4, own.pipeline * own.virtual_pipeline if own.pipeline <= own_ranks else 0)
     half = -(-layers // 2)
     sizes: dict[str, Any] = {
         "num_layers": half if both else layers, "num_encoder_layers": half if both else None,
@@ -73,26 +100,7 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
     }  # fmt: skip
     if model.head in ("classifier", "token_classifier") and not (model.num_labels or model.labels):
         sizes["num_labels"] = UNKNOWN_LABELS
-    train = {
-        "global_batch_size": 16, "micro_batch_size": 2, "precision": precision, "compile": False,
-        "steps": 100, "tokens": None, "epochs": None,
-    }  # fmt: skip
-    shrunk = model.with_keys(sizes)
-    freeze = fitting_patterns(shrunk, config.optim.freeze)
-    steady_lr = min(config.optim.lr, STEADY_LR[config.optim.name])
-    optim = {"lr": steady_lr, "warmup_steps": 0, "min_lr": 0.0, "freeze": freeze}
-    if config.optim.name != "lion":  # it divides by nothing
-        optim["eps"] = max(config.optim.eps, STEADY_EPS)
-    return config.with_keys(
-        {
-            "model": shrunk,
-            "data.seq_len": SHRUNK_SEQ_LEN,
-            "train": config.train.with_keys(train),
-            "optim": config.optim.with_keys(optim),
-            "parallel": ParallelConfig(),
-            "engine": EngineConfig(),
-        }
-    )
+    return model.with_keys(sizes)
 
 
 def fitting_patterns(model: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:

@@ -29,8 +29,9 @@ from llmtrain.engines.masters import (
     sum_over_ranks,
 )
 from llmtrain.engines.routers import Routers, iter_moe
-from llmtrain.engines.stage import Stage
+from llmtrain.engines.stage import Stage, staged_teacher
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.engines.teacher import Teacher
 from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.init import InitialWeights
 from llmtrain.optim.table import parameter_groups
@@ -62,6 +63,10 @@ class DeepSpeedEngine(SteppingEngine):
         self.routers = Routers(config, iter_moe(stage.model.stacks), device)
         self.averaged_over = self.sharding.averaged_over
         self.load_weights(InitialWeights(config.model, config.seed, config.finetune))
+        if config.distill is not None:
+            self.teacher = Teacher(
+                config, staged_teacher(config, self.groups, self.chunk_tokens), device, self.chunk_tokens
+            )
         if self.joins_projections:  # last: ZeRO has moved the weights into its buffers
             join_projections(stage, move=False)
 

@@ -20,8 +20,9 @@ from llmtrain.engines.megatron_engine.optimizers import LR_SCALE, build_optimize
 from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, transformer_config
 from llmtrain.engines.megatron_engine.zero_bubble import ZeroBubble, defer_weight_gradients
 from llmtrain.engines.routers import Routers, iter_moe
-from llmtrain.engines.stage import Stage
+from llmtrain.engines.stage import Stage, staged_teacher
 from llmtrain.engines.step import SteppingEngine
+from llmtrain.engines.teacher import Teacher
 from llmtrain.models.attention.multi_head import join_projections
 from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.init import InitialWeights
@@ -71,6 +72,10 @@ class MegatronEngine(SteppingEngine):
         stages = [cast(PipelineChunk, chunk.module).stage for chunk in self.chunks]
         self.routers = Routers(config, iter_moe(chain(*(stage.model.stacks for stage in stages))), device)
         self.load_weights(InitialWeights(config.model, config.seed, config.finetune))
+        if config.distill is not None:
+            self.teacher = Teacher(
+                config, staged_teacher(config, self.groups, self.chunk_tokens), device, self.chunk_tokens
+            )
         if self.joins_projections:
             # Last: ZeRO has moved the weights into its buffers, where they lie the other way round.
             for stage in stages:

@@ -8,6 +8,7 @@ for. Answers: FOLDER/ids.json, and FOLDER/log_probs.npy [questions, vocabulary],
 """
 
 import json
+import secrets
 import sys
 import urllib.request
 from pathlib import Path
@@ -17,6 +18,9 @@ import numpy as np
 import xllamacpp  # pyright: ignore[reportMissingImports]
 from numpy.typing import NDArray
 
+KEY = secrets.token_hex(16)
+"""Without it, nobody else on the machine is answered."""
+
 
 def load(job: dict[str, Any]) -> Any:
     """llama.cpp's server, on an address of this machine that it chooses itself."""
@@ -24,6 +28,7 @@ def load(job: dict[str, Any]) -> Any:
     settings.model.path = job["file"]
     settings.n_ctx = job["context"]
     settings.n_parallel = 1
+    settings.api_keys = [KEY]
     settings.warmup = settings.fit_params = False
     settings.verbosity = -1
     settings.use_jinja, settings.prefill_assistant = True, False
@@ -37,7 +42,8 @@ def load(job: dict[str, Any]) -> Any:
 
 def ask(server: Any, path: str, question: dict[str, Any]) -> dict[str, Any]:
     content = json.dumps(question).encode()
-    request = urllib.request.Request(server.listening_address + path, content, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    request = urllib.request.Request(server.listening_address + path, content, headers)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
     with direct.open(request) as answer:
         return json.load(answer)

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.infer.model import load_checkpoint
+from llmtrain.infer.model import build_from, load_checkpoint, logits_of
+from llmtrain.interop.gguf.file_format import TensorType
 from llmtrain.interop.hf_export import ExportSettings, write_export
 from tests.support.readers import read_by, require_reader
 from tests.unit.interop.gguf.files import without_llama_cpp
-from tests.unit.interop.models import GPT2, LLAMA, MIXTRAL, QWEN3, SCALING, random_model, weights_of
+from tests.unit.interop.models import GPT2, LLAMA, MIXTRAL, QWEN3, SCALING, random_example, random_model, weights_of
 from tests.unit.interop.test_command import CPU, DAMAGED, USAGE, _call, _json, _run_folder
 from tests.unit.interop.test_readers import JOB, MODELS_READ, TEXTS
 
@@ -117,6 +119,24 @@ def test_a_file_read_by_other_programs(llama_cpp, small_tokenizer, tmp_path):
 
 
 @pytest.mark.whole_grid
+@pytest.mark.parametrize("type", [TensorType.F32, TensorType.Q8_0])
+def test_transformers_reads_llama(type, llama_cpp, small_tokenizer, tmp_path, monkeypatch):
+    """Its `gguf_file`; of Qwen3 and GPT-2 it takes published sizes alone, whatever the file says."""
+    without_llama_cpp(monkeypatch)
+    from llmtrain.interop.gguf.importing import open_gguf
+    from tests.unit.interop.gguf.files import written
+
+    config = LLAMA.with_keys({"hidden_size": 64, "ffn_hidden_size": 96})
+    file = written(tmp_path / "out", config, small_tokenizer, type).file
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=file, dtype=torch.float32).eval()
+    ours = build_from(config, open_gguf(tmp_path / "out" / file).tensor)
+    example = random_example(config)
+    with torch.no_grad():
+        apart = float((theirs(example.tokens_BS).logits - logits_of(ours, example)).abs().max())
+    assert apart <= 1e-4
+
+
+@pytest.mark.whole_grid
 def test_files_of_llama_cpps_converter_are_read(llama_cpp, small_tokenizer, tmp_path):
     """Written by its own tool from our exports; tokens and weights are those of the run."""
     require_reader("llama_cpp")
@@ -131,14 +151,14 @@ def test_files_of_llama_cpps_converter_are_read(llama_cpp, small_tokenizer, tmp_
         model = random_model(config)
         write_export(folder, config, weights_of(model), small_tokenizer, ExportSettings())
         script = str(READERS / "llama.cpp" / "convert_hf_to_gguf.py")
-        for type in ("f32", "f16", "bf16", "q8_0"):
+        for type in ("f32", "f16", "bf16", "q8_0") if name == "llama" else ("f32",):
             file.unlink(missing_ok=True)
             command = [sys.executable, script, str(folder), "--outfile", str(file), "--outtype", type]
             subprocess.run(command, check=True, capture_output=True, env=os.environ)
             out = tmp_path / f"back-{type}-{name.replace(' ', '-')}"
             _json("import", file, out)
             back = load_checkpoint(out, CPU)
-            for one, other in zip(model.parameters(), back.model.parameters(), strict=True):
+            for one, other in zip(model.state_dict().values(), back.model.state_dict().values(), strict=True):
                 apart = float((one - other).abs().max()) / float(one.abs().max())
                 assert apart <= {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 2**-7}[type], (name, type)
             assert back.tokenizer().encode("def f(x):\n\t") == small_tokenizer.encode("def f(x):\n\t")
@@ -162,7 +182,7 @@ def test_another_build_of_llama_cpp_reads_our_files(small_tokenizer, tmp_path, m
 
 
 @pytest.mark.whole_grid
-@pytest.mark.parametrize("name", ["llama-spm", "llama-bpe", "gpt-2", "qwen2", "starcoder", "refact"])
+@pytest.mark.parametrize("name", ["llama-bpe", "gpt-2", "qwen2", "starcoder", "refact"])
 def test_published_vocabularies_give_the_published_ids(name, tmp_path):
     """Those that llama.cpp's tests use, with the ids that Hugging Face's tokenizers give."""
     from llmtrain.interop.gguf.reading import read_header
@@ -181,3 +201,16 @@ def test_published_vocabularies_give_the_published_ids(name, tmp_path):
         text for text, ids in zip(texts, expected, strict=False) if tokenizer.encode(text) != ids and text.strip("\n")
     ]
     assert different == []
+
+
+@pytest.mark.whole_grid
+def test_pieces_of_equal_scores_have_no_tokenizer_json(tmp_path):
+    """Llama 2's: which of two is joined first rests on their places in a text."""
+    from llmtrain.interop.gguf.reading import read_header
+    from llmtrain.interop.gguf.tokenizer_files import write_tokenizer_files
+    from tests.support.readers import READERS
+
+    require_reader("llama_cpp")
+    path = Path(READERS, "llama.cpp", "models", "ggml-vocab-llama-spm.gguf")
+    notes = write_tokenizer_files(tmp_path, read_header(path).metadata, path)
+    assert notes == ["the tokenizer is not kept: two pieces have the same score"] and list(tmp_path.iterdir()) == []

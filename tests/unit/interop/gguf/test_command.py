@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.infer.model import build_from, load_checkpoint, logits_of
+from llmtrain.infer.model import build_from, find_checkpoint_model, logits_of
 from llmtrain.interop.gguf.file_format import TensorType
 from llmtrain.interop.hf_export import ExportSettings, write_export
 from tests.support.readers import read_by, require_reader
@@ -35,7 +35,7 @@ def test_export_and_import(config, small_tokenizer, tmp_path, monkeypatch):
     assert "| Training steps | 40 |" in card and str(tmp_path) not in card
 
     told = _json("import", tmp_path / "out", tmp_path / "back")
-    original, back = load_checkpoint(run, CPU), load_checkpoint(tmp_path / "back", CPU)
+    original, back = find_checkpoint_model(run).read(CPU), find_checkpoint_model(tmp_path / "back").read(CPU)
     assert all(
         torch.equal(one, other) for one, other in zip(original.model.parameters(), back.model.parameters(), strict=True)
     )
@@ -157,7 +157,7 @@ def test_files_of_llama_cpps_converter_are_read(llama_cpp, small_tokenizer, tmp_
             subprocess.run(command, check=True, capture_output=True, env=os.environ)
             out = tmp_path / f"back-{type}-{name.replace(' ', '-')}"
             _json("import", file, out)
-            back = load_checkpoint(out, CPU)
+            back = find_checkpoint_model(out).read(CPU)
             for one, other in zip(model.state_dict().values(), back.model.state_dict().values(), strict=True):
                 apart = float((one - other).abs().max()) / float(one.abs().max())
                 assert apart <= {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 2**-7}[type], (name, type)

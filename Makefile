@@ -79,6 +79,10 @@ $(READERS)/datatrove/.installed: | $(STAMP)
 $(READERS)/peft/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'peft>=0.21,<0.22' && touch $@
 
+# The judge of quantized models, 2 MB: transformers imports it where a config.json asks for it.
+$(READERS)/compressed_tensors/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'compressed-tensors>=0.20,<0.21' 'loguru>=0.7' && touch $@
+
 # The judge of evaluations and the extra `eval`, 330 MB, in a process of its own; with what the project does not have.
 $(READERS)/lm_eval/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'lm-eval>=0.4.13,<0.5' 'datasets>=2.16' evaluate multiprocess dill scikit-learn scipy joblib \
@@ -117,12 +121,12 @@ $(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
 # Where one cannot be had (no compiler, no network), its tests are skipped and say so.
 readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
   $(READERS)/datasketch/.installed $(READERS)/peft/.installed $(READERS)/adapters/.installed $(READERS)/lm_eval/.installed \
-  $(READERS)/gguf/.installed
+  $(READERS)/gguf/.installed $(READERS)/compressed_tensors/.installed
 	-$(MAKE) $(READERS)/ctranslate2/.installed
 	-$(MAKE) $(READERS)/llama_cpp/.installed
 
 test: $(STAMP) $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
-  $(READERS)/peft/.installed $(READERS)/gguf/.installed
+  $(READERS)/peft/.installed $(READERS)/gguf/.installed $(READERS)/compressed_tensors/.installed
 	$(PYTEST) -m 'not whole_grid'
 
 test-all: $(STAMP) readers

@@ -28,7 +28,7 @@ from launch.rank.signals import StopSignal
 from launch.supervision.attempt import GRACE_SECONDS, POLL_SECONDS
 from llmtrain.config.decoding import DecodingConfig
 from llmtrain.config.reading.load import Schema, load_keys
-from llmtrain.errors import LaunchError, LlmtrainError
+from llmtrain.errors import ConfigError, LaunchError, LlmtrainError
 from llmtrain.infer.model import FoundModel, TrainedModel, find_model, load_model, named_device
 from llmtrain.messages import show_messages
 from llmtrain.parallel.layout import plan_layout
@@ -61,6 +61,11 @@ def open_trained(
         start_threads(num_threads(config.launch, 1))
         yield found.read(named_device(device))
         return
+    if found.rounded:
+        raise ConfigError(
+            f"{path}: rounds what goes into its matrices, by the largest input of a position, and ranks hold parts of "
+            "these. Leave the keys of ranks out, or quantize with w8a16."
+        )
     config = config.with_keys({"launch.device": device})
     with DecodingRanks(found, config).open() as trained:
         yield trained

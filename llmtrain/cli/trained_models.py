@@ -116,12 +116,12 @@ def export(
         source = best_checkpoint(source) if best else source
         _export_adapter(source, out, to, (dtype, base), (overwrite, family), as_json)
         return
-    proof_bytes = _size_bytes("--proof-memory", proof_memory)
+    proof_bytes = size_bytes("--proof-memory", proof_memory)
     require_free(out, overwrite)
     require_place(out)
     settings = ExportSettings(
         dtype=dtype.value,
-        max_shard_bytes=_size_bytes("--max-shard-size", max_shard_size),
+        max_shard_bytes=size_bytes("--max-shard-size", max_shard_size),
         overwrite=overwrite,
         family=family,
         proof=proof.value,
@@ -130,7 +130,7 @@ def export(
     )
     source = best_checkpoint(source) if best else source
     checkpoint, export = export_checkpoint(source, out, tokenizer, settings)
-    _print_result(
+    print_result(
         {"format": to.value, "folder": str(out), "checkpoint": str(checkpoint.path)} | _told(export, dtype), as_json
     )
 
@@ -185,7 +185,7 @@ def _export_gguf(
     told = {"format": "gguf", "file": str(out / export.file), "checkpoint": str(checkpoint.path)}
     told |= {"architecture": export.architecture, "dtype": dtype.value}
     told |= {"perplexity_trained": export.perplexities[0], "perplexity_written": export.perplexities[1]}
-    _print_result({**told, **proved, "notes": export.notes}, as_json)
+    print_result({**told, **proved, "notes": export.notes}, as_json)
 
 
 def _export_adapter(
@@ -206,7 +206,7 @@ def _export_adapter(
     dtype, base = content
     form = "peft" if to is Format.PEFT else "adapterhub"
     checkpoint, export = export_adapter(source, out, form, PeftSettings(DTYPES[dtype.value], base), *settings)
-    _print_result(
+    print_result(
         {
             "format": to.value,
             "folder": str(out),
@@ -270,7 +270,7 @@ def import_(
     else:
         imported = import_folder(source, out)
     folder, found = imported.folder, imported.tokenizer
-    _print_result(
+    print_result(
         {
             "folder": str(out),
             "checkpoint": str(imported.checkpoint),
@@ -284,14 +284,16 @@ def import_(
     )
 
 
-def _size_bytes(option: str, text: str) -> int:
+def size_bytes(option: str, text: str) -> int:
+    """Bytes of an option such as 500MB. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,15})\s*(|KB|MB|GB)", text.strip().upper())
     if match is None or int(match[1]) == 0:
         raise ConfigError(f"{option} {text}: must be a number of bytes, or one with KB, MB or GB such as 500MB.")
     return int(match[1]) * _UNITS[match[2]]
 
 
-def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
+def print_result(result: Mapping[str, Any], as_json: bool) -> None:
+    """What a command has done, for a reader or a program."""
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return

@@ -78,6 +78,11 @@ class SampleStream:
         return self._readers[0].source.manifest.eos_id
 
     @property
+    def tokenizer_sha256(self) -> str:
+        """The hash of the tokenizer that the sources were written with."""
+        return self._readers[0].source.manifest.tokenizer_sha256
+
+    @property
     def bos_ids(self) -> tuple[int, ...]:
         """The ids that every document begins with."""
         return self._readers[0].source.manifest.bos_ids

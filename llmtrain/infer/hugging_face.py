@@ -242,21 +242,24 @@ def _config_yaml(folder: WeightSource, tokenizer: Tokenizer | None, adapter: Pef
         return plain_yaml(config)
     objectives: dict[str, ObjectiveName] = {"encoder": "masked", "encoder_decoder": "span_corruption"}
     if objective := objectives.get(folder.model.family):
-        config["data"] = {"objective": objective, "special_tokens": _special_tokens(folder, tokenizer, objective)}
+        special = folder_special_tokens(folder.model, tokenizer, objective)
+        config["data"] = {"objective": objective, "special_tokens": special}
     return plain_yaml(config)
 
 
-def _special_tokens(folder: WeightSource, tokenizer: Tokenizer | None, objective: ObjectiveName) -> dict[str, Any]:
-    """Ids of the folder's tokenizer for data.special_tokens, those that the objective needs."""
+def folder_special_tokens(
+    model: ModelConfig, tokenizer: Tokenizer | None, objective: ObjectiveName | None = None
+) -> dict[str, Any]:
+    """Ids of a folder's tokenizer for data.special_tokens: those that the objective needs, or all that there are."""
     if tokenizer is None:
         return {}
     named = named_tokens(tokenizer)
     # Of an encoder-decoder, padding begins what the decoder reads.
-    start = decoder_start(tokenizer) if folder.model.family == "encoder_decoder" else None
+    start = decoder_start(tokenizer) if model.family == "encoder_decoder" else None
     found = {
         "mask": named.mask and named.mask[1],
         "pad": named.pad and named.pad[1] if start is None else start,
         "sentinels": list(named.sentinels.values()) or None,
     }
-    needed = needed_tokens(folder.model.family, objective)
+    needed = found if objective is None else needed_tokens(model.family, objective)
     return {key: found[key] for key in needed if found[key] is not None}

@@ -36,6 +36,7 @@ from llmtrain.interop.examples import Example
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.experts.router import bias_name
+from llmtrain.models.rounded_inputs import round_inputs
 from llmtrain.models.transformer import Transformer, build_model, counted_positions
 from llmtrain.values.batch import PADDING, ModelInputs
 from llmtrain.values.fragment import Box, FragmentSource
@@ -212,10 +213,14 @@ class FoundModel:
     data: Mapping[str, Any] = field(default_factory=dict)
     tokens: TrainedTokens = field(default_factory=TrainedTokens)
     identity: str = ""
+    rounded: frozenset[str] = frozenset()
+    """Linears whose inputs a quantized folder says to round."""
 
     def read(self, device: torch.device) -> TrainedModel:
         """The whole model on a device."""
-        return self.trained(build_trained(self.config, self.weights, device, self.finetune))
+        model = build_trained(self.config, self.weights, device, self.finetune)
+        round_inputs(model, self.rounded)
+        return self.trained(model)
 
     def trained(self, model: Transformer, ranks: "LeadingRank | None" = None) -> TrainedModel:
         """With the weights in a model, or in the part of one that this process holds: see `TrainedModel`."""
@@ -261,7 +266,10 @@ def find_model(path: Path, base: Path | None = None) -> FoundModel:
         for text in folder.changed:
             _logger.warning("%s", text)
         identity = _files_identity(path)
-        return FoundModel(folder.model, folder, tokenizer_path=folder.tokenizer_path, identity=identity)
+        if folder.numbers is not None:
+            _logger.warning("%s: %s", path, folder.numbers.form.told)
+        found = FoundModel(folder.model, folder, tokenizer_path=folder.tokenizer_path, identity=identity)
+        return replace(found, rounded=folder.rounded_inputs)
     kinds = ["a Hugging Face folder (with config.json and safetensors)", f"a PEFT folder (with {ADAPTER_CONFIG})"]
     return find_checkpoint_model(path, kinds, base)
 

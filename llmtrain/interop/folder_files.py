@@ -24,6 +24,8 @@ from llmtrain.errors import ConfigError, DataError, ExportError
 from llmtrain.files import open_regular
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+STORED_ENDS = ("_packed", "_scale", "_shape")
+"""What stands behind the name of a weight in those of the tensors that a quantized one lies in."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ROWS = 1024
 

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
+from llmtrain.interop.compressed.form import KEY, METHOD, is_of_method
 from llmtrain.interop.differences import differences
 from llmtrain.interop.families import bert, gpt2, llama, mistral, mixtral, qwen3, switch, t5
 from llmtrain.interop.families.label_heads import (
@@ -214,8 +215,9 @@ def hf_config(model: ModelConfig, tokens: NamedTokens, wanted: str | None = None
 def model_config(config: PretrainedConfig) -> ModelConfig:
     """The model that a configuration of a known family describes. Raises ConfigError with every obstacle."""
     fields, obstacles = FAMILIES[config.model_type].fields_of(config)
-    if getattr(config, "quantization_config", None) is not None:
-        obstacles.append("quantization_config is set: the weights are quantized")
+    section = getattr(config, KEY, None)
+    if section is not None and not is_of_method(section):
+        obstacles.append(f"{KEY} is of another method than {METHOD}, the only one that can be read")
     if obstacles:
         raise ConfigError(f"This {config.model_type} model cannot be imported: {'; '.join(obstacles)}.")
     try:
@@ -244,7 +246,7 @@ _ELSEWHERE = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "rope_scaling", "rope_theta",
     "num_sparse_encoder_layers", "num_sparse_decoder_layers", "is_encoder_decoder", "id2label", "label2id",
     "problem_type", "gradient_checkpointing", "return_dict", "output_past", "max_window_layers", "tie_word_embeddings",
-    *USE_KEYS,
+    "quantization_config", *USE_KEYS,
 }  # fmt: skip
 """Keys that the tokenizer or the weights answer, or that say nothing about the model and are carried along."""
 

@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -20,15 +19,17 @@ from llmtrain.config.parameters import num_parameters
 from llmtrain.errors import ConfigError
 from llmtrain.interop.examples import ExampleTokens, Logits
 from llmtrain.interop.families.rotary import older_rope_keys
-from llmtrain.interop.folder_files import INDEX, WEIGHTS, write_record, written
+from llmtrain.interop.folder_files import STORED_ENDS, read_json, write_record, written
 from llmtrain.interop.hf import Family, family_for, hf_config, judged
+from llmtrain.interop.layer_parts import LayerGroup, layer_parts
 from llmtrain.interop.model_card import model_card, reader_notes
-from llmtrain.interop.name_table import ReadTensor, iter_theirs
-from llmtrain.interop.proof import LayerGroup, Proof, compare_models, layer_parts, real_texts
+from llmtrain.interop.name_table import ReadTensor, Table, iter_theirs
+from llmtrain.interop.proof import Proof, Question, compare_models, real_texts
 from llmtrain.interop.text.carried import carry_config
 from llmtrain.interop.text.proof import ChatExamples, TextReader
 from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
 from llmtrain.interop.text.tokenizer_json import TokenizerSettings, text_frame, write_tokenizer
+from llmtrain.interop.weight_files import write_weights
 from llmtrain.values.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +46,43 @@ class TrainedWeights:
 
     read: ReadTensor
     build: Callable[[ModelConfig, ReadTensor], Logits]
+
+
+class StoredForm(Protocol):
+    """Weights that lie in the files in another form than as they are, and are proved as they are read from there."""
+
+    @property
+    def unread(self) -> str | None:
+        """Why transformers cannot be asked to read it; None where it can."""
+        ...
+
+    def config(self, table: Table) -> Mapping[str, Any]:
+        """Keys of config.json that say how weights lie."""
+        ...
+
+    def iter_tensors(self, table: Table, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the files."""
+        ...
+
+    def reader(self, folder: Path) -> ReadTensor:
+        """Reads what lies in a folder."""
+        ...
+
+    def logits(self, model: ModelConfig, read: ReadTensor) -> Logits:
+        """What a model computes that is read so."""
+        ...
+
+    def unrounded(self, model: ModelConfig, read: ReadTensor) -> Logits | None:
+        """The same without the rounding of activations; None where there is none."""
+        ...
+
+    def part(self, model: ModelConfig, names: Mapping[str, str]) -> "StoredForm":
+        """The form of some layers as a model of their own, whose parameters have these names in the whole."""
+        ...
+
+    def accept(self, folder: Path) -> Mapping[str, str]:
+        """Facts for the model card of a folder that is proved. Raises ExportError where it is not good enough."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +105,8 @@ class ExportSettings:
     """Special tokens that the model was trained with; None: those of the tokenizer."""
     chats: ChatExamples | None = None
     """The conversations that it was trained to take part in; None: there were none."""
+    form: StoredForm | None = None
+    """None: each tensor lies in the files as it is."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +141,23 @@ class _Source:
             GenerationConfig.from_model_config(config).save_pretrained(folder)
         ends = self.tokens.ends if self.settings.chats else ()
         start_id = self.tokens.start_id if model.family == "encoder_decoder" else None
-        return carry_config(folder, self.tokenizer.roles.files, start_id, ends)
+        notes = carry_config(folder, self.tokenizer.roles.files, start_id, ends)
+        if self.settings.form is not None:
+            path = folder / CONFIG
+            content = dict(sorted({**read_json(path), **self.settings.form.config(self.table)}.items()))
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        return notes
+
+    @property
+    def table(self) -> Table:
+        return self.family.tables_for(self.model)[0]
+
+    def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of the files."""
+        dtype = DTYPES[self.settings.dtype]
+        if self.settings.form is not None:
+            return self.settings.form.iter_tensors(self.table, dtype)
+        return ((name, tensor.to(dtype)) for name, tensor in iter_theirs(self.table, self.model, self.weights.read))
 
 
 def write_export(
@@ -122,13 +178,15 @@ def write_export(
         if settings.chats is not None:
             text = replace(text, template=settings.chats.template, controls=settings.chats.controls)
         notes += write_tokenizer(writing, tokenizer, source.tokens, text)
-        dtype = DTYPES[settings.dtype]
-        theirs = iter_theirs(family.tables_for(model)[0], model, weights.read)
-        write_weights(writing, ((name, tensor.to(dtype)) for name, tensor in theirs), settings.max_shard_bytes)
+        write_weights(writing, source.iter_tensors(), settings.max_shard_bytes)
+        if settings.form is not None:
+            source = replace(source, weights=TrainedWeights(settings.form.reader(writing), settings.form.logits))
         # Proved before it has its name: a folder with the export's name is always a proved one.
         proof = _prove(writing, source)
-        write_record(writing, (tokenizer.sha256, *tokenizer.roles.equal_sha256))
         facts = {"Architecture": family.title, **settings.facts, "Weights": settings.dtype}
+        if settings.form is not None:
+            facts |= settings.form.accept(writing)
+        write_record(writing, (tokenizer.sha256, *tokenizer.roles.equal_sha256))
         card = model_card(folder.resolve().name, model, facts, notes, proof)
         (writing / "README.md").write_text(card, "utf-8")
     return Export(family.title, proof, [*notes, *reader_notes(model)])
@@ -145,18 +203,23 @@ def _prove(folder: Path, source: _Source) -> Proof:
     prompt = reader.prompt(texts[0], source.model.max_seq_len)
     mask, pad = source.tokens.mask, source.tokens.pad
     tokens = ExampleTokens(pad[1] if pad else 0, source.tokens.start_id, mask[1] if mask else None)
+    asked = Question(token_ids, tokens, prompt)
     model, weights, settings = source.model, source.weights, source.settings
+    num_characters, num_chats = sum(map(len, texts)), len(chats.examples) if chats else 0
+    form = settings.form
+    if form is not None and form.unread is not None:
+        return Proof(0.0, 0, 0, num_characters, num_chats=num_chats, unread=form.unread)
     whole = settings.proof == "full" or (settings.proof == "auto" and proof_bytes(model) <= settings.proof_bytes)
     if whole:
-        logits = weights.build(model, weights.read)
-        agreements = [compare_models(folder, model, logits, token_ids, tokens, prompt)]
+        ours = weights.build(model, weights.read), None if form is None else form.unrounded(model, weights.read)
+        agreements = [compare_models(folder, model, ours[0], asked, ours[1])]
     else:
         agreements = []
         for part in layer_parts(model):
-            logits = _build_part(folder, part, source)
-            agreements.append(compare_models(folder / _PART, part.model, logits, token_ids, tokens, prompt))
+            logits, unrounded = _build_part(folder, part, source)
+            agreements.append(compare_models(folder / _PART, part.model, logits, asked, unrounded))
             shutil.rmtree(folder / _PART)
-    return replace(Proof.of(agreements, sum(map(len, texts))), num_chats=len(chats.examples) if chats else 0)
+    return replace(Proof.of(agreements, num_characters), num_chats=num_chats)
 
 
 def proof_bytes(model: ModelConfig) -> int:
@@ -164,19 +227,31 @@ def proof_bytes(model: ModelConfig) -> int:
     return 2 * 4 * num_parameters(model)
 
 
-def _build_part(folder: Path, part: LayerGroup, source: _Source) -> Logits:
-    """Write a part of the model from the files of the whole into a folder of its own; returns our part."""
-    table = source.family.tables_for(source.model)[0]
+def _build_part(folder: Path, part: LayerGroup, source: _Source) -> tuple[Logits, Logits | None]:
+    """Write a part of the model from the files of the whole into a folder of its own; returns our part, and the same
+    without rounding."""
+    table, form = source.table, source.settings.form
+    form = None if form is None else form.part(part.model, part.own_names(table, source.model))
     (folder / _PART).mkdir()
-    source.write_config(folder / _PART, part.model)
+    as_part = replace(source, model=part.model, settings=replace(source.settings, form=form))
+    as_part.write_config(folder / _PART, part.model)
     with ExitStack() as files:
         where: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
             file = files.enter_context(safe_open(path, framework="pt"))
             where |= dict.fromkeys(file.keys(), file)
-        theirs = part.their_tensors(table, source.model, lambda name: where[name].get_tensor(name))
+
+        def stored(name: str) -> Iterator[tuple[str, Tensor]]:
+            for end in ("", *STORED_ENDS):
+                if name + end in where:
+                    yield end, where[name + end].get_tensor(name + end)
+
+        theirs = part.their_tensors(table, source.model, stored)
         write_weights(folder / _PART, theirs, max_shard_bytes=source.settings.max_shard_bytes)
-    return source.weights.build(part.model, part.reader(table, source.model, source.weights.read))
+    read = part.reader(table, source.model, source.weights.read)
+    if form is None:
+        return source.weights.build(part.model, read), None
+    return form.logits(part.model, read), form.unrounded(part.model, read)
 
 
 def require_free(folder: Path, overwrite: bool) -> None:
@@ -189,47 +264,6 @@ def require_free(folder: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"{folder}: is no export (it has no config.json), so --overwrite leaves it. Remove it yourself."
         )
-
-
-def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
-    """Write model.safetensors, or shards and their index where the tensors take more than `max_shard_bytes`.
-
-    At most one shard is in memory; a larger tensor has a shard of its own.
-    """
-    shards: list[dict[str, int]] = []
-    held: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        if held and sum(other.nbytes for other in held.values()) + tensor.nbytes > max_shard_bytes:
-            shards.append(_write_shard(folder, len(shards), held))
-            held = {}
-        # A slice would keep, and the library would refuse, the memory around it.
-        held[name] = tensor.contiguous() if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-    shards.append(_write_shard(folder, len(shards), held))
-    if len(shards) == 1:
-        _shard_path(folder, 0).rename(folder / WEIGHTS)
-        return
-    weight_map = {}
-    for number, sizes in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        _shard_path(folder, number).rename(folder / file)
-        weight_map |= dict.fromkeys(sizes, file)
-    total_size = sum(sum(sizes.values()) for sizes in shards)
-    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    """The place of a shard until their number is known."""
-    return folder / f"shard-{number}.safetensors"
-
-
-def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Write one shard; returns the bytes of each tensor."""
-    path = _shard_path(folder, number)
-    save_file(tensors, path, metadata={"format": "pt"})
-    # The library lets only the owner read what it writes; the other files follow the user's mask, as the folder does.
-    path.chmod(folder.stat().st_mode & 0o666)
-    return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
 CONFIG = "config.json"

@@ -13,13 +13,16 @@ from torch import Tensor
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import parameter_shapes
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.interop.compressed.form import KEY, read_form
+from llmtrain.interop.compressed.tensors import QUANTIZED, WEIGHT, StoredNumbers, gathered
 from llmtrain.interop.folder_files import Header, all_headers, equal_tensors, read_json, require_as_exported
 from llmtrain.interop.hf import FAMILIES, Family, model_config, not_taken_over, parse_config
-from llmtrain.interop.name_table import Pairing, Table, head_name, pairings, their_shape, to_ours
+from llmtrain.interop.name_table import Pairing, Table, head_name, is_transposed, pairings, their_shape, to_ours
 from llmtrain.values.fragment import Box
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_READ = (*_FLOATS, QUANTIZED)
 
 # Constants that old versions of transformers saved beside the weights.
 _NOT_WEIGHTS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|\.embeddings\.position_ids$")
@@ -43,6 +46,17 @@ class HuggingFaceFolder:
     files: dict[str, tuple[Path, str]]
     notes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    numbers: StoredNumbers | None = None
+    """The quantized matrices, which are dequantized when they are read."""
+
+    @property
+    def rounded_inputs(self) -> frozenset[str]:
+        """Our linears that the folder says round what goes into them."""
+        if self.numbers is None or not self.numbers.form.rounds_inputs:
+            return frozenset()
+        found = (pairing for pairing in pairings(self.table, self.model) if pairing.theirs in self.files)
+        quantized = (pairing for pairing in found if self.files[pairing.theirs][1] in self.numbers.parts)
+        return frozenset(name.removesuffix(WEIGHT) for pairing in quantized for name in pairing.ours)
 
     @property
     def title(self) -> str:
@@ -82,6 +96,8 @@ class HuggingFaceFolder:
 
     def _ours(self, pairing: Pairing) -> list[Tensor]:
         path, stored_name = self.files[pairing.theirs]
+        if self.numbers is not None and stored_name in self.numbers.parts:
+            return to_ours(pairing, self.numbers.weight(stored_name), self.model)
         with safe_open(path, framework="pt") as file:
             stored = file.get_tensor(stored_name).float()
         return to_ours(pairing, stored, self.model)
@@ -113,7 +129,13 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     content = read_json(config_path)
     config = parse_config(content, str(config_path))
     family, model = FAMILIES[config.model_type], model_config(config)
-    headers, notes = _named_headers(path, family, model)
+    stored, numbers = all_headers(path), None
+    if content.get(KEY) is not None:
+        form = read_form(content[KEY], str(config_path), is_transposed(family.tables[0]))
+        stored, numbers = gathered(path, stored, form)
+    headers, notes = _named_headers(stored, family, model)
+    if numbers is not None:
+        notes.insert(0, numbers.form.told)
     model = _with_head_as_stored(model, family, headers, notes)
     # Of several forms of the same weights, the one that most of the files' tensors are named after.
     tables = family.tables_for(model)
@@ -123,13 +145,15 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     _require_fit(path, expected, headers)
     files = {name: (header.file, header.name) for name, header in headers.items()}
     notes = [*changed, *notes, *not_taken_over(content, config, model)]
-    return HuggingFaceFolder(path, family, model, table, files, notes, changed)
+    return HuggingFaceFolder(path, family, model, table, files, notes, changed, numbers)
 
 
-def _named_headers(path: Path, family: Family, model: ModelConfig) -> tuple[dict[str, Header], list[str]]:
+def _named_headers(
+    stored: Mapping[str, Header], family: Family, model: ModelConfig
+) -> tuple[dict[str, Header], list[str]]:
     """Headers by their full names in transformers, and what is told of those that are left out."""
     headers, left_out = {}, []
-    for name, header in all_headers(path).items():
+    for name, header in stored.items():
         if _NOT_WEIGHTS.search(name):
             continue
         full = (
@@ -154,6 +178,10 @@ def _with_head_as_stored(
     head = head_name(table)
     if not model.ties_head or head not in headers:
         return model
+    if headers[head].dtype == QUANTIZED:
+        raise DataError(
+            f"{headers[head].file}: {head}: is quantized, and config.json says that it is the embedding too."
+        )
     word = next(pairing for pairing in pairings(table, model) if pairing.ours == ("embeddings.word.weight",))
     embedding = next((name for name in (word.theirs, *word.copies) if name in headers), None)
     if embedding is None or equal_tensors(headers[embedding], headers[head]):
@@ -188,7 +216,7 @@ def _require_fit(path: Path, expected: Mapping[str, tuple[int, ...]], headers: M
             problems.append(
                 f"{name}: has the shape {list(headers[name].shape)}, the configuration asks for {list(shape)}"
             )
-        elif headers[name].dtype not in _FLOATS:
+        elif headers[name].dtype not in _READ:
             problems.append(f"{name}: is stored as {headers[name].dtype}; can import {', '.join(_FLOATS)}")
     if problems:
         listed = "\n  ".join(problems[:_MAX_SHOWN])

@@ -114,9 +114,6 @@ def model_card(name: str, model: ModelConfig, facts: Mapping[str, str], notes: S
     texts += " them"
     if proof.num_chats:
         texts += f";\n- {proof.num_chats} conversations have equal token ids with `apply_chat_template`"
-    compared = "as a whole"
-    if proof.num_parts > 1:
-        compared = f"in {proof.num_parts} parts: some of the layers at a time, between the embeddings and the head"
     return f"""---
 library_name: transformers
 pipeline_tag: {tag}
@@ -141,13 +138,26 @@ tags: [llmtrain]
 {missing}{readers}
 ## Checked
 
-Before this folder was given its name, transformers loaded it, and it was compared with the trained model
-{compared}:
-
-- {proof.num_tokens:,} positions: logits in fp32 differ by at most {proof.max_difference:.2e};
-- {proof.num_greedy_tokens} {proved} are equal;
+{_checked(proof, proved)}
 - {texts}.
 """
+
+
+def _checked(proof: Proof, proved: str) -> str:
+    """The lines about the comparison of models."""
+    if proof.unread is not None:
+        return f"Before this folder was given its name, llmtrain read it again; transformers did not: {proof.unread}.\n"
+    compared = "as a whole"
+    if proof.num_parts > 1:
+        compared = f"in {proof.num_parts} parts: some of the layers at a time, between the embeddings and the head"
+    lines = [
+        "Before this folder was given its name, transformers loaded it, and it was compared with the trained model",
+        f"{compared}:\n",
+        f"- {proof.num_tokens:,} positions: logits in fp32 differ by at most {proof.max_difference:.2e};",
+    ]
+    return "\n".join(
+        [*lines, *([f"- {proof.num_greedy_tokens} {proved} are equal;"] if proof.num_greedy_tokens else [])]
+    )
 
 
 def _kind(model: ModelConfig, name: str, proof: Proof) -> tuple[str, str, str, str]:

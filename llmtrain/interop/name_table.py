@@ -134,6 +134,11 @@ def _of_row(row: Row, layer: int, model: ModelConfig, shapes: dict[str, tuple[in
             yield Pairing(ours, f"{theirs}.{suffix}", row.shape, None, copies, written, row.stack, layer)
 
 
+def is_transposed(table: Table) -> bool:
+    """True where the matrices of layers lie as [in, out] on the other side."""
+    return any(row.shape in (Shape.TRANSPOSED, Shape.FUSED) for row in table)
+
+
 def head_name(table: Table) -> str:
     """The name of the output matrix on the other side, where it has one of its own."""
     return next(f"{row.theirs}.weight" for row in table if row.ours == "head")

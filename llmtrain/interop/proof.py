@@ -4,7 +4,7 @@ Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
 
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -25,7 +25,6 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ExportError
 from llmtrain.interop.examples import Example, ExampleTokens, Logits, build_example
 from llmtrain.interop.families.label_heads import AUTO_CLASSES as LABEL_CLASSES
-from llmtrain.interop.name_table import Pairing, ReadTensor, Table, pairings
 from llmtrain.interop.text.proof import NUM_GREEDY, Prompt
 
 AUTO_CLASSES: dict[str, Any] = {
@@ -37,6 +36,9 @@ AUTO_CLASSES: dict[str, Any] = {
 
 TOLERANCE = 1e-4
 """For logits of usual size; where the largest is beyond 10, fp32 itself is as much coarser."""
+ROUNDED_SHARE = 0.5
+"""Where activations are rounded on the way, the last bit of one decides which number it becomes, so that two programs
+differ. They do by less than this share of what the rounding changes, in the root of the mean square of logits."""
 
 _NUM_FILES = 20
 _FILE_CHARACTERS = 10_000
@@ -81,6 +83,8 @@ class Proof:
     num_parts: int = 1
     num_chats: int = 0
     """Conversations that transformers gives the ids of training."""
+    unread: str | None = None
+    """Why models were not compared: transformers could not be asked to read the folder."""
 
     @staticmethod
     def of(agreements: Sequence[Agreement], num_text_characters: int) -> "Proof":
@@ -101,21 +105,38 @@ def real_texts() -> list[str]:
     return texts + list(HARD_TEXTS)
 
 
+@dataclass(frozen=True)
+class Question:
+    """The input of a comparison: ids of real text, the special tokens of examples, and what is gone on from."""
+
+    token_ids: Sequence[int]
+    tokens: ExampleTokens
+    prompt: Prompt
+
+
 def compare_models(
-    folder: Path, model: ModelConfig, ours: Logits, token_ids: Sequence[int], tokens: ExampleTokens, prompt: Prompt
+    folder: Path, model: ModelConfig, ours: Logits, asked: Question, unrounded: Logits | None = None
 ) -> Agreement:
-    """Load a folder with transformers and compare it with our model. Raises ExportError that says what differs."""
-    example = build_example(model, token_ids, tokens)
+    """Load a folder with transformers and compare it with our model. Raises ExportError that says what differs.
+
+    `unrounded` is our model without the rounding of activations, where it rounds some.
+    """
+    example = build_example(model, asked.token_ids, asked.tokens)
     theirs = load_theirs(folder, model)
+    if unrounded is not None:
+        return _compare_rounded(theirs, ours, unrounded, example)
     if model.predicts_labels:
         return _compare_labels(theirs, ours, example)
     difference = _compare_logits(theirs, ours, example)
     if model.family == "encoder":
-        num_greedy = _compare_fillings(theirs, ours, example, tokens.mask_id)
+        num_greedy = _compare_fillings(theirs, ours, example, asked.tokens.mask_id)
     else:
-        num_greedy = _compare_greedy(theirs, model, ours, prompt, tokens)
-    valid = example.valid_BS
-    return Agreement(difference, example.tokens_BS.numel() if valid is None else int(valid.sum()), num_greedy)
+        num_greedy = _compare_greedy(theirs, model, ours, asked)
+    return Agreement(difference, _num_valid(example), num_greedy)
+
+
+def _num_valid(example: Example) -> int:
+    return example.tokens_BS.numel() if example.valid_BS is None else int(example.valid_BS.sum())
 
 
 def load_theirs(folder: Path, model: ModelConfig) -> Any:
@@ -170,8 +191,7 @@ def _mask(valid: Tensor | None) -> Tensor | None:
 def _compare_labels(theirs: Any, ours: Logits, example: Example) -> Agreement:
     """Of a head for labels: of samples, or of all positions that are no padding. The best labels are equal, too."""
     assert example.valid_BS is not None
-    ours_BL, output = ours(example).cpu(), theirs(**their_inputs(example))
-    theirs_BL = torch.stack((output.start_logits, output.end_logits), -1) if "start_logits" in output else output.logits
+    ours_BL, theirs_BL = ours(example).cpu(), _logits_of(theirs, example)
     valid = example.valid_BS if theirs_BL.dim() == 3 else torch.ones(len(theirs_BL), dtype=torch.bool)
     difference = _difference(ours_BL, theirs_BL, valid)
     num_wrong = int((ours_BL.argmax(-1) != theirs_BL.argmax(-1))[valid].sum())
@@ -181,8 +201,30 @@ def _compare_labels(theirs: Any, ours: Logits, example: Example) -> Agreement:
 
 
 @torch.no_grad()
+def _compare_rounded(theirs: Any, ours: Logits, unrounded: Logits, example: Example) -> Agreement:
+    """Our rounding of activations is theirs: with it we are much nearer to them than without."""
+    theirs_BSV = _logits_of(theirs, example)
+    by_sample = theirs_BSV.dim() == 2
+    valid = slice(None) if example.valid_BS is None or by_sample else example.valid_BS
+    with_it, without = (logits(example).cpu()[valid] - theirs_BSV[valid] for logits in (ours, unrounded))
+    error, rounding = float(with_it.square().mean().sqrt()), float(without.square().mean().sqrt())
+    if not error <= ROUNDED_SHARE * rounding:  # a NaN fails too
+        raise ExportError(
+            f"The exported model computes other logits: they differ by {error:.3g} in the mean, where the rounding of "
+            f"activations makes {rounding:.3g}. The export would be another model than the trained one."
+        )
+    return Agreement(float(with_it.abs().max()), _num_valid(example), 0)
+
+
+def _logits_of(theirs: Any, example: Example) -> Tensor:
+    """Their logits; those of begins and ends of answers side by side."""
+    output = theirs(**their_inputs(example))
+    return torch.stack((output.start_logits, output.end_logits), -1) if "start_logits" in output else output.logits
+
+
+@torch.no_grad()
 def _compare_logits(theirs: Any, ours: Logits, example: Example) -> float:
-    return _difference(ours(example).cpu(), theirs(**their_inputs(example)).logits, example.valid_BS)
+    return _difference(ours(example).cpu(), _logits_of(theirs, example), example.valid_BS)
 
 
 def _difference(ours_BSV: Tensor, theirs_BSV: Tensor, valid_BS: Tensor | None) -> float:
@@ -214,9 +256,10 @@ def _compare_fillings(theirs: Any, ours: Logits, example: Example, mask_id: int 
 
 
 @torch.no_grad()
-def _compare_greedy(theirs: Any, model: ModelConfig, ours: Logits, prompt: Prompt, tokens: ExampleTokens) -> int:
+def _compare_greedy(theirs: Any, model: ModelConfig, ours: Logits, asked: Question) -> int:
     """The number of tokens that are the same after a prompt, or after an encoder's input: ours after the ids that
     training gives it, theirs after what their tokenizer makes of the same string."""
+    prompt, tokens = asked.prompt, asked.tokens
     prompt_BS = torch.tensor([list(prompt.ids)])
     with_encoder = model.family == "encoder_decoder"
     begin_BS = torch.tensor([[tokens.start_id]]) if with_encoder else prompt_BS
@@ -239,60 +282,3 @@ def _compare_greedy(theirs: Any, model: ModelConfig, ours: Logits, prompt: Promp
             f"exported {theirs_BS[0, begin_BS.shape[1] :].tolist()}."
         )
     return count
-
-
-@dataclass(frozen=True)
-class LayerGroup:
-    """Consecutive layers of each stack as a model of their own; `first` is the number of the first in the whole.
-
-    A proof for every group is one for the whole: each layer, the embeddings and the head have then computed the same.
-    """
-
-    model: ModelConfig
-    first: dict[str, int]
-
-    def names(self, table: Table, whole: ModelConfig) -> Iterator[tuple[Pairing, Pairing]]:
-        """Each tensor of the part, and the same one in the whole model."""
-        sizes = {"encoder": self.model.encoder_layers, "decoder": self.model.decoder_layers}
-        chosen = (
-            pairing
-            for pairing in pairings(table, whole)
-            if not pairing.stack or 0 <= pairing.layer - self.first[pairing.stack] < sizes[pairing.stack]
-        )
-        yield from zip(pairings(table, self.model), chosen, strict=True)
-
-    def reader(self, table: Table, whole: ModelConfig, read: ReadTensor) -> ReadTensor:
-        """Reads tensors of the whole model by the part's names."""
-        names = {
-            name: original
-            for part, full in self.names(table, whole)
-            for name, original in zip(part.ours, full.ours, strict=True)
-        }
-        return lambda name, expert=None: read(names[name], expert)
-
-    def their_tensors(
-        self, table: Table, whole: ModelConfig, stored: Callable[[str], Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """The part's tensors under transformers' names, from those that are stored of the whole model."""
-        for part, full in self.names(table, whole):
-            originals = (full.theirs, *full.written_copies)
-            for name, original in zip((part.theirs, *part.written_copies), originals, strict=True):
-                yield name, stored(original)
-
-
-def layer_parts(model: ModelConfig) -> list[LayerGroup]:
-    """As few layers at a time as keep the order of layers with and without experts."""
-    period = model.moe.every_n_layers if model.moe else 1
-    stacks = {"encoder": model.encoder_layers, "decoder": model.decoder_layers}
-    counts = {stack: -(-layers // period) for stack, layers in stacks.items()}
-    main = "encoder" if model.family == "encoder" else "decoder"
-    parts = []
-    for number in range(max(counts.values())):
-        # The shorter stack stays with its last layers.
-        first = {stack: period * max(0, min(number, count - 1)) for stack, count in counts.items()}
-        sizes = {stack: min(period, layers - first[stack]) for stack, layers in stacks.items()}
-        changed = {"num_layers": sizes[main]}
-        if model.family == "encoder_decoder":
-            changed["num_encoder_layers"] = sizes["encoder"]
-        parts.append(LayerGroup(model.with_keys(changed), first))
-    return parts

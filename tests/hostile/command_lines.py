@@ -23,6 +23,7 @@ GOOD = {
     "eval": ("eval", "runs/tiny", "--tasks", "tasks.yaml", "--limit", "2"),
     "export": ("export", "runs/tiny", "out"),
     "import": ("import", "hf", "out"),
+    "compress": ("compress", "runs/tiny", "out", "--scheme", "w8a16", "--max-perplexity-increase", "9"),
     "data tokenizer": ("data", "tokenizer", "texts", "out.model", "--vocab-size", "300"),
     "data shards": ("data", "shards", "texts", "out", "--tokenizer", "tokenizer.model"),
     "data chat": (
@@ -60,7 +61,7 @@ GOOD = {
 
 WITHOUT_END = {"--watch", "-w", "--follow", "-f", "--address", "--status", "--logs", "--stop"}
 """Options that wait for a run or ask a server."""
-UNKNOWN_HERE = {"generate", "export", "import"}
+UNKNOWN_HERE = {"generate", "export", "import", "compress"}
 UNKNOWN_OPTIONS = ("--xyzzy", "--", "-q", "--help=1", "--seq-len", "--seed=--seed", "-", "--steps", "@file", "--json=1")
 
 

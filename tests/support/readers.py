@@ -133,6 +133,17 @@ def judged_by_adapterhub(tasks: Sequence[dict[str, str]]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+COMPRESSED_TENSORS = READERS / "compressed_tensors"
+
+
+def use_compressed_tensors() -> None:
+    """Let this process, and those that it starts, import compressed-tensors. Skips a test where it is not installed."""
+    if not (COMPRESSED_TENSORS / ".installed").is_file():
+        pytest.skip(f"compressed-tensors is not installed in {COMPRESSED_TENSORS}: make readers")
+    if str(COMPRESSED_TENSORS) not in sys.path:
+        sys.path.append(str(COMPRESSED_TENSORS))
+
+
 LM_EVAL = READERS / "lm_eval"
 _LM_EVAL_JUDGE = Path(__file__).with_name("lm_eval_judge.py")
 

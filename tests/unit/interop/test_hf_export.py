@@ -18,8 +18,9 @@ from llmtrain.errors import ConfigError, ExportError
 from llmtrain.infer.model import logits_of
 from llmtrain.interop import hf_export
 from llmtrain.interop.families import gpt2
+from llmtrain.interop.folder_files import INDEX, WEIGHTS
 from llmtrain.interop.hf import FAMILIES, family_for
-from llmtrain.interop.hf_export import INDEX, WEIGHTS, ExportSettings, write_export
+from llmtrain.interop.hf_export import ExportSettings, write_export
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import Shape
 from llmtrain.interop.proof import load_theirs, their_inputs

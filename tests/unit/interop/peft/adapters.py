@@ -15,10 +15,11 @@ from llmtrain.finetune.merging import MergedWeights
 from llmtrain.infer.model import build_trained, logits_of
 from llmtrain.interop.examples import Example
 from llmtrain.interop.hf import FAMILIES
-from llmtrain.interop.hf_export import write_config_json, write_weights
+from llmtrain.interop.hf_export import write_config_json
 from llmtrain.interop.name_table import iter_theirs
 from llmtrain.interop.peft.writing import TrainedAdapter
 from llmtrain.interop.proof import their_inputs
+from llmtrain.interop.weight_files import write_weights
 from llmtrain.values.fragment import Box, FragmentSource
 from tests.unit.interop.models import BERT, LLAMA, random_example, random_model
 from tests.unit.interop.models import MODELS as TOKEN_MODELS

@@ -1,0 +1,143 @@
+"""A model in whole numbers: quantized layer after layer, read again, and measured before it gets its name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llmtrain.compress.gptq import GptqQuantizer
+from llmtrain.compress.layered import LayeredModel
+from llmtrain.compress.source import ModelSource
+from llmtrain.config.model import ModelConfig
+from llmtrain.errors import ConfigError, ExportError
+from llmtrain.infer.chat import chat_examples
+from llmtrain.infer.model import build_from, logits_of
+from llmtrain.interop.compressed.choice import SCHEMES, MatrixChoice, choose
+from llmtrain.interop.compressed.writing import QuantizedWeights, Quantizer
+from llmtrain.interop.examples import Example
+from llmtrain.interop.hf import family_for
+from llmtrain.interop.hf_export import DTYPES, Export, ExportSettings, TrainedWeights, write_export
+from llmtrain.interop.hf_import import open_hf_folder
+from llmtrain.interop.name_table import ReadTensor
+from llmtrain.models.rounded_inputs import round_inputs
+from llmtrain.values.batch import Batch
+from llmtrain.values.quantization import Quantized, round_to_nearest
+
+METHODS = ("rtn", "gptq")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What is asked for.
+
+    `group` None: the scheme's, 0: a scale for each output. `calibrate` and `evaluate` are folders of shards or text
+    files; None: the run's own, of which `samples` are taken. `max_increase` is relative to the perplexity before.
+    """
+
+    scheme: str
+    group: int | None = None
+    method: str = "rtn"
+    keep: tuple[str, ...] = ()
+    calibrate: str | None = None
+    evaluate: str | None = None
+    samples: int = 128
+    max_increase: float = 0.02
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A folder that was written: its proof, perplexities, and the matrices that are quantized."""
+
+    export: Export
+    before: float
+    after: float
+    num_quantized: int
+    form: str
+
+
+def compress(
+    source: ModelSource, out: Path, asked: Compression, settings: ExportSettings, say: Callable[[str], None]
+) -> Compressed:
+    """Write a quantized model as a Hugging Face folder. `say` hears what is being done.
+
+    Raises ConfigError where what is asked for cannot be, and as `write_export`; ExportError where the perplexity grows
+    by more than is allowed. Nothing is left behind then.
+    """
+    assert asked.scheme in SCHEMES and asked.method in METHODS, "the command's options say so"
+    family = family_for(source.model, settings.family)
+    choice = choose(source.model, family, asked.scheme, asked.group, asked.keep)
+    batches = _batches(source, "valid", "--evaluate", asked.evaluate, asked.samples)
+    calibration = None
+    if asked.method == "gptq":
+        calibration = _batches(source, "train", "--calibrate", asked.calibrate, asked.samples)
+    elif asked.calibrate is not None:
+        raise ConfigError("--calibrate: goes with --method gptq. Rounding to the nearest number needs no text.")
+    before = LayeredModel(source.model, source.read).perplexity(batches)
+    say(f"perplexity before: {before:.4f}")
+    measured = dict[str, float]()
+
+    def accept(folder: Path) -> Mapping[str, str]:
+        written = open_hf_folder(folder)
+        after = LayeredModel(written.model, written.tensor, written.rounded_inputs).perplexity(batches)
+        say(f"perplexity after: {after:.4f}")
+        measured["after"] = after
+        _require_near(before, after, asked)
+        tokens = sum(batch.num_valid_tokens for batch in batches)
+        return {
+            "Quantized": f"{asked.scheme} by {asked.method}: {choice.form.told.partition(',')[0]}",
+            "Perplexity": f"{before:.4f} before, {after:.4f} after: {_percent(before, after)}, {tokens:,} targets",
+        }
+
+    quantize = _quantizer(source, choice, calibration, DTYPES[settings.dtype])
+    form = QuantizedWeights(source.model, choice, source.read, quantize, _build, accept)
+    chats = chat_examples(source.tokenizer) if source.named.is_chat else None
+    settings = replace(settings, facts={**source.facts, **settings.facts}, tokens=source.named, chats=chats, form=form)
+    weights = TrainedWeights(source.read, form.logits)
+    export = write_export(out, source.model, weights, source.tokenizer, settings)
+    return Compressed(export, before, measured["after"], len(choice.linears), choice.form.told)
+
+
+def _batches(source: ModelSource, split: str, option: str, given: str | None, count: int) -> list[Batch]:
+    """Samples of the data that an option names, or of the run's own."""
+    places = [given] if given is not None else source.data_sets(split)
+    if not places:
+        raise ConfigError(
+            f"{option}: is needed: {source.path} names no data.{split}. Give a folder of shards, or a text file."
+        )
+    text, share = source.text(), -(-count // len(places))
+    return [batch for place in places for batch in text.batches(place, share)]
+
+
+def _quantizer(
+    source: ModelSource, choice: MatrixChoice, calibration: Sequence[Batch] | None, dtype: torch.dtype
+) -> Quantizer:
+    if calibration is not None:
+        return GptqQuantizer(LayeredModel(source.model, source.read), calibration, choice, dtype)
+
+    def nearest(name: str, expert: int | None = None) -> Quantized:
+        weight = source.read(name, expert)
+        return round_to_nearest(weight, choice.form.grid(weight.shape[-1]), dtype)
+
+    return nearest
+
+
+def _build(model: ModelConfig, read: ReadTensor, rounded: frozenset[str]) -> Callable[[Example], torch.Tensor]:
+    built = build_from(model, read)
+    round_inputs(built, rounded)
+    return lambda example: logits_of(built, example)
+
+
+def _percent(before: float, after: float) -> str:
+    return f"{after / before - 1:+.2%}"
+
+
+def _require_near(before: float, after: float, asked: Compression) -> None:
+    """Raise ExportError where the perplexity grows by more than is allowed; one that is no number is refused too."""
+    if after <= before * (1 + asked.max_increase):
+        return
+    raise ExportError(
+        f"--max-perplexity-increase {asked.max_increase:g}: the perplexity would be {after:.4f}, and was {before:.4f}: "
+        f"{_percent(before, after)}. Nothing is written. Try --method gptq, a smaller --group, w8a16, or --keep what "
+        "matters most; or allow it."
+    )

@@ -1,0 +1,63 @@
+"""What is compressed: a model of a run, a checkpoint or a Hugging Face folder, one tensor at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtrain.compress.samples import SampleText
+from llmtrain.config.model import ModelConfig
+from llmtrain.errors import ConfigError
+from llmtrain.infer.hugging_face import export_parts, folder_special_tokens, training_facts
+from llmtrain.infer.model import saved_config, saved_data
+from llmtrain.infer.tokenizer import model_tokenizer
+from llmtrain.interop.hf_import import open_hf_folder
+from llmtrain.interop.name_table import ReadTensor
+from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
+from llmtrain.values.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model whose weights are read in fp32, and what was said of its training."""
+
+    path: Path
+    model: ModelConfig
+    read: ReadTensor
+    tokenizer: Tokenizer
+    named: NamedTokens
+    facts: Mapping[str, str]
+    config: Mapping[str, Any]
+    """The run's configuration; of others, sections that stand for it."""
+
+    def text(self) -> SampleText:
+        """What makes rows of text for it."""
+        seed = self.config.get("seed", 0)
+        return SampleText(self.model, self.tokenizer, self.config["data"], seed if isinstance(seed, int) else 0)
+
+    def data_sets(self, split: str) -> list[str]:
+        """The paths of the run's data of a split."""
+        return [str(found["path"]) for found in self.config["data"].get(split) or () if "path" in found]
+
+
+def open_source(path: Path, tokenizer: Path | None) -> ModelSource:
+    """Raises as `find_checkpoint`, `open_hf_folder` and `model_tokenizer`; ConfigError for a quantized folder, and for
+    a finetuning whose additions are no part of the weights."""
+    if (path / "config.json").is_file():
+        return _of_folder(path, tokenizer)
+    parts = export_parts(path, tokenizer, "float32")
+    checkpoint = parts.checkpoint
+    config = {**saved_config(checkpoint), "data": saved_data(checkpoint)}
+    text, facts = (parts.tokenizer, parts.tokens), training_facts(checkpoint)
+    return ModelSource(checkpoint.path, parts.model, parts.weights.read, *text, facts, config)
+
+
+def _of_folder(path: Path, tokenizer: Path | None) -> ModelSource:
+    folder = open_hf_folder(path)
+    if folder.numbers is not None:
+        raise ConfigError(
+            f"{path}: is quantized already ({folder.numbers.form.told}). Give the model that it was made of."
+        )
+    text = model_tokenizer(tokenizer, folder.tokenizer_path, folder.model)
+    config = {"data": {"special_tokens": folder_special_tokens(folder.model, text)}}
+    return ModelSource(path, folder.model, folder.tensor, text, named_tokens(text), {}, config)

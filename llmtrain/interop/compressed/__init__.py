@@ -1,0 +1,1 @@
+"""Quantized weights as compressed-tensors lays them out in Hugging Face folders."""

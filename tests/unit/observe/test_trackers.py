@@ -60,6 +60,7 @@ def test_every_column_of_a_row_has_a_chart_that_the_table_names():
     monitor._record = rows.append  # type: ignore[method-assign]  # what would go to the trackers
     monitor.step(1, 1e-3, StepResult(1.0, 1.0, 10, metrics={"loss_scale": 2.0}))
     monitor.evaluated(1, 1.0, 10)
+    monitor.measured(1, {"task/capitals/accuracy": 0.5})
     columns = {column for row in rows for column in row} - set(NO_METRICS)
     assert [column for column in columns if chart_name(column) == f"train/{column}" and column not in CHART_NAMES] == []
     assert set(CHART_NAMES) - columns == {"resident_bytes", "device_allocated_bytes", "device_reserved_bytes"}

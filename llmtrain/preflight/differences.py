@@ -256,7 +256,10 @@ def _other_base(origin: Origin, config: RunConfig) -> Iterator[Difference]:
     base, told = config.finetune.base if config.finetune else None, origin.about.get(BASE)
     if base is None or not isinstance(told, dict):
         return
-    hashes = [file_sha256(found / MANIFEST) for found in checkpoints_at(Path(base))]  # none: who opens it says so
+    place, found = Path(str(told.get("path"))), checkpoints_at(Path(base))
+    if not place.is_dir() and place.parent in (each.absolute().parent for each in found):
+        return  # it has gone from where it was: who opens the checkpoint says so
+    hashes = [file_sha256(each / MANIFEST) for each in found]
     if hashes and str(told.get("manifest_sha256")) not in hashes:
         text = f"the checkpoint {origin.path} rests on {told.get('path')}, which is not among its checkpoints"
         advice = "Set it back. To train on another base, choose another name."

@@ -27,6 +27,9 @@ Root = TypeVar("Root", bound=Section)
 STAND_INS: dict[str, Any] = {
     "name": "unnamed",
     "path": "(missing)",
+    "teacher": "(missing)",
+    "names": ["(missing)"],
+    "scale": 1.0,
     "train": [{"path": "(missing)"}],
     "read": [{"path": "(missing)"}],
     "files": ["(missing)"],

@@ -6,8 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from docs.generate import PAGES, iter_sections
 from llmtrain.config.reading.load import LoadedConfig, load_config
 from llmtrain.config.reading.rendering import to_yaml
+from llmtrain.config.reading.suggestions import sections_of
+from llmtrain.config.reading.validation import STAND_INS
 from llmtrain.errors import ConfigError
 from tests.support.run_files import GOOD_RUN
 
@@ -157,3 +160,27 @@ def test_a_number_of_too_many_digits_is_called_that(tmp_path: Path) -> None:
     for digits in ("9" * 5000, "-" + "9" * 5000, "0x" + "f" * 5000):
         with pytest.raises(ConfigError, match="more digits than any number"):
             loaded(tmp_path, "", f"seed={digits}")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("distill.top_k=3", "distill.teacher"),
+        ("distill.model.attention=255", "distill.teacher"),
+        ("optim.lr_scale=[{scale: 2}]", r"optim\.lr_scale\.0\.names"),
+        ("optim.lr_scale=[{names: [x]}]", r"optim\.lr_scale\.0\.scale"),
+    ],
+)
+def test_a_missing_key_of_a_section_is_told(override: str, key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.*(?i:required|missing)"):
+        loaded(tmp_path, "", override)
+
+
+def test_every_required_key_has_a_stand_in() -> None:
+    """Or the other faults of a file without it could not be told."""
+    for _, root in PAGES.values():
+        for key, section in iter_sections(root=root):
+            for name, field in section.model_fields.items():
+                found = sections_of(field.annotation)
+                is_section = found is not None and not found[1]
+                assert not field.is_required() or is_section or name in STAND_INS, (key, name)

@@ -12,7 +12,7 @@ from llmtrain.config.reading.suggestions import FAMILIAR_NAMES, all_keys, sugges
         (("model", "num_head"), ["model.num_heads"]),
         (("model", "Hidden-Size"), ["model.hidden_size"]),
         (("train", "zero_stage"), ["engine.zero_stage"]),
-        (("optim", "every_steps"), ["evaluate.every_steps", "checkpoint.every_steps"]),
+        (("optim", "every_steps"), ["prune.every_steps", "evaluate.every_steps", "checkpoint.every_steps"]),
         (("data", "train", 0, "weigth"), ["data.train.0.weight"]),
         (("warmup_step",), ["optim.warmup_steps"]),
         (("train", "qqqq"), []),

@@ -307,7 +307,7 @@ def test_an_architecture_of_another_version(capsys: pytest.CaptureFixture[str]) 
     [
         ("sed", "Did you mean seed?"),
         ("data.trian", "Did you mean data.train?"),
-        ("dropout", "Did you mean model.dropout or finetune.lora.dropout?"),
+        ("dropout", "Did you mean model.dropout, finetune.lora.dropout or distill.model.dropout?"),
         ("xyzzy", "Write keys or sections"),
     ],
 )

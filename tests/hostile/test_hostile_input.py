@@ -171,7 +171,7 @@ def test_the_drawn_cases_meet_every_file_and_verb() -> None:
     damaged = {damaged_cases(Random(f"meet-{number}")).title for number in range(2000)}
     assert damaged == {f"damaged {name}" for name in READERS}
     lines = {command_cases(Random(f"meet-{number}")).arguments[0] for number in range(2000)}
-    assert len(lines) == 15
+    assert len(lines) == 16
 
 
 def test_no_drawn_line_hands_a_run_over() -> None:

@@ -3,10 +3,10 @@
 import re
 from functools import cache
 
+from llmtrain.data.tokenizer import SPACE_MARK
 from llmtrain.errors import ConfigError
 from llmtrain.values.tokenizer import Tokenizer
 
-SPACE_MARK = "\u2581"
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 TRIAL = 'a b  c\n{"x": [1, -2.5e3], "\u00e4\u4e2d": null}\t\\ end'
 

@@ -83,6 +83,10 @@ $(READERS)/peft/.installed: | $(STAMP)
 $(READERS)/compressed_tensors/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'compressed-tensors>=0.20,<0.21' 'loguru>=0.7' && touch $@
 
+# The extra `onnx`, 130 MB, and what it needs that the project does not have.
+$(READERS)/onnx/.installed: | $(STAMP)
+	-$(INTO) $(@D) 'onnx>=1.19' 'onnxscript>=0.5.4' 'onnxruntime>=1.23' onnx_ir ml_dtypes flatbuffers && touch $@
+
 # The judge of evaluations and the extra `eval`, 330 MB, in a process of its own; with what the project does not have.
 $(READERS)/lm_eval/.installed: | $(STAMP)
 	-$(INTO) $(@D) 'lm-eval>=0.4.13,<0.5' 'datasets>=2.16' evaluate multiprocess dill scikit-learn scipy joblib \
@@ -121,12 +125,12 @@ $(READERS)/llama_cpp/.installed: $(READERS)/llama.cpp/.installed
 # Where one cannot be had (no compiler, no network), its tests are skipped and say so.
 readers: $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
   $(READERS)/datasketch/.installed $(READERS)/peft/.installed $(READERS)/adapters/.installed $(READERS)/lm_eval/.installed \
-  $(READERS)/gguf/.installed $(READERS)/compressed_tensors/.installed
+  $(READERS)/gguf/.installed $(READERS)/compressed_tensors/.installed $(READERS)/onnx/.installed
 	-$(MAKE) $(READERS)/ctranslate2/.installed
 	-$(MAKE) $(READERS)/llama_cpp/.installed
 
 test: $(STAMP) $(READERS)/transformers/.installed $(READERS)/torchao/.installed $(READERS)/datatrove/.installed \
-  $(READERS)/peft/.installed $(READERS)/gguf/.installed $(READERS)/compressed_tensors/.installed
+  $(READERS)/peft/.installed $(READERS)/gguf/.installed $(READERS)/compressed_tensors/.installed $(READERS)/onnx/.installed
 	$(PYTEST) -m 'not whole_grid'
 
 test-all: $(STAMP) readers
@@ -138,7 +142,8 @@ check: $(STAMP)
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-bench: $(STAMP) $(READERS)/datatrove/.installed $(READERS)/datasketch/.installed $(READERS)/peft/.installed
+bench: $(STAMP) $(READERS)/datatrove/.installed $(READERS)/datasketch/.installed $(READERS)/peft/.installed \
+  $(READERS)/onnx/.installed
 	$(BIN)/python -m tests.benchmarks
 
 # On a machine with a GPU eight minutes; elsewhere the same in tiny sizes.

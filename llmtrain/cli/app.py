@@ -47,9 +47,9 @@ VERBS = {
     "generate": Verb("llmtrain.cli.generating", "generate", "Continue a text with a trained model.", RESULTS),
     "serve": Verb("llmtrain.cli.serving", "serve", "Serve a model as OpenAI's clients expect it.", RESULTS),
     "eval": Verb("llmtrain.cli.evaluation", "evaluate", "Measure a trained model on tasks.", RESULTS),
-    "export": Verb("llmtrain.cli.trained_models", "export", "Write a model as a Hugging Face folder.", RESULTS),
-    "compress": Verb("llmtrain.cli.compressing", "compress", "Quantize a trained model.", RESULTS),
-    "import": Verb("llmtrain.cli.trained_models", "import_", "Read a Hugging Face folder as a checkpoint.", RESULTS),
+    "export": Verb("llmtrain.cli.models.exporting", "export", "Write a trained model for other programs.", RESULTS),
+    "compress": Verb("llmtrain.cli.models.compressing", "compress", "Quantize a trained model.", RESULTS),
+    "import": Verb("llmtrain.cli.models.importing", "import_", "Read a model of other programs.", RESULTS),
 }
 """Every verb of the command. The summary stands here too, so that `--help` need not import the module."""
 

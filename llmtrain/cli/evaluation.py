@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.cli.trained_models import BaseFolderOption, BestOption
+from llmtrain.cli.models.options import BaseFolderOption, BestOption
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:

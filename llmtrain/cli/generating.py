@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.cli.trained_models import BaseFolderOption, BestOption, RanksArgument
+from llmtrain.cli.models.options import BaseFolderOption, BestOption, RanksArgument
 from llmtrain.words import counted
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmtrain.cli.trained_models import BaseFolderOption, BestOption, RanksArgument
+from llmtrain.cli.models.options import BaseFolderOption, BestOption, RanksArgument
 from llmtrain.errors import ConfigError
 
 KEY_VARIABLE = "LLMTRAIN_API_KEY"

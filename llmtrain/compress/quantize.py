@@ -16,8 +16,9 @@ from llmtrain.infer.model import build_from, logits_of
 from llmtrain.interop.compressed.choice import SCHEMES, MatrixChoice, choose
 from llmtrain.interop.compressed.writing import QuantizedWeights, Quantizer
 from llmtrain.interop.examples import Example
+from llmtrain.interop.exported_model import ExportedModel, TrainedWeights
 from llmtrain.interop.hf import family_for
-from llmtrain.interop.hf_export import DTYPES, Export, ExportSettings, TrainedWeights, write_export
+from llmtrain.interop.hf_export import DTYPES, Export, ExportSettings, write_export
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.rounded_inputs import round_inputs
@@ -92,9 +93,8 @@ def compress(
     quantize = _quantizer(source, choice, calibration, DTYPES[settings.dtype])
     form = QuantizedWeights(source.model, choice, source.read, quantize, _build, accept)
     chats = chat_examples(source.tokenizer) if source.named.is_chat else None
-    settings = replace(settings, facts={**source.facts, **settings.facts}, tokens=source.named, chats=chats, form=form)
-    weights = TrainedWeights(source.read, form.logits)
-    export = write_export(out, source.model, weights, source.tokenizer, settings)
+    trained = ExportedModel(source.model, source.tokenizer, source.named, chats, source.facts)
+    export = write_export(out, trained, TrainedWeights(source.read, form.logits), replace(settings, form=form))
     return Compressed(export, before, measured["after"], len(choice.linears), choice.form.told)
 
 

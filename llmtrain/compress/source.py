@@ -8,7 +8,7 @@ from typing import Any
 from llmtrain.compress.samples import SampleText
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
-from llmtrain.infer.hugging_face import export_parts, folder_special_tokens, training_facts
+from llmtrain.infer.hugging_face import folder_special_tokens, open_trained, trained_weights
 from llmtrain.infer.model import saved_config, saved_data
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.hf_import import open_hf_folder
@@ -45,11 +45,11 @@ def open_source(path: Path, tokenizer: Path | None) -> ModelSource:
     a finetuning whose additions are no part of the weights."""
     if (path / "config.json").is_file():
         return _of_folder(path, tokenizer)
-    parts = export_parts(path, tokenizer, "float32")
-    checkpoint = parts.checkpoint
+    checkpoint, trained = open_trained(path, tokenizer)
+    read = trained_weights(checkpoint, trained.config).read
     config = {**saved_config(checkpoint), "data": saved_data(checkpoint)}
-    text, facts = (parts.tokenizer, parts.tokens), training_facts(checkpoint)
-    return ModelSource(checkpoint.path, parts.model, parts.weights.read, *text, facts, config)
+    text = trained.tokenizer, trained.tokens
+    return ModelSource(checkpoint.path, trained.config, read, *text, trained.facts, config)
 
 
 def _of_folder(path: Path, tokenizer: Path | None) -> ModelSource:

@@ -15,11 +15,10 @@ from llmtrain.infer.hugging_face import Imported, training_facts, write_imported
 from llmtrain.infer.model import saved_architecture, saved_finetune
 from llmtrain.infer.tokenizer import folder_tokenizer
 from llmtrain.interop.adapterhub import WEIGHTS, adapterhub_files, write_adapterhub
-from llmtrain.interop.folder_files import written
+from llmtrain.interop.folder_files import require_free, written
 from llmtrain.interop.hf import family_for
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.peft.reading import open_peft_folder, read_settings
-from llmtrain.interop.peft.settings import CONFIG
 from llmtrain.interop.peft.writing import PROMPT, PeftSettings, TrainedAdapter, write_peft
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -58,7 +57,7 @@ def export_adapter(
     Facts for the card are filled in. Raises as `find_checkpoint` and the writers do; ExportError where what is read is
     not what was trained.
     """
-    require_free_adapter(out, overwrite)
+    require_free(out, overwrite, to)
     checkpoint = find_checkpoint(source)
     adapter = trained_adapter(checkpoint, family)
     facts = training_facts(checkpoint)
@@ -80,16 +79,6 @@ def export_adapter(
                 "again. Nothing is left of the folder."
             )
     return checkpoint, AdapterExport(adapter.family.title, difference)
-
-
-def require_free_adapter(out: Path, overwrite: bool) -> None:
-    """Raise ConfigError where a folder holds something, unless it is an adapter and may be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise ConfigError(f"{out}: exists already. Choose another name, remove it, or give --overwrite.")
-    if not (out / CONFIG).is_file():
-        raise ConfigError(f"{out}: is no adapter (it has no {CONFIG}), so --overwrite leaves it. Remove it yourself.")
 
 
 def _difference(folder: Path, adapter: TrainedAdapter) -> float:

@@ -10,7 +10,13 @@ from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.data.source_reader import StreamConfig
 from llmtrain.data.stream import SampleStream, load_sources
 from llmtrain.errors import ConfigError
-from llmtrain.infer.hugging_face import Imported, export_parts, merging_facts, training_facts, write_imported
+from llmtrain.infer.hugging_face import (
+    Imported,
+    merging_facts,
+    open_trained,
+    trained_weights,
+    write_imported,
+)
 from llmtrain.infer.model import saved_data
 from llmtrain.infer.tokenizer import folder_tokenizer
 from llmtrain.interop.folder_files import require_as_exported
@@ -23,17 +29,15 @@ from llmtrain.interop.hf_export import ExportSettings
 def export_gguf(
     source: Path, out: Path, tokenizer: Path | None, settings: GgufSettings
 ) -> tuple[CheckpointReader, GgufExport]:
-    """Write the checkpoint that a path means as a GGUF file, and prove it. Facts, special tokens and the validation
-    data of its run are filled in.
+    """Write the checkpoint that a path means as a GGUF file, and prove it. Validation data of its run is filled in.
 
-    Raises as `find_checkpoint` and `write_gguf` do.
+    Raises as `open_trained`, `trained_weights` and `write_gguf` do.
     """
-    parts = export_parts(source, tokenizer, "float32")
-    checkpoint, model = parts.checkpoint, parts.model
-    facts = {**training_facts(checkpoint), **merging_facts(checkpoint, model, ExportSettings())}
-    held_out = _validation_windows(saved_data(checkpoint), min(MEASURED_LENGTH, model.max_seq_len))
-    settings = replace(settings, facts=facts, tokens=parts.tokens, chats=parts.chats, held_out=held_out)
-    return checkpoint, write_gguf(out, model, parts.weights, parts.tokenizer, settings)
+    checkpoint, trained = open_trained(source, tokenizer)
+    weights = trained_weights(checkpoint, trained.config)
+    trained = trained.with_facts(merging_facts(checkpoint, trained.config, ExportSettings()))
+    held_out = _validation_windows(saved_data(checkpoint), min(MEASURED_LENGTH, trained.config.max_seq_len))
+    return checkpoint, write_gguf(out, trained, weights, replace(settings, held_out=held_out))
 
 
 def _validation_windows(data: Mapping[str, Any], length: int) -> list[Sequence[int]]:

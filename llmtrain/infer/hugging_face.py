@@ -38,56 +38,48 @@ from llmtrain.infer.model import (
     saved_finetune,
 )
 from llmtrain.infer.tokenizer import FolderTokenizer, decoder_start, folder_tokenizer, model_tokenizer
-from llmtrain.interop.hf_export import DTYPES, Export, ExportSettings, TrainedWeights, write_export
+from llmtrain.interop.exported_model import ExportedModel, TrainedWeights
+from llmtrain.interop.hf_export import DTYPES, Export, ExportSettings, write_export
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.peft.reading import PeftFolder
-from llmtrain.interop.text.proof import ChatExamples
-from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
+from llmtrain.interop.text.special_tokens import named_tokens
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
 from llmtrain.values.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class ExportParts:
-    """What is exported of a checkpoint: the model, its tokenizer and special tokens, and its conversations."""
-
-    checkpoint: CheckpointReader
-    model: ModelConfig
-    weights: TrainedWeights
-    tokenizer: Tokenizer
-    tokens: NamedTokens
-    chats: ChatExamples | None
 
 
 def export_checkpoint(
     source: Path, out: Path, tokenizer: Path | None, settings: ExportSettings
 ) -> tuple[CheckpointReader, Export]:
-    """Write the checkpoint that a path means, and prove the export. Facts and special tokens are filled in.
+    """Write the checkpoint that a path means, and prove the export.
 
-    Raises as `export_parts` and `write_export` do.
+    Raises as `open_trained`, `trained_weights` and `write_export` do.
     """
-    parts = export_parts(source, tokenizer, settings.dtype)
-    checkpoint = parts.checkpoint
-    facts = {**training_facts(checkpoint), **merging_facts(checkpoint, parts.model, settings)}
-    settings = replace(settings, facts=facts, tokens=parts.tokens, chats=parts.chats)
-    return checkpoint, write_export(out, parts.model, parts.weights, parts.tokenizer, settings)
+    checkpoint, trained = open_trained(source, tokenizer)
+    weights = trained_weights(checkpoint, trained.config, settings.dtype)
+    facts = merging_facts(checkpoint, trained.config, settings)
+    return checkpoint, write_export(out, trained.with_facts(facts), weights, settings)
 
 
-def export_parts(source: Path, tokenizer: Path | None, dtype: str) -> ExportParts:
-    """The parts of the checkpoint that a path means, weights rounded to `dtype`.
+def open_trained(source: Path, tokenizer: Path | None) -> tuple[CheckpointReader, ExportedModel]:
+    """The checkpoint that a path means, and its model with the facts of its training.
 
     `tokenizer` takes the place of the one beside the checkpoints. Raises as `find_checkpoint` and `model_tokenizer` do.
     """
     checkpoint = find_checkpoint(source)
-    model = saved_architecture(checkpoint)
-    read = checkpoint_tensors(merged(checkpoint, model), model, DTYPES[dtype])
-    weights = TrainedWeights(read, lambda part, read_part: partial(logits_of, build_from(part, read_part)))
-    tokens = TrainedTokens.of(checkpoint.about)
-    text = model_tokenizer(tokenizer, find_tokenizer_of(checkpoint.path), model, tokens)
+    config = saved_architecture(checkpoint)
+    found = find_tokenizer_of(checkpoint.path)
+    text = model_tokenizer(tokenizer, found, config, TrainedTokens.of(checkpoint.about))
     named = named_tokens(text, saved_data(checkpoint))
-    if model.predicts_labels and model.family == "encoder" and text.cls_id is not None and text.sep_id is not None:
+    if config.predicts_labels and config.family == "encoder" and text.cls_id is not None and text.sep_id is not None:
         named = replace(named, around=((text.cls_id,), (text.sep_id,)))  # as `data labels` frames texts
-    return ExportParts(checkpoint, model, weights, text, named, chat_examples(text) if named.is_chat else None)
+    chats = chat_examples(text) if named.is_chat else None
+    return checkpoint, ExportedModel(config, text, named, chats, training_facts(checkpoint))
+
+
+def trained_weights(checkpoint: CheckpointReader, config: ModelConfig, dtype: str = "float32") -> TrainedWeights:
+    """The weights of a checkpoint, rounded to `dtype`. Raises as `merged` does."""
+    read = checkpoint_tensors(merged(checkpoint, config), config, DTYPES[dtype])
+    return TrainedWeights(read, lambda part, read_part: partial(logits_of, build_from(part, read_part)))
 
 
 def merged(checkpoint: CheckpointReader, model: ModelConfig) -> FragmentSource:

@@ -40,6 +40,29 @@ class Header:
     shape: tuple[int, ...]
 
 
+MARKS = {
+    "hf": "config.json",
+    "peft": "adapter_config.json",
+    "adapterhub": "adapter_config.json",
+    "gguf": "*.gguf",
+    "onnx": "onnx.json",
+    "torch-export": "program.json",
+}
+"""A file that every export of a format has."""
+
+
+def require_free(folder: Path, overwrite: bool, form: str) -> None:
+    """Raise ConfigError where a folder holds something, unless it is an export of the format and may be replaced."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigError(f"{folder}: exists already. Choose another name, remove it, or give --overwrite.")
+    if not folder.is_dir() or not any(folder.glob(MARKS[form])):
+        raise ConfigError(
+            f"{folder}: is no export to {form} (it has no {MARKS[form]}), so --overwrite leaves it. Remove it yourself."
+        )
+
+
 @contextmanager
 def written(out: Path) -> Iterator[Path]:
     """A folder to write into, that gets the name `out` when everything in it is there, in place of what has it.

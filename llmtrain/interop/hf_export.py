@@ -2,10 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,36 +15,23 @@ from transformers import GenerationConfig
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import num_parameters
-from llmtrain.errors import ConfigError
 from llmtrain.interop.examples import ExampleTokens, Logits
+from llmtrain.interop.exported_model import ExportedModel, TrainedWeights
 from llmtrain.interop.families.rotary import older_rope_keys
-from llmtrain.interop.folder_files import STORED_ENDS, read_json, write_record, written
+from llmtrain.interop.folder_files import STORED_ENDS, read_json, require_free, write_record, written
 from llmtrain.interop.hf import Family, family_for, hf_config, judged
 from llmtrain.interop.layer_parts import LayerGroup, layer_parts
 from llmtrain.interop.model_card import model_card, reader_notes
 from llmtrain.interop.name_table import ReadTensor, Table, iter_theirs
 from llmtrain.interop.proof import Proof, Question, compare_models, real_texts
 from llmtrain.interop.text.carried import carry_config
-from llmtrain.interop.text.proof import ChatExamples, TextReader
-from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
-from llmtrain.interop.text.tokenizer_json import TokenizerSettings, text_frame, write_tokenizer
+from llmtrain.interop.text.proof import TextReader
+from llmtrain.interop.text.tokenizer_json import text_frame, write_tokenizer
 from llmtrain.interop.weight_files import write_weights
-from llmtrain.values.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _PART = "part"
-
-
-@dataclass(frozen=True)
-class TrainedWeights:
-    """A trained model: its tensors, and what a model computes from such tensors.
-
-    For an export in lower precision the tensors must already be rounded to it, so that equal weights are compared.
-    """
-
-    read: ReadTensor
-    build: Callable[[ModelConfig, ReadTensor], Logits]
 
 
 class StoredForm(Protocol):
@@ -87,11 +73,10 @@ class StoredForm(Protocol):
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Settings for storing and proving weights, and facts for the model card by their label."""
+    """Settings for storing and proving weights."""
 
     dtype: str = "float32"
     max_shard_bytes: int = 5_000_000_000
-    facts: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     """Replace an earlier export of the same name, once the new one is proved."""
     family: str | None = None
@@ -101,10 +86,6 @@ class ExportSettings:
     proof_bytes: int = 16_000_000_000
     max_rounding: float = 0.1
     """Of updates that are added to weights, the share of their norm that rounding may change."""
-    tokens: NamedTokens | None = None
-    """Special tokens that the model was trained with; None: those of the tokenizer."""
-    chats: ChatExamples | None = None
-    """The conversations that it was trained to take part in; None: there were none."""
     form: StoredForm | None = None
     """None: each tensor lies in the files as it is."""
 
@@ -119,29 +100,25 @@ class Export:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """The parts of an export."""
+class _Export:
+    """What is written: a model or some layers of it, and how."""
 
-    model: ModelConfig
+    trained: ExportedModel
     weights: TrainedWeights
-    tokenizer: Tokenizer
     settings: ExportSettings
     family: Family
 
-    @cached_property
-    def tokens(self) -> NamedTokens:
-        return self.settings.tokens or named_tokens(self.tokenizer)
-
-    def write_config(self, folder: Path, model: ModelConfig) -> list[str]:
+    def write_config(self, folder: Path) -> list[str]:
         """config.json and, for models that generate, generation_config.json; returns notes."""
-        config: Any = hf_config(model, self.tokens, self.family.config_class.model_type)
+        model, tokens = self.trained.config, self.trained.tokens
+        config: Any = hf_config(model, tokens, self.family.config_class.model_type)
         config.dtype = DTYPES[self.settings.dtype]
         write_config_json(folder, config)
         if model.family != "encoder" and not model.predicts_labels:
             GenerationConfig.from_model_config(config).save_pretrained(folder)
-        ends = self.tokens.ends if self.settings.chats else ()
-        start_id = self.tokens.start_id if model.family == "encoder_decoder" else None
-        notes = carry_config(folder, self.tokenizer.roles.files, start_id, ends)
+        ends = tokens.ends if self.trained.chats else ()
+        start_id = tokens.start_id if model.family == "encoder_decoder" else None
+        notes = carry_config(folder, self.trained.tokenizer.roles.files, start_id, ends)
         if self.settings.form is not None:
             path = folder / CONFIG
             content = dict(sorted({**read_json(path), **self.settings.form.config(self.table)}.items()))
@@ -150,61 +127,58 @@ class _Source:
 
     @property
     def table(self) -> Table:
-        return self.family.tables_for(self.model)[0]
+        return self.family.tables_for(self.trained.config)[0]
 
     def iter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors of the files."""
         dtype = DTYPES[self.settings.dtype]
         if self.settings.form is not None:
             return self.settings.form.iter_tensors(self.table, dtype)
-        return ((name, tensor.to(dtype)) for name, tensor in iter_theirs(self.table, self.model, self.weights.read))
+        tensors = iter_theirs(self.table, self.trained.config, self.weights.read)
+        return ((name, tensor.to(dtype)) for name, tensor in tensors)
 
 
-def write_export(
-    folder: Path, model: ModelConfig, weights: TrainedWeights, tokenizer: Tokenizer, settings: ExportSettings
-) -> Export:
+def write_export(folder: Path, trained: ExportedModel, weights: TrainedWeights, settings: ExportSettings) -> Export:
     """Write a Hugging Face folder, load it with transformers, compare, and only then give it its name.
 
     Raises ConfigError where the folder exists or no family fits, ExportError where the reloaded model differs; nothing
     is left behind then.
     """
-    require_free(folder, settings.overwrite)
+    require_free(folder, settings.overwrite, "hf")
+    model = trained.config
     family = family_for(model, settings.family)
-    source = _Source(model, weights, tokenizer, settings, family)
+    export = _Export(trained, weights, settings, family)
     notes = list(judged(family, model)[1])
     with written(folder) as writing:
-        notes += source.write_config(writing, model)
-        text = TokenizerSettings(model.max_seq_len, model.family, model.token_types, family.config_class.model_type)
-        if settings.chats is not None:
-            text = replace(text, template=settings.chats.template, controls=settings.chats.controls)
-        notes += write_tokenizer(writing, tokenizer, source.tokens, text)
-        write_weights(writing, source.iter_tensors(), settings.max_shard_bytes)
+        notes += export.write_config(writing)
+        text = trained.tokenizer_settings(family.config_class.model_type)
+        notes += write_tokenizer(writing, trained.tokenizer, trained.tokens, text)
+        write_weights(writing, export.iter_tensors(), settings.max_shard_bytes)
         if settings.form is not None:
-            source = replace(source, weights=TrainedWeights(settings.form.reader(writing), settings.form.logits))
+            export = replace(export, weights=TrainedWeights(settings.form.reader(writing), settings.form.logits))
         # Proved before it has its name: a folder with the export's name is always a proved one.
-        proof = _prove(writing, source)
-        facts = {"Architecture": family.title, **settings.facts, "Weights": settings.dtype}
+        proof = _prove(writing, export)
+        facts = {"Architecture": family.title, **trained.facts, "Weights": settings.dtype}
         if settings.form is not None:
             facts |= settings.form.accept(writing)
-        write_record(writing, (tokenizer.sha256, *tokenizer.roles.equal_sha256))
+        write_record(writing, (trained.tokenizer.sha256, *trained.tokenizer.roles.equal_sha256))
         card = model_card(folder.resolve().name, model, facts, notes, proof)
         (writing / "README.md").write_text(card, "utf-8")
     return Export(family.title, proof, [*notes, *reader_notes(model)])
 
 
-def _prove(folder: Path, source: _Source) -> Proof:
+def _prove(folder: Path, export: _Export) -> Proof:
     """Compare the tokenizers, and the models as a whole or part by part."""
-    texts = real_texts()
-    reader = TextReader(folder, source.tokenizer, text_frame(source.tokenizer, source.tokens, source.model.family))
+    texts, trained, weights, settings = real_texts(), export.trained, export.weights, export.settings
+    model, tokens, chats = trained.config, trained.tokens, trained.chats
+    reader = TextReader(folder, trained.tokenizer, text_frame(trained.tokenizer, tokens, model.family))
     token_ids = reader.compare(texts)
-    chats = source.settings.chats
     if chats is not None:
         reader.compare_chats(chats)
-    prompt = reader.prompt(texts[0], source.model.max_seq_len)
-    mask, pad = source.tokens.mask, source.tokens.pad
-    tokens = ExampleTokens(pad[1] if pad else 0, source.tokens.start_id, mask[1] if mask else None)
-    asked = Question(token_ids, tokens, prompt)
-    model, weights, settings = source.model, source.weights, source.settings
+    prompt = reader.prompt(texts[0], model.max_seq_len)
+    mask, pad = tokens.mask, tokens.pad
+    known = ExampleTokens(pad[1] if pad else 0, tokens.start_id, mask[1] if mask else None)
+    asked = Question(token_ids, known, prompt)
     num_characters, num_chats = sum(map(len, texts)), len(chats.examples) if chats else 0
     form = settings.form
     if form is not None and form.unread is not None:
@@ -216,7 +190,7 @@ def _prove(folder: Path, source: _Source) -> Proof:
     else:
         agreements = []
         for part in layer_parts(model):
-            logits, unrounded = _build_part(folder, part, source)
+            logits, unrounded = _build_part(folder, part, export)
             agreements.append(compare_models(folder / _PART, part.model, logits, asked, unrounded))
             shutil.rmtree(folder / _PART)
     return replace(Proof.of(agreements, num_characters), num_chats=num_chats)
@@ -227,14 +201,14 @@ def proof_bytes(model: ModelConfig) -> int:
     return 2 * 4 * num_parameters(model)
 
 
-def _build_part(folder: Path, part: LayerGroup, source: _Source) -> tuple[Logits, Logits | None]:
+def _build_part(folder: Path, part: LayerGroup, export: _Export) -> tuple[Logits, Logits | None]:
     """Write a part of the model from the files of the whole into a folder of its own; returns our part, and the same
     without rounding."""
-    table, form = source.table, source.settings.form
-    form = None if form is None else form.part(part.model, part.own_names(table, source.model))
+    table, form, model = export.table, export.settings.form, export.trained.config
+    form = None if form is None else form.part(part.model, part.own_names(table, model))
     (folder / _PART).mkdir()
-    as_part = replace(source, model=part.model, settings=replace(source.settings, form=form))
-    as_part.write_config(folder / _PART, part.model)
+    trained, settings = replace(export.trained, config=part.model), replace(export.settings, form=form)
+    replace(export, trained=trained, settings=settings).write_config(folder / _PART)
     with ExitStack() as files:
         where: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -246,24 +220,12 @@ def _build_part(folder: Path, part: LayerGroup, source: _Source) -> tuple[Logits
                 if name + end in where:
                     yield end, where[name + end].get_tensor(name + end)
 
-        theirs = part.their_tensors(table, source.model, stored)
-        write_weights(folder / _PART, theirs, max_shard_bytes=source.settings.max_shard_bytes)
-    read = part.reader(table, source.model, source.weights.read)
+        theirs = part.their_tensors(table, model, stored)
+        write_weights(folder / _PART, theirs, max_shard_bytes=settings.max_shard_bytes)
+    read = part.reader(table, model, export.weights.read)
     if form is None:
-        return source.weights.build(part.model, read), None
+        return export.weights.build(part.model, read), None
     return form.logits(part.model, read), form.unrounded(part.model, read)
-
-
-def require_free(folder: Path, overwrite: bool) -> None:
-    """Raise ConfigError where a folder holds something, unless it is an export and may be replaced."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise ConfigError(f"{folder}: exists already. Choose another name, remove it, or give --overwrite.")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{folder}: is no export (it has no config.json), so --overwrite leaves it. Remove it yourself."
-        )
 
 
 CONFIG = "config.json"

@@ -1,4 +1,4 @@
-"""Checks that transformers can be imported in this environment, and finds the package that breaks it.
+"""Checks that transformers and ONNX can be imported in this environment, and finds the package that breaks it.
 
 transformers imports other packages when they are installed, whether they are needed or not. A torchvision built for
 another PyTorch then breaks the import of every model, with an error that names the model.
@@ -9,7 +9,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from traceback import extract_tb
 
-from llmtrain.errors import InstallationError
+from llmtrain.errors import ConfigError, InstallationError
 
 NEEDED = ("transformers.modeling_utils", "transformers.models.llama.configuration_llama")
 """Modules that everything of transformers imports as well."""
@@ -32,6 +32,24 @@ def require_transformers() -> None:
             f"transformers cannot be imported, because {package} {_version(package)} fails beside torch "
             f"{_version('torch')}: {root_of(error)}. {advice}."
         ) from error
+
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def require_onnx() -> None:
+    """Raise ConfigError that names the packages that cannot be imported."""
+    missing = dict[str, str]()
+    for package in ONNX_PACKAGES:
+        try:
+            import_module(package)
+        except ImportError as error:
+            missing[package] = str(error)
+    if missing:
+        raise ConfigError(
+            f"--to onnx: needs {', '.join(missing)}, which cannot be imported ({next(iter(missing.values()))}). Run "
+            "pip install 'llmtrain[onnx]', or try --to torch-export, which needs nothing more."
+        )
 
 
 def root_of(error: BaseException) -> str:

@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.caches import ChunkCache, MemoryCache, RowCache, RowStates
+from llmtrain.models.attention.dense import DenseKeys, DenseSums
 from llmtrain.models.attention.multi_head import Attention, AttentionInputs
 from llmtrain.models.attention.scoring import Visibility
 from llmtrain.models.bottleneck import Bottleneck
 from llmtrain.models.compiled_graphs import dropped
+from llmtrain.models.experts.dense import DenseMoE
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.pointwise import MLP, Recompute, build_norm
 from llmtrain.models.positions import build_position_bias, rotary_angles
@@ -45,7 +47,8 @@ class Layer(nn.Module):
             self.cross_attention_norm = build_norm(config)
             self.cross_attention = Attention(config, f"{site}.cross_attention", selective, cross=True)
         self.mlp_norm = build_norm(config)
-        self.mlp, self.moe = None, None
+        self.mlp: MLP | None = None
+        self.moe: MoE | DenseMoE | None = None
         if config.has_experts(number):
             self.moe = MoE(config, f"{site}.moe", recompute=recompute)
         else:
@@ -93,8 +96,8 @@ class Layer(nn.Module):
 class LayerCaches:
     """The memory of one layer in decoding: of self-attention, and behind an encoder of cross-attention."""
 
-    own: ChunkCache | RowCache | RowStates
-    cross: MemoryCache | RowCache | None = None
+    own: ChunkCache | RowCache | RowStates | DenseKeys | DenseSums
+    cross: MemoryCache | RowCache | DenseKeys | None = None
 
 
 @dataclass(frozen=True)

@@ -150,10 +150,13 @@ class Transformer(nn.Module):
             return (x_sBH if encoded_tBH is None else torch.cat((encoded_tBH, x_sBH))), reports
         if self.config.predicts_labels:
             return x_sBH, reports  # whole on every rank, which does its own part
-        # What stands before the matrix of the head; under tensor parallelism its vocabulary needs the whole sequence.
-        x_sBH = x_sBH if self.mlm is None else self.mlm(x_sBH)
-        x_sBH = x_sBH * self.config.hidden_size**-0.5 if self.config.scaled_head else x_sBH
-        return self.enter(x_sBH), reports
+        # Under tensor parallelism the vocabulary of the head needs the whole sequence.
+        return self.enter(self.before_head(x_sBH)), reports
+
+    def before_head(self, x_SBH: Tensor) -> Tensor:
+        """What stands between the layers and the matrix of the head."""
+        x_SBH = x_SBH if self.mlm is None else self.mlm(x_SBH)
+        return x_SBH * self.config.hidden_size**-0.5 if self.config.scaled_head else x_SBH
 
     def _begin(
         self, inputs: ModelInputs, run: Pass, received: Tensor | None, memory_TBH: Tensor | None

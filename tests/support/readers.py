@@ -68,6 +68,22 @@ def use_datatrove() -> None:
         sys.path.append(str(DATATROVE))
 
 
+ONNX = READERS / "onnx"
+
+
+def require_onnx() -> None:
+    """Skip a test where the packages of the extra `onnx` are not installed; else let this process import them."""
+    if not (ONNX / ".installed").is_file():
+        pytest.skip(f"onnxruntime is not installed in {ONNX}: make readers")
+    use_onnx()
+
+
+def use_onnx() -> None:
+    """Let this process import onnx, onnxscript and onnxruntime, behind everything else that it imports."""
+    if str(ONNX) not in sys.path:
+        sys.path.append(str(ONNX))
+
+
 def read_by(name: str, folders: Sequence[Path], job: dict[str, Any]) -> dict[Path, dict[str, Any]]:
     """What a reader makes of each folder: one process reads all."""
     require_reader(name)

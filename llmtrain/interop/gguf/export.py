@@ -1,17 +1,18 @@
 """Writing a model as a GGUF file, in a folder with its card, and proving it in llama.cpp before it has its name."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.errors import ConfigError, ExportError
+from llmtrain.errors import ExportError
 from llmtrain.interop.examples import Example, Logits
-from llmtrain.interop.folder_files import RECORD_NAME, sha256_of, written
+from llmtrain.interop.exported_model import ExportedModel, TrainedWeights
+from llmtrain.interop.folder_files import RECORD_NAME, require_free, sha256_of, written
 from llmtrain.interop.gguf.architectures import (
     KEPT_WHOLE,
     ROPE_FACTORS,
@@ -36,13 +37,10 @@ from llmtrain.interop.gguf.proof import (
 from llmtrain.interop.gguf.vocabulary import FileVocabulary, file_vocabulary
 from llmtrain.interop.gguf.writing import GgufPart, write_file
 from llmtrain.interop.hf import FAMILIES, family_for
-from llmtrain.interop.hf_export import TrainedWeights
 from llmtrain.interop.name_table import Pairing, pairings, their_shape, to_theirs
 from llmtrain.interop.proof import real_texts
-from llmtrain.interop.text.proof import NUM_GREEDY, ChatExamples, Prompt
-from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
+from llmtrain.interop.text.proof import NUM_GREEDY, Prompt
 from llmtrain.interop.text.tokenizer_json import text_frame
-from llmtrain.values.tokenizer import Tokenizer
 
 _LONGEST_PROMPT = 16
 MEASURED, MEASURED_LENGTH = 16, 256
@@ -51,16 +49,13 @@ MEASURED, MEASURED_LENGTH = 16, 256
 
 @dataclass(frozen=True)
 class GgufSettings:
-    """How weights are stored and proved, and facts for the card by their label."""
+    """How weights are stored and proved."""
 
     type: TensorType = TensorType.F32
     max_perplexity_increase: float = 0.02
     """Of the perplexity of the trained weights, the share that storing may add."""
-    facts: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     family: str | None = None
-    tokens: NamedTokens | None = None
-    chats: ChatExamples | None = None
     held_out: Sequence[Sequence[int]] = ()
     """Windows of validation data; empty: the texts of the proof."""
 
@@ -78,44 +73,41 @@ class GgufExport:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """The parts of an export."""
+class _Export:
+    """What is written: a model, and the forms that it and its vocabulary have there."""
 
-    model: ModelConfig
+    trained: ExportedModel
     weights: TrainedWeights
-    tokenizer: Tokenizer
     settings: GgufSettings
     architecture: Architecture
     vocabulary: FileVocabulary
 
-    @property
-    def tokens(self) -> NamedTokens:
-        return self.settings.tokens or named_tokens(self.tokenizer)
-
     def metadata(self) -> dict[str, Value]:
         """All keys of the file, in the order in which they are written."""
+        model = self.trained.config
         keys: dict[str, Value] = {
             "general.architecture": self.architecture.name,
             "general.type": "model",
             "general.quantization_version": 2,
             "general.file_type": FILE_TYPES[self.settings.type],
-            **self.architecture.keys_of(self.model),
+            **self.architecture.keys_of(model),
         }
-        if (scaling := self.model.rope_scaling) is not None and scaling.kind == "llama3":
+        if (scaling := model.rope_scaling) is not None and scaling.kind == "llama3":
             rule = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len)
             keys[ROPE_RULE] = [float(number) for number in rule]
         return keys | self.vocabulary.keys
 
     def tensors(self) -> Iterator[GgufPart]:
-        scaling = self.model.rope_scaling
+        model = self.trained.config
+        scaling = model.rope_scaling
         if scaling is not None and scaling.kind == "llama3":
-            size, theta = self.model.head_size, self.model.rope_theta
+            size, theta = model.head_size, model.rope_theta
             yield GgufPart(ROPE_FACTORS, (size // 2,), TensorType.F32, lambda: rope_factors(scaling, size, theta))
-        for pairing in pairings(self.architecture.table, self.model):
-            shape = their_shape(pairing, self.model)
+        for pairing in pairings(self.architecture.table, model):
+            shape = their_shape(pairing, model)
 
             def read(pairing: Pairing = pairing) -> Tensor:
-                return to_theirs(pairing, [self.weights.read(name) for name in pairing.ours], self.model)
+                return to_theirs(pairing, [self.weights.read(name) for name in pairing.ours], model)
 
             yield GgufPart(pairing.theirs, shape, stored_type(pairing.theirs, shape, self.settings.type), read)
 
@@ -130,52 +122,40 @@ def stored_type(name: str, shape: tuple[int, ...], wanted: TensorType) -> Tensor
     return wanted
 
 
-def write_gguf(
-    folder: Path, model: ModelConfig, weights: TrainedWeights, tokenizer: Tokenizer, settings: GgufSettings
-) -> GgufExport:
+def write_gguf(folder: Path, trained: ExportedModel, weights: TrainedWeights, settings: GgufSettings) -> GgufExport:
     """Write a folder with NAME.gguf, a card and a record, prove it, and only then give it its name.
 
     Raises ConfigError where the folder exists or llama.cpp has no such model, ExportError where the tokenizer has no
     form there, where the perplexity grows too much, or where llama.cpp computes something else. Nothing is left then.
     """
-    require_free_gguf(folder, settings.overwrite)
+    require_free(folder, settings.overwrite, "gguf")
+    model, chats = trained.config, trained.chats
     family = family_for(model, settings.family)
     kind = next(kind for kind, known in FAMILIES.items() if known is family)
     architecture = architecture_for(model, kind, family.title)
-    chats, tokens = settings.chats, settings.tokens or named_tokens(tokenizer)
     template, controls = (None, frozenset[int]()) if chats is None else (chats.template, chats.controls)
-    vocabulary = file_vocabulary(tokenizer, tokens, model.vocabulary, template, controls)
-    source = _Source(model, weights, tokenizer, settings, architecture, vocabulary)
+    vocabulary = file_vocabulary(trained.tokenizer, trained.tokens, model.vocabulary, template, controls)
+    export = _Export(trained, weights, settings, architecture, vocabulary)
     name = folder.resolve().name
     with written(folder) as writing:
         file = writing / f"{name}.gguf"
-        stored = list(source.tensors())
-        write_file(file, source.metadata(), stored)
-        perplexities, proof = _proved(file, source)
-        export = GgufExport(file.name, architecture.name, perplexities, proof, _notes(source, stored))
-        facts = {**settings.facts, "Weights": settings.type.name}
-        (writing / "README.md").write_text(gguf_card(name, model, facts, export), "utf-8")
+        stored = list(export.tensors())
+        write_file(file, export.metadata(), stored)
+        perplexities, proof = _proved(file, export)
+        found = GgufExport(file.name, architecture.name, perplexities, proof, _notes(export, stored))
+        facts = {**trained.facts, "Weights": settings.type.name}
+        (writing / "README.md").write_text(gguf_card(name, model, facts, found), "utf-8")
         record = {
             "proved": None if proof is None else proof.to_json(),
             "perplexities": list(perplexities),
             "files": {file.name: sha256_of(file)},
         }
         (writing / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-    return export
+    return found
 
 
-def require_free_gguf(folder: Path, overwrite: bool) -> None:
-    """Raise ConfigError where a folder holds something, unless it is such an export and may be replaced."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not overwrite:
-        raise ConfigError(f"{folder}: exists already. Choose another name, remove it, or give --overwrite.")
-    if not folder.is_dir() or not any(folder.glob("*.gguf")):
-        raise ConfigError(f"{folder}: holds no GGUF file, so --overwrite leaves it. Remove it yourself.")
-
-
-def _notes(source: _Source, stored: Sequence[GgufPart]) -> list[str]:
-    notes, model, wanted = [*source.vocabulary.notes], source.model, source.settings.type
+def _notes(export: _Export, stored: Sequence[GgufPart]) -> list[str]:
+    notes, model, wanted = [*export.vocabulary.notes], export.trained.config, export.settings.type
     if context_length(model) < model.max_seq_len:
         notes.append(f"llama.cpp has no window for this model: the file is for texts of {context_length(model)} tokens")
     halves = [tensor.name for tensor in stored if tensor.type is TensorType.F16 and wanted is TensorType.Q8_0]
@@ -184,15 +164,15 @@ def _notes(source: _Source, stored: Sequence[GgufPart]) -> list[str]:
     return notes
 
 
-def _proved(file: Path, source: _Source) -> tuple[tuple[float, float], LlamaCppProof | None]:
+def _proved(file: Path, export: _Export) -> tuple[tuple[float, float], LlamaCppProof | None]:
     """The perplexities before and after, and what llama.cpp makes of the file."""
-    settings, model = source.settings, source.model
+    settings, trained, model = export.settings, export.trained, export.trained.config
     texts = real_texts()
-    ids = [source.tokenizer.encode(text) for text in texts]
+    ids = [trained.tokenizer.encode(text) for text in texts]
     windows = settings.held_out or _windows([token for text in ids for token in text], model)
-    before = _perplexity(source.weights.build(model, source.weights.read), windows)
+    before = _perplexity(export.weights.build(model, export.weights.read), windows)
     # What llama.cpp is compared with are the numbers in the file, read again.
-    ours = source.weights.build(model, open_gguf(file).tensor)
+    ours = export.weights.build(model, open_gguf(file).tensor)
     after = _perplexity(ours, windows)
     if settings.type is TensorType.F32 and before != after:
         raise ExportError(f"The file holds other weights: perplexity {before!r} with those trained, {after!r} with it.")
@@ -204,12 +184,12 @@ def _proved(file: Path, source: _Source) -> tuple[tuple[float, float], LlamaCppP
         )
     if not can_prove():
         return (before, after), None
-    frame = text_frame(source.tokenizer, source.tokens, "decoder")
+    frame = text_frame(trained.tokenizer, trained.tokens, "decoder")
     longest = max(1, min(_LONGEST_PROMPT, context_length(model) - NUM_GREEDY))
     prompt = Prompt((*frame[0], *ids[0][:longest]), {})
-    equal = [text for text in texts if source.vocabulary.is_equal_for(text)]
+    equal = [text for text in texts if export.vocabulary.is_equal_for(text)]
     num_new = min(NUM_GREEDY, context_length(model) - len(prompt.ids))
-    asked = LlamaCppQuestions(equal, windows[:NUM_WINDOWS], prompt, settings.chats, num_new, source.tokenizer, frame)
+    asked = LlamaCppQuestions(equal, windows[:NUM_WINDOWS], prompt, trained.chats, num_new, trained.tokenizer, frame)
     allowed = max(ALLOWED[settings.type], ALLOWED_BY_TABLE if model.activation == "gelu" else 0.0)
     return (before, after), prove(file, ours, model.vocabulary, asked, allowed)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmtrain.models.attention.dense import DenseKeys, DenseSums
 from llmtrain.models.attention.linear import LinearState, decode
 from llmtrain.models.attention.rows import BLOCK, RowGroup, Rows, row_attention
 from llmtrain.models.attention.scoring import Scoring, Visibility
@@ -135,4 +136,4 @@ class RowStates:
         return out
 
 
-LayerCache = ChunkCache | MemoryCache | RowCache | RowStates
+LayerCache = ChunkCache | MemoryCache | RowCache | RowStates | DenseKeys | DenseSums

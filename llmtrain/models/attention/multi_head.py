@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from llmtrain.config.model import ModelConfig
 from llmtrain.models.attention.blockwise import blockwise_attention
 from llmtrain.models.attention.caches import ChunkCache, LayerCache, MemoryCache, RowCache, RowStates
+from llmtrain.models.attention.dense import DenseKeys, DenseSums
 from llmtrain.models.attention.flex_kernel import can_flex, flex_kernel
 from llmtrain.models.attention.joint_product import JointProduct, find_joint, joint_outputs, put_side_by_side
 from llmtrain.models.attention.linear import linear_attention
@@ -143,7 +144,7 @@ class Attention(nn.Module):
         """[S, B, H]. Cross-attention needs the memory, but where its cache has seen it."""
         if self.cross:
             q = self.heads_of(projected(self.q, x_SBH, inputs.draws), self.q_norm)
-            if isinstance(cache, RowCache):
+            if isinstance(cache, RowCache | DenseKeys):
                 return self.projected_out(cache.attended(q, partial(self.scoring, inputs=inputs)), inputs)
             k, v = self.keys_and_values_of_memory(memory_TBH, inputs.draws, cache)
         else:
@@ -155,9 +156,9 @@ class Attention(nn.Module):
             q, k, v = map(self.heads_of, outputs, (self.q_norm, self.k_norm, None))
             if inputs.rotary is not None:
                 q, k = rotate(q, inputs.rotary), rotate(k, inputs.rotary)
-        if isinstance(cache, RowStates):
+        if isinstance(cache, RowStates | DenseSums):
             out = cache.attended(q, *self.repeated(q, k, v), inputs.visible)
-        elif isinstance(cache, RowCache):
+        elif isinstance(cache, RowCache | DenseKeys):
             cache.append(k, v)
             out = cache.attended(q, partial(self.scoring, inputs=inputs))
         else:

@@ -87,10 +87,7 @@ class Router(nn.Module):
         own = self.parts.own(whole_SBE.shape[0])
         valid_SB = torch.ones_like(whole_SBE[..., 0], dtype=torch.bool) if valid_BS is None else valid_BS.T
         wanted_SBE, kept_SBE = self.choose(whole_SBE, valid_SB, trains=draws is not None)
-        weights_sBE = torch.where(own.of(kept_SBE), probabilities_sBE, 0.0)
-        if self.moe.router == "top_k" and self.moe.normalize_weights:
-            total_sB1 = torch.where(own.of(wanted_SBE), probabilities_sBE, 0.0).sum(-1, keepdim=True)
-            weights_sBE = weights_sBE / total_sB1.clamp(min=torch.finfo(torch.float32).tiny)
+        weights_sBE = self.weighted(probabilities_sBE, own.of(wanted_SBE), own.of(kept_SBE))
         loss, losses = self.balance_losses(logits_sBE, probabilities_sBE, wanted_SBE, valid_SB, own)
         valid_sB1 = own.of(valid_SB)[..., None]
         dropped = own.of(wanted_SBE & ~kept_SBE).sum()
@@ -100,6 +97,22 @@ class Router(nn.Module):
         dropless = self.moe.router != "expert_choice" and (draws is None or self.moe.capacity_factor is None)
         per_token = self.moe.choices if dropless and valid_BS is None else None
         return Routing(weights_sBE, kept_SBE, loss, report, per_token)
+
+    def weights(self, x_SBH: Tensor) -> Tensor:
+        """[S, B, E]: the factors of the experts' outputs where no expert is ever full and this rank has all tokens."""
+        probabilities_SBE = F.linear(x_SBH.float(), self.weight.float()).softmax(-1)
+        scores_SBE = probabilities_SBE if self.bias_E is None else probabilities_SBE + self.bias_E
+        wanted_NE = wanted_by_tokens(scores_SBE.flatten(0, 1), self.moe.choices).any(0)
+        wanted_SBE = wanted_NE.view_as(probabilities_SBE)
+        return self.weighted(probabilities_SBE, wanted_SBE, wanted_SBE)
+
+    def weighted(self, probabilities: Tensor, wanted: Tensor, kept: Tensor) -> Tensor:
+        """[..., E]: probabilities of what is kept, as shares of what is wanted where the configuration says so."""
+        weights = torch.where(kept, probabilities, 0.0)
+        if self.moe.router == "top_k" and self.moe.normalize_weights:
+            total = torch.where(wanted, probabilities, 0.0).sum(-1, keepdim=True)
+            weights = weights / total.clamp(min=torch.finfo(torch.float32).tiny)
+        return weights
 
     def jittered(self, x_sBH: Tensor, draws: Draws | None) -> Tensor:
         """In training, the input times uniform numbers within 1 +- jitter (Fedus et al. 2021, section 2.4)."""
@@ -154,15 +167,20 @@ def capacity(moe: MoeConfig, num_tokens: int) -> int:
 
 def tokens_choose(scores_NE: Tensor, valid_N: Tensor, top_k: int, room: int | None) -> Choice:
     """Each token wants its `top_k` best experts. First choices find room before second ones, in the tokens' order."""
-    # A stable sort, not topk: ties go to the lower number on every device.
-    best_NK = scores_NE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    wanted_KNE = F.one_hot(best_NK.T, scores_NE.shape[1]).bool() & valid_N[None, :, None]
+    wanted_KNE = wanted_by_tokens(scores_NE, top_k) & valid_N[None, :, None]
     wanted_NE = wanted_KNE.any(0)
     if room is None:
         return Choice(wanted_NE, wanted_NE)
     queue = wanted_KNE.flatten(0, 1)  # all first choices in the tokens' order, then all second ones
     place = queue.cumsum(0)
     return Choice(wanted_NE, (queue & (place <= room)).view_as(wanted_KNE).any(0))
+
+
+def wanted_by_tokens(scores_NE: Tensor, top_k: int) -> Tensor:
+    """[K, N, E]: the best expert of each token, its second best one, and so on."""
+    # A stable sort, not topk: ties go to the lower number on every device.
+    best_NK = scores_NE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    return F.one_hot(best_NK.T, scores_NE.shape[1]).bool()
 
 
 def experts_choose(scores_NE: Tensor, valid_N: Tensor, room: int) -> Choice:

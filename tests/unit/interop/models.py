@@ -10,8 +10,10 @@ from llmtrain.config.attention import AttentionConfig, RopeScaling
 from llmtrain.config.model import InitConfig, ModelConfig, MoeConfig
 from llmtrain.infer.model import build_from, logits_of
 from llmtrain.interop.examples import Example
-from llmtrain.interop.hf_export import TrainedWeights
+from llmtrain.interop.exported_model import ExportedModel, TrainedWeights
+from llmtrain.interop.text.special_tokens import named_tokens
 from llmtrain.models.transformer import Transformer, build_model
+from llmtrain.values.tokenizer import Tokenizer
 from tests.support.weights import materialize
 
 VOCAB_SIZE = 307
@@ -150,11 +152,21 @@ def logits(model: Transformer, tokens_BS: Tensor) -> Tensor:
     return logits_of(model, Example(tokens_BS))
 
 
+def model_for(config: ModelConfig, tokenizer: Tokenizer, **known: Any) -> ExportedModel:
+    """What an export takes but for the weights; its special tokens are those of the tokenizer."""
+    return ExportedModel(config, tokenizer, **{"tokens": named_tokens(tokenizer), **known})
+
+
 def weights_of(model: Transformer) -> TrainedWeights:
-    """What an export takes."""
+    """The weights that an export takes."""
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def read(name: str, expert: int | None = None) -> Tensor:
         return own[name] if expert is None else own[name][expert]
 
     return TrainedWeights(read, lambda config, read_part: partial(logits_of, build_from(config, read_part)))
+
+
+def random_export(config: ModelConfig, tokenizer: Tokenizer) -> tuple[ExportedModel, TrainedWeights]:
+    """Of a random model what an export takes."""
+    return model_for(config, tokenizer), weights_of(random_model(config))

@@ -20,7 +20,7 @@ from llmtrain.interop.hf_export import ExportSettings, write_export
 from llmtrain.interop.text.special_tokens import named_tokens
 from tests.support.chats import MARKED, TEXT, chatml_file, random_chat, sentencepiece_file
 from tests.support.readers import read_by
-from tests.unit.interop.models import LLAMA, random_model, weights_of
+from tests.unit.interop.models import LLAMA, model_for, random_model, weights_of
 
 CHAT = {"objective": "chat"}
 
@@ -58,8 +58,8 @@ def _call(*arguments: object) -> Result:
 def exported(source: ChatSource, out: Path, **changes: Any) -> Path:
     tokenizer = source.encoder.tokenizer
     model = random_model(LLAMA.with_keys({"vocab_size": tokenizer.vocab_size}))
-    settings = ExportSettings(tokens=named_tokens(tokenizer, CHAT), chats=chat_examples(tokenizer))
-    write_export(out, model.config, weights_of(model), tokenizer, replace(settings, **changes))
+    known = {"tokens": named_tokens(tokenizer, CHAT), "chats": chat_examples(tokenizer), **changes}
+    write_export(out, model_for(model.config, tokenizer, **known), weights_of(model), ExportSettings())
     return out
 
 
@@ -129,8 +129,8 @@ def test_pretraining_names_the_begin_that_a_document_saw(
     """The end of the document before it, or where documents are kept apart nothing."""
     tokenizer = load_tokenizer(str(sentencepiece_file(tmp_path / "t.model")))
     model = random_model(LLAMA.with_keys({"vocab_size": tokenizer.vocab_size}))
-    settings = ExportSettings(tokens=named_tokens(tokenizer, data))
-    write_export(tmp_path / "out", model.config, weights_of(model), tokenizer, settings)
+    trained = model_for(model.config, tokenizer, tokens=named_tokens(tokenizer, data))
+    write_export(tmp_path / "out", trained, weights_of(model), ExportSettings())
     assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token == begin
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["bos_token_id"] == (None if begin is None else tokenizer.eos_id)
@@ -147,9 +147,9 @@ def test_other_ids_of_a_conversation_are_caught(tmp_path: Path) -> None:
     spelled = replace(source.encoder.tokenizer.roles, names={})
     tokenizer = load_tokenizer(str(tmp_path / "t.model"), spelled)
     model = random_model(LLAMA.with_keys({"vocab_size": tokenizer.vocab_size}))
-    settings = ExportSettings(tokens=named_tokens(tokenizer, CHAT), chats=names_as_text)
+    trained = model_for(model.config, tokenizer, tokens=named_tokens(tokenizer, CHAT), chats=names_as_text)
     with pytest.raises(ExportError, match="The exported tokenizer differs at token 0"):
-        write_export(tmp_path / "out", model.config, weights_of(model), tokenizer, settings)
+        write_export(tmp_path / "out", trained, weights_of(model), ExportSettings())
     assert not (tmp_path / "out").exists()
 
 

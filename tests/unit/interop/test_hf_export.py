@@ -34,7 +34,9 @@ from tests.unit.interop.models import (
     SWITCH,
     T5,
     T5_V11,
+    model_for,
     random_example,
+    random_export,
     random_model,
     weights_of,
 )
@@ -45,7 +47,7 @@ def test_reloads_with_equal_logits_and_comes_back_bit_for_bit(name, small_tokeni
     config = MODELS[name]
     model = random_model(config)
     out = tmp_path / "out"
-    proof = write_export(out, config, weights_of(model), small_tokenizer, ExportSettings(proof="full")).proof
+    proof = write_export(out, model_for(config, small_tokenizer), weights_of(model), ExportSettings(proof="full")).proof
     assert proof.max_difference <= 1e-4 and proof.num_parts == 1
     assert proof.num_greedy_tokens == 32 if config.family != "encoder" else proof.num_greedy_tokens > 20
     theirs = load_theirs(out, config)
@@ -64,7 +66,7 @@ def test_reloads_with_equal_logits_and_comes_back_bit_for_bit(name, small_tokeni
 @pytest.mark.parametrize("config", [LLAMA, BERT, T5_V11, SWITCH, MIXTRAL], ids=lambda config: config.family)
 def test_layers_are_proved_some_at_a_time(config, small_tokenizer, tmp_path):
     settings = ExportSettings(proof_bytes=1, max_shard_bytes=100_000)
-    proof = write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, settings).proof
+    proof = write_export(tmp_path / "out", *random_export(config, small_tokenizer), settings).proof
     period = config.moe.every_n_layers if config.moe else 1
     assert proof.num_parts == max(config.encoder_layers, config.decoder_layers) // period
     assert proof.max_difference <= 1e-4 and proof.num_greedy_tokens > 20 * proof.num_parts
@@ -75,7 +77,7 @@ def test_layers_are_proved_some_at_a_time(config, small_tokenizer, tmp_path):
 def test_the_folder_is_complete_and_names_no_path(small_tokenizer, tmp_path):
     out = tmp_path / "tiny"
     facts = {"Training steps": "40"}
-    write_export(out, LLAMA, weights_of(random_model(LLAMA)), small_tokenizer, ExportSettings(facts=facts))
+    write_export(out, model_for(LLAMA, small_tokenizer, facts=facts), weights_of(random_model(LLAMA)), ExportSettings())
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "generation_config.json",
@@ -100,10 +102,9 @@ def test_the_folder_is_complete_and_names_no_path(small_tokenizer, tmp_path):
 def test_the_lines_of_the_model_card_run(config, start, small_tokenizer, tmp_path, monkeypatch, capsys):
     first = small_tokenizer.vocab_size
     wider = config.with_keys({"vocab_size": first + 3})
-    settings = ExportSettings(
-        tokens=named_tokens(small_tokenizer, {"special_tokens": {"sentinels": [first, first + 1]}})
-    )
-    write_export(tmp_path / "tiny", wider, weights_of(random_model(wider)), small_tokenizer, settings)
+    tokens = named_tokens(small_tokenizer, {"special_tokens": {"sentinels": [first, first + 1]}})
+    trained = model_for(wider, small_tokenizer, tokens=tokens)
+    write_export(tmp_path / "tiny", trained, weights_of(random_model(wider)), ExportSettings())
     card = (tmp_path / "tiny" / "README.md").read_text("utf-8")
     monkeypatch.chdir(tmp_path)
     exec(card.split("```python\n")[1].split("```")[0], {})  # noqa: S102 (our own lines, shown to users)
@@ -114,16 +115,16 @@ def test_special_tokens_above_the_tokenizers_have_names_in_the_export(small_toke
     first = small_tokenizer.vocab_size
     config = T5.with_keys({"vocab_size": first + 100})
     named = named_tokens(small_tokenizer, {"special_tokens": {"sentinels": list(range(first, first + 100))}})
-    settings = ExportSettings(tokens=named)
-    write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, settings)
+    trained = model_for(config, small_tokenizer, tokens=named)
+    write_export(tmp_path / "out", trained, weights_of(random_model(config)), ExportSettings())
     exported = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
     assert exported.encode("a<extra_id_0>b<extra_id_99>") == [
         *small_tokenizer.encode("a"), first, *small_tokenizer.encode("b"), first + 99, small_tokenizer.eos_id,
     ]  # fmt: skip
     gap = named_tokens(small_tokenizer, {"special_tokens": {"sentinels": [first + 1]}})
     with pytest.raises(ExportError, match=f"<extra_id_0> has the id {first + 1}"):
-        tokens = ExportSettings(tokens=gap)
-        write_export(tmp_path / "gap", config, weights_of(random_model(config)), small_tokenizer, tokens)
+        wrong = model_for(config, small_tokenizer, tokens=gap)
+        write_export(tmp_path / "gap", wrong, weights_of(random_model(config)), ExportSettings())
 
 
 def test_berts_own_kind_of_tokenizer_is_exported(tmp_path):
@@ -134,7 +135,7 @@ def test_berts_own_kind_of_tokenizer_is_exported(tmp_path):
     trained.save(str(tmp_path / "tokenizer.json"))
     tokenizer = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
     config = BERT.with_keys({"vocab_size": tokenizer.vocab_size})
-    write_export(tmp_path / "out", config, weights_of(random_model(config)), tokenizer, ExportSettings())
+    write_export(tmp_path / "out", *random_export(config, tokenizer), ExportSettings())
     exported = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
     roles = (exported.pad_token, exported.unk_token, exported.cls_token, exported.sep_token, exported.mask_token)
     assert roles == tuple(special)
@@ -145,7 +146,7 @@ def test_only_tokens_of_training_can_be_spelled(small_tokenizer, tmp_path):
     """A mask in an encoder's text; in a decoder's, none that it never saw, and no beginning of text anywhere."""
     for config, spelled in ((BERT, True), (LLAMA, False), (T5, False)):
         out = tmp_path / config.family
-        write_export(out, config, weights_of(random_model(config)), small_tokenizer, ExportSettings())
+        write_export(out, *random_export(config, small_tokenizer), ExportSettings())
         exported = AutoTokenizer.from_pretrained(out, local_files_only=True)
         assert exported.mask_token_id == (small_tokenizer.mask_id if spelled else None)
         assert (small_tokenizer.mask_id in exported.encode("a <mask> b")) is spelled
@@ -160,7 +161,7 @@ def test_only_tokens_of_training_can_be_spelled(small_tokenizer, tmp_path):
 def test_shards_and_their_index(small_tokenizer, tmp_path):
     model = random_model(LLAMA)
     out = tmp_path / "out"
-    write_export(out, LLAMA, weights_of(model), small_tokenizer, ExportSettings(max_shard_bytes=60_000))
+    write_export(out, model_for(LLAMA, small_tokenizer), weights_of(model), ExportSettings(max_shard_bytes=60_000))
     assert not (out / WEIGHTS).exists()
     index = json.loads((out / INDEX).read_text("utf-8"))
     files = sorted(path.name for path in out.glob("*.safetensors"))
@@ -180,11 +181,11 @@ def test_lower_precision_is_proved_on_the_rounded_weights(dtype, small_tokenizer
     model = random_model(GPT2)
     settings = ExportSettings(dtype=dtype)
     with pytest.raises(ExportError, match="other logits"):
-        write_export(tmp_path / "unrounded", GPT2, weights_of(model), small_tokenizer, settings)
+        write_export(tmp_path / "unrounded", model_for(GPT2, small_tokenizer), weights_of(model), settings)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, dtype)))
-    write_export(tmp_path / "out", GPT2, weights_of(model), small_tokenizer, settings)
+    write_export(tmp_path / "out", model_for(GPT2, small_tokenizer), weights_of(model), settings)
     with safe_open(tmp_path / "out" / WEIGHTS, framework="pt") as opened:
         assert {str(opened.get_tensor(name).dtype) for name in opened.keys()} == {f"torch.{dtype}"}  # noqa: SIM118
     assert json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["dtype"] == dtype
@@ -223,7 +224,7 @@ def test_a_table_with_two_rows_swapped_is_caught(name, one, other, small_tokeniz
     for proof in ("full", "layers"):
         settings = ExportSettings(proof=proof)
         with pytest.raises(ExportError, match="other logits"):
-            write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, settings)
+            write_export(tmp_path / "out", *random_export(config, small_tokenizer), settings)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -259,7 +260,7 @@ def test_one_wrong_tensor_is_caught_and_nothing_is_left(
     _write_other_tensors(monkeypatch, broken)
     settings = ExportSettings(proof=proof)
     with pytest.raises(ExportError, match="other logits"):
-        write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, settings)
+        write_export(tmp_path / "out", *random_export(config, small_tokenizer), settings)
     assert len(changed) == 1 and list(tmp_path.iterdir()) == []
 
 
@@ -269,7 +270,7 @@ def test_a_missing_transpose_in_the_table_is_caught(module, small_tokenizer, tmp
     table = tuple(replace(row, shape=Shape.SAME) if str(row.ours).endswith(module) else row for row in gpt2.TABLE)
     monkeypatch.setitem(FAMILIES, "gpt2", replace(FAMILIES["gpt2"], tables=(table,)))
     with pytest.raises(ExportError, match="other logits"):
-        write_export(tmp_path / "out", square, weights_of(random_model(square)), small_tokenizer, ExportSettings())
+        write_export(tmp_path / "out", *random_export(square, small_tokenizer), ExportSettings())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,18 +279,18 @@ def test_a_missing_or_unknown_tensor_is_caught(small_tokenizer, tmp_path, monkey
     left_out = lambda *args: (pair for pair in original(*args) if "layers.1.mlp.up" not in pair[0])  # noqa: E731
     monkeypatch.setattr(hf_export, "iter_theirs", left_out)
     with pytest.raises(ExportError, match=r"missing_keys.*layers\.1\.mlp\.up_proj"):
-        write_export(tmp_path / "out", LLAMA, weights_of(random_model(LLAMA)), small_tokenizer, ExportSettings())
+        write_export(tmp_path / "out", *random_export(LLAMA, small_tokenizer), ExportSettings())
 
 
 def test_a_tokenizer_of_another_model_is_caught(small_tokenizer, tmp_path):
     small = LLAMA.with_keys({"vocab_size": 200})
     with pytest.raises(ExportError, match="another tokenizer"):
-        write_export(tmp_path / "out", small, weights_of(random_model(small)), small_tokenizer, ExportSettings())
+        write_export(tmp_path / "out", *random_export(small, small_tokenizer), ExportSettings())
 
 
 def test_settings_of_training_alone_are_told(small_tokenizer, tmp_path):
     config = LLAMA.with_keys({"dropout": 0.2})
-    export = write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, ExportSettings())
+    export = write_export(tmp_path / "out", *random_export(config, small_tokenizer), ExportSettings())
     assert export.notes == ["model.dropout = 0.2, Llama has 0.0"]
     assert "- model.dropout = 0.2" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
@@ -297,34 +298,34 @@ def test_settings_of_training_alone_are_told(small_tokenizer, tmp_path):
 def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_proved_one(small_tokenizer, tmp_path, monkeypatch):
     first, second = random_model(GPT2, seed=1), random_model(GPT2, seed=2)
     out, again = tmp_path / "out", ExportSettings(overwrite=True)
-    write_export(out, GPT2, weights_of(first), small_tokenizer, ExportSettings())
+    write_export(out, model_for(GPT2, small_tokenizer), weights_of(first), ExportSettings())
     before = (out / WEIGHTS).read_bytes()
     with pytest.raises(ConfigError, match="--overwrite"):
-        write_export(out, GPT2, weights_of(second), small_tokenizer, ExportSettings())
+        write_export(out, model_for(GPT2, small_tokenizer), weights_of(second), ExportSettings())
     with monkeypatch.context() as broken:
         _write_other_tensors(broken, lambda name, tensor: -tensor if name.endswith("ln_f.weight") else tensor)
         with pytest.raises(ExportError, match="other logits"):
-            write_export(out, GPT2, weights_of(second), small_tokenizer, again)
+            write_export(out, model_for(GPT2, small_tokenizer), weights_of(second), again)
     assert (out / WEIGHTS).read_bytes() == before
-    write_export(out, GPT2, weights_of(second), small_tokenizer, again)
+    write_export(out, model_for(GPT2, small_tokenizer), weights_of(second), again)
     assert (out / WEIGHTS).read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (out / "config.json").unlink()
-    with pytest.raises(ConfigError, match="is no export"):
-        write_export(out, GPT2, weights_of(second), small_tokenizer, again)
+    with pytest.raises(ConfigError, match="is no export to hf"):
+        write_export(out, model_for(GPT2, small_tokenizer), weights_of(second), again)
 
 
 def test_a_folder_that_exists_is_not_touched(small_tokenizer, tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(ConfigError, match="exists already"):
-        write_export(tmp_path / "out", GPT2, weights_of(random_model(GPT2)), small_tokenizer, ExportSettings())
+        write_export(tmp_path / "out", *random_export(GPT2, small_tokenizer), ExportSettings())
     assert (tmp_path / "out" / "precious").read_text() == "x"
 
 
 def test_the_export_is_what_the_class_of_the_family_loads(small_tokenizer, tmp_path):
     """A model that two families express is written as the one that is asked for."""
     settings = ExportSettings(family="mistral")
-    write_export(tmp_path / "out", LLAMA, weights_of(random_model(LLAMA)), small_tokenizer, settings)
+    write_export(tmp_path / "out", *random_export(LLAMA, small_tokenizer), settings)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
     assert type(loaded).__name__ == "MistralForCausalLM"

@@ -33,11 +33,20 @@ from llmtrain.interop.families.label_heads import SUFFIXES
 from llmtrain.interop.hf_export import ExportSettings, write_export
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.proof import their_inputs
-from llmtrain.interop.text.special_tokens import named_tokens
 from llmtrain.models import label_heads
 from llmtrain.models.label_heads import Pooler
 from llmtrain.values.batch import IGNORED_LABEL, PADDING, Batch
-from tests.unit.interop.models import BERT, GPT2, LLAMA, MIXTRAL, QWEN3, random_model, weights_of
+from tests.unit.interop.models import (
+    BERT,
+    GPT2,
+    LLAMA,
+    MIXTRAL,
+    QWEN3,
+    model_for,
+    random_export,
+    random_model,
+    weights_of,
+)
 
 NAMES = ("O", "B-PER", "I-PER")
 EXPORTED = {
@@ -58,8 +67,7 @@ EXPORTED = {
 def test_an_export_gives_our_logits_and_comes_back_bit_for_bit(name: str, small_tokenizer: Any, tmp_path: Path) -> None:
     config, (prefix, head) = EXPORTED[name], name.split()[:2]
     model, out = random_model(config), tmp_path / "out"
-    tokens = named_tokens(small_tokenizer)
-    proof = write_export(out, config, weights_of(model), small_tokenizer, ExportSettings(tokens=tokens)).proof
+    proof = write_export(out, model_for(config, small_tokenizer), weights_of(model), ExportSettings()).proof
     assert proof.max_difference <= 1e-4 and proof.num_greedy_tokens >= 4
     content = json.loads((out / "config.json").read_text())
     assert content["architectures"] == [f"{prefix}{SUFFIXES[head]}"]
@@ -79,7 +87,7 @@ def test_an_export_gives_our_logits_and_comes_back_bit_for_bit(name: str, small_
 def test_layers_are_proved_some_at_a_time(small_tokenizer: Any, tmp_path: Path) -> None:
     config = EXPORTED["Bert classifier"]
     settings = ExportSettings(proof_bytes=1)
-    proof = write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, settings).proof
+    proof = write_export(tmp_path / "out", *random_export(config, small_tokenizer), settings).proof
     assert proof.num_parts == 2 and proof.max_difference <= 1e-4
 
 
@@ -159,7 +167,7 @@ def test_an_export_without_tanh_is_caught(
     config = EXPORTED["Bert classifier"]
     leave_out_tanh(monkeypatch)
     with pytest.raises(ExportError, match="computes other logits"):
-        write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, ExportSettings())
+        write_export(tmp_path / "out", *random_export(config, small_tokenizer), ExportSettings())
     assert not (tmp_path / "out").exists()
 
 
@@ -265,6 +273,6 @@ def test_another_head_is_caught_at_the_first_step(
 
 def test_their_pipeline_names_our_labels(small_tokenizer: Any, tmp_path: Path) -> None:
     config = EXPORTED["GPT2 classifier"].with_keys({"labels": ("a", "b", "c", "d")})
-    write_export(tmp_path / "out", config, weights_of(random_model(config)), small_tokenizer, ExportSettings())
+    write_export(tmp_path / "out", *random_export(config, small_tokenizer), ExportSettings())
     found: Any = pipeline("text-classification", model=str(tmp_path / "out"))("abc def")
     assert found[0]["label"] in ("a", "b", "c", "d")

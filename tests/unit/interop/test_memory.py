@@ -12,7 +12,7 @@ from llmtrain.values.fragment import Box, Fragment
 from tests.support.memory import peak_growth, peak_growth_again
 from tests.support.ranks import run_ranks
 from tests.support.samples import tiny_run
-from tests.unit.interop.models import MIXTRAL
+from tests.unit.interop.models import MIXTRAL, model_for
 
 MIB = 1 << 20
 MODEL = MIXTRAL.with_keys({"num_layers": 10, "hidden_size": 256, "ffn_hidden_size": 1024})
@@ -32,6 +32,7 @@ def _export_rank(rank: int, world_size: int, run: Path, out: Path) -> tuple[int,
     from llmtrain.data.tokenizer import load_tokenizer
     from llmtrain.infer.model import build_from, checkpoint_tensors, logits_of
     from llmtrain.interop import hf_export
+    from llmtrain.interop.exported_model import TrainedWeights
     from llmtrain.interop.hf import family_for
     from llmtrain.interop.name_table import iter_theirs
 
@@ -40,10 +41,10 @@ def _export_rank(rank: int, world_size: int, run: Path, out: Path) -> tuple[int,
     read = checkpoint_tensors(find_checkpoint(run), MODEL, torch.float32)
     theirs = partial(iter_theirs, family_for(MODEL).tables[0], MODEL, read)
     written = peak_growth_again(lambda: hf_export.write_weights(out, theirs(), PART_BYTES))
-    weights = hf_export.TrainedWeights(read, lambda model, part: partial(logits_of, build_from(model, part)))
+    weights = TrainedWeights(read, lambda model, part: partial(logits_of, build_from(model, part)))
     settings = hf_export.ExportSettings(max_shard_bytes=PART_BYTES, proof="layers")
-    tokenizer = load_tokenizer(run / "tokenizer.model")
-    return written, peak_growth(lambda: hf_export.write_export(out / "hf", MODEL, weights, tokenizer, settings))
+    trained = model_for(MODEL, load_tokenizer(run / "tokenizer.model"))
+    return written, peak_growth(lambda: hf_export.write_export(out / "hf", trained, weights, settings))
 
 
 def _import_rank(rank: int, world_size: int, source: Path, out: Path) -> int:

@@ -17,7 +17,7 @@ from llmtrain.interop.hf_export import ExportSettings, write_export
 from llmtrain.interop.model_card import reader_notes
 from llmtrain.interop.text.special_tokens import named_tokens
 from tests.support.readers import read_by, require_reader
-from tests.unit.interop.models import LLAMA, MODELS, QWEN3, random_model, scaled, weights_of
+from tests.unit.interop.models import LLAMA, MODELS, QWEN3, random_export, random_model, scaled
 
 TEXTS = [
     "hello",
@@ -58,7 +58,7 @@ def _exported(names: list[str], tokenizer: SentencePieceTokenizer, place: Path) 
     folders = {name: place / name.replace(" ", "-") for name in names}
     for name, folder in folders.items():
         config = MODELS_READ[name]
-        write_export(folder, config, weights_of(random_model(config)), tokenizer, ExportSettings())
+        write_export(folder, *random_export(config, tokenizer), ExportSettings())
     return folders
 
 

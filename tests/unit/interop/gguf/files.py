@@ -10,7 +10,7 @@ from llmtrain.interop.gguf import export
 from llmtrain.interop.gguf.export import GgufExport, GgufSettings, write_gguf
 from llmtrain.interop.gguf.file_format import MAGIC, TensorType, Value
 from llmtrain.interop.gguf.writing import GgufPart, write_file
-from tests.unit.interop.models import random_model, weights_of
+from tests.unit.interop.models import random_export
 
 ANY_INCREASE = 1e6
 """Random models have nothing that storing could spoil."""
@@ -21,7 +21,7 @@ def written(
 ) -> GgufExport:
     """An export of a random model."""
     settings = GgufSettings(type, ANY_INCREASE, overwrite=True)
-    return write_gguf(folder, config, weights_of(random_model(config)), tokenizer, settings)
+    return write_gguf(folder, *random_export(config, tokenizer), settings)
 
 
 def without_llama_cpp(monkeypatch: Any) -> None:

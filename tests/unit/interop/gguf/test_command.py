@@ -13,7 +13,17 @@ from llmtrain.interop.gguf.file_format import TensorType
 from llmtrain.interop.hf_export import ExportSettings, write_export
 from tests.support.readers import read_by, require_reader
 from tests.unit.interop.gguf.files import without_llama_cpp
-from tests.unit.interop.models import GPT2, LLAMA, MIXTRAL, QWEN3, SCALING, random_example, random_model, weights_of
+from tests.unit.interop.models import (
+    GPT2,
+    LLAMA,
+    MIXTRAL,
+    QWEN3,
+    SCALING,
+    model_for,
+    random_example,
+    random_model,
+    weights_of,
+)
 from tests.unit.interop.test_command import CPU, DAMAGED, USAGE, _call, _json, _run_folder
 from tests.unit.interop.test_readers import JOB, MODELS_READ, TEXTS
 
@@ -149,7 +159,7 @@ def test_files_of_llama_cpps_converter_are_read(llama_cpp, small_tokenizer, tmp_
         folder, file = tmp_path / name.replace(" ", "-"), tmp_path / f"{name.replace(' ', '-')}.gguf"
         config = MODELS_READ[name]
         model = random_model(config)
-        write_export(folder, config, weights_of(model), small_tokenizer, ExportSettings())
+        write_export(folder, model_for(config, small_tokenizer), weights_of(model), ExportSettings())
         script = str(READERS / "llama.cpp" / "convert_hf_to_gguf.py")
         for type in ("f32", "f16", "bf16", "q8_0") if name == "llama" else ("f32",):
             file.unlink(missing_ok=True)

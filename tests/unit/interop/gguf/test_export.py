@@ -20,7 +20,7 @@ from llmtrain.models.transformer import counted_positions
 from llmtrain.values.batch import ModelInputs
 from tests.support.tokenizers import saved_tokenizer, train_sentencepiece
 from tests.unit.interop.gguf.files import without_llama_cpp, written
-from tests.unit.interop.models import GPT2, LLAMA, MIXTRAL, MODELS, QWEN3, random_model, scaled, weights_of
+from tests.unit.interop.models import GPT2, LLAMA, MIXTRAL, MODELS, QWEN3, model_for, random_model, scaled, weights_of
 
 REFUSED = {
     "gpt2 exact gelu": "gelu with tanh",
@@ -207,9 +207,11 @@ def test_perplexity_is_bounded(small_tokenizer, tmp_path, monkeypatch):
                 parameter[:, ::32] *= 4096
     settings = GgufSettings(Q8_0, 0.02, held_out=[ids_S.tolist()])
     with pytest.raises(ExportError, match="perplexity grows from"):
-        write_gguf(tmp_path / "out", config, weights_of(model), small_tokenizer, settings)
+        write_gguf(tmp_path / "out", model_for(config, small_tokenizer), weights_of(model), settings)
     assert list(tmp_path.iterdir()) == []
-    found = write_gguf(tmp_path / "out", config, weights_of(model), small_tokenizer, replace(settings, type=F32))
+    found = write_gguf(
+        tmp_path / "out", model_for(config, small_tokenizer), weights_of(model), replace(settings, type=F32)
+    )
     assert found.perplexities[0] == found.perplexities[1] < 100
 
 
@@ -231,9 +233,9 @@ def test_only_such_an_export_is_replaced(small_tokenizer, tmp_path, monkeypatch)
     weights = weights_of(random_model(LLAMA))
     written(tmp_path / "out", LLAMA, small_tokenizer)
     with pytest.raises(ConfigError, match="exists already"):
-        write_gguf(tmp_path / "out", LLAMA, weights, small_tokenizer, GgufSettings())
+        write_gguf(tmp_path / "out", model_for(LLAMA, small_tokenizer), weights, GgufSettings())
     written(tmp_path / "out", LLAMA, small_tokenizer)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("x")
-    with pytest.raises(ConfigError, match="holds no GGUF file"):
+    with pytest.raises(ConfigError, match="is no export to gguf"):
         written(tmp_path / "mine", LLAMA, small_tokenizer)

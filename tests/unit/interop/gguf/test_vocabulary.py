@@ -17,7 +17,7 @@ from llmtrain.interop.gguf.tokenizer_files import write_tokenizer_files
 from llmtrain.interop.proof import HARD_TEXTS
 from llmtrain.interop.text.special_tokens import named_tokens
 from tests.unit.interop.gguf.files import ANY_INCREASE, written
-from tests.unit.interop.models import LLAMA, random_model, weights_of
+from tests.unit.interop.models import LLAMA, model_for, random_model, weights_of
 from tests.unit.interop.test_chat_export import CHAT, source_of
 
 TEXT = Path(json.__file__).read_text("utf-8") + "It's WE'LL 1234 56 ½ été 中文字 😀\r\n\t  x" * 9
@@ -89,8 +89,9 @@ def test_conversations_have_the_ids_of_training(kind, llama_cpp, tmp_path):
     tokenizer = source_of(kind, tmp_path).encoder.tokenizer
     config = LLAMA.with_keys({"vocab_size": tokenizer.vocab_size})
     tokens, chats = named_tokens(tokenizer, CHAT), chat_examples(tokenizer)
-    settings = GgufSettings(max_perplexity_increase=ANY_INCREASE, tokens=tokens, chats=chats)
-    found = write_gguf(tmp_path / "out", config, weights_of(random_model(config)), tokenizer, settings)
+    trained = model_for(config, tokenizer, tokens=tokens, chats=chats)
+    settings = GgufSettings(max_perplexity_increase=ANY_INCREASE)
+    found = write_gguf(tmp_path / "out", trained, weights_of(random_model(config)), settings)
     assert found.proof is not None and found.proof.num_chats == len(chats.examples) > 3
     metadata = read_header(tmp_path / "out" / found.file).metadata
     assert metadata["tokenizer.chat_template"] == chats.template

@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtrain.cli.trained_models import BestOption, JsonOption, ProofKind, print_result, size_bytes
+from llmtrain.cli.models.options import (
+    BestOption,
+    FamilyOption,
+    JsonOption,
+    OutArgument,
+    OverwriteOption,
+    ProofKind,
+    ProofMemoryOption,
+    ProofOption,
+    ShardSizeOption,
+    TokenizerOption,
+    print_result,
+    size_bytes,
+)
 
 if TYPE_CHECKING:
     from llmtrain.compress.quantize import Compression
@@ -56,15 +69,11 @@ KeepOption = Annotated[
 IncreaseOption = Annotated[
     float, typer.Option(min=0, max=1e6, help="Share by which it may grow; above it nothing is written.")
 ]
-ProofOption = Annotated[
-    ProofKind,
-    typer.Option(help="full: both models in memory. layers: some layers at a time. auto: full where it fits."),
-]
 
 
 def compress(
     source: Annotated[Path, typer.Argument(help="A run (its newest valid checkpoint), a checkpoint, or an export.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: OutArgument,
     scheme: SchemeOption,
     group: GroupOption = None,
     method: MethodOption = Method.RTN,
@@ -74,12 +83,12 @@ def compress(
     keep: KeepOption = None,
     max_perplexity_increase: IncreaseOption = 0.02,
     dtype: Annotated[StayingType, typer.Option(help="Type of what stays, and of scales.")] = StayingType.BFLOAT16,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file, such as 500MB.")] = "5GB",
-    tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
-    family: Annotated[str | None, typer.Option(help="transformers' model_type, where several would do.")] = None,
+    max_shard_size: ShardSizeOption = "5GB",
+    tokenizer: TokenizerOption = None,
+    family: FamilyOption = None,
     proof: ProofOption = ProofKind.AUTO,
-    proof_memory: Annotated[str, typer.Option(help="Memory that a full proof may take with auto.")] = "16GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    proof_memory: ProofMemoryOption = "16GB",
+    overwrite: OverwriteOption = False,
     best: BestOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -115,10 +124,10 @@ def _quantize(
     """`source` is a model and the tokenizer that was named."""
     from llmtrain.compress.quantize import compress as quantize
     from llmtrain.compress.source import open_source
-    from llmtrain.interop.hf_export import require_free
+    from llmtrain.interop.folder_files import require_free
     from llmtrain.runs.file_system import require_place
 
-    require_free(out, settings.overwrite)
+    require_free(out, settings.overwrite, "hf")
     require_place(out)
     opened = open_source(*source)
     done = quantize(opened, out, asked, settings, lambda text: typer.echo(text, err=True))

@@ -1,0 +1,87 @@
+"""A graph as an ONNX file: the same bytes for the same weights, and nothing in it of the machine that made it."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx  # pyright: ignore[reportMissingImports]
+import torch
+
+from llmtrain.errors import ExportError
+from llmtrain.interop.graph import Graph, Run
+from llmtrain.interop.onnx_folder.quantization import BITS, quantize
+from llmtrain.interop.onnx_folder.sessions import OnnxSessions
+
+LARGEST_FILE = 1_900_000_000
+"""Bytes of weights in one file. Protobuf ends at 2 GB: more lie in a file of their own beside it."""
+
+
+def write_graph(folder: Path, graph: Graph, precision: str, largest_file: int = LARGEST_FILE) -> Path:
+    """Write NAME.onnx, and NAME.onnx.data where there are more weights than one file takes."""
+    path = folder / f"{graph.name}.onnx"
+    apart = sum(parameter.nbytes for parameter in graph.module.parameters()) > largest_file
+    with _quiet():
+        try:
+            made: Any = torch.onnx.export(
+                graph.program(),
+                dynamo=True,
+                input_names=[port.name for port in graph.inputs],
+                output_names=[port.name for port in graph.outputs],
+                verbose=False,
+            )
+        except Exception as error:  # the exporter's steps raise errors of many kinds
+            raise ExportError(
+                f"PyTorch {torch.__version__} cannot write {graph.name} as ONNX: {str(error)[:300]}. "
+                "Nothing is left of the folder. Try another version of PyTorch, or --to torch-export."
+            ) from error
+        made.save(str(path), external_data=apart)
+        _strip(path, graph)
+        if precision in BITS:
+            quantize(path, precision, apart)
+    return path
+
+
+def _strip(path: Path, graph: Graph) -> None:
+    """Leave out where each operation stands in which source, and name the sizes that are not known."""
+    model = onnx.load(str(path), load_external_data=False)
+    del model.metadata_props[:], model.graph.metadata_props[:]
+    del model.graph.value_info[:]  # what follows from the rest; its sizes have names that mean nothing
+    for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    for function in model.functions:
+        del function.metadata_props[:], function.value_info[:]
+        for node in function.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+    ports = (*zip(model.graph.input, graph.inputs, strict=True), *zip(model.graph.output, graph.outputs, strict=True))
+    for value, port in ports:
+        for place, dim in zip(value.type.tensor_type.shape.dim, port.dims, strict=True):
+            if isinstance(dim, str):
+                place.dim_param = dim
+            else:
+                place.dim_value = dim
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remarks that exporter, optimizer and quantizer make on their own workings."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def write_onnx(folder: Path, graphs: Sequence[Graph], precision: str) -> Run:
+    """Write the graphs of a model; returns what runs the files with onnxruntime."""
+    for graph in graphs:
+        write_graph(folder, graph, precision)
+    return OnnxSessions(folder, graphs).run

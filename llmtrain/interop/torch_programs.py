@@ -1,0 +1,37 @@
+"""Graphs as programs of torch.export, which PyTorch and compilers for other devices load without our code."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmtrain.interop.graph import Graph, Run
+
+
+def write_programs(folder: Path, graphs: Sequence[Graph], precision: str) -> Run:
+    """Write NAME.pt2 for each graph; returns what runs the programs as they are read again.
+
+    PyTorch's reader unpickles what a file may hold: these were written by this process.
+    """
+    modules = dict[str, Any]()
+    for graph in graphs:
+        path = folder / f"{graph.name}.pt2"
+        torch.export.save(_bare(graph.program()), path)
+        modules[graph.name] = torch.export.load(path).module()
+
+    @torch.no_grad()
+    def run(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return list(modules[graph.name](*inputs))
+
+    return run
+
+
+def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without the places of our source files, which name folders of this machine."""
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program

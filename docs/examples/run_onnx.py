@@ -67,21 +67,22 @@ def main() -> None:
     graphs = [Graph(options.folder, one) for one in about["graphs"]]
     read = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
     read["token_type_ids"] = np.zeros_like(read["input_ids"])
-    if about["family"] == "encoder_decoder":
+    head, names = about["head"], about["labels"]
+    if len(graphs) == 2:
         memory = graphs[0].run(read)
         fixed = {"encoder_attention_mask": read["attention_mask"], **memory}
         new = generated(graphs[1], [special["start_id"]], fixed, options.max_tokens, set(special["end_ids"]))
         print(json.dumps({"ids": new, "text": tokenizer.decode(new)}))
-    elif about["family"] == "decoder" and about["head"] != "classifier":
+    elif any(port["name"].startswith("past_key_values.") for port in graphs[0].inputs):
         count = min(options.max_tokens, about["max_seq_len"] - len(ids))
         new = generated(graphs[0], ids, {}, count, set(special["end_ids"]))
         print(json.dumps({"ids": new, "text": tokenizer.decode(new)}))
-    elif about["head"] == "span":
+    elif head == "span":
         found = graphs[0].run(read)
         print(json.dumps({name: int(found[name][0].argmax()) for name in ("start_logits", "end_logits")}))
-    elif about["labels"]:
-        best = graphs[0].run(read)["logits"][0].argmax(-1)
-        print(json.dumps({"labels": [about["labels"][label] for label in np.atleast_1d(best)]}))
+    elif head in ("classifier", "token_classifier"):
+        best = np.atleast_1d(graphs[0].run(read)["logits"][0].argmax(-1)).tolist()
+        print(json.dumps({"labels": [names[label] for label in best] if names else best}))
     else:
         logits = graphs[0].run(read)["logits"][0]
         places = [place for place, token in enumerate(ids) if token == special["mask_id"]]

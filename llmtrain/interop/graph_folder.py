@@ -1,6 +1,5 @@
 """A folder of a model's graphs: written, run and compared with the model, and only then given its name."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.interop.exported_model import ExportedModel
-from llmtrain.interop.folder_files import MARKS
+from llmtrain.interop.folder_files import MARKS, sha256_of
 from llmtrain.interop.graph import Graph, Port, Run
 from llmtrain.interop.graph_memory import GraphModel
 from llmtrain.interop.graph_proof import GraphComparison, OriginalModel, compare_graphs
@@ -35,6 +34,14 @@ class GraphSettings:
     overwrite: bool = False
 
 
+@dataclass(frozen=True)
+class GraphExport:
+    """What was found about graphs that were written, and notes on their tokenizer."""
+
+    found: GraphComparison
+    notes: list[str]
+
+
 def require_graphs(model: ModelConfig) -> None:
     """Raise ConfigError for a model that has no graph of its own."""
     if model.moe is not None and model.moe.router == "expert_choice":
@@ -52,11 +59,11 @@ def prove(
     original: OriginalModel,
     trained: ExportedModel,
     settings: GraphSettings,
-) -> GraphComparison:
+) -> GraphExport:
     """Compare what was written with the model, and write the tokenizer and the record that says how the graphs are used
     and what was proved."""
     model, exact = trained.config, settings.precision == "float32"
-    ids = _write_tokenizer(folder, trained)
+    ids, notes = _write_tokenizer(folder, trained)
     found = compare_graphs(GraphModel(graphs, run), original, ids, exact)
     found.require(exact, settings.max_perplexity_increase)
     record = {
@@ -73,25 +80,25 @@ def prove(
     }
     (folder / MARKS[settings.form]).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (folder / "README.md").write_text(_readme(trained, settings, found), "utf-8")
-    return found
+    return GraphExport(found, notes)
 
 
-def _write_tokenizer(folder: Path, trained: ExportedModel) -> list[int]:
+def _write_tokenizer(folder: Path, trained: ExportedModel) -> tuple[list[int], list[str]]:
     """Write the tokenizer's files; returns the ids of real texts, once both tokenizers agree on them and on
-    conversations."""
-    write_tokenizer(folder, trained.tokenizer, trained.tokens, trained.tokenizer_settings("llmtrain"))
+    conversations, and notes."""
+    notes = write_tokenizer(folder, trained.tokenizer, trained.tokens, trained.tokenizer_settings("llmtrain"))
     frame = text_frame(trained.tokenizer, trained.tokens, trained.config.family)
     reader = TextReader(folder, trained.tokenizer, frame)
     if trained.chats is not None:
         reader.compare_chats(trained.chats)
-    return reader.compare(real_texts())
+    return reader.compare(real_texts()), notes
 
 
 def _graph_record(folder: Path, graph: Graph) -> dict[str, Any]:
     files = sorted(path for path in folder.iterdir() if path.name.startswith(f"{graph.name}."))
     return {
         "name": graph.name,
-        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "files": {path.name: sha256_of(path) for path in files},
         "inputs": [_port_record(port) for port in graph.inputs],
         "outputs": [_port_record(port) for port in graph.outputs],
     }

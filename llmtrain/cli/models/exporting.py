@@ -189,7 +189,8 @@ def _graphs(request: _Request, max_perplexity_increase: float) -> dict[str, Any]
 
         form, write = "onnx", write_onnx
     settings = GraphSettings(form, request.dtype.value, max_perplexity_increase, request.overwrite)
-    checkpoint, found = export_graphs(request.source, request.out, request.tokenizer, settings, write)
+    checkpoint, export = export_graphs(request.source, request.out, request.tokenizer, settings, write)
+    found = export.found
     return {
         "folder": str(request.out),
         "checkpoint": str(checkpoint.path),
@@ -199,6 +200,7 @@ def _graphs(request: _Request, max_perplexity_increase: float) -> dict[str, Any]
         "logit_positions_compared": found.num_positions,
         "best_equal": found.num_equal_best,
         "greedy_tokens_equal": found.num_greedy,
+        "notes": export.notes,
     }
 
 

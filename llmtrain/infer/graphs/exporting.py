@@ -18,8 +18,8 @@ from llmtrain.infer.hugging_face import merged, open_trained
 from llmtrain.infer.model import build_trained, logits_of, saved_architecture, saved_finetune
 from llmtrain.interop.folder_files import require_free, written
 from llmtrain.interop.graph import Graph, Run
-from llmtrain.interop.graph_folder import GraphSettings, prove, require_graphs
-from llmtrain.interop.graph_proof import GraphComparison, OriginalModel
+from llmtrain.interop.graph_folder import GraphExport, GraphSettings, prove, require_graphs
+from llmtrain.interop.graph_proof import OriginalModel
 from llmtrain.models.transformer import Transformer
 
 WriteGraphs = Callable[[Path, Sequence[Graph], str], Run]
@@ -30,7 +30,7 @@ _CPU = torch.device("cpu")
 
 def export_graphs(
     source: Path, out: Path, tokenizer: Path | None, settings: GraphSettings, write: WriteGraphs
-) -> tuple[CheckpointReader, GraphComparison]:
+) -> tuple[CheckpointReader, GraphExport]:
     """Write the checkpoint that a path means as graphs, and prove them.
 
     Raises as `open_trained` does; ConfigError for what has no graph; ExportError where the graphs are another model.

@@ -18,8 +18,9 @@ BLOCK = 32
 """Rows of a matrix that share a scale. Smaller blocks round less and take more scales: 4 bits become 4.5 or 5."""
 
 
-def quantize(path: Path, precision: str, apart: bool) -> None:
-    """Round the weights of all products with a matrix, in place; `apart`: weights lie in a file beside the model's."""
+def quantize(path: Path, precision: str, largest_file: int) -> None:
+    """Round the weights of all products with a matrix, in place. More bytes of weights than `largest_file` lie in a
+    file beside the model's."""
     model = onnx.load(str(path))
     _turn_weights(model)
     quantizer = MatMulNBitsQuantizer(model, bits=BITS[precision], block_size=BLOCK, is_symmetric=True)
@@ -27,8 +28,8 @@ def quantize(path: Path, precision: str, apart: bool) -> None:
     rounded = quantizer.model.model
     for file in (path, path.with_name(f"{path.name}.data")):
         file.unlink(missing_ok=True)
-    if apart:
-        onnx.save_model(rounded, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=0)
+    if sum(len(weight.raw_data) for weight in rounded.graph.initializer) > largest_file:
+        onnx.save_model(rounded, str(path), save_as_external_data=True, location=f"{path.name}.data")
     else:
         path.write_bytes(rounded.SerializeToString(deterministic=True))
 

@@ -19,10 +19,17 @@ LARGEST_FILE = 1_900_000_000
 """Bytes of weights in one file. Protobuf ends at 2 GB: more lie in a file of their own beside it."""
 
 
-def write_graph(folder: Path, graph: Graph, precision: str, largest_file: int = LARGEST_FILE) -> Path:
+def write_onnx(folder: Path, graphs: Sequence[Graph], precision: str) -> Run:
+    """Write the graphs of a model; returns what runs the files with onnxruntime."""
+    for graph in graphs:
+        write_graph(folder, graph, precision)
+    return OnnxSessions(folder, graphs).run
+
+
+def write_graph(folder: Path, graph: Graph, precision: str) -> None:
     """Write NAME.onnx, and NAME.onnx.data where there are more weights than one file takes."""
     path = folder / f"{graph.name}.onnx"
-    apart = sum(parameter.nbytes for parameter in graph.module.parameters()) > largest_file
+    apart = sum(parameter.nbytes for parameter in graph.module.parameters()) > LARGEST_FILE
     with _quiet():
         try:
             made: Any = torch.onnx.export(
@@ -40,8 +47,7 @@ def write_graph(folder: Path, graph: Graph, precision: str, largest_file: int = 
         made.save(str(path), external_data=apart)
         _strip(path, graph)
         if precision in BITS:
-            quantize(path, precision, apart)
-    return path
+            quantize(path, precision, LARGEST_FILE)
 
 
 def _strip(path: Path, graph: Graph) -> None:
@@ -78,10 +84,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def write_onnx(folder: Path, graphs: Sequence[Graph], precision: str) -> Run:
-    """Write the graphs of a model; returns what runs the files with onnxruntime."""
-    for graph in graphs:
-        write_graph(folder, graph, precision)
-    return OnnxSessions(folder, graphs).run

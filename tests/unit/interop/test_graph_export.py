@@ -102,7 +102,7 @@ def test_users_faults(small_tokenizer, tmp_path, monkeypatch):
         ((run, out, "--dtype", "int4"), "must be float32, bfloat16 or float16"),
         ((run, out, "--to", "onnx", "--base", "x"), "--base"),
         ((run, out, "--to", "onnx", "--proof", "full"), "--proof: goes with --to hf"),
-        ((run, out, "--to", "onnx", "--family", "llama"), "--family: says nothing of graphs"),
+        ((run, out, "--to", "onnx", "--family", "llama"), "--family: goes with --to hf"),
         ((run, tmp_path / "used", "--to", "onnx"), "exists already"),
         ((run, tmp_path / "used", "--to", "onnx", "--overwrite"), "has no onnx.json"),
         ((run, out, "--to", "onnx", "--tokenizer", tmp_path / "none.model"), "none.model"),

@@ -2,63 +2,37 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmtrain.config.attention import ATTENTION_KINDS, SCALING_KINDS
 from llmtrain.config.model import ModelConfig, MoeConfig
+from llmtrain.config.reading.load import load_config
 from llmtrain.errors import ConfigError, ExportError
-from llmtrain.infer.batching.request import Request
-from llmtrain.infer.batching.sampling import Sampling
-from llmtrain.infer.embedding import embedding
-from llmtrain.infer.generate import iter_tokens
 from llmtrain.infer.graphs.model_graphs import model_graphs
-from llmtrain.infer.model import logits_of
 from llmtrain.interop.graph import Graph
 from llmtrain.interop.graph_folder import require_graphs
 from llmtrain.interop.graph_memory import GraphModel
-from llmtrain.interop.graph_proof import GraphComparison, OriginalModel, compare_graphs
+from llmtrain.interop.graph_proof import GraphComparison, compare_graphs
 from llmtrain.models.attention import dense
 from llmtrain.models.attention.dense import DenseKeys, TextPlaces
 from llmtrain.models.attention.patterns import SlidingWindow
 from llmtrain.models.experts.router import Router
-from tests.unit.infer.graphs.models import KINDS
-from tests.unit.interop.models import LLAMA, MIXTRAL, VOCAB_SIZE, random_model
-
-START_ID = 3
-
-
-@torch.no_grad()
-def eager(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """A graph without a trace of it; sizes are those that its ports say."""
-    found = list(graph.module(*inputs))
-    sizes = dict[str, int]()
-    for port, x in (*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, found, strict=True)):
-        for dim, size in zip(port.dims, x.shape, strict=True):
-            assert sizes.setdefault(dim, size) == size if isinstance(dim, str) else dim == size, (port, x.shape)
-        assert x.dtype == port.dtype, port
-    return found
-
-
-def trained(config: ModelConfig) -> OriginalModel:
-    model = random_model(config)
-
-    def continued(ids: Sequence[int], count: int) -> list[int]:
-        encodes = config.family == "encoder_decoder"
-        prompt, source = ((START_ID,), tuple(ids)) if encodes else (tuple(ids), ())
-        return list(iter_tokens(model, Request(prompt, count, Sampling(0.0), source=source)))
-
-    return OriginalModel(config, partial(logits_of, model), continued, partial(embedding, model), START_ID)
+from tests.configs.test_shipped_configs import MODELS as SHIPPED
+from tests.configs.test_shipped_configs import run_around
+from tests.unit.infer.graphs.models import KINDS, REFUSED, eager, original
+from tests.unit.interop.models import LLAMA, SIZES, VOCAB_SIZE, random_model
 
 
 def compared(config: ModelConfig, spoil: tuple[Any, str, Any] | None = None) -> GraphComparison:
     """`spoil` is an attribute that is another one while graphs run: the model computes what it did."""
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(VOCAB_SIZE, (301,), generator=generator).tolist()
-    right, graphs = trained(config), model_graphs(random_model(config))
+    right, graphs = original(config), model_graphs(random_model(config))
 
     def run(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
         with pytest.MonkeyPatch.context() as patch:
@@ -70,6 +44,9 @@ def compared(config: ModelConfig, spoil: tuple[Any, str, Any] | None = None) -> 
     found.require(True, 1e-6)
     return found
 
+
+CHOICES = ("family", "position", "norm", "norm_position", "activation", "gelu_approximate", "head")
+"""Keys of a model that name a kind."""
 
 SHORT = ("llama", "alibi", "bigbird", "linear", "sinks and cap", "mixtral", "bert answers", "bert classifier", "t5")
 
@@ -85,11 +62,47 @@ def test_graphs_compute_what_the_model_computes(name: str) -> None:
     assert found.num_greedy == (32 if writes else 0)
 
 
-def test_expert_choice_is_refused() -> None:
-    config = MIXTRAL.with_keys({"moe": MoeConfig(router="expert_choice", num_experts=4)})
+def test_every_kind_has_graphs_or_is_refused_by_name() -> None:
+    """One that is added to the configuration has to be in one of the two lists."""
     with pytest.raises(ConfigError, match="expert_choice: each expert chooses among all tokens"):
+        require_graphs(REFUSED["expert choice"])
+    for config in KINDS.values():
         require_graphs(config)
-    require_graphs(MIXTRAL)
+    seen = [config.model_dump() for config in (*KINDS.values(), *REFUSED.values())]
+    for key in CHOICES:
+        declared = set(get_args(ModelConfig.model_fields[key].annotation))
+        assert {found[key] for found in seen} == declared, key
+    assert {found["attention"]["kind"] for found in seen} == set(ATTENTION_KINDS)
+    assert {found["rope_scaling"]["kind"] for found in seen if found["rope_scaling"]} == set(SCALING_KINDS)
+    routers = set(get_args(MoeConfig.model_fields["router"].annotation))
+    assert {found["moe"]["router"] for found in seen if found["moe"]} == routers
+
+
+def in_small(config: ModelConfig) -> ModelConfig:
+    """Another architecture's kinds in the sizes of the tests, groups of queries and experts with them."""
+    layers = config.moe.every_n_layers if config.moe else 1
+    sizes: dict[str, Any] = {
+        **SIZES, "num_layers": 2 * layers, "num_kv_heads": 4 if config.kv_heads == config.num_heads else 2,
+        "head_dim": 16 if config.head_dim else None, "vocab_size": VOCAB_SIZE,
+    }  # fmt: skip
+    if config.family == "encoder_decoder":
+        sizes["num_encoder_layers"] = 2 * layers
+    if config.moe:
+        sizes["moe"] = config.moe.with_keys({"num_experts": 4, "ffn_hidden_size": None})
+    if config.attention.window:
+        sizes["attention"] = config.attention.with_keys({"window": 9})
+    if config.rope_scaling:
+        sizes["rope_scaling"] = config.rope_scaling.with_keys({"original_max_seq_len": 16})
+    return config.with_keys(sizes)
+
+
+@pytest.mark.whole_grid
+def test_every_shipped_model_in_small(tmp_path: Path) -> None:
+    small = [in_small(load_config(run_around(file, tmp_path)).config.model) for file in SHIPPED]
+    kinds = {str(config): config for config in small}
+    assert len(kinds) >= 8
+    for config in kinds.values():
+        compared(config)
 
 
 def shifted_queries(of):
@@ -124,7 +137,7 @@ def test_rounded_weights_are_measured_and_bounded() -> None:
         for parameter in model.parameters():
             parameter.mul_(1.03)
     graphs = GraphModel(model_graphs(model), eager)
-    found = compare_graphs(graphs, trained(LLAMA), list(range(5, 200)), exact=False)
+    found = compare_graphs(graphs, original(LLAMA), list(range(5, 200)), exact=False)
     assert 1e-4 < found.perplexity_increase < 1 and found.num_equal_best < found.num_positions
     found.require(False, 1.0)
     with pytest.raises(ExportError, match=r"perplexity rises by .* --max-perplexity-increase = 0.0001"):

@@ -78,7 +78,7 @@ def nearly(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 def test_other_graphs_leave_nothing(small_tokenizer: Any, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", random_adapter("llama", LORA), small_tokenizer.path)
-    with pytest.raises(ExportError, match="compute other logits: they differ by up to 0.001"):
+    with pytest.raises(ExportError, match="compute other logits"):
         export_graphs(run, tmp_path / "out", None, FLOAT32, Untraced(nearly))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

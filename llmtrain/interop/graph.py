@@ -4,7 +4,7 @@ Sizes are numbers, or words for what is only known when the graph runs: `batch`,
 that came before), `total` (both together), `source` (tokens that an encoder has read).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,13 @@ class Graph:
     module: nn.Module
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    exact: tuple[type[nn.Module], ...] = ()
+    """Kinds of modules in it whose weights are never rounded to whole numbers."""
+
+    @property
+    def exact_names(self) -> frozenset[str]:
+        """Their names in the module."""
+        return frozenset(name for name, module in self.module.named_modules() if isinstance(module, self.exact))
 
     @property
     def memory(self) -> tuple[Port, ...]:
@@ -64,3 +71,7 @@ PAST, PRESENT = "past_key_values", "present"
 
 Run = Callable[[Graph, Sequence[Tensor]], list[Tensor]]
 """Runs a graph on tensors in the order of its inputs; returns its outputs."""
+
+Stages = Iterator[tuple[str, Run]]
+"""What runs the files of graphs as they are so far, and the type of their weights. Those that will be whole numbers are
+fp32 first: so a graph is proved exactly, and rounding measured apart from it."""

@@ -12,7 +12,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.interop.exported_model import ExportedModel
 from llmtrain.interop.folder_files import MARKS, sha256_of
-from llmtrain.interop.graph import Graph, Port, Run
+from llmtrain.interop.graph import Graph, Port, Stages
 from llmtrain.interop.graph_memory import GraphModel
 from llmtrain.interop.graph_proof import GraphComparison, OriginalModel, compare_graphs
 from llmtrain.interop.proof import real_texts
@@ -55,17 +55,18 @@ def require_graphs(model: ModelConfig) -> None:
 def prove(
     folder: Path,
     graphs: Sequence[Graph],
-    run: Run,
+    stages: Stages,
     original: OriginalModel,
     trained: ExportedModel,
     settings: GraphSettings,
 ) -> GraphExport:
     """Compare what was written with the model, and write the tokenizer and the record that says how the graphs are used
     and what was proved."""
-    model, exact = trained.config, settings.precision == "float32"
+    model, found = trained.config, GraphComparison()
     ids, notes = _write_tokenizer(folder, trained)
-    found = compare_graphs(GraphModel(graphs, run), original, ids, exact)
-    found.require(exact, settings.max_perplexity_increase)
+    for precision, run in stages:
+        found = compare_graphs(GraphModel(graphs, run), original, ids, precision)
+        found.require(precision, settings.max_perplexity_increase)
     record = {
         "format": f"llmtrain {settings.form}",
         "family": model.family,

@@ -22,6 +22,9 @@ SHAPES = ((1, 7), (3, 1), (2, 12), (1, 1), (4, 64))
 NUM_STEPS = 6
 """Tokens that follow one by one, from the memory of those before."""
 NUM_GREEDY = 32
+ALLOWED = {"float32": TOLERANCE, "float16": 2e-2, "bfloat16": 2e-1}
+"""How far logits of usual size may be apart; beyond 10 in proportion. Of fp16 and bf16, which round all activations to
+11 and 8 bits, where fp32 has 24; whole numbers are other weights, which the perplexity alone judges."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,21 @@ class GraphComparison:
         rise of its logarithm."""
         return math.expm1(self.divergence / max(1, self.num_positions))
 
-    def require(self, exact: bool, max_increase: float) -> None:
-        """Raise ExportError where the graphs are another model: `exact`, with the same weights, by more than fp32
-        rounds; else by more than rounded weights may."""
-        allowed = TOLERANCE * max(1.0, self.largest / 10)
-        if exact and not self.max_difference <= allowed:
+    def require(self, precision: str, max_increase: float) -> None:
+        """Raise ExportError where the graphs are another model: by more than their type rounds, or by more than
+        weights of that type may add to the perplexity."""
+        allowed = ALLOWED.get(precision, math.inf)
+        of_logits = allowed * max(1.0, self.largest / 10)
+        if not self.max_difference <= of_logits:
             raise ExportError(
                 f"The graphs compute other logits: they differ by up to {self.max_difference:.3g}, and at most "
-                f"{allowed:.3g} is allowed. They would be another model than the trained one."
+                f"{of_logits:.3g} is allowed in {precision}. They would be another model than the trained one."
             )
-        if exact and not self.max_vector_difference <= TOLERANCE:
-            raise ExportError(f"The graphs give other vectors: they differ by up to {self.max_vector_difference:.3g}.")
+        if not self.max_vector_difference <= allowed:
+            raise ExportError(
+                f"The graphs give other vectors: they differ by up to {self.max_vector_difference:.3g}, and at most "
+                f"{allowed:.3g} is allowed in {precision}."
+            )
         if not self.perplexity_increase <= max_increase:
             raise ExportError(
                 f"With rounded weights the perplexity rises by {self.perplexity_increase:.3g} of itself, and "
@@ -86,10 +93,10 @@ class GraphComparison:
             )
 
 
-def compare_graphs(graphs: GraphModel, trained: OriginalModel, ids: Sequence[int], exact: bool) -> GraphComparison:
-    """Compare on real tokens, of which any number will do. Raises ExportError where they differ in greedy
-    tokens, if `exact`."""
-    found, config = GraphComparison(), trained.config
+def compare_graphs(graphs: GraphModel, trained: OriginalModel, ids: Sequence[int], precision: str) -> GraphComparison:
+    """Compare on real tokens, of which any number will do. Raises ExportError where they differ in greedy tokens, if
+    the weights are the same."""
+    found, config, exact = GraphComparison(), trained.config, precision == "float32"
     if max(ids) >= config.vocabulary:
         raise ExportError(
             f"The tokenizer gives the id {max(ids)}, the model has {config.vocabulary} tokens: it was trained with "

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.interop.graph import Graph, Run
+from llmtrain.interop.graph import Graph, Stages
 
 
-def write_programs(folder: Path, graphs: Sequence[Graph], precision: str) -> Run:
-    """Write NAME.pt2 for each graph; returns what runs the programs as they are read again.
+def write_programs(folder: Path, graphs: Sequence[Graph], precision: str) -> Stages:
+    """Write NAME.pt2 for each graph, which is run as it is read again.
 
     PyTorch's reader unpickles what a file may hold: these were written by this process.
     """
@@ -25,7 +25,7 @@ def write_programs(folder: Path, graphs: Sequence[Graph], precision: str) -> Run
     def run(graph: Graph, inputs: Sequence[Tensor]) -> list[Tensor]:
         return list(modules[graph.name](*inputs))
 
-    return run
+    yield precision, run
 
 
 def _bare(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

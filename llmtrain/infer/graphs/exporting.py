@@ -17,13 +17,13 @@ from llmtrain.infer.graphs.model_graphs import model_graphs
 from llmtrain.infer.hugging_face import merged, open_trained
 from llmtrain.infer.model import build_trained, logits_of, saved_architecture, saved_finetune
 from llmtrain.interop.folder_files import require_free, written
-from llmtrain.interop.graph import Graph, Run
+from llmtrain.interop.graph import Graph, Stages
 from llmtrain.interop.graph_folder import GraphExport, GraphSettings, prove, require_graphs
 from llmtrain.interop.graph_proof import OriginalModel
 from llmtrain.models.transformer import Transformer
 
-WriteGraphs = Callable[[Path, Sequence[Graph], str], Run]
-"""Writes graphs in a precision into a folder, and returns what runs the files that it has written."""
+WriteGraphs = Callable[[Path, Sequence[Graph], str], Stages]
+"""Writes graphs into a folder, whose weights are of a type in the end."""
 
 _CPU = torch.device("cpu")
 
@@ -46,8 +46,8 @@ def export_graphs(
     )  # fmt: skip
     with written(out) as folder:
         graphs = model_graphs(_built(checkpoint, settings.precision))
-        run = write(folder, graphs, settings.precision)
-        return checkpoint, prove(folder, graphs, run, original, trained, settings)
+        stages = write(folder, graphs, settings.precision)
+        return checkpoint, prove(folder, graphs, stages, original, trained, settings)
 
 
 def _built(checkpoint: CheckpointReader, precision: str = "float32") -> Transformer:

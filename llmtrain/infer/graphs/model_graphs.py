@@ -1,13 +1,14 @@
 """The graphs of a model: which there are, what goes into them and what comes out."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.infer.graphs.modules import MaskedModel, MemoryMaker, TextClassifier, TextDecoder
 from llmtrain.interop.graph import PAST, PRESENT, Graph, Port
-from llmtrain.models.experts.dense import DenseMoE
+from llmtrain.models.experts.dense import DenseMoE, RouterWeights
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.transformer import Transformer
 
@@ -21,6 +22,10 @@ def model_graphs(model: Transformer) -> list[Graph]:
         for layer in stack.layers.values():
             if isinstance(layer.moe, MoE):
                 layer.moe = DenseMoE(layer.moe)
+    return [replace(graph, exact=(RouterWeights,)) for graph in _graphs(model)]
+
+
+def _graphs(model: Transformer) -> list[Graph]:
     config, dtype = model.config, next(model.parameters()).dtype
     vector = Port("embedding", ("batch", config.hidden_size))
     if config.family == "encoder":

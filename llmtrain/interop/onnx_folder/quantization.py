@@ -1,9 +1,11 @@
 """Matrices of a graph in whole numbers of 8 or 4 bits, with a scale for each block of a column.
 
 Only weights are rounded, and each block by itself: what a text gives does not depend on its neighbours in a batch, as
-it would where one scale is found for all activations. Embeddings, which are looked up and not multiplied, stay in fp32.
+it would where one scale is found for all activations. Embeddings, which are looked up and not multiplied, stay in fp32,
+as does what routes tokens to experts.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,14 @@ BLOCK = 32
 """Rows of a matrix that share a scale. Smaller blocks round less and take more scales: 4 bits become 4.5 or 5."""
 
 
-def quantize(path: Path, precision: str, largest_file: int) -> None:
-    """Round the weights of all products with a matrix, in place. More bytes of weights than `largest_file` lie in a
-    file beside the model's."""
+def quantize(path: Path, precision: str, exact: Sequence[str], largest_file: int) -> None:
+    """Round the weights of all products with a matrix, in place, but for operations whose names are in `exact`. More
+    bytes of weights than `largest_file` lie in a file beside the model's."""
     model = onnx.load(str(path))
     _turn_weights(model)
-    quantizer = MatMulNBitsQuantizer(model, bits=BITS[precision], block_size=BLOCK, is_symmetric=True)
+    quantizer = MatMulNBitsQuantizer(
+        model, bits=BITS[precision], block_size=BLOCK, is_symmetric=True, nodes_to_exclude=list(exact)
+    )
     quantizer.process()
     rounded = quantizer.model.model
     for file in (path, path.with_name(f"{path.name}.data")):

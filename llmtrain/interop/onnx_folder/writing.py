@@ -11,24 +11,31 @@ import onnx  # pyright: ignore[reportMissingImports]
 import torch
 
 from llmtrain.errors import ExportError
-from llmtrain.interop.graph import Graph, Run
+from llmtrain.interop.graph import Graph, Stages
 from llmtrain.interop.onnx_folder.quantization import BITS, quantize
 from llmtrain.interop.onnx_folder.sessions import OnnxSessions
 
 LARGEST_FILE = 1_900_000_000
 """Bytes of weights in one file. Protobuf ends at 2 GB: more lie in a file of their own beside it."""
 
-
-def write_onnx(folder: Path, graphs: Sequence[Graph], precision: str) -> Run:
-    """Write the graphs of a model; returns what runs the files with onnxruntime."""
-    for graph in graphs:
-        write_graph(folder, graph, precision)
-    return OnnxSessions(folder, graphs).run
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where the exporter says in which modules an operation stands."""
 
 
-def write_graph(folder: Path, graph: Graph, precision: str) -> None:
-    """Write NAME.onnx, and NAME.onnx.data where there are more weights than one file takes."""
-    path = folder / f"{graph.name}.onnx"
+def write_onnx(folder: Path, graphs: Sequence[Graph], precision: str) -> Stages:
+    """Write the graphs of a model, which onnxruntime runs. Raises ExportError."""
+    exact = [_write_graph(folder / f"{graph.name}.onnx", graph) for graph in graphs]
+    yield ("float32" if precision in BITS else precision), OnnxSessions(folder, graphs).run
+    if precision in BITS:
+        with _quiet():
+            for graph, names in zip(graphs, exact, strict=True):
+                quantize(folder / f"{graph.name}.onnx", precision, names, LARGEST_FILE)
+        yield precision, OnnxSessions(folder, graphs).run
+
+
+def _write_graph(path: Path, graph: Graph) -> list[str]:
+    """Write NAME.onnx, and NAME.onnx.data where there are more weights than one file takes. Returns the names of the
+    operations whose weights stay exact."""
     apart = sum(parameter.nbytes for parameter in graph.module.parameters()) > LARGEST_FILE
     with _quiet():
         try:
@@ -45,14 +52,15 @@ def write_graph(folder: Path, graph: Graph, precision: str) -> None:
                 "Nothing is left of the folder. Try another version of PyTorch, or --to torch-export."
             ) from error
         made.save(str(path), external_data=apart)
-        _strip(path, graph)
-        if precision in BITS:
-            quantize(path, precision, LARGEST_FILE)
+    return _strip(path, graph)
 
 
-def _strip(path: Path, graph: Graph) -> None:
-    """Leave out where each operation stands in which source, and name the sizes that are not known."""
+def _strip(path: Path, graph: Graph) -> list[str]:
+    """Leave out where each operation stands in which source, and name the sizes that are not known. Returns the names
+    of those that stand in modules whose weights stay exact."""
     model = onnx.load(str(path), load_external_data=False)
+    modules = [f"'{name}'" for name in graph.exact_names]
+    stands = {node.name: prop.value for node in model.graph.node for prop in node.metadata_props if prop.key == SCOPES}
     del model.metadata_props[:], model.graph.metadata_props[:]
     del model.graph.value_info[:]  # what follows from the rest; its sizes have names that mean nothing
     for part in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
@@ -71,6 +79,7 @@ def _strip(path: Path, graph: Graph) -> None:
             else:
                 place.dim_value = dim
     path.write_bytes(model.SerializeToString(deterministic=True))
+    return [name for name, scopes in stands.items() if any(module in scopes for module in modules)]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.models.experts.mixture import MoE
+from llmtrain.models.experts.router import Router
 from llmtrain.parallel.stateless_random import Draws
 
 
@@ -27,12 +28,23 @@ class Expert(nn.Module):
         return F.linear(self.activate(*inputs), self.down)
 
 
+class RouterWeights(nn.Module):
+    """The router's part of it, as a module that a trace names: what it says stays exact where weights are rounded."""
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        return self.router.weights(x_SBH)
+
+
 class DenseMoE(nn.Module):
     """Takes the place of a `MoE` in evaluation, without updates of its weights. Padding is done by experts as well."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
-        self.router = moe.router
+        self.router = RouterWeights(moe.router)
         self.experts = nn.ModuleList(Expert(moe, number) for number in range(moe.experts.up.shape[0]))
         self.shared = moe.shared
 
@@ -40,7 +52,7 @@ class DenseMoE(nn.Module):
         self, x_SBH: Tensor, valid_BS: Tensor | None, draws: Draws | None, balance: float
     ) -> tuple[Tensor, None]:
         """(output, no report of the router). As `MoE.forward`."""
-        weights_SBE = self.router.weights(x_SBH)
+        weights_SBE = self.router(x_SBH)
         out_SBH = self.shared(x_SBH) if self.shared is not None else None
         for number, expert in enumerate(self.experts):
             done_SBH = expert(x_SBH) * weights_SBE[..., number, None].to(x_SBH.dtype)

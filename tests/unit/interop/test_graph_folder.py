@@ -16,7 +16,7 @@ from llmtrain.infer.chat import chat_examples
 from llmtrain.infer.graphs.exporting import export_graphs
 from llmtrain.infer.graphs.model_graphs import model_graphs
 from llmtrain.interop import graph_folder
-from llmtrain.interop.graph import Graph, Run
+from llmtrain.interop.graph import Graph, Run, Stages
 from llmtrain.interop.graph_folder import GraphSettings, prove
 from llmtrain.interop.graph_memory import GraphModel
 from llmtrain.interop.proof import HARD_TEXTS, real_texts
@@ -30,6 +30,7 @@ from tests.unit.interop.test_command import USAGE, _call
 
 BOTTLENECKS = {"method": "adapter", "adapter": {"size": 5}}
 FLOAT32 = GraphSettings("onnx")
+FLOAT32_STAGES = [("float32", eager)]
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +45,10 @@ class Untraced:
     def __init__(self, run: Run = eager) -> None:
         self.run, self.graphs = run, list[Graph]()
 
-    def __call__(self, folder: Path, graphs: Sequence[Graph], precision: str) -> Run:
+    def __call__(self, folder: Path, graphs: Sequence[Graph], precision: str) -> Stages:
         (folder / f"{graphs[0].name}.onnx").write_text("a graph")
         self.graphs = list(graphs)
-        return self.run
+        yield precision, self.run
 
 
 @pytest.mark.parametrize("finetune", [LORA, BOTTLENECKS], ids=["lora", "bottlenecks"])
@@ -91,14 +92,16 @@ def test_conversations_go_along(tmp_path: Path) -> None:
     graphs, chats = model_graphs(random_model(config)), chat_examples(tokenizer)
     trained = model_for(config, tokenizer, tokens=named_tokens(tokenizer, CHAT), chats=chats)
     (tmp_path / "out").mkdir()
-    prove(tmp_path / "out", graphs, eager, original(config), trained, FLOAT32)
+    prove(tmp_path / "out", graphs, iter(FLOAT32_STAGES), original(config), trained, FLOAT32)
     assert (tmp_path / "out" / "chat_template.jinja").read_text("utf-8") == source.encoder.template.text
     record = json.loads((tmp_path / "out" / "onnx.json").read_text("utf-8"))
     assert record["tokenizer"]["end_ids"] == list(trained.tokens.ends)
     whole = chats.examples[0]
     shifted = replace(chats, examples=(replace(whole, ids=(*whole.ids[:-2], whole.ids[-1], whole.ids[-2])),))
     with pytest.raises(ExportError, match="The exported tokenizer differs at token"):
-        prove(tmp_path / "out", graphs, eager, original(config), replace(trained, chats=shifted), FLOAT32)
+        prove(
+            tmp_path / "out", graphs, iter(FLOAT32_STAGES), original(config), replace(trained, chats=shifted), FLOAT32
+        )
 
 
 GIVEN = {

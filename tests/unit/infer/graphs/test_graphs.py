@@ -40,8 +40,8 @@ def compared(config: ModelConfig, spoil: tuple[Any, str, Any] | None = None) -> 
                 patch.setattr(*spoil)
             return eager(graph, inputs)
 
-    found = compare_graphs(GraphModel(graphs, run), right, ids, exact=True)
-    found.require(True, 1e-6)
+    found = compare_graphs(GraphModel(graphs, run), right, ids, "float32")
+    found.require("float32", 1e-6)
     return found
 
 
@@ -137,8 +137,8 @@ def test_rounded_weights_are_measured_and_bounded() -> None:
         for parameter in model.parameters():
             parameter.mul_(1.03)
     graphs = GraphModel(model_graphs(model), eager)
-    found = compare_graphs(graphs, original(LLAMA), list(range(5, 200)), exact=False)
+    found = compare_graphs(graphs, original(LLAMA), list(range(5, 200)), "int8")
     assert 1e-4 < found.perplexity_increase < 1 and found.num_equal_best < found.num_positions
-    found.require(False, 1.0)
+    found.require("int8", 1.0)
     with pytest.raises(ExportError, match=r"perplexity rises by .* --max-perplexity-increase = 0.0001"):
-        found.require(False, 1e-4)
+        found.require("int8", 1e-4)

@@ -26,7 +26,7 @@ SENSELESS = [
 ]
 EXPORT = [
     ("--max-shard-size", "0"), ("--max-shard-size", "9" * 5000), ("--proof-memory", "x"), ("--family", "nope"),
-    ("--dtype", "int8"), ("--to", "onnx"), ("--proof", "x"), ("--tokenizer", "/dev/null"), ("--tokenizer", ""),
+    ("--dtype", "int8"), ("--to", "tflite"), ("--proof", "x"), ("--tokenizer", "/dev/null"), ("--tokenizer", ""),
 ]  # fmt: skip
 
 

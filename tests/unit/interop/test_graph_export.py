@@ -59,6 +59,19 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+def products(folder: Path) -> tuple[int, int]:
+    """How many products with a matrix have it in whole numbers, and how many not."""
+    import onnx  # pyright: ignore[reportMissingImports]
+
+    rounded = exact = 0
+    for path in folder.glob("*.onnx"):
+        graph = onnx.load(str(path)).graph
+        weights = {weight.name for weight in graph.initializer}
+        rounded += sum(node.op_type == "MatMulNBits" for node in graph.node)
+        exact += sum(node.op_type in ("MatMul", "Gemm") and not weights.isdisjoint(node.input) for node in graph.node)
+    return rounded, exact
+
+
 def answered(run: Path) -> list[int]:
     """As `llmtrain generate` goes on with the text."""
     model = TextModel(load_checkpoint(run, torch.device("cpu")))
@@ -100,9 +113,6 @@ def test_users_faults(small_tokenizer, tmp_path, monkeypatch):
         ((run, out, "--to", "onnx", "--dtype", "bfloat16"), "must be float32, float16, int8 or int4 with --to onnx"),
         ((run, out, "--to", "torch-export", "--dtype", "int8"), "must be float32, bfloat16 or float16"),
         ((run, out, "--dtype", "int4"), "must be float32, bfloat16 or float16"),
-        ((run, out, "--to", "onnx", "--base", "x"), "--base"),
-        ((run, out, "--to", "onnx", "--proof", "full"), "--proof: goes with --to hf"),
-        ((run, out, "--to", "onnx", "--family", "llama"), "--family: goes with --to hf"),
         ((run, tmp_path / "used", "--to", "onnx"), "exists already"),
         ((run, tmp_path / "used", "--to", "onnx", "--overwrite"), "has no onnx.json"),
         ((run, out, "--to", "onnx", "--tokenizer", tmp_path / "none.model"), "none.model"),
@@ -115,6 +125,25 @@ def test_users_faults(small_tokenizer, tmp_path, monkeypatch):
     result = _call("export", run, out, "--to", "onnx")
     assert result.exit_code == USAGE and "pip install 'llmtrain[onnx]'" in result.stderr
     assert not out.exists() and not list(tmp_path.glob(".writing*"))
+
+
+@pytest.mark.whole_grid
+def test_weights_beside_the_file(small_tokenizer, tmp_path, monkeypatch):
+    """As those of models above 2 GB, in fp32 and rounded."""
+    require_onnx()
+    from llmtrain.interop.onnx_folder import writing
+
+    run = _run_folder(tmp_path / "run", short(LLAMA), small_tokenizer.path)
+    whole = _json("export", run, tmp_path / "whole", "--to", "onnx", "--dtype", "int8")
+    assert {path.suffix for path in (tmp_path / "whole").iterdir()} == {".onnx", ".json", ".md"}
+    monkeypatch.setattr(writing, "LARGEST_FILE", 10_000)
+    for dtype in ("int8", "float32"):
+        out = tmp_path / dtype
+        told = _json("export", run, out, "--to", "onnx", "--dtype", dtype)
+        files = json.loads((out / "onnx.json").read_text("utf-8"))["graphs"][0]["files"]
+        assert files.keys() == {"model.onnx", "model.onnx.data"} and files.items() <= hashes(out).items()
+        assert dtype != "int8" or told["max_logit_difference"] == whole["max_logit_difference"]
+    assert run_without_us(out, TEXT)["ids"] == answered(run)
 
 
 @pytest.mark.whole_grid
@@ -147,6 +176,9 @@ def test_rounded_weights(name, precision, small_tokenizer, tmp_path):
         "export", run, tmp_path / "no", "--to", "onnx", "--dtype", precision, "--max-perplexity-increase", "1e-12"
     )
     assert result.exit_code == 1 and "--max-perplexity-increase" in result.stderr and not (tmp_path / "no").exists()
+    if precision != "float16":
+        rounded, exact = products(out)
+        assert rounded > 4 and exact == (1 if name == "mixtral" else 0), "a router's product alone stays exact"
     _json("export", run, tmp_path / "out2", "--to", "onnx", "--dtype", precision, "--max-perplexity-increase", "0.5")
     assert hashes(tmp_path / "out2") == hashes(out)
 

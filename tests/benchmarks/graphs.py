@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmtrain.infer.graphs.model_graphs import model_graphs
-from llmtrain.interop.graph import Graph, Run
-from llmtrain.interop.graph_memory import GraphModel
+from llmtrain.interop.graphs.memory import GraphModel
+from llmtrain.interop.graphs.ports import Graph, Run
 from llmtrain.models.compiled_graphs import guard_compiled_graphs
 from tests.benchmarks.measuring import Measurement, Options, Table, measure, one_core
 from tests.benchmarks.peer_models import Shape

@@ -89,11 +89,10 @@ def export(
     from llmtrain.interop.hf_export import ExportSettings
     from llmtrain.runs.file_system import require_place
 
-    require_use(to, dtype, [name for name in context.params if _is_given(context, name)])
-    shard_bytes, proof_bytes = (
-        size_bytes("--max-shard-size", max_shard_size),
-        size_bytes("--proof-memory", proof_memory),
-    )
+    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    require_use(to, dtype, given)
+    shard_bytes = size_bytes("--max-shard-size", max_shard_size)
+    proof_bytes = size_bytes("--proof-memory", proof_memory)
     require_free(out, overwrite, to.value)
     require_place(out)
     request = _Request(best_checkpoint(source) if best else source, out, to, dtype, tokenizer, family, overwrite)
@@ -115,11 +114,6 @@ def export(
         )
         told = _hugging_face(request, settings)
     print_result({"format": to.value} | told, as_json)
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _hugging_face(request: _Request, settings: "ExportSettings") -> dict[str, Any]:
@@ -178,9 +172,9 @@ def _gguf(request: _Request, max_perplexity_increase: float) -> dict[str, Any]:
 
 def _graphs(request: _Request, max_perplexity_increase: float) -> dict[str, Any]:
     from llmtrain.infer.graphs.exporting import export_graphs
-    from llmtrain.interop.graph_folder import GraphSettings
+    from llmtrain.interop.graphs.folder import GraphSettings
+    from llmtrain.interop.graphs.torch_programs import write_programs
     from llmtrain.interop.installation import require_onnx
-    from llmtrain.interop.torch_programs import write_programs
 
     form, write = "torch-export", write_programs
     if request.to is Format.ONNX:

@@ -17,9 +17,9 @@ from llmtrain.infer.graphs.model_graphs import model_graphs
 from llmtrain.infer.hugging_face import merged, open_trained
 from llmtrain.infer.model import build_trained, logits_of, saved_architecture, saved_finetune
 from llmtrain.interop.folder_files import require_free, written
-from llmtrain.interop.graph import Graph, Stages
-from llmtrain.interop.graph_folder import GraphExport, GraphSettings, prove, require_graphs
-from llmtrain.interop.graph_proof import OriginalModel
+from llmtrain.interop.graphs.folder import GraphExport, GraphSettings, prove, require_graphs
+from llmtrain.interop.graphs.ports import Graph, Stages
+from llmtrain.interop.graphs.proof import OriginalModel
 from llmtrain.models.transformer import Transformer
 
 WriteGraphs = Callable[[Path, Sequence[Graph], str], Stages]

@@ -7,7 +7,7 @@ import torch
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.infer.graphs.modules import MaskedModel, MemoryMaker, TextClassifier, TextDecoder
-from llmtrain.interop.graph import PAST, PRESENT, Graph, Port
+from llmtrain.interop.graphs.ports import PAST, PRESENT, Graph, Port
 from llmtrain.models.experts.dense import DenseMoE, RouterWeights
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.transformer import Transformer

@@ -8,7 +8,7 @@ import onnxruntime  # pyright: ignore[reportMissingImports]
 import torch
 from torch import Tensor
 
-from llmtrain.interop.graph import Graph
+from llmtrain.interop.graphs.ports import Graph
 
 
 class OnnxSessions:

@@ -11,7 +11,7 @@ import onnx  # pyright: ignore[reportMissingImports]
 import torch
 
 from llmtrain.errors import ExportError
-from llmtrain.interop.graph import Graph, Stages
+from llmtrain.interop.graphs.ports import Graph, Stages
 from llmtrain.interop.onnx_folder.quantization import BITS, quantize
 from llmtrain.interop.onnx_folder.sessions import OnnxSessions
 

@@ -14,9 +14,10 @@ import torch
 from llmtrain.config.model import ModelConfig, MoeConfig
 from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.generate import iter_tokens
-from llmtrain.infer.model import load_checkpoint
+from llmtrain.infer.model import find_checkpoint_model
 from llmtrain.infer.text_model import TextModel
-from llmtrain.interop import graph_folder, installation
+from llmtrain.interop import installation
+from llmtrain.interop.graphs import folder as graph_folder
 from llmtrain.interop.proof import HARD_TEXTS, real_texts
 from tests.support.command import COMMAND, ENVIRONMENT
 from tests.support.readers import ONNX, require_onnx
@@ -74,7 +75,7 @@ def products(folder: Path) -> tuple[int, int]:
 
 def answered(run: Path) -> list[int]:
     """As `llmtrain generate` goes on with the text."""
-    model = TextModel(load_checkpoint(run, torch.device("cpu")))
+    model = TextModel(find_checkpoint_model(run).read(torch.device("cpu")))
     return list(iter_tokens(model.model, model.request(model.continuation(TEXT), 32, Sampling(0.0))))
 
 

@@ -15,10 +15,10 @@ from llmtrain.errors import ConfigError, ExportError
 from llmtrain.infer.chat import chat_examples
 from llmtrain.infer.graphs.exporting import export_graphs
 from llmtrain.infer.graphs.model_graphs import model_graphs
-from llmtrain.interop import graph_folder
-from llmtrain.interop.graph import Graph, Run, Stages
-from llmtrain.interop.graph_folder import GraphSettings, prove
-from llmtrain.interop.graph_memory import GraphModel
+from llmtrain.interop.graphs import folder as graph_folder
+from llmtrain.interop.graphs.folder import GraphSettings, prove
+from llmtrain.interop.graphs.memory import GraphModel
+from llmtrain.interop.graphs.ports import Graph, Run, Stages
 from llmtrain.interop.proof import HARD_TEXTS, real_texts
 from llmtrain.interop.text.special_tokens import named_tokens
 from tests.unit.infer.graphs.models import eager, original

@@ -77,7 +77,7 @@ def test_the_proof_is_told(llama_cpp, small_tokenizer, tmp_path):
         (("--to", "gguf", "--dtype", "bfloat16"), "--dtype bfloat16: must be float32, float16 or q8_0"),
         (("--to", "hf", "--dtype", "q8_0"), "--dtype q8_0: must be float32, bfloat16 or float16"),
         (("--to", "gguf", "--proof", "layers"), "--proof: goes with --to hf"),
-        (("--to", "gguf", "--base", "x"), "--base: names the base of an adapter"),
+        (("--to", "gguf", "--base", "x"), "--base: goes with --to peft"),
     ],
 )
 def test_options_that_say_nothing_are_refused(arguments, told, small_tokenizer, tmp_path):

@@ -209,7 +209,7 @@ def test_only_an_adapter_is_replaced(tmp_path: Path, model_file: Path) -> None:
     assert "--overwrite" in call(*export)[1]
     assert call(*export, "--overwrite")[0] == 0
     (tmp_path / "out/adapter_config.json").unlink()
-    assert "is no adapter" in call(*export, "--overwrite")[1]
+    assert "is no export to peft" in call(*export, "--overwrite")[1]
 
 
 def test_imports_say_what_they_need(tmp_path: Path, model_file: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ExportError
 from llmtrain.interop.examples import Example, Logits
-from llmtrain.interop.graph_memory import GraphModel, Rows
+from llmtrain.interop.graphs.memory import GraphModel, Rows
 from llmtrain.interop.proof import TOLERANCE
 
 SHAPES = ((1, 7), (3, 1), (2, 12), (1, 1), (4, 64))

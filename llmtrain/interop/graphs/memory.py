@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmtrain.interop.graph import PRESENT, Graph, Run
+from llmtrain.interop.graphs.ports import PRESENT, Graph, Run
 
 Rows = Sequence[Sequence[int]]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtrain.interop.graph import Graph, Stages
+from llmtrain.interop.graphs.ports import Graph, Stages
 
 
 def write_programs(folder: Path, graphs: Sequence[Graph], precision: str) -> Stages:

@@ -12,9 +12,9 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.interop.exported_model import ExportedModel
 from llmtrain.interop.folder_files import MARKS, sha256_of
-from llmtrain.interop.graph import Graph, Port, Stages
-from llmtrain.interop.graph_memory import GraphModel
-from llmtrain.interop.graph_proof import GraphComparison, OriginalModel, compare_graphs
+from llmtrain.interop.graphs.memory import GraphModel
+from llmtrain.interop.graphs.ports import Graph, Port, Stages
+from llmtrain.interop.graphs.proof import GraphComparison, OriginalModel, compare_graphs
 from llmtrain.interop.proof import real_texts
 from llmtrain.interop.text.proof import TextReader
 from llmtrain.interop.text.tokenizer_json import text_frame, write_tokenizer

@@ -32,11 +32,12 @@ METHODS = ("rtn", "gptq")
 class Compression:
     """What is asked for.
 
+    `scheme` None: that of the run's section `quantize`, with its group and what it keeps, where nothing else is said.
     `group` None: the scheme's, 0: a scale for each output. `calibrate` and `evaluate` are folders of shards or text
     files; None: the run's own, of which `samples` are taken. `max_increase` is relative to the perplexity before.
     """
 
-    scheme: str
+    scheme: str | None
     group: int | None = None
     method: str = "rtn"
     keep: tuple[str, ...] = ()
@@ -48,8 +49,9 @@ class Compression:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A folder that was written: its proof, perplexities, and the matrices that are quantized."""
+    """A folder that was written: its scheme and proof, perplexities, and the matrices that are quantized."""
 
+    scheme: str
     export: Export
     before: float
     after: float
@@ -65,9 +67,10 @@ def compress(
     Raises ConfigError where what is asked for cannot be, and as `write_export`; ExportError where the perplexity grows
     by more than is allowed. Nothing is left behind then.
     """
-    assert asked.scheme in SCHEMES and asked.method in METHODS, "the command's options say so"
+    scheme, group, keep = _form_of(source, asked, say)
+    assert scheme in SCHEMES and asked.method in METHODS, "the command's options say so"
     family = family_for(source.model, settings.family)
-    choice = choose(source.model, family, asked.scheme, asked.group, asked.keep)
+    choice = choose(source.model, family, scheme, group, keep)
     batches = _batches(source, "valid", "--evaluate", asked.evaluate, asked.samples)
     calibration = None
     if asked.method == "gptq":
@@ -86,7 +89,7 @@ def compress(
         _require_near(before, after, asked)
         tokens = sum(batch.num_valid_tokens for batch in batches)
         return {
-            "Quantized": f"{asked.scheme} by {asked.method}: {choice.form.told.partition(',')[0]}",
+            "Quantized": f"{scheme} by {asked.method}: {choice.form.told.partition(',')[0]}",
             "Perplexity": f"{before:.4f} before, {after:.4f} after: {_percent(before, after)}, {tokens:,} targets",
         }
 
@@ -95,7 +98,27 @@ def compress(
     chats = chat_examples(source.tokenizer) if source.named.is_chat else None
     trained = ExportedModel(source.model, source.tokenizer, source.named, chats, source.facts)
     export = write_export(out, trained, TrainedWeights(source.read, form.logits), replace(settings, form=form))
-    return Compressed(export, before, measured["after"], len(choice.linears), choice.form.told)
+    return Compressed(scheme, export, before, measured["after"], len(choice.linears), choice.form.told)
+
+
+def _form_of(
+    source: ModelSource, asked: Compression, say: Callable[[str], None]
+) -> tuple[str, int | None, tuple[str, ...]]:
+    """Scheme, group and what stays. Raises ConfigError where nobody says a scheme."""
+    section = source.trained_for
+    if asked.scheme is not None:
+        own = section is not None and (section.scheme, section.group, section.keep)
+        if own and own != (asked.scheme, asked.group, asked.keep):
+            say(
+                f"the run was trained for {own[0]}, and another form is asked for; without --scheme it would be its own"
+            )
+        return asked.scheme, asked.group, asked.keep
+    if section is None:
+        raise ConfigError(
+            f"--scheme: is needed: {source.path} was not trained with a section quantize. Try one of "
+            f"{', '.join(SCHEMES)}."
+        )
+    return section.scheme, section.group if asked.group is None else asked.group, asked.keep or section.keep
 
 
 def _batches(source: ModelSource, split: str, option: str, given: str | None, count: int) -> list[Batch]:

@@ -5,21 +5,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from torch import Tensor
+
 from llmtrain.compress.samples import SampleText
+from llmtrain.config.finetune import QuantizeConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.errors import ConfigError
+from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.infer.hugging_face import folder_special_tokens, open_trained, trained_weights
 from llmtrain.infer.model import saved_config, saved_data
 from llmtrain.infer.tokenizer import model_tokenizer
+from llmtrain.interop.hf_export import DTYPES
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
 from llmtrain.values.tokenizer import Tokenizer
 
+TRAINED_IN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""The type of weights by `train.precision`."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model whose weights are read in fp32, and what was said of its training."""
+    """A model whose weights are read in fp32, and what was said of its training.
+
+    `trained_for` is the section `quantize` of the run: then the weights are those that training has computed with,
+    which are rounded to the type `dtype`; else that is the usual type of what stays as it is.
+    """
 
     path: Path
     model: ModelConfig
@@ -29,6 +41,8 @@ class ModelSource:
     facts: Mapping[str, str]
     config: Mapping[str, Any]
     """The run's configuration; of others, sections that stand for it."""
+    trained_for: QuantizeConfig | None = None
+    dtype: str = "bfloat16"
 
     def text(self) -> SampleText:
         """What makes rows of text for it."""
@@ -49,7 +63,24 @@ def open_source(path: Path, tokenizer: Path | None) -> ModelSource:
     read = trained_weights(checkpoint, trained.config).read
     config = {**saved_config(checkpoint), "data": saved_data(checkpoint)}
     text = trained.tokenizer, trained.tokens
-    return ModelSource(checkpoint.path, trained.config, read, *text, trained.facts, config)
+    trained_for = _trained_for(checkpoint.path, config.get("quantize"))
+    if trained_for is None:
+        return ModelSource(checkpoint.path, trained.config, read, *text, trained.facts, config)
+    dtype = TRAINED_IN[config["train"]["precision"]]
+
+    def rounded(name: str, expert: int | None = None) -> Tensor:
+        return read(name, expert).to(DTYPES[dtype]).float()
+
+    return ModelSource(checkpoint.path, trained.config, rounded, *text, trained.facts, config, trained_for, dtype)
+
+
+def _trained_for(checkpoint: Path, section: Any) -> QuantizeConfig | None:
+    try:
+        return None if section is None else QuantizeConfig.model_validate(section)
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]
+        key = ".".join(("quantize", *map(str, reason["loc"])))
+        raise CheckpointError(f"{checkpoint}: {key} of its configuration: {reason['msg']}.") from None
 
 
 def _of_folder(path: Path, tokenizer: Path | None) -> ModelSource:

@@ -1,7 +1,8 @@
-"""The sections `finetune`, `distill` and `prune`: what is trained of a model that has its weights already and what is
-added to it, what it learns from beside the data, and which weights it loses. Pure."""
+"""The sections `finetune`, `distill`, `prune` and `quantize`: what is trained of a model that has its weights already,
+what is added to it, what it learns from beside the data, which weights it loses, and how they are rounded. Pure."""
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -11,6 +12,7 @@ from llmtrain.config.section import AsTuple, AsWhole, Length, Positive, Probabil
 
 Method = Literal["full", "lora", "adapter", "prompt"]
 PruneKind = Literal["magnitude", "2:4", "kept"]
+SchemeName = Literal["w8a16", "w8a8", "w4a16"]
 
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -158,3 +160,46 @@ class PruneConfig(Section):
             return 0.5 if self.kind == "2:4" else self.sparsity
         pruned = step - (step - first) % self.every_steps
         return self.sparsity * (1 - (1 - (pruned - first) / (last - first)) ** 3)
+
+
+@dataclass(frozen=True)
+class NumberScheme:
+    """Bits of a weight; how many inputs share a scale where it is not said, None: all of an output; and whether what
+    goes into a matrix is rounded to 8 bits as well."""
+
+    bits: int
+    group: int | None = None
+    rounds_inputs: bool = False
+
+
+NUMBER_SCHEMES: dict[SchemeName, NumberScheme] = {
+    "w8a16": NumberScheme(bits=8),
+    "w8a8": NumberScheme(bits=8, rounds_inputs=True),
+    "w4a16": NumberScheme(bits=4, group=128),
+}
+
+
+class QuantizeConfig(Section):
+    """Training for whole numbers: the products of the layers' linears are those of the rounded weights, forward and
+    backward, and the weights get the gradient of what they are rounded to (Jacob et al. 2017, section 3)."""
+
+    scheme: SchemeName = Field(
+        default="w8a16",
+        description="As for `llmtrain compress`: weights of 8 or 4 bits; w8a8: what goes into them is rounded to 8 "
+        "bits as well, each position by itself.",
+    )
+    group: Annotated[int, Field(ge=0, le=1 << 24), AsWhole] | None = Field(
+        default=None, description="Inputs of a matrix that share a scale; 0: all. null: 128 for w4a16, else 0."
+    )
+    keep: Annotated[tuple[Text, ...], AsTuple, Field(max_length=1_000)] = Field(
+        default=(),
+        description="The linears that are not rounded: attention, mlp (experts too), one of their parts such as "
+        "mlp.down, or patterns of whole names such as decoder.layers.0.*.",
+    )
+
+    @property
+    def numbers(self) -> NumberScheme:
+        """The scheme, with the group that is asked for."""
+        usual = NUMBER_SCHEMES[self.scheme]
+        group = usual.group if self.group is None else self.group or None
+        return NumberScheme(usual.bits, group, usual.rounds_inputs)

@@ -252,6 +252,18 @@ def pruned_linears(model: ModelConfig, targets: Sequence[str]) -> Iterator[tuple
             yield linear, weight
 
 
+def quantized_linears(model: ModelConfig, keep: Sequence[str]) -> Iterator[tuple[str, Parameter]]:
+    """Those of `iter_linears` that none of `quantize.keep` means."""
+    for linear, weight in iter_linears(model):
+        if not any(is_kept(linear, pattern) for pattern in keep):
+            yield linear, weight
+
+
+def is_kept(linear: str, pattern: str) -> bool:
+    """True where one of `quantize.keep`, or of --keep, means a linear, or its weight."""
+    return is_target(linear, pattern) or fnmatchcase(f"{linear}.weight", pattern)
+
+
 def target_names(linear: str) -> list[str]:
     """The short names of finetune.lora.targets that mean a linear, such as attention and attention.q."""
     block, _, leaf = linear.split(".", 3)[3].rpartition(".")

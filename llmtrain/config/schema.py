@@ -13,7 +13,7 @@ from llmtrain.config.attention import kind_of
 from llmtrain.config.batch_sizes import BatchSizes
 from llmtrain.config.data import DataConfig
 from llmtrain.config.engines import DEFAULT_ENGINE, EngineName
-from llmtrain.config.finetune import DistillConfig, FinetuneConfig, Method, PruneConfig
+from llmtrain.config.finetune import DistillConfig, FinetuneConfig, Method, PruneConfig, QuantizeConfig
 from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.metrics import MetricName
 from llmtrain.config.model import ModelConfig
@@ -320,6 +320,9 @@ class RunConfig(Section):
     )
     prune: PruneConfig | None = Field(
         default=None, description="Prune weights while training; absent: none is pruned, and no zero is kept."
+    )
+    quantize: QuantizeConfig | None = Field(
+        default=None, description="Train for whole numbers, as `llmtrain compress` writes them; absent: for floats."
     )
     optim: OptimConfig = Field(default_factory=OptimConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

@@ -12,6 +12,7 @@ from llmtrain.finetune.additions import TensorPart, add_trained_parts
 from llmtrain.models.attention.multi_head import Attention
 from llmtrain.models.experts.mixture import MoE
 from llmtrain.models.positions import RelativeBias
+from llmtrain.models.rounded_products import Rounding, round_products
 from llmtrain.models.stack import Stack
 from llmtrain.models.transformer import Transformer
 from llmtrain.parallel.expert import ExpertExchange
@@ -31,6 +32,7 @@ class ModelPart:
         groups: Groups,
         chunk: Chunk,
         region: TensorRegion | None,
+        rounding: Rounding | None = None,
     ) -> None:
         """`region` are the tensor ranks, where there are several. The model knows its part of the sequence already."""
         self.model, self.groups = model, groups
@@ -41,6 +43,8 @@ class ModelPart:
             if region is not None:
                 split_modules(model, self.declared, region)
                 model.enter = region.enter
+        if rounding is not None:
+            round_products(model, rounding, region.group if region else None)
         cut(model, chunk)  # after the splitting, which reads sizes and names of the whole model
         part = TensorPart(
             groups.place.tensor, region.leave if region else None, lambda parameter: self.box_of(parameter).shape

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from llmtrain.config.rules.distill import teacher_run
 from llmtrain.config.schema import ContextExchange, RunConfig
 from llmtrain.engines.base import Scales
-from llmtrain.engines.masters import freeze
+from llmtrain.engines.masters import DTYPES, freeze
 from llmtrain.engines.part import ModelPart
 from llmtrain.engines.teacher import TeacherPart
 from llmtrain.models.attention.multi_head import Attention
 from llmtrain.models.float8 import multiply_in_float8
 from llmtrain.models.head import Objective
+from llmtrain.models.rounded_products import Rounding
 from llmtrain.models.stack import Pass, Reports
 from llmtrain.models.transformer import Transformer, build_model, chosen_from
 from llmtrain.parallel.context import spread_over_context
@@ -62,7 +63,8 @@ class Stage(nn.Module):
             region = TensorRegion(groups.tensor, groups.layout.sequence, keeps_whole=full)
         self.model = build_model(config.model, config.train.recompute)
         self.model.parts = groups.sequence_parts(config.balances_context)
-        self.part = ModelPart(self.model, config.finetune, groups, chunk, region)
+        rounding = Rounding(config.quantize, DTYPES[config.train.precision]) if config.quantize else None
+        self.part = ModelPart(self.model, config.finetune, groups, chunk, region, rounding)
         if groups.layout.context > 1:
             join_context(self.model, groups, config.context_exchange)
         if config.train.precision == "fp8":

@@ -34,6 +34,7 @@ from llmtrain.models.compiled_graphs import compile_layers
 from llmtrain.models.float8 import multiply_in_float8
 from llmtrain.models.head import Objective
 from llmtrain.models.init import InitialWeights
+from llmtrain.models.rounded_products import Rounding, round_products
 from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model, chosen_from
 from llmtrain.optim.table import parameter_groups
@@ -52,6 +53,8 @@ class TorchEngine(SteppingEngine):
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.model = build_model(config.model, config.train.recompute)
+        if config.quantize is not None:
+            round_products(self.model, Rounding(config.quantize, DTYPES[config.train.precision]))
         add_trained_parts(self.model, config.finetune, declare_parameters(config.model, config.finetune))
         if config.train.precision == "fp8":
             multiply_in_float8(self.model)

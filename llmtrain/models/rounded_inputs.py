@@ -25,6 +25,15 @@ def _rounded(linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def rounded_tokens(x: Tensor) -> Tensor:
     """Activations [..., I] on a grid whose scale is that of their own position: dynamic quantization per token."""
-    grid = NumberGrid(BITS)
-    scale = stored_scale(x.abs().amax(-1, keepdim=True), BITS, x.dtype)
+    return rounded_to(x, largest_inputs(x))
+
+
+def largest_inputs(x: Tensor) -> Tensor:
+    """[..., 1]: the largest absolute value of each position."""
+    return x.abs().amax(-1, keepdim=True)
+
+
+def rounded_to(x: Tensor, largest: Tensor) -> Tensor:
+    """Activations on the grid of 8 bits that reaches to the largest of their position."""
+    grid, scale = NumberGrid(BITS), stored_scale(largest, BITS, x.dtype)
     return (x / scale).round_().clamp_(grid.lowest, grid.highest).mul_(scale)

@@ -79,6 +79,7 @@ def differences(origin: Origin, config: RunConfig, manifests: Sequence[Manifest]
     found += _training_differences(origin, config)
     found += _other_base(origin, config)
     found += _teacher_differences(origin, config)
+    found += _rounding_differences(origin, config)
     found += _data_differences(origin, config.data)
     found += _tokenizer_differences(origin, config, manifests)
     return found + _source_differences(origin, config, manifests)
@@ -264,6 +265,16 @@ def _other_base(origin: Origin, config: RunConfig) -> Iterator[Difference]:
         text = f"the checkpoint {origin.path} rests on {told.get('path')}, which is not among its checkpoints"
         advice = "Set it back. To train on another base, choose another name."
         yield Difference("finetune.base", told.get("path"), base, base, text, True, advice)
+
+
+def _rounding_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]:
+    """The weights have been trained to be rounded as they were."""
+    was, now = origin.config.get("quantize"), config.quantize and config.quantize.model_dump(mode="json")
+    if isinstance(was, dict) and now is not None:
+        yield from _changed(origin, was, now, "quantize")
+    elif was != now:
+        schemes = [each and each.get("scheme") for each in (was, now)]
+        yield _plain(origin, "quantize", schemes[0], schemes[1], schemes[1])
 
 
 def _teacher_differences(origin: Origin, config: RunConfig) -> Iterator[Difference]:

@@ -31,8 +31,11 @@ class NumberGrid:
     def scales(self, weight_OI: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[O, G]: the largest weight of each group lies at the end of the grid. Rounded to the type that they are
         stored in, before anything is rounded with them."""
-        groups_OGI = weight_OI.float().unflatten(1, (self.num_groups(weight_OI.shape[1]), -1))
-        return stored_scale(groups_OGI.abs().amax(-1), self.bits, dtype)
+        return stored_scale(self.largest(weight_OI), self.bits, dtype)
+
+    def largest(self, weight_OI: Tensor) -> Tensor:
+        """[O, G] in fp32: the largest absolute value of each group."""
+        return weight_OI.float().unflatten(1, (self.num_groups(weight_OI.shape[1]), -1)).abs().amax(-1)
 
     def nearest(self, weight_OI: Tensor, scale_OG: Tensor) -> Tensor:
         """[O, I] of int8: each weight rounded to the nearest number."""

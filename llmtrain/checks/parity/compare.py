@@ -122,6 +122,12 @@ LOW_PRECISION = Levels(first_loss=1e-3, loss=1e-2, grad_norm=3e-2, gradient=0.1,
 """bf16 and fp16: sums in another order round to neighbouring numbers of 8 or 11 bits, and Adam passes that on."""
 
 
+def levels_of(config: RunConfig) -> Levels:
+    """The levels of a run. Activations that are rounded to 8 bits are of low precision, whatever type they have."""
+    rounds_inputs = config.quantize is not None and config.quantize.numbers.rounds_inputs
+    return LOW_PRECISION if rounds_inputs or config.train.precision != "fp32" else FP32
+
+
 @dataclass
 class Verdict:
     """How far a layout is from the reference; `problems` says in words what is too far, the first cause first."""
@@ -267,7 +273,7 @@ class Comparison:
 
 def compare_layouts(config: RunConfig, candidates: Sequence[Candidate], num_steps: int) -> Iterator[Comparison]:
     """Run each candidate on ranks of its own and compare it with the torch engine in one process."""
-    levels = FP32 if config.train.precision == "fp32" else LOW_PRECISION
+    levels = levels_of(config)
     forks = Forks(PRELOADED)
     reference = assemble_trace(forks.run(trace_layout, 1, config, num_steps))
     for candidate in candidates:

@@ -8,13 +8,16 @@ from typing import Any
 
 from llmtrain.config.attention import kind_of
 from llmtrain.config.engines import ENGINES
+from llmtrain.config.finetune import QuantizeConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import FrozenNames, declare_parameters
+from llmtrain.config.parameters import FrozenNames, declare_parameters, is_kept, iter_linears, quantized_linears
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.errors import ConfigError
 
 SHRUNK_SEQ_LEN = 32
+SHRUNK_GROUP = 8
+"""Of quantize: as many inputs as each of four tensor ranks has."""
 UNKNOWN_LABELS = 5
 """Labels of a model whose number of them only its data tells."""
 SMOOTH = {"relu": "gelu", "reglu": "geglu"}
@@ -74,6 +77,7 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
         {
             "model": shrunk,
             "distill": distill,
+            "quantize": config.quantize and shrunk_quantize(config.quantize, shrunk),
             "data.seq_len": SHRUNK_SEQ_LEN,
             "train": config.train.with_keys(train),
             "optim": config.optim.with_keys(optim),
@@ -101,6 +105,14 @@ def shrunk_model(model: ModelConfig, layers: int) -> ModelConfig:
     if model.head in ("classifier", "token_classifier") and not (model.num_labels or model.labels):
         sizes["num_labels"] = UNKNOWN_LABELS
     return model.with_keys(sizes)
+
+
+def shrunk_quantize(quantize: QuantizeConfig, model: ModelConfig) -> QuantizeConfig:
+    """The same rounding in small groups, with what of `keep` fits a shrunk model; none where it would leave nothing."""
+    linears = [linear for linear, _ in iter_linears(model)]
+    keep = tuple(pattern for pattern in quantize.keep if any(is_kept(linear, pattern) for linear in linears))
+    keys = {"keep": keep if any(quantized_linears(model, keep)) else ()}
+    return quantize.with_keys({**keys, "group": SHRUNK_GROUP} if quantize.numbers.group else keys)
 
 
 def fitting_patterns(model: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:

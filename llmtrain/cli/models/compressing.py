@@ -1,5 +1,6 @@
 """`llmtrain compress`: a trained model made smaller, and measured before and after."""
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,7 +51,11 @@ class StayingType(StrEnum):
 
 
 SchemeOption = Annotated[
-    Scheme, typer.Option(help="8- or 4-bit weights; w8a8: what goes into them is rounded to 8 bits as well.")
+    Scheme | None,
+    typer.Option(
+        help="8- or 4-bit weights; w8a8: what goes into them is rounded to 8 bits as well. Absent: what the run was "
+        "trained for, with its group and what it keeps."
+    ),
 ]
 GroupOption = Annotated[
     int | None,
@@ -69,12 +74,16 @@ KeepOption = Annotated[
 IncreaseOption = Annotated[
     float, typer.Option(min=0, max=1e6, help="Share by which it may grow; above it nothing is written.")
 ]
+DtypeOption = Annotated[
+    StayingType | None,
+    typer.Option(help="Type of what stays, and of scales. Absent: bfloat16, or of a run with quantize its precision."),
+]
 
 
 def compress(
     source: Annotated[Path, typer.Argument(help="A run (its newest valid checkpoint), a checkpoint, or an export.")],
     out: OutArgument,
-    scheme: SchemeOption,
+    scheme: SchemeOption = None,
     group: GroupOption = None,
     method: MethodOption = Method.RTN,
     calibrate: CalibrateOption = None,
@@ -82,7 +91,7 @@ def compress(
     samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Samples of each that are used.")] = 128,
     keep: KeepOption = None,
     max_perplexity_increase: IncreaseOption = 0.02,
-    dtype: Annotated[StayingType, typer.Option(help="Type of what stays, and of scales.")] = StayingType.BFLOAT16,
+    dtype: DtypeOption = None,
     max_shard_size: ShardSizeOption = "5GB",
     tokenizer: TokenizerOption = None,
     family: FamilyOption = None,
@@ -106,7 +115,6 @@ def compress(
     from llmtrain.interop.hf_export import ExportSettings
 
     settings = ExportSettings(
-        dtype=dtype.value,
         max_shard_bytes=size_bytes("--max-shard-size", max_shard_size),
         overwrite=overwrite,
         family=family,
@@ -114,12 +122,19 @@ def compress(
         proof_bytes=size_bytes("--proof-memory", proof_memory),
     )
     kept = tuple(keep or ())
-    asked = Compression(scheme.value, group, method.value, kept, calibrate, evaluate, samples, max_perplexity_increase)
-    _quantize((best_checkpoint(source) if best else source, tokenizer), out, asked, settings, as_json)
+    named = scheme.value if scheme else None
+    asked = Compression(named, group, method.value, kept, calibrate, evaluate, samples, max_perplexity_increase)
+    opened = (best_checkpoint(source) if best else source, tokenizer)
+    _quantize(opened, out, asked, settings, dtype.value if dtype else None, as_json)
 
 
 def _quantize(
-    source: tuple[Path, Path | None], out: Path, asked: "Compression", settings: "ExportSettings", as_json: bool
+    source: tuple[Path, Path | None],
+    out: Path,
+    asked: "Compression",
+    settings: "ExportSettings",
+    dtype: str | None,
+    as_json: bool,
 ) -> None:
     """`source` is a model and the tokenizer that was named."""
     from llmtrain.compress.quantize import compress as quantize
@@ -130,6 +145,7 @@ def _quantize(
     require_free(out, settings.overwrite, "hf")
     require_place(out)
     opened = open_source(*source)
+    settings = replace(settings, dtype=dtype or opened.dtype)
     done = quantize(opened, out, asked, settings, lambda text: typer.echo(text, err=True))
     found = done.export.proof
     compared = {"max_logit_difference": found.max_difference, "logit_positions_compared": found.num_tokens}
@@ -139,7 +155,7 @@ def _quantize(
             "folder": str(out),
             "source": str(opened.path),
             "family": done.export.family,
-            "scheme": asked.scheme,
+            "scheme": done.scheme,
             "method": asked.method,
             "form": done.form,
             "matrices": done.num_quantized,

@@ -18,6 +18,7 @@ from llmtrain.config.reading.suggestions import (
     suggested_keys,
 )
 from llmtrain.config.rules.augment import AUGMENT_RULES
+from llmtrain.config.rules.compression import PRUNE_RULES, QUANTIZE_RULES
 from llmtrain.config.rules.distill import DISTILL_RULES
 from llmtrain.config.rules.engine import ENGINE_RULES
 from llmtrain.config.rules.evaluation import EVALUATION_RULES
@@ -28,7 +29,6 @@ from llmtrain.config.rules.model import MODEL_RULES
 from llmtrain.config.rules.objective import OBJECTIVE_RULES
 from llmtrain.config.rules.parallel import PARALLEL_RULES, WORLD_RULES
 from llmtrain.config.rules.precision import PRECISION_RULES
-from llmtrain.config.rules.prune import PRUNE_RULES
 from llmtrain.config.schema import OptimConfig, RunConfig
 from llmtrain.errors import Problem
 
@@ -276,6 +276,7 @@ RULES = (
     *FINETUNE_RULES,
     *DISTILL_RULES,
     *PRUNE_RULES,
+    *QUANTIZE_RULES,
     loss_scale_has_room,
     *MIXTURE_RULES,
     *EVALUATION_RULES,

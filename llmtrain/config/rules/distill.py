@@ -18,6 +18,7 @@ def teacher_run(config: RunConfig) -> RunConfig:
     student: dict[str, Any] = {
         "finetune": None,
         "distill": None,
+        "quantize": None,
         "optim.freeze": ["*"],
         "optim.lr_scale": [],
         "train.recompute": "none",

@@ -2,21 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
+from llmtrain.config.finetune import NUMBER_SCHEMES
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import is_target, iter_linears
+from llmtrain.config.parameters import is_kept, iter_linears
 from llmtrain.errors import ConfigError
 from llmtrain.interop.compressed.form import QuantizedForm
 from llmtrain.interop.compressed.tensors import WEIGHT
 from llmtrain.interop.hf import Family
 from llmtrain.interop.name_table import Shape, Table, head_name, is_transposed, pairings
 
-USUAL_GROUP = 128
 SCHEMES: dict[str, QuantizedForm] = {
-    "w8a16": QuantizedForm(bits=8, group=None),
-    "w8a8": QuantizedForm(bits=8, group=None, rounds_inputs=True),
-    "w4a16": QuantizedForm(bits=4, group=USUAL_GROUP),
+    name: QuantizedForm(scheme.bits, scheme.group, scheme.rounds_inputs) for name, scheme in NUMBER_SCHEMES.items()
 }
 """By --scheme, with the group that each has where none is asked for."""
 
@@ -98,7 +95,7 @@ def _kept(linears: Iterable[str], keep: Sequence[str]) -> set[str]:
     """The linears that patterns name. Raises ConfigError for a pattern that fits none."""
     kept = set[str]()
     for pattern in keep:
-        found = {name for name in linears if is_target(name, pattern) or fnmatchcase(f"{name}{WEIGHT}", pattern)}
+        found = {name for name in linears if is_kept(name, pattern)}
         if not found:
             shown = ", ".join(list(linears)[:3])
             raise ConfigError(

@@ -117,6 +117,10 @@ class LocalExperts:
         return x_PH, counts_E, lambda rows: rows
 
 
+Product = Callable[[Tensor, Tensor, Tensor | list[int]], Tensor]
+"""As `grouped_linear`."""
+
+
 class Experts(nn.Module):
     """MLPs of equal shape, stacked: weights are [expert, out, in]."""
 
@@ -129,7 +133,9 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(shape)) if config.gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
-        self.product: Callable[[Tensor, Tensor, Tensor | list[int]], Tensor] = grouped_linear
+        self.product: Product = grouped_linear
+        self.products: dict[str, Product] = {}
+        """In place of it, by the name of the weight."""
         self.update_scale = 0.0
         """The factor of the weights' low-rank updates, where there are some: see models/low_rank.py."""
         for name in ("up", "gate", "down"):
@@ -146,7 +152,7 @@ class Experts(nn.Module):
 
     def _multiplied(self, name: str, x_PH: Tensor, counts: Tensor | list[int]) -> Tensor:
         """Rows times the weights of a name, with their updates."""
-        y_PF = self.product(x_PH, getattr(self, name), counts)
+        y_PF = self.products.get(name, self.product)(x_PH, getattr(self, name), counts)
         a_ERH, b_EFR = getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
         if a_ERH is None:
             return y_PF

@@ -1,10 +1,19 @@
-"""Rules about `prune`: what is pruned is there and trained, and the keys of a kind have an effect. Pure."""
+"""Rules about `prune` and `quantize`: what they mean is there and trained, their keys have an effect, and layouts can
+do it. Pure."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
 
 from llmtrain.config.finetune import PruneConfig
-from llmtrain.config.parameters import is_target, iter_linears, pruned_linears, target_names
+from llmtrain.config.parameters import (
+    is_kept,
+    is_target,
+    iter_linears,
+    pruned_linears,
+    quantized_linears,
+    target_names,
+)
+from llmtrain.config.reading.suggestions import either
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 
@@ -79,3 +88,71 @@ def groups_are_whole(config: RunConfig) -> Found:
 
 
 PRUNE_RULES = (keys_have_an_effect, targets_are_linears, targets_are_trained, groups_are_whole)
+
+
+def kept_linears_are_there(config: RunConfig) -> Found:
+    if config.quantize is None:
+        return
+    linears = [linear for linear, _ in iter_linears(config.model.with_any_sizes())]
+    short = list(dict.fromkeys(name for linear in linears for name in target_names(linear)))
+    for number, pattern in enumerate(config.quantize.keep):
+        if not any(is_kept(linear, pattern) for linear in linears):
+            tries = get_close_matches(pattern, [*short, *linears], 1, 0.4) or short[:1]
+            message = f"fits no linear of the model's layers. Try {tries[0]}; the short names are {', '.join(short)}. "
+            message += "The head, embeddings, norms and routers are never rounded."
+            yield Problem(f"quantize.keep.{number}", message, pattern, uses=("model",))
+    if all(any(is_kept(linear, pattern) for pattern in config.quantize.keep) for linear in linears):
+        message = "leaves nothing to round. Leave some linears out of it, or remove quantize."
+        yield Problem("quantize.keep", message, ", ".join(config.quantize.keep), uses=("model",))
+
+
+def groups_have_a_scale(config: RunConfig) -> Found:
+    """Groups divide the inputs of every matrix, and those that each tensor rank has of it."""
+    if config.quantize is None:
+        return
+    group = config.quantize.numbers.group
+    if config.quantize.numbers.rounds_inputs and config.quantize.group:
+        message = f"goes with w8a16 and w4a16. With {config.quantize.scheme} each output has one scale. Try 0."
+        yield Problem("quantize.group", message, config.quantize.group, uses=("quantize.scheme",))
+        return
+    if group is None:
+        return
+    linears = list(quantized_linears(config.model.with_any_sizes(), config.quantize.keep))
+    ranks = {
+        linear: config.parallel.tensor if weight.split == len(weight.shape) - 1 else 1 for linear, weight in linears
+    }
+    inputs = {linear: weight.shape[-1] // ranks[linear] for linear, weight in linears}
+    for linear, size in inputs.items():
+        if size % group:
+            fitting = [str(number) for number in (128, 64, 32, 16, 8) if not any(i % number for i in inputs.values())]
+            split = f" on each of {ranks[linear]} tensor ranks" if ranks[linear] > 1 else ""
+            message = f"does not divide the {size} inputs that {linear} has{split}. Try {either([*fitting, '0'])}, "
+            message += "where 0 is one scale of each output, or name it in quantize.keep."
+            yield Problem("quantize.group", message, group, uses=("quantize.scheme", "model", "parallel.tensor"))
+            return
+
+
+def rounded_products_are_ours(config: RunConfig) -> Found:
+    """What is rounded in a product is not multiplied by others, and not all of the product is left for later."""
+    if config.quantize is None:
+        return
+    if config.train.precision == "fp8":
+        message = "multiplies all of a layer's linears in float8, and quantize rounds them to whole numbers. Try bf16."
+        yield Problem("train.precision", message, "fp8", uses=("quantize",))
+    if config.parallel.pipeline_schedule == "zero_bubble":
+        message = "leaves products for later, which quantize rounds at once. Try null, or remove quantize."
+        yield Problem("parallel.pipeline_schedule", message, "zero_bubble", uses=("quantize",))
+
+
+def rounded_weights_are_trained(config: RunConfig) -> Found:
+    if config.quantize is not None and config.method != "full":
+        message = "trains what it adds, and quantize rounds what is trained. Set finetune.method=full, or remove "
+        yield Problem("finetune.method", f"{message}quantize.", config.method, uses=("quantize",))
+
+
+QUANTIZE_RULES = (
+    kept_linears_are_there,
+    groups_have_a_scale,
+    rounded_products_are_ours,
+    rounded_weights_are_trained,
+)

@@ -143,7 +143,7 @@ class RoundedSplitLinear(nn.Module):
 @cache
 def rounded_class(linear: type[nn.Module]) -> type[nn.Module]:
     """The class of a linear that rounds."""
-    part = RoundedLinear if issubclass(linear, nn.Linear) else RoundedSplitLinear
+    part: type[nn.Module] = RoundedLinear if issubclass(linear, nn.Linear) else RoundedSplitLinear
     return type(f"Rounded{linear.__name__}", (part, linear), {})
 
 
@@ -153,7 +153,7 @@ def round_products(model: Transformer, rounding: Rounding, ranks: ProcessGroup |
     `ranks` are the tensor ranks, where they have split the linears. A linear becomes one of another class in place, so
     call before a finetuning adds its own to them.
     """
-    numbers, modules = rounding.quantize.numbers, dict(model.named_modules())
+    numbers, modules = rounding.quantize.numbers, dict[str, nn.Module](model.named_modules())
     grid = NumberGrid(numbers.bits, numbers.group)
     for name, weight in quantized_linears(model.config, rounding.quantize.keep):
         splits_inputs = weight.split == len(weight.shape) - 1

@@ -144,7 +144,7 @@ class RoundedSplitLinear(nn.Module):
 def rounded_class(linear: type[nn.Module]) -> type[nn.Module]:
     """The class of a linear that rounds."""
     part: type[nn.Module] = RoundedLinear if issubclass(linear, nn.Linear) else RoundedSplitLinear
-    return type(f"Rounded{linear.__name__}", (part, linear), {})
+    return cast(type[nn.Module], type(f"Rounded{linear.__name__}", (part, linear), {}))
 
 
 def round_products(model: Transformer, rounding: Rounding, ranks: ProcessGroup | None = None) -> None:

@@ -57,7 +57,7 @@ PAIRWISE = [
 ]
 
 
-STEADY = {"optim.eps": 1.0, "optim.lr": 0.1}
+STEADY = {"optim.eps": 1.0}
 """Updates that are as gradients are. Adam's usual ones are the signs of small gradients: sums in another order make
 another sign, and that is enough to bring a weight over the edge between two numbers, now and then."""
 

@@ -1,17 +1,42 @@
 """`llmtrain serve`: a trained model behind OpenAI's interface."""
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmtrain.cli.models.options import BaseFolderOption, BestOption, RanksArgument
 from llmtrain.errors import ConfigError
 
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from llmtrain.infer.serving.opening import ServingOptions
+
+    RunServer = Callable[[Starlette, Callable[[], bool]], None]
+
 KEY_VARIABLE = "LLMTRAIN_API_KEY"
 PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+
+
+ReplicasOption = Annotated[
+    str | None,
+    typer.Option(help="Servers of the model on Ray: 2, or 1-4 for as many as are needed.", metavar="N|N-M"),
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(help="With --replicas: host:port of a Ray head, or auto; else RAY_ADDRESS, or a Ray of its own."),
+]
+OpenClusterOption = Annotated[
+    bool, typer.Option("--allow-open-cluster", help="With --replicas: also where others could use it without a token.")
+]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, max=4096, help="With --replicas: CPU threads of each; 0: its share of the cores.")
+]
 
 
 def serve(
@@ -38,7 +63,14 @@ def serve(
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
+<<<<<<< HEAD
     base: BaseFolderOption = None,
+=======
+    replicas: ReplicasOption = None,
+    ray_address: RayAddressOption = None,
+    allow_open_cluster: OpenClusterOption = False,
+    threads: ThreadsOption = 0,
+>>>>>>> ee3e3e1 (llmtrain serve --replicas: several servers of a model on Ray Serve behind one address, balanced by tokens)
 ) -> None:
     """Serve a model over HTTP as OpenAI's clients expect it, many texts at a time; prints the address.
 
@@ -48,17 +80,19 @@ def serve(
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise ConfigError(f"A server needs {', '.join(missing)}: pip install 'llmtrain[serve]'.")
-    from launch.decoding import open_trained
+    given = {"--ray-address": ray_address, "--allow-open-cluster": allow_open_cluster, "--threads": threads}
+    alone = [option for option, value in given.items() if value and replicas is None]
+    if alone:
+        raise ConfigError(f"{alone[0]}: goes with --replicas.")
+    if overrides and replicas is not None:
+        raise ConfigError(f"{overrides[0]}: does not go with --replicas: a replica is one process.")
     from llmtrain.checkpoint.find import best_checkpoint
-    from llmtrain.infer.batching.scheduler import Limits
-    from llmtrain.infer.serving.app import build_app
-    from llmtrain.infer.serving.batch_thread import start_batch
-    from llmtrain.infer.serving.server import run_server, serving_key
-    from llmtrain.infer.serving.service import Service, ServingLimits
-    from llmtrain.infer.text_model import TextModel
-    from llmtrain.words import short_bytes
+    from llmtrain.infer.serving.asked import ServingLimits
+    from llmtrain.infer.serving.opening import ServingOptions
+    from llmtrain.infer.serving.server import open_port, run_server, serving_key
 
     key = serving_key(key_file, os.environ.pop(KEY_VARIABLE, None), host)
+<<<<<<< HEAD
     with open_trained(best_checkpoint(model) if best else model, overrides or [], device, exact, base) as trained:
         text_model = TextModel(trained, tokenizer)
         limits = Limits.of(text_model.config, slots, exact=exact)
@@ -72,3 +106,40 @@ def serve(
         thread.stop()
         if thread.failure is not None:
             raise thread.failure
+=======
+    limits = ServingLimits(max_tokens, max_body)
+    options = ServingOptions(name or model.absolute().name, limits, slots, max_queue, exact, tokenizer)
+    source = best_checkpoint(model) if best else model
+
+    def run(app: "Starlette", has_failed: Callable[[], bool]) -> None:
+        run_server(app, (host, port), drain, typer.echo, has_failed)
+
+    if replicas is None:
+        _serve_here((source, overrides or [], device), options, key, run)
+        return
+    from launch.on_ray.serving import ReplicaOptions, ServedSource, serve_replicas
+
+    open_port((host, port)).close()  # to be known before Ray is started
+    asked = replace(
+        ReplicaOptions.of(replicas), address=ray_address, allow_open_cluster=allow_open_cluster, threads=threads,
+        drain_seconds=drain,
+    )  # fmt: skip
+    serve_replicas(ServedSource(source, device, options), asked, key, run)
+
+
+def _serve_here(
+    model: tuple[Path, list[str], str], options: "ServingOptions", key: str | None, run: "RunServer"
+) -> None:
+    """In this process, and the ranks that keys may ask for."""
+    from launch.decoding import open_trained
+    from llmtrain.infer.serving.app import build_app
+
+    with open_trained(*model, options.exact) as trained:
+        service, told = options.open(trained)
+        if told:
+            typer.echo(told, err=True)
+        run(build_app(service, key), lambda: service.batch.failure is not None)
+        service.batch.stop()
+        if service.batch.failure is not None:
+            raise service.batch.failure
+>>>>>>> ee3e3e1 (llmtrain serve --replicas: several servers of a model on Ray Serve behind one address, balanced by tokens)

@@ -29,6 +29,8 @@ CALLED_BY_LIBRARIES = {
     "get_data_parallel_group_ranks": "DeepSpeed's mpu",
     "eot_token_id": "lm-eval asks models for it",
     "loglikelihood_rolling": "lm-eval puts whole texts to models with it",
+    "initialize_state": "Ray Serve calls it on a router",
+    "choose_replicas": "Ray Serve asks a router which replica a call goes to",
     "readable": "Python's buffers ask a stream whether they may read it",
     "readinto": "Python's buffers read a stream so",
 }

@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +49,10 @@ class Server:
 
 
 @contextmanager
-def served(model: Path, *options: str) -> Iterator[Server]:
+def served(model: Path, *options: str, environ: Mapping[str, str] = ENVIRONMENT) -> Iterator[Server]:
     """Serve a model on a free port with a key; it is stopped as Slurm or a user would."""
     line = [COMMAND, "serve", str(model), "--port", "0", *options]
-    environment = {**ENVIRONMENT, "LLMTRAIN_API_KEY": KEY}
+    environment = {**environ, "LLMTRAIN_API_KEY": KEY}
     with (model.parent / "server.txt").open("w") as errors:
         process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
     guard = threading.Timer(TIMEOUT_SECONDS, process.kill)

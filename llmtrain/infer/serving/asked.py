@@ -1,6 +1,7 @@
 """What clients ask for, in OpenAI's form: fields that are known, their types and ranges, and what is refused."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,9 +13,23 @@ MOST_STOPS = 16
 MOST_LIKELY = 20
 """Likeliest tokens that are told with each token."""
 LONGEST_STOP = 1000
+DEFAULT_NEW_TOKENS = 16
+"""Of a completion that says no more, as OpenAI has it. A chat goes on to the limit."""
 
 Texts = str | list[str] | list[int] | list[list[int]]
 """One text, several, or ids in their place."""
+
+
+@dataclass(frozen=True)
+class ServingLimits:
+    """What one call may ask for."""
+
+    max_tokens: int
+    """New tokens of a text."""
+    max_body: int = 4 << 20
+    """Bytes."""
+    body_seconds: float = 30.0
+    """Within which a body has to arrive."""
 
 
 class AskedError(Exception):

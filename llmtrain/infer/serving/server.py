@@ -1,6 +1,7 @@
 """A server on a port of this machine, until it is told to stop: then what was begun is finished."""
 
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,18 @@ class ModelServer(uvicorn.Server):
         return await super().on_tick(counter) or self._has_failed()
 
 
+def open_port(address: tuple[str, int]) -> socket.socket:
+    """A socket of a host and port, on which nobody listens yet; port 0 is any that is free.
+
+    Raises ConfigError where it cannot be had.
+    """
+    host, port = address
+    try:
+        return uvicorn.Config("", host, port, log_level="critical").bind_socket()
+    except SystemExit:
+        raise ConfigError(f"--port {port}: cannot be had on {host}. Give another one, or 0 for any.") from None
+
+
 def run_server(
     app: Starlette,
     address: tuple[str, int],
@@ -59,15 +72,11 @@ def run_server(
 
     Raises ConfigError where the port cannot be had.
     """
-    host, port = address
     config = uvicorn.Config(
-        app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_seconds, lifespan="off",
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_seconds, lifespan="off",
         server_header=False,
     )  # fmt: skip
-    try:
-        bound = config.bind_socket()
-    except SystemExit:
-        raise ConfigError(f"--port {port}: cannot be had on {host}. Give another one, or 0 for any.") from None
+    host, bound = address[0], open_port(address)
     # uvicorn raises a signal again when it has ended: by then it has been obeyed.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

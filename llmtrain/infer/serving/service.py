@@ -9,28 +9,20 @@ from typing import Any, TypeVar
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.infer.batching.request import Request
 from llmtrain.infer.guides import JsonGuide, JsonGuides
-from llmtrain.infer.serving.asked import AskedChat, AskedCompletion, AskedError, Written
+from llmtrain.infer.serving.asked import (
+    DEFAULT_NEW_TOKENS,
+    AskedChat,
+    AskedCompletion,
+    AskedError,
+    ServingLimits,
+    Written,
+)
 from llmtrain.infer.serving.batch_thread import BatchThread
 from llmtrain.infer.serving.choices import Choices
 from llmtrain.infer.serving.metrics import ServingMetrics
 from llmtrain.infer.text_model import PromptIds, TextModel
 
 Result = TypeVar("Result")
-
-DEFAULT_NEW_TOKENS = 16
-"""Of a completion that says no more, as OpenAI has it. A chat goes on to the limit."""
-
-
-@dataclass(frozen=True)
-class ServingLimits:
-    """What one call may ask for."""
-
-    max_tokens: int
-    """New tokens of a text."""
-    max_body: int = 4 << 20
-    """Bytes."""
-    body_seconds: float = 30.0
-    """Within which a body has to arrive."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -12,44 +11,16 @@ import torch
 from starlette.applications import Starlette
 from starlette.types import Message
 
-from llmtrain.infer.batching.request import NewToken, Request
 from llmtrain.infer.model import load_model
 from llmtrain.infer.serving.app import build_app
+from llmtrain.infer.serving.asked import ServingLimits
 from llmtrain.infer.serving.batch_thread import BatchThread
-from llmtrain.infer.serving.service import Service, ServingLimits
+from llmtrain.infer.serving.service import Service
 from llmtrain.infer.text_model import TextModel
+from tests.support.held_batch import HeldBatch
 from tests.support.hf_folders import write_llama
 
 ROOM = 3
-
-
-class HeldBatch:
-    """Writes one token of each text whenever `go` is set, without end."""
-
-    def __init__(self) -> None:
-        self.go = threading.Semaphore(0)
-        self.texts = dict[int, Request]()
-        self.added = 0
-        self.fails = False
-
-    @property
-    def is_idle(self) -> bool:
-        return not self.texts
-
-    def add(self, request: Request) -> int:
-        self.added += 1
-        self.texts[self.added] = request
-        return self.added
-
-    def cancel(self, number: int) -> None:
-        self.texts.pop(number, None)
-
-    def step(self) -> list[NewToken]:
-        if not self.go.acquire(timeout=0.01):
-            return []
-        if self.fails:
-            raise RuntimeError("the secret of the model")
-        return [NewToken(number, 40) for number in self.texts]
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.model import load_model
 from llmtrain.infer.serving.app import build_app
+from llmtrain.infer.serving.asked import ServingLimits
 from llmtrain.infer.serving.batch_thread import BatchThread
 from llmtrain.infer.serving.server import serving_key
-from llmtrain.infer.serving.service import Service, ServingLimits
+from llmtrain.infer.serving.service import Service
 from llmtrain.infer.text_model import TextModel
 from tests.support.hf_folders import write_bert
 

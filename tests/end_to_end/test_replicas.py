@@ -1,0 +1,178 @@
+"""`llmtrain serve --replicas`: as one server for its clients, whatever becomes of a replica; nothing is left behind."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.support.command import TIMEOUT_SECONDS, wait_until
+from tests.support.hf_folders import write_llama
+from tests.support.ray_cluster import ray_head
+from tests.support.servers import KEY, Server, served
+
+on_ray = [
+    pytest.mark.whole_grid,
+    pytest.mark.skipif(find_spec("fastapi") is None, reason="Ray Serve is not installed: pip install -e .[replicas]"),
+]
+OPTIONS = ("--slots", "4", "--max-queue", "8", "--max-tokens", "50", "--max-body", "100000")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("served") / "llama")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    with served(folder, "--replicas", "2", *OPTIONS) as found:
+        yield found
+
+
+def client_of(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url, api_key=KEY, max_retries=0)
+
+
+def replicas_of(server: Server) -> list[psutil.Process]:
+    """What Ray shows as `ray::ServeReplica:...`; the system cuts names off."""
+    found = psutil.Process(server.process.pid).children(recursive=True)
+    return [process for process in found if process.name().startswith("ray::ServeRepl")]
+
+
+def health(server: Server) -> dict[str, Any]:
+    return httpx.get(f"{server.url.removesuffix('/v1')}/health", timeout=TIMEOUT_SECONDS).json()
+
+
+def asked(client: openai.OpenAI, **more: Any) -> Any:
+    return client.completions.create(model="llama", prompt="the quick", seed=1, **{"max_tokens": 40, **more})
+
+
+def everything(client: openai.OpenAI) -> list[Any]:
+    """Answers of all kinds, without what differs from call to call."""
+    messages: Any = [{"role": "user", "content": "the quick"}]
+    chat = client.chat.completions
+    texts = asked(client, n=3, logprobs=2).choices
+    pieces = list(chat.create(model="llama", messages=messages, seed=1, max_tokens=8, stream=True))
+    faults = list[tuple[int, str]]()
+    for more in (
+        {"max_tokens": 51},
+        {"model": "other"},
+        {"n": 13},
+        {"prompt": "a" * 100_000},
+        {"extra_body": {"x": 1}},
+    ):
+        with pytest.raises(openai.APIStatusError) as caught:
+            client.completions.create(**{"model": "llama", "prompt": "a", **more})
+        faults.append((caught.value.status_code, caught.value.message))
+    return [
+        [model.id for model in client.models.list()],
+        [(choice.text, choice.finish_reason, choice.logprobs) for choice in texts],
+        chat.create(model="llama", messages=messages, seed=1, max_tokens=8).choices[0].message.content,
+        [piece.choices[0].delta.content for piece in pieces],
+        client.embeddings.create(model="llama", input="the quick").data[0].embedding,
+        faults,
+    ]
+
+
+class TestReplicas:
+    pytestmark = on_ray
+
+    def test_answers_are_those_of_one_process(self, folder: Path, server: Server) -> None:
+        with served(folder, *OPTIONS) as alone:
+            assert everything(client_of(server)) == everything(client_of(alone))
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=server.url, api_key="wrong", max_retries=0).models.list()
+
+    def test_the_key_is_nowhere_on_the_cluster(self, server: Server) -> None:
+        for process in psutil.Process(server.process.pid).children(recursive=True):
+            assert KEY not in " ".join(process.cmdline()) and KEY not in process.environ().values()
+
+    def test_a_killed_replica_loses_only_its_own_streams(self, server: Server) -> None:
+        ended, stops = list[str](), threading.Event()
+
+        def ask(stream: bool) -> None:
+            client = client_of(server)
+            while not stops.is_set():
+                try:
+                    answer = asked(client, temperature=0, stream=stream)
+                    last = list(answer)[-1] if stream else answer
+                    ended.append(f"{stream} {last.choices[0].finish_reason}")
+                except openai.APIError as error:
+                    ended.append(f"{stream} {error.code}")
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True) * 3]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(ended) > 20, server.process)
+        killed = replicas_of(server)[0]
+        killed.kill()
+        wait_until(lambda: health(server)["replicas"] == 1, server.process)
+        wait_until(lambda: health(server)["replicas"] == 2, server.process)
+        assert killed.pid not in [process.pid for process in replicas_of(server)]
+        count = len(ended)
+        wait_until(lambda: len(ended) > count + 20, server.process)
+        stops.set()
+        for thread in threads:
+            thread.join()
+        lost = [end for end in ended if not end.endswith("length")]
+        assert set(lost) <= {"True replica_lost"} and len(lost) <= 3
+        assert set(ended[count:]) == {"True length", "False length"}
+
+    def test_a_client_that_leaves_frees_its_slot_in_the_replica(self, server: Server) -> None:
+        for _ in range(4):
+            stream = asked(client_of(server), stream=True, n=8)
+            next(iter(stream))
+            stream.close()
+        wait_until(lambda: open_texts(server) == 0, server.process)
+
+    def test_a_burst_is_shared_and_the_rest_told_to_come_back(self, server: Server) -> None:
+        streams, refused = [], list[openai.RateLimitError]()
+        for _ in range(8):
+            try:
+                streams.append(asked(client_of(server), stream=True, n=12, max_tokens=50))
+            except openai.RateLimitError as error:
+                refused.append(error)
+        assert len(streams) >= 2 and all(error.response.headers["retry-after"] == "1" for error in refused)
+        for stream in streams:
+            stream.close()
+
+    def test_told_to_stop_it_ends_what_was_begun_and_leaves_nothing(self, folder: Path) -> None:
+        with served(folder, "--replicas", "2", "--name", "tiny") as server:
+            client, left = client_of(server), psutil.Process(server.process.pid).children(recursive=True)
+            expected = client.completions.create(model="tiny", prompt="a", max_tokens=60, seed=1).choices[0].text
+            stream = client.completions.create(model="tiny", prompt="a", max_tokens=60, seed=1, stream=True)
+            text = next(iter(stream)).choices[0].text
+            server.process.send_signal(signal.SIGTERM)
+            assert text + "".join(piece.choices[0].text for piece in stream) == expected
+            assert server.process.wait(TIMEOUT_SECONDS) == 0
+        assert psutil.wait_procs(left, timeout=TIMEOUT_SECONDS)[1] == []
+        said = (folder.parent / "server.txt").read_text()
+        assert KEY not in said and "Traceback" not in said
+
+    def test_killed_it_leaves_nothing(self, folder: Path) -> None:
+        with served(folder, "--replicas", "1") as server:
+            left = psutil.Process(server.process.pid).children(recursive=True)
+            server.process.kill()
+            assert psutil.wait_procs(left, timeout=TIMEOUT_SECONDS)[1] == []
+
+    def test_a_cluster_that_stands_is_joined_and_given_back(self, folder: Path) -> None:
+        with ray_head(num_cpus=3) as head:
+            before = {process.pid for process in head.nodes[0].processes()}
+            environ = {**head.environ, "RAY_AUTH_MODE": ""}
+            with served(folder, "--replicas", "2", "--ray-address", head.address, environ=environ) as server:
+                assert client_of(server).completions.create(model="llama", prompt="a").choices[0].text
+                assert [each for each in head.nodes[0].processes() if each.name().startswith("ray::ServeRepl")]
+            served_there = [each for each in head.nodes[0].processes() if "ray::Serve" in each.name()]
+            assert psutil.wait_procs(served_there, timeout=TIMEOUT_SECONDS)[1] == []
+            assert before <= {process.pid for process in head.nodes[0].processes()}, "it goes on without us"
+
+
+def open_texts(server: Server) -> float:
+    page = httpx.get(f"{server.url.removesuffix('/v1')}/metrics", headers=server.headers, timeout=TIMEOUT_SECONDS).text
+    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("llmtrain_open_texts{"))

@@ -23,6 +23,12 @@ KEY_VARIABLE = "LLMTRAIN_API_KEY"
 PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
 
+QueueOption = Annotated[int, typer.Option(min=0, max=100_000, help="Texts that may wait; more are told to come back.")]
+ExactOption = Annotated[
+    bool, typer.Option("--exact", help="Scores are the same to the last bit, alone or in a crowd. Slower.")
+]
+KeyFileOption = Annotated[Path | None, typer.Option(help=f"File with the API key; else the variable {KEY_VARIABLE}.")]
+DrainOption = Annotated[int, typer.Option(min=0, max=86_400, help="Seconds that begun texts have when told to stop.")]
 ReplicasOption = Annotated[
     str | None,
     typer.Option(help="Servers of the model on Ray: 2, or 1-4 for as many as are needed.", metavar="N|N-M"),
@@ -45,21 +51,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on. Beyond this machine a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000,
     slots: Annotated[int, typer.Option(min=1, max=4096, help="Texts that are written together.")] = 8,
-    max_queue: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Texts that may wait; more are told to come back.")
-    ] = 64,
+    max_queue: QueueOption = 64,
     max_tokens: Annotated[int, typer.Option(min=1, max=10**9, help="Longest text that a call may ask for.")] = 4096,
     max_body: Annotated[int, typer.Option(min=1024, max=1 << 30, help="Largest body of a call, in bytes.")] = 4 << 20,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Scores are the same to the last bit, alone or in a crowd. Slower.")
-    ] = False,
+    exact: ExactOption = False,
     name: Annotated[str | None, typer.Option(help="The model's name for clients; else that of its folder.")] = None,
-    key_file: Annotated[
-        Path | None, typer.Option(help=f"File with the API key; else the variable {KEY_VARIABLE}.")
-    ] = None,
-    drain: Annotated[
-        int, typer.Option(min=0, max=86_400, help="Seconds that begun texts have when told to stop.")
-    ] = 60,
+    key_file: KeyFileOption = None,
+    drain: DrainOption = 60,
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,

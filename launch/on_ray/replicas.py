@@ -12,7 +12,6 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -27,7 +26,7 @@ from launch.on_ray.served_model import ServedModel, TokenRouter
 from launch.rank.signals import StopSignal
 from llmtrain.errors import LaunchError, LlmtrainError, StoppedError
 from llmtrain.infer.replicas.calls import AnswerHead, LostError, PassedCall
-from llmtrain.infer.serving.opening import ServingOptions
+from llmtrain.infer.serving.opening import ServedSource
 
 _logger = logging.getLogger(__name__)
 
@@ -113,10 +112,8 @@ class RayReplicas:
 
 
 @contextmanager
-def open_replicas(
-    model: tuple[Path, str, ServingOptions], scale: Scale, cluster: Cluster, stop: StopSignal
-) -> Iterator[RayReplicas]:
-    """Replicas of a model (its path, device, and how it is served) that are ready; in the end, none.
+def open_replicas(source: ServedSource, scale: Scale, cluster: Cluster, stop: StopSignal) -> Iterator[RayReplicas]:
+    """Replicas of a model that are ready; in the end, none.
 
     Raises LaunchError where there is no room for them or they die, what is wrong with the model, and StoppedError.
     """
@@ -126,7 +123,7 @@ def open_replicas(
     name = f"llmtrain-{uuid.uuid4().hex[:12]}"
     serve.start(proxy_location="Disabled", logging_config=logging_config)
     try:
-        app = deployment_of(model[2].slots, scale).bind(*model, scale.threads)
+        app = deployment_of(source.options.slots, scale).bind(source, scale.threads)
         target = serve.RunTarget(app, name=name, route_prefix=None, logging_config=logging_config)
         (handle,) = serve.run_many([target], wait_for_applications_running=False)
         wait_until_running(name, scale, stop)

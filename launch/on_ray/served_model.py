@@ -5,7 +5,6 @@ Imported within `ray_cluster` only, and by the processes of replicas.
 
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import torch
 from ray import serve
@@ -16,7 +15,7 @@ from llmtrain.infer.model import load_model, named_device
 from llmtrain.infer.replicas.calls import AnswerHead, Balance, PassedCall
 from llmtrain.infer.replicas.relay import relayed
 from llmtrain.infer.serving.app import build_app
-from llmtrain.infer.serving.opening import ServingOptions
+from llmtrain.infer.serving.opening import ServedSource
 from llmtrain.messages import show_messages
 
 ORPHANED_SECONDS = 60.0
@@ -26,14 +25,16 @@ ORPHANED_SECONDS = 60.0
 class ServedModel:
     """A replica. What is wrong with the model is said when it is asked for, so that Ray does not start it over."""
 
-    def __init__(self, source: Path, device: str, options: ServingOptions, threads: int) -> None:
+    def __init__(self, source: ServedSource, threads: int) -> None:
         show_messages(0)
         torch.set_num_threads(threads)
         context = serve.get_replica_context()
         self._application, self._name = context.app_name, context.replica_id.unique_id
         self._problem: LlmtrainError | None = None
         try:
-            self._service, self._told = options.open(load_model(source, named_device(device)))
+            self._service, self._told = source.options.open(
+                load_model(source.path, named_device(source.device), source.base)
+            )
         except LlmtrainError as error:
             self._problem = error
             return

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -19,7 +18,7 @@ from llmtrain.config.launch import LaunchConfig
 from llmtrain.config.rules.launch import HEAD, NO_HEAD
 from llmtrain.errors import ConfigError, InstallationError, LaunchError
 from llmtrain.infer.replicas.front import build_front
-from llmtrain.infer.serving.opening import ServingOptions
+from llmtrain.infer.serving.opening import ServedSource
 from llmtrain.words import counted
 
 if TYPE_CHECKING:
@@ -69,15 +68,6 @@ class ReplicaOptions:
         return LaunchConfig().with_keys(keys, "launch.")
 
 
-@dataclass(frozen=True)
-class ServedSource:
-    """A trained model, and how it is served."""
-
-    path: Path
-    device: str
-    options: ServingOptions
-
-
 def serve_replicas(
     served: ServedSource, asked: ReplicaOptions, key: str | None, run: Callable[[Starlette, Callable[[], bool]], None]
 ) -> None:
@@ -97,7 +87,7 @@ def serve_replicas(
         from launch.on_ray.replicas import open_replicas
 
         scale = scale_of(asked, launch, cluster)
-        with open_replicas((served.path.absolute(), served.device, served.options), scale, cluster, stop) as replicas:
+        with open_replicas(served.at_absolute_paths(), scale, cluster, stop) as replicas:
             _logger.info("%s", ", each with ".join(filter(None, [counted(asked.least, "replica"), replicas.told])))
             limits = replace(served.options.limits, max_tokens=replicas.longest)
             run(build_front(replicas, limits, key), lambda: replicas.cluster_is_lost)

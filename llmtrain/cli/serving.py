@@ -61,14 +61,11 @@ def serve(
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
-<<<<<<< HEAD
     base: BaseFolderOption = None,
-=======
     replicas: ReplicasOption = None,
     ray_address: RayAddressOption = None,
     allow_open_cluster: OpenClusterOption = False,
     threads: ThreadsOption = 0,
->>>>>>> ee3e3e1 (llmtrain serve --replicas: several servers of a model on Ray Serve behind one address, balanced by tokens)
 ) -> None:
     """Serve a model over HTTP as OpenAI's clients expect it, many texts at a time; prints the address.
 
@@ -86,25 +83,10 @@ def serve(
         raise ConfigError(f"{overrides[0]}: does not go with --replicas: a replica is one process.")
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.serving.asked import ServingLimits
-    from llmtrain.infer.serving.opening import ServingOptions
+    from llmtrain.infer.serving.opening import ServedSource, ServingOptions
     from llmtrain.infer.serving.server import open_port, run_server, serving_key
 
     key = serving_key(key_file, os.environ.pop(KEY_VARIABLE, None), host)
-<<<<<<< HEAD
-    with open_trained(best_checkpoint(model) if best else model, overrides or [], device, exact, base) as trained:
-        text_model = TextModel(trained, tokenizer)
-        limits = Limits.of(text_model.config, slots, exact=exact)
-        if text_model.continues:
-            memory = limits.cache_bytes(text_model.config)
-            typer.echo(f"{slots} slots; the memory of what was read takes {short_bytes(memory)} at most", err=True)
-        thread = start_batch(trained, limits, slots + max_queue)
-        longest = min(max_tokens, text_model.config.max_seq_len)
-        service = Service(text_model, name or model.absolute().name, thread, ServingLimits(longest, max_body))
-        run_server(build_app(service, key), (host, port), drain, typer.echo, lambda: thread.failure is not None)
-        thread.stop()
-        if thread.failure is not None:
-            raise thread.failure
-=======
     limits = ServingLimits(max_tokens, max_body)
     options = ServingOptions(name or model.absolute().name, limits, slots, max_queue, exact, tokenizer)
     source = best_checkpoint(model) if best else model
@@ -113,26 +95,26 @@ def serve(
         run_server(app, (host, port), drain, typer.echo, has_failed)
 
     if replicas is None:
-        _serve_here((source, overrides or [], device), options, key, run)
+        _serve_here((source, overrides or [], device, exact, base), options, key, run)
         return
-    from launch.on_ray.serving import ReplicaOptions, ServedSource, serve_replicas
+    from launch.on_ray.serving import ReplicaOptions, serve_replicas
 
     open_port((host, port)).close()  # to be known before Ray is started
     asked = replace(
         ReplicaOptions.of(replicas), address=ray_address, allow_open_cluster=allow_open_cluster, threads=threads,
         drain_seconds=drain,
     )  # fmt: skip
-    serve_replicas(ServedSource(source, device, options), asked, key, run)
+    serve_replicas(ServedSource(source, device, options, base), asked, key, run)
 
 
 def _serve_here(
-    model: tuple[Path, list[str], str], options: "ServingOptions", key: str | None, run: "RunServer"
+    model: tuple[Path, list[str], str, bool, Path | None], options: "ServingOptions", key: str | None, run: "RunServer"
 ) -> None:
     """In this process, and the ranks that keys may ask for."""
     from launch.decoding import open_trained
     from llmtrain.infer.serving.app import build_app
 
-    with open_trained(*model, options.exact) as trained:
+    with open_trained(*model) as trained:
         service, told = options.open(trained)
         if told:
             typer.echo(told, err=True)
@@ -140,4 +122,3 @@ def _serve_here(
         service.batch.stop()
         if service.batch.failure is not None:
             raise service.batch.failure
->>>>>>> ee3e3e1 (llmtrain serve --replicas: several servers of a model on Ray Serve behind one address, balanced by tokens)

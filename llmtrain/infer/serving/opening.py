@@ -46,3 +46,20 @@ class ServingOptions:
         longest = min(self.limits.max_tokens, text_model.config.max_seq_len)
         thread = start_batch(trained, limits, self.slots + self.max_queue)
         return Service(text_model, self.name, thread, replace(self.limits, max_tokens=longest)), told
+
+
+@dataclass(frozen=True)
+class ServedSource:
+    """A trained model, and how it is served."""
+
+    path: Path
+    device: str
+    options: ServingOptions
+    base: Path | None = None
+    """Of what was finetuned, where it is not where it was."""
+
+    def at_absolute_paths(self) -> "ServedSource":
+        """Replicas run in other folders than the command."""
+        tokenizer = self.options.tokenizer and self.options.tokenizer.absolute()
+        options = replace(self.options, tokenizer=tokenizer)
+        return ServedSource(self.path.absolute(), self.device, options, self.base and self.base.absolute())

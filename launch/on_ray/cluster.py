@@ -223,6 +223,8 @@ def _connected(**options: Any) -> Iterator[Any]:
     worker.print_to_stdstream = lambda *_, **__: None
     is_own = options["address"] == "local"
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    if is_own:
+        _leave_out_what_nobody_asks()
     try:
         context = _init(START_TRIES if is_own else 1, options)
     finally:
@@ -232,8 +234,30 @@ def _connected(**options: Any) -> Iterator[Any]:
     try:
         yield context
     finally:
+        # Workers, too: one that is left would go on writing into Ray's folder, which could not be removed then.
+        started = _with_children(started)
         ray.shutdown()
         _end(started, SHUTDOWN_SECONDS)
+
+
+def _leave_out_what_nobody_asks() -> None:
+    """Have Ray start three processes less: its autoscaler, its dashboard, and what passes on the logs of workers.
+
+    Each imports Ray before the first rank can start, and `ray.init` waits for the dashboard even where it has no pages.
+    """
+    from ray._private.node import Node
+
+    # Private, for want of settings.
+    Node.start_monitor = Node.start_log_monitor = lambda self: None
+    Node.start_api_server = lambda self, **_: None
+
+
+def _with_children(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    found = dict.fromkeys(processes)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            found |= dict.fromkeys(process.children(recursive=True))
+    return list(found)
 
 
 def _init(tries: int, options: Mapping[str, Any]) -> Any:
@@ -254,7 +278,9 @@ def _init(tries: int, options: Mapping[str, Any]) -> Any:
 
 
 def _end(processes: Sequence[psutil.Process], seconds: float = 0.0) -> None:
-    """Kill what has not ended by then."""
-    for process in psutil.wait_procs(list(processes), timeout=seconds)[1]:
+    """Kill what has not ended by then, and wait for it."""
+    left = psutil.wait_procs(list(processes), timeout=seconds)[1]
+    for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(left, timeout=SHUTDOWN_SECONDS)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 
 import torch
 from ray import serve
+from ray.serve._private import replica as serve_replica
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from llmtrain.errors import LlmtrainError
@@ -26,6 +27,9 @@ class ServedModel:
     """A replica. What is wrong with the model is said when it is asked for, so that Ray does not start it over."""
 
     def __init__(self, source: ServedSource, threads: int) -> None:
+        # Private, for want of a setting: else a replica listens at all addresses of its machine, for calls by gRPC that
+        # nobody makes.
+        serve_replica.add_port_to_grpc_server = lambda server, address: 0
         show_messages(0)
         torch.set_num_threads(threads)
         context = serve.get_replica_context()

@@ -80,7 +80,10 @@ def serve(
     if alone:
         raise ConfigError(f"{alone[0]}: goes with --replicas.")
     if overrides and replicas is not None:
-        raise ConfigError(f"{overrides[0]}: does not go with --replicas: a replica is one process.")
+        raise ConfigError(
+            f"{overrides[0]}: does not go with --replicas: each replica is one process, with the whole model. Leave out "
+            "one of the two."
+        )
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.serving.asked import ServingLimits
     from llmtrain.infer.serving.opening import ServedSource, ServingOptions

@@ -1,6 +1,8 @@
 """`llmtrain serve --replicas`: as one server for its clients, whatever becomes of a replica; nothing is left behind."""
 
+import ipaddress
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -12,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from tests.support.command import TIMEOUT_SECONDS, wait_until
+from tests.support.command import ENVIRONMENT, TIMEOUT_SECONDS, wait_until
 from tests.support.hf_folders import write_llama
 from tests.support.ray_cluster import ray_head
 from tests.support.servers import KEY, Server, served
@@ -39,10 +41,14 @@ def client_of(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=server.url, api_key=KEY, max_retries=0)
 
 
+def processes_of(server: Server) -> list[psutil.Process]:
+    """All that the command has started."""
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
 def replicas_of(server: Server) -> list[psutil.Process]:
     """What Ray shows as `ray::ServeReplica:...`; the system cuts names off."""
-    found = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in found if process.name().startswith("ray::ServeRepl")]
+    return [process for process in processes_of(server) if process.name().startswith("ray::ServeRepl")]
 
 
 def health(server: Server) -> dict[str, Any]:
@@ -90,8 +96,14 @@ class TestReplicas:
             openai.OpenAI(base_url=server.url, api_key="wrong", max_retries=0).models.list()
 
     def test_the_key_is_nowhere_on_the_cluster(self, server: Server) -> None:
-        for process in psutil.Process(server.process.pid).children(recursive=True):
+        for process in processes_of(server):
             assert KEY not in " ".join(process.cmdline()) and KEY not in process.environ().values()
+
+    def test_nothing_listens_beyond_this_machine(self, server: Server) -> None:
+        for process in processes_of(server):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    assert ipaddress.ip_address(connection.laddr.ip).is_loopback, (process.name(), connection.laddr)
 
     def test_a_killed_replica_loses_only_its_own_streams(self, server: Server) -> None:
         ended, stops = list[str](), threading.Event()
@@ -129,10 +141,10 @@ class TestReplicas:
             stream = asked(client_of(server), stream=True, n=8)
             next(iter(stream))
             stream.close()
-        wait_until(lambda: open_texts(server) == 0, server.process)
+        wait_until(lambda: not any(figures(server, "open_texts")), server.process)
 
     def test_a_burst_is_shared_and_the_rest_told_to_come_back(self, server: Server) -> None:
-        streams, refused = [], list[openai.RateLimitError]()
+        before, streams, refused = figures(server, "new_tokens_total"), [], list[openai.RateLimitError]()
         for _ in range(8):
             try:
                 streams.append(asked(client_of(server), stream=True, n=12, max_tokens=50))
@@ -141,38 +153,52 @@ class TestReplicas:
         assert len(streams) >= 2 and all(error.response.headers["retry-after"] == "1" for error in refused)
         for stream in streams:
             stream.close()
+        assert all(now > then for now, then in zip(figures(server, "new_tokens_total"), before, strict=True))
 
-    def test_told_to_stop_it_ends_what_was_begun_and_leaves_nothing(self, folder: Path) -> None:
-        with served(folder, "--replicas", "2", "--name", "tiny") as server:
-            client, left = client_of(server), psutil.Process(server.process.pid).children(recursive=True)
-            expected = client.completions.create(model="tiny", prompt="a", max_tokens=60, seed=1).choices[0].text
-            stream = client.completions.create(model="tiny", prompt="a", max_tokens=60, seed=1, stream=True)
-            text = next(iter(stream)).choices[0].text
-            server.process.send_signal(signal.SIGTERM)
-            assert text + "".join(piece.choices[0].text for piece in stream) == expected
-            assert server.process.wait(TIMEOUT_SECONDS) == 0
-        assert psutil.wait_procs(left, timeout=TIMEOUT_SECONDS)[1] == []
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_told_to_stop_it_ends_what_was_begun_and_leaves_nothing(self, folder: Path, number: signal.Signals) -> None:
+        # Ray's folder goes into this one, whose path must be short.
+        with tempfile.TemporaryDirectory(dir="/tmp") as place:
+            environ = {**ENVIRONMENT, "TMPDIR": place}
+            with served(folder, "--replicas", "1", "--name", "tiny", environ=environ) as server:
+                client, left = client_of(server), processes_of(server)
+                expected = client.completions.create(model="tiny", prompt="a", max_tokens=60, seed=1).choices[0].text
+                stream = client.completions.create(model="tiny", prompt="a", max_tokens=60, seed=1, stream=True)
+                text = next(iter(stream)).choices[0].text
+                assert len(list(Path(place).glob("llmtrain-ray-*"))) == 1
+                server.process.send_signal(number)
+                assert text + "".join(piece.choices[0].text for piece in stream) == expected
+                assert server.process.wait(TIMEOUT_SECONDS) == 0
+            assert psutil.wait_procs(left, timeout=0)[1] == [], "the command waits for them"
+            assert list(Path(place).iterdir()) == []
         said = (folder.parent / "server.txt").read_text()
         assert KEY not in said and "Traceback" not in said
 
     def test_killed_it_leaves_nothing(self, folder: Path) -> None:
         with served(folder, "--replicas", "1") as server:
-            left = psutil.Process(server.process.pid).children(recursive=True)
+            left = processes_of(server)
             server.process.kill()
             assert psutil.wait_procs(left, timeout=TIMEOUT_SECONDS)[1] == []
 
     def test_a_cluster_that_stands_is_joined_and_given_back(self, folder: Path) -> None:
         with ray_head(num_cpus=3) as head:
-            before = {process.pid for process in head.nodes[0].processes()}
+            (node,) = head.nodes
+            before = {process.pid for process in node.processes()}
             environ = {**head.environ, "RAY_AUTH_MODE": ""}
-            with served(folder, "--replicas", "2", "--ray-address", head.address, environ=environ) as server:
-                assert client_of(server).completions.create(model="llama", prompt="a").choices[0].text
-                assert [each for each in head.nodes[0].processes() if each.name().startswith("ray::ServeRepl")]
-            served_there = [each for each in head.nodes[0].processes() if "ray::Serve" in each.name()]
-            assert psutil.wait_procs(served_there, timeout=TIMEOUT_SECONDS)[1] == []
-            assert before <= {process.pid for process in head.nodes[0].processes()}, "it goes on without us"
+            for ends_it in (signal.SIGTERM, signal.SIGKILL):
+                with served(folder, "--replicas", "2", "--ray-address", head.address, environ=environ) as server:
+                    assert client_of(server).completions.create(model="llama", prompt="a").choices[0].text
+                    replicas = node.processes("ray::ServeRepl")
+                    assert len(replicas) == 2
+                    server.process.send_signal(ends_it)
+                    server.process.wait(TIMEOUT_SECONDS)
+                assert psutil.wait_procs(replicas, timeout=TIMEOUT_SECONDS)[1] == []
+                if ends_it == signal.SIGTERM:
+                    assert node.processes("ray::Serve") == [], "Ray Serve was started for it"
+            assert before <= {process.pid for process in node.processes()}, "it goes on without us"
 
 
-def open_texts(server: Server) -> float:
+def figures(server: Server, name: str) -> list[float]:
+    """Of each replica."""
     page = httpx.get(f"{server.url.removesuffix('/v1')}/metrics", headers=server.headers, timeout=TIMEOUT_SECONDS).text
-    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith("llmtrain_open_texts{"))
+    return [float(line.split()[-1]) for line in page.splitlines() if line.startswith(f"llmtrain_{name}{{")]

@@ -72,9 +72,10 @@ def run_server(
 
     Raises ConfigError where the port cannot be had.
     """
+    # uvicorn would choose its loop and its parser by what is installed: this server is the same everywhere.
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_seconds, lifespan="off",
-        server_header=False,
+        app, loop="asyncio", http="h11", ws="none", log_level="warning", access_log=False, lifespan="off",
+        timeout_graceful_shutdown=drain_seconds, server_header=False,
     )  # fmt: skip
     host, bound = address[0], open_port(address)
     # uvicorn raises a signal again when it has ended: by then it has been obeyed.

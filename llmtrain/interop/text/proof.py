@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from llmtrain.errors import ExportError
 from llmtrain.values.tokenizer import Around, Tokenizer
@@ -58,6 +57,8 @@ class TextReader:
 
     @cached_property
     def theirs(self) -> Any:
+        from transformers import AutoTokenizer  # here: a server of a run, which proves nothing, is not to wait for it
+
         return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
 
     def compare(self, texts: Sequence[str]) -> list[int]:

@@ -81,8 +81,8 @@ def serve(
         raise ConfigError(f"{alone[0]}: goes with --replicas.")
     if overrides and replicas is not None:
         raise ConfigError(
-            f"{overrides[0]}: does not go with --replicas: each replica is one process, with the whole model. Leave out "
-            "one of the two."
+            f"{overrides[0]}: does not go with --replicas: each of them is one process with the whole model. Leave "
+            "one of the two out."
         )
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.serving.asked import ServingLimits

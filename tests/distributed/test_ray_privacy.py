@@ -1,4 +1,4 @@
-"""Nobody else gets into the folder of a Ray that a run has started: its token lies there."""
+"""Nobody else gets into the folder of a Ray that a run has started, where its token lies; and what that Ray is."""
 
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from tests.support.run_files import write_good_run
 SCRIPT = """
 import os, stat
 from pathlib import Path
+import psutil
 from launch.on_ray.cluster import ray_cluster
 from llmtrain.config.reading.load import load_config
 
@@ -21,11 +22,13 @@ with ray_cluster(config.launch) as cluster:
     for path in (token, *token.parents):
         found = path.stat()
         print(path, oct(stat.S_IMODE(found.st_mode)), found.st_uid)
+    for process in psutil.Process().children(recursive=True):
+        print("started:", *process.cmdline())
 """
 
 
 @pytest.mark.timeout(180)
-def test_nobody_else_can_read_or_replace_the_token(tmp_path: Path) -> None:
+def test_its_folder_is_its_owners_alone_and_nothing_needless_is_started(tmp_path: Path) -> None:
     write_good_run(tmp_path)
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
@@ -37,3 +40,8 @@ def test_nobody_else_can_read_or_replace_the_token(tmp_path: Path) -> None:
     assert modes[token.parent] & 0o077 == 0, "Ray has opened its own folder only"
     writable = [path for path in token.parent.parents if modes[path] & 0o022 and not modes[path] & 0o1000]
     assert not writable, "a folder above it in which others can rename has the sticky bit"
+
+    started = [line for line in done.stdout.splitlines() if line.startswith("started:")]
+    assert any("/raylet" in line for line in started)
+    needless = ("/monitor.py", "/log_monitor.py", "/dashboard.py")
+    assert not [line for line in started if any(name in line for name in needless)]

@@ -34,7 +34,9 @@ BEAT_SECONDS = 2.0
 ANSWER_SECONDS = 10.0
 """A replica that has not answered a beat within this does not count as ready."""
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 1.0
+"""Each question costs Ray Serve's controller about as much as a step of starting the replicas."""
+
 MOST_CALLS = 100_000
 """Of a replica at a time, for Ray: the model's own queue says when it is full."""
 

@@ -29,7 +29,7 @@ class ServedModel:
     def __init__(self, source: ServedSource, threads: int) -> None:
         # Private, for want of a setting: else a replica listens at all addresses of its machine, for calls by gRPC that
         # nobody makes.
-        serve_replica.add_port_to_grpc_server = lambda server, address: 0
+        serve_replica.add_port_to_grpc_server = lambda server, address: 0  # pyright: ignore[reportPrivateImportUsage]
         show_messages(0)
         torch.set_num_threads(threads)
         context = serve.get_replica_context()

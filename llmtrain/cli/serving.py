@@ -76,14 +76,7 @@ def serve(
     if missing:
         raise ConfigError(f"A server needs {', '.join(missing)}: pip install 'llmtrain[serve]'.")
     given = {"--ray-address": ray_address, "--allow-open-cluster": allow_open_cluster, "--threads": threads}
-    alone = [option for option, value in given.items() if value and replicas is None]
-    if alone:
-        raise ConfigError(f"{alone[0]}: goes with --replicas.")
-    if overrides and replicas is not None:
-        raise ConfigError(
-            f"{overrides[0]}: does not go with --replicas: each of them is one process with the whole model. Leave "
-            "one of the two out."
-        )
+    _require_that_they_go_together(replicas, [option for option, value in given.items() if value], overrides or [])
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.serving.asked import ServingLimits
     from llmtrain.infer.serving.opening import ServedSource, ServingOptions
@@ -108,6 +101,17 @@ def serve(
         drain_seconds=drain,
     )  # fmt: skip
     serve_replicas(ServedSource(source, device, options, base), asked, key, run)
+
+
+def _require_that_they_go_together(replicas: str | None, of_replicas: list[str], keys: list[str]) -> None:
+    """Raises ConfigError for options of replicas without any, and for keys of ranks with them."""
+    if of_replicas and replicas is None:
+        raise ConfigError(f"{of_replicas[0]}: goes with --replicas.")
+    if keys and replicas is not None:
+        raise ConfigError(
+            f"{keys[0]}: does not go with --replicas: each of them is one process with the whole model. Leave one of the "
+            "two out."
+        )
 
 
 def _serve_here(

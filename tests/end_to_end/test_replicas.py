@@ -133,9 +133,9 @@ class TestReplicas:
         stops.set()
         for thread in threads:
             thread.join()
-        lost = [end for end in ended if not end.endswith("length")]
+        lost = [end for end in ended if not end.endswith(("length", "stop"))]
         assert set(lost) <= {"True replica_lost"} and len(lost) <= 3
-        assert set(ended[count:]) == {"True length", "False length"}
+        assert not set(ended[count:]) & set(lost), "since there are two again"
 
     def test_a_client_that_leaves_frees_its_slot_in_the_replica(self, server: Server) -> None:
         for _ in range(4):

@@ -109,8 +109,8 @@ def _require_that_they_go_together(replicas: str | None, of_replicas: list[str],
         raise ConfigError(f"{of_replicas[0]}: goes with --replicas.")
     if keys and replicas is not None:
         raise ConfigError(
-            f"{keys[0]}: does not go with --replicas: each of them is one process with the whole model. Leave one of the "
-            "two out."
+            f"{keys[0]}: does not go with --replicas: each of them is one process with the whole model. Leave one of "
+            "the two out."
         )
 
 

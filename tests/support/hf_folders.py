@@ -24,7 +24,8 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
 TEXT = ("def export(self):\n\treturn x\n", "the quick brown fox jumps over the lazy dog", "a b c d e f g h")
 
 
-def _byte_level(special: list[str]) -> Tokenizer:
+def byte_level_tokenizer(special: list[str]) -> Tokenizer:
+    """About 300 tokens, the 256 bytes among them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -48,7 +49,7 @@ def _seeded(build: Callable[[], Any]) -> Any:
 
 def write_llama(path: Path) -> Path:
     """Llama with a begin that its tokenizer puts in front, an end of an odd name, a second end and a chat template."""
-    tokenizer = _byte_level([LLAMA_BOS, LLAMA_EOS, LLAMA_EOT, "<|fill|>"])
+    tokenizer = byte_level_tokenizer([LLAMA_BOS, LLAMA_EOS, LLAMA_EOT, "<|fill|>"])
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single=[LLAMA_BOS, "$A"], pair=[LLAMA_BOS, "$A", LLAMA_BOS, "$B"], special_tokens=[(LLAMA_BOS, 0)]
     )
@@ -68,7 +69,7 @@ def write_llama(path: Path) -> Path:
 
 def write_gpt2(path: Path) -> Path:
     """GPT-2: one token for all roles, nothing around a text."""
-    tokenizer = _byte_level(["<|endoftext|>"])
+    tokenizer = byte_level_tokenizer(["<|endoftext|>"])
     config = GPT2Config(
         vocab_size=tokenizer.get_vocab_size(), n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0,
         eos_token_id=0, task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}},

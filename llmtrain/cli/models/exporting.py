@@ -76,7 +76,7 @@ def export(
     """Write a trained model as a Hugging Face folder, and prove that transformers computes the same from it.
 
     Weights are read and written some at a time: memory is that of the largest file, and of the proof.
-    With --to gguf: write a file for llama.cpp, and prove it there where that is installed (llmtrain[gguf]).
+    With --to gguf: write a file for llama.cpp, and prove it there where the extra gguf is installed.
     With --to peft: write the low-rank updates or the soft prompt of a finetuning as a folder that PEFT loads; with
     --to adapterhub bottleneck adapters as one that the library adapters loads. With --to onnx (llmtrain[onnx]) or
     torch-export: write graphs, and prove that onnxruntime or PyTorch computes the same from them without llmtrain.

@@ -68,24 +68,29 @@ class Packing:
 
 
 def packing_of(folder: DataFolder, manifest: Manifest, data: DataConfig) -> Packing | None:
-    """The packing that a run's configuration wants of a data set, None for none. Raises as `load_packing` does."""
+    """The packing that a run's configuration wants of a data set, None for none.
+
+    Raises ConfigError where documents are too long and may not be left out or leave no sample, and as `load_packing`.
+    """
     kind = data.packing_kind
     if kind == "none":
         return None
     rule = PackingRule(kind, data.too_long)
     found = load_packing(folder, manifest, data.seq_len, fetch_config(data).cache_dir, rule)
-    if rule.too_long == "error" and found.dropped_documents:
-        raise ConfigError([too_long_problem(folder, found, data)])
+    if found.dropped_documents and (rule.too_long == "error" or not found.samples):
+        raise ConfigError([_too_long(folder, found, data)])
     return found
 
 
-def too_long_problem(folder: DataFolder, packing: Packing, data: DataConfig) -> Problem:
-    """Documents that no sample of the run can hold, though none may be left out."""
+def _too_long(folder: DataFolder, packing: Packing, data: DataConfig) -> Problem:
+    """Documents that no sample of the run can hold: none of them may be left out, or nothing would be left."""
+    ways = ["drop"] * (packing.samples > 0) + ["truncate"] * (data.objective == "chat")
     message = (
         f"{folder} has {counted(packing.dropped_documents, 'document')} of more than data.seq_len = {data.seq_len} "
-        f"tokens, the longest of {packing.longest:,}. Set drop or truncate, or data.seq_len={packing.longest}."
+        f"tokens, the longest of {packing.longest:,}{', and none that fits' * (not packing.samples)}. "
+        f"Set {''.join(f'{way}, or ' for way in ways)}data.seq_len={packing.longest}."
     )
-    return Problem(f"data.{data.objective}.too_long", message, "error", uses=("data.seq_len",))
+    return Problem(f"data.{data.objective}.too_long", message, data.too_long, uses=("data.seq_len",))
 
 
 def load_packing(

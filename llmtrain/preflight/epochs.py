@@ -32,8 +32,7 @@ def epochs_problems(config: RunConfig, manifests: Sequence[Manifest]) -> list[Pr
         return []
     tokens, path = _epoch_tokens(config, manifests[0]), shown_path(config.data.train[0].path)
     if not tokens:
-        message = f"{path} has no document that fits into a sample of data.seq_len = {config.data.seq_len} tokens."
-        return [Problem("train.epochs", message, config.train.epochs, uses=("data.train", "data.seq_len"))]
+        return []  # less than one sample is a problem of its own
     if config.train.tokens not in (None, tokens):
         message = (
             f"train.epochs = {config.train.epochs} of {path} are {tokens} tokens. Remove one of the two: "

@@ -73,8 +73,8 @@ def use_notes(uses: Sequence[SourceUse]) -> Iterator[str]:
 
 
 def too_long_problems(config: RunConfig, train: Sequence[Manifest], valid: Sequence[Manifest]) -> list[Problem]:
-    """Documents that no sample of the run can hold, where none may be left out. Raises DataError as `packing_of`."""
-    if config.data.too_long != "error":
+    """Documents that no sample can hold and that may not be left out. Raises DataError as `packing_of`."""
+    if config.data.too_long not in ("error", "drop"):
         return []
     try:
         _packings(config, config.data.train, train)

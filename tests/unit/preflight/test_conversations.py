@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llmtrain.config.reading.load import load_config
@@ -31,6 +32,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(RUN)
     write_target_dataset(tmp_path / "talks", [random_conversations(30)], chat_record())
+    long = np.arange(6, 60)
+    write_target_dataset(tmp_path / "long", [[(long, np.ones(len(long)))]], chat_record())
     write_dataset(tmp_path / "plain", [random_documents(30)], tokenizer=b"a run copies it and reads no token")
     return tmp_path
 
@@ -54,8 +57,17 @@ def test_long_conversations_are_counted_before_the_run() -> None:
         f"has {long} documents of more than data.seq_len = 20 tokens, the longest of {max(lengths)}"
         in found["data.chat.too_long"]
     )
+    assert f"Set drop, or truncate, or data.seq_len={max(lengths)}." in found["data.chat.too_long"]
     of_valid = problems("data.seq_len=20", "data.valid=[{path: talks}]", "data.chat.too_long=truncate")
     assert of_valid == {}
+
+
+def test_where_all_are_too_long_none_may_be_dropped() -> None:
+    found = problems("data.seq_len=2", "data.chat.too_long=drop")
+    assert "has 30 documents of more than data.seq_len = 2 tokens" in found["data.chat.too_long"]
+    assert "and none that fits. Set truncate, or data.seq_len=" in found["data.chat.too_long"]
+    of_valid = problems("data.valid=[{path: long}]", "data.chat.too_long=drop", "data.packing=single")
+    assert "long has 1 document" in of_valid["data.chat.too_long"]
 
 
 def test_shards_without_spans_are_named() -> None:

@@ -113,5 +113,6 @@ def test_a_profile_behind_the_end_is_refused_once_the_end_is_known() -> None:
 
 
 def test_data_of_which_nothing_fits_has_no_epoch() -> None:
-    message = problems(*TWO, *CHAT, "data.seq_len=2", "data.chat.too_long=drop")["train.epochs"]
-    assert message == "talks has no document that fits into a sample of data.seq_len = 2 tokens."
+    message = problems(*TWO, *CHAT, "data.seq_len=2", "data.chat.too_long=drop")["data.chat.too_long"]
+    assert "and none that fits. Set truncate" in message
+    assert list(problems(*TWO, "data.seq_len=2000", "model.max_seq_len=2000")) == ["data.train.0.path"]

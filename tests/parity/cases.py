@@ -126,6 +126,10 @@ def traced_rank(
     return trace_layout(rank, world_size, config, num_steps)
 
 
+HANGS_AFTER = 400.0
+"""Seconds. A rank that dies is heard at once, and layers that are compiled take minutes on a busy machine."""
+
+
 def verdict(
     config: RunConfig,
     layout: RunConfig,
@@ -135,5 +139,5 @@ def verdict(
     mutation: Callable[[], None] | None = None,
 ) -> Verdict:
     """Compare a layout with the reference."""
-    ranks = run_ranks(traced_rank, world_size, layout, num_steps, mutation, timeout_seconds=120)
+    ranks = run_ranks(traced_rank, world_size, layout, num_steps, mutation, timeout_seconds=HANGS_AFTER)
     return compare(reference(config, num_steps), assemble_trace(ranks), levels)

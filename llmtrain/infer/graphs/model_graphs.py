@@ -27,7 +27,7 @@ def model_graphs(model: Transformer) -> list[Graph]:
 
 def _graphs(model: Transformer) -> list[Graph]:
     config, dtype = model.config, next(model.parameters()).dtype
-    vector = Port("embedding", ("batch", config.hidden_size))
+    vector = Port("text_embedding", ("batch", config.hidden_size))
     if config.family == "encoder":
         return [Graph(MODEL, MaskedModel(model), _text("length", config.token_types), (*_logits(config), vector))]
     if config.predicts_labels:

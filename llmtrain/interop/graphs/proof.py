@@ -138,8 +138,8 @@ def _compare_whole(graphs: GraphModel, trained: OriginalModel, texts: Rows, foun
                 found.add(ours[None], given["logits"][row, None])
             case _:
                 found.add(ours, given["logits"][row, : len(text)])
-        if "embedding" in given and not reads_pairs:
-            _compare_vector(trained, text, given["embedding"][row], found)
+        if "text_embedding" in given and not reads_pairs:
+            _compare_vector(trained, text, given["text_embedding"][row], found)
 
 
 def _compare_steps(
@@ -166,7 +166,7 @@ def _compare_steps(
     if sources is not None:
         given = graphs.read(sources)
         for row, source in enumerate(sources):
-            _compare_vector(trained, source, given["embedding"][row], found)
+            _compare_vector(trained, source, given["text_embedding"][row], found)
 
 
 def _compare_vector(trained: OriginalModel, text: Sequence[int], theirs_H: Tensor, found: GraphComparison) -> None:

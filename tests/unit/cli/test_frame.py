@@ -113,9 +113,9 @@ def test_keys_given_as_options_lead_to_the_key(
 
 
 def test_a_wrong_choice_names_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("export", "a", "b", "--to", "onnx") == 2
+    assert call("export", "a", "b", "--to", "tflite") == 2
     written = capsys.readouterr().err
-    assert "'onnx' is not one of 'hf'" in written and "Value error" not in written
+    assert "'tflite' is not one of 'hf'" in written and "Value error" not in written
 
 
 def test_repeated_arguments_are_marked_once() -> None:

@@ -10,8 +10,8 @@ from tests.benchmarks.__main__ import BENCHMARKS, main
 from tests.benchmarks.measuring import Options, Table
 
 QUICK = Options(rounds=1, quick=True)
-WHOLE_RUNS = ("command", "launch", "recovery", "cluster", "engines")
-"""Those that start runs, peers and ranks as a user does, each for seconds."""
+WHOLE_RUNS = ("command", "launch", "recovery", "cluster", "engines", "graphs")
+"""Those that start runs, peers and ranks as a user does, and that compile: each for seconds."""
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP) $(READERS)/datatrove/.installed $(READERS)/datasketch/.installed $(READERS)/peft/.installed \
-  $(READERS)/onnx/.installed
+  $(READERS)/onnx/.installed $(READERS)/gguf/.installed
 	$(BIN)/python -m tests.benchmarks
 
 # On a machine with a GPU eight minutes; elsewhere the same in tiny sizes.

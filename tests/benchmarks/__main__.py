@@ -19,7 +19,7 @@ BENCHMARKS = {
     "overhead": "what loop, loader and trackers add to a step of about a millisecond",
     "trackers": "what Weights & Biases adds to a step: offline, and online without a server",
     "finetuning": "a LoRA beside PEFT in HF Trainer: speed and peak memory",
-    "serving": "texts, many at a time, beside transformers' generate",
+    "serving": "texts, many at a time, beside transformers and llama.cpp, and what a server adds",
     "graphs": "a step of decoding in onnxruntime beside PyTorch, plain and compiled",
     "stream": "shards to packed batches beside webdataset and raw mmap",
     "resume": "how long the data stream takes to its first batch, far into a run",

@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install readers quickstart test test-all check bench gpu docs clean
+.PHONY: help install readers quickstart talks test test-all check bench gpu docs clean
 
 help:
 	@echo "make quickstart   train a small model on real text, sample from it, export it (a few minutes)"
+	@echo "make talks        finetune it to answer questions about lines of Python, and count its right answers"
 	@echo "make test         every kind of test"
 	@echo "make test-all     every test grid whole"
 	@echo "make readers      llama.cpp and CTranslate2 for make test-all (llama.cpp compiles for minutes)"
@@ -55,6 +56,17 @@ quickstart: $(STAMP) $(QS)/data/train/manifest.json
 	  "  llmtrain generate $(RUN) --prompt 'import '" \
 	  "  llmtrain train configs/runs/quickstart.yaml train.steps=600      # go on training" \
 	  "  llmtrain train configs/runs/quickstart.yaml name=mine seed=7     # another run; then: llmtrain report $(RUN) $(QS)/runs/mine"
+
+# What docs/finetuning-example.md tells, on the text of the quickstart; asyncio's lines are those it is asked about.
+TEXTS := $(BIN)/python docs/examples/code_texts.py
+
+talks: quickstart
+	$(TEXTS) chats $(QS)/chats.jsonl $(STDLIB)/*.py $(STDLIB)/email/*.py $(STDLIB)/json/*.py $(STDLIB)/unittest/*.py
+	$(TEXTS) questions $(QS)/questions.jsonl $(STDLIB)/asyncio/*.py
+	$(BIN)/llmtrain data chat $(QS)/chats.jsonl $(QS)/talks --tokenizer $(QS)/tokenizer.model --template chatml --grow --overwrite
+	$(BIN)/llmtrain train docs/examples/line_talks.yaml
+	$(BIN)/llmtrain generate $(QS)/runs/line-talks --prompts $(QS)/questions.jsonl --out $(QS)/answers.jsonl --temperature 0 --max-tokens 32 --overwrite
+	$(TEXTS) score $(QS)/answers.jsonl
 
 # Two tests side by side, a thread each (docs/design/parallel-tests.md): most start ranks or commands, and wait for them.
 JOBS ?= 2

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx  # pyright: ignore[reportMissingImports]
 import torch
+from onnxscript import opset18 as op  # pyright: ignore[reportMissingImports]
 
 from llmtrain.errors import ExportError
 from llmtrain.interop.graphs.ports import Graph, Stages
@@ -45,14 +46,25 @@ def _write_graph(path: Path, graph: Graph) -> list[str]:
                 input_names=[port.name for port in graph.inputs],
                 output_names=[port.name for port in graph.outputs],
                 verbose=False,
+                custom_translation_table={torch.ops.aten.sort.stable: _stable_sort},
             )
         except Exception as error:  # the exporter's steps raise errors of many kinds
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
             raise ExportError(
-                f"PyTorch {torch.__version__} cannot write {graph.name} as ONNX: {str(error)[:300]}. "
+                f"PyTorch {torch.__version__} cannot write {graph.name} as ONNX: {str(cause)[:300]}. "
                 "Nothing is left of the folder. Try another version of PyTorch, or --to torch-export."
             ) from error
         made.save(str(path), external_data=apart)
     return _strip(path, graph)
+
+
+def _stable_sort(x: Any, *, stable: bool, dim: int = -1, descending: bool = False) -> tuple[Any, Any]:
+    """What routes tokens to experts, which PyTorch's exporter knows only where ties do not matter. ONNX has them sorted
+    by their places always: https://onnx.ai/onnx/operators/onnx__TopK.html."""
+    size = op.Reshape(op.Gather(op.Shape(x), op.Constant(value_int=dim), axis=0), op.Constant(value_ints=[1]))
+    return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
 
 def _strip(path: Path, graph: Graph) -> list[str]:

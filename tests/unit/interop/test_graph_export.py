@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from llmtrain.config.model import ModelConfig, MoeConfig
+from llmtrain.errors import ExportError
 from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.generate import iter_tokens
 from llmtrain.infer.model import find_checkpoint_model
 from llmtrain.infer.text_model import TextModel
 from llmtrain.interop import installation
 from llmtrain.interop.graphs import folder as graph_folder
+from llmtrain.interop.graphs.ports import Graph
 from llmtrain.interop.proof import HARD_TEXTS, real_texts
 from tests.support.command import COMMAND, ENVIRONMENT
 from tests.support.readers import ONNX, require_onnx
@@ -126,6 +128,15 @@ def test_users_faults(small_tokenizer, tmp_path, monkeypatch):
     result = _call("export", run, out, "--to", "onnx")
     assert result.exit_code == USAGE and "pip install 'llmtrain[onnx]'" in result.stderr
     assert not out.exists() and not list(tmp_path.glob(".writing*"))
+
+
+def test_a_file_that_onnxruntime_does_not_load(tmp_path):
+    require_onnx()
+    from llmtrain.interop.onnx_folder.sessions import OnnxSessions
+
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a no graph")
+    with pytest.raises(ExportError, match=r"onnxruntime .* does not load model\.onnx: .*Try another version"):
+        OnnxSessions(tmp_path, [Graph("model", torch.nn.Identity(), (), ())])
 
 
 @pytest.mark.whole_grid

@@ -45,6 +45,6 @@ def _told(does: str, graph: Graph) -> Iterator[None]:
         yield
     except Exception as error:
         raise ExportError(
-            f"onnxruntime {onnxruntime.__version__} does not {does} {graph.name}.onnx: {str(error)[:300]}. Nothing is left "
-            "of the folder. Try another version of onnxruntime, or --to torch-export."
+            f"onnxruntime {onnxruntime.__version__} does not {does} {graph.name}.onnx: {str(error)[:300]}. Nothing is "
+            "left of the folder. Try another version of onnxruntime, or --to torch-export."
         ) from error

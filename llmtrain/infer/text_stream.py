@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 
 from llmtrain.values.tokenizer import Tokenizer
 
+CONTEXT = 16
+"""Tokens that are decoded again with the next one, at most."""
+
 INCOMPLETE = "\ufffd"
 """What bytes decode to that are no character, or none yet."""
 
@@ -43,13 +46,18 @@ class TextStream:
         self._ids = list[int]()
         # Tokens are decoded behind some that have given text already: the first of a text may lose its space.
         self._start = self._shown = 0
+        self._before = ""
         self._held = ""
 
-    def push(self, token: int) -> str:
-        """The text that is certain with one token more."""
+    @property
+    def has_stops(self) -> bool:
+        return bool(self._stops)
+
+    def push(self, *tokens: int) -> str:
+        """The text that is certain with these tokens more."""
         if self.stopped:
             return ""
-        self._ids.append(token)
+        self._ids += tokens
         return self._released(self._decoded(whole_characters=True), at_end=False)
 
     def end(self) -> str:
@@ -59,11 +67,14 @@ class TextStream:
         return self._released(self._decoded(whole_characters=False), at_end=True)
 
     def _decoded(self, whole_characters: bool) -> str:
-        before = decode_with_names(self._ids[self._start : self._shown], self._tokenizer, self._names)
-        text = decode_with_names(self._ids[self._start :], self._tokenizer, self._names)
+        text, before = decode_with_names(self._ids[self._start :], self._tokenizer, self._names), self._before
         if (whole_characters and text.endswith(INCOMPLETE)) or len(text) <= len(before):
             return ""
-        self._start, self._shown = self._shown, len(self._ids)
+        self._before = text
+        if len(self._ids) - self._start >= CONTEXT:
+            self._start = self._shown
+            self._before = decode_with_names(self._ids[self._start :], self._tokenizer, self._names)
+        self._shown = len(self._ids)
         return text[len(before) :]
 
     def _released(self, new: str, at_end: bool) -> str:

@@ -56,9 +56,7 @@ class Form:
 
     def piece(self, piece: TextPiece, offset: int) -> dict[str, Any]:
         """A part of one text that stands behind so many characters of it."""
-        tokens = [] if piece.token is None else [piece.token]
-        logs = [] if piece.logprobs is None else [piece.logprobs]
-        told = self.logprobs(tokens, logs, offset)
+        told = self.logprobs(piece.tokens, piece.logprobs, offset)
         said: dict[str, Any] = {"index": piece.place, "finish_reason": piece.ending, "logprobs": told}
         if self.is_chat:
             said["delta"] = {"content": piece.text} if piece.text or not piece.ending else {}

@@ -1,5 +1,6 @@
 """What the server can be asked: prompts of calls, what is computed for them, and their limits."""
 
+import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from llmtrain.infer.serving.asked import (
     Written,
 )
 from llmtrain.infer.serving.batch_thread import BatchThread
-from llmtrain.infer.serving.choices import Choices
+from llmtrain.infer.serving.choices import Arrivals, Choices
 from llmtrain.infer.serving.metrics import ServingMetrics
 from llmtrain.infer.text_model import PromptIds, TextModel
 
@@ -41,6 +42,7 @@ class Service:
 
     def __init__(self, model: TextModel, name: str, batch: BatchThread, limits: ServingLimits) -> None:
         self.model, self.name, self.batch, self.limits = model, name, batch, limits
+        self._arrivals: Arrivals | None = None
         self.metrics = ServingMetrics()
         self.metrics.watch("open_texts", "Texts that are being written or wait", lambda: batch.num_open)
         self.metrics.watch("room", "Texts that may be written or wait", lambda: batch.room)
@@ -95,7 +97,10 @@ class Service:
         """The texts of a call, as a context."""
         self.metrics.prompt(call.prompt_tokens)
         streams = [self.model.stream(call.stops) for _ in call.requests]
-        return Choices(self.batch, self.metrics, call.requests, streams)
+        loop = asyncio.get_running_loop()
+        if self._arrivals is None or self._arrivals.loop is not loop:
+            self._arrivals = Arrivals(loop)
+        return Choices(self.batch, self.metrics, self._arrivals, call.requests, streams)
 
     def faults_as(self, param: str, work: Callable[[], Result]) -> Result:
         """What work returns; its errors are those of a field."""

@@ -60,8 +60,11 @@ def test_of_random_tokens_too(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     names = {"<mask>": tokenizer.vocab_size}
     for _ in range(300):
-        ids = [rng.randrange(tokenizer.vocab_size + (rng.random() < 0.3)) for _ in range(rng.randrange(12))]
-        assert "".join(grown(tokenizer, ids, names)[0]) == decode_with_names(ids, tokenizer, names)
+        ids = [rng.randrange(tokenizer.vocab_size + (rng.random() < 0.3)) for _ in range(rng.randrange(50))]
+        text = decode_with_names(ids, tokenizer, names)
+        assert "".join(grown(tokenizer, ids, names)[0]) == text
+        cut, stream = rng.randrange(len(ids) + 1), TextStream(tokenizer, names)
+        assert stream.push(*ids[:cut]) + stream.push(*ids[cut:]) + stream.end() == text, "several at once"
 
 
 def test_a_text_ends_before_the_first_stop_string_however_it_is_cut(tokenizer: Tokenizer) -> None:

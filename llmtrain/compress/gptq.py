@@ -3,20 +3,18 @@
 Frantar et al. 2022, "GPTQ", section 3.3, algorithm 1, with columns in their own order. Layer after layer, on what the
 quantized layers before have put out.
 
-Shape suffixes: O outputs, I inputs, G groups of inputs, N positions, P pairs of a token and an expert.
+Shape suffixes: O outputs, I inputs, G groups of inputs.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmtrain.compress.layered import LayerCall, LayeredModel
+from llmtrain.compress.layer_inputs import InputSums
+from llmtrain.compress.layered import LayeredModel
 from llmtrain.interop.compressed.choice import MatrixChoice
 from llmtrain.interop.compressed.tensors import WEIGHT
-from llmtrain.models.experts.mixture import Experts
-from llmtrain.models.stack import Layer
 from llmtrain.values.batch import Batch
 from llmtrain.values.quantization import NumberGrid, Quantized, round_to_nearest
 
@@ -24,68 +22,6 @@ DAMPING = 0.01
 """Share of the mean of the Hessian's diagonal that is added to it."""
 BLOCK = 128
 """Columns whose errors are brought to those behind them together."""
-
-
-class InputProducts:
-    """The sum over all positions of x x^T, [I, I], of what goes into each matrix of a layer; of experts by number."""
-
-    def __init__(self, layer: Layer) -> None:
-        self._layer = layer
-        self._sums: dict[tuple[str, int | None], Tensor] = {}
-        self._same: dict[str, str] = {}
-        self._last: tuple[Tensor, str] | None = None
-
-    def gather(self, calls: Sequence[LayerCall]) -> None:
-        """Run the layer, whose output is not needed."""
-        hooks, products = list[Any](), list[tuple[Experts, Any]]()
-        for name, module in self._layer.named_modules():
-            if isinstance(module, nn.Linear):
-                hooks.append(module.register_forward_pre_hook(self._hook(name)))
-            elif isinstance(module, Experts):
-                products.append((module, module.product))
-                module.product = self._watched(name, module)
-        try:
-            for call in calls:
-                self._last = None
-                call.through(self._layer)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for experts, product in products:
-                experts.product = product
-
-    def of(self, name: str, expert: int | None) -> Tensor | None:
-        """The sum for a matrix by its name in the layer; None where nothing has gone into it."""
-        return self._sums.get((self._same.get(name, name), expert))
-
-    def _hook(self, name: str) -> Any:
-        def add(linear: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0]
-            # Queries, keys and values have one input, and so do gate and up: it is counted once.
-            if self._last is not None and self._last[0] is x:
-                self._same[name] = self._last[1]
-                return
-            self._last = (x, name)
-            self._add(name, None, x.flatten(0, -2))
-
-        return add
-
-    def _watched(self, prefix: str, experts: Experts) -> Any:
-        product, names = experts.product, ("up", "gate", "down")
-
-        def multiplied(x_PH: Tensor, weight: Tensor, counts: Any) -> Tensor:
-            name = next(each for each in names if getattr(experts, each) is weight)
-            for number, rows in enumerate(x_PH.split(counts)):
-                if len(rows):
-                    self._add(f"{prefix}.{name}", number, rows)
-            return product(x_PH, weight, counts)
-
-        return multiplied
-
-    def _add(self, name: str, expert: int | None, x_NI: Tensor) -> None:
-        product = (x_NI.T @ x_NI).double()
-        found = self._sums.get((name, expert))
-        self._sums[name, expert] = product if found is None else found.add_(product)
 
 
 class GptqQuantizer:
@@ -107,7 +43,7 @@ class GptqQuantizer:
         self, model: LayeredModel, batches: Sequence[Batch]
     ) -> Iterator[tuple[str, dict[tuple[str, int | None], Quantized]]]:
         for layer_name, layer, calls in model.iter_layers(batches):
-            products, found = InputProducts(layer), dict[tuple[str, int | None], Quantized]()
+            products, found = InputSums(layer), dict[tuple[str, int | None], Quantized]()
             products.gather(calls)
             for name, weight in layer.named_parameters():
                 linear = f"{layer_name}.{name}".removesuffix(WEIGHT)

@@ -46,11 +46,18 @@ class LayerCall:
 class LayeredModel:
     """A model on the meta device, of which the layers have memory only while they run.
 
-    What stands outside of layers (embeddings, norms, heads) is kept. `rounded` are linears whose inputs are rounded.
+    What stands outside of layers (embeddings, norms, heads) is kept. `rounded` are linears whose inputs are rounded,
+    `without` layers that are passed over.
     """
 
-    def __init__(self, config: ModelConfig, read: ReadTensor, rounded: frozenset[str] = frozenset()) -> None:
-        self.config, self._read = config, read
+    def __init__(
+        self,
+        config: ModelConfig,
+        read: ReadTensor,
+        rounded: frozenset[str] = frozenset(),
+        without: frozenset[str] = frozenset(),
+    ) -> None:
+        self.config, self._read, self._without = config, read, without
         self.model = build_model(config).eval()
         round_inputs(self.model, rounded)
         for name, module in self.model.named_children():
@@ -78,7 +85,9 @@ class LayeredModel:
             calls = [self._reach(stack, batch, done, number) for number, batch in enumerate(batches)]
             for number, layer in stack.layers.items():
                 assert isinstance(layer, Layer)
-                self._fill(layer, name := f"{stack.side}.layers.{number}")
+                if (name := f"{stack.side}.layers.{number}") in self._without:
+                    continue
+                self._fill(layer, name)
                 yield name, layer, calls
                 calls = [replace(call, x_SBH=call.through(layer)) for call in calls]
                 layer.to("meta")
@@ -115,6 +124,13 @@ class LayeredModel:
         finally:
             for stack in self.model.stacks:
                 stack.__dict__.pop("forward", None)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, S, V] in fp32, as `Transformer.logits`."""
+        for _ in self.iter_layers([batch]):
+            pass
+        return self.model.logits(self.hidden[0], batch)
 
     @torch.no_grad()
     def perplexity(self, batches: Sequence[Batch]) -> float:

@@ -8,9 +8,9 @@ import torch
 
 from llmtrain.compress.gptq import GptqQuantizer
 from llmtrain.compress.layered import LayeredModel
-from llmtrain.compress.source import ModelSource
+from llmtrain.compress.source import ModelSource, percent, require_near
 from llmtrain.config.model import ModelConfig
-from llmtrain.errors import ConfigError, ExportError
+from llmtrain.errors import ConfigError
 from llmtrain.infer.chat import chat_examples
 from llmtrain.infer.model import build_from, logits_of
 from llmtrain.interop.compressed.choice import SCHEMES, MatrixChoice, choose
@@ -26,6 +26,8 @@ from llmtrain.values.batch import Batch
 from llmtrain.values.quantization import Quantized, round_to_nearest
 
 METHODS = ("rtn", "gptq")
+
+_ADVICE = "--method gptq, a smaller --group, w8a16, or --keep what matters most"
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,14 @@ def compress(
     by more than is allowed. Nothing is left behind then.
     """
     scheme, group, keep = _form_of(source, asked, say)
+    source = source.as_computed()
     assert scheme in SCHEMES and asked.method in METHODS, "the command's options say so"
     family = family_for(source.model, settings.family)
     choice = choose(source.model, family, scheme, group, keep)
-    batches = _batches(source, "valid", "--evaluate", asked.evaluate, asked.samples)
+    batches = source.batches("valid", "--evaluate", asked.evaluate, asked.samples)
     calibration = None
     if asked.method == "gptq":
-        calibration = _batches(source, "train", "--calibrate", asked.calibrate, asked.samples)
+        calibration = source.batches("train", "--calibrate", asked.calibrate, asked.samples)
     elif asked.calibrate is not None:
         raise ConfigError("--calibrate: goes with --method gptq. Rounding to the nearest number needs no text.")
     before = LayeredModel(source.model, source.read).perplexity(batches)
@@ -86,11 +89,11 @@ def compress(
         after = LayeredModel(written.model, written.tensor, written.rounded_inputs).perplexity(batches)
         say(f"perplexity after: {after:.4f}")
         measured["after"] = after
-        _require_near(before, after, asked)
+        require_near(before, after, asked.max_increase, _ADVICE)
         tokens = sum(batch.num_valid_tokens for batch in batches)
         return {
             "Quantized": f"{scheme} by {asked.method}: {choice.form.told.partition(',')[0]}",
-            "Perplexity": f"{before:.4f} before, {after:.4f} after: {_percent(before, after)}, {tokens:,} targets",
+            "Perplexity": f"{before:.4f} before, {after:.4f} after: {percent(before, after)}, {tokens:,} targets",
         }
 
     quantize = _quantizer(source, choice, calibration, DTYPES[settings.dtype])
@@ -116,20 +119,9 @@ def _form_of(
     if section is None:
         raise ConfigError(
             f"--scheme: is needed: {source.path} was not trained with a section quantize. Try one of "
-            f"{', '.join(SCHEMES)}."
+            f"{', '.join(SCHEMES)}; or --prune ffn."
         )
     return section.scheme, section.group if asked.group is None else asked.group, asked.keep or section.keep
-
-
-def _batches(source: ModelSource, split: str, option: str, given: str | None, count: int) -> list[Batch]:
-    """Samples of the data that an option names, or of the run's own."""
-    places = [given] if given is not None else source.data_sets(split)
-    if not places:
-        raise ConfigError(
-            f"{option}: is needed: {source.path} names no data.{split}. Give a folder of shards, or a text file."
-        )
-    text, share = source.text(), -(-count // len(places))
-    return [batch for place in places for batch in text.batches(place, share)]
 
 
 def _quantizer(
@@ -149,18 +141,3 @@ def _build(model: ModelConfig, read: ReadTensor, rounded: frozenset[str]) -> Cal
     built = build_from(model, read)
     round_inputs(built, rounded)
     return lambda example: logits_of(built, example)
-
-
-def _percent(before: float, after: float) -> str:
-    return f"{after / before - 1:+.2%}"
-
-
-def _require_near(before: float, after: float, asked: Compression) -> None:
-    """Raise ExportError where the perplexity grows by more than is allowed; one that is no number is refused too."""
-    if after <= before * (1 + asked.max_increase):
-        return
-    raise ExportError(
-        f"--max-perplexity-increase {asked.max_increase:g}: the perplexity would be {after:.4f}, and was {before:.4f}: "
-        f"{_percent(before, after)}. Nothing is written. Try --method gptq, a smaller --group, w8a16, or --keep what "
-        "matters most; or allow it."
-    )

@@ -1,17 +1,19 @@
-"""What is compressed: a model of a run, a checkpoint or a Hugging Face folder, one tensor at a time."""
+"""What is compressed: a model of a run, a checkpoint or a Hugging Face folder, one tensor at a time; and what its
+perplexity may become."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
 
+from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.compress.samples import SampleText
 from llmtrain.config.finetune import QuantizeConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.errors import CheckpointError, ConfigError, ExportError
 from llmtrain.infer.hugging_face import folder_special_tokens, open_trained, trained_weights
 from llmtrain.infer.model import saved_config, saved_data
 from llmtrain.infer.tokenizer import model_tokenizer
@@ -19,6 +21,7 @@ from llmtrain.interop.hf_export import DTYPES
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
+from llmtrain.values.batch import Batch
 from llmtrain.values.tokenizer import Tokenizer
 
 TRAINED_IN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -29,8 +32,8 @@ TRAINED_IN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 class ModelSource:
     """A model whose weights are read in fp32, and what was said of its training.
 
-    `trained_for` is the section `quantize` of the run: then the weights are those that training has computed with,
-    which are rounded to the type `dtype`; else that is the usual type of what stays as it is.
+    `trained_for` is the section `quantize` of the run, which has computed in the type `dtype`; else that is the usual
+    type of what stays as it is.
     """
 
     path: Path
@@ -41,17 +44,37 @@ class ModelSource:
     facts: Mapping[str, str]
     config: Mapping[str, Any]
     """The run's configuration; of others, sections that stand for it."""
+    checkpoint: CheckpointReader | None = None
+    """None of a Hugging Face folder."""
     trained_for: QuantizeConfig | None = None
     dtype: str = "bfloat16"
+
+    def as_computed(self) -> "ModelSource":
+        """With the weights that training for whole numbers has computed with: rounded to `dtype`. Others stay."""
+        if self.trained_for is None:
+            return self
+        dtype = DTYPES[self.dtype]
+
+        def rounded(name: str, expert: int | None = None) -> Tensor:
+            return self.read(name, expert).to(dtype).float()
+
+        return replace(self, read=rounded)
 
     def text(self) -> SampleText:
         """What makes rows of text for it."""
         seed = self.config.get("seed", 0)
         return SampleText(self.model, self.tokenizer, self.config["data"], seed if isinstance(seed, int) else 0)
 
-    def data_sets(self, split: str) -> list[str]:
-        """The paths of the run's data of a split."""
-        return [str(found["path"]) for found in self.config["data"].get(split) or () if "path" in found]
+    def batches(self, split: str, option: str, given: str | None, count: int) -> list[Batch]:
+        """So many samples of the data that an option names, or of the run's own."""
+        own = [str(found["path"]) for found in self.config["data"].get(split) or () if "path" in found]
+        places = [given] if given is not None else own
+        if not places:
+            raise ConfigError(
+                f"{option}: is needed: {self.path} names no data.{split}. Give a folder of shards, or a text file."
+            )
+        text, share = self.text(), -(-count // len(places))
+        return [batch for place in places for batch in text.batches(place, share)]
 
 
 def open_source(path: Path, tokenizer: Path | None) -> ModelSource:
@@ -64,14 +87,9 @@ def open_source(path: Path, tokenizer: Path | None) -> ModelSource:
     config = {**saved_config(checkpoint), "data": saved_data(checkpoint)}
     text = trained.tokenizer, trained.tokens
     trained_for = _trained_for(checkpoint.path, config.get("quantize"))
-    if trained_for is None:
-        return ModelSource(checkpoint.path, trained.config, read, *text, trained.facts, config)
-    dtype = TRAINED_IN[config["train"]["precision"]]
-
-    def rounded(name: str, expert: int | None = None) -> Tensor:
-        return read(name, expert).to(DTYPES[dtype]).float()
-
-    return ModelSource(checkpoint.path, trained.config, rounded, *text, trained.facts, config, trained_for, dtype)
+    dtype = ModelSource.dtype if trained_for is None else TRAINED_IN[config["train"]["precision"]]
+    whole = trained.facts, config, checkpoint, trained_for, dtype
+    return ModelSource(checkpoint.path, trained.config, read, *text, *whole)
 
 
 def _trained_for(checkpoint: Path, section: Any) -> QuantizeConfig | None:
@@ -92,3 +110,18 @@ def _of_folder(path: Path, tokenizer: Path | None) -> ModelSource:
     text = model_tokenizer(tokenizer, folder.tokenizer_path, folder.model)
     config = {"data": {"special_tokens": folder_special_tokens(folder.model, text)}}
     return ModelSource(path, folder.model, folder.tensor, text, named_tokens(text), {}, config)
+
+
+def percent(before: float, after: float) -> str:
+    """A change, as a reader sees it."""
+    return f"{after / before - 1:+.2%}"
+
+
+def require_near(before: float, after: float, bound: float, advice: str) -> None:
+    """Raise ExportError where a perplexity grows by more than is allowed; one that is no number is refused too."""
+    if after <= before * (1 + bound):
+        return
+    raise ExportError(
+        f"--max-perplexity-increase {bound:g}: the perplexity would be {after:.4f}, and was {before:.4f}: "
+        f"{percent(before, after)}. Nothing is written. Try {advice}; or allow it."
+    )

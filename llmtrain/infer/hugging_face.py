@@ -2,9 +2,7 @@
 
 import hashlib
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,9 +11,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from llmtrain.checkpoint.find import find_checkpoint
-from llmtrain.checkpoint.folders import CHECKPOINTS
 from llmtrain.checkpoint.reader import CheckpointReader
-from llmtrain.checkpoint.writer import Contents, publish, size_bytes, start_checkpoint, write_rank_files
+from llmtrain.checkpoint.start_folder import PART_BYTES, write_start_folder
 from llmtrain.config.data import ObjectiveName, needed_tokens
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import parameter_shapes
@@ -166,47 +163,17 @@ def import_folder(source: Path, out: Path) -> Imported:
     return Imported(folder, found, write_imported(folder, found, out))
 
 
-IMPORT_PART_BYTES = 1_000_000_000
-"""Weights that are in memory at a time; a larger tensor is alone."""
-
-
 def write_imported(
     folder: WeightSource,
     found: FolderTokenizer,
     out: Path,
-    part_bytes: int = IMPORT_PART_BYTES,
+    part_bytes: int = PART_BYTES,
     adapter: PeftFolder | None = None,
 ) -> Path:
     """Write OUT as a run folder with one checkpoint; returns the checkpoint. Nothing is left where it fails."""
     config_text = _config_yaml(folder, found.tokenizer, adapter)
-    target = out.resolve()
-    writing = target.with_name(f".writing-{target.name}-{os.getpid()}")
-    try:
-        unfinished = start_checkpoint(writing / CHECKPOINTS, step=0)
-        # Part after part takes the place of rank after rank: nobody has to hold it all.
-        groups = enumerate(_iter_groups(_iter_fragments(folder, adapter), part_bytes))
-        parts = [write_rank_files(unfinished, number, group) for number, group in groups]
-        contents = Contents(0, {}, config_text, {"imported": folder.title, **found.about()})
-        checkpoint = publish(unfinished, parts, contents, before_publish=lambda: None)
-        (writing / "config.yaml").write_text(config_text, "utf-8")
-        found.write(writing)
-        if target.exists():
-            target.rmdir()
-        writing.rename(target)
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
-    return out / checkpoint.relative_to(writing)
-
-
-def _iter_groups(fragments: Iterable[Fragment], part_bytes: int) -> Iterator[list[Fragment]]:
-    """Fragments that together take at most so much, or a single one."""
-    group: list[Fragment] = []
-    for fragment in fragments:
-        if group and size_bytes(group) + fragment.tensor.nbytes > part_bytes:
-            yield group
-            group = []
-        group.append(fragment)
-    yield group
+    about = {"imported": folder.title, **found.about()}
+    return write_start_folder(out, _iter_fragments(folder, adapter), config_text, about, found.write, part_bytes)
 
 
 def _iter_fragments(folder: WeightSource, adapter: PeftFolder | None) -> Iterator[Fragment]:
@@ -226,17 +193,22 @@ def _iter_fragments(folder: WeightSource, adapter: PeftFolder | None) -> Iterato
 
 def _config_yaml(folder: WeightSource, tokenizer: Tokenizer | None, adapter: PeftFolder | None) -> str:
     """The base for a run's configuration: the model, the objective that suits it, and what an adapter adds."""
-    config: dict[str, Any] = {"model": folder.model.model_dump(mode="json")}
+    config = start_config(folder.model, tokenizer)
     if adapter is not None:
         config["finetune"] = adapter.finetune.model_dump(mode="json", exclude_unset=True)
-    if folder.model.predicts_labels:
-        config["data"] = {"objective": "labels"}
-        return plain_yaml(config)
-    objectives: dict[str, ObjectiveName] = {"encoder": "masked", "encoder_decoder": "span_corruption"}
-    if objective := objectives.get(folder.model.family):
-        special = folder_special_tokens(folder.model, tokenizer, objective)
-        config["data"] = {"objective": objective, "special_tokens": special}
     return plain_yaml(config)
+
+
+def start_config(model: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Of a model that no run says anything of: itself, and the objective that suits it."""
+    config: dict[str, Any] = {"model": model.model_dump(mode="json")}
+    if model.predicts_labels:
+        return config | {"data": {"objective": "labels"}}
+    objectives: dict[str, ObjectiveName] = {"encoder": "masked", "encoder_decoder": "span_corruption"}
+    if objective := objectives.get(model.family):
+        special = folder_special_tokens(model, tokenizer, objective)
+        config["data"] = {"objective": objective, "special_tokens": special}
+    return config
 
 
 def folder_special_tokens(

@@ -76,7 +76,7 @@ def test_preset_loads(file: Path, tmp_path: Path) -> None:
         base, overrides = str(file), ["train.steps=100", *(["data.objective=chat"] if file.stem == "chat" else [])]
     run.write_text(f"base: {base}\n{text}finetune: {{base: nowhere}}\n", "utf-8")
     config = load_config(run, overrides).config
-    method = "full" if labels or file.stem == "chat" else file.stem
+    method = "full" if labels or file.stem in ("chat", "recover") else file.stem
     assert (config.method, config.finetune and config.finetune.base) == (method, "nowhere")
     assert config.model.predicts_labels == labels and (config.train.epochs is not None) == labels
 

@@ -1,18 +1,28 @@
-"""`compress` through the command: a trained run, a quantized folder, and what every other verb makes of it."""
+"""`compress` through the command: a trained run, a quantized or pruned folder, and what other verbs make of it."""
 
 import json
 import os
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from llmtrain.checkpoint.find import open_newest
+from llmtrain.cli.app import app
+from llmtrain.config.parameters import pruned_linears
+from llmtrain.config.reading.load import load_config
+from llmtrain.infer.model import checkpoint_tensors, saved_architecture
 from tests.support.command import COMMAND, ENVIRONMENT, TIMEOUT_SECONDS, llmtrain
 from tests.support.evaluated_run import trained_run
 from tests.support.readers import COMPRESSED_TENSORS, use_compressed_tensors
+from tests.support.small_runs import train_here
 
-FEW = ("--samples", "16", "--proof-memory", "1GB")
+FEW = ("--samples", "16")
+ROUND = ("--scheme", "w4a16", "--group", "0", "--max-perplexity-increase", "10", *FEW)
 
 
 @pytest.fixture(scope="module")
@@ -23,47 +33,107 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def compress(folder: Path, *arguments: str, code: int = 0, judged: bool = False) -> tuple[dict, str]:
-    """Run the command; with `judged`, where compressed-tensors can be imported."""
-    environment = {**ENVIRONMENT, **({"PYTHONPATH": str(COMPRESSED_TENSORS)} if judged else {})}
+def compress(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run the command, where compressed-tensors can be imported."""
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(COMPRESSED_TENSORS)}
     done = subprocess.run(
-        [COMMAND, "compress", *arguments, *FEW, "--json"],
+        [COMMAND, "compress", *arguments, "--json"],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False,
     )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout) if code == 0 else {}, done.stderr
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_gptq_is_nearer_than_rounding_and_all_verbs_take_it(trained: Path) -> None:
+def here(*arguments: str, code: int = 0) -> str:
+    """Run the command in this process, which has its imports done; what it says, or its JSON."""
+    done = CliRunner().invoke(app, [*arguments])
+    assert done.exit_code == code, done.output
+    return done.stdout if code == 0 else " ".join(done.output.split())
+
+
+def test_gptq_is_nearer_than_rounding_and_other_verbs_take_it(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_compressed_tensors()
-    options = ("--scheme", "w4a16", "--group", "0", "--max-perplexity-increase", "10")
-    rounded, _ = compress(trained, "runs/small", "rtn", *options)
-    chosen, said = compress(trained, "runs/small", "gptq", *options, "--method", "gptq", judged=True)
+    monkeypatch.chdir(trained)
+    chosen = compress(trained, "runs/small", "gptq", *ROUND, "--method", "gptq")
+    rounded = json.loads(here("compress", "runs/small", "rtn", *ROUND, "--json"))
     assert chosen["perplexity_before"] == rounded["perplexity_before"] < chosen["perplexity_after"]
     assert chosen["perplexity_after"] < rounded["perplexity_after"]
     assert chosen["max_logit_difference"] <= 1e-4 and chosen["logit_positions_compared"] > 100
-    assert "max_logit_difference" not in rounded
-    assert any("not compared in transformers" in note for note in rounded["notes"])
 
-    texts = [
-        llmtrain("generate", place, "--prompt", "the ", "--temperature", "0", "--max-tokens", "12", folder=trained)
-        for place in ("gptq", "imported")
-        if place == "gptq" or llmtrain("import", "gptq", "imported", folder=trained).returncode == 0
-    ]
-    assert all(done.returncode == 0 for done in texts), [done.stderr for done in texts]
-    assert texts[0].stdout == texts[1].stdout, "an import holds what the folder holds"
-    assert "4-bit weights with a scale for each output, dequantized" in texts[0].stderr
-
-    _, said = compress(trained, "gptq", "again", *options, "--evaluate", "valid", code=2)
-    assert "is quantized already" in said
+    here("import", "gptq", "imported")
+    greedy = ("--prompt", "the ", "--temperature", "0", "--max-tokens", "12")
+    done = llmtrain("generate", "gptq", *greedy, folder=trained)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == here("generate", "imported", *greedy), "an import holds what the folder holds"
+    assert "4-bit weights with a scale for each output, dequantized" in done.stderr
+    assert "is quantized already" in here("compress", "gptq", "again", *ROUND, "--evaluate", "valid", code=2)
 
 
-def test_above_the_bound_nothing_is_left(trained: Path) -> None:
+@pytest.mark.parametrize(
+    "asked", [("--scheme", "w4a16", "--group", "0"), ("--prune", "heads")], ids=["quantized", "pruned"]
+)
+def test_above_the_bound_nothing_is_left(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(trained)
     before = sorted(path.name for path in trained.iterdir())
-    bound = ("--max-perplexity-increase", "0")
-    _, said = compress(trained, "runs/small", "out", "--scheme", "w4a16", "--group", "0", *bound, code=1)
+    said = here("compress", "runs/small", "out", *asked, *FEW, "--max-perplexity-increase", "0", code=1)
     assert "the perplexity would be" in said and "Traceback" not in said
     assert sorted(path.name for path in trained.iterdir()) == before
+
+
+RECOVERY = """
+base: [llmtrain:finetune/recover.yaml, {pruned}/config.yaml]
+name: {pruned}-again
+data: {{train: [{{path: train}}], valid: [{{path: valid}}], seq_len: 48}}
+train: {{steps: 40, global_batch_size: 4, micro_batch_size: 2}}
+finetune: {{base: {pruned}}}
+{teacher}
+optim: {{lr: 2e-3, min_lr: 2e-3}}
+checkpoint: {{every_steps: 40}}
+evaluate: {{every_steps: 0}}
+observe: {{wandb: off, tensorboard: false}}
+launch: {{device: cpu, threads_per_worker: 1}}
+"""
+"""The shipped preset, with the learning rate of so small a model."""
+
+
+def zeros_of(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = open_newest(folder)
+    model = saved_architecture(checkpoint)
+    read = checkpoint_tensors(checkpoint, model, torch.float32)
+    return {weight.name: read(weight.name) == 0 for _, weight in pruned_linears(model, ("attention", "mlp"))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "teacher"),
+    [
+        ("2:4", (), ""),
+        pytest.param("ffn", ("--method", "wanda"), "distill: {teacher: runs/small}", marks=pytest.mark.whole_grid),
+        pytest.param("heads", (), "distill: {teacher: runs/small}", marks=pytest.mark.whole_grid),
+        pytest.param("layers", ("--method", "wanda"), "", marks=pytest.mark.whole_grid),
+        pytest.param("weights", ("--method", "wanda", "--keep", "attention.q"), "", marks=pytest.mark.whole_grid),
+    ],
+)
+def test_a_pruned_model_recovers_with_the_preset_and_exports(
+    kind: str, options: tuple[str, ...], teacher: str, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained)
+    name = f"pruned-{kind.replace(':', '-')}"
+    done = json.loads(here("compress", "runs/small", name, "--prune", kind, *options, *FEW, "--json"))
+    assert done["perplexity_after"] > 1.1 * done["perplexity_before"], "it has lost something"
+    Path(f"{name}.yaml").write_text(RECOVERY.format(pruned=name, teacher=teacher), "utf-8")
+    config = load_config(Path(f"{name}.yaml"), []).config
+    assert train_here(config) == 0
+    again = json.loads(here("compress", f"runs/{name}-again", f"{name}-twice", "--prune", "ffn", *FEW, "--json"))
+    assert again["perplexity_before"] < 0.5 * (done["perplexity_before"] + done["perplexity_after"])
+    before, after = zeros_of(Path(name)), zeros_of(config.run_dir)
+    assert all(torch.equal(zeros, after[weight]) for weight, zeros in before.items())
+    assert sum(int(zeros.sum()) for zeros in after.values()) == round(
+        done["share_of_zeros"] * sum(zeros.numel() for zeros in after.values())
+    )
+    told = json.loads(here("export", f"runs/{name}-again", f"{name}-hf", "--json"))
+    assert told["max_logit_difference"] <= 1e-4 and told["family"].lower() == "llama"
 
 
 @pytest.mark.whole_grid
@@ -82,12 +152,12 @@ def test_killed_it_leaves_no_name(trained: Path) -> None:
 
 
 @pytest.mark.whole_grid
-def test_an_export_is_compressed_with_a_text(trained: Path) -> None:
-    assert llmtrain("export", "runs/small", "plain", folder=trained).returncode == 0
-    _, said = compress(trained, "plain", "small", "--scheme", "w8a16", code=2)
-    assert "--evaluate: is needed" in said
+def test_an_export_is_compressed_with_a_text(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained)
+    here("export", "runs/small", "plain")
+    small = ("compress", "plain", "small", "--scheme", "w8a16", *FEW)
+    assert "--evaluate: is needed" in here(*small, code=2)
     (trained / "short.txt").write_text("def", "utf-8")
-    _, said = compress(trained, "plain", "small", "--scheme", "w8a16", "--evaluate", "short.txt", code=3)
-    assert "has no whole sample of 48 tokens" in said
-    done, _ = compress(trained, "plain", "small", "--scheme", "w8a16", "--evaluate", "valid")
+    assert "has no whole sample of 48 tokens" in here(*small, "--evaluate", "short.txt", code=3)
+    done = json.loads(here(*small, "--evaluate", "valid", "--json"))
     assert done["perplexity_after"] < 1.02 * done["perplexity_before"]

@@ -19,10 +19,13 @@ from llmtrain.cli.models.options import (
     ShardSizeOption,
     TokenizerOption,
     print_result,
+    require_unused,
     size_bytes,
 )
+from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
+    from llmtrain.compress.pruning_plan import PruningSettings
     from llmtrain.compress.quantize import Compression
     from llmtrain.interop.hf_export import ExportSettings
 
@@ -35,11 +38,33 @@ class Scheme(StrEnum):
     W4A16 = "w4a16"
 
 
+class Part(StrEnum):
+    """What pruning takes."""
+
+    WEIGHTS = "weights"
+    TWO_OF_FOUR = "2:4"
+    HEADS = "heads"
+    FFN = "ffn"
+    LAYERS = "layers"
+
+
 class Method(StrEnum):
-    """How numbers are chosen."""
+    """How numbers, or what is pruned, are chosen."""
 
     RTN = "rtn"
     GPTQ = "gptq"
+    MAGNITUDE = "magnitude"
+    WANDA = "wanda"
+
+
+METHODS = {"--scheme": (Method.RTN, Method.GPTQ), "--prune": (Method.MAGNITUDE, Method.WANDA)}
+"""Of each way to compress; the first unless it is said."""
+
+ONLY = {
+    "--scheme": ("group", "dtype", "max_shard_size", "family", "proof", "proof_memory", "overwrite"),
+    "--prune": ("sparsity",),
+}
+"""The options that have an effect in one way alone."""
 
 
 class StayingType(StrEnum):
@@ -53,18 +78,31 @@ class StayingType(StrEnum):
 SchemeOption = Annotated[
     Scheme | None,
     typer.Option(
-        help="8- or 4-bit weights; w8a8: what goes into them is rounded to 8 bits as well. Absent: what the run was "
-        "trained for, with its group and what it keeps."
+        help="Quantize: 8- or 4-bit weights; w8a8: what goes into them is rounded to 8 bits as well. Absent: what the "
+        "run was trained for, with its group and what it keeps."
     ),
 ]
+PruneOption = Annotated[
+    Part | None,
+    typer.Option(
+        help="Instead: leave out heads, ffn (inner width) or layers, or make weights zero, with 2:4 two of every four."
+    ),
+]
+SparsityOption = Annotated[float, typer.Option(min=0.001, max=0.999, help="--prune: the share that goes.")]
 GroupOption = Annotated[
     int | None,
     typer.Option(min=0, max=1 << 24, help="Inputs that share a scale; 0: all. Absent: 128 for w4a16, else 0."),
 ]
 MethodOption = Annotated[
-    Method, typer.Option(help="rtn: each weight is rounded by itself. gptq: so that outputs change least.")
+    Method | None,
+    typer.Option(
+        help="--scheme: rtn rounds each weight by itself, gptq so that outputs change least. --prune: magnitude goes "
+        "by weights alone, wanda by what a text makes of them. Absent: rtn, magnitude."
+    ),
 ]
-CalibrateOption = Annotated[str | None, typer.Option(help="gptq: shards or a text file; else the run's data.train.")]
+CalibrateOption = Annotated[
+    str | None, typer.Option(help="gptq, wanda: shards or a text file; else the run's data.train.")
+]
 EvaluateOption = Annotated[
     str | None, typer.Option(help="Measure on these shards or this text file; else on the run's data.valid.")
 ]
@@ -72,7 +110,10 @@ KeepOption = Annotated[
     list[str] | None, typer.Option(help="Leave these as they are, such as mlp.down. May be given again.")
 ]
 IncreaseOption = Annotated[
-    float, typer.Option(min=0, max=1e6, help="Share by which it may grow; above it nothing is written.")
+    float | None,
+    typer.Option(
+        min=0, max=1e6, help="Share by which it may grow; above it nothing is written. Absent: 0.02; --prune: any."
+    ),
 ]
 DtypeOption = Annotated[
     StayingType | None,
@@ -81,16 +122,19 @@ DtypeOption = Annotated[
 
 
 def compress(
+    context: typer.Context,
     source: Annotated[Path, typer.Argument(help="A run (its newest valid checkpoint), a checkpoint, or an export.")],
     out: OutArgument,
     scheme: SchemeOption = None,
+    prune: PruneOption = None,
+    sparsity: SparsityOption = 0.5,
     group: GroupOption = None,
-    method: MethodOption = Method.RTN,
+    method: MethodOption = None,
     calibrate: CalibrateOption = None,
     evaluate: EvaluateOption = None,
     samples: Annotated[int, typer.Option(min=1, max=1_000_000, help="Samples of each that are used.")] = 128,
     keep: KeepOption = None,
-    max_perplexity_increase: IncreaseOption = 0.02,
+    max_perplexity_increase: IncreaseOption = None,
     dtype: DtypeOption = None,
     max_shard_size: ShardSizeOption = "5GB",
     tokenizer: TokenizerOption = None,
@@ -101,19 +145,28 @@ def compress(
     best: BestOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize a trained model, and write it as a folder in the form of compressed-tensors, which transformers and vLLM
-    read.
+    """Quantize a trained model as a folder in the form of compressed-tensors, which transformers and vLLM read; or
+    prune it, as a run folder that other runs begin from (finetune.base) and that can be exported.
 
-    It gets its name when it was read again, computes the same in transformers (where compressed-tensors is installed),
-    and its perplexity has not grown too much. One layer's weights are in memory at a time, but for the proof.
+    The folder gets its name when it was read again and computes what it should (quantized: in transformers, where
+    compressed-tensors is installed), and its perplexity was measured. One layer's weights are in memory at a time, but
+    for a full proof.
     """
     from llmtrain.interop.installation import require_transformers
 
+    chosen = _chosen(context, scheme, prune, method)
     require_transformers()
     from llmtrain.checkpoint.find import best_checkpoint
+    from llmtrain.compress.pruning_plan import PruningSettings
     from llmtrain.compress.quantize import Compression
     from llmtrain.interop.hf_export import ExportSettings
 
+    kept, bound = tuple(keep or ()), max_perplexity_increase
+    model = (best_checkpoint(source) if best else source, tokenizer)
+    if prune is not None:
+        text = (calibrate, evaluate, samples)
+        _prune(model, out, PruningSettings(prune.value, sparsity, chosen.value, kept, *text, bound), as_json)
+        return
     settings = ExportSettings(
         max_shard_bytes=size_bytes("--max-shard-size", max_shard_size),
         overwrite=overwrite,
@@ -121,11 +174,53 @@ def compress(
         proof=proof.value,
         proof_bytes=size_bytes("--proof-memory", proof_memory),
     )
-    kept = tuple(keep or ())
-    named = scheme.value if scheme else None
-    asked = Compression(named, group, method.value, kept, calibrate, evaluate, samples, max_perplexity_increase)
-    opened = (best_checkpoint(source) if best else source, tokenizer)
-    _quantize(opened, out, asked, settings, dtype.value if dtype else None, as_json)
+    named, bound = scheme.value if scheme else None, 0.02 if bound is None else bound
+    asked = Compression(named, group, chosen.value, kept, calibrate, evaluate, samples, bound)
+    _quantize(model, out, asked, settings, dtype.value if dtype else None, as_json)
+
+
+def _chosen(context: typer.Context, scheme: Scheme | None, prune: Part | None, method: Method | None) -> Method:
+    """The method. Raises ConfigError for both of the ways to compress, and for an option of the other one."""
+    if scheme is not None and prune is not None:
+        raise ConfigError("--scheme or --prune: one of them, not both. Prune first, and quantize what is written.")
+    way, other, why = (
+        ("--scheme", "--prune", "without it") if prune is None else ("--prune", "--scheme", "with --prune")
+    )
+    for name in ONLY[other]:
+        if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+            raise ConfigError(f"--{name.replace('_', '-')}: goes with {other}, and has no effect {why}.")
+    if method is not None and method not in METHODS[way]:
+        raise ConfigError(f"--method {method.value}: goes with {other}. Of {way} try {' or '.join(METHODS[way])}.")
+    return method or METHODS[way][0]
+
+
+def _prune(source: tuple[Path, Path | None], out: Path, asked: "PruningSettings", as_json: bool) -> None:
+    from llmtrain.compress.prune import prune
+    from llmtrain.compress.source import open_source
+    from llmtrain.runs.file_system import require_place
+
+    require_unused(out)
+    require_place(out)
+    opened = open_source(*source)
+    done = prune(opened, out, asked, lambda text: typer.echo(text, err=True))
+    print_result(
+        {
+            "folder": str(out),
+            "source": str(opened.path),
+            "checkpoint": str(done.checkpoint),
+            "config": str(out / "config.yaml"),
+            "pruned": asked.kind,
+            "method": asked.method,
+            "parameters_before": done.parameters_before,
+            "parameters": done.parameters,
+            "share_of_zeros": done.zeros,
+            "perplexity_before": done.before,
+            "perplexity_after": done.after,
+            "max_logit_difference": done.max_difference,
+            "notes": list(done.notes),
+        },
+        as_json,
+    )
 
 
 def _quantize(

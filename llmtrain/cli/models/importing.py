@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmtrain.cli.models.options import JsonOption, print_result
+from llmtrain.cli.models.options import JsonOption, print_result, require_unused
 from llmtrain.errors import ConfigError
 
 
@@ -22,8 +22,7 @@ def import_(
 
     Train from it with `base: OUT/config.yaml` and `checkpoint.resume=OUT`. Weights are read and written some at a time.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists already. Choose another name, or remove it.")
+    require_unused(out)
     from llmtrain.config.parameters import num_parameters
     from llmtrain.interop.installation import require_transformers
     from llmtrain.runs.file_system import require_place

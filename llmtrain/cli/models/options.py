@@ -44,6 +44,12 @@ ProofMemoryOption = Annotated[str, typer.Option(help="Memory that a full proof m
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
 
 
+def require_unused(out: Path) -> None:
+    """Raise ConfigError for a folder that holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists already. Choose another name, or remove it.")
+
+
 def size_bytes(option: str, text: str) -> int:
     """Bytes of an option such as 500MB. Raises ConfigError."""
     match = re.fullmatch(r"(\d{1,15})\s*(|KB|MB|GB)", text.strip().upper())

@@ -1,6 +1,7 @@
-"""Tiny models of ours, quantized into folders."""
+"""Tiny models of ours, as sources of compressed ones, quantized into folders, and texts for them."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from llmtrain.infer.hugging_face import folder_special_tokens
 from llmtrain.interop.hf_export import ExportSettings
 from llmtrain.interop.text.special_tokens import named_tokens
 from llmtrain.models.transformer import Transformer
+from llmtrain.values.batch import Batch
 from llmtrain.values.tokenizer import Tokenizer
+from tests.support.samples import random_batch
 from tests.unit.interop.models import weights_of
 
 
@@ -32,6 +35,14 @@ def quantize(model: Transformer, tokenizer: Tokenizer, out: Path, text: Path, sc
         asked.setdefault("group", 16)
     whole = {"evaluate": str(text), "samples": 8, "max_increase": 1e6, **asked}
     return compress(source_of(model, tokenizer), out, Compression(scheme, **whole), settings, lambda said: None)
+
+
+def random_text(config: ModelConfig, seed: int = 1) -> Batch:
+    """Random tokens, as a model of this family takes them."""
+    batch = random_batch(3, seed=seed)
+    if config.family != "encoder_decoder":
+        return batch
+    return replace(batch, encoder_tokens_BT=random_batch(3, 20, seed=seed + 100).tokens_BS)
 
 
 def digest(folder: Path) -> str:

@@ -73,6 +73,11 @@ CASES = [
 @pytest.mark.parametrize(("precision", "quantize"), CASES)
 def test_the_folder_holds_what_training_computed_with(precision: str, quantize: dict[str, Any], tmp_path: Path) -> None:
     config, engine = quantized_run(tmp_path, precision, quantize)
+    source, dtype = open_source(config.run_dir, None), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    up = "decoder.layers.0.mlp.up.weight"
+    assert torch.equal(source.as_computed().read(up), source.read(up).to(dtype).float())
+    # Masters of a run in bf16 have more bits: pruning takes those.
+    assert (precision == "fp32") == torch.equal(source.as_computed().read(up), source.read(up))
     done = compressed(config.run_dir, tmp_path / "out")
     assert done.scheme == quantize["scheme"] and done.export.proof.unread is None
     tokens_BS = torch.randint(3, config.model.vocabulary, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -82,7 +87,6 @@ def test_the_folder_holds_what_training_computed_with(precision: str, quantize: 
         held = folder.tensor(name)
         # In bf16 the product of a number and a scale is rounded once more, as the weights of any model in bf16 are.
         assert torch.equal(held.to(parameter.dtype), expected.get(name, parameter.detach())), name
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype)
     with torch.no_grad():
         found = theirs(tokens_BS).logits.float()
@@ -107,6 +111,6 @@ def test_another_form_is_another_model(tmp_path: Path) -> None:
 def test_a_run_for_floats_needs_a_scheme(tmp_path: Path) -> None:
     config = trained_run(tmp_path, train={"steps": 2}, checkpoint={"every_steps": 2})
     with pytest.raises(
-        ConfigError, match=r"--scheme: is needed: .*not trained with a section quantize. Try one of w8a16"
+        ConfigError, match=r"--scheme: is needed: .*not trained with a section quantize. Try one of w8a16.* or --prune"
     ):
         compressed(config.run_dir, tmp_path / "out")

@@ -33,6 +33,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that has layers to leave out: two learn so simple a text nearly as well as one."""
+    folder = tmp_path_factory.mktemp("deep")
+    trained_run(folder, model={"num_layers": 4}, train={"steps": 150}, checkpoint={"every_steps": 150})
+    return folder
+
+
 def compress(folder: Path, *arguments: str) -> dict[str, Any]:
     """Run the command, where compressed-tensors can be imported."""
     environment = {**ENVIRONMENT, "PYTHONPATH": str(COMPRESSED_TENSORS)}
@@ -98,6 +106,9 @@ launch: {{device: cpu, threads_per_worker: 1}}
 """The shipped preset, with the learning rate of so small a model."""
 
 
+TAUGHT = "distill: {teacher: runs/small}"
+
+
 def zeros_of(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_newest(folder)
     model = saved_architecture(checkpoint)
@@ -109,16 +120,21 @@ def zeros_of(folder: Path) -> dict[str, torch.Tensor]:
     ("kind", "options", "teacher"),
     [
         ("2:4", (), ""),
-        pytest.param("ffn", ("--method", "wanda"), "distill: {teacher: runs/small}", marks=pytest.mark.whole_grid),
-        pytest.param("heads", (), "distill: {teacher: runs/small}", marks=pytest.mark.whole_grid),
-        pytest.param("layers", ("--method", "wanda"), "", marks=pytest.mark.whole_grid),
-        pytest.param("weights", ("--method", "wanda", "--keep", "attention.q"), "", marks=pytest.mark.whole_grid),
+        pytest.param("ffn", ("--method", "wanda", "--sparsity", "0.75"), TAUGHT, marks=pytest.mark.whole_grid),
+        pytest.param("heads", ("--sparsity", "0.75"), TAUGHT, marks=pytest.mark.whole_grid),
+        pytest.param("layers", ("--method", "wanda", "--sparsity", "0.75"), "", marks=pytest.mark.whole_grid),
+        pytest.param(
+            "weights",
+            ("--method", "wanda", "--sparsity", "0.7", "--keep", "*.attention.q"),
+            "",
+            marks=pytest.mark.whole_grid,
+        ),
     ],
 )
 def test_a_pruned_model_recovers_with_the_preset_and_exports(
-    kind: str, options: tuple[str, ...], teacher: str, trained: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, options: tuple[str, ...], teacher: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(trained)
+    monkeypatch.chdir(request.getfixturevalue("deep" if kind == "layers" else "trained"))
     name = f"pruned-{kind.replace(':', '-')}"
     done = json.loads(here("compress", "runs/small", name, "--prune", kind, *options, *FEW, "--json"))
     assert done["perplexity_after"] > 1.1 * done["perplexity_before"], "it has lost something"

@@ -42,6 +42,17 @@ def short_bytes(size: float) -> str:
     return f"{size:.0f} bytes"
 
 
+def percent_change(before: float, after: float) -> str:
+    """+1.23%."""
+    return f"{after / before - 1:+.2%}"
+
+
+def perplexities_text(before: float, after: float, num_targets: int) -> str:
+    """12.3456 before, 12.5000 after: +1.25%, 4,000 targets."""
+    change = percent_change(before, after)
+    return f"{before:.4f} before, {after:.4f} after: {change}, {counted(num_targets, 'target')}"
+
+
 def looked_from(path: Path) -> str:
     """`Looked from FOLDER. ` where a path that leads nowhere is relative to it; else nothing."""
     return "" if path.is_absolute() else f"Looked from {Path.cwd()}. "

@@ -1,15 +1,18 @@
 """A model with less in it: parts left out or weights zero, written as a folder that runs begin from, as from an import.
 
-It is read again, compared with the model that it was made of, and measured before it gets its name.
+What is left is measured before it is written. The folder gets its name when it was read again and compared with the
+model that it was made of.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from llmtrain.checkpoint.find import open_newest
+from llmtrain.checkpoint.pruned import PRUNED, PruningRecord
 from llmtrain.checkpoint.start_folder import write_start_folder
 from llmtrain.compress.layered import LayeredModel
 from llmtrain.compress.pruning_plan import PruningSettings, plan_pruning
@@ -47,27 +50,31 @@ class Pruned:
 def prune(source: ModelSource, out: Path, asked: PruningSettings, say: Callable[[str], None]) -> Pruned:
     """Write a model with less in it as a run folder with one checkpoint of step 0. `say` hears what is being done.
 
-    Raises as `plan_pruning` and `write_start_folder`; ExportError where the perplexity grows by more than is allowed.
-    Nothing is left behind then.
+    Raises as `plan_pruning` and `write_start_folder`; ExportError where the perplexity is no number, or grows by more
+    than is allowed. Nothing is left behind then.
     """
     batches = source.batches("valid", "--evaluate", asked.evaluate, asked.samples)
     plan, files, measured = plan_pruning(source, asked), start_files(source), dict[str, float]()
-    before = LayeredModel(source.model, source.read).perplexity(batches)
-    say(f"perplexity before: {before:.4f}")
+    before = _perplexity("before", LayeredModel(source.model, source.read), batches, say)
+    after = _perplexity("after", LayeredModel(plan.model, plan.read), batches, say)
+    if asked.max_increase is not None:
+        require_near(before, after, asked.max_increase, _ADVICE)
 
     def finish(folder: Path) -> None:
         files.write(folder)
         read = checkpoint_tensors(open_newest(folder), plan.model, torch.float32)
-        written = LayeredModel(plan.model, read)
-        measured["difference"] = _proved(written, plan.silenced, batches[0])
-        measured["after"] = after = written.perplexity(batches)
-        say(f"perplexity after: {after:.4f}")
-        if asked.max_increase is not None:
-            require_near(before, after, asked.max_increase, _ADVICE)
+        measured["difference"] = _proved(LayeredModel(plan.model, read), plan.silenced, batches[0])
         measured["zeros"] = _share_of_zeros(plan.model, read)
 
     config = plain_yaml({**files.sections, "model": plan.model.model_dump(mode="json")})
-    about = {"imported": f"pruned: {asked.kind} by {asked.method}", **files.about}
+    record = PruningRecord(
+        kind=asked.kind,
+        method=asked.method,
+        perplexity_before=before,
+        perplexity_after=after,
+        targets=sum(batch.num_valid_tokens for batch in batches),
+    )
+    about = {"imported": f"pruned: {asked.kind} by {asked.method}", PRUNED: record.model_dump(), **files.about}
     checkpoint = write_start_folder(out, plan.fragments(), config, about, finish)
     return Pruned(
         checkpoint,
@@ -76,10 +83,18 @@ def prune(source: ModelSource, out: Path, asked: PruningSettings, say: Callable[
         num_parameters(plan.model),
         measured["zeros"],
         before,
-        measured["after"],
+        after,
         measured["difference"],
         tuple(_not_exported(source.model, plan.model)),
     )
+
+
+def _perplexity(when: str, model: LayeredModel, batches: Sequence[Batch], say: Callable[[str], None]) -> float:
+    found = model.perplexity(batches)
+    say(f"perplexity {when}: {found:.4f}")
+    if not math.isfinite(found):
+        raise ExportError(f"The perplexity {when} pruning is no number. Nothing is written. Try another checkpoint.")
+    return found
 
 
 def _proved(written: LayeredModel, silenced: LayeredModel, batch: Batch) -> float:

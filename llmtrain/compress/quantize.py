@@ -8,7 +8,7 @@ import torch
 
 from llmtrain.compress.gptq import GptqQuantizer
 from llmtrain.compress.layered import LayeredModel
-from llmtrain.compress.source import ModelSource, percent, require_near
+from llmtrain.compress.source import ModelSource, require_near
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError
 from llmtrain.infer.chat import chat_examples
@@ -24,6 +24,7 @@ from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.rounded_inputs import round_inputs
 from llmtrain.values.batch import Batch
 from llmtrain.values.quantization import Quantized, round_to_nearest
+from llmtrain.words import perplexities_text
 
 METHODS = ("rtn", "gptq")
 
@@ -93,7 +94,7 @@ def compress(
         tokens = sum(batch.num_valid_tokens for batch in batches)
         return {
             "Quantized": f"{scheme} by {asked.method}: {choice.form.told.partition(',')[0]}",
-            "Perplexity": f"{before:.4f} before, {after:.4f} after: {percent(before, after)}, {tokens:,} targets",
+            "Perplexity": perplexities_text(before, after, tokens),
         }
 
     quantize = _quantizer(source, choice, calibration, DTYPES[settings.dtype])

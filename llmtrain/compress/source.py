@@ -23,6 +23,7 @@ from llmtrain.interop.name_table import ReadTensor
 from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
 from llmtrain.values.batch import Batch
 from llmtrain.values.tokenizer import Tokenizer
+from llmtrain.words import percent_change
 
 TRAINED_IN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """The type of weights by `train.precision`."""
@@ -112,16 +113,11 @@ def _of_folder(path: Path, tokenizer: Path | None) -> ModelSource:
     return ModelSource(path, folder.model, folder.tensor, text, named_tokens(text), {}, config)
 
 
-def percent(before: float, after: float) -> str:
-    """A change, as a reader sees it."""
-    return f"{after / before - 1:+.2%}"
-
-
 def require_near(before: float, after: float, bound: float, advice: str) -> None:
     """Raise ExportError where a perplexity grows by more than is allowed; one that is no number is refused too."""
     if after <= before * (1 + bound):
         return
     raise ExportError(
         f"--max-perplexity-increase {bound:g}: the perplexity would be {after:.4f}, and was {before:.4f}: "
-        f"{percent(before, after)}. Nothing is written. Try {advice}; or allow it."
+        f"{percent_change(before, after)}. Nothing is written. Try {advice}; or allow it."
     )

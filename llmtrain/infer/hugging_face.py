@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from llmtrain.checkpoint.find import find_checkpoint
+from llmtrain.checkpoint.pruned import pruning_record
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.checkpoint.start_folder import PART_BYTES, write_start_folder
 from llmtrain.config.data import ObjectiveName, needed_tokens
@@ -111,7 +112,8 @@ def merging_facts(checkpoint: CheckpointReader, model: ModelConfig, settings: Ex
 
 
 def training_facts(checkpoint: CheckpointReader) -> dict[str, str]:
-    """The model card's facts about training. Data sets are named by the hash of their manifest, not by a path."""
+    """The model card's facts about training and pruning. Data sets are named by the hash of their manifest, not by a
+    path."""
     config = saved_config(checkpoint)
     progress = checkpoint.state.get("train", {})
     facts = {"Run": str(config.get("name", "imported")), "Training steps": f"{checkpoint.step:,}"}
@@ -123,6 +125,8 @@ def training_facts(checkpoint: CheckpointReader) -> dict[str, str]:
     hashes = [hashlib.sha256(read_bytes(path, MANIFEST_BYTES)).hexdigest() for path in found]
     if hashes:
         facts["Training data"] = ", ".join(f"manifest sha256 {value}" for value in hashes)
+    if pruned := pruning_record(checkpoint.path, checkpoint.about):
+        facts["Pruned"] = pruned.told()
     return facts
 
 

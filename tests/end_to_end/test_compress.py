@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from llmtrain.checkpoint.find import open_newest
 from llmtrain.cli.app import app
+from llmtrain.compress.source import open_source
 from llmtrain.config.parameters import pruned_linears
 from llmtrain.config.reading.load import load_config
 from llmtrain.infer.model import checkpoint_tensors, saved_architecture
@@ -22,6 +23,7 @@ from tests.support.readers import COMPRESSED_TENSORS, use_compressed_tensors
 from tests.support.small_runs import train_here
 
 FEW = ("--samples", "16")
+UP = "decoder.layers.0.mlp.up.weight"
 ROUND = ("--scheme", "w4a16", "--group", "0", "--max-perplexity-increase", "10", *FEW)
 
 
@@ -150,6 +152,21 @@ def test_a_pruned_model_recovers_with_the_preset_and_exports(
     )
     told = json.loads(here("export", f"runs/{name}-again", f"{name}-hf", "--json"))
     assert told["max_logit_difference"] <= 1e-4 and told["family"].lower() == "llama"
+
+
+def test_a_run_for_whole_numbers_is_pruned_and_then_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained_run(tmp_path, train={"precision": "bf16"}, quantize={"scheme": "w8a16"})
+    done = json.loads(here("compress", "runs/small", "pruned", "--prune", "ffn", *FEW, "--json"))
+    masters, left = (open_source(Path(place), None).read(UP) for place in ("runs/small", "pruned"))
+    assert {tuple(row) for row in left.tolist()} < {tuple(row) for row in masters.tolist()}, "not rounded to bf16"
+
+    again = ("compress", "pruned", "small", "--evaluate", "valid", *FEW)
+    assert "--scheme: is needed: pruned" in here(*again, code=2)
+    small = json.loads(here(*again, "--scheme", "w8a16", "--json"))
+    assert small["perplexity_before"] == done["perplexity_after"]
+    card = Path("small/README.md").read_text("utf-8")
+    assert "| Pruned | ffn by magnitude; perplexity " in card and "| Quantized | w8a16 by rtn: " in card
 
 
 @pytest.mark.whole_grid

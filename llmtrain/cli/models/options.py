@@ -68,5 +68,15 @@ def print_result(result: Mapping[str, Any], as_json: bool) -> None:
             for text in value:
                 typer.echo(f"note: {text}")
         elif value is not None:
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:.2e}" if isinstance(value, float) else value
-            typer.echo(f"{key.replace('_', ' ')}: {shown}")
+            typer.echo(f"{key.replace('_', ' ')}: {_shown(value)}")
+
+
+def _shown(value: Any) -> Any:
+    """Perplexities and shares plainly; errors, which are small, and what is huge with a power of ten."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not isinstance(value, float):
+        return value
+    if value == 0:
+        return "0"
+    return f"{value:.4f}" if 0.001 <= abs(value) < 1e6 else f"{value:.2e}"

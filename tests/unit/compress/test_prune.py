@@ -1,5 +1,6 @@
 """Pruned models as folders that runs begin from: proved, measured, and the same numbers in transformers."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from typer.testing import CliRunner
 
 from llmtrain.checkpoint.find import open_newest
+from llmtrain.checkpoint.pruned import PRUNED, pruning_record
 from llmtrain.checkpoint.start_folder import write_start_folder
 from llmtrain.cli.app import app
 from llmtrain.compress.layered import LayeredModel
@@ -19,7 +21,7 @@ from llmtrain.compress.source import open_source
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import num_parameters, parameter_shapes
 from llmtrain.config.reading.rendering import plain_yaml
-from llmtrain.errors import ConfigError, ExportError
+from llmtrain.errors import CheckpointError, ConfigError, ExportError
 from llmtrain.infer.hugging_face import export_checkpoint, folder_special_tokens, start_config
 from llmtrain.infer.model import checkpoint_tensors, saved_architecture
 from llmtrain.infer.tokenizer import FolderTokenizer
@@ -78,6 +80,10 @@ def test_it_exports_with_the_same_logits(name, kind, small_tokenizer, text_file,
     assert done.notes == () and done.max_difference <= 1e-4
     checkpoint, export = export_checkpoint(tmp_path / "out", tmp_path / "hf", None, ExportSettings(dtype="float32"))
     assert export.proof.max_difference <= 1e-4 and export.proof.num_greedy_tokens > 0
+    told = f"{kind} by {method.get('method', 'magnitude')}; perplexity {done.before:.4f} before, {done.after:.4f} after"
+    assert f"| Pruned | {told}: " in (tmp_path / "hf/README.md").read_text("utf-8")
+    record = checkpoint.about[PRUNED]
+    assert (record["perplexity_before"], record["perplexity_after"]) == (done.before, done.after)
     theirs = CLASSES[NAMED[name].family].from_pretrained(tmp_path / "hf")
     assert saved_architecture(checkpoint) == done.model
     assert theirs.num_parameters() == done.parameters == num_parameters(done.model)
@@ -141,6 +147,25 @@ def test_a_perplexity_that_grows_too_much_gets_no_name(bound, fits, small_tokeni
     else:
         assert pruned(tmp_path / "in", tmp_path / "out", text_file, "ffn", max_increase=bound).after == 12.0
     assert (tmp_path / "out").exists() == fits
+
+
+@pytest.mark.parametrize(("numbers", "when"), [((math.inf,), "before"), ((10.0, math.inf), "after")])
+def test_a_perplexity_that_is_no_number_gets_no_name(numbers, when, small_tokenizer, text_file, tmp_path, monkeypatch):
+    measured = iter(numbers)
+    monkeypatch.setattr(LayeredModel, "perplexity", lambda model, batches: next(measured))
+    folder_of(LLAMA, small_tokenizer, tmp_path / "in")
+    with pytest.raises(ExportError, match=f"The perplexity {when} pruning is no number"):
+        pruned(tmp_path / "in", tmp_path / "out", text_file, "ffn")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", [{"perplexity_after": "low"}, {"targets": 0}, {"kind": 4}])
+def test_a_damaged_record_of_pruning_is_refused_by_key(damage):
+    whole = {"kind": "ffn", "method": "wanda", "perplexity_before": 10.0, "perplexity_after": 12.5, "targets": 1000}
+    record = pruning_record(Path("step-0"), {PRUNED: whole})
+    assert record and record.told() == "ffn by wanda; perplexity 10.0000 before, 12.5000 after: +25.00%, 1,000 targets"
+    with pytest.raises(CheckpointError, match=rf"step-0: the manifest's about\.pruned: {next(iter(damage))} = "):
+        pruning_record(Path("step-0"), {PRUNED: {**whole, **damage}})
 
 
 @pytest.mark.parametrize(

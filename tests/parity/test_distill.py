@@ -36,12 +36,12 @@ TEACHERS: dict[str, dict[str, Any]] = {
 """Of each student: a wider one, of another kind, with experts, with dropout (which a teacher has not)."""
 
 GRID = [(model, *place) for model, place in zip(cycle(("llama", "gpt", "dropout")), PLACES, strict=False)]
+GRID += [("bert", "megatron:tp2", 0)]
 PAIRWISE = [
-    *(("llama", "torch:dp2", 0), ("gpt", "megatron:pp2+vp2", 1), ("llama", "megatron:cp2", 0)),
-    *(("dropout", "deepspeed:dp2", 3), ("llama", "deepspeed:tp2+sp", 1), ("bert", "megatron:tp2", 0)),
+    *(("llama", "torch:dp2", 0), ("gpt", "megatron:pp2+vp2", 1), ("llama", "deepspeed:tp2+sp", 1)),
     *(("t5", "megatron:pp2", 1), ("top_2", "megatron:dp2+ep2", 1), ("lora", "deepspeed:dp2", 2)),
 ]
-"""Each model, each engine and each kind of parallelism."""
+"""Each engine, and the kinds of model and of parallelism that a teacher is aware of."""
 
 
 def distill_run(model: str, precision: str = "fp32", **keys: Any) -> RunConfig:

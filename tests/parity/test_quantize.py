@@ -47,13 +47,13 @@ GRID = [(kind, model, *place) for (kind, model), place in zip(
         ("w4", "shared", ("megatron:tp2+sp", 0)), ("w8", "bert", ("megatron:pp2", 0)),
         ("w4", "bert", ("deepspeed:dp2", 3)),
         ("w8", "t5", ("megatron:tp2+sp", 1)), ("w4", "t5", ("megatron:pp2", 1)), ("w8", "top_2", ("megatron:tp2", 1)),
+        ("w4", "t5", ("deepspeed:dp2", 2)),
     )
 ]  # fmt: skip
 PAIRWISE = [
-    *(("w8", "llama", "torch:dp2", 0), ("w8", "gpt", "megatron:tp2+sp", 1), ("w4", "llama", "megatron:pp2", 0)),
-    *(("w4", "dropout", "deepspeed:tp2+sp", 1), ("w8", "gpt", "deepspeed:dp2", 3), ("some", "gpt", "megatron:tp2", 0)),
-    *(("w8", "llama", "megatron:cp2", 1), ("w8", "top_2", "megatron:dp2+ep2", 1), ("w8", "top_2", "megatron:tp2", 0)),
-    *(("w4", "t5", "deepspeed:dp2", 2), ("w8", "llama", "deepspeed:tp2", 0)),
+    *(("w8", "llama", "torch:dp2", 0), ("some", "gpt", "megatron:tp2", 0), ("w4", "llama", "megatron:pp2", 0)),
+    *(("w4", "dropout", "deepspeed:tp2+sp", 1), ("w8", "gpt", "deepspeed:dp2", 3)),
+    ("w8", "top_2", "megatron:dp2+ep2", 1),
 ]
 
 
@@ -76,8 +76,9 @@ def test_fp32_equals_one_process(kind: str, model: str, layout: str, stage: int,
 @pytest.mark.parametrize(
     ("kind", "precision", "layout", "stage", "recompute"),
     [
-        ("w4", "bf16", "megatron:tp2+sp", 1, "none"), ("w8", "bf16", "deepspeed:dp2", 3, "full"),
-        ("inputs", "fp32", "megatron:tp2+sp", 0, "none"), ("inputs", "bf16", "deepspeed:tp2", 1, "selective"),
+        ("w4", "bf16", "megatron:tp2+sp", 1, "none"), ("inputs", "bf16", "deepspeed:tp2", 1, "selective"),
+        pytest.param("w8", "bf16", "deepspeed:dp2", 3, "full", marks=pytest.mark.whole_grid),
+        pytest.param("inputs", "fp32", "megatron:tp2+sp", 0, "none", marks=pytest.mark.whole_grid),
     ],
 )  # fmt: skip
 def test_low_precision_stays_within_its_bounds(
@@ -87,7 +88,7 @@ def test_low_precision_stays_within_its_bounds(
     assert verdict(config, *laid_out(config, layout, stage), levels=LOW_PRECISION).problems == []
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", [pytest.param("selective", marks=pytest.mark.whole_grid), "full"])
 def test_what_is_computed_again_is_the_same(recompute: str) -> None:
     config = quantize_run("w8", "gpt")
     again, ranks = laid_out(config.with_keys({"train.recompute": recompute}), "megatron:tp2", 0)
@@ -147,9 +148,11 @@ def wrongly_rounded(kind: str, model: str, precision: str, layout: str, stage: i
 @pytest.mark.parametrize(
     ("kind", "model", "precision", "layout", "stage"),
     [
-        ("w8", "llama", "fp32", "megatron:tp2", 1), ("w8", "top_2", "bf16", "megatron:dp2+ep2", 0),
-        ("w4", "gpt", "bf16", "deepspeed:tp2+sp", 2), ("w8", "gpt", "fp32", "deepspeed:dp2", 3),
-        ("some", "t5", "fp32", "megatron:tp2+sp", 0), ("w8", "shared", "fp32", "deepspeed:tp2", 1),
+        ("w8", "top_2", "bf16", "megatron:dp2+ep2", 0), ("w4", "gpt", "bf16", "deepspeed:tp2+sp", 2),
+        ("some", "t5", "fp32", "megatron:tp2+sp", 0),
+        pytest.param("w8", "llama", "fp32", "megatron:tp2", 1, marks=pytest.mark.whole_grid),
+        pytest.param("w8", "gpt", "fp32", "deepspeed:dp2", 3, marks=pytest.mark.whole_grid),
+        pytest.param("w8", "shared", "fp32", "deepspeed:tp2", 1, marks=pytest.mark.whole_grid),
     ],
 )  # fmt: skip
 def test_every_rank_rounds_as_the_whole_matrix_is_rounded(
@@ -265,8 +268,8 @@ def ranks_add_in_place_of_the_largest() -> None:
     ("mutation", "kind", "model", "layout"),
     [
         (scales_are_of_each_shard, "w8", "llama", "megatron:tp2"),
-        (ranks_add_in_place_of_the_largest, "w8", "top_2", "deepspeed:tp2"),
-        (rounding_has_no_gradient, "w8", "llama", "megatron:dp2"),
+        pytest.param(ranks_add_in_place_of_the_largest, "w8", "top_2", "deepspeed:tp2", marks=pytest.mark.whole_grid),
+        pytest.param(rounding_has_no_gradient, "w8", "llama", "megatron:dp2", marks=pytest.mark.whole_grid),
         (the_backward_pass_does_not_round, "w4", "llama", "torch:dp2"),
     ],
 )

@@ -6,16 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.compress.samples import SampleText
 from llmtrain.config.finetune import QuantizeConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.errors import CheckpointError, ConfigError, ExportError
+from llmtrain.errors import ConfigError, ExportError
 from llmtrain.infer.hugging_face import folder_special_tokens, open_trained, trained_weights
-from llmtrain.infer.model import saved_config, saved_data
+from llmtrain.infer.model import saved_config, saved_data, saved_finetune, saved_quantize
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.hf_export import DTYPES
 from llmtrain.interop.hf_import import open_hf_folder
@@ -87,19 +86,12 @@ def open_source(path: Path, tokenizer: Path | None) -> ModelSource:
     read = trained_weights(checkpoint, trained.config).read
     config = {**saved_config(checkpoint), "data": saved_data(checkpoint)}
     text = trained.tokenizer, trained.tokens
-    trained_for = _trained_for(checkpoint.path, config.get("quantize"))
+    section, finetune = saved_quantize(checkpoint), saved_finetune(checkpoint)
+    # Of what was trained beside a base, the sums are no whole numbers.
+    trained_for = section if finetune is None or finetune.method == "full" else None
     dtype = ModelSource.dtype if trained_for is None else TRAINED_IN[config["train"]["precision"]]
     whole = trained.facts, config, checkpoint, trained_for, dtype
     return ModelSource(checkpoint.path, trained.config, read, *text, *whole)
-
-
-def _trained_for(checkpoint: Path, section: Any) -> QuantizeConfig | None:
-    try:
-        return None if section is None else QuantizeConfig.model_validate(section)
-    except ValidationError as error:
-        reason = error.errors(include_url=False)[0]
-        key = ".".join(("quantize", *map(str, reason["loc"])))
-        raise CheckpointError(f"{checkpoint}: {key} of its configuration: {reason['msg']}.") from None
 
 
 def _of_folder(path: Path, tokenizer: Path | None) -> ModelSource:

@@ -180,8 +180,9 @@ NUMBER_SCHEMES: dict[SchemeName, NumberScheme] = {
 
 
 class QuantizeConfig(Section):
-    """Training for whole numbers: the products of the layers' linears are those of the rounded weights, forward and
-    backward, and the weights get the gradient of what they are rounded to (Jacob et al. 2017, section 3)."""
+    """Training with whole numbers: the products of the layers' linears are those of the rounded weights, forward and
+    backward. Weights that are trained get the gradient of what they are rounded to (Jacob et al. 2017, section 3);
+    those that are not lie packed in memory (Dettmers et al. 2023)."""
 
     scheme: SchemeName = Field(
         default="w8a16",

@@ -322,7 +322,7 @@ class RunConfig(Section):
         default=None, description="Prune weights while training; absent: none is pruned, and no zero is kept."
     )
     quantize: QuantizeConfig | None = Field(
-        default=None, description="Train for whole numbers, as `llmtrain compress` writes them; absent: for floats."
+        default=None, description="Train with whole numbers, as `llmtrain compress` writes them; absent: with floats."
     )
     optim: OptimConfig = Field(default_factory=OptimConfig)
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)

@@ -15,6 +15,7 @@ from llmtrain.config.parameters import FrozenNames
 from llmtrain.errors import CheckpointError
 from llmtrain.optim.table import OptimizerRow
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
+from llmtrain.values.quantization import Packing, Quantized, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Placement:
     """A parameter of this rank: its global name and shape, and the box of it that the rank holds.
 
     `owned` says whether this rank is the one, of the tensor ranks that hold the same box, that saves it; `replica` is
-    its number among the ranks of the data and context axes that do.
+    its number among the ranks of the data and context axes that do. `packing`: it is rounded, and lies packed.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Placement:
     box: Box
     owned: bool = True
     replica: int = 0
+    packing: Packing | None = None
 
 
 def split_box(global_shape: tuple[int, ...], cuts: Mapping[int, tuple[int, int]]) -> Box:
@@ -74,6 +76,37 @@ def read_range(source: FragmentSource, placement: Placement, kind: str, span: tu
 
     Raises CheckpointError where the source's tensor is not the model's.
     """
+    require_shape(source, placement, kind)
+    for box, place in iter_range_boxes(placement.box, *span):
+        part = source.read(placement.name, kind, box)
+        target[place : place + box.num_elements].copy_(part.flatten())
+
+
+def read_packed(source: FragmentSource, placement: Placement, span: tuple[int, int], target: Tensor) -> None:
+    """Fill a flat tensor with the elements [start, stop) of this rank's part of a parameter that lies packed.
+
+    Rounded is as one process rounds: whole outputs are read, of which this rank keeps its inputs. Raises as
+    `read_range`.
+    """
+    require_shape(source, placement, "master")
+    packing, box, columns = placement.packing, placement.box, placement.global_shape[-1]
+    assert packing is not None
+    first, last = span[0] // packing.width, -(-span[1] // packing.width)
+    outputs = Box((*box.offsets[:-1], 0), (*box.shape[:-1], columns))
+    own = slice(box.offsets[-1], box.offsets[-1] + packing.inputs)
+    group, parts = packing.grid.group or columns, [target[:0]]
+    groups = slice(own.start // group, -(-own.stop // group))
+    for part, _ in iter_range_boxes(outputs, first * columns, last * columns):
+        weight_OI = source.read(placement.name, "master", part).reshape(-1, columns).to(packing.dtype)
+        matrix = round_to_nearest(weight_OI, packing.grid, packing.dtype)
+        held = Quantized(matrix.numbers_OI[:, own].contiguous(), matrix.scale_OG[:, groups])
+        parts.append(packing.packed(held).flatten().to(target.device))
+    start = first * packing.width
+    target.copy_(torch.cat(parts)[span[0] - start : span[1] - start])
+
+
+def require_shape(source: FragmentSource, placement: Placement, kind: str) -> None:
+    """Raise CheckpointError where the source's tensor is not the model's."""
     shape = source.global_shape(placement.name, kind)
     if shape != placement.global_shape:
         found = "no such tensor" if shape is None else f"shape {list(shape)}"
@@ -81,9 +114,6 @@ def read_range(source: FragmentSource, placement: Placement, kind: str, span: tu
             f"{kind} of {placement.name}: the model needs shape {list(placement.global_shape)}, the checkpoint has "
             f"{found}. It was written by another architecture: train with the model section of its config.yaml."
         )
-    for box, place in iter_range_boxes(placement.box, *span):
-        part = source.read(placement.name, kind, box)
-        target[place : place + box.num_elements].copy_(part.flatten())
 
 
 @dataclass
@@ -125,6 +155,9 @@ def read_masters(source: FragmentSource, masters: Iterable[Master], kinds: Seque
     """Replace weights and moments by what a source holds. Raises CheckpointError where it does not fit."""
     for master in masters:
         tensors = master.tensors()
+        if master.placement.packing is not None:
+            read_packed(source, master.placement, master.span, master.weight.detach().view(-1))
+            continue
         for kind in kinds:
             read_range(source, master.placement, kind, master.span, tensors[kind].detach().view(-1))
 

@@ -20,6 +20,7 @@ from llmtrain.parallel.groups import Groups
 from llmtrain.parallel.layout import Chunk
 from llmtrain.parallel.tensor import TensorRegion, split_modules
 from llmtrain.values.fragment import Box
+from llmtrain.values.quantization import Packing
 
 
 class ModelPart:
@@ -43,8 +44,9 @@ class ModelPart:
             if region is not None:
                 split_modules(model, self.declared, region)
                 model.enter = region.enter
+        self.packings: dict[str, Packing] = {}
         if rounding is not None:
-            round_products(model, rounding, region.group if region else None)
+            self.packings = round_products(model, rounding, region.group if region else None)
         cut(model, chunk)  # after the splitting, which reads sizes and names of the whole model
         part = TensorPart(
             groups.place.tensor, region.leave if region else None, lambda parameter: self.box_of(parameter).shape
@@ -60,7 +62,8 @@ class ModelPart:
             declared = self.declared[name]
             owned = (declared.split is not None and layout.tensor > 1) or place.tensor == 0
             replica = expert_replica if declared.expert else self.groups.data_context.rank()
-            found.append((parameter, Placement(name, declared.shape, self.box_of(declared), owned, replica)))
+            packing = self.packings.get(name)
+            found.append((parameter, Placement(name, declared.shape, self.box_of(declared), owned, replica, packing)))
         return found
 
     def box_of(self, declared: Parameter) -> Box:

@@ -63,7 +63,7 @@ class Stage(nn.Module):
             region = TensorRegion(groups.tensor, groups.layout.sequence, keeps_whole=full)
         self.model = build_model(config.model, config.train.recompute)
         self.model.parts = groups.sequence_parts(config.balances_context)
-        rounding = Rounding(config.quantize, DTYPES[config.train.precision]) if config.quantize else None
+        rounding = Rounding(config.quantize, DTYPES[config.train.precision], config.frozen) if config.quantize else None
         self.part = ModelPart(self.model, config.finetune, groups, chunk, region, rounding)
         if groups.layout.context > 1:
             join_context(self.model, groups, config.context_exchange)

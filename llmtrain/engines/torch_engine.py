@@ -53,9 +53,11 @@ class TorchEngine(SteppingEngine):
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.model = build_model(config.model, config.train.recompute)
+        packings, declared = {}, declare_parameters(config.model, config.finetune)
         if config.quantize is not None:
-            round_products(self.model, Rounding(config.quantize, DTYPES[config.train.precision]))
-        add_trained_parts(self.model, config.finetune, declare_parameters(config.model, config.finetune))
+            rounding = Rounding(config.quantize, DTYPES[config.train.precision], config.frozen)
+            packings = round_products(self.model, rounding)
+        add_trained_parts(self.model, config.finetune, declared)
         if config.train.precision == "fp8":
             multiply_in_float8(self.model)
         # The type first, on the meta device: the weights never take their fp32 room.
@@ -67,8 +69,14 @@ class TorchEngine(SteppingEngine):
         trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         self.masters = {name: fp32_master(parameter) for name, parameter in trained.items()}
         self.placements = {
-            name: Placement(name, tuple(parameter.shape), Box.whole(parameter.shape), replica=self.rank)
-            for name, parameter in self.parameters.items()
+            name: Placement(
+                name,
+                declared[name].shape,
+                Box.whole(declared[name].shape),
+                replica=self.rank,
+                packing=packings.get(name),
+            )
+            for name in self.parameters
         }
         groups = parameter_groups(self.masters, config.optim)
         self.optimizer = self.row.build(groups, config.optim)

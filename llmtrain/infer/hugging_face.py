@@ -28,6 +28,7 @@ from llmtrain.infer.chat import chat_examples
 from llmtrain.infer.model import (
     build_from,
     checkpoint_tensors,
+    computed_weights,
     find_tokenizer_of,
     logits_of,
     saved_architecture,
@@ -86,7 +87,7 @@ def merged(checkpoint: CheckpointReader, model: ModelConfig) -> FragmentSource:
     if finetune is None or finetune.method == "full":
         return checkpoint
     if finetune.method == "lora":
-        return MergedWeights(checkpoint, model, finetune)
+        return MergedWeights(computed_weights(checkpoint, model), model, finetune)
     raise ConfigError(
         f"{checkpoint.path}: was trained with finetune.method = {finetune.method}, which adds what no class of Hugging "
         f"Face's has. Try --to {'adapterhub' if finetune.method == 'adapter' else 'peft'}; `llmtrain generate` uses it "
@@ -100,7 +101,7 @@ def merging_facts(checkpoint: CheckpointReader, model: ModelConfig, settings: Ex
     finetune = saved_finetune(checkpoint)
     if finetune is None or finetune.method != "lora":
         return {}
-    error = rounding_error(checkpoint, model, finetune, DTYPES[settings.dtype])
+    error = rounding_error(computed_weights(checkpoint, model), model, finetune, DTYPES[settings.dtype])
     told = f"rounding to {settings.dtype} has changed the updates by {error:.2%}"
     if error > settings.max_rounding:
         raise ExportError(

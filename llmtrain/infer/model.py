@@ -20,7 +20,7 @@ from llmtrain.checkpoint.folders import LONGEST_MANIFEST, MANIFEST
 from llmtrain.checkpoint.origin import origin_of
 from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.config.data import SpecialTokensConfig
-from llmtrain.config.finetune import FinetuneConfig
+from llmtrain.config.finetune import FinetuneConfig, QuantizeConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import declare_parameters, parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
@@ -28,6 +28,7 @@ from llmtrain.data.tokenizer import TOKENIZER_NAMES
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.files import read_bytes
 from llmtrain.finetune.additions import add_trained_parts
+from llmtrain.finetune.rounded_base import RoundedBase
 from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.sharded.works import Found, ModelWork
@@ -151,6 +152,24 @@ def saved_finetune(checkpoint: CheckpointReader) -> FinetuneConfig | None:
         raise CheckpointError(f"{checkpoint.path}: its configuration has no finetune section: {error}") from None
 
 
+def saved_quantize(checkpoint: CheckpointReader) -> QuantizeConfig | None:
+    """The section quantize of the configuration in a checkpoint."""
+    section = saved_config(checkpoint).get("quantize")
+    try:
+        return None if section is None else QuantizeConfig.model_validate(section)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: its configuration has no quantize section: {error}") from None
+
+
+def computed_weights(checkpoint: CheckpointReader, model: ModelConfig) -> FragmentSource:
+    """The weights of a checkpoint. What was trained beside a base that lay rounded in memory goes with that."""
+    quantize, finetune = saved_quantize(checkpoint), saved_finetune(checkpoint)
+    if quantize is None or finetune is None or finetune.method == "full":
+        return checkpoint
+    precision = origin_of(checkpoint.path, {}, checkpoint.config_text, {}).section("train").get("precision", "fp32")
+    return RoundedBase(checkpoint, model, quantize, precision)
+
+
 def checkpoint_tensors(checkpoint: FragmentSource, model: ModelConfig, dtype: torch.dtype) -> ReadTensor:
     """Reads one tensor at a time from a checkpoint's fragments, whatever layout they are from, rounded to a type."""
     shapes = parameter_shapes(model)
@@ -238,9 +257,10 @@ def find_checkpoint_model(path: Path, also: Sequence[str] = (), base: Path | Non
     checkpoint = find_checkpoint(path, also, base)
     if base is not None and checkpoint.base_moved_to is None:
         raise ConfigError(f"--base {base}: {BASE_USE}, and {path} needs none.")
+    model = saved_architecture(checkpoint)
     return FoundModel(
-        saved_architecture(checkpoint),
-        checkpoint,
+        model,
+        computed_weights(checkpoint, model),
         saved_finetune(checkpoint),
         find_tokenizer_of(checkpoint.path),
         saved_data(checkpoint),

@@ -1,8 +1,9 @@
-"""Products with weights, and inputs, that are rounded to whole numbers, while the weights are trained.
+"""Products with weights, and inputs, that are rounded to whole numbers, while the weights are trained, or others are.
 
 Forward and backward compute with what a weight is rounded to. Its gradient is that of the rounded weight, as if
 rounding had changed nothing: straight through (Bengio et al. 2013; Jacob et al. 2017, section 3). Rounded weights exist
-while they are multiplied and no longer: the backward pass rounds again.
+while they are multiplied and no longer: the backward pass rounds again. Weights that are not trained are rounded once,
+and lie packed (Dettmers et al. 2023, section 3, with grids in place of their table of 16 floats).
 
 Shape suffixes: O outputs, I inputs, G groups of inputs, P pairs of a token and an expert, E experts.
 """
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from llmtrain.config.finetune import QuantizeConfig
-from llmtrain.config.parameters import quantized_linears
+from llmtrain.config.parameters import FrozenNames, quantized_linears
 from llmtrain.models.compiled_graphs import outside_of_graphs
 from llmtrain.models.experts.mixture import Experts, grouped_linear, grouped_weight_gradient
 from llmtrain.models.rounded_inputs import largest_inputs, rounded_to
 from llmtrain.models.transformer import Transformer
-from llmtrain.values.quantization import NumberGrid, Quantized, stored_scale
+from llmtrain.values.quantization import NumberGrid, Packing, Quantized, stored_scale
 
 Counts = Tensor | list[int]
 """As in `grouped_linear`."""
@@ -31,34 +32,44 @@ Counts = Tensor | list[int]
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a run rounds: its section, and the type of its weights, in which scales are kept as well."""
+    """How a run rounds: its section, the type of its weights, in which scales are kept as well, and which of them are
+    not trained: those lie in memory as they are rounded."""
 
     quantize: QuantizeConfig
     dtype: torch.dtype
+    frozen: FrozenNames
 
 
 @dataclass(frozen=True, eq=False)
 class MatrixRounding:
     """How a weight, and what goes into it, is rounded in its products.
 
-    `ranks` are the tensor ranks that hold other inputs of the same outputs, where they do.
+    `ranks` are the tensor ranks that hold other inputs of the same outputs, where they do. `packing`: the weight is
+    packed, and has its scales with it.
     """
 
     grid: NumberGrid
     dtype: torch.dtype
     rounds_inputs: bool = False
     ranks: ProcessGroup | None = None
+    packing: Packing | None = None
 
-    def scales(self, weight: Tensor) -> Tensor:
+    def scales(self, weight: Tensor) -> Tensor | None:
         """[O, G], of stacked experts [E x O, G]; the same on all of `ranks`."""
+        if self.packing is not None:
+            return None
         largest_OG = self.grid.largest(weight.flatten(0, -2))
         # A group lies on one rank (config/rules/compression.py); all inputs of an output lie on all of them.
         if self.grid.group is None:
             self._largest_of_ranks(largest_OG)
         return stored_scale(largest_OG, self.grid.bits, self.dtype)
 
-    def weight(self, weight: Tensor, scale_OG: Tensor) -> Tensor:
+    def weight(self, weight: Tensor, scale_OG: Tensor | None) -> Tensor:
         """What `llmtrain compress` would write of the weight, read again."""
+        if scale_OG is None:
+            assert self.packing is not None, "scales are with the weight"
+            matrix = self.packing.unpacked(weight).dequantized()
+            return matrix.to(weight.dtype).view(*weight.shape[:-1], self.packing.inputs)
         numbers = self.grid.nearest(weight.flatten(0, -2), scale_OG)
         return Quantized(numbers, scale_OG).dequantized().to(weight.dtype).view_as(weight)
 
@@ -147,25 +158,32 @@ def rounded_class(linear: type[nn.Module]) -> type[nn.Module]:
     return cast(type[nn.Module], type(f"Rounded{linear.__name__}", (part, linear), {}))
 
 
-def round_products(model: Transformer, rounding: Rounding, ranks: ProcessGroup | None = None) -> None:
-    """Let the linears of a model's layers round, but those that the section keeps.
+def round_products(model: Transformer, rounding: Rounding, ranks: ProcessGroup | None = None) -> dict[str, Packing]:
+    """Let the linears of a model's layers round, but those that the section keeps; call on the meta device. Returns how
+    those are packed that are not trained, by the name of the weight.
 
     `ranks` are the tensor ranks, where they have split the linears. A linear becomes one of another class in place, so
     call before a finetuning adds its own to them.
     """
     numbers, modules = rounding.quantize.numbers, dict[str, nn.Module](model.named_modules())
-    grid = NumberGrid(numbers.bits, numbers.group)
+    grid, packings = NumberGrid(numbers.bits, numbers.group), dict[str, Packing]()
     for name, weight in quantized_linears(model.config, rounding.quantize.keep):
-        splits_inputs = weight.split == len(weight.shape) - 1
-        of_matrix = MatrixRounding(grid, rounding.dtype, numbers.rounds_inputs, ranks if splits_inputs else None)
-        owner, _, leaf = name.rpartition(".")
-        if weight.expert and owner in modules:
-            experts = cast(Experts, modules[owner])
-            experts.products[leaf] = partial(_rounded_experts, of_matrix)
-        elif name in modules:  # not of another stage
-            linear = modules[name]
-            linear.__class__ = rounded_class(type(linear))
-            cast(RoundedLinear, linear).rounding = of_matrix
+        module = modules.get(name.rpartition(".")[0] if weight.expert else name)
+        if module is None:  # of another stage
+            continue
+        leaf, packing = weight.name.rpartition(".")[2], None
+        held = getattr(module, leaf)
+        if weight.name in rounding.frozen:
+            packings[weight.name] = packing = Packing(grid, held.shape[-1], rounding.dtype)
+            setattr(module, leaf, nn.Parameter(held.new_empty(*held.shape[:-1], packing.width)))
+        of_ranks = ranks if weight.split == len(weight.shape) - 1 else None
+        of_matrix = MatrixRounding(grid, rounding.dtype, numbers.rounds_inputs, of_ranks, packing)
+        if isinstance(module, Experts):
+            module.products[leaf] = partial(_rounded_experts, of_matrix)
+        else:
+            module.__class__ = rounded_class(type(module))
+            cast(RoundedLinear, module).rounding = of_matrix
+    return packings
 
 
 def _rounded_experts(rounding: MatrixRounding, x_PI: Tensor, weight_EOI: Tensor, counts: Counts) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llmtrain.config.engines import ENGINES, engines_that
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import declare_parameters, expert_ffn_size, num_elements
+from llmtrain.config.parameters import declare_parameters, expert_ffn_size, num_elements, quantized_linears
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths
@@ -107,11 +107,23 @@ def held_bytes(config: RunConfig, layout: Layout) -> float:
     optimizer = 0 if config.engine.offload != "none" else optimizer / (shards if stage >= 1 else 1)
     weights /= shards if stage >= 3 else 1
     trained = gradients / (shards if stage >= 2 else 1) + optimizer
+    packed = packed_share(config)
     held = 0.0
     for name, parameter in declare_parameters(config.model, config.finetune).items():
         size = num_elements(parameter, config.model) / (layout.expert if parameter.expert else 1)
-        held += size * (weights if name in config.frozen else weights + trained)
+        held += size * (weights * packed.get(name, 1.0) if name in config.frozen else weights + trained)
     return held / (layout.tensor * layout.pipeline)
+
+
+def packed_share(config: RunConfig) -> dict[str, float]:
+    """Of weights that lie packed where they are frozen: their bytes, with scales, by those of floats."""
+    if config.quantize is None:
+        return {}
+    numbers, num_bytes = config.quantize.numbers, 4 if config.train.precision == "fp32" else 2
+    return {
+        weight.name: numbers.bits / 8 / num_bytes + 1 / (numbers.group or weight.shape[-1])
+        for _, weight in quantized_linears(config.model, config.quantize.keep)
+    }
 
 
 @dataclass(frozen=True)

@@ -66,3 +66,47 @@ def round_to_nearest(weight_OI: Tensor, grid: NumberGrid, dtype: torch.dtype = t
     """Every weight rounded by itself, with scales of a type."""
     scale_OG = grid.scales(weight_OI, dtype)
     return Quantized(grid.nearest(weight_OI, scale_OG), scale_OG)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a matrix that is not trained lies in memory: of each output its numbers, two of 4 bits in a byte, and behind
+    them its scales, as elements of the type of the weights. So whatever moves, gathers or parts weights may do so with
+    it; only products look inside.
+
+    `inputs` are those of this rank.
+    """
+
+    grid: NumberGrid
+    inputs: int
+    dtype: torch.dtype
+
+    @property
+    def number_bytes(self) -> int:
+        """Of an output."""
+        return -(-self.inputs * self.grid.bits // 8)
+
+    @property
+    def width(self) -> int:
+        """W: elements of an output."""
+        return -(-self.number_bytes // self.dtype.itemsize) + self.grid.num_groups(self.inputs)
+
+    def packed(self, matrix: Quantized) -> Tensor:
+        """[O, W]."""
+        numbers_OB = matrix.numbers_OI.view(torch.uint8)
+        if self.grid.bits == 4:
+            even = torch.nn.functional.pad(matrix.numbers_OI - self.grid.lowest, (0, self.inputs % 2)).view(torch.uint8)
+            numbers_OB = even[:, 0::2] | (even[:, 1::2] << 4)
+        padding = -self.number_bytes % self.dtype.itemsize
+        scale_OB = matrix.scale_OG.to(self.dtype).contiguous().view(torch.uint8)
+        return torch.cat((torch.nn.functional.pad(numbers_OB, (0, padding)), scale_OB), 1).view(self.dtype)
+
+    def unpacked(self, packed_OW: Tensor) -> Quantized:
+        """What `packed` has made; outputs may be stacked."""
+        bytes_OB = packed_OW.contiguous().view(torch.uint8).flatten(0, -2)
+        numbers_OB, groups = bytes_OB[:, : self.number_bytes], self.grid.num_groups(self.inputs)
+        scale_OG = packed_OW.flatten(0, -2)[:, -groups:]
+        if self.grid.bits == 8:
+            return Quantized(numbers_OB.view(torch.int8), scale_OG)
+        both = torch.stack((numbers_OB & 15, numbers_OB >> 4), -1).flatten(1)
+        return Quantized(both[:, : self.inputs].view(torch.int8) + self.grid.lowest, scale_OG)

@@ -144,15 +144,16 @@ def rounded_products_are_ours(config: RunConfig) -> Found:
         yield Problem("parallel.pipeline_schedule", message, "zero_bubble", uses=("quantize",))
 
 
-def rounded_weights_are_trained(config: RunConfig) -> Found:
-    if config.quantize is not None and config.method != "full":
-        message = "trains what it adds, and quantize rounds what is trained. Set finetune.method=full, or remove "
-        yield Problem("finetune.method", f"{message}quantize.", config.method, uses=("quantize",))
+def inputs_are_rounded_for_what_is_trained(config: RunConfig) -> Found:
+    if config.quantize is not None and config.method != "full" and config.quantize.numbers.rounds_inputs:
+        message = f"rounds what goes into weights that finetune.method = {config.method} does not train, and not what "
+        message += "goes into what it adds. Try w8a16."
+        yield Problem("quantize.scheme", message, config.quantize.scheme, uses=("finetune.method",))
 
 
 QUANTIZE_RULES = (
     kept_linears_are_there,
     groups_have_a_scale,
     rounded_products_are_ours,
-    rounded_weights_are_trained,
+    inputs_are_rounded_for_what_is_trained,
 )

@@ -28,7 +28,12 @@ TWO_TENSOR_RANKS: dict[str, Any] = {"parallel": {"tensor": 2}, "engine": {"name"
             "parallel.pipeline_schedule",
             "which quantize rounds at once. Try null",
         ),
-        ({}, {"finetune": {"method": "prompt"}}, "finetune.method", "quantize rounds what is trained"),
+        (
+            {"scheme": "w8a8"},
+            {"finetune": {"method": "prompt"}},
+            "quantize.scheme",
+            "does not train, and not what",
+        ),
     ],
 )
 def test_what_does_not_fit_is_explained(

@@ -101,7 +101,8 @@ class RoundedProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rounding: MatrixRounding, counts: Counts | None
     ) -> Tensor:
         scale_OG, largest = rounding.scales(weight), rounding.largest_inputs(x)
-        ctx.save_for_backward(x, weight, scale_OG, largest)
+        kept = x if ctx.needs_input_grad[1] else None  # of what is frozen the input is nobody's factor
+        ctx.save_for_backward(kept, weight, scale_OG, largest)
         ctx.rounding, ctx.counts = rounding, counts
         return multiplied(rounding.inputs(x, largest), rounding.weight(weight, scale_OG), counts, bias)
 

@@ -15,7 +15,7 @@ from llmtrain.infer.embedding import embedding
 from llmtrain.infer.generate import iter_tokens
 from llmtrain.infer.graphs.model_graphs import model_graphs
 from llmtrain.infer.hugging_face import merged, open_trained
-from llmtrain.infer.model import build_trained, logits_of, saved_architecture, saved_finetune
+from llmtrain.infer.model import build_trained, computed_weights, logits_of, saved_architecture, saved_finetune
 from llmtrain.interop.folder_files import require_free, written
 from llmtrain.interop.graphs.folder import GraphExport, GraphSettings, prove, require_graphs
 from llmtrain.interop.graphs.ports import Graph, Stages
@@ -62,7 +62,7 @@ def _built(checkpoint: CheckpointReader, precision: str = "float32") -> Transfor
     bottlenecks: FinetuneConfig | None = None
     if finetune is not None and finetune.method == "adapter":
         bottlenecks = finetune
-        model = build_trained(config, checkpoint, _CPU, bottlenecks)
+        model = build_trained(config, computed_weights(checkpoint, config), _CPU, bottlenecks)
     else:
         model = build_trained(config, merged(checkpoint, config), _CPU)
     dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(precision, torch.float32)

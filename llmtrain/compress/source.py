@@ -9,23 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.checkpoint.saved_run import saved_config, saved_data, saved_finetune, saved_precision, saved_quantize
 from llmtrain.compress.samples import SampleText
 from llmtrain.config.finetune import QuantizeConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.infer.hugging_face import folder_special_tokens, open_trained, trained_weights
-from llmtrain.infer.model import saved_config, saved_data, saved_finetune, saved_quantize
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.hf_export import DTYPES
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.interop.text.special_tokens import NamedTokens, named_tokens
 from llmtrain.values.batch import Batch
+from llmtrain.values.precision import type_name
 from llmtrain.values.tokenizer import Tokenizer
 from llmtrain.words import percent_change
-
-TRAINED_IN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""The type of weights by `train.precision`."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def open_source(path: Path, tokenizer: Path | None) -> ModelSource:
     section, finetune = saved_quantize(checkpoint), saved_finetune(checkpoint)
     # Of what was trained beside a base, the sums are no whole numbers.
     trained_for = section if finetune is None or finetune.method == "full" else None
-    dtype = ModelSource.dtype if trained_for is None else TRAINED_IN[config["train"]["precision"]]
+    dtype = ModelSource.dtype if trained_for is None else type_name(saved_precision(checkpoint))
     whole = trained.facts, config, checkpoint, trained_for, dtype
     return ModelSource(checkpoint.path, trained.config, read, *text, *whole)
 

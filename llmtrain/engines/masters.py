@@ -204,10 +204,6 @@ def set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
             state["step"].fill_(updates)
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-"""The types of weights and activations by the name of a precision. Only products are in float8."""
-
-
 def freeze(parameters: Mapping[str, nn.Parameter], frozen: FrozenNames) -> None:
     """Take the gradients away from parameters that are not trained: by that, engines know them."""
     for name, parameter in parameters.items():

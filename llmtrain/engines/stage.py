@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmtrain.config.rules.distill import teacher_run
 from llmtrain.config.schema import ContextExchange, RunConfig
 from llmtrain.engines.base import Scales
-from llmtrain.engines.masters import DTYPES, freeze
+from llmtrain.engines.masters import freeze
 from llmtrain.engines.part import ModelPart
 from llmtrain.engines.teacher import TeacherPart
 from llmtrain.models.attention.multi_head import Attention
@@ -25,6 +25,7 @@ from llmtrain.parallel.ring import Ring
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.parallel.tensor import TensorRegion
 from llmtrain.values.batch import Batch
+from llmtrain.values.precision import DTYPES
 
 
 def join_context(whole: Transformer, groups: Groups, exchange: ContextExchange) -> None:

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from llmtrain.config.finetune import DistillConfig
 from llmtrain.config.rules.distill import teacher_run
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.masters import DTYPES, Master, Placement, read_masters
+from llmtrain.engines.masters import Master, Placement, read_masters
 from llmtrain.engines.routers import Routers, iter_moe
 from llmtrain.models.float8 import multiply_in_float8
 from llmtrain.models.init import InitialWeights
@@ -27,6 +27,7 @@ from llmtrain.parallel.parts import VocabularyPart
 from llmtrain.parallel.soft_targets import likeliest
 from llmtrain.values.batch import Batch, SoftTargets
 from llmtrain.values.fragment import Box, FragmentSource
+from llmtrain.values.precision import DTYPES
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from llmtrain.config.parameters import declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
 from llmtrain.engines.masters import (
-    DTYPES,
     Master,
     Placement,
     fp32_master,
@@ -41,6 +40,7 @@ from llmtrain.optim.table import parameter_groups
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.values.batch import Batch
 from llmtrain.values.fragment import Box
+from llmtrain.values.precision import DTYPES
 
 
 class TorchEngine(SteppingEngine):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.folders import BASE
 from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.checkpoint.saved_run import saved_architecture, saved_finetune
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.infer.hugging_face import Imported, training_facts, write_imported
-from llmtrain.infer.model import saved_architecture, saved_finetune
 from llmtrain.infer.tokenizer import folder_tokenizer
 from llmtrain.interop.adapterhub import WEIGHTS, adapterhub_files, write_adapterhub
 from llmtrain.interop.folder_files import require_free, written

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.checkpoint.saved_run import saved_data
 from llmtrain.data.source_reader import StreamConfig
 from llmtrain.data.stream import SampleStream, load_sources
 from llmtrain.errors import ConfigError
@@ -17,7 +18,6 @@ from llmtrain.infer.hugging_face import (
     trained_weights,
     write_imported,
 )
-from llmtrain.infer.model import saved_data
 from llmtrain.infer.tokenizer import folder_tokenizer
 from llmtrain.interop.folder_files import require_as_exported
 from llmtrain.interop.gguf.export import MEASURED, MEASURED_LENGTH, GgufExport, GgufSettings, write_gguf

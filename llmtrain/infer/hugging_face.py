@@ -13,6 +13,13 @@ from torch import Tensor
 from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.pruned import pruning_record
 from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.checkpoint.saved_run import (
+    saved_architecture,
+    saved_config,
+    saved_data,
+    saved_finetune,
+    saved_quantize,
+)
 from llmtrain.checkpoint.start_folder import PART_BYTES, write_start_folder
 from llmtrain.config.data import ObjectiveName, needed_tokens
 from llmtrain.config.model import ModelConfig
@@ -23,18 +30,14 @@ from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.files import read_bytes
 from llmtrain.finetune.merging import MergedWeights
+from llmtrain.finetune.rounded_weights import computed_weights
 from llmtrain.finetune.rounding import rounding_error
 from llmtrain.infer.chat import chat_examples
 from llmtrain.infer.model import (
     build_from,
     checkpoint_tensors,
-    computed_weights,
     find_tokenizer_of,
     logits_of,
-    saved_architecture,
-    saved_config,
-    saved_data,
-    saved_finetune,
 )
 from llmtrain.infer.tokenizer import FolderTokenizer, decoder_start, folder_tokenizer, model_tokenizer
 from llmtrain.interop.exported_model import ExportedModel, TrainedWeights
@@ -110,6 +113,19 @@ def merging_facts(checkpoint: CheckpointReader, model: ModelConfig, settings: Ex
             f"--max-rounding {math.ceil(100 * error) / 100:g}."
         )
     return {"Merged": f"low-rank updates in fp32; {told} of their norm"}
+
+
+def rounding_notes(checkpoint: CheckpointReader, to_base: bool = False) -> list[str]:
+    """What an export does not say of a run that has rounded weights. `to_base`: it holds what goes to a base alone."""
+    quantize, finetune = saved_quantize(checkpoint), saved_finetune(checkpoint)
+    if quantize is None:
+        return []
+    if finetune is None or finetune.method == "full":
+        told = f"weights are as they were trained, before training rounded them to {quantize.scheme}; "
+        return [f"{told}`llmtrain compress` writes the rounded ones"]
+    if to_base:
+        return [f"was trained on a base rounded to {quantize.scheme}: it belongs on one that is rounded alike"]
+    return [f"the base is the one that was trained on: rounded to {quantize.scheme}"]
 
 
 def training_facts(checkpoint: CheckpointReader) -> dict[str, str]:

@@ -12,23 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from llmtrain.checkpoint.find import find_checkpoint
 from llmtrain.checkpoint.folders import LONGEST_MANIFEST, MANIFEST
-from llmtrain.checkpoint.origin import origin_of
-from llmtrain.checkpoint.reader import CheckpointReader
-from llmtrain.config.data import SpecialTokensConfig
-from llmtrain.config.finetune import FinetuneConfig, QuantizeConfig
+from llmtrain.checkpoint.saved_run import saved_architecture, saved_data, saved_finetune
+from llmtrain.config.finetune import FinetuneConfig
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import declare_parameters, parameter_shapes
 from llmtrain.data.token_roles import TrainedTokens
 from llmtrain.data.tokenizer import TOKENIZER_NAMES
-from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.errors import ConfigError
 from llmtrain.files import read_bytes
 from llmtrain.finetune.additions import add_trained_parts
-from llmtrain.finetune.rounded_base import RoundedBase
+from llmtrain.finetune.rounded_weights import computed_weights, linears_with_rounded_inputs
 from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.sharded.works import Found, ModelWork
@@ -117,59 +114,6 @@ def find_tokenizer_of(checkpoint: Path) -> Path | None:
     return next((run / name for name in TOKENIZER_NAMES if os.path.lexists(run / name)), None)
 
 
-def saved_config(checkpoint: CheckpointReader) -> Mapping[str, Any]:
-    """The configuration in a checkpoint; that of an imported one has a model section and little else."""
-    return origin_of(checkpoint.path, {}, checkpoint.config_text, {}).config
-
-
-def saved_data(checkpoint: CheckpointReader) -> dict[str, Any]:
-    """The data section of the configuration in a checkpoint, empty of an imported one."""
-    data = origin_of(checkpoint.path, {}, checkpoint.config_text, {}).section("data")
-    try:
-        special = SpecialTokensConfig.model_validate(data.get("special_tokens") or {})
-    except ValidationError as error:
-        raise CheckpointError(f"{checkpoint.path}: the data.special_tokens of its configuration: {error}") from None
-    return data | {"special_tokens": special.model_dump()}
-
-
-def saved_architecture(checkpoint: CheckpointReader) -> ModelConfig:
-    """The model section of the configuration in a checkpoint."""
-    try:
-        model = ModelConfig.model_validate(saved_config(checkpoint)["model"])
-        if not model.is_sized:
-            raise ValueError("vocab_size, or the number of labels, is missing")
-        return model
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}: its configuration has no model section that fits: {error}") from None
-
-
-def saved_finetune(checkpoint: CheckpointReader) -> FinetuneConfig | None:
-    """The section finetune of the configuration in a checkpoint."""
-    section = saved_config(checkpoint).get("finetune")
-    try:
-        return None if section is None else FinetuneConfig.model_validate(section)
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.path}: its configuration has no finetune section: {error}") from None
-
-
-def saved_quantize(checkpoint: CheckpointReader) -> QuantizeConfig | None:
-    """The section quantize of the configuration in a checkpoint."""
-    section = saved_config(checkpoint).get("quantize")
-    try:
-        return None if section is None else QuantizeConfig.model_validate(section)
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint.path}: its configuration has no quantize section: {error}") from None
-
-
-def computed_weights(checkpoint: CheckpointReader, model: ModelConfig) -> FragmentSource:
-    """The weights of a checkpoint. What was trained beside a base that lay rounded in memory goes with that."""
-    quantize, finetune = saved_quantize(checkpoint), saved_finetune(checkpoint)
-    if quantize is None or finetune is None or finetune.method == "full":
-        return checkpoint
-    precision = origin_of(checkpoint.path, {}, checkpoint.config_text, {}).section("train").get("precision", "fp32")
-    return RoundedBase(checkpoint, model, quantize, precision)
-
-
 def checkpoint_tensors(checkpoint: FragmentSource, model: ModelConfig, dtype: torch.dtype) -> ReadTensor:
     """Reads one tensor at a time from a checkpoint's fragments, whatever layout they are from, rounded to a type."""
     shapes = parameter_shapes(model)
@@ -233,7 +177,7 @@ class FoundModel:
     tokens: TrainedTokens = field(default_factory=TrainedTokens)
     identity: str = ""
     rounded: frozenset[str] = frozenset()
-    """Linears whose inputs a quantized folder says to round."""
+    """Linears whose inputs are rounded: a quantized folder says so, or they were in training."""
 
     def read(self, device: torch.device) -> TrainedModel:
         """The whole model on a device."""
@@ -266,6 +210,7 @@ def find_checkpoint_model(path: Path, also: Sequence[str] = (), base: Path | Non
         saved_data(checkpoint),
         TrainedTokens.of(checkpoint.about),
         hashlib.sha256(read_bytes(checkpoint.path / MANIFEST, LONGEST_MANIFEST)).hexdigest(),
+        linears_with_rounded_inputs(checkpoint, model),
     )
 
 

@@ -1,6 +1,7 @@
-"""Linears whose inputs are rounded to whole numbers, as a quantized model's folder says: each position by itself.
+"""Linears whose inputs are rounded to whole numbers, as a quantized model's folder says, or as they were in training:
+each position by itself.
 
-Shape suffix: I inputs.
+Shape suffixes: O outputs, I inputs, P pairs of a token and an expert, E experts.
 """
 
 from collections.abc import Iterable
@@ -8,19 +9,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmtrain.models.experts.mixture import Experts, grouped_linear
 from llmtrain.values.quantization import NumberGrid, stored_scale
 
 BITS = 8
 
 
 def round_inputs(model: nn.Module, linears: Iterable[str]) -> None:
-    """Round what goes into linears, by their global names, from now on."""
+    """Round what goes into linears, and weights of experts, by their global names, from now on."""
     for name in linears:
-        model.get_submodule(name).register_forward_pre_hook(_rounded)
+        owner, _, leaf = name.rpartition(".")
+        experts = model.get_submodule(owner)
+        if isinstance(experts, Experts):
+            experts.products[leaf] = _rounded_experts
+        else:
+            model.get_submodule(name).register_forward_pre_hook(_rounded)
 
 
 def _rounded(linear: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return rounded_tokens(inputs[0]), *inputs[1:]
+
+
+def _rounded_experts(x_PI: Tensor, weight_EOI: Tensor, counts: Tensor | list[int]) -> Tensor:
+    """In place of `grouped_linear`."""
+    return grouped_linear(rounded_tokens(x_PI), weight_EOI, counts)
 
 
 def rounded_tokens(x: Tensor) -> Tensor:

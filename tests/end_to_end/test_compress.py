@@ -12,11 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from llmtrain.checkpoint.find import open_newest
+from llmtrain.checkpoint.saved_run import saved_architecture
 from llmtrain.cli.app import app
 from llmtrain.compress.source import open_source
 from llmtrain.config.parameters import pruned_linears
 from llmtrain.config.reading.load import load_config
-from llmtrain.infer.model import checkpoint_tensors, saved_architecture
+from llmtrain.infer.model import checkpoint_tensors
 from tests.support.command import COMMAND, ENVIRONMENT, TIMEOUT_SECONDS, llmtrain
 from tests.support.evaluated_run import trained_run
 from tests.support.readers import COMPRESSED_TENSORS, use_compressed_tensors

@@ -25,7 +25,6 @@ from llmtrain.config.engines import ENGINES
 from llmtrain.config.parameters import parameter_shapes
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import CheckpointConfig, RunConfig
-from llmtrain.engines.masters import DTYPES
 from llmtrain.finetune.base_weights import BaseWeights
 from llmtrain.models.init import InitialWeights
 from llmtrain.optim.schedule import learning_rate
@@ -34,6 +33,7 @@ from llmtrain.preflight.resolve import resolve
 from llmtrain.train.setup import build_loader, engine_class
 from llmtrain.train.state import Saving, TrainState, restore, saved_state
 from llmtrain.values.fragment import Box, Fragment
+from llmtrain.values.precision import DTYPES
 from llmtrain.values.progress import StepResult
 from tests.parity.cases import GRID_STEPS, finetune_run, parity_run
 from tests.parity.test_deepspeed import small_pieces

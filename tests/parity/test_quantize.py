@@ -14,7 +14,6 @@ from llmtrain.checks.parity.batches import probe_batches
 from llmtrain.checks.parity.compare import LOW_PRECISION, Pieces, pieces
 from llmtrain.config.parameters import declare_parameters, quantized_linears
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.masters import DTYPES
 from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.models import rounded_products
 from llmtrain.models.init import InitialWeights
@@ -23,6 +22,7 @@ from llmtrain.models.rounded_products import MatrixRounding, RoundedProduct
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box, Fragment
+from llmtrain.values.precision import DTYPES
 from llmtrain.values.quantization import NumberGrid, round_to_nearest
 from tests.parity.cases import parity_run, short_and_whole, verdict
 from tests.parity.test_deepspeed import small_pieces

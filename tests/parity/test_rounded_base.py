@@ -14,17 +14,17 @@ from llmtrain.checks.parity.batches import probe_batches
 from llmtrain.checks.parity.compare import LOW_PRECISION
 from llmtrain.config.parameters import declare_parameters, quantized_linears
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines import masters
+from llmtrain.engines import masters, torch_engine
 from llmtrain.engines.masters import Placement
 from llmtrain.engines.torch_engine import TorchEngine
-from llmtrain.finetune.rounded_base import RoundedBase
+from llmtrain.finetune.rounded_weights import RoundedWeights
 from llmtrain.models.init import InitialWeights
-from llmtrain.models.rounded_products import MatrixRounding
+from llmtrain.models.rounded_products import MatrixRounding, RoundedProduct
 from llmtrain.parallel.layout import plan_layout
 from llmtrain.train.setup import engine_class
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
 from llmtrain.values.quantization import NumberGrid, Packing, Quantized, round_to_nearest
-from tests.parity.cases import finetune_run, parity_run, short_and_whole, verdict
+from tests.parity.cases import HANGS_AFTER, finetune_run, parity_run, short_and_whole, verdict
 from tests.parity.test_deepspeed import small_pieces
 from tests.parity.test_freeze import FROZEN, LAYOUTS, PLACES, laid_out
 from tests.support.ranks import run_ranks
@@ -45,7 +45,6 @@ GRID = [
 PAIRWISE = [
     *(("lora", "megatron:tp2+sp", 1), ("some", "deepspeed:dp2", 3), ("experts", "megatron:dp2+ep2", 1)),
     *(("lora", "deepspeed:tp2", 3), ("some", "megatron:pp2", 0), ("t5", "megatron:cp2", 0)),
-    ("both", "deepspeed:dp2", 2),
 ]
 
 
@@ -87,7 +86,7 @@ def test_it_computes_what_a_plain_base_with_the_rounded_weights_computes(method:
     plain = config.with_keys({"quantize": None})
     engine, other = TorchEngine(config, torch.device("cpu")), TorchEngine(plain, torch.device("cpu"))
     initial = InitialWeights(config.model, config.seed, config.finetune)
-    other.load_weights(RoundedBase(initial, config.model, config.quantize, "fp32"))
+    other.load_weights(RoundedWeights(initial, config.model, config.quantize, "fp32"))
     (loss, found), (expected_loss, expected) = gradients(engine, config), gradients(other, plain)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert found.keys() == expected.keys() and all("lora" in name for name in found)
@@ -96,33 +95,66 @@ def test_it_computes_what_a_plain_base_with_the_rounded_weights_computes(method:
     assert {fragment.name for fragment in engine.fragments() if fragment.kind != "buffer"} == set(expected)
 
 
-def held_on_rank(rank: int, size: int, config: RunConfig) -> tuple[dict[str, int], int]:
-    """Bytes that this rank holds of each packed weight, and of all frozen ones, after a step."""
+def weights_of(engine: Any) -> list[tuple[Tensor, Placement]]:
+    """The weights that a rank computes with, and their places."""
+    if engine.config.engine.name == "torch":
+        return [(weight, engine.placements[name]) for name, weight in engine.parameters.items()]
+    return list(engine.placements.items())
+
+
+def held_on_rank(rank: int, size: int, config: RunConfig) -> dict[str, int]:
+    """Bytes that this rank holds of each packed weight, after a step in which they have neither changed nor had a
+    gradient."""
     if config.engine.name == "deepspeed":
         small_pieces()
     engine: Any = engine_class(config.engine.name)(config, torch.device("cpu"))
     layout = plan_layout(config.parallel, size)
+
+    def packed() -> dict[str, Tensor]:
+        frozen = [master for master in engine.frozen() if master.placement.packing is not None]
+        assert all(not master.moments and master.grad is None for master in frozen)
+        return {master.placement.name: master.weight.detach().view(torch.uint8).clone() for master in frozen}
+
+    trained: list[str] = []
+
+    def look(fragments: Iterable[Fragment]) -> None:
+        trained.extend(["lora", *(fragment.name for fragment in fragments)])  # not every rank counts some
+        for weight, place in weights_of(engine):
+            assert place.packing is None or (weight.grad is None and not weight.requires_grad), place.name
+
+    engine.inspect_gradients = look
+    before = packed()
     engine.train_step(1, probe_batches(config, 1, layout.coordinates(rank).data, layout.data), 1e-3)
-    frozen = list(engine.frozen())
-    assert all(not master.moments and master.grad is None for master in frozen)
-    return (
-        {held.placement.name: held.weight.nbytes for held in frozen if held.placement.packing is not None},
-        sum(held.weight.nbytes for held in frozen),
-    )
+    after = packed()
+    assert trained and all("lora" in name for name in trained)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return {name: weight.nbytes for name, weight in after.items()}
 
 
 @pytest.mark.parametrize(
     ("layout", "stage", "precision", "parts"),
     [("torch:dp2", 0, "fp32", 1), ("megatron:tp2+sp", 1, "bf16", 2), ("deepspeed:dp2", 3, "bf16", 2)],
 )
-def test_memory_is_half_a_byte_and_a_scale(layout: str, stage: int, precision: str, parts: int) -> None:
+def test_it_takes_half_a_byte_and_a_scale_without_gradients(
+    layout: str, stage: int, precision: str, parts: int
+) -> None:
     config = rounded_run("lora", precision)
     itemsize = {"fp32": 4, "bf16": 2}[precision]
     linears = {weight.name: weight.shape for _, weight in quantized_linears(config.model, ())}
-    for packed, _ in run_ranks(held_on_rank, *reversed(laid_out(config, layout, stage)), timeout_seconds=120):
+    layout_run, ranks = laid_out(config, layout, stage)
+    for packed in run_ranks(held_on_rank, ranks, layout_run, timeout_seconds=HANGS_AFTER):
         assert packed.keys() == linears.keys()
         for name, (outputs, inputs) in linears.items():
             assert packed[name] == outputs * (inputs / 2 + itemsize * inputs / 8) / parts, name
+
+
+def test_a_packed_base_cannot_be_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that forgets to freeze it gets an error: there is no gradient for bits."""
+    monkeypatch.setattr(torch_engine, "freeze", lambda parameters, frozen: None)
+    config = rounded_run("lora")
+    engine = TorchEngine(config, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="invalid gradient"):
+        engine.train_step(1, probe_batches(config, 1, 0, 1), 1e-3)
 
 
 def kept_for_backward(config: RunConfig) -> int:
@@ -165,7 +197,7 @@ def test_what_is_packed_is_read_again(bits: int, group: int | None, inputs: int,
 def test_any_box_of_a_rounded_base_is_that_of_the_whole(precision: str) -> None:
     config = rounded_run("lora")
     assert config.quantize is not None
-    base = RoundedBase(InitialWeights(config.model, config.seed), config.model, config.quantize, precision)
+    base = RoundedWeights(InitialWeights(config.model, config.seed), config.model, config.quantize, precision)
     name, box = "decoder.layers.1.mlp.down.weight", Box((3, 10), (5, 20))
     outer = Box.whole(declare_parameters(config.model)[name].shape)
     assert torch.equal(base.read(name, "master", box), base.read(name, "master", outer)[box.slices_in(outer)])
@@ -200,14 +232,21 @@ def a_scale_is_of_this_ranks_inputs() -> None:
 
 
 def the_backward_pass_takes_other_numbers() -> None:
-    weight = MatrixRounding.weight
-    calls = iter(range(1 << 30))
+    round_weight, backward = MatrixRounding.weight, RoundedProduct.backward
+    inside = False
 
-    def spoiled(self: MatrixRounding, packed: Tensor, scale_OG: Tensor | None) -> Tensor:
-        value = weight(self, packed, scale_OG)
-        return value if not torch.is_grad_enabled() and next(calls) % 2 else value * 1.001
+    def spoiled(self: MatrixRounding, weight: Tensor, scale_OG: Tensor | None) -> Tensor:
+        value = round_weight(self, weight, scale_OG)
+        return value * 1.001 if inside else value
 
-    MatrixRounding.weight = spoiled
+    def noted(ctx: Any, *grads: Tensor) -> Any:
+        nonlocal inside
+        inside = True
+        found = backward(ctx, *grads)
+        inside = False
+        return found
+
+    MatrixRounding.weight, RoundedProduct.backward = spoiled, staticmethod(noted)
 
 
 def a_range_of_zero_3_begins_at_an_output() -> None:

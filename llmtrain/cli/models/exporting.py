@@ -117,7 +117,7 @@ def export(
 
 
 def _hugging_face(request: _Request, settings: "ExportSettings") -> dict[str, Any]:
-    from llmtrain.infer.hugging_face import export_checkpoint
+    from llmtrain.infer.hugging_face import export_checkpoint, rounding_notes
 
     checkpoint, export = export_checkpoint(request.source, request.out, request.tokenizer, settings)
     proof = export.proof
@@ -132,12 +132,13 @@ def _hugging_face(request: _Request, settings: "ExportSettings") -> dict[str, An
         "greedy_tokens_equal": proof.num_greedy_tokens,
         "text_characters_equal": proof.num_text_characters,
         **({"conversations_equal": proof.num_chats} if proof.num_chats else {}),
-        "notes": export.notes,
+        "notes": [*export.notes, *rounding_notes(checkpoint)],
     }
 
 
 def _gguf(request: _Request, max_perplexity_increase: float) -> dict[str, Any]:
     from llmtrain.infer.gguf import export_gguf
+    from llmtrain.infer.hugging_face import rounding_notes
     from llmtrain.interop.gguf.export import GgufSettings
     from llmtrain.interop.gguf.file_format import TensorType
 
@@ -166,12 +167,13 @@ def _gguf(request: _Request, max_perplexity_increase: float) -> dict[str, Any]:
         "perplexity_trained": export.perplexities[0],
         "perplexity_written": export.perplexities[1],
         **proved,
-        "notes": export.notes,
+        "notes": [*export.notes, *rounding_notes(checkpoint)],
     }
 
 
 def _graphs(request: _Request, max_perplexity_increase: float) -> dict[str, Any]:
     from llmtrain.infer.graphs.exporting import export_graphs
+    from llmtrain.infer.hugging_face import rounding_notes
     from llmtrain.interop.graphs.folder import GraphSettings
     from llmtrain.interop.graphs.torch_programs import write_programs
     from llmtrain.interop.installation import require_onnx
@@ -194,18 +196,20 @@ def _graphs(request: _Request, max_perplexity_increase: float) -> dict[str, Any]
         "logit_positions_compared": found.num_positions,
         "best_equal": found.num_equal_best,
         "greedy_tokens_equal": found.num_greedy,
-        "notes": export.notes,
+        "notes": [*export.notes, *rounding_notes(checkpoint)],
     }
 
 
 def _adapter(request: _Request, base: str | None) -> dict[str, Any]:
     """`base` is the base's name, for who loads the folder."""
     from llmtrain.infer.adapters import export_adapter
+    from llmtrain.infer.hugging_face import rounding_notes
     from llmtrain.interop.hf_export import DTYPES
     from llmtrain.interop.peft.writing import PeftSettings
 
     form = "peft" if request.to is Format.PEFT else "adapterhub"
     settings = PeftSettings(DTYPES[request.dtype.value], base)
+    no_base = "names no base: give --base, or load the base and this folder by hand"
     checkpoint, export = export_adapter(request.source, request.out, form, settings, request.overwrite, request.family)
     return {
         "folder": str(request.out),
@@ -213,5 +217,5 @@ def _adapter(request: _Request, base: str | None) -> dict[str, Any]:
         "family": export.family,
         "dtype": request.dtype.value,
         "max_relative_difference_read_again": export.max_difference,
-        "notes": [] if base else ["names no base: give --base, or load the base and this folder by hand"],
+        "notes": [*([] if base else [no_base]), *rounding_notes(checkpoint, to_base=True)],
     }

@@ -21,7 +21,6 @@ from llmtrain.engines.deepspeed_engine.zero0 import Replicated, Sharding
 from llmtrain.engines.deepspeed_engine.zero1_2 import Partitions
 from llmtrain.engines.deepspeed_engine.zero3 import PartitionedWeights, held_weight
 from llmtrain.engines.masters import (
-    DTYPES,
     Master,
     Placement,
     fp32_master,
@@ -41,6 +40,7 @@ from llmtrain.parallel.layout import plan_chunks
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.parallel.tensor import mark_parameter
 from llmtrain.values.batch import Batch
+from llmtrain.values.precision import DTYPES
 
 
 class DeepSpeedEngine(SteppingEngine):

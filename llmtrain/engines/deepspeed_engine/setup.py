@@ -18,9 +18,9 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.masters import DTYPES
 from llmtrain.errors import LaunchError
 from llmtrain.parallel.groups import Groups
+from llmtrain.values.precision import DTYPES
 
 BUCKET_ELEMENTS = 1 << 24
 """Gradients, or weights, that go over the network in one collective."""

@@ -15,7 +15,7 @@ from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import Parameter, declare_parameters
 from llmtrain.config.schema import RunConfig
 from llmtrain.engines.base import Scales
-from llmtrain.engines.masters import DTYPES, Master, Placement, make_state, moments_of, sum_over_ranks
+from llmtrain.engines.masters import Master, Placement, make_state, moments_of, sum_over_ranks
 from llmtrain.engines.megatron_engine.optimizers import LR_SCALE, build_optimizers, iter_pairs, round_weights
 from llmtrain.engines.megatron_engine.pipeline_chunk import PipelineChunk, transformer_config
 from llmtrain.engines.megatron_engine.zero_bubble import ZeroBubble, defer_weight_gradients
@@ -33,6 +33,7 @@ from llmtrain.parallel.layout import Chunk, plan_chunks
 from llmtrain.parallel.stateless_random import Draws
 from llmtrain.parallel.tensor import mark_parameter
 from llmtrain.values.batch import Batch
+from llmtrain.values.precision import DTYPES
 
 WORD = "embeddings.word.weight"
 """The word embedding. Tied to the head it lies on two stages, whose gradients megatron-core sums."""

@@ -12,8 +12,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import Tensor, nn
 
 from llmtrain.config.schema import RunConfig
-from llmtrain.engines.masters import DTYPES
 from llmtrain.optim.table import OptimizerRow
+from llmtrain.values.precision import DTYPES
 
 LR_SCALE = "lr_scale"
 """The attribute of a parameter, and the key of an optimizer's group, for its learning rate's factor."""

@@ -7,15 +7,17 @@ from pathlib import Path
 import torch
 
 from llmtrain.checkpoint.reader import CheckpointReader
+from llmtrain.checkpoint.saved_run import saved_architecture, saved_finetune
 from llmtrain.config.finetune import FinetuneConfig
 from llmtrain.errors import ConfigError
+from llmtrain.finetune.rounded_weights import computed_weights
 from llmtrain.infer.batching.request import Request
 from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.embedding import embedding
 from llmtrain.infer.generate import iter_tokens
 from llmtrain.infer.graphs.model_graphs import model_graphs
 from llmtrain.infer.hugging_face import merged, open_trained
-from llmtrain.infer.model import build_trained, computed_weights, logits_of, saved_architecture, saved_finetune
+from llmtrain.infer.model import build_trained, logits_of
 from llmtrain.interop.folder_files import require_free, written
 from llmtrain.interop.graphs.folder import GraphExport, GraphSettings, prove, require_graphs
 from llmtrain.interop.graphs.ports import Graph, Stages

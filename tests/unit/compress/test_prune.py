@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from llmtrain.checkpoint.find import open_newest
 from llmtrain.checkpoint.pruned import PRUNED, pruning_record
+from llmtrain.checkpoint.saved_run import saved_architecture
 from llmtrain.checkpoint.start_folder import write_start_folder
 from llmtrain.cli.app import app
 from llmtrain.compress.layered import LayeredModel
@@ -23,7 +24,7 @@ from llmtrain.config.parameters import num_parameters, parameter_shapes
 from llmtrain.config.reading.rendering import plain_yaml
 from llmtrain.errors import CheckpointError, ConfigError, ExportError
 from llmtrain.infer.hugging_face import export_checkpoint, folder_special_tokens, start_config
-from llmtrain.infer.model import checkpoint_tensors, saved_architecture
+from llmtrain.infer.model import checkpoint_tensors
 from llmtrain.infer.tokenizer import FolderTokenizer
 from llmtrain.interop.hf_export import ExportSettings
 from llmtrain.values.fragment import Fragment

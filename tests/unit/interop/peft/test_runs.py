@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from llmtrain.checkpoint.find import find_checkpoint
+from llmtrain.checkpoint.saved_run import saved_finetune
 from llmtrain.checkpoint.writer import Contents, publish, start_checkpoint, write_rank_files
 from llmtrain.cli.app import app
 from llmtrain.config.reading.rendering import to_yaml
@@ -18,7 +19,7 @@ from llmtrain.data.tokenizer import SentencePieceTokenizer
 from llmtrain.errors import ConfigError
 from llmtrain.finetune.base_weights import BaseWeights
 from llmtrain.finetune.rounding import rounding_error
-from llmtrain.infer.model import find_checkpoint_model, logits_of, saved_finetune
+from llmtrain.infer.model import find_checkpoint_model, logits_of
 from llmtrain.interop.peft.writing import TrainedAdapter
 from llmtrain.interop.proof import load_theirs, their_inputs
 from llmtrain.values.fragment import Box, Fragment

@@ -15,7 +15,7 @@ from llmtrain.config.parameters import FrozenNames
 from llmtrain.errors import CheckpointError
 from llmtrain.optim.table import OptimizerRow
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
-from llmtrain.values.quantization import Packing, Quantized, round_to_nearest
+from llmtrain.values.quantization import NumberPacking, Quantized, round_to_nearest
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Placement:
     box: Box
     owned: bool = True
     replica: int = 0
-    packing: Packing | None = None
+    packing: NumberPacking | None = None
 
 
 def split_box(global_shape: tuple[int, ...], cuts: Mapping[int, tuple[int, int]]) -> Box:

@@ -20,7 +20,7 @@ from llmtrain.parallel.groups import Groups
 from llmtrain.parallel.layout import Chunk
 from llmtrain.parallel.tensor import TensorRegion, split_modules
 from llmtrain.values.fragment import Box
-from llmtrain.values.quantization import Packing
+from llmtrain.values.quantization import NumberPacking
 
 
 class ModelPart:
@@ -44,7 +44,7 @@ class ModelPart:
             if region is not None:
                 split_modules(model, self.declared, region)
                 model.enter = region.enter
-        self.packings: dict[str, Packing] = {}
+        self.packings: dict[str, NumberPacking] = {}
         if rounding is not None:
             self.packings = round_products(model, rounding, region.group if region else None)
         cut(model, chunk)  # after the splitting, which reads sizes and names of the whole model

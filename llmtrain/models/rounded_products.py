@@ -24,7 +24,7 @@ from llmtrain.models.compiled_graphs import outside_of_graphs
 from llmtrain.models.experts.mixture import Experts, grouped_linear, grouped_weight_gradient
 from llmtrain.models.rounded_inputs import largest_inputs, rounded_to
 from llmtrain.models.transformer import Transformer
-from llmtrain.values.quantization import NumberGrid, Packing, Quantized, stored_scale
+from llmtrain.values.quantization import NumberGrid, NumberPacking, Quantized, stored_scale
 
 Counts = Tensor | list[int]
 """As in `grouped_linear`."""
@@ -52,7 +52,7 @@ class MatrixRounding:
     dtype: torch.dtype
     rounds_inputs: bool = False
     ranks: ProcessGroup | None = None
-    packing: Packing | None = None
+    packing: NumberPacking | None = None
 
     def scales(self, weight: Tensor) -> Tensor | None:
         """[O, G], of stacked experts [E x O, G]; the same on all of `ranks`."""
@@ -159,7 +159,9 @@ def rounded_class(linear: type[nn.Module]) -> type[nn.Module]:
     return cast(type[nn.Module], type(f"Rounded{linear.__name__}", (part, linear), {}))
 
 
-def round_products(model: Transformer, rounding: Rounding, ranks: ProcessGroup | None = None) -> dict[str, Packing]:
+def round_products(
+    model: Transformer, rounding: Rounding, ranks: ProcessGroup | None = None
+) -> dict[str, NumberPacking]:
     """Let the linears of a model's layers round, but those that the section keeps; call on the meta device. Returns how
     those are packed that are not trained, by the name of the weight.
 
@@ -167,7 +169,7 @@ def round_products(model: Transformer, rounding: Rounding, ranks: ProcessGroup |
     call before a finetuning adds its own to them.
     """
     numbers, modules = rounding.quantize.numbers, dict[str, nn.Module](model.named_modules())
-    grid, packings = NumberGrid(numbers.bits, numbers.group), dict[str, Packing]()
+    grid, packings = NumberGrid(numbers.bits, numbers.group), dict[str, NumberPacking]()
     for name, weight in quantized_linears(model.config, rounding.quantize.keep):
         module = modules.get(name.rpartition(".")[0] if weight.expert else name)
         if module is None:  # of another stage
@@ -175,7 +177,7 @@ def round_products(model: Transformer, rounding: Rounding, ranks: ProcessGroup |
         leaf, packing = weight.name.rpartition(".")[2], None
         held = getattr(module, leaf)
         if weight.name in rounding.frozen:
-            packings[weight.name] = packing = Packing(grid, held.shape[-1], rounding.dtype)
+            packings[weight.name] = packing = NumberPacking(grid, held.shape[-1], rounding.dtype)
             setattr(module, leaf, nn.Parameter(held.new_empty(*held.shape[:-1], packing.width)))
         of_ranks = ranks if weight.split == len(weight.shape) - 1 else None
         of_matrix = MatrixRounding(grid, rounding.dtype, numbers.rounds_inputs, of_ranks, packing)

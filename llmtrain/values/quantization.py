@@ -69,7 +69,7 @@ def round_to_nearest(weight_OI: Tensor, grid: NumberGrid, dtype: torch.dtype = t
 
 
 @dataclass(frozen=True)
-class Packing:
+class NumberPacking:
     """How a matrix that is not trained lies in memory: of each output its numbers, two of 4 bits in a byte, and behind
     them its scales, as elements of the type of the weights. So whatever moves, gathers or parts weights may do so with
     it; only products look inside.

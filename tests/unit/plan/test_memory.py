@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from llmtrain.config.reading.load import load_config
 from llmtrain.config.schema import RunConfig
 from llmtrain.config.sequence_lengths import Lengths, sample_lengths
 from llmtrain.engines.megatron_engine.zero_bubble import defer_weight_gradients
+from llmtrain.engines.torch_engine import TorchEngine
 from llmtrain.models.stack import Pass
 from llmtrain.models.transformer import build_model
 from llmtrain.models.weight_gradients import WeightGradients
@@ -20,6 +22,7 @@ from llmtrain.plan.memory import Kernels, activation_bytes, held_bytes, plan_mem
 from llmtrain.values.batch import ModelInputs
 from llmtrain.words import short_bytes
 from tests.support.live_bytes import LiveBytes
+from tests.support.samples import tiny_model, tiny_run
 from tests.support.weights import materialize
 from tests.unit.config.small_run import run
 from tests.unit.plan.test_memory_advice import large
@@ -184,6 +187,18 @@ def test_what_a_rank_holds() -> None:
     assert held_bytes(large(**bf16, **lion), Layout()) == pytest.approx(alone / 16 * 14)
     megatron = {"engine": {"name": "megatron"}, "parallel": {"tensor": 2, "pipeline": 2}}
     assert held_bytes(large(**megatron), Layout(tensor=2, pipeline=2)) == pytest.approx(alone / 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("quantize", [{"scheme": "w4a16", "group": 8}, {"scheme": "w8a16", "keep": ["attention.q"]}])
+def test_a_packed_base_is_what_an_engine_holds(precision: str, quantize: dict[str, Any]) -> None:
+    config = tiny_run(tiny_model(vocab_size=384), {"precision": precision}).with_keys(
+        {"finetune": {"method": "lora", "lora": {"rank": 4}}, "quantize": quantize}
+    )
+    engine = TorchEngine(config, torch.device("cpu"))
+    frozen = sum(held.weight.nbytes for held in engine.frozen())
+    trained = sum(master.numel() for master in engine.masters.values()) * {"fp32": 16, "bf16": 18}[precision]
+    assert held_bytes(config, Layout()) == pytest.approx(frozen + trained, rel=1e-6)
 
 
 def test_the_plan_of_a_known_model() -> None:

@@ -100,7 +100,7 @@ def test_the_updates_alone_belong_on_a_base_that_is_rounded_alike(folder: Path) 
 
 
 @pytest.mark.whole_grid
-@pytest.mark.parametrize("form", ["gguf", "onnx", "torch-export"])
+@pytest.mark.parametrize("form", ["gguf", "onnx"])
 def test_every_other_format_proves_what_it_holds(folder: Path, form: str) -> None:
     if form == "onnx":
         require_onnx()  # for this process, so the command runs in it

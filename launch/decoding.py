@@ -1,6 +1,7 @@
 """Decoding over several ranks: this process leads, the others are forked from it and end with it."""
 
 import gc
+import logging
 import os
 import signal
 import socket
@@ -30,8 +31,11 @@ from llmtrain.config.decoding import DecodingConfig
 from llmtrain.config.reading.load import Schema, load_keys
 from llmtrain.errors import ConfigError, LaunchError, LlmtrainError
 from llmtrain.infer.model import FoundModel, TrainedModel, find_model, load_model, named_device
+from llmtrain.infer.packed.choice import KernelChoice
 from llmtrain.messages import show_messages
 from llmtrain.parallel.layout import plan_layout
+
+_logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from llmtrain.infer.sharded.ranks import RankLinks
@@ -40,16 +44,21 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_trained(
-    path: Path, keys: Sequence[str], device: str, exact: bool = False, base: Path | None = None
+    path: Path,
+    keys: Sequence[str],
+    device: str,
+    exact: bool = False,
+    base: Path | None = None,
+    kernels: KernelChoice | None = None,
 ) -> Iterator[TrainedModel]:
     """The model at a path, on as many ranks as keys such as `parallel.tensor=2` say; `exact` is what is asked of it,
-    `base` as in `find_model`.
+    `base` as in `find_model`, `kernels` as in `FoundModel.read`.
 
     Without keys, or with one rank, all of it is in this process. Raises ConfigError for keys that do not fit, and
     LaunchError where another rank fails.
     """
     if not keys:
-        yield load_model(path, named_device(device), base)
+        yield load_model(path, named_device(device), base, kernels)
         return
     torch.set_num_threads(1)  # until ranks are forked: threads of the parent would be missing in them
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that the question does not initialize a GPU
@@ -59,8 +68,15 @@ def open_trained(
     config = load_keys(path, keys, schema, {"model": found.config, "exact": exact})
     if config.num_ranks == 1:
         start_threads(num_threads(config.launch, 1))
-        yield found.read(named_device(device))
+        yield found.read(named_device(device), kernels)
         return
+    if kernels is not None and kernels.kernels == "packed":
+        raise ConfigError(
+            "--kernels packed: the kernels multiply whole matrices, and ranks hold parts of them. Leave the keys of "
+            "ranks out, or give auto or plain."
+        )
+    if found.matrices is not None:
+        _logger.info("kernels: all matrices are dequantized: ranks hold parts of them")
     if found.rounded:
         raise ConfigError(
             f"{path}: rounds what goes into its matrices, by the largest input of a position, and ranks hold parts of "

@@ -64,7 +64,7 @@ class RayReplicas:
     def __init__(self, handle: Any, least: int, cluster: Cluster) -> None:
         self._handle, self._cluster = handle, cluster
         self.longest, self.told = about(handle)
-        """The longest text that may be asked for, and what is said about memory."""
+        """The longest text that may be asked for, and what is said about memory and kernels."""
         self._streaming = handle.options(method_name="answer", stream=True)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat_often, name="beats", daemon=True)

@@ -13,6 +13,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 
 from llmtrain.errors import LlmtrainError
 from llmtrain.infer.model import load_model, named_device
+from llmtrain.infer.packed.choice import KernelChoice
 from llmtrain.infer.replicas.calls import AnswerHead, Balance, PassedCall
 from llmtrain.infer.replicas.relay import relayed
 from llmtrain.infer.serving.app import build_app
@@ -36,18 +37,20 @@ class ServedModel:
         self._application, self._name = context.app_name, context.replica_id.unique_id
         self._problem: LlmtrainError | None = None
         try:
-            self._service, self._told = source.options.open(
-                load_model(source.path, named_device(source.device), source.base)
-            )
+            kernels = KernelChoice(source.kernels)
+            trained = load_model(source.path, named_device(source.device), source.base, kernels)
+            self._service, told = source.options.open(trained)
         except LlmtrainError as error:
             self._problem = error
             return
+        # What is logged here goes into Ray's files, and the command tells its user this.
+        self._told = "; ".join(filter(None, (told, trained.kernels)))
         # The key stays with the command, which asks for it: here it would stand in the cluster's memory.
         self._app = build_app(self._service, None)
         self._heard = time.monotonic()
 
     def about(self) -> tuple[int, str]:
-        """The longest text that may be asked for, and what is said about memory. Raises LlmtrainError."""
+        """The longest text that may be asked for, and what is said about memory and kernels. Raises LlmtrainError."""
         if self._problem is not None:
             raise self._problem
         return self._service.limits.max_tokens, self._told

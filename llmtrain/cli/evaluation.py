@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.cli.models.options import BaseFolderOption, BestOption
+from llmtrain.cli.models.options import BaseFolderOption, BestOption, KernelKind, KernelsOption
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
     base: BaseFolderOption = None,
+    kernels: KernelsOption = KernelKind.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a trained model on tasks: choices, cloze, perplexity, answers that match, questions and answers.
@@ -78,13 +79,15 @@ def evaluate(
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.config.reading.tasks import load_tasks
     from llmtrain.infer.evaluation.run import EvaluationOptions, TaskResult, evaluate_tasks, require_harness
+    from llmtrain.infer.packed.choice import KernelChoice
     from llmtrain.infer.text_model import TextModel
 
     loaded, results = load_tasks(files), dict[str, TaskResult]()
     if others:
         require_harness()
     asked = EvaluationOptions(ProgressLines(), limit, out)
-    with open_trained(best_checkpoint(model) if best else model, keys, device, base=base) as trained:
+    how = KernelChoice(kernels.value, "reading")
+    with open_trained(best_checkpoint(model) if best else model, keys, device, base=base, kernels=how) as trained:
         text_model = TextModel(trained, tokenizer)
         if loaded:
             results |= evaluate_tasks(text_model, loaded, asked)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.cli.models.options import BaseFolderOption, BestOption, RanksArgument
+from llmtrain.cli.models.options import BaseFolderOption, BestOption, KernelKind, KernelsOption, RanksArgument
 from llmtrain.words import counted
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
     base: BaseFolderOption = None,
+    kernels: KernelsOption = KernelKind.AUTO,
 ) -> None:
     """Continue a text with a decoder, answer it with an encoder-decoder, or fill its masks with an encoder.
 
@@ -68,12 +69,13 @@ def generate(
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.batching.sampling import Sampling
     from llmtrain.infer.generate import Asked, answer_of
+    from llmtrain.infer.packed.choice import KernelChoice
     from llmtrain.infer.prompt_file import Writing
     from llmtrain.infer.text_model import TextModel
 
     how = Writing(Sampling(temperature, top_k, top_p, seed, min_p), max_tokens, tuple(stop or ()))
     source = best_checkpoint(model) if best else model
-    with open_trained(source, overrides or [], device, exact, base) as trained:
+    with open_trained(source, overrides or [], device, exact, base, KernelChoice(kernels.value)) as trained:
         text_model = TextModel(trained, tokenizer)
         if prompts is not None and out is not None:
             about = {"weights": trained.identity, "exact": exact}

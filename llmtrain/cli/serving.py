@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtrain.cli.models.options import BaseFolderOption, BestOption, RanksArgument
+from llmtrain.cli.models.options import BaseFolderOption, BestOption, KernelKind, KernelsOption, RanksArgument
 from llmtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from llmtrain.infer.serving.opening import ServingOptions
+    from llmtrain.infer.serving.opening import ServedSource
 
     RunServer = Callable[[Starlette, Callable[[], bool]], None]
 
@@ -62,6 +62,7 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     best: BestOption = False,
     base: BaseFolderOption = None,
+    kernels: KernelsOption = KernelKind.AUTO,
     replicas: ReplicasOption = None,
     ray_address: RayAddressOption = None,
     allow_open_cluster: OpenClusterOption = False,
@@ -85,13 +86,13 @@ def serve(
     key = serving_key(key_file, os.environ.pop(KEY_VARIABLE, None), host)
     limits = ServingLimits(max_tokens, max_body)
     options = ServingOptions(name or model.absolute().name, limits, slots, max_queue, exact, tokenizer)
-    source = best_checkpoint(model) if best else model
+    served = ServedSource(best_checkpoint(model) if best else model, device, options, base, kernels.value)
 
     def run(app: "Starlette", has_failed: Callable[[], bool]) -> None:
         run_server(app, (host, port), drain, typer.echo, has_failed)
 
     if replicas is None:
-        _serve_here((source, overrides or [], device, exact, base), options, key, run)
+        _serve_here(served, overrides or [], key, run)
         return
     from launch.on_ray.serving import ReplicaOptions, serve_replicas
 
@@ -100,7 +101,7 @@ def serve(
         ReplicaOptions.of(replicas), address=ray_address, allow_open_cluster=allow_open_cluster, threads=threads,
         drain_seconds=drain,
     )  # fmt: skip
-    serve_replicas(ServedSource(source, device, options, base), asked, key, run)
+    serve_replicas(served, asked, key, run)
 
 
 def _require_that_they_go_together(replicas: str | None, of_replicas: list[str], keys: list[str]) -> None:
@@ -114,14 +115,14 @@ def _require_that_they_go_together(replicas: str | None, of_replicas: list[str],
         )
 
 
-def _serve_here(
-    model: tuple[Path, list[str], str, bool, Path | None], options: "ServingOptions", key: str | None, run: "RunServer"
-) -> None:
+def _serve_here(served: "ServedSource", keys: list[str], key: str | None, run: "RunServer") -> None:
     """In this process, and the ranks that keys may ask for."""
     from launch.decoding import open_trained
+    from llmtrain.infer.packed.choice import KernelChoice
     from llmtrain.infer.serving.app import build_app
 
-    with open_trained(*model) as trained:
+    options, kernels = served.options, KernelChoice(served.kernels)
+    with open_trained(served.path, keys, served.device, options.exact, served.base, kernels) as trained:
         service, told = options.open(trained)
         if told:
             typer.echo(told, err=True)

@@ -93,7 +93,7 @@ def compress(
         require_near(before, after, asked.max_increase, _ADVICE)
         tokens = sum(batch.num_valid_tokens for batch in batches)
         return {
-            "Quantized": f"{scheme} by {asked.method}: {choice.form.told.partition(',')[0]}",
+            "Quantized": f"{scheme} by {asked.method}: {choice.form.told.partition(';')[0]}",
             "Perplexity": perplexities_text(before, after, tokens),
         }
 

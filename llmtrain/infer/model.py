@@ -28,6 +28,7 @@ from llmtrain.finetune.additions import add_trained_parts
 from llmtrain.finetune.rounded_weights import computed_weights, linears_with_rounded_inputs
 from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.scheduler import Limits
+from llmtrain.infer.packed.choice import KernelChoice, Packing, StoredMatrices
 from llmtrain.infer.sharded.works import Found, ModelWork
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
@@ -63,6 +64,8 @@ class TrainedModel:
     """A hash that is another one where the weights are others."""
     ranks: "LeadingRank | None" = None
     """Those that hold the model, where `model` is only this process's part."""
+    kernels: str = ""
+    """How its quantized matrices are multiplied, in words."""
 
     def batch(self, limits: Limits) -> ContinuousBatch:
         """A new batch, the only one at a time where the model's parts lie on several ranks."""
@@ -140,11 +143,18 @@ def build_from(config: ModelConfig, read: Callable[[str], Tensor]) -> Transforme
 
 @torch.no_grad()
 def build_trained(
-    config: ModelConfig, source: FragmentSource, device: torch.device, finetune: FinetuneConfig | None = None
+    config: ModelConfig,
+    source: FragmentSource,
+    device: torch.device,
+    finetune: FinetuneConfig | None = None,
+    prepare: Callable[[Transformer], None] | None = None,
 ) -> Transformer:
-    """The model, with what finetuning has added, with the master weights of a source, in evaluation mode."""
+    """The model, with what finetuning has added, with the master weights of a source, in evaluation mode. `prepare` may
+    put others in place of its modules on the meta device."""
     model = build_model(config)
     add_trained_parts(model, finetune, declare_parameters(config, finetune))
+    if prepare is not None:
+        prepare(model)
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         parameter.copy_(source.read(name, "master", Box.whole(parameter.shape)))
@@ -178,12 +188,25 @@ class FoundModel:
     identity: str = ""
     rounded: frozenset[str] = frozenset()
     """Linears whose inputs are rounded: a quantized folder says so, or they were in training."""
+    matrices: StoredMatrices | None = None
+    """The matrices of a quantized folder. None: there are none, or something is added to them."""
 
-    def read(self, device: torch.device) -> TrainedModel:
-        """The whole model on a device."""
-        model = build_trained(self.config, self.weights, device, self.finetune)
-        round_inputs(model, self.rounded)
-        return self.trained(model)
+    def read(self, device: torch.device, kernels: KernelChoice | None = None) -> TrainedModel:
+        """The whole model on a device; quantized matrices are dequantized where `kernels` does not say otherwise.
+
+        Raises ConfigError for kernels that there are none for.
+        """
+        packing = None if kernels is None else Packing(kernels, self.matrices, device)
+        model = build_trained(self.config, self.weights, device, self.finetune, packing and packing.put_into)
+        if packing is None:
+            round_inputs(model, self.rounded)
+            return self.trained(model)
+        round_inputs(model, self.rounded - packing.linears)
+        told = f"kernels: {packing.told}" if packing.told else ""
+        if told:
+            _logger.info("%s", told)
+        trained = replace(self, identity=packing.identity(self.identity)).trained(model)
+        return replace(trained, kernels=told)
 
     def trained(self, model: Transformer, ranks: "LeadingRank | None" = None) -> TrainedModel:
         """With the weights in a model, or in the part of one that this process holds: see `TrainedModel`."""
@@ -234,7 +257,10 @@ def find_model(path: Path, base: Path | None = None) -> FoundModel:
         if folder.numbers is not None:
             _logger.warning("%s: %s", path, folder.numbers.form.told)
         found = FoundModel(folder.model, folder, tokenizer_path=folder.tokenizer_path, identity=identity)
-        return replace(found, rounded=folder.rounded_inputs)
+        if folder.numbers is None:
+            return found
+        matrices = StoredMatrices(folder.numbers.form, folder.quantized, folder.whole_numbers)
+        return replace(found, rounded=folder.rounded_inputs, matrices=matrices)
     kinds = ["a Hugging Face folder (with config.json and safetensors)", f"a PEFT folder (with {ADAPTER_CONFIG})"]
     return find_checkpoint_model(path, kinds, base)
 
@@ -252,7 +278,8 @@ def _adapted_model(path: Path, base: Path | None) -> FoundModel:
     own = next((path / name for name in TOKENIZER_NAMES if (path / name).is_file()), None)
     identity = hashlib.sha256(f"{found.identity}{_files_identity(path)}".encode()).hexdigest()
     beside = own or found.tokenizer_path
-    return replace(found, weights=weights, finetune=finetune, tokenizer_path=beside, identity=identity)
+    # The matrices are no longer all that there is of these weights.
+    return replace(found, weights=weights, finetune=finetune, tokenizer_path=beside, identity=identity, matrices=None)
 
 
 def _files_identity(path: Path) -> str:
@@ -262,6 +289,8 @@ def _files_identity(path: Path) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def load_model(path: Path, device: torch.device, base: Path | None = None) -> TrainedModel:
-    """What `find_model` finds, on a device."""
-    return find_model(path, base).read(device)
+def load_model(
+    path: Path, device: torch.device, base: Path | None = None, kernels: KernelChoice | None = None
+) -> TrainedModel:
+    """What `find_model` finds, on a device: see `FoundModel.read`."""
+    return find_model(path, base).read(device, kernels)

@@ -19,6 +19,7 @@ from llmtrain.interop.folder_files import Header, all_headers, equal_tensors, re
 from llmtrain.interop.hf import FAMILIES, Family, model_config, not_taken_over, parse_config
 from llmtrain.interop.name_table import Pairing, Table, head_name, is_transposed, pairings, their_shape, to_ours
 from llmtrain.values.fragment import Box
+from llmtrain.values.quantization import Quantized
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -47,16 +48,33 @@ class HuggingFaceFolder:
     notes: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     numbers: StoredNumbers | None = None
-    """The quantized matrices, which are dequantized when they are read."""
+    """The quantized matrices. `tensor` and all that gives tensors dequantizes them."""
+
+    @cached_property
+    def quantized(self) -> frozenset[str]:
+        """Our names of the weights that are quantized, of stacked experts where all are."""
+        if self.numbers is None:
+            return frozenset()
+        parts = self.numbers.parts
+        return frozenset(
+            name for name, found in self._by_name.items() if all(self.files[each.theirs][1] in parts for each in found)
+        )
 
     @property
     def rounded_inputs(self) -> frozenset[str]:
         """Our linears that the folder says round what goes into them."""
         if self.numbers is None or not self.numbers.form.rounds_inputs:
             return frozenset()
-        found = (pairing for pairing in pairings(self.table, self.model) if pairing.theirs in self.files)
-        quantized = (pairing for pairing in found if self.files[pairing.theirs][1] in self.numbers.parts)
-        return frozenset(name.removesuffix(WEIGHT) for pairing in quantized for name in pairing.ours)
+        return frozenset(name.removesuffix(WEIGHT) for name in self.quantized)
+
+    def whole_numbers(self, name: str, expert: int | None = None) -> Quantized:
+        """One of the weights in `quantized`, of stacked experts that of one, as it is stored."""
+        assert self.numbers is not None
+        pairing = self._by_name[name][expert or 0]
+        numbers, scale = self.numbers.read(self.files[pairing.theirs][1])
+        at = pairing.ours.index(name)
+        # Scales lie as the outputs do that they are of.
+        return Quantized(to_ours(pairing, numbers, self.model)[at], to_ours(pairing, scale, self.model)[at])
 
     @property
     def title(self) -> str:
@@ -135,7 +153,7 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
         stored, numbers = gathered(path, stored, form)
     headers, notes = _named_headers(stored, family, model)
     if numbers is not None:
-        notes.insert(0, numbers.form.told)
+        notes.insert(0, f"{numbers.form.told}, dequantized when they are read")
     model = _with_head_as_stored(model, family, headers, notes)
     # Of several forms of the same weights, the one that most of the files' tensors are named after.
     tables = family.tables_for(model)

@@ -47,5 +47,11 @@ def largest_inputs(x: Tensor) -> Tensor:
 
 def rounded_to(x: Tensor, largest: Tensor) -> Tensor:
     """Activations on the grid of 8 bits that reaches to the largest of their position."""
+    numbers, scale = token_numbers(x, largest)
+    return numbers.mul_(scale)
+
+
+def token_numbers(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """([..., I] whole numbers in the type of the activations, [..., 1] their scale): see `rounded_to`."""
     grid, scale = NumberGrid(BITS), stored_scale(largest, BITS, x.dtype)
-    return (x / scale).round_().clamp_(grid.lowest, grid.highest).mul_(scale)
+    return (x / scale).round_().clamp_(grid.lowest, grid.highest), scale

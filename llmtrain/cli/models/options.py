@@ -22,6 +22,14 @@ class ProofKind(StrEnum):
     LAYERS = "layers"
 
 
+class KernelKind(StrEnum):
+    """How the matrices of a quantized model are multiplied."""
+
+    AUTO = "auto"
+    PACKED = "packed"
+    PLAIN = "plain"
+
+
 RanksArgument = Annotated[
     list[str] | None,
     typer.Argument(help="Ranks that hold the model, such as parallel.tensor=2.", metavar="KEY=VALUE"),
@@ -32,6 +40,13 @@ BestOption = Annotated[bool, typer.Option("--best", help="Of a run's checkpoints
 BaseFolderOption = Annotated[
     Path | None,
     typer.Option("--base", help="Of a PEFT folder: its base. Of a run: where its base lies now, if that was moved."),
+]
+KernelsOption = Annotated[
+    KernelKind,
+    typer.Option(
+        help="Of a quantized model, on a CPU: packed keeps matrices in whole numbers, plain dequantizes them, auto "
+        "keeps those that are multiplied faster so."
+    ),
 ]
 TokenizerOption = Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")]
 FamilyOption = Annotated[str | None, typer.Option(help="transformers' model_type, where several would do.")]

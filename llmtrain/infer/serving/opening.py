@@ -9,6 +9,7 @@ from llmtrain.words import short_bytes
 
 if TYPE_CHECKING:
     from llmtrain.infer.model import TrainedModel
+    from llmtrain.infer.packed.choice import KernelNames
     from llmtrain.infer.serving.service import Service
 
 
@@ -57,9 +58,12 @@ class ServedSource:
     options: ServingOptions
     base: Path | None = None
     """Of what was finetuned, where it is not where it was."""
+    kernels: "KernelNames" = "auto"
+    """Of a quantized model."""
 
     def at_absolute_paths(self) -> "ServedSource":
         """Replicas run in other folders than the command."""
         tokenizer = self.options.tokenizer and self.options.tokenizer.absolute()
         options = replace(self.options, tokenizer=tokenizer)
-        return ServedSource(self.path.absolute(), self.device, options, self.base and self.base.absolute())
+        base = self.base and self.base.absolute()
+        return replace(self, path=self.path.absolute(), options=options, base=base)

@@ -44,7 +44,7 @@ class QuantizedForm:
     def told(self) -> str:
         """The form in words."""
         scales = "a scale for each output" if self.group is None else f"scales for groups of {self.group} inputs"
-        told = f"{self.bits}-bit weights with {scales}, dequantized when they are read"
+        told = f"{self.bits}-bit weights with {scales}"
         return f"{told}; what goes into them is rounded to 8 bits, but in training" if self.rounds_inputs else told
 
     def grid(self, inputs: int) -> NumberGrid:

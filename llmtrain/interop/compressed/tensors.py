@@ -25,7 +25,7 @@ _FOREIGN = {
 }
 _WORD = 32
 QUANTIZED = "quantized"
-"""In a header, in place of a type: the parts of a matrix, which is dequantized when it is read."""
+"""In a header, in place of a type: the parts of a matrix."""
 _SCALES = ("F32", "BF16", "F16")
 
 
@@ -65,7 +65,15 @@ class StoredNumbers:
     parts: Mapping[str, Mapping[str, Header]] = field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
-        """The matrix as its file has it, dequantized, in fp32. Raises DataError for scales that are none."""
+        """The matrix as its file has it, dequantized, in fp32. Raises as `read`."""
+        numbers, scale = self.read(name)
+        if not self.form.transposed:
+            return Quantized(numbers, scale).dequantized()
+        return Quantized(numbers.T, scale.T).dequantized().T.contiguous()
+
+    def read(self, name: str) -> tuple[Tensor, Tensor]:
+        """The numbers of a matrix and their scales in fp32, as the file has them: [out, in] and [out, groups], or both
+        transposed. Raises DataError for scales that are none."""
         parts = self.parts[name]
         rows, columns = matrix_shape(parts)
         stored = {part: _read(header) for part, header in parts.items()}
@@ -76,10 +84,8 @@ class StoredNumbers:
             raise DataError(
                 f"{header.file}: {header.name}: has scales that are no positive numbers. Quantize the model again."
             )
-        if not self.form.transposed:
-            return Quantized(numbers, scale).dequantized()
         assert numbers.shape == (rows, columns)
-        return Quantized(numbers.T, scale.T).dequantized().T.contiguous()
+        return numbers, scale
 
 
 def _read(header: Header) -> Tensor:

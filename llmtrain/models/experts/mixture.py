@@ -133,6 +133,7 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(shape)) if config.gated else None
         self.up = nn.Parameter(torch.empty(shape))
         self.down = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+        self.inner = ("up", "gate") if config.gated else ("up",)
         self.product: Product = grouped_linear
         self.products: dict[str, Product] = {}
         """In place of it, by the name of the weight."""
@@ -146,7 +147,7 @@ class Experts(nn.Module):
         """Rows lie expert by expert, `counts_E` of each."""
         # On the CPU, and in fp32, the host waits: rows are split by numbers of the host.
         counts = counts_E.cumsum(0).to(torch.int32) if runs_grouped(x_PH) else counts_E.tolist()
-        inputs = [self._multiplied(name, x_PH, counts) for name in ("up", "gate")[: 1 + (self.gate is not None)]]
+        inputs = [self._multiplied(name, x_PH, counts) for name in self.inner]
         recompute = self.recompute if self.training else "none"
         return activated(self.activate, lambda inner: self._multiplied("down", inner, counts), inputs, recompute)
 

@@ -18,6 +18,7 @@ from llmtrain.compress.source import open_source
 from llmtrain.config.parameters import pruned_linears
 from llmtrain.config.reading.load import load_config
 from llmtrain.infer.model import checkpoint_tensors
+from llmtrain.infer.packed.products import sums_are_exact
 from tests.support.command import COMMAND, ENVIRONMENT, TIMEOUT_SECONDS, llmtrain
 from tests.support.evaluated_run import trained_run
 from tests.support.readers import COMPRESSED_TENSORS, use_compressed_tensors
@@ -76,8 +77,39 @@ def test_gptq_is_nearer_than_rounding_and_other_verbs_take_it(trained: Path, mon
     done = llmtrain("generate", "gptq", *greedy, folder=trained)
     assert done.returncode == 0, done.stderr
     assert done.stdout == here("generate", "imported", *greedy), "an import holds what the folder holds"
-    assert "4-bit weights with a scale for each output, dequantized" in done.stderr
+    assert "4-bit weights with a scale for each output" in done.stderr
+    assert "kernels: 14 of 14 matrices dequantized: too small to be faster" in done.stderr
     assert "is quantized already" in here("compress", "gptq", "again", *ROUND, "--evaluate", "valid", code=2)
+
+
+def test_every_verb_says_how_matrices_are_multiplied(trained: Path) -> None:
+    if not sums_are_exact():
+        pytest.skip("this CPU has no VNNI")
+    if not (trained / "w8").exists():
+        compress(trained, "runs/small", "w8", "--scheme", "w8a16")
+    greedy = ("--prompt", "the ", "--temperature", "0", "--max-tokens", "12")
+    plain, packed = (
+        llmtrain("generate", "w8", *greedy, "--kernels", how, folder=trained) for how in ("plain", "packed")
+    )
+    assert "14 of 14 matrices dequantized: so it was asked for" in plain.stderr
+    assert "14 of 14 matrices multiplied as 8-bit numbers with exact sums" in packed.stderr
+    assert plain.stdout == packed.stdout != ""
+    (trained / "task.jsonl").write_text(json.dumps({"text": "def the(self): return self"}) + "\n")
+    (trained / "task.yaml").write_text(
+        "tasks:\n  - {name: held-out, kind: perplexity, data: task.jsonl, prompt: '{text}'}\n"
+    )
+    found = [
+        llmtrain("eval", "w8", "--tasks", "task.yaml", "--json", "--kernels", how, folder=trained)
+        for how in ("plain", "packed")
+    ]
+    assert all(done.returncode == 0 for done in found), [done.stderr for done in found]
+    assert "14 of 14 matrices multiplied as 8-bit numbers" in found[1].stderr
+    first, second = (json.loads(done.stdout)["tasks"]["held-out"]["metrics"] for done in found)
+    assert first == pytest.approx(second, rel=1e-5) and first != second
+    none = llmtrain("generate", "runs/small", *greedy, "--kernels", "packed", folder=trained)
+    assert none.returncode == 2 and "no matrix of the model is in whole numbers" in none.stderr
+    ranks = llmtrain("generate", "w8", "parallel.tensor=2", *greedy, "--kernels", "packed", folder=trained)
+    assert ranks.returncode == 2 and "--kernels packed: the kernels multiply whole matrices" in ranks.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Which matrices of a quantized model stay in whole numbers, and by which kernel they are multiplied.
 
 The rule knows shapes, scales and the use, and measures nothing: the same command computes the same numbers again. Where
-its bounds come from: docs/design/packed_kernels.md.
+its bounds come from: docs/design/packed-kernels.md.
 """
 
 import hashlib

@@ -65,7 +65,14 @@ def test_transformers_computes_what_was_promised(name, scheme, small_tokenizer, 
         expected = parameter.detach()
         if choice.is_quantized(key):
             flat = expected.flatten(0, -2)
-            expected = round_to_nearest(flat, choice.form.grid(flat.shape[1])).dequantized().view_as(expected)
+            made = round_to_nearest(flat, choice.form.grid(flat.shape[1]))
+            expected = made.dequantized().view_as(expected)
+            assert key in folder.quantized
+            stored = [
+                folder.whole_numbers(key, each) for each in (range(len(expected)) if expected.dim() > 2 else [None])
+            ]
+            assert torch.equal(torch.cat([each.numbers_OI for each in stored]), made.numbers_OI), key
+            assert torch.equal(torch.cat([each.scale_OG for each in stored]), made.scale_OG), key
         assert torch.equal(folder.tensor(key), expected), key
 
 

@@ -44,7 +44,7 @@ class ProgressLines:
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or a PEFT folder.")],
+    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or PEFT folder, FILE.gguf.")],
     more: MoreArgument = None,
     tasks: Annotated[
         list[str] | None, typer.Option(help="Files of tasks (.yaml), or names of lm-eval's tasks.", metavar="TASK...")

@@ -22,7 +22,7 @@ MessagesOption = Annotated[
 
 
 def generate(
-    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or a PEFT folder.")],
+    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or PEFT folder, FILE.gguf.")],
     overrides: RanksArgument = None,
     prompt: Annotated[
         str | None, typer.Option(help="The text to continue; with an encoder's masks in it, to fill.")

@@ -46,7 +46,7 @@ ThreadsOption = Annotated[
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or a PEFT folder.")],
+    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or PEFT folder, FILE.gguf.")],
     overrides: RanksArgument = None,
     host: Annotated[str, typer.Option(help="Address to listen on. Beyond this machine a key is needed.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000,

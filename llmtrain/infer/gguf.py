@@ -1,6 +1,8 @@
-"""Between runs and GGUF files: a checkpoint exported as one, and one imported as a run folder."""
+"""Between runs and GGUF files: a checkpoint exported as one, and one imported as a run folder or used as it is."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,6 +12,7 @@ from llmtrain.checkpoint.reader import CheckpointReader
 from llmtrain.checkpoint.saved_run import saved_data
 from llmtrain.data.source_reader import StreamConfig
 from llmtrain.data.stream import SampleStream, load_sources
+from llmtrain.data.tokenizer import load_tokenizer
 from llmtrain.errors import ConfigError
 from llmtrain.infer.hugging_face import (
     Imported,
@@ -18,12 +21,15 @@ from llmtrain.infer.hugging_face import (
     trained_weights,
     write_imported,
 )
-from llmtrain.infer.tokenizer import folder_tokenizer
+from llmtrain.infer.model import GGUF_SUFFIX, FoundModel, files_identity
+from llmtrain.infer.tokenizer import FolderTokenizer, folder_tokenizer
 from llmtrain.interop.folder_files import require_as_exported
 from llmtrain.interop.gguf.export import MEASURED, MEASURED_LENGTH, GgufExport, GgufSettings, write_gguf
-from llmtrain.interop.gguf.importing import open_gguf
+from llmtrain.interop.gguf.importing import GgufFile, open_gguf
 from llmtrain.interop.gguf.tokenizer_files import write_tokenizer_files
 from llmtrain.interop.hf_export import ExportSettings
+
+_logger = logging.getLogger(__name__)
 
 
 def export_gguf(
@@ -57,8 +63,8 @@ def gguf_file(source: Path) -> Path | None:
     written.
     """
     if source.is_file():
-        return source if source.suffix == ".gguf" else None
-    found = [] if (source / "config.json").is_file() else sorted(source.glob("*.gguf"))
+        return source if source.suffix == GGUF_SUFFIX else None
+    found = [] if (source / "config.json").is_file() else sorted(source.glob(f"*{GGUF_SUFFIX}"))
     if len(found) > 1:
         raise ConfigError(f"{source}: holds {len(found)} GGUF files. Name one of them, such as {found[0]}.")
     if found:
@@ -66,11 +72,33 @@ def gguf_file(source: Path) -> Path | None:
     return found[0] if found else None
 
 
+def find_gguf_model(file: Path) -> FoundModel:
+    """The model of a GGUF file and the tokenizer in it; its weights are dequantized when they are read.
+
+    Raises as `open_gguf` and `write_tokenizer_files`.
+    """
+    opened = open_gguf(file)
+    with _tokenizer_of(opened) as (folder, found):
+        for note in found.notes:
+            _logger.warning("%s: %s", file, note)
+        tokenizer = None
+        if found.tokenizer is not None and found.name is not None:
+            tokenizer = load_tokenizer(folder / found.name, found.roles)
+    return FoundModel(opened.model, opened, own_tokenizer=tokenizer, identity=files_identity([file]))
+
+
 def import_gguf(source: Path, out: Path) -> Imported:
     """Read a GGUF file and write OUT. Weights are read and written some at a time."""
     file = open_gguf(source)
-    with TemporaryDirectory(prefix="llmtrain-") as place:
-        notes = write_tokenizer_files(Path(place), file.header.metadata, source)
-        found = folder_tokenizer(Path(place), file.model)
-        found = replace(found, notes=(*notes, *found.notes))
+    with _tokenizer_of(file) as (_, found):
+        pass
     return Imported(file, found, write_imported(file, found, out))
+
+
+@contextmanager
+def _tokenizer_of(file: GgufFile) -> Iterator[tuple[Path, FolderTokenizer]]:
+    """A folder with the files of a tokenizer that is in a GGUF file, and what it holds."""
+    with TemporaryDirectory(prefix="llmtrain-") as place:
+        notes = write_tokenizer_files(Path(place), file.header.metadata, file.header.path)
+        found = folder_tokenizer(Path(place), file.model)
+        yield Path(place), replace(found, notes=(*notes, *found.notes))

@@ -1,4 +1,4 @@
-"""A trained model, ready to use: from a run, a checkpoint, or a Hugging Face folder.
+"""A trained model, ready to use: from a run, a checkpoint, a Hugging Face folder or a GGUF file.
 
 Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 """
@@ -6,7 +6,7 @@ Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ _logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 """What PEFT calls its settings."""
+GGUF_SUFFIX = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class TrainedModel:
     """A hash that is another one where the weights are others."""
     ranks: "LeadingRank | None" = None
     """Those that hold the model, where `model` is only this process's part."""
+    own_tokenizer: Tokenizer | None = None
+    """In place of a path, where the tokenizer is in the model's own file."""
     kernels: str = ""
     """How its quantized matrices are multiplied, in words."""
 
@@ -77,7 +80,12 @@ class TrainedModel:
 
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where none was found."""
-        return model_tokenizer(None, self.tokenizer_path, self.model.config, self.tokens)
+        return self.tokenizer_or(None)
+
+    def tokenizer_or(self, given: Path | None) -> Tokenizer:
+        """The tokenizer, or another file of the same one: see `model_tokenizer`."""
+        beside = self.own_tokenizer or self.tokenizer_path
+        return model_tokenizer(given, beside, self.model.config, self.tokens)
 
 
 def named_device(name: str) -> torch.device:
@@ -190,6 +198,7 @@ class FoundModel:
     """Linears whose inputs are rounded: a quantized folder says so, or they were in training."""
     matrices: StoredMatrices | None = None
     """The matrices of a quantized folder. None: there are none, or something is added to them."""
+    own_tokenizer: Tokenizer | None = None
 
     def read(self, device: torch.device, kernels: KernelChoice | None = None) -> TrainedModel:
         """The whole model on a device; quantized matrices are dequantized where `kernels` does not say otherwise.
@@ -210,7 +219,8 @@ class FoundModel:
 
     def trained(self, model: Transformer, ranks: "LeadingRank | None" = None) -> TrainedModel:
         """With the weights in a model, or in the part of one that this process holds: see `TrainedModel`."""
-        return TrainedModel(model, self.tokenizer_path, self.data, self.tokens, self.identity, ranks)
+        about = (self.tokenizer_path, self.data, self.tokens, self.identity)
+        return TrainedModel(model, *about, ranks, self.own_tokenizer)
 
 
 BASE_USE = "goes with an adapter's folder, and with a run whose base was moved"
@@ -238,8 +248,8 @@ def find_checkpoint_model(path: Path, also: Sequence[str] = (), base: Path | Non
 
 
 def find_model(path: Path, base: Path | None = None) -> FoundModel:
-    """The model of a run, a checkpoint, a Hugging Face folder or a PEFT folder; `base` is that of the last one, or of a
-    run whose base was moved."""
+    """The model of a run, a checkpoint, a Hugging Face folder, a GGUF file or a PEFT folder; `base` is that of the last
+    one, or of a run whose base was moved."""
     if (path / ADAPTER_CONFIG).is_file():
         return _adapted_model(path, base)
     if (path / "config.json").is_file():
@@ -253,7 +263,7 @@ def find_model(path: Path, base: Path | None = None) -> FoundModel:
         folder = open_hf_folder(path)
         for text in folder.changed:
             _logger.warning("%s", text)
-        identity = _files_identity(path)
+        identity = files_identity(_model_files(path))
         if folder.numbers is not None:
             _logger.warning("%s: %s", path, folder.numbers.form.told)
         found = FoundModel(folder.model, folder, tokenizer_path=folder.tokenizer_path, identity=identity)
@@ -261,8 +271,28 @@ def find_model(path: Path, base: Path | None = None) -> FoundModel:
             return found
         matrices = StoredMatrices(folder.numbers.form, folder.quantized, folder.whole_numbers)
         return replace(found, rounded=folder.rounded_inputs, matrices=matrices)
-    kinds = ["a Hugging Face folder (with config.json and safetensors)", f"a PEFT folder (with {ADAPTER_CONFIG})"]
+    if path.suffix == GGUF_SUFFIX or any(path.glob(f"*{GGUF_SUFFIX}")):
+        if base is not None:
+            raise ConfigError(f"--base {base}: {BASE_USE}, and {path} needs none.")
+        return _gguf_model(path)
+    kinds = [
+        "a Hugging Face folder (with config.json and safetensors)", f"a PEFT folder (with {ADAPTER_CONFIG})",
+        "a GGUF file",
+    ]  # fmt: skip
     return find_checkpoint_model(path, kinds, base)
+
+
+def _gguf_model(path: Path) -> FoundModel:
+    """The model of a GGUF file, or of a folder with one."""
+    from llmtrain.interop.installation import require_transformers
+
+    require_transformers()
+    from llmtrain.infer.gguf import find_gguf_model, gguf_file  # brings in transformers
+
+    file = gguf_file(path)
+    if file is None:
+        raise ConfigError(f"{path}: no such file.")
+    return find_gguf_model(file)
 
 
 def _adapted_model(path: Path, base: Path | None) -> FoundModel:
@@ -276,15 +306,20 @@ def _adapted_model(path: Path, base: Path | None) -> FoundModel:
     found = find_model(place)
     weights, finetune = adapted(path, place, found.config, found.weights, found.finetune)
     own = next((path / name for name in TOKENIZER_NAMES if (path / name).is_file()), None)
-    identity = hashlib.sha256(f"{found.identity}{_files_identity(path)}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{found.identity}{files_identity(_model_files(path))}".encode()).hexdigest()
     beside = own or found.tokenizer_path
     # The matrices are no longer all that there is of these weights.
-    return replace(found, weights=weights, finetune=finetune, tokenizer_path=beside, identity=identity, matrices=None)
+    found = replace(found, matrices=None, own_tokenizer=None if own else found.own_tokenizer)
+    return replace(found, weights=weights, finetune=finetune, tokenizer_path=beside, identity=identity)
 
 
-def _files_identity(path: Path) -> str:
-    """A hash of the names, sizes and times of a folder's files: to read them all would take long."""
-    files = sorted(found for found in path.iterdir() if found.suffix in (".safetensors", ".json"))
+def _model_files(path: Path) -> list[Path]:
+    """The files of a folder that say what its model computes."""
+    return sorted(found for found in path.iterdir() if found.suffix in (".safetensors", ".json"))
+
+
+def files_identity(files: Iterable[Path]) -> str:
+    """A hash of the names, sizes and times of files: to read them all would take long."""
     facts = [(found.name, found.stat().st_size, found.stat().st_mtime_ns) for found in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 

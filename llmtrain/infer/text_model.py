@@ -18,7 +18,6 @@ from llmtrain.infer.model import TrainedModel
 from llmtrain.infer.sharded.works import Embedding, MaskFilling, TextScoring
 from llmtrain.infer.text_stream import TextStream, encode_with_names
 from llmtrain.infer.token_bytes import token_bytes
-from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.text.special_tokens import named_tokens
 
 
@@ -46,7 +45,7 @@ class TextModel:
                 f"model.head = {self.config.head}: the model says what a text is, and does not write any. Export it, "
                 "and ask the pipeline that the export's README.md shows."
             )
-        self.tokenizer = model_tokenizer(tokenizer, trained.tokenizer_path, self.config, trained.tokens)
+        self.tokenizer = trained.tokenizer_or(tokenizer)
         self.named = named_tokens(self.tokenizer, trained.data)
         self.ends = frozenset(self.named.ends)
 

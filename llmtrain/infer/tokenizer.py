@@ -29,9 +29,10 @@ _TEXTS = (
 
 
 def model_tokenizer(
-    given: Path | None, beside: Path | None, model: ModelConfig, trained: TrainedTokens | None = None
+    given: Path | None, beside: Path | Tokenizer | None, model: ModelConfig, trained: TrainedTokens | None = None
 ) -> Tokenizer:
-    """The tokenizer that `--tokenizer` names, or the one beside a model; `trained` is what the checkpoint says of it.
+    """The tokenizer that `--tokenizer` names, or the one beside a model, which is a file, or was in the model's own;
+    `trained` is what the checkpoint says of it.
 
     A named one must give the ids that the model was trained with: it has the hash that the checkpoint says, is the one
     beside the model, or encodes alike. Raises ConfigError where it is another one or there is none, DataError where
@@ -43,8 +44,9 @@ def model_tokenizer(
         names = " or ".join(TOKENIZER_NAMES)
         raise ConfigError(f"No tokenizer lies beside the model: no {names}.{known} Name it with --tokenizer.")
     if given is not None and given.is_file() and file_sha256(given) == trained.sha256:
+        assert beside is None or isinstance(beside, Path), "a checkpoint's tokenizer is a file"
         return _right_named(given, beside, trained)  # whatever has become of the one beside the model
-    own = _own(beside, trained) if beside else None
+    own = _own(beside, trained) if isinstance(beside, Path) else beside
     if given is None:
         assert own is not None
         if (fault := _too_large(own, model)) is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from llmtrain.config.attention import RopeScaling
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import parameter_shapes
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.interop.gguf.architectures import (
     ARCHITECTURES,
@@ -23,6 +25,7 @@ from llmtrain.interop.gguf.architectures import (
 )
 from llmtrain.interop.gguf.reading import GgufHeader, read_header
 from llmtrain.interop.name_table import Pairing, pairings, their_shape, to_ours
+from llmtrain.values.fragment import Box
 
 _LLAMA3 = RopeScaling(low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192)
 """The published rule: a file has the factors that come of one, and not the rule."""
@@ -39,7 +42,8 @@ _IGNORED = {"rope.scaling.finetuned", "tensor_data_layout"}
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file whose keys fit its tensors. `notes` tell what of it is not taken over."""
+    """A file whose keys fit its tensors; a source of weights like a checkpoint. `notes` tell what of it is not taken
+    over."""
 
     header: GgufHeader
     architecture: Architecture
@@ -56,11 +60,25 @@ class GgufFile:
             for name, tensor in zip(pairing.ours, self._ours(pairing), strict=True):
                 yield name, None, tensor
 
+    @cached_property
+    def _by_name(self) -> dict[str, Pairing]:
+        return {name: found for found in pairings(self.architecture.table, self.model) for name in found.ours}
+
     def tensor(self, name: str, expert: int | None = None) -> Tensor:
         """The whole tensor of a global name, in fp32, or that of one expert."""
-        found = next(pairing for pairing in pairings(self.architecture.table, self.model) if name in pairing.ours)
+        found = self._by_name[name]
         whole = self._ours(found)[found.ours.index(name)]
         return whole if expert is None else whole[expert]
+
+    def read(self, name: str, kind: str, box: Box) -> Tensor:
+        """A box of a parameter, as a checkpoint gives it."""
+        assert kind == "master", "a GGUF file holds weights only"
+        inside = tuple(slice(begin, begin + size) for begin, size in zip(box.offsets, box.shape, strict=True))
+        return self.tensor(name)[inside].contiguous()
+
+    def global_shape(self, name: str, kind: str) -> tuple[int, ...] | None:
+        """Shape of a parameter, None for what is no weight of this model."""
+        return parameter_shapes(self.model).get(name) if kind == "master" else None
 
     def _ours(self, pairing: Pairing) -> list[Tensor]:
         return to_ours(pairing, self.header.tensor(pairing.theirs), self.model)

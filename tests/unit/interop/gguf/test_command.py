@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmtrain.data.tokenizer import load_tokenizer
-from llmtrain.infer.model import build_from, find_checkpoint_model, logits_of
+from llmtrain.infer.model import build_from, find_checkpoint_model, find_model, logits_of
 from llmtrain.interop.gguf.file_format import TensorType
 from llmtrain.interop.hf_export import ExportSettings, write_export
+from llmtrain.values.fragment import Box
 from tests.support.readers import read_by, require_reader
 from tests.unit.interop.gguf.files import without_llama_cpp
 from tests.unit.interop.models import (
@@ -54,12 +55,41 @@ def test_export_and_import(config, small_tokenizer, tmp_path, monkeypatch):
         assert tokenizer.encode(text) == small_tokenizer.encode(text), text
     assert (tokenizer.eos_id, tokenizer.bos_ids) == (small_tokenizer.eos_id, ())
     assert back.model.config.rope_scaling == config.rope_scaling
-    answer = _call("generate", tmp_path / "back", "--prompt", "def a", "--temperature", "0", "--max-tokens", "5")
-    assert answer.exit_code == 0, answer.stderr
+    greedy = ("--prompt", "def a", "--temperature", "0", "--max-tokens", "5")
+    answers = [_call("generate", tmp_path / place, *greedy) for place in ("run", "out", "out/out.gguf", "back")]
+    assert all(answer.exit_code == 0 for answer in answers), [answer.stderr for answer in answers]
+    assert len({answer.stdout for answer in answers}) == 1, "used in place, a file writes what the run writes"
 
     # And out again: the tokenizer is a tokenizer.json now.
     again = _json("export", tmp_path / "back", tmp_path / "again", "--to", "gguf")
     assert again["perplexity_written"] == told.get("perplexity_written", again["perplexity_trained"])
+
+
+def test_a_file_in_place_is_what_its_import_is(small_tokenizer, tmp_path, monkeypatch):
+    """Also over ranks, which read boxes; and a file whose tokenizer cannot be read has none."""
+    without_llama_cpp(monkeypatch)
+    run = _run_folder(tmp_path / "run", LLAMA3, small_tokenizer.path)
+    _json("export", run, tmp_path / "out", "--to", "gguf", "--dtype", "q8_0", "--max-perplexity-increase", "1000000")
+    _json("import", tmp_path / "out", tmp_path / "back")
+    found, back = find_model(tmp_path / "out" / "out.gguf"), find_model(tmp_path / "back")
+    for name, parameter in back.read(CPU).model.named_parameters():
+        box = Box(tuple(size // 2 for size in parameter.shape), tuple(size - size // 2 for size in parameter.shape))
+        assert torch.equal(found.weights.read(name, "master", box), back.weights.read(name, "master", box))
+    ours, theirs = found.read(CPU).tokenizer(), back.read(CPU).tokenizer()
+    assert all(ours.encode(text) == theirs.encode(text) for text in TEXTS)
+    assert (ours.eos_id, ours.bos_ids) == (theirs.eos_id, theirs.bos_ids)
+    assert find_model(tmp_path / "out").identity == found.identity != back.identity
+    named = _call(
+        "generate", tmp_path / "out", "--prompt", "a", "--max-tokens", "1", "--tokenizer", small_tokenizer.path
+    )
+    assert named.exit_code == 0, named.stderr
+    refused = _call("generate", tmp_path / "out", "--prompt", "a", "--base", tmp_path / "back")
+    assert refused.exit_code == USAGE and "needs none" in refused.stderr
+    missing = _call("generate", tmp_path / "nothing.gguf", "--prompt", "a")
+    assert missing.exit_code == USAGE and "no such file" in missing.stderr
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "out" / "out.gguf").read_bytes()[:4000])
+    damaged = _call("generate", tmp_path / "cut.gguf", "--prompt", "a")
+    assert damaged.exit_code == DAMAGED and "Traceback" not in damaged.stderr
 
 
 def test_the_proof_is_told(llama_cpp, small_tokenizer, tmp_path):

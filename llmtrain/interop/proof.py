@@ -5,8 +5,9 @@ Shape suffixes: B batch, S sequence, T the encoder's sequence, V vocabulary.
 
 import sysconfig
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,14 @@ def load_theirs(folder: Path, model: ModelConfig) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and warnings: what matters of a load is in its report."""
+    """Without transformers' progress bar and warnings, and whatever the packages beside it write: what matters of a
+    load is in its report."""
     shows_progress, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with redirect_stderr(StringIO()):  # compressed-tensors has bars of its own, and no switch for them
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if shows_progress:

@@ -4,16 +4,18 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmtrain.errors import ExportError
 from llmtrain.interop.folder_files import INDEX, WEIGHTS
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
     """Write model.safetensors, or shards and their index where the tensors take more than `max_shard_bytes`.
 
-    At most one shard is in memory; a larger tensor has a shard of its own.
+    At most one shard is in memory; a larger tensor has a shard of its own. Raises ExportError where the disk is full.
     """
     shards: list[dict[str, int]] = []
     held: dict[str, Tensor] = {}
@@ -45,7 +47,10 @@ def _shard_path(folder: Path, number: int) -> Path:
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
     """Write one shard; returns the bytes of each tensor."""
     path = _shard_path(folder, number)
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the disk refuses, which the library wraps
+        raise ExportError(f"{path}: the export could not be written: {error}. Nothing is left of it.") from None
     # The library lets only the owner read what it writes; the other files follow the user's mask, as the folder does.
     path.chmod(folder.stat().st_mode & 0o666)
     return {name: tensor.nbytes for name, tensor in tensors.items()}

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "finetuning": "a LoRA beside PEFT in HF Trainer: speed and peak memory",
     "serving": "texts, many at a time, beside transformers and llama.cpp, and what a server adds",
     "graphs": "a step of decoding in onnxruntime beside PyTorch, plain and compiled",
+    "packed": "texts with matrices in whole numbers beside dequantized ones, and transformers",
     "stream": "shards to packed batches beside webdataset and raw mmap",
     "resume": "how long the data stream takes to its first batch, far into a run",
     "sharding": "raw text to shards beside the tokenizer alone",

@@ -110,7 +110,7 @@ class Packing:
     def _pack(self, model: Transformer, place: str, weights: list[Parameter], matrices: StoredMatrices) -> None:
         """Put products in place of a linear, or of all experts of a layer, or of none of them."""
         found = [self.choice.kernel(matrices.form, weight.shape, self.device) for weight in weights]
-        kernels = [kernel for kernel, _ in found if kernel is not None]
+        kernels: list[Kernel] = [kernel for kernel, _ in found if kernel is not None]
         if len(kernels) < len(weights):
             self.reasons[next(reason for kernel, reason in found if kernel is None)] += len(weights)
             return

@@ -1,6 +1,6 @@
 """Products with matrices in whole numbers, by two kernels of PyTorch for CPUs.
 
-Both begin with an underscore: PyTorch has no other name for them. What each row comes to does not depend on how many
+Their names begin with an underscore: PyTorch has no others for them. What each row comes to does not depend on how many
 rows there are.
 
 Shape suffixes: N rows, I inputs, O outputs, G groups of inputs, D digits of an input.
@@ -34,8 +34,10 @@ KERNEL_OUTPUTS = 16
 class Product(Protocol):
     """A matrix, and what it is multiplied by."""
 
-    num_bytes: int
-    """Of the matrix as it lies in memory."""
+    @property
+    def num_bytes(self) -> int:
+        """Of the matrix as it lies in memory."""
+        ...
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """[N, O] in fp32."""
@@ -47,7 +49,7 @@ def sums_are_exact() -> bool:
     """True where this CPU sums products of 8-bit numbers without loss. One without VNNI cuts sums off at 16 bits, and
     nothing says so: it is tried with the largest numbers that there are."""
     numbers = torch.tensor([[-128], [127]], dtype=torch.int8).expand(2, 64).contiguous()
-    return torch.equal(torch._int_mm(numbers, numbers.T).long(), numbers.long() @ numbers.long().T)
+    return torch.equal(torch.ops.aten._int_mm(numbers, numbers.T).long(), numbers.long() @ numbers.long().T)
 
 
 def digits_of(x_NI: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +86,10 @@ class WholeProduct:
     def _multiplied(self, x_NI: Tensor) -> Tensor:
         if self.rounds:
             numbers_NI, scale_N1 = token_numbers(x_NI, largest_inputs(x_NI))
-            sums_NO = torch._int_mm(numbers_NI.to(torch.int8), self.numbers_OI.T).float()
+            sums_NO = torch.ops.aten._int_mm(numbers_NI.to(torch.int8), self.numbers_OI.T).float()
         else:
             digits_DNI, scale_N1 = digits_of(x_NI)
-            sums_DNO = torch._int_mm(digits_DNI.flatten(0, 1), self.numbers_OI.T).unflatten(0, (DIGITS, -1))
+            sums_DNO = torch.ops.aten._int_mm(digits_DNI.flatten(0, 1), self.numbers_OI.T).unflatten(0, (DIGITS, -1))
             sums_NO = sums_DNO[-1].float()
             for lower_NO in reversed(sums_DNO[:-1].unbind()):
                 sums_NO.mul_(BASE).add_(lower_NO)
@@ -113,7 +115,7 @@ class FourBitProduct:
         if not len(x_NI):
             return x_NI.new_empty(0, self.scales_GO2.shape[1])
         x_NI = x_NI.to(torch.bfloat16)
-        return torch._weight_int4pack_mm_for_cpu(x_NI, self.words, self.group, self.scales_GO2).float()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_NI, self.words, self.group, self.scales_GO2).float()
 
 
 def whole_product(matrix: Quantized, rounds: bool) -> WholeProduct:
@@ -125,7 +127,7 @@ def four_bit_product(matrix: Quantized) -> FourBitProduct:
     """Of a matrix of 4-bit numbers whose groups and outputs the kernel knows."""
     groups = matrix.scale_OG.shape[1]
     # The kernel has numbers from 0 to 15, and 8 stands for zero. The 1 is for GPUs.
-    words = torch._convert_weight_to_int4pack_for_cpu(matrix.numbers_OI.int() + 8, 1)
+    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(matrix.numbers_OI.int() + 8, 1)
     scale_GO = matrix.scale_OG.T.to(torch.bfloat16)
     scales_GO2 = torch.stack((scale_GO, torch.zeros_like(scale_GO)), -1).contiguous()
     return FourBitProduct(words, scales_GO2, matrix.numbers_OI.shape[1] // groups)

@@ -30,7 +30,8 @@ def source_of(model: Transformer, tokenizer: Tokenizer) -> ModelSource:
 
 def quantize(model: Transformer, tokenizer: Tokenizer, out: Path, text: Path, scheme: str, **asked: Any) -> Compressed:
     """Quantize it. Random weights say nothing about text: any perplexity will do, unless it is said."""
-    settings = ExportSettings(dtype=asked.pop("dtype", "float32"), proof=asked.pop("proof", "full"))
+    names = {"dtype": "float32", "proof": "full", "overwrite": False}
+    settings = ExportSettings(**{name: asked.pop(name, usual) for name, usual in names.items()})
     if scheme == "w4a16":
         asked.setdefault("group", 16)
     whole = {"evaluate": str(text), "samples": 8, "max_increase": 1e6, **asked}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 from contextlib import nullcontext
 
 import pytest
@@ -12,11 +13,16 @@ from llmtrain.compress.quantize import Compression, compress
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.interop.compressed import tensors
 from llmtrain.interop.compressed.choice import choose
+from llmtrain.interop.hf import family_for, hf_config
 from llmtrain.interop.hf_export import ExportSettings
 from llmtrain.interop.hf_import import open_hf_folder
+from llmtrain.interop.name_table import pairings
+from llmtrain.interop.proof import AUTO_CLASSES
+from llmtrain.interop.text.special_tokens import named_tokens
 from llmtrain.models.head import Objective
 from llmtrain.models.transformer import chosen_from
 from llmtrain.values.quantization import round_to_nearest
+from tests.support.mortality import die_at, in_child, on_file_operations
 from tests.unit.compress.quantized import digest, quantize, source_of
 from tests.unit.interop.models import (
     BERT,
@@ -74,6 +80,66 @@ def test_transformers_computes_what_was_promised(name, scheme, small_tokenizer, 
             assert torch.equal(torch.cat([each.numbers_OI for each in stored]), made.numbers_OI), key
             assert torch.equal(torch.cat([each.scale_OG for each in stored]), made.scale_OG), key
         assert torch.equal(folder.tensor(key), expected), key
+
+
+@pytest.mark.parametrize("keep", [(), ("attention.q",)], ids=["none", "queries"])
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "gpt2"])  # its modules are no linears
+def test_ignored_are_the_linears_of_transformers_that_are_not_quantized(name, keep, small_tokenizer):
+    """One that is in neither list would be taken for a quantized one."""
+    model, family = NAMED[name], family_for(NAMED[name])
+    table, choice = family.tables_for(model)[0], choose(model, family, "w8a16", None, keep)
+    with torch.device("meta"):
+        theirs = AUTO_CLASSES[model.family].from_config(hf_config(model, named_tokens(small_tokenizer)))
+    linears = {place for place, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)}
+    chosen = (pairing.theirs for pairing in pairings(table, model) if choice.is_quantized(pairing.ours[0]))
+    ignored = set(choice.ignored(table, model))
+    assert linears - {name.removesuffix(".weight") for name in chosen} == ignored & linears
+    assert ignored <= {place for place, _ in theirs.named_modules()}, "a name that is none would hide a fault"
+
+
+@pytest.mark.parametrize("allowed", [0, 1 << 16])
+def test_a_full_disk_leaves_nothing(allowed, small_tokenizer, text_file, tmp_path):
+    """The kernel refuses a write in the middle: of the first file, of the weights."""
+
+    def child() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, resource.RLIM_INFINITY))
+        with pytest.raises(ExportError, match=r"could not be written: .*File too large"):
+            quantize(random_model(LLAMA), small_tokenizer, tmp_path / "out", text_file, "w4a16")
+
+    assert in_child(child) == 0
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.whole_grid
+def test_death_at_any_file_operation_leaves_the_old_folder_or_the_new_one(small_tokenizer, text_file, tmp_path):
+    """What a killed one has left under other names, the next one does not mind."""
+    model, out = random_model(LLAMA), tmp_path / "out"
+    quantize(model, small_tokenizer, out, text_file, "w8a16")
+    old = digest(out)
+    quantize(model, small_tokenizer, tmp_path / "wanted", text_file, "w4a16")
+    new, seen = digest(tmp_path / "wanted"), set[str]()
+
+    def again() -> None:
+        quantize(model, small_tokenizer, out, text_file, "w4a16", overwrite=True)
+
+    for moment in (3, 10, 20, 40, 80, 120):
+
+        def dying(moment=moment) -> None:
+            on_file_operations(die_at(moment))
+            again()
+
+        if in_child(dying) == 0:
+            break
+        assert not out.exists() or digest(out) in (old, new)
+        seen.add(digest(out) if out.exists() else "between the two names")
+    assert seen
+    again()
+    assert digest(out) == new
+
+
+def test_a_load_in_transformers_draws_no_bars(small_tokenizer, text_file, tmp_path, capfd):
+    quantize(random_model(LLAMA), small_tokenizer, tmp_path / "out", text_file, "w4a16")
+    assert "it/s" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "scheme"), sorted(REFUSED))

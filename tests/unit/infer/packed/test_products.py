@@ -122,4 +122,4 @@ def test_rows_are_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_longest_sum_has_room() -> None:
     largest = torch.full((1, MOST_INPUTS), -128, dtype=torch.int8)
-    assert int(torch._int_mm(largest, largest.T)) == MOST_INPUTS * 128 * 128 < 1 << 31
+    assert int(torch.ops.aten._int_mm(largest, largest.T)) == MOST_INPUTS * 128 * 128 < 1 << 31

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from llmtrain.infer.text_model import TextModel
 
 
+LeastShareOption = Annotated[
+    float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")
+]
 ChatOption = Annotated[
     bool, typer.Option("--chat", help="The prompt is what a user says; answered with the model's chat template.")
 ]
@@ -35,9 +38,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: from all. Fillings shown.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens with this much probability.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")
-    ] = 0.0,
+    min_p: LeastShareOption = 0.0,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="The same seed draws the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="The text ends before this one; may be given again.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Instead of the one beside the model.")] = None,

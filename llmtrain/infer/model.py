@@ -28,7 +28,7 @@ from llmtrain.finetune.additions import add_trained_parts
 from llmtrain.finetune.rounded_weights import computed_weights, linears_with_rounded_inputs
 from llmtrain.infer.batching.batch import ContinuousBatch
 from llmtrain.infer.batching.scheduler import Limits
-from llmtrain.infer.packed.choice import KernelChoice, Packing, StoredMatrices
+from llmtrain.infer.packed.choice import KernelChoice, MatrixPacking, StoredMatrices
 from llmtrain.infer.sharded.works import Found, ModelWork
 from llmtrain.infer.tokenizer import model_tokenizer
 from llmtrain.interop.examples import Example
@@ -205,7 +205,7 @@ class FoundModel:
 
         Raises ConfigError for kernels that there are none for.
         """
-        packing = None if kernels is None else Packing(kernels, self.matrices, device)
+        packing = None if kernels is None else MatrixPacking(kernels, self.matrices, device)
         model = build_trained(self.config, self.weights, device, self.finetune, packing and packing.put_into)
         if packing is None:
             round_inputs(model, self.rounded)

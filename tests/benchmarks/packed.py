@@ -9,7 +9,7 @@ import torch
 
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import iter_linears
-from llmtrain.infer.packed.choice import KernelChoice, Packing, StoredMatrices
+from llmtrain.infer.packed.choice import KernelChoice, MatrixPacking, StoredMatrices
 from llmtrain.interop.compressed.choice import SCHEMES
 from llmtrain.models.rounded_inputs import round_inputs
 from llmtrain.models.transformer import Transformer, build_model
@@ -71,7 +71,7 @@ def _quantized(shape: Shape, scheme: str, kernels: Any) -> tuple[Transformer, in
         if form.rounds_inputs:
             round_inputs(whole, (name.removesuffix(".weight") for name in weights))
         return whole, plain_bytes
-    packing = Packing(KernelChoice(kernels), StoredMatrices(form, frozenset(weights), read), CPU)
+    packing = MatrixPacking(KernelChoice(kernels), StoredMatrices(form, frozenset(weights), read), CPU)
     packing.put_into(whole)
     return whole, sum(map(sum, packing.sizes.values()))
 

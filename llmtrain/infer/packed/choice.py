@@ -29,7 +29,7 @@ from llmtrain.models.transformer import Transformer
 from llmtrain.values.quantization import Quantized
 from llmtrain.words import short_bytes
 
-Kernels = Literal["auto", "packed", "plain"]
+KernelNames = Literal["auto", "packed", "plain"]
 """packed: all that there is a kernel for. auto: where it is faster. plain: none; all is dequantized when it is read."""
 
 Use = Literal["writing", "reading"]
@@ -57,7 +57,7 @@ class StoredMatrices:
 class KernelChoice:
     """What was asked for, and what the model is for."""
 
-    kernels: Kernels = "plain"
+    kernels: KernelNames = "plain"
     use: Use = "writing"
 
     def kernel(self, form: QuantizedForm, shape: tuple[int, ...], device: torch.device) -> tuple[Kernel | None, str]:
@@ -81,7 +81,7 @@ class KernelChoice:
 
 
 @dataclass
-class Packing:
+class MatrixPacking:
     """Puts products in place of linears and experts of a model, and knows what it has done.
 
     `linears` are products now; `sizes` are the bytes of what each kernel has, matrix by matrix; `reasons` say why how

@@ -24,9 +24,9 @@ from tests.unit.interop.models import random_example
 
 CPU = torch.device("cpu")
 PACKED = KernelChoice("packed")
-BOUNDS = {"w8a16": 1e-5, "w8a8": 1e-5, "w4a16": 3e-2}
-"""Of the largest logit: sums in another order, and of 4 bits products in bfloat16."""
-CASES = [(name, scheme) for name in MODELS for scheme in BOUNDS if (name, scheme) != ("mixtral", "w8a8")]
+SCHEMES = ("w8a16", "w8a8", "w4a16")
+CASES = [(name, scheme) for name in ("llama", "gpt2", "mixtral", "t5") for scheme in SCHEMES
+         if (name, scheme) != ("mixtral", "w8a8")]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +41,22 @@ def both(name: str, scheme: str) -> tuple[TrainedModel, TrainedModel]:
 
 
 def difference(name: str, scheme: str) -> float:
-    example = random_example(MODELS[name])
-    plain, packed = (logits_of(trained.model, example) for trained in both(name, scheme))
-    return float((packed - plain).abs().max() / plain.abs().max())
+    """Of the logits of the packed model, in parts of what is allowed: 1e-5 of the largest logit; where the last bit
+    decides how an input is rounded, half of what rounding changes; in bfloat16 what a model of that type differs by."""
+    found, example = found_model(MODELS[name], scheme), random_example(MODELS[name])
+    plain, packed = (logits_of(found.read(CPU, kernels).model, example) for kernels in (None, PACKED))
+    if scheme == "w8a16":
+        return float((packed - plain).abs().max() / plain.abs().max()) / 1e-5
+    if scheme == "w8a8":
+        other = logits_of(replace(found, rounded=frozenset()).read(CPU).model, example)
+        return 2 * float((packed - plain).norm() / (other - plain).norm())
+    other = logits_of(found.read(CPU).model.to(torch.bfloat16), example).float()
+    return float((packed - plain).norm() / (other - plain).norm())
 
 
 @pytest.mark.parametrize(("name", "scheme"), CASES)
 def test_logits_are_within_the_bound(name: str, scheme: str) -> None:
-    found = difference(name, scheme)
-    assert 0 < found <= BOUNDS[scheme]
+    assert 0 < difference(name, scheme) <= 1
 
 
 def _greedy(trained: TrainedModel, seed: int) -> list[int]:
@@ -67,7 +74,7 @@ def test_greedy_tokens_are_those_of_the_dequantized_model(name: str, scheme: str
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("llama", "w8a16"), ("llama", "w4a16"), ("gpt2", "w8a8"),
-                                              ("mixtral", "w4a16"), ("t5", "w4a16")])  # fmt: skip
+                                              ("mixtral top 2", "w4a16"), ("t5", "w4a16")])  # fmt: skip
 def test_a_crowd_changes_no_bit(name: str, scheme: str) -> None:
     model = found_model(MODELS[name], scheme).read(CPU, PACKED).model
     asked = [
@@ -81,7 +88,7 @@ def test_a_crowd_changes_no_bit(name: str, scheme: str) -> None:
     assert all(torch.equal(row, expected[place]) for place, row in actual.items() if place[0] in together)
 
 
-@pytest.mark.parametrize("scheme", BOUNDS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_take_the_memory_of_their_bits(scheme: str) -> None:
     found = found_model(MODELS["llama"], scheme)
     trained = found.read(CPU, PACKED)
@@ -101,7 +108,7 @@ def test_a_product_that_forgets_the_bias_is_caught(monkeypatch: pytest.MonkeyPat
         return forward(self, x) - (0 if self.bias is None else self.bias)
 
     monkeypatch.setattr(linears.PackedLinear, "forward", without_bias)
-    assert difference("gpt2", "w4a16") > BOUNDS["w4a16"]
+    assert difference("gpt2", "w4a16") > 1
 
 
 def test_experts_that_change_places_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +117,7 @@ def test_experts_that_change_places_are_caught(monkeypatch: pytest.MonkeyPatch) 
         choice, "put_experts",
         lambda model, name, products: put(model, name, {own: each[::-1] for own, each in products.items()}),
     )  # fmt: skip
-    assert difference("mixtral", "w4a16") > BOUNDS["w4a16"]
+    assert difference("mixtral", "w4a16") > 1
 
 
 class TestChoice:
@@ -118,7 +125,7 @@ class TestChoice:
 
     def told(self, scheme: str, asked: KernelChoice, group: int | None = 32, name: str = "llama") -> str:
         found = found_model(MODELS[name], scheme, group)
-        packing = choice.Packing(asked, found.matrices, CPU)
+        packing = choice.MatrixPacking(asked, found.matrices, CPU)
         packing.put_into(build_model(found.config))
         return packing.told
 
@@ -126,7 +133,7 @@ class TestChoice:
         assert self.told("w8a16", PACKED).startswith("14 of 14 matrices multiplied as 8-bit numbers with exact sums, ")
         assert self.told("w4a16", PACKED).startswith("14 of 14 matrices multiplied as 4-bit numbers in bfloat16, ")
         assert "8-bit numbers" in self.told("w4a16", PACKED, group=None), "a scale for each output"
-        assert self.told("w4a16", PACKED, name="mixtral").startswith("38 of 38 matrices multiplied as 4-bit")
+        assert self.told("w4a16", PACKED, name="mixtral").startswith("14 of 14 matrices multiplied as 4-bit")
 
     def test_auto_takes_what_is_faster(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.told("w8a8", KernelChoice("auto")) == "14 of 14 matrices dequantized: too small to be faster"

@@ -8,6 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmtrain.data.tokenizer import load_tokenizer
+from llmtrain.infer.batching.request import Request
+from llmtrain.infer.batching.sampling import Sampling
+from llmtrain.infer.generate import iter_tokens
 from llmtrain.infer.model import build_from, find_checkpoint_model, find_model, logits_of
 from llmtrain.interop.gguf.file_format import TensorType
 from llmtrain.interop.hf_export import ExportSettings, write_export
@@ -56,9 +59,12 @@ def test_export_and_import(config, small_tokenizer, tmp_path, monkeypatch):
     assert (tokenizer.eos_id, tokenizer.bos_ids) == (small_tokenizer.eos_id, ())
     assert back.model.config.rope_scaling == config.rope_scaling
     greedy = ("--prompt", "def a", "--temperature", "0", "--max-tokens", "5")
-    answers = [_call("generate", tmp_path / place, *greedy) for place in ("run", "out", "out/out.gguf", "back")]
+    answers = [_call("generate", tmp_path / place, *greedy) for place in ("out", "out/out.gguf", "back")]
     assert all(answer.exit_code == 0 for answer in answers), [answer.stderr for answer in answers]
-    assert len({answer.stdout for answer in answers}) == 1, "used in place, a file writes what the run writes"
+    assert len({answer.stdout for answer in answers}) == 1, "a file in place writes what its import writes"
+    asked = Request(tuple(small_tokenizer.encode("def a")), 12, Sampling(0))
+    tokens = [list(iter_tokens(find_model(tmp_path / place).read(CPU), asked)) for place in ("run", "out")]
+    assert tokens[0] == tokens[1] != []
 
     # And out again: the tokenizer is a tokenizer.json now.
     again = _json("export", tmp_path / "back", tmp_path / "again", "--to", "gguf")

@@ -94,7 +94,9 @@ def test_ignored_are_the_linears_of_transformers_that_are_not_quantized(name, ke
     chosen = (pairing.theirs for pairing in pairings(table, model) if choice.is_quantized(pairing.ours[0]))
     ignored = set(choice.ignored(table, model))
     assert linears - {name.removesuffix(".weight") for name in chosen} == ignored & linears
-    assert ignored <= {place for place, _ in theirs.named_modules()}, "a name that is none would hide a fault"
+    # Of Mixtral's routers the files' name: its class has another, and no linears there; other readers have that one.
+    unknown = ignored - {place for place, _ in theirs.named_modules()}
+    assert all(place.endswith("block_sparse_moe.gate") for place in unknown), "a name that is none would hide a fault"
 
 
 @pytest.mark.parametrize("allowed", [0, 1 << 16])

@@ -221,7 +221,8 @@ def _compare_rounded(theirs: Any, ours: Logits, unrounded: Logits, example: Exam
 
 def _logits_of(theirs: Any, example: Example) -> Tensor:
     """Their logits; those of begins and ends of answers side by side."""
-    output = theirs(**their_inputs(example))
+    with _quiet():  # compressed-tensors undoes its form in the first pass, with a bar
+        output = theirs(**their_inputs(example))
     return torch.stack((output.start_logits, output.end_logits), -1) if "start_logits" in output else output.logits
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     RunServer = Callable[[Starlette, Callable[[], bool]], None]
 
 KEY_VARIABLE = "LLMTRAIN_API_KEY"
-QueueOption = Annotated[int, typer.Option(min=0, max=100_000, help="Texts that may wait; more are told to come back.")]
 PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
 

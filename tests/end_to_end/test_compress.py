@@ -82,34 +82,35 @@ def test_gptq_is_nearer_than_rounding_and_other_verbs_take_it(trained: Path, mon
     assert "is quantized already" in here("compress", "gptq", "again", *ROUND, "--evaluate", "valid", code=2)
 
 
-def test_every_verb_says_how_matrices_are_multiplied(trained: Path) -> None:
+def test_every_verb_says_how_matrices_are_multiplied(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     if not sums_are_exact():
         pytest.skip("this CPU has no VNNI")
-    if not (trained / "w8").exists():
-        compress(trained, "runs/small", "w8", "--scheme", "w8a16")
+    monkeypatch.chdir(trained)
+    caplog.set_level("INFO")
+    here("compress", "runs/small", "w8", "--scheme", "w8a16", *FEW)
     greedy = ("--prompt", "the ", "--temperature", "0", "--max-tokens", "12")
+
+    def told(how: str, *arguments: str) -> str:
+        caplog.clear()
+        answer = here(*arguments, "--kernels", how)
+        said = "dequantized: so it was asked for" if how == "plain" else "multiplied as 8-bit numbers with exact sums"
+        assert f"kernels: 14 of 14 matrices {said}" in caplog.text
+        return answer
+
+    assert told("plain", "generate", "w8", *greedy) == told("packed", "generate", "w8", *greedy) != ""
+    Path("task.jsonl").write_text(json.dumps({"text": "def the(self): return self"}) + "\n")
+    Path("task.yaml").write_text("tasks:\n  - {name: held-out, kind: perplexity, data: task.jsonl, prompt: '{text}'}\n")
     plain, packed = (
-        llmtrain("generate", "w8", *greedy, "--kernels", how, folder=trained) for how in ("plain", "packed")
-    )
-    assert "14 of 14 matrices dequantized: so it was asked for" in plain.stderr
-    assert "14 of 14 matrices multiplied as 8-bit numbers with exact sums" in packed.stderr
-    assert plain.stdout == packed.stdout != ""
-    (trained / "task.jsonl").write_text(json.dumps({"text": "def the(self): return self"}) + "\n")
-    (trained / "task.yaml").write_text(
-        "tasks:\n  - {name: held-out, kind: perplexity, data: task.jsonl, prompt: '{text}'}\n"
-    )
-    found = [
-        llmtrain("eval", "w8", "--tasks", "task.yaml", "--json", "--kernels", how, folder=trained)
+        json.loads(told(how, "eval", "w8", "--tasks", "task.yaml", "--json"))["tasks"]["held-out"]["metrics"]
         for how in ("plain", "packed")
-    ]
-    assert all(done.returncode == 0 for done in found), [done.stderr for done in found]
-    assert "14 of 14 matrices multiplied as 8-bit numbers" in found[1].stderr
-    first, second = (json.loads(done.stdout)["tasks"]["held-out"]["metrics"] for done in found)
-    assert first == pytest.approx(second, rel=1e-5) and first != second
-    none = llmtrain("generate", "runs/small", *greedy, "--kernels", "packed", folder=trained)
-    assert none.returncode == 2 and "no matrix of the model is in whole numbers" in none.stderr
-    ranks = llmtrain("generate", "w8", "parallel.tensor=2", *greedy, "--kernels", "packed", folder=trained)
-    assert ranks.returncode == 2 and "--kernels packed: the kernels multiply whole matrices" in ranks.stderr
+    )
+    assert plain == pytest.approx(packed, rel=1e-5) and plain != packed
+    asked = (*greedy, "--kernels", "packed")
+    assert "no matrix of the model is in whole numbers" in here("generate", "runs/small", *asked, code=2)
+    ranks = here("generate", "w8", "parallel.tensor=2", *asked, code=2)
+    assert "--kernels packed: the kernels multiply whole matrices" in ranks
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ class MatrixPacking:
             put_experts(model, place, dict(zip(names, products, strict=True)))
         else:
             put_linear(model, place, products[0][0])
-            self.linears.add(place)
+        self.linears.update(weight.name.removesuffix(".weight") for weight in weights)
 
     @property
     def told(self) -> str:

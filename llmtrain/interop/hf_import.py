@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import parameter_shapes
+from llmtrain.config.parameters import iter_linears, parameter_shapes
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.interop.compressed.form import KEY, read_form
 from llmtrain.interop.compressed.tensors import QUANTIZED, WEIGHT, StoredNumbers, gathered
@@ -163,7 +163,9 @@ def open_hf_folder(path: Path) -> HuggingFaceFolder:
     _require_fit(path, expected, headers)
     files = {name: (header.file, header.name) for name, header in headers.items()}
     notes = [*changed, *notes, *not_taken_over(content, config, model)]
-    return HuggingFaceFolder(path, family, model, table, files, notes, changed, numbers)
+    folder = HuggingFaceFolder(path, family, model, table, files, notes, changed, numbers)
+    _require_rounding_of_linears(folder)
+    return folder
 
 
 def _named_headers(
@@ -239,3 +241,26 @@ def _require_fit(path: Path, expected: Mapping[str, tuple[int, ...]], headers: M
     if problems:
         listed = "\n  ".join(problems[:_MAX_SHOWN])
         raise DataError(f"{path}: config.json and weights do not fit ({len(problems)} problems):\n  {listed}")
+
+
+def _require_rounding_of_linears(folder: HuggingFaceFolder) -> None:
+    """Raise ConfigError where what goes into other matrices than linears of layers is rounded: the head is no module
+    here, transformers stacks experts and rounds nothing there, and other numbers would come out in silence."""
+    numbers = folder.numbers
+    if numbers is None or not numbers.form.rounds_inputs:
+        return
+    # Where matrices lie as [in, out], the class in transformers has Conv1D modules, whose inputs are not rounded.
+    linears = {weight.name for _, weight in iter_linears(folder.model) if not weight.expert}
+    others = [
+        pairing.theirs
+        for pairing in pairings(folder.table, folder.model)
+        if folder.files[pairing.theirs][1] in numbers.parts
+        and (numbers.form.transposed or not linears.issuperset(pairing.ours))
+    ]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ConfigError(
+            f"{folder.path}: quantization_config rounds what goes into {others[0]}{more} (input_activations). Of "
+            "a folder inputs of linears in layers are rounded, not of Conv1D modules, experts, routers and heads. "
+            "Quantize the model again with those in quantization_config.ignore, or without input_activations."
+        )

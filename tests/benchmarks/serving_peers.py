@@ -92,11 +92,13 @@ def llama_cpp(file: Path, slots: int, prompts: Prompts, new: int) -> Iterator[Me
         heard.close()
 
 
-def gguf_of(folder: Path) -> Path | None:
-    """The model of a Hugging Face folder for llama.cpp in fp32; None where that is not installed."""
+def gguf_of(folder: Path, dtype: str = "float32") -> Path | None:
+    """The model of a Hugging Face folder for llama.cpp in a type of `export --dtype`; None where that is not installed.
+    Its random weights make no text better or worse, so whatever rounding does to their perplexity is right."""
     if not (GGUF / ".installed").is_file():
         return None
-    for line in (("import", folder, "imported"), ("export", "imported", "for-llama.cpp", "--to", "gguf")):
+    export = ("export", "imported", "for-llama.cpp", "--to", "gguf", "--dtype", dtype)
+    for line in (("import", folder, "imported"), (*export, "--max-perplexity-increase", "1000000")):
         done = llmtrain(*line, folder=folder.parent)
         assert done.returncode == 0, done.stderr
     return next((folder.parent / "for-llama.cpp").glob("*.gguf"))

@@ -14,7 +14,8 @@ import openai
 import psutil
 import pytest
 
-from tests.support.command import ENVIRONMENT, TIMEOUT_SECONDS, wait_until
+from llmtrain.infer.packed.products import sums_are_exact
+from tests.support.command import ENVIRONMENT, TIMEOUT_SECONDS, llmtrain, wait_until
 from tests.support.hf_folders import write_llama
 from tests.support.ray_cluster import ray_head
 from tests.support.servers import KEY, Server, served
@@ -174,6 +175,26 @@ class TestReplicas:
             assert list(Path(place).iterdir()) == []
         said = (folder.parent / "server.txt").read_text()
         assert KEY not in said and "Traceback" not in said
+
+    def test_each_keeps_quantized_matrices_in_whole_numbers(self, folder: Path, tmp_path: Path) -> None:
+        if not sums_are_exact():
+            pytest.skip("this CPU has no VNNI")
+        (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
+        given = ("--scheme", "w8a16", "--evaluate", "text.txt", "--samples", "4", "--max-perplexity-increase", "10")
+        made = llmtrain("compress", folder, "w8", *given, folder=tmp_path)
+        assert made.returncode == 0, made.stderr
+        answers = list[str]()
+        for options in (("--replicas", "1", "--kernels", "packed"), ("--kernels", "plain")):
+            with served(tmp_path / "w8", *options) as server:
+                answer = client_of(server).completions.create(model="w8", prompt="the quick", temperature=0)
+                answers.append(answer.choices[0].text)
+            if "--replicas" in options:
+                said = (tmp_path / "server.txt").read_text()
+                assert "1 replica, each with" in said
+                assert "kernels: 14 of 14 matrices multiplied as 8-bit numbers with exact sums" in said
+        assert answers[0] == answers[1] != ""
+        none = llmtrain("serve", folder, "--port", "0", "--replicas", "1", "--kernels", "packed", folder=tmp_path)
+        assert none.returncode == 2 and "no matrix of the model is in whole numbers" in none.stderr
 
     def test_killed_it_leaves_nothing(self, folder: Path) -> None:
         with served(folder, "--replicas", "1") as server:

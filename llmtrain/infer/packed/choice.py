@@ -40,6 +40,8 @@ WORDS: dict[Kernel, str] = {"whole": "8-bit numbers with exact sums", "four_bit"
 
 FAST_WHOLE, FAST_FOUR_BIT = 1 << 20, 1 << 18
 """Weights of the smallest matrix for which each kernel is faster than fp32."""
+FAST_DIGITS = 1 << 24
+"""The same for many rows at once whose inputs have three digits, which are three rows each."""
 TOO_SMALL = "too small to be faster"
 NO_KERNEL = f"kernels know a scale for each output, or 4 bits and groups of {', '.join(map(str, KERNEL_GROUPS))} inputs"
 
@@ -72,7 +74,8 @@ class KernelChoice:
         if group is None and inputs <= MOST_INPUTS:
             if not sums_are_exact():
                 return None, "this CPU has no VNNI, and loses bits of sums of 8-bit products"
-            return ("whole", "") if is_wanted or size >= FAST_WHOLE else (None, TOO_SMALL)
+            least = FAST_DIGITS if self.use == "reading" and not form.rounds_inputs else FAST_WHOLE
+            return ("whole", "") if is_wanted or size >= least else (None, TOO_SMALL)
         if form.bits != 4 or form.rounds_inputs or group not in KERNEL_GROUPS or outputs % KERNEL_OUTPUTS:
             return None, NO_KERNEL
         if not is_wanted and self.use == "reading":

@@ -10,7 +10,7 @@ from tests.benchmarks.__main__ import BENCHMARKS, main
 from tests.benchmarks.measuring import Options, Table
 
 QUICK = Options(rounds=1, quick=True)
-WHOLE_RUNS = ("command", "launch", "recovery", "cluster", "engines", "graphs")
+WHOLE_RUNS = ("command", "launch", "recovery", "cluster", "engines", "graphs", "packed")
 """Those that start runs, peers and ranks as a user does, and that compile: each for seconds."""
 
 

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from llmtrain.errors import ConfigError, DataError, LlmtrainError
 from llmtrain.infer.hugging_face import import_folder
+from llmtrain.interop.compressed.form import WHOLE
+from llmtrain.interop.compressed.tensors import unpacked
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.models.transformer import Transformer
+from llmtrain.values.quantization import NumberGrid, round_to_nearest
 from tests.unit.compress.quantized import quantize
-from tests.unit.interop.models import LLAMA, random_model
+from tests.unit.interop.models import LLAMA, MIXTRAL, random_model
 
 Tensors = dict[str, Tensor]
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -205,3 +208,50 @@ def test_a_good_one_is_imported_and_says_what_it_is(scheme, folders, tmp_path):
     imported = import_folder(folders[scheme], tmp_path / "out")
     assert any("-bit weights" in note and "dequantized" in note for note in imported.folder.notes)
     assert "quantization_config" not in " ".join(imported.folder.notes)
+
+
+def _rounding(stored: Tensors) -> None:
+    """Packed numbers of 8 bits in the format of rounded inputs: one in each int8."""
+    for name in [name for name in stored if name.endswith("_packed")]:
+        base = name.removesuffix("_packed")
+        stored[base] = unpacked(stored.pop(name), 8, stored.pop(f"{base}_shape").tolist()[1])
+
+
+def _rounded(section: dict[str, Any]) -> None:
+    section["format"] = WHOLE
+    section["config_groups"]["group_0"]["input_activations"] = {
+        "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+    }  # fmt: skip
+
+
+def _quantize(stored: Tensors, name: str) -> None:
+    made = round_to_nearest(stored[name].float(), NumberGrid(8))
+    stored[name], stored[f"{name}_scale"] = made.numbers_OI, made.scale_OG
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_rounded_inputs_of_what_is_no_linear_of_a_layer_are_refused(name, folders, tmp_path):
+    """Others quantize heads too. Theirs are multiplied here without a module whose inputs could be rounded."""
+    folder = _spoiled(folders["w8a8"], tmp_path / "spoiled", lambda stored: _quantize(stored, name), _nothing)
+    with pytest.raises(ConfigError, match=rf"rounds what goes into {name} \(input_activations\)"):
+        import_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rounded_inputs_of_experts_are_refused(small_tokenizer, text_file, tmp_path):
+    """Those of the attention beside them are not."""
+    quantize(random_model(MIXTRAL), small_tokenizer, tmp_path / "good", text_file, "w8a16")
+    (tmp_path / "good" / "llmtrain.json").unlink()
+    with pytest.raises(ConfigError, match=r"rounds what goes into \S+experts\S+ and \d+ more"):
+        open_hf_folder(_spoiled(tmp_path / "good", tmp_path / "all", _rounding, _rounded))
+
+    def without_experts(stored: Tensors) -> None:
+        _rounding(stored)
+        for name in [name for name in stored if ".experts." in name and name.endswith("_scale")]:
+            base = name.removesuffix("_scale")
+            stored[base] = stored[base].float() * stored.pop(name)
+
+    folder = open_hf_folder(_spoiled(tmp_path / "good", tmp_path / "some", without_experts, _rounded))
+    assert folder.rounded_inputs == {
+        f"decoder.layers.{layer}.attention.{part}" for layer in range(2) for part in ("q", "k", "v", "out")
+    }

@@ -1,16 +1,23 @@
 """The layouts to compare, and the user's model, shrunk until a layout takes seconds."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from llmtrain.config.attention import kind_of
 from llmtrain.config.engines import ENGINES
-from llmtrain.config.finetune import QuantizeConfig
+from llmtrain.config.finetune import FinetuneConfig, LoraConfig, PruneConfig, QuantizeConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import FrozenNames, declare_parameters, is_kept, iter_linears, quantized_linears
+from llmtrain.config.parameters import (
+    FrozenNames,
+    declare_parameters,
+    is_kept,
+    is_target,
+    iter_linears,
+    quantized_linears,
+)
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.config.schema import EngineConfig, ParallelConfig, RunConfig
 from llmtrain.errors import ConfigError
@@ -65,7 +72,7 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
         "steps": 100, "tokens": None, "epochs": None,
     }  # fmt: skip
     shrunk = shrunk_model(config.model, layers)
-    freeze = fitting_patterns(shrunk, config.optim.freeze)
+    freeze = shrunk_freeze(shrunk, config.optim.freeze)
     steady_lr = min(config.optim.lr, STEADY_LR[config.optim.name])
     optim = {"lr": steady_lr, "warmup_steps": 0, "min_lr": 0.0, "freeze": freeze}
     if config.optim.name != "lion":  # it divides by nothing
@@ -78,6 +85,8 @@ def shrink(config: RunConfig, precision: str, own_ranks: int = 0) -> RunConfig:
             "model": shrunk,
             "distill": distill,
             "quantize": config.quantize and shrunk_quantize(config.quantize, shrunk),
+            "prune": config.prune and shrunk_prune(config.prune, shrunk),
+            "finetune": config.finetune and shrunk_finetune(config.finetune, shrunk),
             "data.seq_len": SHRUNK_SEQ_LEN,
             "train": config.train.with_keys(train),
             "optim": config.optim.with_keys(optim),
@@ -109,17 +118,43 @@ def shrunk_model(model: ModelConfig, layers: int) -> ModelConfig:
 
 def shrunk_quantize(quantize: QuantizeConfig, model: ModelConfig) -> QuantizeConfig:
     """The same rounding in small groups, with what of `keep` fits a shrunk model; none where it would leave nothing."""
-    linears = [linear for linear, _ in iter_linears(model)]
-    keep = tuple(pattern for pattern in quantize.keep if any(is_kept(linear, pattern) for linear in linears))
+    keep = fitting_linears(model, quantize.keep, is_kept)
     keys = {"keep": keep if any(quantized_linears(model, keep)) else ()}
     return quantize.with_keys({**keys, "group": SHRUNK_GROUP} if quantize.numbers.group else keys)
 
 
-def fitting_patterns(model: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
-    """The patterns of `optim.freeze` that fit a shrunk model; none where they would leave nothing to train."""
+def shrunk_prune(prune: PruneConfig, model: ModelConfig) -> PruneConfig:
+    """The same kind within the first steps, of what of the targets fits a shrunk model."""
+    targets = fitting_linears(model, prune.targets, is_target) or PruneConfig().targets
+    rising = {"until_step": 2, "every_steps": 1} if prune.until_step else {}
+    return prune.with_keys({"targets": targets, "from_step": 1, **rising})
+
+
+def shrunk_finetune(finetune: FinetuneConfig, model: ModelConfig) -> FinetuneConfig:
+    """The same method, on what of the targets fits a shrunk model, with a prompt that fits its short samples."""
+    targets = fitting_linears(model, finetune.lora.targets, is_target) or LoraConfig().targets
+    also = fitting_parameters(model, finetune.lora.train_also)
+    lora = finetune.lora.with_keys({"targets": targets, "train_also": also})
+    prompt = finetune.prompt.with_keys({"tokens": min(finetune.prompt.tokens, SHRUNK_SEQ_LEN)})
+    return finetune.with_keys({"lora": lora, "prompt": prompt})
+
+
+def fitting_linears(model: ModelConfig, patterns: Sequence[str], fits: Callable[[str, str], bool]) -> tuple[str, ...]:
+    """The patterns that fit a linear of a model."""
+    linears = [linear for linear, _ in iter_linears(model)]
+    return tuple(pattern for pattern in patterns if any(fits(linear, pattern) for linear in linears))
+
+
+def fitting_parameters(model: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The patterns that fit a parameter of a model."""
     names = list(declare_parameters(model))
-    fitting = tuple(pattern for pattern in patterns if any(name in FrozenNames((pattern,)) for name in names))
-    return () if all(name in FrozenNames(fitting) for name in names) else fitting
+    return tuple(pattern for pattern in patterns if any(name in FrozenNames((pattern,)) for name in names))
+
+
+def shrunk_freeze(model: ModelConfig, patterns: Sequence[str]) -> tuple[str, ...]:
+    """The patterns of `optim.freeze` that fit a shrunk model; none where they would leave nothing to train."""
+    fitting = fitting_parameters(model, patterns)
+    return () if all(name in FrozenNames(fitting) for name in declare_parameters(model)) else fitting
 
 
 def parse_candidate(text: str, config: RunConfig) -> Candidate:

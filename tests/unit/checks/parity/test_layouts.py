@@ -1,9 +1,11 @@
+from functools import reduce
 from typing import Any
 
 import pytest
 import torch
 
 from llmtrain.checks.parity.layouts import (
+    SHRUNK_SEQ_LEN,
     STEADY_LR,
     iter_candidates,
     own_candidate,
@@ -12,12 +14,18 @@ from llmtrain.checks.parity.layouts import (
     shrunk_split,
 )
 from llmtrain.config.attention import ATTENTION_KINDS
+from llmtrain.config.finetune import LoraConfig
 from llmtrain.config.rules.arithmetic import arithmetic_problems
 from llmtrain.errors import ConfigError
 from llmtrain.models.attention.patterns import PATTERNS
 from llmtrain.optim.table import OPTIMIZERS
 from tests.support.samples import tiny_model, tiny_run
 from tests.unit.config.small_run import run
+
+
+def lora(**keys: Any) -> dict[str, Any]:
+    return {"method": "lora", "lora": {"rank": 4, **keys}}
+
 
 SMALL = shrink(tiny_run(tiny_model(num_layers=32, num_heads=32, num_kv_heads=8, hidden_size=4096)), "fp32")
 
@@ -63,6 +71,33 @@ def test_a_shrunk_pattern_leaves_something_out_of_the_short_samples(kind: str) -
     rule = PATTERNS[small.model.attention.kind](small.model.attention).rule(small.data.seq_len, torch.device("cpu"))
     s, t = torch.arange(small.data.seq_len)[:, None], torch.arange(small.data.seq_len)
     assert rule is None if kind in ("full", "linear") else rule is not None and not rule(s, t)[t <= s].all()
+
+
+LAST = "decoder.layers.30.*"
+NORMS = "decoder.layers.30.attention_norm.*"
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "left"),
+    [
+        ({"prune": {"targets": [LAST, "mlp.down"]}}, "prune.targets", ("mlp.down",)),
+        ({"prune": {"targets": [LAST], "from_step": 900, "until_step": 990}}, "prune.targets", ("attention", "mlp")),
+        ({"prune": {"kind": "2:4", "targets": [LAST], "from_step": 900}}, "prune.from_step", 1),
+        ({"prune": {"kind": "kept", "targets": [LAST]}}, "prune.targets", ("attention", "mlp")),
+        ({"finetune": lora(targets=[LAST, "attention.q"])}, "finetune.lora.targets", ("attention.q",)),
+        ({"finetune": lora(targets=[LAST])}, "finetune.lora.targets", LoraConfig().targets),
+        ({"finetune": lora(train_also=[NORMS, "*norm*"])}, "finetune.lora.train_also", ("*norm*",)),
+        ({"finetune": {"method": "prompt", "prompt": {"tokens": 60}}}, "finetune.prompt.tokens", SHRUNK_SEQ_LEN),
+        ({"quantize": {"scheme": "w8a16", "keep": [LAST, "mlp.down"]}}, "quantize.keep", ("mlp.down",)),
+        ({"optim": {"freeze": [LAST, "*norm*"]}}, "optim.freeze", ("*norm*",)),
+    ],
+)
+def test_what_a_shrunk_model_has_no_room_for_is_left_out(sections: dict[str, Any], key: str, left: Any) -> None:
+    whole = tiny_run(tiny_model(num_layers=32, max_seq_len=128)).with_keys({"train.steps": 1000}).with_keys(sections)
+    assert arithmetic_problems(whole, 1) == []
+    small = shrink(whole, "fp32")
+    assert arithmetic_problems(small, 1) == []
+    assert reduce(getattr, key.split("."), small) == left
 
 
 def test_every_candidate_is_legal_and_its_name_reads_back() -> None:

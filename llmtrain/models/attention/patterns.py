@@ -13,6 +13,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -186,7 +187,7 @@ class BigBird:
         return drawn_blocks(block, self.num_global, self.num_random)
 
     def rule(self, num_positions: int, device: torch.device) -> Rule:
-        table = sent(block_table(self, -(-num_positions // self.block_size)), device)
+        table = sent(torch.from_numpy(block_table(self, -(-num_positions // self.block_size))), device)
         return lambda s, t: table[s // self.block_size, t // self.block_size]
 
     def pieces(self, extent: Extent) -> Iterator[Piece]:
@@ -225,9 +226,10 @@ def seen_blocks(pattern: BigBird, num_blocks: int) -> tuple[frozenset[int], ...]
 
 
 @cache
-def block_table(pattern: BigBird, num_blocks: int) -> Tensor:
-    """[num_blocks, num_blocks], True where one block sees the other."""
-    table = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+def block_table(pattern: BigBird, num_blocks: int) -> np.ndarray:
+    """[num_blocks, num_blocks], True where one block sees the other. No tensor: one that is made while a graph is traced
+    belongs to the trace, and must not be kept."""
+    table = np.zeros((num_blocks, num_blocks), dtype=np.bool_)
     for block, others in enumerate(seen_blocks(pattern, num_blocks)):
         table[block, list(others)] = True
     return table

@@ -227,8 +227,8 @@ def seen_blocks(pattern: BigBird, num_blocks: int) -> tuple[frozenset[int], ...]
 
 @cache
 def block_table(pattern: BigBird, num_blocks: int) -> np.ndarray:
-    """[num_blocks, num_blocks], True where one block sees the other. No tensor: one that is made while a graph is traced
-    belongs to the trace, and must not be kept."""
+    """[num_blocks, num_blocks], True where one block sees the other. No tensor: one that is made while a graph is
+    traced belongs to the trace, and must not be kept."""
     table = np.zeros((num_blocks, num_blocks), dtype=np.bool_)
     for block, others in enumerate(seen_blocks(pattern, num_blocks)):
         table[block, list(others)] = True

@@ -14,6 +14,7 @@ from llmtrain.compress.layered import LayeredModel
 from llmtrain.compress.sparsity import GROUP, key_of_rank, magnitude_bits, magnitude_keys, pruned_of_four
 from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import is_kept, iter_linears
+from llmtrain.config.rules.finetune import misnamed_linears
 from llmtrain.errors import ConfigError
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.values.batch import Batch
@@ -61,9 +62,8 @@ class Zeros:
 def choose_zeros(model: ModelConfig, kind: str, sparsity: float, keep: Sequence[str]) -> Zeros:
     """Those of all linears of the layers but the ones that `keep` means. Raises ConfigError where that cannot be."""
     linears = dict(iter_linears(model))
-    for pattern in keep:
-        if not any(is_kept(linear, pattern) for linear in linears):
-            raise ConfigError(f"--keep {pattern}: fits no linear of the model's layers. Try attention or mlp.")
+    for problem in misnamed_linears("--keep", keep, model, is_kept):
+        raise ConfigError(f"--keep {problem.value}: {problem.message}")
     chosen = {
         linear: weight for linear, weight in linears.items() if not any(is_kept(linear, pattern) for pattern in keep)
     }

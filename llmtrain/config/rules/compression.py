@@ -2,7 +2,6 @@
 do it. Pure."""
 
 from collections.abc import Iterator
-from difflib import get_close_matches
 
 from llmtrain.config.finetune import PruneConfig
 from llmtrain.config.parameters import (
@@ -11,9 +10,9 @@ from llmtrain.config.parameters import (
     iter_linears,
     pruned_linears,
     quantized_linears,
-    target_names,
 )
 from llmtrain.config.reading.suggestions import either
+from llmtrain.config.rules.finetune import misnamed_linears
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
 
@@ -44,16 +43,8 @@ def keys_have_an_effect(config: RunConfig) -> Found:
 
 
 def targets_are_linears(config: RunConfig) -> Found:
-    """The vocabulary's size does not matter here."""
-    if config.prune is None:
-        return
-    linears = [linear for linear, _ in iter_linears(config.model.with_any_sizes())]
-    short = list(dict.fromkeys(name for linear in linears for name in target_names(linear)))
-    for number, target in enumerate(config.prune.targets):
-        if not any(is_target(linear, target) for linear in linears):
-            tries = get_close_matches(target, [*short, *linears], 1, 0.4) or short[:1]
-            message = f"fits no linear of the model's layers. Try {tries[0]}; the short names are {', '.join(short)}."
-            yield Problem(f"prune.targets.{number}", message, target, uses=("model",))
+    if config.prune is not None:
+        yield from misnamed_linears("prune.targets", config.prune.targets, config.model, is_target)
 
 
 def targets_are_trained(config: RunConfig) -> Found:
@@ -93,14 +84,9 @@ PRUNE_RULES = (keys_have_an_effect, targets_are_linears, targets_are_trained, gr
 def kept_linears_are_there(config: RunConfig) -> Found:
     if config.quantize is None:
         return
+    hint = "The head, embeddings, norms and routers are never rounded."
+    yield from misnamed_linears("quantize.keep", config.quantize.keep, config.model, is_kept, hint)
     linears = [linear for linear, _ in iter_linears(config.model.with_any_sizes())]
-    short = list(dict.fromkeys(name for linear in linears for name in target_names(linear)))
-    for number, pattern in enumerate(config.quantize.keep):
-        if not any(is_kept(linear, pattern) for linear in linears):
-            tries = get_close_matches(pattern, [*short, *linears], 1, 0.4) or short[:1]
-            message = f"fits no linear of the model's layers. Try {tries[0]}; the short names are {', '.join(short)}. "
-            message += "The head, embeddings, norms and routers are never rounded."
-            yield Problem(f"quantize.keep.{number}", message, pattern, uses=("model",))
     if all(any(is_kept(linear, pattern) for pattern in config.quantize.keep) for linear in linears):
         message = "leaves nothing to round. Leave some linears out of it, or remove quantize."
         yield Problem("quantize.keep", message, ", ".join(config.quantize.keep), uses=("model",))

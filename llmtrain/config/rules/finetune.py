@@ -1,9 +1,10 @@
 """Rules about `finetune`: what is added fits the model, the precision and the data. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 
 from llmtrain.config.finetune import AdapterConfig, LoraConfig, PromptConfig
+from llmtrain.config.model import ModelConfig
 from llmtrain.config.parameters import FrozenNames, is_target, iter_linears, parameter_shapes, target_names
 from llmtrain.config.schema import RunConfig
 from llmtrain.errors import Problem
@@ -25,20 +26,30 @@ def other_methods_are_not_set(config: RunConfig) -> Found:
             yield Problem(f"finetune.{name}", message, uses=("finetune.method",))
 
 
+def misnamed_linears(
+    key: str, patterns: Sequence[str], model: ModelConfig, fits: Callable[[str, str], bool], hint: str = ""
+) -> Found:
+    """A problem for each of a key's patterns that fits no linear, with the nearest name, and what else helps.
+
+    `fits` takes a linear and a pattern. The sizes that only data tell do not matter here.
+    """
+    linears = [linear for linear, _ in iter_linears(model.with_any_sizes())]
+    short = list(dict.fromkeys(name for linear in linears for name in target_names(linear)))
+    for number, pattern in enumerate(patterns):
+        if not any(fits(linear, pattern) for linear in linears):
+            (nearest, *_) = get_close_matches(pattern, [*short, *linears], 1, 0.4) or short
+            message = f"fits no linear of the model's layers. Try {nearest}; the short names are {', '.join(short)}."
+            yield Problem(f"{key}.{number}", f"{message} {hint}".rstrip(), pattern, uses=("model",))
+
+
 def targets_are_linears(config: RunConfig) -> Found:
-    """Every target means a linear of the model. The vocabulary's size does not matter here."""
+    """Every target means a linear of the model, and what is trained beside them is there."""
     if config.finetune is None or config.method != "lora":
         return
-    model = config.model.with_any_sizes()
-    linears = [linear for linear, _ in iter_linears(model)]
-    short = list(dict.fromkeys(name for linear in linears for name in target_names(linear)))
-    for number, target in enumerate(config.finetune.lora.targets):
-        if not any(is_target(linear, target) for linear in linears):
-            tries = get_close_matches(target, [*short, *linears], 1, 0.4) or short[:1]
-            message = f"fits no linear of the model's layers. Try {tries[0]}; the short names are {', '.join(short)}."
-            yield Problem(f"finetune.lora.targets.{number}", message, target, uses=("model",))
+    lora, model = config.finetune.lora, config.model.with_any_sizes()
+    yield from misnamed_linears("finetune.lora.targets", lora.targets, model, is_target)
     names = list(parameter_shapes(model))
-    for number, pattern in enumerate(config.finetune.lora.train_also):
+    for number, pattern in enumerate(lora.train_also):
         if not any(name in FrozenNames((pattern,)) for name in names):
             tries = get_close_matches(pattern, names, 1, 0.3) or names[:1]
             message = f"fits no parameter of the model. Try {tries[0]}, or a pattern with * such as *norm*."

@@ -24,7 +24,7 @@ from llmtrain.models.compiled_graphs import outside_of_graphs
 from llmtrain.models.experts.mixture import Experts, grouped_linear, grouped_weight_gradient
 from llmtrain.models.rounded_inputs import largest_inputs, rounded_to
 from llmtrain.models.transformer import Transformer
-from llmtrain.values.quantization import NumberGrid, NumberPacking, Quantized, stored_scale
+from llmtrain.values.quantization import NumberGrid, NumberPacking, Quantized, weight_scale
 
 Counts = Tensor | list[int]
 """As in `grouped_linear`."""
@@ -62,7 +62,7 @@ class MatrixRounding:
         # A group lies on one rank (config/rules/compression.py); all inputs of an output lie on all of them.
         if self.grid.group is None:
             self._largest_of_ranks(largest_OG)
-        return stored_scale(largest_OG, self.grid.bits, self.dtype)
+        return weight_scale(largest_OG, self.grid.bits, self.dtype)
 
     def weight(self, weight: Tensor, scale_OG: Tensor | None) -> Tensor:
         """What `llmtrain compress` would write of the weight, read again."""

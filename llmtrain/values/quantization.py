@@ -31,7 +31,7 @@ class NumberGrid:
     def scales(self, weight_OI: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """[O, G]: the largest weight of each group lies at the end of the grid. Rounded to the type that they are
         stored in, before anything is rounded with them."""
-        return stored_scale(self.largest(weight_OI), self.bits, dtype)
+        return weight_scale(self.largest(weight_OI), self.bits, dtype)
 
     def largest(self, weight_OI: Tensor) -> Tensor:
         """[O, G] in fp32: the largest absolute value of each group."""
@@ -41,6 +41,16 @@ class NumberGrid:
         """[O, I] of int8: each weight rounded to the nearest number."""
         scaled = weight_OI.float().unflatten(1, (scale_OG.shape[1], -1)) / scale_OG.float()[..., None]
         return scaled.round_().clamp_(self.lowest, self.highest).to(torch.int8).flatten(1)
+
+
+BEYOND = 1 + 2**-16
+"""Scales of weights are larger by this than those of compressed-tensors' own rule, which puts the largest weight of a
+group on the edge between two numbers, -7 and -8: its last bits, which differ between layouts, would say which."""
+
+
+def weight_scale(largest: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """The scale of a group of weights whose largest absolute value is given."""
+    return stored_scale(largest * BEYOND, bits, dtype)
 
 
 def stored_scale(largest: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

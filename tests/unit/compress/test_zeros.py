@@ -76,6 +76,15 @@ def test_inputs_that_never_come_go_first_and_experts_without_tokens_go_by_magnit
 
 
 @pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [("attention.q", ".attention.q."), ("decoder.layers.0.*", ".layers.0."), ("*.down.weight", ".mlp.down.")],
+)
+def test_what_is_kept_has_no_zeros(pattern: str, meant: str) -> None:
+    whole, less = (choose_zeros(LLAMA, "weights", 0.5, keep).names for keep in ((), (pattern,)))
+    assert less and whole - less == {name for name in whole if meant in name} != set()
+
+
+@pytest.mark.parametrize(
     ("kind", "keep", "config", "says"),
     [
         ("weights", ["mpl"], LLAMA, "--keep mpl: fits no linear"),

@@ -101,8 +101,11 @@ def test_what_was_trained_is_used_with_its_base(tuned: Path) -> None:
     "section",
     [
         "{base: runs/tiny, method: adapter, adapter: {size: 8, placement: both}}",
-        "{base: runs/tiny, method: prompt, prompt: {tokens: 3, init: text, text: a word}}",
-        "{base: runs/tiny}",
+        pytest.param(
+            "{base: runs/tiny, method: prompt, prompt: {tokens: 3, init: text, text: a word}}",
+            marks=pytest.mark.whole_grid,
+        ),
+        pytest.param("{base: runs/tiny}", marks=pytest.mark.whole_grid),
     ],
 )
 def test_other_methods_train_continue_and_generate(tuned: Path, section: str) -> None:

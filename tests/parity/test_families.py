@@ -34,22 +34,20 @@ DEEPSPEED = (
 )
 
 SHORT = {
-    "bert": ("megatron:tp2+sp", "megatron:pp2+zero1", "megatron:cp2", "deepspeed:dp2+zero3", "megatron:cp2+ring"),
+    "bert": ("megatron:tp2+sp", "megatron:pp2+zero1", "megatron:cp2", "deepspeed:dp2+zero3"),
     "t5": (
         "megatron:tp2+sp+pp2+vp2+zero1",
         "megatron:pp2",
         "megatron:cp2",
         "deepspeed:tp2+zero2",
-        "torch:dp2",
         "megatron:cp2+tp2+sp+ring",
     ),
-    "switch_t5": ("megatron:dp2+pp2+ep2+zero1", "megatron:tp2+sp", "megatron:cp2+ep2", "deepspeed:dp2+ep2+zero2"),
+    "switch_t5": ("megatron:dp2+pp2+ep2+zero1", "megatron:cp2+ep2", "deepspeed:dp2+ep2+zero2"),
     "top_1": (
         "megatron:dp4+ep2+zero1",
         "megatron:dp2+tp2+ep2",
         "deepspeed:dp2+ep2",
         "deepspeed:cp2+zero1",
-        "megatron:cp2+ring",
     ),
     "top_2": ("megatron:dp2+tp2+sp+ep2+zero1", "megatron:tp2", "deepspeed:dp2+tp2+ep2+zero2", "deepspeed:dp2+zero3"),
     "shared": (

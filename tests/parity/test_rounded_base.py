@@ -27,6 +27,7 @@ from llmtrain.values.quantization import NumberGrid, NumberPacking, Quantized, r
 from tests.parity.cases import HANGS_AFTER, finetune_run, parity_run, short_and_whole, verdict
 from tests.parity.test_deepspeed import small_pieces
 from tests.parity.test_freeze import FROZEN, LAYOUTS, PLACES, laid_out
+from tests.parity.test_quantize import gradients
 from tests.support.ranks import run_ranks
 
 W4: dict[str, Any] = {"scheme": "w4a16", "group": 8}
@@ -70,16 +71,6 @@ def test_fp32_equals_one_process(method: str, layout: str, stage: int, num_steps
 def test_bf16_stays_within_its_bounds(method: str, layout: str, stage: int, recompute: str) -> None:
     config = rounded_run(method, "bf16").with_keys({"train.recompute": recompute, "optim.eps": 1.0})
     assert verdict(config, *laid_out(config, layout, stage), levels=LOW_PRECISION).problems == []
-
-
-def gradients(engine: TorchEngine, config: RunConfig) -> tuple[float, dict[str, Tensor]]:
-    found: dict[str, Tensor] = {}
-
-    def keep(fragments: Iterable[Fragment]) -> None:
-        found.update({fragment.name: fragment.tensor.clone() for fragment in fragments})
-
-    engine.inspect_gradients = keep
-    return engine.train_step(1, probe_batches(config, 1, 0, 1), 1e-3).loss, found
 
 
 @pytest.mark.parametrize("method", ["lora", "experts", pytest.param("t5", marks=pytest.mark.whole_grid)])

@@ -94,7 +94,7 @@ class Choices:
         self._tokens: list[list[NewToken]] = [[] for _ in streams]
         self._failure: DeadError | None = None
         self._changed = asyncio.Event()
-        self._is_read = True
+        self._wakes_for_each = True
 
     def __enter__(self) -> "Choices":
         """Raises AskedError where there is no room."""
@@ -127,30 +127,15 @@ class Choices:
             self._metrics.token(now - (last or self._begin), first=last is None)
             self._last[place] = now
             self._tokens[place].append(new)
-        if self._is_read or isinstance(new, DeadError) or new.ending is not None:
+        if self._wakes_for_each or isinstance(new, DeadError) or new.ending is not None:
             self._changed.set()
 
     async def pieces(self) -> AsyncIterator[TextPiece]:
-        """What comes, of whichever text. Raises AskedError where the model fails."""
-        self._is_read = True
-        async for piece in self._grown():
-            yield piece
-
-    async def whole(self) -> list[WrittenText]:
-        """All texts, when the last one has ended."""
-        # Without a stop string to look for, a token needs nobody's time until the last one is there.
-        self._is_read = any(choice.stream.has_stops for choice in self.choices)
-        async for _ in self._grown():
-            pass
-        return self.choices
-
-    async def _grown(self) -> AsyncIterator[TextPiece]:
+        """What comes, of whichever text. Raises AskedError where the model fails before all have ended."""
         left = len(self.choices)
         while left:
             await self._changed.wait()
             self._changed.clear()
-            if self._failure is not None:
-                raise AskedError(str(self._failure), status=503)
             for place, choice in enumerate(self.choices):
                 new, self._tokens[place] = self._tokens[place], []
                 # One by one where one of them may complete a stop string: what was written behind it does not count.
@@ -162,3 +147,13 @@ class Choices:
                         left -= 1
                         self._batch.cancel([self._tickets[place]])
                     yield piece
+            if left and self._failure is not None:
+                raise AskedError(str(self._failure), status=503)
+
+    async def whole(self) -> list[WrittenText]:
+        """All texts, when the last one has ended."""
+        # Without a stop string to look for, a token needs nobody's time until the last one is there.
+        self._wakes_for_each = any(choice.stream.has_stops for choice in self.choices)
+        async for _ in self.pieces():
+            pass
+        return self.choices

@@ -13,7 +13,6 @@ GRIDS = [NumberGrid(4, 8), NumberGrid(4), NumberGrid(8, 16), NumberGrid(8)]
 def moved_by_last_bits(grid: NumberGrid) -> Tensor:
     """How many numbers change where weights change in their last bit, one way and the other."""
     weight = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)).mul_(0.02)
-    weight[0] = 0.0
     numbers = round_to_nearest(weight, grid).numbers_OI
     moved = [torch.nextafter(weight, weight.sign() * torch.inf), torch.nextafter(weight, torch.zeros(()))]
     return torch.stack([(round_to_nearest(each, grid).numbers_OI != numbers).sum() for each in moved]).sum()

@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import pytest
 
 from llmtrain.infer.batching.request import NewToken, Request
-from llmtrain.infer.serving.batch_thread import BatchThread
+from llmtrain.infer.serving.asked import AskedError
+from llmtrain.infer.serving.batch_thread import BatchThread, DeadError
 from llmtrain.infer.serving.choices import Arrivals, Choices, TextPiece, Told
 from llmtrain.infer.serving.metrics import ServingMetrics
 from llmtrain.infer.text_stream import TextStream
+from llmtrain.values.tokenizer import Tokenizer
 
 LETTERS = [40 + number for number in range(10)]
 
@@ -65,7 +68,7 @@ def thread() -> Iterator[BatchThread]:
 
 
 def choices(thread: BatchThread, *stops: str, texts: int = 2) -> Choices:
-    streams = [TextStream(Letters(), {}, stops) for _ in range(texts)]  # type: ignore[arg-type]
+    streams = [TextStream(cast(Tokenizer, Letters()), {}, stops) for _ in range(texts)]
     requests = [Request((1,), len(LETTERS))] * texts
     return Choices(thread, ServingMetrics(), Arrivals(asyncio.get_running_loop()), requests, streams)
 
@@ -138,3 +141,23 @@ def test_whole_texts_wake_their_reader_at_their_ends(thread: BatchThread, monkey
 
     asyncio.run(run())
     assert len(woken) <= 2, "the first token may come before it is known how the text is read"
+
+
+def test_what_was_written_before_the_model_failed_is_read_first(thread: BatchThread) -> None:
+    """Whole texts are answers, though the failure came before anybody looked; of others it is told."""
+
+    async def run(whole: int) -> int:
+        with choices(thread) as context:
+            thread.cancel(context._tickets)
+            await asyncio.sleep(0.05)
+            context._tokens = [[], []]
+            for place in range(whole):
+                context._take(place, NewToken(0, LETTERS[0], "length"))
+            context._take(0, DeadError("gone"))
+            seen = 0
+            with pytest.raises(AskedError) if whole < 2 else nullcontext():
+                async for _ in context.pieces():
+                    seen += 1
+            return seen
+
+    assert [asyncio.run(run(whole)) for whole in (0, 1, 2)] == [0, 1, 2]

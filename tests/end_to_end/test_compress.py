@@ -89,7 +89,11 @@ def test_every_verb_says_how_matrices_are_multiplied(
         pytest.skip("this CPU has no VNNI")
     monkeypatch.chdir(trained)
     caplog.set_level("INFO")
-    here("compress", "runs/small", "w8", "--scheme", "w8a16", *FEW)
+    with monkeypatch.context() as without:
+        without.setattr("llmtrain.interop.compressed.writing.find_spec", lambda name: None)
+        said = here("compress", "runs/small", "w8", "--scheme", "w8a16", *FEW)
+    unread = "compared in transformers: compressed-tensors is not installed here. pip install compressed-tensors"
+    assert unread in " ".join(said.split())
     greedy = ("--prompt", "the ", "--temperature", "0", "--max-tokens", "12")
 
     def told(how: str, *arguments: str) -> str:

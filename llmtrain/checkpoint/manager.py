@@ -27,6 +27,7 @@ from llmtrain.checkpoint.manifest import (
     load_manifest,
     writing_folder_name,
 )
+from llmtrain.checkpoint.pruned import PRUNED
 from llmtrain.checkpoint.reader import CheckpointReader, open_checkpoint
 from llmtrain.checkpoint.writer import (
     Contents,
@@ -110,6 +111,11 @@ class CheckpointManager:
     def learn_from(self, teacher: Mapping[str, str]) -> None:
         """Name the checkpoint of the teacher in all that is saved from now on."""
         self._about[TEACHER] = dict(teacher)
+
+    def descend_from(self, checkpoint: CheckpointReader) -> None:
+        """Say in all that is saved from now on what that one says of its pruning."""
+        if PRUNED in checkpoint.about:
+            self._about[PRUNED] = checkpoint.about[PRUNED]
 
     def latest_steps(self) -> list[int]:
         """Steps of the checkpoints on the disk, newest first."""

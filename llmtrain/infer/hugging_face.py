@@ -143,7 +143,7 @@ def training_facts(checkpoint: CheckpointReader) -> dict[str, str]:
     if hashes:
         facts["Training data"] = ", ".join(f"manifest sha256 {value}" for value in hashes)
     if pruned := pruning_record(checkpoint.path, checkpoint.about):
-        facts["Pruned"] = pruned.told()
+        facts["Pruned" if checkpoint.step == 0 else "Pruned before this training"] = pruned.told()
     return facts
 
 

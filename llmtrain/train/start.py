@@ -95,6 +95,7 @@ def find_start(resolved: ResolvedRun, folder: RunFolder, ranks: RankStore | None
         if not at_base:
             require_state(start.checkpoint.path, start.checkpoint.state, start.checkpoint.about)
         require_continuity(resolved, folder, start.checkpoint)
+        manager.descend_from(start.checkpoint)
     rest_on_base(manager, start.checkpoint, resolved.config)
     back = target.resolve().is_relative_to(own.resolve())
     later = [step for step in manager.latest_steps() if step > start.step] if back else []

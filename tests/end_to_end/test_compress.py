@@ -190,6 +190,7 @@ def test_a_pruned_model_recovers_with_the_preset_and_exports(
     )
     told = json.loads(here("export", f"runs/{name}-again", f"{name}-hf", "--json"))
     assert told["max_logit_difference"] <= 1e-4 and told["family"].lower() == "llama"
+    assert f"| Pruned before this training | {kind} by " in Path(f"{name}-hf/README.md").read_text("utf-8")
 
 
 def test_a_run_for_whole_numbers_is_pruned_and_then_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

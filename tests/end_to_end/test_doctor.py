@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.command import ENVIRONMENT, TIMEOUT_SECONDS, llmtrain
+from tests.support.command import ENVIRONMENT, TIMEOUT_SECONDS, llmtrain, llmtrain_anew
 
 ALONE = {**ENVIRONMENT, "PATH": os.environ["PATH"]}
 
@@ -100,7 +100,7 @@ def test_without_torch_nothing_can_be_trained(tmp_path: Path) -> None:
 def test_what_is_needed_and_broken_is_told_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_package(tmp_path / "fakes", "torch")
     monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(tmp_path / "fakes"))
-    done = llmtrain("doctor", "--output-dir", "/proc/runs", folder=tmp_path)
+    done = llmtrain_anew("doctor", "--output-dir", "/proc/runs", folder=tmp_path)
     assert done.returncode == 1
     assert "/proc cannot be written" in done.stdout and "mend: write runs elsewhere" in done.stdout
     assert "Training is not possible here. Broken: output folder, torch, gloo, torch, " in done.stdout

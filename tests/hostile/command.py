@@ -1,15 +1,14 @@
 """Running many hostile command lines: what a case is, where it runs, and what is wrong with how it ended."""
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tests.support.command import CommandServer
 
 CPU_SECONDS = 5
 """Of the processor: other tests may run beside."""
@@ -52,36 +51,19 @@ class Server:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "WANDB_MODE": "offline", "TERM": "dumb"}
         environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
         environment.pop("LLMTRAIN_TRACEBACK", None)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.hostile.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert self._read() == "ready"
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the server is gone"
-        return line.strip()
+        self._commands = CommandServer("tests.hostile.server", environment)
 
     def run(self, arguments: tuple[str, ...], folder: Path, **limits: int) -> Ending:
-        request: dict[str, Any] = {"arguments": arguments, "folder": str(folder), "seconds": HANGING_SECONDS}
-        request |= {"cpu_seconds": CPU_SECONDS, "more_bytes": MORE_BYTES, **limits}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._read())
-        with (folder / "output.txt").open("rb") as file:
-            output = file.read(MOST_OUTPUT + 1).decode("utf-8", "replace")
-        return Ending(**answer, output=output)
+        output = folder / "output.txt"
+        output.unlink(missing_ok=True)
+        more = {"cpu_seconds": CPU_SECONDS, "more_bytes": MORE_BYTES, "seconds": HANGING_SECONDS, **limits}
+        answer = self._commands.run(arguments, folder, stdout=str(output), stderr=str(output), **more)
+        with output.open("rb") as file:
+            said = file.read(MOST_OUTPUT + 1).decode("utf-8", "replace")
+        return Ending(**answer, output=said)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._commands.close()
 
 
 def fault_of(case: Case, server: Server, good: Path, folder: Path) -> str | None:

@@ -11,7 +11,7 @@ from llmtrain.config.parameters import Parameter
 from llmtrain.models.bottleneck import Bottleneck
 from llmtrain.models.experts.mixture import Experts
 from llmtrain.models.low_rank import Update, with_update
-from llmtrain.models.transformer import Transformer
+from llmtrain.models.transformer import Transformer, build_lookup
 from llmtrain.parallel.stateless_random import Span, site_key
 
 LORA_A, LORA_B = "lora_a", "lora_b"
@@ -50,8 +50,8 @@ def add_trained_parts(
             _add_bottlenecks(model, finetune, declared)
         case "prompt":
             if model.embeddings is not None and model.starts:
-                shape = declared["embeddings.prompt.weight"].shape
-                model.embeddings.prompt = nn.Embedding(shape[0], shape[1], device="meta")
+                with torch.device("meta"):
+                    model.embeddings.prompt = build_lookup(*declared["embeddings.prompt.weight"].shape)
         case _:
             pass
 

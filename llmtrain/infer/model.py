@@ -255,9 +255,9 @@ def find_model(path: Path, base: Path | None = None) -> FoundModel:
     if (path / "config.json").is_file():
         if base is not None:
             raise ConfigError(f"--base {base}: {BASE_USE}, and {path} needs none.")
-        from llmtrain.interop.installation import require_transformers
+        from llmtrain.interop.installation import CONFIGURATIONS, require_transformers
 
-        require_transformers()
+        require_transformers(CONFIGURATIONS)
         from llmtrain.interop.hf_import import open_hf_folder  # brings in transformers, for which no run shall wait
 
         folder = open_hf_folder(path)
@@ -284,9 +284,9 @@ def find_model(path: Path, base: Path | None = None) -> FoundModel:
 
 def _gguf_model(path: Path) -> FoundModel:
     """The model of a GGUF file, or of a folder with one."""
-    from llmtrain.interop.installation import require_transformers
+    from llmtrain.interop.installation import CONFIGURATIONS, require_transformers
 
-    require_transformers()
+    require_transformers(CONFIGURATIONS)
     from llmtrain.infer.gguf import find_gguf_model, gguf_file  # brings in transformers
 
     file = gguf_file(path)
@@ -297,9 +297,9 @@ def _gguf_model(path: Path) -> FoundModel:
 
 def _adapted_model(path: Path, base: Path | None) -> FoundModel:
     """The model of a PEFT folder and its base."""
-    from llmtrain.interop.installation import require_transformers
+    from llmtrain.interop.installation import CONFIGURATIONS, require_transformers
 
-    require_transformers()
+    require_transformers(CONFIGURATIONS)
     from llmtrain.interop.peft.adapted import adapted, base_of_adapter  # brings in transformers
 
     place = base_of_adapter(path, base)

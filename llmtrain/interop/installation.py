@@ -5,23 +5,25 @@ another PyTorch then breaks the import of every model, with an error that names 
 """
 
 import sys
+from collections.abc import Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from traceback import extract_tb
 
 from llmtrain.errors import ConfigError, InstallationError
 
-NEEDED = ("transformers.modeling_utils", "transformers.models.llama.configuration_llama")
-"""Modules that everything of transformers imports as well."""
+CONFIGURATIONS = ("transformers.models.llama.configuration_llama",)
+MODELS = ("transformers.modeling_utils", *CONFIGURATIONS)
+"""Modules that everything of transformers imports as well. Its models bring in another second of imports."""
 
 
 _OWN = ("llmtrain", "launch", "data_pipelines", "tests")
 
 
-def require_transformers() -> None:
+def require_transformers(needed: Sequence[str] = MODELS) -> None:
     """Raise InstallationError where transformers cannot be imported, with the package to mend."""
     try:
-        for module in NEEDED:
+        for module in needed:
             import_module(module)
     except Exception as error:  # extensions that do not fit fail in many ways
         package = broken_package(error) or "transformers"

@@ -23,6 +23,12 @@ from llmtrain.parallel.stateless_random import Draws, site_key
 from llmtrain.values.batch import Batch, ModelInputs
 
 
+def build_lookup(rows: int, size: int) -> nn.Embedding:
+    """A table whose first numbers somebody else draws: where PyTorch does, on the meta device, it imports its compiler,
+    which takes a second."""
+    return nn.Embedding(rows, size, _weight=torch.empty(rows, size))
+
+
 class Embeddings(nn.Module):
     """The sum of the word embedding, for learned and sinusoidal positions the position's, and where there are token
     types that of the token's: 0 unless the batch says otherwise."""
@@ -32,10 +38,10 @@ class Embeddings(nn.Module):
         self.sinusoidal = config.position == "sinusoidal"
         self.dropout = config.dropout
         self.dropout_sites = {"decoder": site_key("embeddings"), "encoder": site_key("embeddings", "encoder")}
-        self.word = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.word = build_lookup(config.padded_vocab_size, config.hidden_size)
         learned = config.position == "learned"
-        self.position = nn.Embedding(config.max_seq_len, config.hidden_size) if learned else None
-        self.token_type = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
+        self.position = build_lookup(config.max_seq_len, config.hidden_size) if learned else None
+        self.token_type = build_lookup(config.token_types, config.hidden_size) if config.token_types else None
         self.norm = build_norm(config) if config.embedding_norm else None
         self.prompt: nn.Embedding | None = None
         """The soft prompt: embeddings of the first positions, whatever their tokens, of what the model reads."""

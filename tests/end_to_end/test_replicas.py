@@ -81,7 +81,7 @@ def everything(client: openai.OpenAI) -> list[Any]:
         [model.id for model in client.models.list()],
         [(choice.text, choice.finish_reason, choice.logprobs) for choice in texts],
         chat.create(model="llama", messages=messages, seed=1, max_tokens=8).choices[0].message.content,
-        [piece.choices[0].delta.content for piece in pieces],
+        "".join(piece.choices[0].delta.content or "" for piece in pieces),
         client.embeddings.create(model="llama", input="the quick").data[0].embedding,
         faults,
     ]

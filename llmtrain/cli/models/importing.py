@@ -24,11 +24,11 @@ def import_(
     """
     require_unused(out)
     from llmtrain.config.parameters import num_parameters
-    from llmtrain.interop.installation import require_transformers
+    from llmtrain.interop.installation import CONFIGURATIONS, require_transformers
     from llmtrain.runs.file_system import require_place
 
     require_place(out)
-    require_transformers()
+    require_transformers(CONFIGURATIONS)
     from llmtrain.infer.adapters import import_adapter
     from llmtrain.infer.gguf import gguf_file, import_gguf
     from llmtrain.infer.hugging_face import import_folder

@@ -50,3 +50,13 @@ def test_the_doctor_names_it_too(broken: Path) -> None:
     ok = Finding("packages", "transformers", "ok", "transformers 5")
     finding = examination.with_import_error(ok, {"transformers": answer[module]}, answer)
     assert finding.state == "broken" and "torchvision" in finding.text and "uninstall torchvision" in finding.mend
+
+
+def test_a_folder_is_read_without_what_takes_seconds_to_import(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from llmtrain.infer.model import load_model\n"
+        "load_model(Path(sys.argv[1]), torch.device('cpu'))\n"
+        "assert not {'torch._dynamo', 'transformers.modeling_utils'} & sys.modules.keys()"
+    )
+    command = [sys.executable, "-c", code, str(write_gpt2(tmp_path / "hf"))]
+    assert subprocess.run(command, timeout=300).returncode == 0

@@ -155,6 +155,7 @@ def _gguf(request: _Request, max_perplexity_increase: float) -> dict[str, Any]:
             "proof": f"llama.cpp ({proof.version})",
             "max_log_likelihood_difference": proof.max_difference,
             "likelihoods_compared": proof.num_likelihoods,
+            **({"likelihoods_of_other_experts": proof.num_tipped} if proof.num_tipped else {}),
             "greedy_tokens_equal": proof.num_greedy_tokens,
             "text_characters_equal": proof.num_text_characters,
             **({"conversations_equal": proof.num_chats} if proof.num_chats else {}),

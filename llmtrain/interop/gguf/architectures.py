@@ -145,6 +145,13 @@ def _rotary_limits(model: ModelConfig) -> list[str]:
     return reasons
 
 
+def _qwen3_limits(model: ModelConfig) -> list[str]:
+    scaling = model.rope_scaling
+    has_factors = scaling is not None and scaling.kind == "llama3"
+    told = ["model.rope_scaling.kind = llama3: llama.cpp's qwen3 has no factors of frequencies"] if has_factors else []
+    return [*told, *_rotary_limits(model)]
+
+
 def _gpt2_limits(model: ModelConfig) -> list[str]:
     activation = f"{model.activation} with gelu_approximate = {model.gelu_approximate}"
     has_gelu = model.activation == "gelu" and model.gelu_approximate == "tanh"
@@ -157,7 +164,7 @@ _RMS, _LAYER_NORM = "attention.layer_norm_rms_epsilon", "attention.layer_norm_ep
 
 ARCHITECTURES = {
     "llama": Architecture("llama", _LLAMA, _RMS, _rotary_limits, _rotary_keys, _ROTARY),
-    "qwen3": Architecture("qwen3", _QWEN3, _RMS, _rotary_limits, _rotary_keys, {**_ROTARY, "qk_norm": True}),
+    "qwen3": Architecture("qwen3", _QWEN3, _RMS, _qwen3_limits, _rotary_keys, {**_ROTARY, "qk_norm": True}),
     "gpt2": Architecture("gpt2", _GPT2, _LAYER_NORM, _gpt2_limits, lambda model: {}, {**_PLAIN, "bias": True}),
 }
 """By the value of `general.architecture`."""

@@ -45,6 +45,8 @@ def _proof(export: "GgufExport") -> str:
         return "\n**Not proved in llama.cpp**, which was not installed where this file was written.\n"
     chats = f"- {proof.num_chats} conversations have equal ids with the chat template;\n" if proof.num_chats else ""
     near = f"differ by at most {proof.max_difference:.2e}"
+    if proof.num_tipped:
+        near += f", but at {proof.num_tipped}, where rounding has chosen another expert"
     return f"""
 Before it had its name, llama.cpp ({proof.version}) loaded it:
 

@@ -26,9 +26,8 @@ from llmtrain.interop.gguf.card import gguf_card
 from llmtrain.interop.gguf.file_format import FILE_TYPES, QUANTIZED_BLOCK, TensorType, Value
 from llmtrain.interop.gguf.importing import open_gguf
 from llmtrain.interop.gguf.proof import (
-    ALLOWED,
-    ALLOWED_BY_TABLE,
     NUM_WINDOWS,
+    Bound,
     LlamaCppProof,
     LlamaCppQuestions,
     can_prove,
@@ -190,8 +189,7 @@ def _proved(file: Path, export: _Export) -> tuple[tuple[float, float], LlamaCppP
     equal = [text for text in texts if export.vocabulary.is_equal_for(text)]
     num_new = min(NUM_GREEDY, context_length(model) - len(prompt.ids))
     asked = LlamaCppQuestions(equal, windows[:NUM_WINDOWS], prompt, trained.chats, num_new, trained.tokenizer, frame)
-    allowed = max(ALLOWED[settings.type], ALLOWED_BY_TABLE if model.activation == "gelu" else 0.0)
-    return (before, after), prove(file, ours, model.vocabulary, asked, allowed)
+    return (before, after), prove(file, ours, model.vocabulary, asked, Bound.of(model, settings.type))
 
 
 def _windows(ids: Sequence[int], model: ModelConfig) -> list[Sequence[int]]:

@@ -6,12 +6,13 @@ checkpoint's or the user's fault, and what to do.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, Literal, overload
@@ -67,6 +68,34 @@ def open_regular(path: Path, mode: str = "rb") -> IO[bytes]:
         file.close()
         raise
     return file
+
+
+def open_to_go_on(path: Path) -> IO[bytes]:
+    """A regular file, made with its folder where it is missing, to append to as the only process that does.
+
+    Raises: OSError as `open_regular`, EBUSY where another process has it open likewise, or has just removed it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open_regular(path, "ab")
+    try:
+        with _where_supported():
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink == 0:
+            raise BlockingIOError
+    except BlockingIOError:
+        file.close()
+        raise OSError(errno.EBUSY, "another process is writing it", str(path)) from None
+    return file
+
+
+@contextmanager
+def _where_supported() -> Iterator[None]:
+    """Go on without locks on a file system that has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+            raise
 
 
 def open_log(path: Path) -> TextIOWrapper:

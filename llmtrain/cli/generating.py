@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmtrain.cli.models.options import BaseFolderOption, BestOption, KernelKind, KernelsOption, RanksArgument
+from llmtrain.errors import ConfigError
 from llmtrain.words import counted
 
 if TYPE_CHECKING:
@@ -110,17 +111,20 @@ def _answer_file(
     from llmtrain.infer.batching.scheduler import Limits
     from llmtrain.infer.prompt_file import PromptFile
 
+    if files[1].exists() and files[1].samefile(files[0]):
+        raise ConfigError(f"--out {files[1]}: is the file of prompts. Choose another name.")
     source = PromptFile(files[0], model, how)
     total, digest = source.require_good()
     settings = {**asdict(how.sampling), "max_tokens": how.max_tokens, "stop": list(how.stops)}
     about = {"prompts": digest, **about, "tokenizer": model.tokenizer.sha256, **settings}
-    target = AnswerFile(files[1], about)
-    done = target.num_written(overwrite)
-    if done:
-        typer.echo(f"{counted(done, 'answer')} of {total:,} are there already", err=True)
-    answers = iter_answers(model, source.iter_from(done), Limits.of(model.config, slots, exact=about["exact"]))
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        bar = bars.add_task("answers", total=total, completed=done)
-        target.write(answers, lambda answer: bars.advance(bar))
+    with AnswerFile(files[1], about, overwrite) as target:
+        done = target.num_written
+        if done:
+            typer.echo(f"{counted(done, 'answer')} of {total:,} are there already", err=True)
+        limits = Limits.of(model.config, max(1, min(slots, total - done)), exact=about["exact"])
+        answers = iter_answers(model, source.iter_from(done), limits)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+            bar = bars.add_task("answers", total=total, completed=done)
+            target.write(answers, lambda answer: bars.advance(bar))
     typer.echo(f"wrote {files[1]}: {counted(total, 'answer')}", err=True)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from llmtrain.errors import ConfigError
-from llmtrain.files import iter_lines, parse_line, sealed_line
+from llmtrain.files import iter_lines, open_to_go_on, parse_line, sealed_line
 from llmtrain.infer.batching.request import NewToken
 from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.prompt_file import PromptLine, Writing
@@ -99,56 +100,70 @@ def _fillings(model: TextModel, line: PromptLine) -> list[list[dict[str, Any]]]:
     ]
 
 
-@dataclass(frozen=True)
 class AnswerFile:
-    """The file of answers; what is not finished has another name, and says in its first line what it belongs to."""
+    """The file of answers, whose only writer is this process while it is entered; what is not finished has another
+    name, and says in its first line what it belongs to."""
 
-    path: Path
-    about: Mapping[str, Any]
-    """What all answers follow from: prompts, weights, settings."""
+    def __init__(self, path: Path, about: Mapping[str, Any], overwrite: bool) -> None:
+        """`about` is what all answers follow from: prompts, weights, settings. A link is followed."""
+        self._path, self._about, self._overwrite = path.resolve(), about, overwrite
+        self._unfinished = self._path.with_name(f"{self._path.name}.unfinished")
+        self.num_written = 0
+        """Answers that are there already."""
 
-    @property
-    def unfinished(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.unfinished")
+    def __enter__(self) -> Self:
+        """A last line that was cut short is removed.
 
-    def num_written(self, overwrite: bool) -> int:
-        """Answers that are there already; a last line that was cut short is removed.
-
-        Raises ConfigError where the file is there, or what is there belongs to something else.
+        Raises ConfigError where the file is there, is no regular one or cannot be written, where another process is
+        writing it, or what is there belongs to something else.
         """
-        if self.path.exists() and not overwrite:
-            raise ConfigError(
-                f"--out {self.path}: exists already. Choose another name, remove it, or give --overwrite."
-            )
-        if overwrite or not self.unfinished.exists():
-            self.unfinished.parent.mkdir(parents=True, exist_ok=True)
-            self.unfinished.write_bytes(sealed_line(self.about))
-            return 0
+        if self._path.exists() and not (self._overwrite and self._path.is_file()):
+            advice = ", or give --overwrite." if self._path.is_file() else ": it is no regular file."
+            raise ConfigError(f"--out {self._path}: exists already. Choose another name, remove it{advice}")
+        try:
+            self._file = open_to_go_on(self._unfinished)
+        except OSError as error:
+            told = f"{error.strerror or error}. Wait for it, or choose another name."
+            raise ConfigError(f"--out {self._unfinished}: cannot be written: {told}") from None
+        try:
+            self._go_on()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def _go_on(self) -> None:
         whole, count = 0, 0
-        for line in iter_lines(self.unfinished):
+        for line in () if self._overwrite else iter_lines(self._unfinished):
             if not line.endswith(b"\n"):
                 break
-            if not whole and parse_line(line) != dict(self.about):
-                changed = [key for key, value in self.about.items() if (parse_line(line) or {}).get(key) != value]
+            if not whole and parse_line(line) != dict(self._about):
+                changed = [key for key, value in self._about.items() if (parse_line(line) or {}).get(key) != value]
                 raise ConfigError(
-                    f"{self.unfinished}: has answers of other {', '.join(changed)}. Give those again, remove it, or "
+                    f"{self._unfinished}: has answers of other {', '.join(changed)}. Give those again, remove it, or "
                     "give --overwrite."
                 )
             whole, count = whole + len(line), count + 1
-        os.truncate(self.unfinished, whole)
-        return max(0, count - 1)
+        self._file.truncate(whole)
+        if not whole:
+            self._file.write(sealed_line(self._about))
+            self._file.flush()
+        self.num_written = max(0, count - 1)
 
     def write(self, answers: Iterator[dict[str, Any]], told: Callable[[dict[str, Any]], None]) -> None:
         """Append answers, each told when it is written, and give the file its name when there are no more."""
-        with self.unfinished.open("ab") as file, closing(answers):  # type: ignore[arg-type]  # a generator closes
+        with closing(answers):  # type: ignore[arg-type]  # a generator closes
             for answer in answers:
-                file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
-                file.flush()
+                self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+                self._file.flush()
                 told(answer)
-        whole = self.path.with_name(f".writing-{self.path.name}-{os.getpid()}")
+        whole = self._path.with_name(f".writing-{self._path.name}-{os.getpid()}")
         with whole.open("wb") as file:
-            for number, line in enumerate(iter_lines(self.unfinished)):
+            for number, line in enumerate(iter_lines(self._unfinished)):
                 if number:
                     file.write(line)
-        whole.replace(self.path)
-        self.unfinished.unlink()
+        whole.replace(self._path)
+        self._unfinished.unlink()

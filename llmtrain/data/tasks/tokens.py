@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from llmtrain.data.tasks.samples import TaskSample
+from llmtrain.errors import DataError
 from llmtrain.values.tokenizer import Around, Tokenizer
 
 
@@ -76,17 +77,17 @@ class TextEncoder:
         return [*self.bos_ids, *self.tokenizer.encode(text)]
 
     def pair(self, prompt: str, continuation: str) -> ScoredText:
-        """A continuation behind a prompt; too long, it loses its begin.
+        """A continuation behind a prompt, which loses its begin where it is too long.
 
         White space at the end of the prompt goes to the continuation, as words take it with them; then both are
-        encoded in one piece. Raises DataError for what is not valid Unicode.
+        encoded in one piece. Raises DataError for what is not valid Unicode, and as `cut`.
         """
         if self.source_frame is not None:
             before, behind = self.source_frame
             room = self.limit - len(before) - len(behind)
-            source = self.tokenizer.encode(prompt)[-room:]
-            ids = (self.begin_id, *self.tokenizer.encode(continuation)[-self.limit :])
-            return ScoredText(ids, 1, (*before, *source, *behind))
+            source, answer = self.tokenizer.encode(prompt)[-room:], self.tokenizer.encode(continuation)
+            self._require_room(len(answer))
+            return ScoredText((self.begin_id, *answer), 1, (*before, *source, *behind))
         if not prompt:
             ids = self.tokenizer.encode(continuation)
             # One begin is enough: where a text spells it, it is what is given.
@@ -97,9 +98,22 @@ class TextEncoder:
         return self.cut(whole, len(given)) if given else self.cut([self.begin_id, *whole], 1)
 
     def cut(self, ids: Sequence[int], first: int) -> ScoredText:
-        """The end of ids, as much as the model takes; the last one is only scored."""
+        """The end of ids, as much as the model takes; the last one is only scored.
+
+        Raises DataError where what is scored, from the place `first` on, does not fit: a part of it would be likelier
+        than the whole, and win.
+        """
+        first = max(1, first)
+        self._require_room(len(ids) - first)
         surplus = max(0, len(ids) - self.limit - 1)
-        return ScoredText(tuple(ids[surplus:]), max(1, first - surplus))
+        return ScoredText(tuple(ids[surplus:]), first - surplus)
+
+    def _require_room(self, num_tokens: int) -> None:
+        if num_tokens > self.limit:
+            raise DataError(
+                f"what is scored has {num_tokens:,} tokens, and {self.limit:,} fit into the model (or max_length). "
+                "Shorten it, or leave the sample out."
+            )
 
     def windows(self, text: str) -> Iterator[ScoredText]:
         """A text in windows that score each of its tokens once: the first behind what begins a text, each later one
@@ -114,8 +128,14 @@ class TextEncoder:
     def texts(self, sample: TaskSample) -> list[ScoredText]:
         """What is scored for a sample: each of its continuations behind the prompt, or the windows of its text.
 
-        Raises DataError for what is not valid Unicode.
+        Raises DataError with the sample's number for what is not valid Unicode, and for what is too long.
         """
-        if sample.prompt:
-            return [self.pair(sample.prompt, continuation) for continuation in sample.continuations]
-        return [window for text in sample.continuations for window in self.windows(text)]
+        try:
+            if sample.prompt:
+                return [self.pair(sample.prompt, continuation) for continuation in sample.continuations]
+            if sample.answers or sample.choices:
+                for continuation in sample.continuations:
+                    self._require_room(len(self.tokenizer.encode(continuation)))
+            return [window for text in sample.continuations for window in self.windows(text)]
+        except DataError as error:
+            raise DataError(f"sample {sample.number} (from 0): {error}") from None

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from llmtrain.errors import ConfigError
-from llmtrain.files import iter_lines, open_regular, parse_json
+from llmtrain.files import iter_lines, open_to_go_on, parse_json
 
 LONGEST_ROW = 1 << 28
 
@@ -18,16 +18,25 @@ class SamplesFile:
     task that is true. Without a path nothing is kept."""
 
     def __init__(self, path: Path | None, expected: Mapping[str, str]) -> None:
-        """`expected` is `of` by task. Raises ConfigError for a file that is another one, or of something else."""
+        """`expected` is `of` by task."""
         self._path, self._expected = path, expected
         self._found = dict[tuple[str, int], dict[str, Any]]()
         self._file: IO[bytes] | None = None
-        if path is not None and os.path.lexists(path):
-            self._read(path)
 
     def __enter__(self) -> Self:
-        if self._path is not None:
-            self._file = open_regular(self._path, "ab")
+        """Raises ConfigError for a file that is another one, or of something else, or that another process writes."""
+        if self._path is None:
+            return self
+        try:
+            self._file = open_to_go_on(self._path)
+        except OSError as error:
+            told = error.strerror or error
+            raise ConfigError(f"--out {self._path}: cannot be written: {told}. Name another file.") from None
+        try:
+            self._read(self._path)
+        except BaseException:
+            self._file.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -82,6 +82,7 @@ def run_server(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     with bound:
+        bound.listen(config.backlog)  # who calls as soon as the address is told waits
         shown = f"[{host}]" if ":" in host else host
         told(f"http://{shown}:{bound.getsockname()[1]}/v1")
         ModelServer(config, has_failed).run(sockets=[bound])

@@ -1,6 +1,7 @@
 """`llmtrain generate --prompts`: answers in order, as one at a time, gone on with where the writing stopped."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,37 @@ def test_what_was_written_is_gone_on_with(run: Path, tmp_path: Path, monkeypatch
     assert _call("generate", run, "--prompts", prompts, "--out", out).exit_code == 2, "it exists"
     assert _call("generate", run, "--prompts", prompts, "--out", out, "--overwrite").exit_code == 0
     assert answers(out) == expected
+
+
+def test_a_file_has_one_writer(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, out = written(tmp_path / "prompts.jsonl", LINES), tmp_path / "out.jsonl"
+    others, step = list[Any](), ContinuousBatch.step
+
+    def with_another(self: ContinuousBatch) -> Any:
+        if not others:
+            others.append(_call("generate", run, "--prompts", prompts, "--out", out))
+        return step(self)
+
+    monkeypatch.setattr(ContinuousBatch, "step", with_another)
+    assert len({answer["id"] for answer in generated(run, prompts, out) if "id" in answer}) == 24
+    assert others[0].exit_code == 2 and "another process is writing it" in others[0].stderr
+
+
+def test_answers_only_replace_a_file(run: Path, tmp_path: Path) -> None:
+    prompts, link = written(tmp_path / "prompts.jsonl", LINES), tmp_path / "link"
+    os.mkfifo(tmp_path / "pipe")
+    link.symlink_to("target.jsonl")
+    for out, told in (
+        (tmp_path / "pipe", "it is no regular file"),
+        (prompts, "is the file of prompts"),
+        (Path("/proc/answers.jsonl"), "cannot be written"),
+    ):
+        result = _call("generate", run, "--prompts", prompts, "--out", out, "--overwrite")
+        assert result.exit_code == 2 and told in result.stderr, result.stderr
+    assert prompts.read_text().count("\n") == len(LINES) and (tmp_path / "pipe").is_fifo()
+    for _ in range(2):
+        generated(run, prompts, link, "--overwrite")
+        assert link.is_symlink() and len(answers(tmp_path / "target.jsonl")) == len(LINES)
 
 
 @pytest.mark.parametrize(

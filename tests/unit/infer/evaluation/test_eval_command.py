@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.cli import main
+from llmtrain.files import open_to_go_on
 from llmtrain.infer.evaluation import run
 from tests.support.evaluated_run import write_lines
 from tests.support.hf_folders import write_bert, write_gpt2, write_t5
@@ -72,6 +73,17 @@ def test_a_file_of_another_model_or_of_something_else_is_left_alone(
     assert evaluated(folders / "gpt2", "--tasks", folders / "tasks.yaml", "--out", out) == 2
     assert f"{out}:1: is no line of an evaluation" in capsys.readouterr().err
     assert out.read_text("utf-8") == '{"no": "row"}\n'
+
+
+def test_a_file_has_one_writer_and_its_folder_is_made(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "new" / "out.jsonl"
+    asked = (folders / "gpt2", "--tasks", folders / "tasks.yaml", "--limit", "1", "--out", out)
+    assert evaluated(*asked) == 0
+    with open_to_go_on(out):
+        assert evaluated(*asked) == 2
+    assert f"--out {out}: cannot be written: another process is writing it" in capsys.readouterr().err
 
 
 def test_an_encoder_decoder_reads_prompts_and_says_how_likely_answers_are(

@@ -5,7 +5,9 @@ import random
 import pytest
 import torch
 
+from llmtrain.data.tasks.samples import TaskSample
 from llmtrain.data.tasks.tokens import ScoredText, TextEncoder
+from llmtrain.errors import DataError
 from llmtrain.infer.evaluation.scoring import log_likelihoods
 from llmtrain.infer.model import logits_of
 from llmtrain.interop.examples import Example
@@ -78,4 +80,12 @@ def test_a_pair_gives_white_space_to_the_continuation_and_loses_its_begin():
     assert encoder(9).pair("", "c") == ScoredText((0, ord("c")), 1)
     assert encoder(9, (7,)).pair("a", "b") == ScoredText((7, ord("a"), ord("b")), 2)
     assert encoder(3).pair("abcdef", "gh") == ScoredText(tuple(map(ord, "efgh")), 2)
-    assert encoder(2).pair("a", "efgh") == ScoredText(tuple(map(ord, "fgh")), 1)  # at least one is given
+    assert encoder(2).pair("abc", "ef") == ScoredText(tuple(map(ord, "cef")), 1)  # at least one is given
+
+
+@pytest.mark.parametrize("prompt", ["a", ""])
+def test_what_would_be_scored_in_part_is_refused(prompt: str):
+    sample = TaskSample(3, prompt, ("e", "efg"), choices=("e", "efg"))
+    with pytest.raises(DataError, match=r"sample 3 \(from 0\): what is scored has 3 tokens, and 2 fit"):
+        encoder(2).texts(sample)
+    assert len(encoder(2).texts(TaskSample(3, "", ("efg",)))) == 2, "a text is read in windows"

@@ -1,9 +1,11 @@
 """The key of a server, and what an encoder is asked."""
 
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from llmtrain.errors import ConfigError
@@ -13,7 +15,7 @@ from llmtrain.infer.model import load_model
 from llmtrain.infer.serving.app import build_app
 from llmtrain.infer.serving.asked import ServingLimits
 from llmtrain.infer.serving.batch_thread import BatchThread
-from llmtrain.infer.serving.server import serving_key
+from llmtrain.infer.serving.server import run_server, serving_key
 from llmtrain.infer.serving.service import Service
 from llmtrain.infer.text_model import TextModel
 from tests.support.hf_folders import write_bert
@@ -46,6 +48,18 @@ def test_keys_that_are_taken(tmp_path: Path) -> None:
     assert serving_key(None, None, "127.0.0.1") is None
     with pytest.raises(ConfigError, match="cannot be read"):
         serving_key(tmp_path / "nowhere", None, "127.0.0.1")
+
+
+def test_it_listens_before_it_tells_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    told = list[str]()
+
+    def called(address: str) -> None:
+        told.append(address)
+        socket.create_connection(("127.0.0.1", int(address.split(":")[2].partition("/")[0]))).close()
+
+    run_server(Starlette(), ("127.0.0.1", 0), 0, called, lambda: True)
+    assert len(told) == 1
 
 
 def test_an_encoder_fills_masks_and_embeds(tmp_path: Path) -> None:

@@ -188,6 +188,8 @@ def test_answers_in_json(client: openai.OpenAI) -> None:
     assert all(json.loads(choice.message.content) in (7, "b", None) for choice in several)
     stream = chatted(client, response_format=schema, stream=True)
     assert "".join(piece.choices[0].delta.content or "" for piece in stream) == several[0].message.content
+    with pytest.raises(openai.BadRequestError, match="does not go with response_format"):
+        chatted(client, response_format={"type": "json_object"}, stop="{")
     cut = chatted(client, response_format={"type": "json_object"}, max_tokens=2).choices[0]
     assert cut.message.content.startswith("{") and cut.finish_reason == "length"
     logs = chatted(client, response_format=schema, logprobs=True, top_logprobs=20).choices[0].logprobs.content

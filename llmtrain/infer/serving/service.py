@@ -80,6 +80,9 @@ class Service:
     def chat(self, asked: AskedChat, guide: JsonGuide | None) -> Call:
         """Raises AskedError."""
         self._require_writing()
+        self._require_chat()
+        if guide is not None and asked.stop:
+            raise AskedError("stop: does not go with response_format: an answer ends where its JSON does.", "stop")
         if asked.top_logprobs is not None and not asked.logprobs:
             raise AskedError("top_logprobs: goes with logprobs: true.", "top_logprobs")
         said: dict[str, Any] = {"messages": [plain_message(message) for message in asked.messages]}
@@ -112,6 +115,13 @@ class Service:
     def _require_writing(self) -> None:
         if not self.model.continues:
             raise AskedError("The model is an encoder: ask /v1/fill-mask or /v1/embeddings.", status=404)
+
+    def _require_chat(self) -> None:
+        try:
+            assert self.model.chat
+        except ConfigError:  # whose words are about files and options of the command
+            text = "The model takes no conversations: it has no chat template, or is no decoder. Ask /v1/completions."
+            raise AskedError(text, status=404) from None
 
     def _call(
         self,

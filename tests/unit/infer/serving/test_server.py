@@ -18,7 +18,7 @@ from llmtrain.infer.serving.batch_thread import BatchThread
 from llmtrain.infer.serving.server import run_server, serving_key
 from llmtrain.infer.serving.service import Service
 from llmtrain.infer.text_model import TextModel
-from tests.support.hf_folders import write_bert
+from tests.support.hf_folders import write_bert, write_gpt2
 
 LONG = "a key of 20 letters."
 
@@ -60,6 +60,16 @@ def test_it_listens_before_it_tells_its_address(monkeypatch: pytest.MonkeyPatch)
 
     run_server(Starlette(), ("127.0.0.1", 0), 0, called, lambda: True)
     assert len(told) == 1
+
+
+def test_a_model_without_a_template_names_what_may_be_asked(tmp_path: Path) -> None:
+    model = TextModel(load_model(write_gpt2(tmp_path / "gpt2"), torch.device("cpu")))
+    thread = BatchThread(ContinuousBatch(model.model, Limits.of(model.config, 1)), 1)
+    client = TestClient(build_app(Service(model, "gpt2", thread, ServingLimits(50)), key=None))
+    asked = {"model": "gpt2", "messages": [{"role": "user", "content": "hi"}]}
+    answer = client.post("/v1/chat/completions", json=asked)
+    assert answer.status_code == 404 and "Ask /v1/completions" in answer.text and str(tmp_path) not in answer.text
+    thread.stop()
 
 
 def test_an_encoder_fills_masks_and_embeds(tmp_path: Path) -> None:

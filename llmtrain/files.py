@@ -82,8 +82,10 @@ def open_to_go_on(path: Path) -> IO[bytes]:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file.fileno()).st_nlink == 0:
             raise BlockingIOError
-    except BlockingIOError:
+    except OSError as error:
         file.close()
+        if not isinstance(error, BlockingIOError):
+            raise
         raise OSError(errno.EBUSY, "another process is writing it", str(path)) from None
     return file
 

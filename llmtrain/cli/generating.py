@@ -111,10 +111,10 @@ def _answer_file(
     from llmtrain.infer.batching.scheduler import Limits
     from llmtrain.infer.prompt_file import PromptFile
 
-    if files[1].exists() and files[1].samefile(files[0]):
-        raise ConfigError(f"--out {files[1]}: is the file of prompts. Choose another name.")
     source = PromptFile(files[0], model, how)
     total, digest = source.require_good()
+    if files[1].exists() and files[1].samefile(files[0]):
+        raise ConfigError(f"--out {files[1]}: is the file of prompts. Choose another name.")
     settings = {**asdict(how.sampling), "max_tokens": how.max_tokens, "stop": list(how.stops)}
     about = {"prompts": digest, **about, "tokenizer": model.tokenizer.sha256, **settings}
     console = Console(stderr=True)

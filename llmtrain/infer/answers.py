@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,9 @@ class Open:
         return {**self.line.content, "text": self.text, "ending": ending, **counts}
 
 
-def iter_answers(model: TextModel, lines: Iterator[PromptLine], limits: Limits) -> Iterator[dict[str, Any]]:
+def iter_answers(
+    model: TextModel, lines: Iterator[PromptLine], limits: Limits
+) -> Generator[dict[str, Any], None, None]:
     """An object for each line, in their order: what the line says, the text, why it ended and its numbers of tokens;
     of an encoder the fillings of its masks."""
     if not model.continues:
@@ -153,9 +155,9 @@ class AnswerFile:
             self._file.flush()
         self.num_written = max(0, count - 1)
 
-    def write(self, answers: Iterator[dict[str, Any]], told: Callable[[dict[str, Any]], None]) -> None:
+    def write(self, answers: Generator[dict[str, Any], None, None], told: Callable[[dict[str, Any]], None]) -> None:
         """Append answers, each told when it is written, and give the file its name when there are no more."""
-        with closing(answers):  # type: ignore[arg-type]  # a generator closes
+        with closing(answers):
             for answer in answers:
                 self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
                 self._file.flush()

@@ -67,9 +67,6 @@ def start_command(request: dict[str, Any], prepare: Prepare) -> NoReturn:
         opened = os.open(path, flags | os.O_APPEND, 0o600)
         os.dup2(opened, target)
         os.close(opened)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     prepare(request)
     # multiprocessing would import the module that is run here.
     sys.modules["__main__"] = ModuleType("__main__")

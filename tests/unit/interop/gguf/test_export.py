@@ -31,7 +31,7 @@ REFUSED = {
     "t5": "This is a T5 model",
     "switch_transformers": "This is a Switch Transformers model",
 }
-QWEN3_LLAMA3 = scaled("llama3").with_keys({"qk_norm": True, "head_dim": 16})
+MODELS_REFUSED = {**MODELS, "qwen3 llama3": scaled("llama3").with_keys({"qk_norm": True, "head_dim": 16})}
 MODELS_WRITTEN = {
     **{name: config for name, config in MODELS.items() if not name.startswith(("bert", "t5", "switch", *REFUSED))},
     "llama yarn factor": scaled("yarn", attention_factor=1.3),
@@ -69,7 +69,7 @@ def test_llama_cpp_computes_the_model(name, type, llama_cpp, small_tokenizer, tm
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_llama_cpp_computes_otherwise_is_refused(name, small_tokenizer, tmp_path):
     with pytest.raises(ConfigError, match=REFUSED[name]):
-        written(tmp_path / "out", MODELS.get(name) or QWEN3_LLAMA3, small_tokenizer)
+        written(tmp_path / "out", MODELS_REFUSED[name], small_tokenizer)
     assert list(tmp_path.iterdir()) == []
 
 

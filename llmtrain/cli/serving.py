@@ -80,28 +80,29 @@ def serve(
     _require_that_they_go_together(replicas, [option for option, value in given.items() if value], overrides or [])
     from llmtrain.checkpoint.find import best_checkpoint
     from llmtrain.infer.serving.asked import ServingLimits
+    from llmtrain.infer.serving.callers import LocalCallers, serving_key
     from llmtrain.infer.serving.opening import ServedSource, ServingOptions
-    from llmtrain.infer.serving.server import open_port, run_server, serving_key
+    from llmtrain.infer.serving.server import open_port, run_server
 
     key = serving_key(key_file, os.environ.pop(KEY_VARIABLE, None), host)
     limits = ServingLimits(max_tokens, max_body)
     options = ServingOptions(name or model.absolute().name, limits, slots, max_queue, exact, tokenizer)
     served = ServedSource(best_checkpoint(model) if best else model, device, options, base, kernels.value)
+    with open_port(host, port) as bound:  # before the model is read: to be known at once
 
-    def run(app: "Starlette", has_failed: Callable[[], bool]) -> None:
-        run_server(app, (host, port), drain, typer.echo, has_failed)
+        def run(app: "Starlette", has_failed: Callable[[], bool]) -> None:
+            run_server(app if key else LocalCallers(app), bound, drain, typer.echo, has_failed)
 
-    if replicas is None:
-        _serve_here(served, overrides or [], key, run)
-        return
-    from launch.on_ray.serving import ReplicaOptions, serve_replicas
+        if replicas is None:
+            _serve_here(served, overrides or [], key, run)
+            return
+        from launch.on_ray.serving import ReplicaOptions, serve_replicas
 
-    open_port((host, port)).close()  # to be known before Ray is started
-    asked = replace(
-        ReplicaOptions.of(replicas), address=ray_address, allow_open_cluster=allow_open_cluster, threads=threads,
-        drain_seconds=drain,
-    )  # fmt: skip
-    serve_replicas(served, asked, key, run)
+        asked = replace(
+            ReplicaOptions.of(replicas), address=ray_address, allow_open_cluster=allow_open_cluster, threads=threads,
+            drain_seconds=drain,
+        )  # fmt: skip
+        serve_replicas(served, asked, key, run)
 
 
 def _require_that_they_go_together(replicas: str | None, of_replicas: list[str], keys: list[str]) -> None:

@@ -146,17 +146,21 @@ def test_embeddings(client: openai.OpenAI) -> None:
         (openai.BadRequestError, {"presence_penalty": 1}, "cannot do that"),
         (openai.BadRequestError, {"best_of": 3}, "best_of"),
         (openai.BadRequestError, {"prompt": "the " * 100}, "model.max_seq_len"),
-        (openai.BadRequestError, {"prompt": []}, "empty"),
+        (openai.BadRequestError, {"prompt": []}, "prompt: the list is empty"),
+        (openai.BadRequestError, {"prompt": [1, "a"]}, "prompt: must be a text, a list of texts, a list of ids"),
+        (openai.BadRequestError, {"prompt": [[1], []]}, "prompt[1]: The prompt has 0 tokens"),
+        (openai.BadRequestError, {"extra_body": {"stop": 5}}, "stop: must be a text or a list of texts"),
         (openai.BadRequestError, {"prompt": [10**9]}, "is no token"),
         (openai.BadRequestError, {"extra_body": {"max_token": 3}}, "no field that this server knows"),
         (openai.APIStatusError, {"prompt": "a" * 100_000}, "at most 100,000 bytes"),
     ],
-    ids=range(15),
+    ids=range(18),
 )
 def test_errors_are_openais(client: openai.OpenAI, kind: type[openai.APIStatusError], more: Any, told: str) -> None:
     with pytest.raises(kind) as caught:
         client.completions.create(**{"model": "llama", "prompt": "a", **more})
     assert told in caught.value.message and isinstance(caught.value.body, dict) and "type" in caught.value.body
+    assert caught.value.param is None or caught.value.param.isidentifier()
 
 
 def test_a_chat_asks_for_what_is_not_done(client: openai.OpenAI) -> None:

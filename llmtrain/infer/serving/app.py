@@ -25,7 +25,7 @@ from llmtrain.infer.serving.asked import (
 )
 from llmtrain.infer.serving.choices import Choices
 from llmtrain.infer.serving.gate import Endpoint, content_of, error_event, gated, unless_left
-from llmtrain.infer.serving.service import Call, Service, require_ids, several
+from llmtrain.infer.serving.service import Call, Service, fault_of, require_ids, several
 
 NUM_FILLINGS = 5
 
@@ -145,15 +145,15 @@ async def embed(service: Service, request: Request) -> Response:
     asked = AskedEmbedding.of(await content_of(request, service.limits))
     service.require_model(asked.model)
     model, found, count = service.model, list[dict[str, Any]](), 0
-    for index, given in enumerate(several(asked.input)):
+    for index, (place, given) in enumerate(several("input", asked.input).items()):
         if isinstance(given, str):
-            ids = service.faults_as("input", lambda given=given: model.framed(given))
+            ids = service.faults_as(place, lambda given=given: model.framed(given))
         else:
-            ids = service.faults_as("input", lambda given=given: require_ids(given, model.config.vocabulary))
+            ids = service.faults_as(place, lambda given=given: require_ids(given, model.config.vocabulary))
         try:
             vector = await asyncio.wrap_future(service.batch.call(lambda ids=ids: model.embedding(ids)))
         except ConfigError as error:
-            raise AskedError(f"input: {error}", "input") from None
+            raise fault_of(place, error) from None
         if asked.encoding_format == "base64":
             vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
         found.append({"object": "embedding", "index": index, "embedding": vector})
@@ -168,12 +168,14 @@ async def fill(service: Service, request: Request) -> Response:
     model, found = service.model, list[dict[str, Any]]()
     if model.continues:
         raise AskedError("The model writes texts and fills no masks: ask /v1/completions.", status=404)
-    for index, text in enumerate(several(asked.input)):
+    if model.named.mask is None:
+        raise AskedError("The model's tokenizer has no mask token, so there is nothing to fill.", status=404)
+    for index, (place, text) in enumerate(several("input", asked.input).items()):
         work = service.batch.call(lambda text=text: model.fillings(text, asked.top_k or NUM_FILLINGS))
         try:
             _, fillings = await asyncio.wrap_future(work)
         except ConfigError as error:
-            raise AskedError(f"input: {str(error).removeprefix('--prompt: ')}", "input") from None
+            raise fault_of(place, error) from None
         masks = [
             [
                 {"token": token, "text": model.tokenizer.decode([token]), "probability": share}

@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from llmtrain.infer.batching.sampling import LEAST_TEMPERATURE, Sampling
 
@@ -16,7 +25,23 @@ LONGEST_STOP = 1000
 DEFAULT_NEW_TOKENS = 16
 """Of a completion that says no more, as OpenAI has it. A chat goes on to the limit."""
 
-Texts = str | list[str] | list[int] | list[list[int]]
+
+def told_as(allowed: str) -> WrapValidator:
+    """Faults of a field that may be of several types are told by what it may be: pydantic has one of each type."""
+
+    def checked(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError(f"must be {allowed}") from None
+
+    return WrapValidator(checked)
+
+
+Texts = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    told_as("a text, a list of texts, a list of ids, or a list of lists of ids"),
+]
 """One text, several, or ids in their place."""
 
 
@@ -84,7 +109,11 @@ class RequestFields(BaseModel):
         except ValidationError as error:
             fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
             place = ".".join(map(str, fault["loc"]))
-            told = "is no field that this server knows" if fault["type"] == "extra_forbidden" else fault["msg"]
+            told = (
+                "is no field that this server knows"
+                if fault["type"] == "extra_forbidden"
+                else fault["msg"].removeprefix("Value error, ")
+            )
             raise AskedError(f"{place}: {told}.", place) from None
         except RecursionError:
             raise AskedError("The body is nested too deep.") from None
@@ -115,7 +144,7 @@ class Written(RequestFields):
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[str | list[str] | None, told_as("a text or a list of texts")] = None
     stream: bool | None = None
     stream_options: dict[str, bool] | None = None
 
@@ -215,5 +244,5 @@ class AskedEmbedding(RequestFields):
 class AskedFilling(RequestFields):
     """/v1/fill-mask, which is not OpenAI's."""
 
-    input: str | list[str]
+    input: Annotated[str | list[str], told_as("a text or a list of texts")]
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None

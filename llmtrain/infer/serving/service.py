@@ -60,9 +60,10 @@ class Service:
             raise AskedError("best_of: must be n: texts are not chosen among.", "best_of")
         if asked.echo and asked.logprobs is not None:
             raise AskedError("echo: does not go with logprobs: those of prompts are not told.", "echo")
-        prompts = [self._completion_prompt(each) for each in several(asked.prompt)]
+        given = several("prompt", asked.prompt)
+        prompts = [self._completion_prompt(place, each) for place, each in given.items()]
         decode = self.model.tokenizer.decode
-        echoed = [each if isinstance(each, str) else decode(each) for each in several(asked.prompt) if asked.echo]
+        echoed = [each if isinstance(each, str) else decode(each) for each in given.values() if asked.echo]
         prefixes = echoed or [""] * len(prompts)
         return self._call(asked, "prompt", prompts, prefixes, asked.max_tokens or DEFAULT_NEW_TOKENS, asked.logprobs)
 
@@ -105,12 +106,12 @@ class Service:
             self._arrivals = Arrivals(loop)
         return Choices(self.batch, self.metrics, self._arrivals, call.requests, streams)
 
-    def faults_as(self, param: str, work: Callable[[], Result]) -> Result:
-        """What work returns; its errors are those of a field."""
+    def faults_as(self, place: str, work: Callable[[], Result]) -> Result:
+        """What work returns; its errors are those of a field, or of one of its texts."""
         try:
             return work()
         except (ConfigError, DataError) as error:
-            raise AskedError(f"{param}: {str(error).removeprefix('--chat: ')}", param) from None
+            raise fault_of(place, error) from None
 
     def _require_writing(self) -> None:
         if not self.model.continues:
@@ -151,22 +152,31 @@ class Service:
         repeated = [prefix for prefix in prefixes for _ in range(count)]
         return Call(requests, repeated, tokens, likely, asked.stops)
 
-    def _completion_prompt(self, given: str | list[int]) -> PromptIds:
+    def _completion_prompt(self, place: str, given: str | list[int]) -> PromptIds:
         def made() -> PromptIds:
             if isinstance(given, str):
                 return self.model.continuation(given)
             return self.model.prompt(require_ids(given, self.model.config.vocabulary))
 
-        return self.faults_as("prompt", made)
+        return self.faults_as(place, made)
 
 
-def several(given: str | Sequence[Any]) -> list[Any]:
-    """Texts, or lists of ids, one by one. Raises AskedError where there is none."""
+def several(field: str, given: str | Sequence[Any]) -> dict[str, Any]:
+    """Texts, or lists of ids, by where they stand: `prompt`, or `prompt[0]` and so on where a field has several.
+
+    Raises AskedError where there is none.
+    """
     if isinstance(given, str) or (given and isinstance(given[0], int)):
-        return [given]
+        return {field: given}
     if not given:
-        raise AskedError("The list of texts is empty.")
-    return list(given)
+        raise AskedError(f"{field}: the list is empty.", field)
+    return {f"{field}[{index}]": each for index, each in enumerate(given)}
+
+
+def fault_of(place: str, error: Exception) -> AskedError:
+    """An error of the model's, about a field or one of its texts."""
+    told = str(error).removeprefix("--chat: ").removeprefix("--prompt: ")
+    return AskedError(f"{place}: {told}", place.partition("[")[0])
 
 
 def require_ids(ids: Sequence[int], vocabulary: int) -> list[int]:

@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from starlette.applications import Starlette
 
 from llmtrain.infer.model import load_model
 from llmtrain.infer.replicas.calls import AnswerHead, Balance, LostError, PassedCall
@@ -17,6 +16,7 @@ from llmtrain.infer.replicas.relay import relayed
 from llmtrain.infer.serving.app import build_app
 from llmtrain.infer.serving.asked import ServingLimits
 from llmtrain.infer.serving.batch_thread import BatchThread
+from llmtrain.infer.serving.open_calls import OpenCalls
 from llmtrain.infer.serving.service import Service
 from llmtrain.infer.text_model import TextModel
 from tests.support.held_batch import HeldBatch
@@ -92,12 +92,15 @@ def replicas(model: TextModel) -> Iterator[HeldReplicas]:
         thread.stop()
 
 
-def run(replicas: HeldReplicas, work: Callable[[httpx.AsyncClient], Awaitable[None]]) -> None:
+def run(
+    replicas: HeldReplicas,
+    work: Callable[[httpx.AsyncClient], Awaitable[None]],
+    app: OpenCalls | None = None,
+) -> None:
     """Do something as a client of a front; then no replica has a text on its way, and no call counts."""
-    app: Starlette = build_front(replicas, LIMITS, KEY)
 
     async def whole() -> None:
-        transport = httpx.ASGITransport(app)
+        transport = httpx.ASGITransport(app or build_front(replicas, LIMITS, KEY))
         async with httpx.AsyncClient(transport=transport, base_url="http://tiny/v1", headers=HEADERS) as client:
             await work(client)
             await until(lambda: not any(batch.texts for batch in replicas.batches.values()))
@@ -266,6 +269,23 @@ def test_a_client_that_leaves_frees_its_texts_in_the_replica(replicas: HeldRepli
         await until(lambda: replicas.threads["a"].num_open == 0)
 
     run(replicas, work)
+
+
+def test_calls_that_are_cut_off_are_freed_in_the_replicas(replicas: HeldReplicas) -> None:
+    calls = OpenCalls(build_front(replicas, LIMITS, KEY))
+
+    async def work(client: httpx.AsyncClient) -> None:
+        asked = [{"prompt": "a", "max_tokens": 50, "stream": stream} for stream in (False, True)]
+        waiting = [asyncio.ensure_future(client.post("/completions", json=each)) for each in asked]
+        await until(lambda: all(len(batch.texts) == 1 for batch in replicas.batches.values()))
+        replicas.batches["b"].go.release()
+        await until(lambda: replicas.calls[1][1].outstanding < replicas.calls[0][1].outstanding)
+        assert calls.cut_off() == 2
+        whole, stream = [await each for each in waiting]
+        assert whole.status_code == 503 and whole.json()["error"]["code"] == "server_stopped"
+        assert events(stream.text)[-1]["error"]["code"] == "server_stopped"
+
+    run(replicas, work, calls)
 
 
 def test_health_and_figures_are_of_all(replicas: HeldReplicas) -> None:

@@ -5,8 +5,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,7 +87,8 @@ def evaluate(
         require_harness()
     asked = EvaluationOptions(ProgressLines(), limit, out)
     how = KernelChoice(kernels.value, "reading")
-    with open_trained(best_checkpoint(model) if best else model, keys, device, base=base, kernels=how) as trained:
+    source = best_checkpoint(model) if best else model
+    with saying_how_to_go_on(out), open_trained(source, keys, device, base=base, kernels=how) as trained:
         text_model = TextModel(trained, tokenizer)
         if loaded:
             results |= evaluate_tasks(text_model, loaded, asked)
@@ -102,6 +103,17 @@ def evaluate(
     from llmtrain.cli.tables import print_table
 
     print_table(["task", "samples", "metric", "value", "standard error"], _rows(results))
+
+
+@contextmanager
+def saying_how_to_go_on(out: Path | None) -> Iterator[None]:
+    """Told to stop, say where the samples are that were measured."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is not None:
+            typer.echo(f"what was measured is in {out}: the same command goes on from there", err=True)
+        raise
 
 
 def _told(results: Mapping[str, "TaskResult"]) -> dict[str, Any]:

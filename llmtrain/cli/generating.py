@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmtrain.cli.models.options import BaseFolderOption, BestOption, KernelKind, KernelsOption, RanksArgument
+from llmtrain.cli.models.options import (
+    BaseFolderOption,
+    BestOption,
+    KernelKind,
+    KernelsOption,
+    RanksArgument,
+    given_parameters,
+)
 from llmtrain.errors import ConfigError
 from llmtrain.words import counted
 
@@ -21,11 +28,13 @@ ChatOption = Annotated[
     bool, typer.Option("--chat", help="The prompt is what a user says; answered with the model's chat template.")
 ]
 MessagesOption = Annotated[
-    Path | None, typer.Option(help="With --chat: a JSON file with the messages before, and tools.")
+    Path | None,
+    typer.Option(help='With --chat: JSON file of what was said before, {"messages": [...]}, and perhaps tools.'),
 ]
 
 
 def generate(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a Hugging Face or PEFT folder, FILE.gguf.")],
     overrides: RanksArgument = None,
     prompt: Annotated[
@@ -76,9 +85,9 @@ def generate(
     from llmtrain.infer.text_model import TextModel
 
     how = Writing(Sampling(temperature, top_k, top_p, seed, min_p), max_tokens, tuple(stop or ()))
-    source = best_checkpoint(model) if best else model
-    with open_trained(source, overrides or [], device, exact, base, KernelChoice(kernels.value)) as trained:
-        text_model = TextModel(trained, tokenizer)
+    found = best_checkpoint(model) if best else model
+    with open_trained(found, overrides or [], device, exact, base, KernelChoice(kernels.value)) as trained:
+        _require_use(context, text_model := TextModel(trained, tokenizer))
         if prompts is not None and out is not None:
             about = {"weights": trained.identity, "exact": exact}
             _answer_file(text_model, (prompts, out), how, about, slots, overwrite)
@@ -91,6 +100,16 @@ def _require_partner(partner: str, given: dict[str, bool]) -> None:
     for name, is_alone in given.items():
         if is_alone:
             raise typer.BadParameter(f"goes with {partner}", param_hint=name)
+
+
+def _require_use(context: typer.Context, model: "TextModel") -> None:
+    """Raise ConfigError for an option that was given, and of which the model makes no use."""
+    from llmtrain.infer.prompt_file import NO_TEXT, OF_TEXTS
+
+    given = set() if model.continues else set(given_parameters(context))
+    for name in OF_TEXTS:
+        if name in given:
+            raise ConfigError(f"--{name.replace('_', '-')}: {NO_TEXT}")
 
 
 def _answer_file(
@@ -126,5 +145,9 @@ def _answer_file(
         answers = iter_answers(model, source.iter_from(done), limits)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
             bar = bars.add_task("answers", total=total, completed=done)
-            target.write(answers, lambda answer: bars.advance(bar))
+            try:
+                target.write(answers, lambda answer: bars.advance(bar))
+            except KeyboardInterrupt:
+                typer.echo(target.to_go_on(total), err=True)
+                raise
     typer.echo(f"wrote {files[1]}: {counted(total, 'answer')}", err=True)

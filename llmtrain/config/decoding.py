@@ -1,5 +1,8 @@
 """The keys that say over which ranks a trained model is spread for decoding. Pure."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from llmtrain.config.launch import LaunchConfig
@@ -9,14 +12,14 @@ from llmtrain.config.schema import ParallelConfig
 from llmtrain.config.section import Section
 from llmtrain.errors import Problem
 
-ALLOWED = {
-    "parallel": ("tensor", "pipeline", "pipeline_split"),
-    "launch": ("num_workers", "threads_per_worker", "timeout_seconds"),
-}
-
 
 class DecodingConfig(Section):
-    """A trained model, and how ranks hold it. Of the sections, the keys of ALLOWED have a meaning."""
+    """A trained model, and how ranks hold it."""
+
+    NARROWED: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "parallel": ("tensor", "pipeline", "pipeline_split"),
+        "launch": ("num_workers", "threads_per_worker", "timeout_seconds"),
+    }
 
     model: ModelConfig
     exact: bool = False
@@ -35,7 +38,7 @@ class DecodingConfig(Section):
             Problem(
                 f"{name}.{key}", f"has no meaning in decoding. Known are {', '.join(allowed)}.", where="command line"
             )
-            for name, allowed in ALLOWED.items()
+            for name, allowed in self.NARROWED.items()
             for key in sorted(getattr(self, name).model_fields_set - {*allowed})
         ]
         for rule in (tensor_divides_layers, pipeline_has_layers, split_names_every_layer):

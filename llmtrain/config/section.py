@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -13,6 +13,9 @@ class Section(BaseModel):
     """A part of the configuration: immutable, and closed to keys that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    NARROWED: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Sections within this one of which only these keys have a meaning here."""
 
     def with_keys(self, keys: Mapping[str, Any], above: str = "") -> Self:
         """The same section with other values under some keys, checked as those of a file are.

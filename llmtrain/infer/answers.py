@@ -17,6 +17,7 @@ from llmtrain.infer.batching.scheduler import Limits
 from llmtrain.infer.prompt_file import PromptLine, Writing
 from llmtrain.infer.text_model import PromptIds, TextModel
 from llmtrain.infer.text_stream import TextStream
+from llmtrain.words import counted
 
 SLOTS = 8
 """Of a batch whose prompts are known."""
@@ -111,7 +112,7 @@ class AnswerFile:
         self._path, self._about, self._overwrite = path.resolve(), about, overwrite
         self._unfinished = self._path.with_name(f"{self._path.name}.unfinished")
         self.num_written = 0
-        """Answers that are there already."""
+        """Answers that are there."""
 
     def __enter__(self) -> Self:
         """A last line that was cut short is removed.
@@ -155,12 +156,18 @@ class AnswerFile:
             self._file.flush()
         self.num_written = max(0, count - 1)
 
+    def to_go_on(self, total: int) -> str:
+        """What to say of a file that is not finished."""
+        done = f"{self.num_written:,} of {counted(total, 'answer')} are in {self._unfinished}"
+        return f"{done}: the same command goes on from there"
+
     def write(self, answers: Generator[dict[str, Any], None, None], told: Callable[[dict[str, Any]], None]) -> None:
         """Append answers, each told when it is written, and give the file its name when there are no more."""
         with closing(answers):
             for answer in answers:
                 self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
                 self._file.flush()
+                self.num_written += 1
                 told(answer)
         whole = self._path.with_name(f".writing-{self._path.name}-{os.getpid()}")
         with whole.open("wb") as file:

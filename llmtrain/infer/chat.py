@@ -10,8 +10,9 @@ import numpy as np
 from llmtrain.data.chat.conversation import Conversation, conversation_of
 from llmtrain.data.chat.encoding import ChatEncoder, control_names, template_variables
 from llmtrain.data.chat.template import ChatTemplate
-from llmtrain.data.token_roles import CHAT_TEMPLATE, TOKENIZER_CONFIG, read_json_object
+from llmtrain.data.token_roles import CHAT_TEMPLATE, TOKENIZER_CONFIG
 from llmtrain.errors import ConfigError, DataError, ExportError
+from llmtrain.files import read_json
 from llmtrain.interop.text.proof import ChatExample, ChatExamples
 from llmtrain.values.tokenizer import Tokenizer
 
@@ -41,6 +42,8 @@ _EXAMPLES: tuple[Mapping[str, Any], ...] = (
 )
 """Conversations with what templates and tokenizers treat in ways of their own."""
 
+_MESSAGES_FORM = 'Give {"messages": [{"role": "user", "content": "Hello"}, ...]}, and perhaps tools.'
+
 
 def chat_encoder(tokenizer: Tokenizer) -> ChatEncoder:
     """Raises ConfigError where nothing says how a conversation becomes a text, DataError where the template is none."""
@@ -55,14 +58,16 @@ def chat_encoder(tokenizer: Tokenizer) -> ChatEncoder:
     return ChatEncoder(template, tokenizer, "text")
 
 
-def chat_prompt(encoder: ChatEncoder, said: Mapping[str, Any], place: str = "") -> list[int]:
+def chat_prompt(encoder: ChatEncoder, said: Mapping[str, Any]) -> list[int]:
     """The ids before the next message of a conversation, an object with `messages` and perhaps `tools`.
 
-    Raises DataError, which begins with the place, for what is no conversation.
+    Raises DataError for what is no conversation.
     """
     # As training reads them; the answer that is asked for stands for one here.
+    if not isinstance(said["messages"], list) or not said["messages"]:
+        raise DataError("messages: must be a list of at least one object with role and content.")
     answered = {**said, "messages": [*said["messages"], {"role": "assistant", "content": "."}]}
-    whole = conversation_of(answered, place)
+    whole = conversation_of(answered)
     return encoder.prompt(Conversation(whole.messages[:-1], frozenset(), whole.tools))
 
 
@@ -77,10 +82,13 @@ def said_with(text: str, earlier: Path | None) -> dict[str, Any]:
 
 def _earlier(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"--messages {path}: no such file. Give JSON with messages, each with role and content.")
-    said = read_json_object(path)
-    if not isinstance(said.get("messages"), list):
-        raise DataError(f"{path}: must be an object with messages, a list of role and content.")
+        raise ConfigError(f"--messages {path}: no such file. {_MESSAGES_FORM}")
+    try:
+        said = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--messages {path}: no JSON that can be read: {error}. {_MESSAGES_FORM}") from None
+    if not isinstance(said, dict) or not isinstance(said.get("messages"), list):
+        raise DataError(f"--messages {path}: has no list of messages. {_MESSAGES_FORM}")
     return said
 
 

@@ -13,6 +13,9 @@ from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.text_model import PromptIds, TextModel
 
 SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
+OF_TEXTS = (*(key for key in SAMPLING_KEYS if key != "top_k"), "max_tokens", "stop")
+"""Keys, and options of the command, of texts that are written. Of fillings, `top_k` is the number."""
+NO_TEXT = "an encoder fills masks: nothing is drawn or written on. Leave it out."
 ANSWER_KEYS = ("text", "ending", "prompt_tokens", "new_tokens", "fillings")
 """Keys of an answer, which no prompt may have."""
 NUM_SHOWN = 10
@@ -26,6 +29,11 @@ class Writing:
     sampling: Sampling
     max_tokens: int
     stops: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a stop string without a character."""
+        if not all(self.stops):
+            raise ConfigError("--stop: is empty, and every text would end before it began. Leave it out.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ class PromptFile:
     def _parsed(self, number: int, line: bytes) -> PromptLine:
         try:
             content = parse_json(line)
-            json.dumps(content, ensure_ascii=False).encode()  # it is written again with its answer
+            # It is written again with its answer; JSON has no NaN, and Python's reader takes it and makes infinities.
+            json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
         except ValueError as error:
             raise DataError(f"is no JSON that can be read and written: {error}.") from None
         if not isinstance(content, dict) or ("prompt" in content) == ("messages" in content):
@@ -90,6 +99,8 @@ class PromptFile:
             raise DataError(f"{taken[0]}: is a key of the answer. Give it another name.")
         how = self._how(content)
         if not self.model.continues:
+            if unknown := [key for key in OF_TEXTS if key in content]:
+                raise DataError(f"{unknown[0]}: {NO_TEXT}")
             self.model.fillings(self._text(content), count=1)
             return PromptLine(number, content, None, how)
         if "messages" in content:

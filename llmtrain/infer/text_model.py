@@ -78,12 +78,12 @@ class TextModel:
         before, behind = self.named.frame(self.config.family)
         return [*before, *encode_with_names(text, self.tokenizer, self.named.sentinels), *behind]
 
-    def answer(self, said: Mapping[str, Any], place: str = "") -> PromptIds:
+    def answer(self, said: Mapping[str, Any]) -> PromptIds:
         """The prompt of a conversation, an object with `messages` and perhaps `tools`, whose next message is asked for.
 
         Raises DataError for what is no conversation.
         """
-        return self.prompt(chat_prompt(self.chat, said, place))
+        return self.prompt(chat_prompt(self.chat, said))
 
     def prompt(self, ids: Sequence[int]) -> PromptIds:
         """Ids behind the places of a soft prompt, whose embeddings the model replaces.

@@ -70,6 +70,7 @@ def test_the_death_of_a_rank_is_told_and_ends_the_others(folder: Path) -> None:
 
 def test_keys_that_do_not_fit_are_told_together(folder: Path) -> None:
     told = "\n".join(opened(folder, "stay", "parallel.tensor=3", "launch.num_workers=2", "parallel.context=2"))
+    assert "Known here: tensor, pipeline, pipeline_split." in "\n".join(opened(folder, "stay", "parallel.ranks=2"))
     assert "parallel.tensor = 3 (command line): must divide model.num_heads" in told
     assert "launch.num_workers = 2 (command line): must be parallel.tensor x parallel.pipeline = 3" in told
     assert "parallel.context (command line): has no meaning in decoding" in told

@@ -18,6 +18,7 @@ from llmtrain.cli.models.options import (
     ProofOption,
     ShardSizeOption,
     TokenizerOption,
+    given_parameters,
     print_result,
     require_unused,
     size_bytes,
@@ -187,7 +188,7 @@ def _chosen(context: typer.Context, scheme: Scheme | None, prune: Part | None, m
         ("--scheme", "--prune", "without it") if prune is None else ("--prune", "--scheme", "with --prune")
     )
     for name in ONLY[other]:
-        if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+        if name in given_parameters(context):
             raise ConfigError(f"--{name.replace('_', '-')}: goes with {other}, and has no effect {why}.")
     if method is not None and method not in METHODS[way]:
         raise ConfigError(f"--method {method.value}: goes with {other}. Of {way} try {' or '.join(METHODS[way])}.")

@@ -18,6 +18,7 @@ from llmtrain.cli.models.options import (
     ProofOption,
     ShardSizeOption,
     TokenizerOption,
+    given_parameters,
     print_result,
     size_bytes,
 )
@@ -89,7 +90,7 @@ def export(
     from llmtrain.interop.hf_export import ExportSettings
     from llmtrain.runs.file_system import require_place
 
-    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    given = given_parameters(context)
     require_use(to, dtype, given)
     shard_bytes = size_bytes("--max-shard-size", max_shard_size)
     proof_bytes = size_bytes("--proof-memory", proof_memory)

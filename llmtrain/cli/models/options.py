@@ -59,6 +59,11 @@ ProofMemoryOption = Annotated[str, typer.Option(help="Memory that a full proof m
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")]
 
 
+def given_parameters(context: typer.Context) -> list[str]:
+    """The names of the parameters that stand on the command line."""
+    return [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+
+
 def require_unused(out: Path) -> None:
     """Raise ConfigError for a folder that holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

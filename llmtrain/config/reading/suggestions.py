@@ -76,8 +76,16 @@ def all_keys(section: type[Section] = RunConfig, prefix: str = "") -> tuple[str,
         keys.append(f"{prefix}{name}")
         found = sections_of(field.annotation)
         if found:
-            keys += all_keys(found[0], f"{keys[-1]}.0." if found[1] else f"{keys[-1]}.")
+            within = f"{keys[-1]}.0." if found[1] else f"{keys[-1]}."
+            narrowed = section.NARROWED.get(name)
+            keys += all_keys(found[0], within) if narrowed is None else [within + key for key in narrowed]
     return tuple(keys)
+
+
+def known_names(path: Sequence[str | int], root: type[Section]) -> Sequence[str]:
+    """The names of the keys of the section at a path; none where there is no section."""
+    section = section_at(path, root)
+    return root.NARROWED.get(".".join(map(str, path)), tuple(section.model_fields)) if section else ()
 
 
 def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> list[str]:
@@ -99,9 +107,8 @@ def suggested_keys(path: Sequence[str | int], root: type[Section] = RunConfig) -
     elsewhere = [key for key in known if key.rsplit(".", 1)[-1] == name]
     if elsewhere:
         return elsewhere[:3]
-    parent = section_at(path[:-1], root)
     prefix = "".join(f"{part}." for part in path[:-1])
-    nearby = [prefix + found for found in nearest(name, parent.model_fields if parent else ())]
+    nearby = [prefix + found for found in nearest(name, known_names(path[:-1], root))]
     if nearby:
         return nearby
     leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}

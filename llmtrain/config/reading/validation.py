@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from llmtrain.config.reading.document import dotted
 from llmtrain.config.reading.rendering import bound_text, is_secret, shown
-from llmtrain.config.reading.suggestions import either, field_at, nearest, section_at, sections_of, suggested_keys
+from llmtrain.config.reading.suggestions import either, field_at, known_names, nearest, sections_of, suggested_keys
 from llmtrain.config.section import Section
 from llmtrain.errors import Problem
 
@@ -172,8 +172,8 @@ def _problem(details: ErrorDetails, root: type[Section]) -> Problem:
 
 def _unknown(path: tuple[str | int, ...], root: type[Section]) -> str:
     name = str(path[-1])
-    section = section_at(path[:-1], root)
-    misspelt = nearest(name, section.model_fields if section else (), MISSPELT)
+    known = known_names(path[:-1], root)
+    misspelt = nearest(name, known, MISSPELT)
     if is_secret(name) and not misspelt:
         return (
             "looks like a secret, which would be copied into the run folder and into logs. Use an environment variable."
@@ -183,8 +183,7 @@ def _unknown(path: tuple[str | int, ...], root: type[Section]) -> str:
     guesses = suggested_keys(path, root)
     if guesses:
         return f"unknown key. Did you mean {either(guesses)}?"
-    known = f" Known here: {', '.join(section.model_fields)}." if section else ""
-    return f"unknown key.{known}"
+    return f"unknown key. Known here: {', '.join(known)}." if known else "unknown key."
 
 
 def _requirement(details: ErrorDetails, field: FieldInfo | None) -> str:

@@ -13,6 +13,8 @@ from llmtrain.values.keyed_hash import MASK_64, derived_key
 
 LEAST_TEMPERATURE = 1e-6
 """Logits that are divided by less leave the range of their type."""
+LARGEST_TEMPERATURE = 100.0
+"""Far below it all tokens are about as likely."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        allowed = f"0 (greedy), or {LEAST_TEMPERATURE:g} or more"
-        tempered = self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE
+        allowed = f"0 (greedy), or from {LEAST_TEMPERATURE:g} to {LARGEST_TEMPERATURE:g}"
+        tempered = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature <= LARGEST_TEMPERATURE
         ranges = (
             ("temperature", self.temperature, tempered, allowed),
             ("top-k", self.top_k, self.top_k >= 0, "0 (off) or more"),

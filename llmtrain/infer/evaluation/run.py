@@ -14,7 +14,7 @@ from llmtrain.data.storage.manifest import file_sha256
 from llmtrain.data.tasks.metrics import Outcome, answered, scored, standard_errors, task_metrics
 from llmtrain.data.tasks.samples import TaskSample, read_samples
 from llmtrain.data.tasks.tokens import TextEncoder
-from llmtrain.errors import ConfigError, InstallationError
+from llmtrain.errors import ConfigError, DataError, InstallationError
 from llmtrain.infer.answers import iter_texts
 from llmtrain.infer.batching.sampling import Sampling
 from llmtrain.infer.evaluation.samples_file import SamplesFile
@@ -66,8 +66,7 @@ def evaluate_tasks(model: TextModel, tasks: Sequence[TaskConfig], options: Evalu
     Raises ConfigError for tasks that the model cannot do, DataError for samples that are none.
     """
     require_able(model, tasks)
-    # All of them first: faults are told before it begins.
-    read = {task.name: read_samples(task, options.limit) for task in tasks}
+    read = _all_samples(tasks, options.limit)
     results = dict[str, TaskResult]()
     with SamplesFile(options.out, _digests(model, tasks)) as file:
         for task in tasks:
@@ -76,6 +75,19 @@ def evaluate_tasks(model: TextModel, tasks: Sequence[TaskConfig], options: Evalu
                 task.kind, len(outcomes), task_metrics(task, outcomes), standard_errors(outcomes)
             )
     return results
+
+
+def _all_samples(tasks: Sequence[TaskConfig], limit: int | None) -> dict[str, list[TaskSample]]:
+    """Those of each task, so that faults are told before any is measured. Raises DataError with those of all tasks."""
+    read, faults = dict[str, list[TaskSample]](), list[str]()
+    for task in tasks:
+        try:
+            read[task.name] = read_samples(task, limit)
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    return read
 
 
 def require_able(model: TextModel, tasks: Sequence[TaskConfig]) -> None:

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmtrain.infer.batching.sampling import LEAST_TEMPERATURE, Sampling
+from llmtrain.infer.batching.sampling import LARGEST_TEMPERATURE, LEAST_TEMPERATURE, Sampling
 
 MOST_CHOICES = 64
 MOST_STOPS = 16
@@ -138,7 +138,7 @@ class Written(RequestFields):
     }
 
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=LARGEST_TEMPERATURE)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from llmtrain.cli.app import app
 from llmtrain.infer.batching.batch import ContinuousBatch
-from tests.support.hf_folders import write_llama
+from tests.support.hf_folders import write_bert, write_llama
 
 
 def _call(*arguments: str | Path) -> Any:
@@ -74,10 +74,11 @@ def test_what_was_written_is_gone_on_with(run: Path, tmp_path: Path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(ContinuousBatch, "step", interrupted)
-        assert _call("generate", run, "--prompts", prompts, "--out", out).exit_code != 0
-    assert not out.exists()
+        stopped = _call("generate", run, "--prompts", prompts, "--out", out)
+    assert stopped.exit_code == 143 and not out.exists()
     before = unfinished.read_bytes()
     count = before.count(b"\n") - 1
+    assert f"{count} of {len(LINES)} answers are in {unfinished}: the same command goes on" in stopped.stderr
     assert 0 < count < len(LINES)
     unfinished.write_bytes(before + b'{"prompt": "the f')  # a crash amid a line
     changed = _call("generate", run, "--prompts", prompts, "--out", out, "--temperature", "0.5")
@@ -137,8 +138,12 @@ def test_answers_only_replace_a_file(run: Path, tmp_path: Path) -> None:
         ({"prompt": "the " * 9000}, "model.max_seq_len"),
         ('{"prompt": "a", "id": "\\ud800"}', "is no JSON"),
         ({"messages": [{"role": "user"}]}, "messages[0]"),
+        ({"messages": []}, "messages: must be a list of at least one"),
+        ('{"prompt": "a", "id": NaN}', "is no JSON"),
+        ('{"prompt": "a", "id": 1e400}', "is no JSON"),
+        ({"prompt": "a", "temperature": 1e9}, "to 100"),
     ],
-    ids=range(13),
+    ids=range(17),
 )
 def test_bad_lines_are_told_before_anything_is_written(run: Path, tmp_path: Path, line: Any, told: str) -> None:
     prompts = written(tmp_path / "prompts.jsonl", [{"prompt": "good"}, line])
@@ -155,7 +160,32 @@ def test_options_that_do_not_go_together(run: Path, tmp_path: Path) -> None:
         ["--prompt", "a", "--exact"],
         ["--prompts", prompts, "--out", "x", "--chat"],
         ["--prompts", tmp_path / "nowhere", "--out", tmp_path / "x"],
+        ["--prompt", "a", "--stop", ""],
+        ["--prompt", "a", "--temperature", "inf"],
         [],
     ):
         result = _call("generate", run, *more)
         assert result.exit_code == 2 and result.stderr, more
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("[1]", "has no list of messages"), ('{"messages": [', "no JSON that can be read"), (None, "no such file")],
+)
+def test_files_of_messages_that_are_none(run: Path, tmp_path: Path, content: str | None, told: str) -> None:
+    said = tmp_path / "said.json"
+    if content is not None:
+        said.write_text(content)
+    result = _call("generate", run, "--chat", "--messages", said, "--prompt", "a")
+    assert result.exit_code in (2, 3) and f"--messages {said}: " in result.stderr and told in result.stderr
+    assert '{"messages": [{"role": "user", "content": "Hello"}, ...]}' in result.stderr
+
+
+def test_an_encoder_takes_no_options_of_texts(tmp_path: Path) -> None:
+    bert = write_bert(tmp_path / "bert")
+    for option, value in (("--temperature", "0.5"), ("--max-tokens", "3"), ("--stop", "x"), ("--seed", "0")):
+        result = _call("generate", bert, "--prompt", "a [MASK]", option, value)
+        assert result.exit_code == 2 and f"{option}: an encoder fills masks" in result.stderr
+    prompts = written(tmp_path / "prompts.jsonl", [{"prompt": "a [MASK]", "min_p": 0.1}])
+    result = _call("generate", bert, "--prompts", prompts, "--out", tmp_path / "out")
+    assert result.exit_code == 3 and f"{prompts}:1: min_p: an encoder fills masks" in result.stderr

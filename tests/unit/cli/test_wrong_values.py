@@ -13,12 +13,13 @@ from tests.support.hf_folders import write_llama
 
 BIG = str(10**30)
 GENERATE = [
-    ("--temperature", "nan"), ("--temperature", "-1"), ("--temperature", "1e-320"), ("--top-k", "-1"),
+    ("--temperature", "nan"), ("--temperature", "inf"), ("--temperature", "-1"), ("--temperature", "1e-320"),
+    ("--stop", ""), ("--top-k", "-1"),
     ("--top-p", "nan"), ("--top-p", "0"), ("--seed", BIG), ("--seed", f"-{BIG}"), ("--max-tokens", "0"),
     ("--device", "tpu"), ("--tokenizer", "/dev/null"), ("--tokenizer", "/"),
 ]  # fmt: skip
 SENSELESS = [
-    ("--temperature", "inf"),
+    ("--temperature", "100"),
     ("--top-k", BIG),
     ("--top-p", "1e-300"),
     ("--seed", "-1"),

@@ -112,6 +112,30 @@ def test_what_cannot_be_evaluated_is_refused(
     assert expected in capsys.readouterr().err
 
 
+def test_faulty_samples_of_all_tasks_are_told_at_once(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    wrong = write_lines(tmp_path / "wrong.jsonl", [{"q": "a"}])
+    for name in ("pick", "gap"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"tasks:\n  - {{name: {name}, kind: cloze, data: {wrong}, prompt: '{{q}}', answer: '{{c}}'}}\n", "utf-8"
+        )
+    assert evaluated(folders / "gpt2", "--tasks", tmp_path / "pick.yaml", tmp_path / "gap.yaml") == 3
+    told = capsys.readouterr().err
+    assert f"{wrong}:1: " in told and "(task pick)" in told and "(task gap)" in told
+
+
+def test_told_to_stop_it_says_how_to_go_on(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_answer", stopped)
+    assert evaluated(folders / "gpt2", "--tasks", folders / "tasks.yaml", "--out", tmp_path / "out.jsonl") == 143
+    assert f"what was measured is in {tmp_path}/out.jsonl: the same command goes on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"), [("max_length: 65", "more than the 64 positions"), ("max_tokens: 64", "leaves no room")]
 )

@@ -23,7 +23,7 @@ from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import ReadTensor
 from llmtrain.models.rounded_inputs import round_inputs
 from llmtrain.values.batch import Batch
-from llmtrain.values.quantization import Quantized, round_to_nearest
+from llmtrain.values.quantization import Quantized, round_to_nearest, unless_rounded
 from llmtrain.words import perplexities_text
 
 METHODS = ("rtn", "gptq")
@@ -133,7 +133,8 @@ def _quantizer(
 
     def nearest(name: str, expert: int | None = None) -> Quantized:
         weight = source.read(name, expert)
-        return round_to_nearest(weight, choice.form.grid(weight.shape[-1]), dtype)
+        grid = choice.form.grid(weight.shape[-1])
+        return unless_rounded(weight, round_to_nearest(weight, grid, dtype), grid)
 
     return nearest
 

@@ -55,8 +55,10 @@ class FrozenNames:
         return bool(self.patterns) or self.trained is not None
 
     def __contains__(self, name: str) -> bool:
-        if any(fnmatchcase(name, pattern) for pattern in self.patterns):
-            return True
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns) or self.is_base(name)
+
+    def is_base(self, name: str) -> bool:
+        """True for a parameter of a model that others are trained beside."""
         return self.trained is not None and not any(fnmatchcase(name, pattern) for pattern in self.trained)
 
 

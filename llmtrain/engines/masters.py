@@ -15,7 +15,7 @@ from llmtrain.config.parameters import FrozenNames
 from llmtrain.errors import CheckpointError
 from llmtrain.optim.table import OptimizerRow
 from llmtrain.values.fragment import Box, Fragment, FragmentSource
-from llmtrain.values.quantization import NumberPacking, Quantized, round_to_nearest
+from llmtrain.values.quantization import NumberPacking, Quantized, round_to_nearest, unless_rounded
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ def read_packed(source: FragmentSource, placement: Placement, span: tuple[int, i
     group, parts = packing.grid.group or columns, [target[:0]]
     groups = slice(own.start // group, -(-own.stop // group))
     for part, _ in iter_range_boxes(outputs, first * columns, last * columns):
-        weight_OI = source.read(placement.name, "master", part).reshape(-1, columns).to(packing.dtype)
-        matrix = round_to_nearest(weight_OI, packing.grid, packing.dtype)
+        weight_OI = source.read(placement.name, "master", part).reshape(-1, columns)
+        matrix = round_to_nearest(weight_OI.to(packing.dtype), packing.grid, packing.dtype)
+        if packing.keeps_rounded:
+            matrix = unless_rounded(weight_OI, matrix, packing.grid)
         held = Quantized(matrix.numbers_OI[:, own].contiguous(), matrix.scale_OG[:, groups])
         parts.append(packing.packed(held).flatten().to(target.device))
     start = first * packing.width

@@ -3,23 +3,26 @@
 from torch import Tensor
 
 from llmtrain.checkpoint.reader import CheckpointReader
-from llmtrain.checkpoint.saved_run import saved_precision, saved_quantize
+from llmtrain.checkpoint.saved_run import saved_finetune, saved_precision, saved_quantize
 from llmtrain.config.finetune import QuantizeConfig
 from llmtrain.config.model import ModelConfig
-from llmtrain.config.parameters import quantized_linears
+from llmtrain.config.parameters import FrozenNames, frozen_by, quantized_linears
 from llmtrain.values.fragment import Box, FragmentSource
 from llmtrain.values.precision import DTYPES
-from llmtrain.values.quantization import NumberGrid, round_to_nearest
+from llmtrain.values.quantization import NumberGrid, round_to_nearest, unless_rounded
 
 
 class RoundedWeights:
     """A source of fragments: each element of a rounded matrix is a function of its whole output, in every layout.
 
-    All else is as `source` has it. `precision` is that of the run, whose type weights and scales are rounded to.
+    All else is as `source` has it. `precision` is that of the run, whose type weights and scales are rounded to;
+    `frozen` says which weights are a base.
     """
 
-    def __init__(self, source: FragmentSource, model: ModelConfig, quantize: QuantizeConfig, precision: str) -> None:
-        self._source, self._dtype = source, DTYPES[precision]
+    def __init__(
+        self, source: FragmentSource, model: ModelConfig, quantize: QuantizeConfig, precision: str, frozen: FrozenNames
+    ) -> None:
+        self._source, self._dtype, self._frozen = source, DTYPES[precision], frozen
         self._grid = NumberGrid(quantize.numbers.bits, quantize.numbers.group)
         self._columns = {weight.name: weight.shape[-1] for _, weight in quantized_linears(model, quantize.keep)}
 
@@ -30,9 +33,11 @@ class RoundedWeights:
         if name not in self._columns or kind != "master":
             return self._source.read(name, kind, box)
         outputs = Box((*box.offsets[:-1], 0), (*box.shape[:-1], self._columns[name]))
-        weight = self._source.read(name, kind, outputs).to(self._dtype)
-        rounded = round_to_nearest(weight.flatten(0, -2), self._grid, self._dtype).dequantized()
-        return rounded.to(self._dtype).float().view(outputs.shape)[box.slices_in(outputs)]
+        weight_OI = self._source.read(name, kind, outputs).flatten(0, -2)
+        rounded = round_to_nearest(weight_OI.to(self._dtype), self._grid, self._dtype)
+        if self._frozen.is_base(name):
+            rounded = unless_rounded(weight_OI, rounded, self._grid)
+        return rounded.dequantized().to(self._dtype).float().view(outputs.shape)[box.slices_in(outputs)]
 
 
 def computed_weights(checkpoint: CheckpointReader, model: ModelConfig) -> FragmentSource:
@@ -40,7 +45,8 @@ def computed_weights(checkpoint: CheckpointReader, model: ModelConfig) -> Fragme
     quantize = saved_quantize(checkpoint)
     if quantize is None:
         return checkpoint
-    return RoundedWeights(checkpoint, model, quantize, saved_precision(checkpoint))
+    frozen = frozen_by((), saved_finetune(checkpoint))
+    return RoundedWeights(checkpoint, model, quantize, saved_precision(checkpoint), frozen)
 
 
 def linears_with_rounded_inputs(checkpoint: CheckpointReader, model: ModelConfig) -> frozenset[str]:

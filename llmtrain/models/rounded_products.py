@@ -177,7 +177,8 @@ def round_products(
         leaf, packing = weight.name.rpartition(".")[2], None
         held = getattr(module, leaf)
         if weight.name in rounding.frozen:
-            packings[weight.name] = packing = NumberPacking(grid, held.shape[-1], rounding.dtype)
+            keeps_rounded = rounding.frozen.is_base(weight.name)
+            packings[weight.name] = packing = NumberPacking(grid, held.shape[-1], rounding.dtype, keeps_rounded)
             setattr(module, leaf, nn.Parameter(held.new_empty(*held.shape[:-1], packing.width)))
         of_ranks = ranks if weight.split == len(weight.shape) - 1 else None
         of_matrix = MatrixRounding(grid, rounding.dtype, numbers.rounds_inputs, of_ranks, packing)

@@ -42,6 +42,31 @@ class NumberGrid:
         scaled = weight_OI.float().unflatten(1, (scale_OG.shape[1], -1)) / scale_OG.float()[..., None]
         return scaled.round_().clamp_(self.lowest, self.highest).to(torch.int8).flatten(1)
 
+    def own_scales(self, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+        """[O, G] of a type: the scale of each group whose weights lie on such a grid already, to the last bit; else 0.
+
+        The largest weight is one of the grid's numbers times the scale, so there are few that it can be.
+        """
+        groups_OGI = weight_OI.float().unflatten(1, (self.num_groups(weight_OI.shape[1]), -1))
+        largest_OG = groups_OGI.abs().amax(-1)
+        found_OG = torch.zeros_like(largest_OG)
+        for number in range(1, 1 - self.lowest):
+            quotient_OG = largest_OG / number
+            for beside in (quotient_OG, torch.inf * quotient_OG, torch.zeros_like(quotient_OG)):
+                scale_OG = torch.nextafter(quotient_OG, beside)  # the product was rounded as well
+                stored = (scale_OG != 0) & (scale_OG.to(dtype).float() == scale_OG)
+                fits_OG = (found_OG == 0) & stored & (scale_OG * number == largest_OG)
+                self._keep_multiples(groups_OGI, scale_OG, fits_OG)
+                found_OG[fits_OG] = scale_OG[fits_OG]
+        return found_OG.to(dtype)
+
+    def _keep_multiples(self, groups_OGI: Tensor, scale_OG: Tensor, fits_OG: Tensor) -> None:
+        """Set `fits_OG` to False where a weight of the group is none of the grid's numbers times the scale."""
+        for few in (16, None):  # nearly all that do not fit are known by their first weights
+            weights, steps = groups_OGI[..., :few][fits_OG], scale_OG[fits_OG][:, None]
+            numbers = (weights / steps).round_().clamp_(self.lowest, self.highest)
+            fits_OG[fits_OG.clone()] = (numbers * steps == weights).all(-1)
+
 
 BEYOND = 1 + 2**-16
 """Scales of weights are larger by this than those of compressed-tensors' own rule, which puts the largest weight of a
@@ -78,18 +103,32 @@ def round_to_nearest(weight_OI: Tensor, grid: NumberGrid, dtype: torch.dtype = t
     return Quantized(grid.nearest(weight_OI, scale_OG), scale_OG)
 
 
+def unless_rounded(weight_OI: Tensor, nearest: Quantized, grid: NumberGrid) -> Quantized:
+    """What rounding has made of a matrix, but for groups that lie on the grid already: those stay what they are.
+
+    So what a compressed folder holds is not rounded again, which would move it: the largest weight of a group need not
+    be the grid's largest number. Scales are of the type that they are stored in.
+    """
+    own_OG = grid.own_scales(weight_OI, nearest.scale_OG.dtype)
+    is_own_OG = own_OG != 0
+    scale_OG = torch.where(is_own_OG, own_OG, nearest.scale_OG)
+    is_own_OI = is_own_OG.repeat_interleave(weight_OI.shape[1] // is_own_OG.shape[1], 1)
+    return Quantized(torch.where(is_own_OI, grid.nearest(weight_OI, scale_OG), nearest.numbers_OI), scale_OG)
+
+
 @dataclass(frozen=True)
 class NumberPacking:
     """How a matrix that is not trained lies in memory: of each output its numbers, two of 4 bits in a byte, and behind
     them its scales, as elements of the type of the weights. So whatever moves, gathers or parts weights may do so with
     it; only products look inside.
 
-    `inputs` are those of this rank.
+    `inputs` are those of this rank. With `keeps_rounded`, what was rounded when it is read stays: see `unless_rounded`.
     """
 
     grid: NumberGrid
     inputs: int
     dtype: torch.dtype
+    keeps_rounded: bool = False
 
     @property
     def number_bytes(self) -> int:

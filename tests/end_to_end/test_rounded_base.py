@@ -99,8 +99,23 @@ def test_the_updates_alone_belong_on_a_base_that_is_rounded_alike(folder: Path) 
     assert found != pytest.approx(measured(folder, "updates", "--base", "runs/small"), rel=5e-5)
 
 
+def test_a_base_that_was_compressed_before_stays_what_it_is(folder: Path) -> None:
+    """Its numbers are not rounded again, by training or by `compress`."""
+    rounding = ("--scheme", "w4a16", "--group", "16", "--max-perplexity-increase", "100", "--samples", "8")
+    command(folder, "compress", "runs/small", "w4", *rounding)
+    command(folder, "import", "w4", "runs/w4")
+    expected = measured(folder, "w4")
+    command(folder, "compress", "runs/w4", "w4-again", *rounding, "--evaluate", "texts.jsonl")
+    assert measured(folder, "w4-again") == expected != measured(folder, "runs/small")
+    command(folder, "train", "run.yaml", "name=on-w4", "finetune.base=runs/w4", *MEGATRON)
+    command(folder, "train", "run.yaml", "name=beside", "finetune.base=runs/w4", "quantize=null")
+    assert losses(folder, "on-w4") == pytest.approx(losses(folder, "beside"), rel=1e-5)
+    command(folder, "export", "runs/on-w4", "on-w4", "--to", "peft")
+    assert measured(folder, "on-w4", "--base", "w4") == pytest.approx(measured(folder, "runs/on-w4"), rel=1e-6)
+
+
 @pytest.mark.whole_grid
-@pytest.mark.parametrize("form", ["gguf", "onnx"])
+@pytest.mark.parametrize("form", ["gguf", "onnx", "torch-export"])
 def test_every_other_format_proves_what_it_holds(folder: Path, form: str) -> None:
     if form == "onnx":
         require_onnx()  # for this process, so the command runs in it

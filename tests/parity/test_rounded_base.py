@@ -80,7 +80,7 @@ def test_it_computes_what_a_plain_base_with_the_rounded_weights_computes(method:
     plain = config.with_keys({"quantize": None})
     engine, other = TorchEngine(config, torch.device("cpu")), TorchEngine(plain, torch.device("cpu"))
     initial = InitialWeights(config.model, config.seed, config.finetune)
-    other.load_weights(RoundedWeights(initial, config.model, config.quantize, "fp32"))
+    other.load_weights(RoundedWeights(initial, config.model, config.quantize, "fp32", config.frozen))
     (loss, found), (expected_loss, expected) = gradients(engine, config), gradients(other, plain)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert found.keys() == expected.keys() and all("lora" in name for name in found)
@@ -193,7 +193,9 @@ def test_what_is_packed_is_read_again(bits: int, group: int | None, inputs: int,
 def test_any_box_of_a_rounded_base_is_that_of_the_whole(precision: str) -> None:
     config = rounded_run("lora")
     assert config.quantize is not None
-    base = RoundedWeights(InitialWeights(config.model, config.seed), config.model, config.quantize, precision)
+    base = RoundedWeights(
+        InitialWeights(config.model, config.seed), config.model, config.quantize, precision, config.frozen
+    )
     name, box = "decoder.layers.1.mlp.down.weight", Box((3, 10), (5, 20))
     outer = Box.whole(declare_parameters(config.model)[name].shape)
     assert torch.equal(base.read(name, "master", box), base.read(name, "master", outer)[box.slices_in(outer)])

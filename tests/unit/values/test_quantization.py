@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.values import quantization
-from llmtrain.values.quantization import NumberGrid, round_to_nearest
+from llmtrain.values.quantization import NumberGrid, Quantized, round_to_nearest, unless_rounded
 
 GRIDS = [NumberGrid(4, 8), NumberGrid(4), NumberGrid(8, 16), NumberGrid(8)]
 
@@ -39,3 +39,24 @@ def test_the_largest_weight_is_at_the_end_of_the_grid_on_either_side(grid: Numbe
     numbers = made.numbers_OI.unflatten(1, (grid.num_groups(64), -1)).gather(-1, at)
     assert torch.equal(numbers, grid.highest * by_group.gather(-1, at).sign().to(torch.int8))
     assert (made.dequantized() - weight).abs().max() <= made.scale_OG.max() * 0.501
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_lies_on_the_grid_already_stays(grid: NumberGrid, dtype: torch.dtype) -> None:
+    """Whatever the largest number of a group is; and what does not is rounded."""
+    random = torch.Generator().manual_seed(2)
+    numbers = torch.randint(grid.lowest, grid.highest + 1, (60, 64), generator=random, dtype=torch.int8)
+    numbers[:20] //= 3
+    numbers[:2] = 0
+    scales = torch.rand(60, grid.num_groups(64), generator=random).mul_(0.01).add_(1e-3).to(dtype)
+    weight = Quantized(numbers, scales).dequantized()
+    again = round_to_nearest(weight, grid, dtype)
+    assert not torch.equal(again.dequantized(), weight)
+    kept = unless_rounded(weight, again, grid)
+    assert torch.equal(kept.dequantized(), weight) and kept.scale_OG.dtype == dtype
+    mixed = torch.cat((weight, torch.randn(60, 64, generator=random)))
+    rounded = round_to_nearest(mixed, grid, dtype)
+    kept = unless_rounded(mixed, rounded, grid)
+    assert torch.equal(kept.dequantized()[:60], weight)
+    assert torch.equal(kept.dequantized()[60:], rounded.dequantized()[60:])

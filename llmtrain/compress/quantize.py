@@ -97,8 +97,9 @@ def compress(
             "Perplexity": perplexities_text(before, after, tokens),
         }
 
-    quantize = _quantizer(source, choice, calibration, DTYPES[settings.dtype])
-    form = QuantizedWeights(source.model, choice, source.read, quantize, _build, accept)
+    dtype = DTYPES[settings.dtype]
+    quantize = _quantizer(source, choice, calibration, dtype)
+    form = QuantizedWeights(source.model, choice, source.read, quantize, _build, dtype, accept)
     chats = chat_examples(source.tokenizer) if source.named.is_chat else None
     trained = ExportedModel(source.model, source.tokenizer, source.named, chats, source.facts)
     export = write_export(out, trained, TrainedWeights(source.read, form.logits), replace(settings, form=form))

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from llmtrain.config.data import DataConfig, DataSetConfig, ObjectiveName, needed_tokens
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.sequence_lengths import num_sentinels
 from llmtrain.data.loader import build_stream
 from llmtrain.data.objectives.causal import stack_samples
 from llmtrain.data.objectives.table import pack_sample
@@ -59,9 +60,14 @@ class SampleText:
     def _data(self, place: str) -> DataConfig:
         section = {key: value for key, value in self.section.items() if key not in ("train", "valid", "schedule")}
         section.setdefault("objective", usual_objective(self.model, section.get("special_tokens") or {}))
-        section.setdefault("seq_len", min(USUAL_LENGTH, self.model.max_seq_len))
+        length = section.setdefault("seq_len", min(USUAL_LENGTH, self.model.max_seq_len))
         try:
             data = DataConfig.model_validate({**section, "train": [{"path": place}], "prefetch_steps": 0})
+            # A run is refused whose samples have more spans than there are sentinels. Here are shorter ones.
+            sentinels = data.special_tokens.sentinels or ()
+            while sentinels and data.objective == "span_corruption" and num_sentinels(data) > len(sentinels):
+                length //= 2
+                data = data.with_keys({"seq_len": length})
         except ValidationError as error:
             raise DataError(f"the data section of the model's configuration: {error}") from None
         missing = [

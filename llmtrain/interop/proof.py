@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -150,7 +150,8 @@ def load_theirs(folder: Path, model: ModelConfig) -> Any:
     theirs, report = loaded
     if wrong := {kind: sorted(map(str, found)) for kind, found in report.items() if found}:
         raise ExportError(f"transformers does not find exactly the tensors that it expects: {wrong}")
-    theirs.eval()
+    # Experts that were quantized come in the type of their scales, whatever is asked for. Its own `float` refuses that.
+    nn.Module.float(theirs).eval()
     if model.family != "encoder" and not model.predicts_labels:
         # The likeliest tokens are compared, past the end of a text too, whatever a folder says of penalties.
         theirs.generation_config = GenerationConfig()

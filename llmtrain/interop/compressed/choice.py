@@ -20,9 +20,11 @@ SCHEMES: dict[str, QuantizedForm] = {
 
 @dataclass(frozen=True)
 class Traits:
-    """What a class of transformers needs: see `QuantizedForm`; `no_rounded_inputs` says why it rounds none."""
+    """What a class of transformers needs, or does: see `QuantizedForm`, `MatrixChoice`; `no_rounded_inputs` says why it
+    rounds none."""
 
     dequantize: bool = False
+    rounds_experts: bool = False
     no_rounded_inputs: str = ""
 
 
@@ -34,19 +36,27 @@ TRAITS = {
     ),
     "t5": Traits(dequantize=True),
     "switch_transformers": Traits(
-        dequantize=True, no_rounded_inputs="its class in transformers stacks the experts, and reads no int8 ones"
+        dequantize=True,
+        no_rounded_inputs="its class in transformers stacks the experts, and reads no int8 ones",
     ),
-    "mixtral": Traits(no_rounded_inputs="its class in transformers stacks the experts, and reads no int8 ones"),
+    "mixtral": Traits(
+        rounds_experts=True, no_rounded_inputs="its class in transformers stacks the experts, and reads no int8 ones"
+    ),
 }
 """By transformers' model_type; others need nothing. T5's class asks for a matrix before it is made."""
 
 
 @dataclass(frozen=True)
 class MatrixChoice:
-    """The form, and our linears that lie in it; all others stay as they are."""
+    """The form, and our linears that lie in it; all others stay as they are.
+
+    `rounds_experts`: transformers makes one tensor of the experts of a layer when it loads, in the type of the scales,
+    whatever type it is asked for. Other readers do not.
+    """
 
     form: QuantizedForm
     linears: frozenset[str]
+    rounds_experts: bool = False
 
     def is_quantized(self, name: str) -> bool:
         """True for the weight of a chosen linear, by its global name."""
@@ -88,7 +98,8 @@ def choose(model: ModelConfig, family: Family, scheme: str, group: int | None, k
         _require_divisor(form.group, {name: sizes[name][1] for name in sorted(linears)})
     if is_transposed(table):  # a block of rows, of which the largest matrix has one where each output has one scale
         form = replace(form, transposed=True, group=form.group or max(inputs for _, inputs in sizes.values()))
-    return MatrixChoice(replace(form, dequantize=traits.dequantize and not form.rounds_inputs), linears)
+    form = replace(form, dequantize=traits.dequantize and not form.rounds_inputs)
+    return MatrixChoice(form, linears, traits.rounds_experts)
 
 
 def _kept(linears: Iterable[str], keep: Sequence[str]) -> set[str]:

@@ -54,7 +54,8 @@ def iter_parts(name: str, matrix: Quantized, form: QuantizedForm) -> Iterator[tu
     else:
         yield f"{name}_packed", packed(numbers, form.bits)
         yield f"{name}_shape", torch.tensor(numbers.shape)
-    yield f"{name}_scale", scale
+    # Where transformers undoes it, it multiplies in the type of the scales, and would round each weight to that.
+    yield f"{name}_scale", scale.float() if form.dequantize else scale
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmtrain.config.model import ModelConfig
+from llmtrain.config.parameters import iter_linears
 from llmtrain.interop.compressed.choice import MatrixChoice
 from llmtrain.interop.compressed.form import KEY
 from llmtrain.interop.compressed.tensors import WEIGHT, iter_parts
@@ -33,7 +34,8 @@ class QuantizedWeights:
     """The weights of an export of a model in quantized form: see `hf_export.StoredForm`.
 
     `read` gives the weights that stay; `build` makes a model of what was written, with the linears whose inputs are
-    rounded. `accept` judges a folder that is written and proved, and returns facts for its card.
+    rounded. `dtype` is the type of scales and of what stays. `accept` judges a folder that is written and proved, and
+    returns facts for its card.
     """
 
     model: ModelConfig
@@ -41,6 +43,7 @@ class QuantizedWeights:
     read: ReadTensor
     quantize: Quantizer
     build: Callable[[ModelConfig, ReadTensor, frozenset[str]], Logits]
+    dtype: torch.dtype
     accept: Callable[[Path], Mapping[str, str]]
 
     @property
@@ -70,8 +73,17 @@ class QuantizedWeights:
                 yield copy, tensor.clone()
 
     def reader(self, folder: Path) -> ReadTensor:
-        """Reads a folder as llmtrain reads it."""
-        return open_hf_folder(folder).tensor
+        """Reads a folder as llmtrain reads it, and with what transformers rounds of it."""
+        read = open_hf_folder(folder).tensor
+        if not self.choice.rounds_experts:
+            return read
+        experts = {linear for linear, weight in iter_linears(self.model) if weight.expert} & self.choice.linears
+
+        def rounded(name: str, expert: int | None = None) -> Tensor:
+            weight = read(name, expert)
+            return weight.to(self.dtype).float() if name in experts else weight
+
+        return rounded
 
     def logits(self, model: ModelConfig, read: ReadTensor) -> Logits:
         """What such a model computes."""

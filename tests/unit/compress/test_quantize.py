@@ -4,18 +4,20 @@ import json
 import math
 import resource
 from contextlib import nullcontext
-from itertools import count
+from dataclasses import replace
+from itertools import count, product
 
 import pytest
 import torch
 
 from llmtrain.compress.layered import LayeredModel
 from llmtrain.compress.quantize import Compression, compress
+from llmtrain.compress.source import open_source
 from llmtrain.errors import ConfigError, ExportError
 from llmtrain.interop.compressed import tensors
 from llmtrain.interop.compressed.choice import choose
 from llmtrain.interop.hf import family_for, hf_config
-from llmtrain.interop.hf_export import ExportSettings
+from llmtrain.interop.hf_export import DTYPES, ExportSettings
 from llmtrain.interop.hf_import import open_hf_folder
 from llmtrain.interop.name_table import pairings
 from llmtrain.interop.proof import AUTO_CLASSES
@@ -23,8 +25,9 @@ from llmtrain.interop.text.special_tokens import named_tokens
 from llmtrain.models.head import Objective
 from llmtrain.models.transformer import chosen_from
 from llmtrain.values.quantization import round_to_nearest
+from tests.support.hf_folders import write_t5
 from tests.support.mortality import die_at, in_child, on_file_operations
-from tests.unit.compress.quantized import digest, quantize, source_of
+from tests.unit.compress.quantized import digest, quantize, random_text, source_of
 from tests.unit.interop.models import (
     BERT,
     GPT2,
@@ -41,25 +44,24 @@ NAMED = {"llama": LLAMA, "gpt2": GPT2, "mixtral": MIXTRAL, "bert": BERT, "t5": T
 SCHEMES = ("w8a16", "w4a16", "w8a8")
 REFUSED = {("gpt2", "w8a8"), ("mixtral", "w8a8"), ("switch", "w8a8")}
 QUICK = {
-    ("llama", "w4a16"),
-    ("llama", "w8a8"),
-    ("gpt2", "w4a16"),
-    ("mixtral", "w8a16"),
-    ("bert", "w8a8"),
-    ("t5", "w4a16"),
+    ("llama", "w4a16", "bfloat16"),
+    ("llama", "w8a8", "float32"),
+    ("gpt2", "w8a16", "bfloat16"),
+    ("mixtral", "w8a16", "bfloat16"),
+    ("bert", "w8a8", "float16"),
+    ("t5", "w4a16", "bfloat16"),
 }
 GRID = [
-    pytest.param(name, scheme, marks=() if (name, scheme) in QUICK else pytest.mark.whole_grid)
-    for name in NAMED
-    for scheme in SCHEMES
-    if (name, scheme) not in REFUSED
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.whole_grid)
+    for case in product(NAMED, SCHEMES, DTYPES)
+    if case[:2] not in REFUSED
 ]
 
 
-@pytest.mark.parametrize(("name", "scheme"), GRID)
-def test_transformers_computes_what_was_promised(name, scheme, small_tokenizer, text_file, tmp_path):
-    model = random_model(NAMED[name])
-    done = quantize(model, small_tokenizer, tmp_path / "out", text_file, scheme)
+@pytest.mark.parametrize(("name", "scheme", "dtype"), GRID)
+def test_transformers_computes_what_was_promised(name, scheme, dtype, small_tokenizer, text_file, tmp_path):
+    model, stored_as = random_model(NAMED[name]), DTYPES[dtype]
+    done = quantize(model, small_tokenizer, tmp_path / "out", text_file, scheme, dtype=dtype)
     proof = done.export.proof
     assert proof.unread is None and proof.num_tokens > 50
     if scheme != "w8a8":
@@ -69,18 +71,39 @@ def test_transformers_computes_what_was_promised(name, scheme, small_tokenizer, 
     # What stays is there bit for bit, and what was quantized is what rounding gives.
     choice = choose(model.config, folder.family, scheme, 16 if scheme == "w4a16" else None, ())
     for key, parameter in model.named_parameters():
-        expected = parameter.detach()
+        expected = parameter.detach().to(stored_as).float()
         if choice.is_quantized(key):
-            flat = expected.flatten(0, -2)
-            made = round_to_nearest(flat, choice.form.grid(flat.shape[1]))
+            flat = parameter.detach().flatten(0, -2)
+            made = round_to_nearest(flat, choice.form.grid(flat.shape[1]), stored_as)
             expected = made.dequantized().view_as(expected)
             assert key in folder.quantized
             stored = [
                 folder.whole_numbers(key, each) for each in (range(len(expected)) if expected.dim() > 2 else [None])
             ]
             assert torch.equal(torch.cat([each.numbers_OI for each in stored]), made.numbers_OI), key
-            assert torch.equal(torch.cat([each.scale_OG for each in stored]), made.scale_OG), key
+            assert torch.equal(torch.cat([each.scale_OG for each in stored]), made.scale_OG.float()), key
         assert torch.equal(folder.tensor(key), expected), key
+
+
+OWN_TYPE = [pytest.param(name, marks=() if name in ("gpt2", "mixtral") else pytest.mark.whole_grid) for name in NAMED]
+
+
+@pytest.mark.parametrize("name", OWN_TYPE)
+def test_transformers_computes_it_in_its_own_type(name, small_tokenizer, text_file, tmp_path):
+    """As most people load it: everything in bfloat16, which rounds what each layer computes to 8 bits."""
+    out = tmp_path / "out"
+    quantize(random_model(NAMED[name]), small_tokenizer, out, text_file, "w8a16", dtype="bfloat16")
+    example = random_text(NAMED[name])
+    given = {"input_ids": example.tokens_BS}
+    if example.encoder_tokens_BT is not None:
+        given = {"input_ids": example.encoder_tokens_BT, "decoder_input_ids": example.tokens_BS}
+    family = AUTO_CLASSES[NAMED[name].family]
+    wide, narrow = (family.from_pretrained(out, dtype=dtype).eval() for dtype in ("float32", "auto"))
+    assert {weight.dtype for weight in narrow.parameters() if weight.is_floating_point()} == {torch.bfloat16}
+    with torch.no_grad():
+        expected, found = (model(**given).logits.float() for model in (wide, narrow))
+    # Of what bf16 rounds; and it may tip the choice between two experts, at a position or two.
+    assert (found - expected).square().median() < 1e-2 * expected.square().median()
 
 
 @pytest.mark.parametrize("keep", [(), ("attention.q",)], ids=["none", "queries"])
@@ -98,6 +121,18 @@ def test_ignored_are_the_linears_of_transformers_that_are_not_quantized(name, ke
     # Of Mixtral's routers the files' name: its class has another, and no linears there; other readers have that one.
     unknown = ignored - {place for place, _ in theirs.named_modules()}
     assert all(place.endswith("block_sparse_moe.gate") for place in unknown), "a name that is none would hide a fault"
+
+
+def test_samples_have_as_many_spans_as_there_are_sentinels(text_file, tmp_path):
+    """Of 64 tokens T5 would take four spans."""
+    source = open_source(write_t5(tmp_path / "t5"), None)
+    section = source.config["data"]
+    for number in (8, 3, 1):
+        special = {**section["special_tokens"], "sentinels": section["special_tokens"]["sentinels"][:number]}
+        told = replace(source, config={"data": {**section, "special_tokens": special}})
+        (batch, *_) = told.batches("valid", "--evaluate", str(text_file), 4)
+        spans = (batch.encoder_tokens_BT[0][:, None] == torch.tensor(special["sentinels"])).sum()
+        assert 0 < spans <= number
 
 
 @pytest.mark.parametrize("allowed", [0, 1 << 16])

@@ -40,15 +40,18 @@ class Header:
     shape: tuple[int, ...]
 
 
+RECORD_NAME = "llmtrain.json"
+"""Of an own export: the hashes of its files."""
+
 MARKS = {
-    "hf": "config.json",
-    "peft": "adapter_config.json",
-    "adapterhub": "adapter_config.json",
-    "gguf": "*.gguf",
-    "onnx": "onnx.json",
-    "torch-export": "program.json",
+    "hf": ("config.json", RECORD_NAME),
+    "peft": ("adapter_config.json",),
+    "adapterhub": ("adapter_config.json",),
+    "gguf": ("*.gguf", RECORD_NAME),
+    "onnx": ("onnx.json",),
+    "torch-export": ("program.json",),
 }
-"""A file that every export of a format has."""
+"""Files that every own export of a format has."""
 
 
 def require_free(folder: Path, overwrite: bool, form: str) -> None:
@@ -57,10 +60,12 @@ def require_free(folder: Path, overwrite: bool, form: str) -> None:
         return
     if not overwrite:
         raise ConfigError(f"{folder}: exists already. Choose another name, remove it, or give --overwrite.")
-    if not folder.is_dir() or not any(folder.glob(MARKS[form])):
-        raise ConfigError(
-            f"{folder}: is no export to {form} (it has no {MARKS[form]}), so --overwrite leaves it. Remove it yourself."
-        )
+    for mark in MARKS[form]:
+        if not folder.is_dir() or not any(folder.glob(mark)):
+            raise ConfigError(
+                f"{folder}: is no export to {form} of llmtrain's (it has no {mark}), so --overwrite leaves it. Choose "
+                "another name, or remove it yourself."
+            )
 
 
 @contextmanager
@@ -148,7 +153,6 @@ def file_headers(file: Path) -> dict[str, Header]:
         raise DataError(f"{file}: is no valid safetensors file: {error}. Copy it again.") from error
 
 
-RECORD_NAME = "llmtrain.json"
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
 _HASHED = ("*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer.model", *_SETTINGS)
 

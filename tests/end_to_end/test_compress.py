@@ -79,6 +79,7 @@ def test_gptq_is_nearer_than_rounding_and_other_verbs_take_it(trained: Path, mon
     assert done.stdout == here("generate", "imported", *greedy), "an import holds what the folder holds"
     assert "4-bit weights with a scale for each output" in done.stderr
     assert "kernels: 14 of 14 matrices dequantized: too small to be faster" in done.stderr
+    assert "is the model that is to be compressed" in here("compress", "gptq", "gptq", *ROUND, "--overwrite", code=2)
     assert "is quantized already" in here("compress", "gptq", "again", *ROUND, "--evaluate", "valid", code=2)
 
 

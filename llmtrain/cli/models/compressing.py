@@ -238,6 +238,8 @@ def _quantize(
     from llmtrain.interop.folder_files import require_free
     from llmtrain.runs.file_system import require_place
 
+    if out.resolve() == source[0].resolve():
+        raise ConfigError(f"{out}: is the model that is to be compressed. Choose another folder.")
     require_free(out, settings.overwrite, "hf")
     require_place(out)
     opened = open_source(*source)

@@ -310,6 +310,10 @@ def test_an_earlier_export_is_replaced_only_when_asked_and_only_by_a_proved_one(
     write_export(out, model_for(GPT2, small_tokenizer), weights_of(second), again)
     assert (out / WEIGHTS).read_bytes() != before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (out / "llmtrain.json").rename(out / "notes.json")
+    with pytest.raises(ConfigError, match="is no export to hf of llmtrain's"):
+        write_export(out, model_for(GPT2, small_tokenizer), weights_of(second), again)
+    (out / "notes.json").rename(out / "llmtrain.json")
     (out / "config.json").unlink()
     with pytest.raises(ConfigError, match="is no export to hf"):
         write_export(out, model_for(GPT2, small_tokenizer), weights_of(second), again)

@@ -79,7 +79,7 @@ def prove(
         "tokenizer": _tokenizer_record(trained),
         "proved": _proof_record(found),
     }
-    (folder / MARKS[settings.form]).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (folder / MARKS[settings.form][0]).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (folder / "README.md").write_text(_readme(trained, settings, found), "utf-8")
     return GraphExport(found, notes)
 
@@ -139,7 +139,7 @@ def _readme(trained: ExportedModel, settings: GraphSettings, found: GraphCompari
     rows = "\n".join(f"| {label} | {value} |" for label, value in facts.items())
     return f"""# A model as {settings.form}
 
-Trained with llmtrain. `{MARKS[settings.form]}` names what goes in and comes out, the sizes, and the special tokens.
+Trained with llmtrain. `{MARKS[settings.form][0]}` names what goes in and comes out, the sizes, and the special tokens.
 
 | | |
 |---|---|
